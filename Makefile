@@ -1,0 +1,51 @@
+# make demo    train a real network to two slingshots under the monitor, live, then the float64 control
+# make test    lint, types and the tests that take seconds (what .ci/run runs)
+#
+# Keep your own torch (GPU builds): `make demo VENV=/path/of/your/venv` installs into that environment
+# without the pins of constraints.txt; so does `pip install -e .` by hand.
+
+PYTHON ?= python3
+VENV ?= .venv
+# For instance: make demo DEMO_ARGS="--seed 1 --slingshots 3", make test PYTEST_ARGS="-k packaging"
+DEMO_ARGS ?=
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.nfi-monitor-installed
+CHECKED := nfi_monitor integrations examples tests
+
+# The pins belong to the environment that this file makes, never to one that was here before it.
+ifeq ($(VENV),.venv)
+PINS := -c constraints.txt
+endif
+
+.PHONY: demo test test-full lint format clean
+.DEFAULT_GOAL := demo
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[dev]"
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/nfi-monitor demo $(DEMO_ARGS)
+
+test: lint
+	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+
+test-full: lint
+	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+	$(BIN)/mypy nfi_monitor integrations
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+# Only what this file and the tools made; never runs/, and never an environment of your own.
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,50 @@
+"""A drop-in PyTorch training monitor that sees slingshot loss spikes coming and names their cause.
+
+    from nfi_monitor import Monitor
+    with Monitor(model, optimizer):
+        ...                                  # the training loop, unchanged
+
+Names are resolved on first use (PEP 562), so that importing the package does not import torch: a
+command line or a TensorBoard plugin must not pay for it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from nfi_monitor._version import __version__
+
+if TYPE_CHECKING:
+    from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError, MonitorError
+    from nfi_monitor.monitor import Monitor
+    from nfi_monitor.types import (
+        Alert, AlertKind, AlertState, Change, Evidence, Mechanism, Note, Phase, Reading, Severity, Thresholds,
+    )  # fmt: skip
+
+_HOMES = {
+    "Monitor": "nfi_monitor.monitor",
+    **dict.fromkeys(("AlreadyMonitoredError", "HeadNotFoundError", "MonitorError"), "nfi_monitor.errors"),
+    **dict.fromkeys(
+        ("Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Phase", "Reading",
+         "Severity", "Thresholds"),
+        "nfi_monitor.types",
+    ),
+}  # fmt: skip
+
+__all__ = [
+    "Alert", "AlertKind", "AlertState", "AlreadyMonitoredError", "Change", "Evidence", "HeadNotFoundError",
+    "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity", "Thresholds", "__version__",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'nfi_monitor' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,275 @@
+"""Find the classifier head and watch the gradient at its output.
+
+The head module is hooked, not the model: under mixed precision the outer output is often a converted
+copy whose hook never fires.  A tensor hook on the head's output sees the true ∂L/∂z of the run, in the
+run's own precision, without labels and without a second backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor.capture.sampling import local, offset, row_stride
+from nfi_monitor.errors import HeadNotFoundError
+
+HEAD_NAMES = (
+    "lm_head", "score", "classifier", "classification_head", "head", "fc", "output_projection",
+    "out_proj", "unembed", "qa_outputs",
+)  # fmt: skip
+"""Attribute names under which libraries keep the head, most specific first."""
+
+
+@dataclass(frozen=True)
+class Head:
+    """The watched module, its qualified name in the model, and how its weight lies."""
+
+    name: str
+    module: nn.Module
+    class_axis: int  # 0 for nn.Linear's [K, d], 1 for GPT-2-style Conv1D's [d, K]
+    tied: bool  # the weight is an input embedding's too: its .grad is no batch-level zero-sum
+
+    @property
+    def weight(self) -> nn.Parameter | None:
+        weight = getattr(self.module, "weight", None)
+        return weight if isinstance(weight, nn.Parameter) and weight.dim() == 2 else None
+
+    @property
+    def bias(self) -> nn.Parameter | None:
+        bias = getattr(self.module, "bias", None)
+        return bias if isinstance(bias, nn.Parameter) and bias.dim() == 1 else None
+
+    def classes_first(self, tensor: Tensor) -> Tensor:
+        """A [K, d] view of the weight or of its gradient."""
+        return local(tensor) if self.class_axis == 0 else local(tensor).T
+
+    @property
+    def outputs(self) -> int | None:
+        """K, or None for a head without a weight matrix."""
+        return self.weight.shape[self.class_axis] if self.weight is not None else None
+
+    def describe(self) -> str:
+        if self.weight is None:
+            return f"{self.name} ({type(self.module).__name__})"
+        features = self.weight.shape[1 - self.class_axis]
+        return f"{self.name} ({type(self.module).__name__} {features}→{self.outputs})"
+
+
+def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
+    """The last linear layer before the softmax.
+
+    Order: what the caller names; ``model.get_output_embeddings()``; a unique linear layer under one of
+    the usual names; the last linear layer in registration order, unless a sibling reads the same
+    features (two heads).
+
+    Raises:
+        HeadNotFoundError: nothing or more than one module fits; the message lists the candidates.
+    """
+    modules = {_clean(name): module for name, module in model.named_modules()}
+    linears = {name: module for name, module in modules.items() if _is_linear(module)}
+    if head is not None:
+        return _named(model, modules, linears, head)
+
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    if callable(output_embeddings):
+        try:
+            found = output_embeddings()
+        except (NotImplementedError, AttributeError):
+            found = None
+        for name, module in modules.items():
+            if found is not None and module is found:
+                return _describe(model, name, module)
+
+    for usual in HEAD_NAMES:
+        matches = [name for name in linears if usual in name.split(".")]
+        if not matches:
+            continue
+        depth = min(name.split(".").index(usual) for name in matches)
+        matches = [name for name in matches if name.split(".").index(usual) == depth]
+        owners = {tuple(name.split(".")[: depth + 1]) for name in matches}
+        if len(owners) == 1 and depth <= 1:
+            return _describe(model, matches[-1], linears[matches[-1]])
+
+    if not linears:
+        raise HeadNotFoundError(_advice("found no linear layer", linears))
+    last = list(linears)[-1]
+    rivals = [name for name in linears if name != last and _same_input(linears, name, last)]
+    if rivals:
+        raise HeadNotFoundError(
+            _advice(f"{last!r} and {rivals[-1]!r} read the same features: which is the head?", linears)
+        )
+    return _describe(model, last, linears[last])
+
+
+def _named(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    linears: dict[str, nn.Module],
+    head: nn.Module | str,
+) -> Head:
+    if isinstance(head, str):
+        if head not in modules or head == "":
+            raise HeadNotFoundError(_advice(f"has no module named {head!r}", linears))
+        return _describe(model, head, modules[head])
+    for name, module in modules.items():
+        if module is head:
+            return _describe(model, name or type(model).__name__, module)
+    raise HeadNotFoundError(
+        _advice(f"does not contain the {type(head).__name__} given as head=", linears)
+    )
+
+
+def _describe(model: nn.Module, name: str, module: nn.Module) -> Head:
+    weight = getattr(module, "weight", None)
+    conv1d = type(module).__name__ == "Conv1D"
+    tied = isinstance(weight, nn.Parameter) and any(
+        isinstance(other, nn.Embedding) and other.weight is weight for other in model.modules()
+    )
+    return Head(name, module, 1 if conv1d else 0, tied)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        # MultiheadAttention's projection is never called as a module, so it could never fire.
+        return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
+    return False
+
+
+def _same_input(linears: dict[str, nn.Module], name: str, last: str) -> bool:
+    """Siblings with equal input widths of which neither can feed the other: two heads."""
+    if name.rpartition(".")[0] != last.rpartition(".")[0] or name.rpartition(".")[2].isdigit():
+        return False
+    one, other = linears[name], linears[last]
+    if not (isinstance(one, nn.Linear) and isinstance(other, nn.Linear)):
+        return False
+    return one.in_features == other.in_features and one.out_features != other.in_features
+
+
+def _advice(problem: str, linears: dict[str, nn.Module]) -> str:
+    shown = [f"  {name}  {module.extra_repr()}" for name, module in list(linears.items())[-8:]]
+    listing = "\n".join(shown) if shown else "  (none)"
+    example = list(linears)[-1] if linears else "classifier"
+    return (
+        f"No classifier head: the model {problem}.\nLinear layers (last 8):\n{listing}\n"
+        f"Name it: Monitor(model, optimizer, head={example!r}), or pass the module itself. If the logits "
+        "are not a module's output, use head=False and logits = monitor.tap(logits)."
+    )
+
+
+def _clean(name: str) -> str:
+    """Names without the wrappers of torch.compile, DDP and activation checkpointing."""
+    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What one backward pass shows: detached, sampled by the same stride. [n, K], [n, K], [n, d] or None."""
+
+    grad: Tensor
+    logits: Tensor
+    features: Tensor | None
+    total: int  # rows of the whole batch
+
+
+class HeadProbe:
+    """Forward hook of the head. Copies and pickles of the model get an inert one.
+
+    A bound method as hook would make ``deepcopy(model)`` and ``torch.save(model)`` drag the monitor
+    along, and an EMA copy would report its rows as the run's.
+    """
+
+    def __init__(
+        self,
+        wanted: Callable[[], int | None],
+        deliver: Callable[[Rows], None],
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        self._wanted = wanted
+        self._deliver = deliver
+        self._failed = failed
+        self.fired = 0
+        self.fired_without_gradient = 0
+        self.traced = 0
+        self.tapped = False
+        self._features: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            # Inside a compiled graph a Python hook would be a graph break; the head's weight gradient
+            # is read instead.  (The count is a constant to the tracer: set, not added to.)
+            self.traced = 1
+            return
+        try:
+            step = self._wanted()
+            if step is None or not isinstance(output, Tensor):
+                return
+            if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+                self.fired_without_gradient += 1
+                return
+            features = args[0] if args and isinstance(args[0], Tensor) else None
+            if self.tapped:
+                self._features = features  # the tapped tensor comes later; these may be its features
+            else:
+                self._watch(output, features, step, tapped=False)
+        except Exception as error:
+            self._failed("rows", error)
+
+    def tap(self, logits: Tensor) -> None:
+        """Watch exactly this tensor from now on, instead of the head's output."""
+        try:
+            self.tapped = True
+            features, self._features = self._features, None
+            step = self._wanted()
+            if step is not None and torch.is_grad_enabled() and logits.requires_grad:
+                self._watch(logits, features, step, tapped=True)
+        except Exception as error:
+            self._failed("rows", error)
+
+    def _watch(self, logits: Tensor, features: Tensor | None, step: int, *, tapped: bool) -> None:
+        """Register the gradient hook on ``logits`` [..., K]; ``features`` [..., d] feed them."""
+        self.fired += 1
+        classes = logits.shape[-1] if logits.dim() else 0
+        total = logits.numel() // classes if classes else 0
+        if total == 0:
+            return  # an empty batch shows nothing
+        stride = row_stride(total, classes)
+        first = offset(step, stride)
+
+        def sample(tensor: Tensor) -> Tensor:
+            return tensor.detach().reshape(-1, tensor.shape[-1])[first::stride]
+
+        # With a stride, copy: a view would keep the whole [N, K] storage alive until the backward.
+        kept = sample(logits).clone() if stride > 1 else sample(logits)
+        kept_features = None
+        if features is not None and features.shape[:-1] == logits.shape[:-1]:
+            kept_features = sample(features)
+
+        def on_gradient(grad: Tensor | None) -> None:
+            # None: some compiled outer graphs call tensor hooks so.  Tapped after this forward: the
+            # tapped tensor reports the rows.
+            if grad is None or self.tapped is not tapped:
+                return
+            try:
+                self._deliver(Rows(sample(local(grad)), kept, kept_features, total))
+            except Exception as error:
+                self._failed("rows", error)
+
+        logits.register_hook(on_gradient)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InertProbe:
+        return InertProbe()
+
+    def __reduce__(self) -> tuple[type[InertProbe], tuple[()]]:
+        return InertProbe, ()
+
+
+class InertProbe:
+    """What a copied or unpickled model carries in the place of a :class:`HeadProbe`."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        return None

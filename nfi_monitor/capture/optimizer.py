@@ -1,0 +1,315 @@
+"""Read the optimizer around its step: gradients before, moments and weights after.
+
+Step hooks work for the default, foreach, fused and compiled steps and survive ``load_state_dict``.
+Gradients are read before the step (clipped, as the optimizer sees them), because a fused step under a
+gradient scaler unscales them in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.sampling import CoordinateSample, local
+
+HEAD_ELEMENTS = 1 << 18
+"""Head weights up to this many entries are compared whole; of larger ones, a stride of class rows."""
+MEAN_ELEMENTS = 1 << 20
+"""Head weights read for W_G and for the batch-level zero-sum per step; larger heads are read less often."""
+
+SECOND_MOMENT = "exp_avg_sq"
+
+
+@dataclass(frozen=True)
+class Update:
+    """One optimizer step as tensors: [C] over sampled coordinates, head tensors classes first."""
+
+    sample: CoordinateSample
+    grad: Tensor  # [C]
+    before: Tensor  # [C]
+    after: Tensor  # [C]
+    exp_avg_sq: Tensor | None  # [C]
+    correction: Tensor | float  # 1 − β2^t, scalar or [C]
+    eps: Tensor | float  # ε_A, scalar or [C]
+    lr: Tensor | float  # of the head's group
+    found_inf: Tensor | None  # > 0: a fused step under a gradient scaler skipped itself
+    head_span: tuple[int, int] | None  # where the head's weight lies in [C]
+    head_weight_update: Tensor | None  # [k, d], a stride of class rows
+    head_bias_update: Tensor | None  # [k], the same classes
+    head_weight: Tensor | None  # [K, d] view; None at steps when a large head is not read
+    head_weight_grad: Tensor | None  # [K, c] view, a block of feature columns
+    head_bias_grad: Tensor | None  # [K]
+
+
+@dataclass(frozen=True)
+class _Before:
+    sample: CoordinateSample
+    params: tuple[nn.Parameter, ...]
+    grad: Tensor
+    before: Tensor
+    found_inf: Tensor | None
+    head_weight: Tensor | None
+    head_bias: Tensor | None
+    head_weight_grad: Tensor | None
+    head_bias_grad: Tensor | None
+
+
+def unwrap(optimizer: Any) -> Optimizer:
+    """The torch optimizer inside wrappers such as accelerate's, whose own hooks never fire.
+
+    Raises TypeError, saying what was given, if there is none.
+    """
+    seen = optimizer
+    while not isinstance(seen, Optimizer):
+        inner = getattr(seen, "optimizer", None)
+        if inner is None or inner is seen:
+            raise TypeError(
+                f"Monitor needs a torch.optim.Optimizer, got {type(optimizer).__name__}. "
+                "Pass the optimizer whose step() updates the model."
+            )
+        seen = inner
+    # accelerate.AcceleratedOptimizer is an Optimizer subclass that delegates.
+    inner = getattr(seen, "optimizer", None)
+    return unwrap(inner) if isinstance(inner, Optimizer) else seen
+
+
+class OptimizerReader:
+    """Gathers an :class:`Update` for the steps that are measured."""
+
+    def __init__(self, optimizer: Optimizer, head: Head | None) -> None:
+        self.optimizer = optimizer
+        self.head = head
+        self.unreadable: set[str] = set()  # state of a kind that cannot be sampled, for a note
+        self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
+        self._groups: dict[int, dict[str, Any]] = {}
+
+    def group_of(self, param: Tensor | None) -> dict[str, Any]:
+        """The parameter group that holds ``param``; the first one if none does."""
+        for group in self.optimizer.param_groups:
+            if any(candidate is param for candidate in group["params"]):
+                return group
+        return self.optimizer.param_groups[0]
+
+    def holds(self, param: Tensor) -> bool:
+        return any(candidate is param for group in self.optimizer.param_groups for candidate in group["params"])
+
+    def betas(self) -> tuple[float, float] | None:
+        """(β1, β2) of the head's group; None for optimizers without a second moment of that form."""
+        betas = self.group_of(self.head.weight if self.head else None).get("betas")
+        if betas is None or len(betas) < 2:
+            return None
+        return float(betas[0]), float(betas[1])
+
+    def has_second_moment(self) -> bool | None:
+        """Whether the state keeps ``exp_avg_sq``; None before the first step, when nobody can know."""
+        states = [state for state in self.optimizer.state.values() if state]
+        return any(SECOND_MOMENT in state for state in states) if states else None
+
+    def before(self, step: int) -> _Before | None:
+        """Call in the step's pre-hook. None when no parameter has a gradient."""
+        layout = self._layout()
+        if layout is None:
+            return None
+        sample, params = layout
+        grad = sample.gather([param.grad for param in params if param.grad is not None])
+        grad_scale = getattr(self.optimizer, "grad_scale", None)
+        if isinstance(grad_scale, Tensor):
+            grad = grad / grad_scale.to(grad.dtype)
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        weight, bias = self._head_rows()
+        weight_grad, bias_grad = self._head_gradients(step)
+        return _Before(
+            sample=sample,
+            params=params,
+            grad=grad,
+            before=sample.gather(params),
+            found_inf=found_inf if isinstance(found_inf, Tensor) else None,
+            head_weight=None if weight is None else weight.clone(),
+            head_bias=None if bias is None else bias.clone(),
+            head_weight_grad=weight_grad,
+            head_bias_grad=bias_grad,
+        )
+
+    def after(self, start: _Before, step: int) -> Update:
+        """Call in the step's post-hook, with what :meth:`before` returned."""
+        states = [self.optimizer.state.get(param, {}) for param in start.params]
+        moments = [state.get(SECOND_MOMENT) for state in states]
+        exp_avg_sq = None
+        correction: Tensor | float = 1.0
+        eps: Tensor | float = 0.0
+        if all(isinstance(moment, Tensor) for moment in moments):
+            exp_avg_sq = start.sample.gather([moment for moment in moments if moment is not None])
+            correction, eps = self._constants(start, states)
+        weight, bias = self._head_rows()
+        full = self.head.weight if self.head is not None else None
+        span = None
+        for position, param in enumerate(start.params):
+            if param is full:
+                span = start.sample.spans[position]
+        return Update(
+            sample=start.sample,
+            grad=start.grad,
+            before=start.before,
+            after=start.sample.gather(start.params),
+            exp_avg_sq=exp_avg_sq,
+            correction=correction,
+            eps=eps,
+            lr=_host(self.group_of(full)["lr"]),
+            found_inf=start.found_inf,
+            head_span=span,
+            head_weight_update=_difference(weight, start.head_weight),
+            head_bias_update=_difference(bias, start.head_bias),
+            head_weight=self._whole_head(step),
+            head_weight_grad=start.head_weight_grad,
+            head_bias_grad=start.head_bias_grad,
+        )
+
+    # --- coordinates ---------------------------------------------------------------------------
+
+    def _layout(self) -> tuple[CoordinateSample, tuple[nn.Parameter, ...]] | None:
+        params = [
+            param
+            for group in self.optimizer.param_groups
+            for param in group["params"]
+            if param.grad is not None
+        ]
+        key = (len(self.optimizer.state), *map(id, params))
+        found = self._layouts.get(key)
+        if found is None:
+            usable = self._usable(params)
+            if not usable:
+                return None
+            if len(self._layouts) >= 8:  # gradients that come and go (mixtures of experts)
+                self._layouts.clear()
+            found = self._layouts[key] = (CoordinateSample(usable), tuple(usable))
+            self._groups = {
+                id(param): group for group in self.optimizer.param_groups for param in group["params"]
+            }
+        return found
+
+    def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
+        """Dense real parameters on one device; of those, the ones with a second moment if any has one."""
+        anchor = self.head.weight if self.head is not None and self.head.weight is not None else None
+        dense = []
+        for param in params:
+            grad = param.grad
+            if grad is None or local(param).numel() == 0:
+                continue
+            if grad.layout is not torch.strided or param.is_complex():
+                self.unreadable.add("sparse or complex parameters")
+                continue
+            dense.append(param)
+        if dense:
+            device = anchor.device if anchor is not None else dense[0].device
+            elsewhere = [param for param in dense if param.device != device]
+            if elsewhere and len(elsewhere) < len(dense):
+                self.unreadable.add(f"parameters on other devices than {device}")
+                dense = [param for param in dense if param.device == device]
+        with_moment = []
+        for param in dense:
+            moment = self.optimizer.state.get(param, {}).get(SECOND_MOMENT)
+            if moment is None:
+                continue
+            if moment.is_floating_point() and moment.shape == param.shape and type(moment) in (
+                Tensor, type(param), type(param.data),
+            ):
+                with_moment.append(param)
+            else:
+                self.unreadable.add(f"{type(moment).__name__} optimizer state")
+        return with_moment or dense
+
+    def _constants(
+        self, start: _Before, states: list[Mapping[str, Any]]
+    ) -> tuple[Tensor | float, Tensor | float]:
+        """(1 − β2^t, ε_A): scalars when all tensors agree, else one value per coordinate."""
+        pairs: list[tuple[Any, float]] = []
+        for param, state in zip(start.params, states, strict=True):
+            group = self._groups.get(id(param)) or self.group_of(param)
+            beta2 = float(group.get("betas", (0.0, 0.999))[1])
+            taken = _host(state.get("step", 0))
+            pairs.append((1.0 - beta2**taken, float(group.get("eps", 1e-8))))
+        first = pairs[0]
+        if any(isinstance(correction, Tensor) for correction, _ in pairs):
+            # Capturable and fused steps count on the device.  One value for all: reading them apart
+            # would cost a kernel a tensor, and late in training the correction is 1.
+            return first[0], first[1]
+        if all(pair == first for pair in pairs):
+            return max(first[0], 1e-12), first[1]
+        device = start.grad.device
+        correction = torch.tensor([max(pair[0], 1e-12) for pair in pairs], device=device)
+        eps = torch.tensor([pair[1] for pair in pairs], device=device)
+        return correction[start.sample.segments], eps[start.sample.segments]
+
+    # --- the head --------------------------------------------------------------------------------
+
+    def _head_rows(self) -> tuple[Tensor | None, Tensor | None]:
+        """Views of a stride of the head's class rows and of the bias entries of the same classes."""
+        head = self.head
+        if head is None or head.weight is None or not self.holds(head.weight):
+            return None, None
+        weight = head.classes_first(head.weight.detach())
+        stride = -(-weight.numel() // HEAD_ELEMENTS)
+        bias = None if head.bias is None else local(head.bias.detach())[::stride]
+        return weight[::stride], bias
+
+    def _whole_head(self, step: int) -> Tensor | None:
+        head = self.head
+        if head is None or head.weight is None:
+            return None
+        every = -(-head.weight.numel() // MEAN_ELEMENTS)
+        return head.classes_first(head.weight.detach()) if step % every == 0 else None
+
+    def _head_gradients(self, step: int) -> tuple[Tensor | None, Tensor | None]:
+        head = self.head
+        if head is None or head.weight is None or head.tied or head.outputs == 1:
+            return None, None
+        grad, bias_grad = head.weight.grad, None
+        if head.bias is not None and head.bias.grad is not None:
+            bias_grad = local(head.bias.grad.detach())
+        if grad is None:
+            return None, bias_grad
+        grad = head.classes_first(grad.detach())
+        # The sum over classes has to be complete; the features may be sampled: neighbouring columns,
+        # because they share cache lines.
+        columns = max(1, min(grad.shape[1], MEAN_ELEMENTS // 4 // grad.shape[0]))
+        first = (step * columns) % (grad.shape[1] - columns + 1)
+        return grad[:, first : first + columns], bias_grad
+
+
+class StepHooks:
+    """The pair of hooks around ``optimizer.step()``, with their handles."""
+
+    def __init__(
+        self, optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]
+    ) -> None:
+        def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            before()
+
+        def post(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            after()
+
+        self._handles = [
+            optimizer.register_step_pre_hook(pre),
+            optimizer.register_step_post_hook(post),
+        ]
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
+    return None if after is None or before is None else after - before
+
+
+def _host(value: Any) -> Any:
+    """A float where that costs no synchronisation, else the tensor."""
+    if isinstance(value, Tensor) and value.device.type != "cpu":
+        return value
+    return float(value)

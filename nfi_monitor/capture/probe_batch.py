@@ -1,0 +1,69 @@
+"""A fixed batch whose margins are compared between readings.
+
+The head's own update says nothing about what the layers below it moved; behind a LayerNorm it is blind.
+One forward pass of a fixed batch sees the whole displacement, at the price of that pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor.measure.displacement import margin_displacement, probe_margins
+
+
+class ProbeBatch:
+    """Raises ValueError for targets that are not integer labels."""
+
+    def __init__(self, model: nn.Module, inputs: Any, targets: Tensor) -> None:
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            raise ValueError("probe=(inputs, targets): targets must be a tensor of integer labels.")
+        self._model = model
+        self._inputs = inputs
+        self._targets = targets
+        self._margins: Tensor | None = None
+        self._step = 0
+
+    def displacement(self, step: int) -> Tensor | None:
+        """Largest margin change per optimizer step since the last call, nats; None at the first call."""
+        margins = self._measure()
+        before, last = self._margins, self._step
+        self._margins, self._step = margins, step
+        return None if before is None else margin_displacement(before, margins, step - last)
+
+    def _measure(self) -> Tensor:
+        """Forward in eval mode (no dropout, no running statistics moved), random state kept."""
+        model = self._model
+        modes = [(module, module.training) for module in model.modules()]
+        devices = [self._targets.device] if self._targets.device.type == "cuda" else []
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            try:
+                for module, _ in modes:
+                    module.training = False
+                output = self._forward()
+            finally:
+                for module, mode in modes:
+                    module.training = mode
+        logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+        if logits is None and isinstance(output, Mapping):
+            logits = output.get("logits")
+        if not isinstance(logits, Tensor):
+            raise TypeError(
+                f"the model returned {type(output).__name__} on the probe batch, with no logits in it"
+            )
+        logits = logits.reshape(-1, logits.shape[-1])
+        targets = self._targets.reshape(-1)
+        counted = targets >= 0  # −100 marks padding
+        return torch.where(
+            counted, probe_margins(logits.float(), targets.clamp_min(0)), torch.zeros_like(logits[:, 0].float())
+        )
+
+    def _forward(self) -> Any:
+        if isinstance(self._inputs, Mapping):
+            return self._model(**self._inputs)
+        if isinstance(self._inputs, (tuple, list)):
+            return self._model(*self._inputs)
+        return self._model(self._inputs)

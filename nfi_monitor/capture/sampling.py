@@ -1,0 +1,95 @@
+"""Which rows, coordinates and steps are looked at: deterministic, never random.
+
+The monitor must leave the random state untouched, so every sample is a stride with a rotating offset.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+ROW_ELEMENTS = 1 << 18
+"""Logits read per backward pass at least (256 Ki elements, 1 MiB in float32)."""
+ROW_SHARE = 64
+"""... or one row in this many, whichever is more: at large N·K the cost stays near 1/64 of one read."""
+COORDINATES = 1 << 14
+"""Optimizer coordinates read per step in large models."""
+COORDINATES_FULL = 1 << 15
+"""Models up to this many parameters are read whole."""
+COORDINATES_PER_TENSOR = 64
+"""Fewest coordinates read of a tensor that has that many."""
+
+
+def row_stride(rows: int, classes: int) -> int:
+    """Every how many rows one is read. 1: all of them."""
+    budget = max(ROW_ELEMENTS // max(classes, 1), rows // ROW_SHARE, 1)
+    return -(-rows // budget)
+
+
+def offset(step: int, stride: int) -> int:
+    """Where the stride starts at this step: visits all offsets, neighbours in time far apart."""
+    # The golden ratio keeps successive offsets spread; a plain counter would scan rows in order and
+    # alias with a data order that does the same.
+    return int(step * 0.6180339887498949 * stride) % stride if stride > 1 else 0
+
+
+def auto_interval(tau: float) -> int:
+    """Steps between readings while nothing is going on: τ/5, between 1 and 16.
+
+    A numeric slingshot builds up over some 20 τ and its last stage over 2–5 τ, so τ/5 sees it coming
+    in time; the cap is for β2 = .999, where second-moment slingshots take a few steps only.
+    """
+    return max(1, min(16, round(tau / 5)))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor (FSDP2); any other tensor itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return to_local() if to_local is not None else tensor
+
+
+class CoordinateSample:
+    """A fixed stratified sample of coordinates over a list of tensors, packed into one vector.
+
+    Every tensor contributes a strided view of at least ``COORDINATES_PER_TENSOR`` entries (all of it,
+    if it is smaller), larger tensors proportionally more.
+
+    Attributes:
+        segments: int64 [C], which tensor a coordinate belongs to.
+        counts: float32 [T], sampled coordinates of each tensor.
+        weights: float32 [C], coordinates one sampled coordinate stands for; None if all are read.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        sizes = [local(tensor).numel() for tensor in tensors]
+        total = sum(sizes)
+        stride = 1 if total <= COORDINATES_FULL else -(-total // COORDINATES)
+        self.strides = [max(1, min(stride, size // COORDINATES_PER_TENSOR)) for size in sizes]
+        counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
+        device = tensors[0].device
+        self.counts = torch.tensor(counts, dtype=torch.float32, device=device)
+        self.segments = torch.repeat_interleave(
+            torch.arange(len(counts), device=device), torch.tensor(counts, device=device)
+        )
+        self.weights: Tensor | None = None
+        if any(step > 1 for step in self.strides):
+            rates = torch.tensor(
+                [size / count for size, count in zip(sizes, counts, strict=True)], device=device
+            )
+            self.weights = rates[self.segments]
+        self.spans = []
+        start = 0
+        for count in counts:
+            self.spans.append((start, start + count))
+            start += count
+
+    def gather(self, tensors: Sequence[Tensor]) -> Tensor:
+        """The sampled coordinates of ``tensors`` (same shapes as at construction) → float32/64 [C], a copy."""
+        parts = [
+            local(tensor).detach().reshape(-1)[::step]
+            for tensor, step in zip(tensors, self.strides, strict=True)
+        ]
+        packed = torch.cat(parts)
+        return packed if packed.dtype in (torch.float32, torch.float64) else packed.float()

@@ -1,0 +1,60 @@
+"""What to do about an alert: one concrete next action first, then the alternatives.
+
+Measured on modular division (β2 = .95): moving the loss to float64 averts the slingshot when done
+1.25 τ ahead and not later; a tenfold smaller learning rate still does five steps ahead.
+"""
+
+from __future__ import annotations
+
+from nfi_monitor.types import AlertKind, Mechanism, Phase
+
+_FLOAT64 = "Compute the loss in float64: criterion(logits.double(), target). Parameters stay as they are."
+_HALF = "Compute the loss in float32: criterion(logits.float(), target). Half precision absorbs at margins of 5–8 nats."
+_PROJECT = "Or project the gradient: logits.register_hook(lambda g: g - g.mean(-1, keepdim=True))."
+_EPSILON = "Or raise Adam's eps to 1e-6 or more: for group in optimizer.param_groups: group['eps'] = 1e-6."
+_COOL = "Multiply the learning rate by 0.1 for about {steps} steps now; it works up to a few steps before the spike."
+_SAVE = "Save a checkpoint now: what follows may not be undone by training on."
+
+
+def advice_for(
+    kind: AlertKind, mechanism: Mechanism, phase: Phase, tau: float, *, half_precision: bool = False
+) -> tuple[str, ...]:
+    """Advice in the order to try it; the first is the action to take."""
+    cool = _COOL.format(steps=max(10, round(2 * tau)))
+    precise = _HALF if half_precision else _FLOAT64
+    if kind is AlertKind.NON_FINITE:
+        return (
+            "Stop and go back to the last checkpoint: weights that took a NaN or Inf do not come back.",
+            "Look at the batch of this step, at the learning rate, and (float16) at the loss scale.",
+        )
+    if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
+        if kind is AlertKind.IMMINENT:
+            return (cool, precise + " Too late for this spike if fewer than 1.25 τ are left.", _SAVE)
+        if kind is AlertKind.SLINGSHOT:
+            return (precise + " It prevents the next one.", _PROJECT, _EPSILON)
+        return (precise, _PROJECT, _EPSILON)
+    if mechanism is Mechanism.SECOND_MOMENT:
+        if kind is AlertKind.SLINGSHOT:
+            return (
+                "Lower β2 (0.99) or weight decay, or the learning rate, to make the next one smaller.",
+                "Float64 does not help here: rounding is not the cause.",
+            )
+        return (
+            cool,
+            "Float64 does not help here: rounding is not the cause. Weight decay pulls the weights back "
+            "onto a second moment that has forgotten their gradient.",
+            _SAVE,
+        )
+    if mechanism is Mechanism.EDGE_OF_STABILITY:
+        return (
+            "Lower the learning rate, or warm it up more slowly: the curvature along the update is above "
+            "what Adam is stable at.",
+            "Float64 does not help here: rounding is not the cause.",
+        )
+    if kind is AlertKind.SLINGSHOT:
+        return (
+            "No mechanism known to this monitor preceded it: look at the batch and at the learning-rate "
+            "schedule of this step.",
+            "Attach with every=1 to see the steps before the next one in full.",
+        )
+    return (cool, _SAVE)

@@ -1,0 +1,376 @@
+"""The state machine: readings in, phase and alerts out.
+
+Numeric slingshots come in stages, each a state with hysteresis: absorbing → inflating → imminent →
+slingshot → recovering.  Slingshots of other mechanisms show in RMS_t, the optimizer lagging behind its
+gradient.  One event is one alert that begins, is updated and ends.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nfi_monitor.detect.advice import advice_for
+from nfi_monitor.detect.forecast import steps_to_spike
+from nfi_monitor.detect.mechanism import NUMERIC_ABOVE, Causes, name_mechanism
+from nfi_monitor.detect.signals import Signals
+from nfi_monitor.detect.smoothing import Hysteresis
+from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
+from nfi_monitor.types import (
+    Alert, AlertKind, AlertState, Change, Evidence, Mechanism, Phase, Reading, Severity, Thresholds,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Context:
+    """What the detector knows of the run besides its readings."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    decoupled_decay: bool = False  # AdamW-style weight decay is on
+    half_precision: bool = False  # the loss reads half-precision logits
+    layer: str | None = None
+    rank: int = 0
+
+    @property
+    def tau(self) -> float:
+        return 1.0 / max(1.0 - self.beta2, 1e-9)
+
+    @property
+    def stability_limit(self) -> float:
+        return 2.0 * (1.0 + self.beta1) / (1.0 - self.beta1)
+
+
+@dataclass
+class Verdict:
+    """What one reading led to."""
+
+    phase: Phase
+    changes: list[tuple[Change, Alert]] = field(default_factory=list)
+    derived: dict[str, float] = field(default_factory=dict)
+
+
+class Detector:
+    """Feed it readings in order of their steps; ask ``phase`` and ``alerts``."""
+
+    def __init__(self, thresholds: Thresholds | None = None, context: Context | None = None) -> None:
+        self.limits = thresholds or Thresholds()
+        self.context = context or Context()
+        self.phase = Phase.HEALTHY
+        self.alerts: list[Alert] = []
+        self.signals = Signals()
+        self.spike = SpikeDetector()
+        self._absorbing, self._inflating, self._imminent = Hysteresis(), Hysteresis(), Hysteresis()
+        self._behind, self._kicking = Hysteresis(), Hysteresis()
+        self._firing: dict[AlertKind, int] = {}  # kind → index into alerts
+        self._counts: dict[str, int] = {}
+        self._causes = self._observe()
+
+    @property
+    def attentive(self) -> bool:
+        """True while every step should be read."""
+        return self.phase is not Phase.HEALTHY or bool(self._firing) or self._stirring
+
+    def update(self, reading: Reading) -> Verdict:
+        """Judge one reading."""
+        tau, limits = self.context.tau, self.limits
+        derived = self.signals.update(reading, tau, limits)
+        # The causes as they stood before the loss moved: a spike un-absorbs its rows.
+        if self.spike.state == QUIET:
+            self._causes = self._observe()
+        was = self.spike.state
+        state = self.spike.update(reading.step, reading.get("loss", reading.get("head_loss")), tau, limits)
+        verdict = Verdict(self.phase, derived=derived)
+        self._non_finite(reading, verdict)
+        if state != QUIET:
+            self._in_slingshot(reading.step, state, began=was == QUIET, verdict=verdict)
+        else:
+            if was != QUIET:
+                self._end(AlertKind.SLINGSHOT, reading.step, verdict)
+                self.signals.restart()
+            self._between(reading.step, verdict)
+        verdict.phase = self.phase
+        return verdict
+
+    # --- stages --------------------------------------------------------------------------------
+
+    def _in_slingshot(self, step: int, state: str, *, began: bool, verdict: Verdict) -> None:
+        self.phase = Phase.RECOVERING if state == FALLEN else Phase.SLINGSHOT
+        if not began:
+            return
+        for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
+            self._end(kind, step, verdict)
+        for switch in (self._absorbing, self._inflating, self._imminent, self._behind, self._kicking):
+            switch.on = False
+        mechanism, confidence = name_mechanism(self._causes, self.limits.rms_t_at_risk)
+        self._begin(AlertKind.SLINGSHOT, Severity.CRITICAL, self.spike.start, mechanism, confidence, verdict)
+
+    def _between(self, step: int, verdict: Verdict) -> None:
+        limits, signals, tau = self.limits, self.signals, self.context.tau
+        violation, growth = signals.violation, signals.growth * tau
+        absorbing = self._absorbing.update(
+            step, violation >= limits.absorbing_enter, violation >= limits.absorbing_exit
+        )
+        inflating = self._inflating.update(
+            step,
+            absorbing and growth >= limits.inflating_growth,
+            absorbing and growth >= 0.5 * limits.inflating_growth,
+        )
+        imminent = self._imminent.update(
+            step,
+            absorbing
+            and growth >= limits.imminent_growth
+            and signals.displacement >= limits.imminent_displacement,
+            absorbing and signals.displacement >= limits.imminent_exit,
+        )
+        behind, kicking = self._optimizer_behind(step, numeric=absorbing)
+
+        if imminent or kicking:
+            self.phase = Phase.IMMINENT
+        elif inflating:
+            self.phase = Phase.INFLATING
+        elif absorbing:
+            self.phase = Phase.ABSORBING
+        else:
+            self.phase = Phase.HEALTHY
+
+        numeric = (Mechanism.NUMERICAL_FEATURE_INFLATION, 0.0)
+        self._hold(
+            AlertKind.AT_RISK,
+            absorbing or behind,
+            Severity.WARNING if inflating or imminent else Severity.INFO,
+            step,
+            numeric if absorbing else None,
+            verdict,
+        )
+        self._hold(
+            AlertKind.IMMINENT,
+            imminent or kicking,
+            Severity.CRITICAL if imminent else Severity.WARNING,
+            step,
+            numeric if imminent else None,
+            verdict,
+        )
+
+    # --- second-moment slingshots ----------------------------------------------------------------
+
+    def _optimizer_behind(self, step: int, *, numeric: bool) -> tuple[bool, bool]:
+        """(at risk, imminent) by RMS_t. Where rows absorb, RMS_t tells the same story later."""
+        limits, signals = self.limits, self.signals
+        possible = not numeric and self._forgotten
+        behind = self._behind.update(
+            step,
+            possible and signals.rms_t_now >= limits.rms_t_at_risk,
+            possible and signals.rms_t >= limits.rms_t_exit,
+        )
+        kicking = self._kicking.update(
+            step,
+            possible and signals.rms_t_now >= limits.rms_t_imminent,
+            possible and signals.rms_t >= limits.rms_t_exit,
+        )
+        return behind, kicking
+
+    @property
+    def _forgotten(self) -> bool:
+        """The second moment has let go of the gradient it once had: without that, RMS_t is just noise."""
+        return self.signals.decay <= -0.3
+
+    @property
+    def _stirring(self) -> bool:
+        """Signals half way to a state: read every step, or the state is seen late."""
+        signals, limits = self.signals, self.limits
+        return signals.violation >= 0.5 * limits.absorbing_exit or (
+            self._forgotten and signals.rms_t_now >= 0.7 * limits.rms_t_at_risk
+        )
+
+    # --- evidence --------------------------------------------------------------------------------
+
+    def _observe(self) -> Causes:
+        signals = self.signals
+        return Causes(
+            violation=signals.violation,
+            rms_t=signals.rms_t,
+            decay=signals.decay,
+            curvature=signals.curvature,
+            stability_limit=self.context.stability_limit,
+            decoupled_decay=self.context.decoupled_decay,
+        )
+
+    def _evidence(self, kind: AlertKind) -> dict[str, Evidence]:
+        signals, limits = self.signals, self.limits
+        items = {
+            "zero_sum_violation": Evidence(signals.violation, limits.absorbing_enter, limits.absorbing_exit),
+            "feature_mean_growth": Evidence(
+                signals.growth, limits.inflating_growth / self.context.tau, 0.0
+            ),
+            "logit_displacement": Evidence(signals.displacement, limits.imminent_displacement),
+            "rms_t_max": Evidence(signals.rms_t, limits.rms_t_imminent, 1.0),
+            "second_moment_decay": Evidence(signals.decay, -0.3, 0.0),
+            "secant_curvature": Evidence(signals.curvature, self.context.stability_limit),
+        }
+        if kind is AlertKind.SLINGSHOT:
+            items["loss"] = Evidence(self.spike.peak, self.limits.spike_high, self.spike.level)
+        return {name: item for name, item in items.items() if math.isfinite(item.value)}
+
+    # --- alerts: begin, update, end ----------------------------------------------------------------
+
+    def _hold(
+        self,
+        kind: AlertKind,
+        active: bool,
+        severity: Severity,
+        step: int,
+        known: tuple[Mechanism, float] | None,
+        verdict: Verdict,
+    ) -> None:
+        """Keep one alert of ``kind`` firing while ``active``."""
+        if not active:
+            self._end(kind, step, verdict)
+            return
+        mechanism, confidence = name_mechanism(self._observe(), self.limits.rms_t_at_risk)
+        if known is not None and mechanism is not known[0]:
+            # Hysteresis keeps a numeric state alive below the level at which it was named.
+            mechanism, confidence = known[0], 0.5 if self.signals.violation < NUMERIC_ABOVE else 0.6
+        index = self._firing.get(kind)
+        if index is None:
+            self._begin(kind, severity, step, mechanism, confidence, verdict)
+            return
+        old = self.alerts[index]
+        rises = severity.rank > old.severity.rank
+        firmer = confidence > old.confidence or mechanism is old.mechanism
+        new = replace(
+            old,
+            last_step=step,
+            phase=self.phase,
+            severity=severity if rises else old.severity,
+            mechanism=mechanism if firmer else old.mechanism,
+            confidence=confidence if firmer else old.confidence,
+            evidence=self._evidence(kind),
+            steps_to_spike=self._forecast(kind, mechanism),
+        )
+        if rises or new.mechanism is not old.mechanism:
+            new = replace(new, advice=self._advice(kind, new.mechanism))
+            verdict.changes.append((Change.UPDATE, new))
+        elif new.phase is not old.phase:
+            verdict.changes.append((Change.UPDATE, new))
+        self.alerts[index] = new
+
+    def _begin(
+        self,
+        kind: AlertKind,
+        severity: Severity,
+        step: int,
+        mechanism: Mechanism,
+        confidence: float,
+        verdict: Verdict,
+    ) -> None:
+        self._counts[kind.value] = number = self._counts.get(kind.value, 0) + 1
+        alert = Alert(
+            id=f"{kind}-{number}",
+            kind=kind,
+            severity=severity,
+            state=AlertState.FIRING,
+            phase=self.phase,
+            first_step=step,
+            last_step=step,
+            mechanism=mechanism,
+            confidence=confidence,
+            evidence=self._evidence(kind),
+            steps_to_spike=self._forecast(kind, mechanism),
+            advice=self._advice(kind, mechanism),
+            layer=self.context.layer,
+            rank=self.context.rank,
+        )
+        self._firing[kind] = len(self.alerts)
+        self.alerts.append(alert)
+        verdict.changes.append((Change.BEGIN, alert))
+
+    def _end(self, kind: AlertKind, step: int, verdict: Verdict) -> None:
+        index = self._firing.pop(kind, None)
+        if index is None:
+            return
+        last = self.spike.fallen_at if kind is AlertKind.SLINGSHOT else step
+        evidence = self._evidence(kind) if kind is AlertKind.SLINGSHOT else self.alerts[index].evidence
+        ended = replace(
+            self.alerts[index],
+            state=AlertState.RESOLVED,
+            last_step=last,
+            evidence={**self.alerts[index].evidence, **{k: v for k, v in evidence.items() if k == "loss"}},
+            steps_to_spike=None,
+        )
+        self.alerts[index] = ended
+        verdict.changes.append((Change.END, ended))
+
+    def _forecast(self, kind: AlertKind, mechanism: Mechanism) -> tuple[int, int, int] | None:
+        if kind not in (AlertKind.AT_RISK, AlertKind.IMMINENT):
+            return None
+        # A countdown without growth would count down to nothing.
+        if mechanism is not Mechanism.NUMERICAL_FEATURE_INFLATION or not self._inflating.on:
+            return None
+        signals = self.signals
+        return steps_to_spike(
+            signals.displacement_rms, signals.displacement_slope, self.context.beta2, self.context.tau
+        )
+
+    def _advice(self, kind: AlertKind, mechanism: Mechanism) -> tuple[str, ...]:
+        return advice_for(
+            kind, mechanism, self.phase, self.context.tau, half_precision=self.context.half_precision
+        )
+
+    def _non_finite(self, reading: Reading, verdict: Verdict) -> None:
+        loss = reading.values.get("loss", 0.0)
+        bad = reading.get("non_finite_gradients", 0.0)
+        norm = reading.values.get("weight_norm", 0.0)
+        broken = not math.isfinite(loss) or bad > 0 or not math.isfinite(norm)
+        if not broken:
+            if "non_finite_gradients" in reading.values:
+                self._end(AlertKind.NON_FINITE, reading.step, verdict)
+            return
+        index = self._firing.get(AlertKind.NON_FINITE)
+        if index is not None:
+            self.alerts[index] = replace(self.alerts[index], last_step=reading.step)
+            return
+        self._begin(
+            AlertKind.NON_FINITE, Severity.CRITICAL, reading.step, Mechanism.UNKNOWN, 0.0, verdict
+        )
+        alert = replace(
+            self.alerts[-1],
+            evidence={
+                "loss": Evidence(loss),
+                "non_finite_gradients": Evidence(bad, 0.0),
+                "weight_norm": Evidence(norm),
+            },
+        )
+        self.alerts[-1] = alert
+        verdict.changes[-1] = (Change.BEGIN, alert)
+
+    # --- resume ------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only: survives JSON and torch.save alike."""
+        return {
+            "phase": self.phase.value,
+            "alerts": [alert.to_json() for alert in self.alerts],
+            "signals": self.signals.state_dict(),
+            "spike": self.spike.state_dict(),
+            "switches": {name: getattr(self, name).state_dict() for name in _SWITCHES},
+            "firing": {kind.value: index for kind, index in self._firing.items()},
+            "counts": dict(self._counts),
+            "causes": self._causes.__dict__.copy(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.phase = Phase(state["phase"])
+        self.alerts[:] = [Alert.from_json(record) for record in state["alerts"]]
+        self.signals.load_state_dict(state["signals"])
+        self.spike.load_state_dict(state["spike"])
+        for name in _SWITCHES:
+            getattr(self, name).load_state_dict(state["switches"][name])
+        self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
+        self._counts = dict(state["counts"])
+        self._causes = Causes(**state["causes"])
+
+
+_SWITCHES = ("_absorbing", "_inflating", "_imminent", "_behind", "_kicking")

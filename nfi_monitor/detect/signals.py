@@ -1,0 +1,122 @@
+"""Smooth the readings into the few signals that phases are decided on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from nfi_monitor.detect.smoothing import Ema, Hysteresis, Slope, Stateful
+from nfi_monitor.types import Reading, Thresholds
+
+NAN = math.nan
+
+
+class Signals(Stateful):
+    """Updated once a reading; every attribute without an underscore is a signal.
+
+    violation: zero-sum violation, smoothed; NaN while unseen or while the loss breaks it by design.
+    growth: d ln‖μ_G‖ / d step, smoothed.  classifier_growth: the same of ‖W_G‖.
+    displacement: ln-average of δ in nats (the probe's margins where there is a probe).
+    displacement_slope: d ln δ_rms / d step.  rms_t, curvature: largest of about the last τ.
+    decay: decades sqrt(v̂) of the head lies below its maximum since the last slingshot.
+    broken_by_design: rounding cannot explain the violation; it is not absorption.
+    """
+
+    __slots__ = (
+        "_displacement", "_growth", "_classifier_growth", "_slope", "_unexplained", "_unexplained_switch",
+        "_violation", "classifier_growth", "curvature", "decay", "displacement", "displacement_rms",
+        "displacement_slope", "growth", "last_step", "rms_t", "rms_t_now", "root_max", "soft_targets",
+        "violation",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        self._violation, self._unexplained, self._displacement = Ema(), Ema(), Ema()
+        self._growth, self._classifier_growth, self._slope = Slope(), Slope(), Slope()
+        self._unexplained_switch = Hysteresis()
+        self.violation = self.growth = self.classifier_growth = NAN
+        self.displacement = self.displacement_rms = self.displacement_slope = NAN
+        self.rms_t = self.rms_t_now = self.curvature = self.decay = NAN
+        self.root_max = 0.0
+        self.soft_targets = False
+        self.last_step = 0
+
+    @property
+    def broken_by_design(self) -> bool:
+        return bool(self._unexplained_switch.on)
+
+    def update(self, reading: Reading, tau: float, limits: Thresholds) -> dict[str, float]:
+        """Take a reading in; returns the quantities derived from it (growth rates, decay)."""
+        step, get = reading.step, reading.get
+        window = min(limits.absorbing_smoothing * tau, limits.smoothing_cap)
+        short = min(limits.displacement_smoothing * tau, limits.displacement_cap)
+        derived: dict[str, float] = {}
+
+        share = self._unexplained.update(step, get("unexplained_violation_fraction"), window)
+        self._unexplained_switch.update(
+            step, share >= limits.unexplained_enter, not share < limits.unexplained_exit
+        )
+        if "soft_target_fraction" in reading.values:
+            self.soft_targets = get("soft_target_fraction") > 0.5
+
+        observed = get("zero_sum_violation", get("zero_sum_violation_weight"))
+        smoothed = self._violation.update(step, observed, window)
+        self.violation = NAN if self.broken_by_design else smoothed
+
+        if "feature_mean_norm" in reading.values:
+            self.growth = self._growth.update(step, _log(get("feature_mean_norm")), window)
+            derived["feature_mean_growth"] = self.growth
+        if "classifier_mean_norm" in reading.values:
+            self.classifier_growth = self._classifier_growth.update(
+                step, _log(get("classifier_mean_norm")), window
+            )
+            derived["classifier_mean_growth"] = self.classifier_growth
+
+        delta = get("margin_displacement", get("logit_displacement"))
+        self.displacement = math.exp(self._displacement.update(step, _log(delta), short))
+        if "logit_displacement_rms" in reading.values:
+            self.displacement_rms = get("logit_displacement_rms")
+            self.displacement_slope = self._slope.update(step, _log(self.displacement_rms), window)
+
+        # A maximum that forgets over τ: the event's own first steps must not be the only ones seen.
+        keep = math.exp(-max(step - self.last_step, 1) / tau)
+        self.rms_t_now = get("rms_t_max", self.rms_t_now)
+        self.rms_t = _fading_max(self.rms_t, get("rms_t_max"), keep)
+        self.curvature = _fading_max(self.curvature, get("secant_curvature"), keep)
+
+        root = get("head_sqrt_exp_avg_sq_mean", get("sqrt_exp_avg_sq_mean"))
+        if math.isfinite(root) and root > 0:
+            self.root_max = max(self.root_max, root)
+            self.decay = math.log10(root / self.root_max)
+            derived["second_moment_decay"] = self.decay
+        self.last_step = step
+        return derived
+
+    def restart(self) -> None:
+        """A slingshot is over: maxima start anew."""
+        self.root_max = 0.0
+        self.rms_t = self.curvature = NAN
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            name: value.state_dict() if isinstance(value := getattr(self, name), Stateful) else value
+            for name in self.__slots__
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for name in self.__slots__:
+            value = getattr(self, name)
+            if isinstance(value, Stateful):
+                value.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
+
+
+def _log(x: float) -> float:
+    return math.log(x) if math.isfinite(x) and x > 0 else NAN
+
+
+def _fading_max(held: float, x: float, keep: float) -> float:
+    if not math.isfinite(x):
+        return held
+    return x if math.isnan(held) else max(x, held * keep)

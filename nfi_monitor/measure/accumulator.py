@@ -1,0 +1,75 @@
+"""Add up the rows of the micro-batches of one optimizer step, on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nfi_monitor.capture.head import Rows
+from nfi_monitor.measure import global_means
+from nfi_monitor.measure.rows import row_statistics, single_output_statistics
+
+FEATURE_ROWS = 64
+"""Rows of features kept until the step, for the logit displacement."""
+
+
+class RowAccumulator:
+    """Merges row statistics; ``absorbed_classes`` [K] counts absorbed rows by class over the whole run."""
+
+    def __init__(self) -> None:
+        self.absorbed_classes: Tensor | None = None
+        self.earlier_classes: dict[int, float] = {}  # counts from before a resume
+        self.single_output: bool | None = None
+        self.clear()
+
+    def clear(self) -> None:
+        """Start the next optimizer step."""
+        self.sums: Tensor | None = None
+        self.maxima: Tensor | None = None
+        self.features: Tensor | None = None
+        self._feature_sum: Tensor | None = None
+        self._feature_count: Tensor | None = None
+
+    def add(self, rows: Rows) -> None:
+        self.single_output = rows.logits.shape[-1] == 1
+        measure = single_output_statistics if self.single_output else row_statistics
+        statistics = measure(rows.grad, rows.logits, rows.total)
+        if self.sums is None or self.maxima is None:
+            self.sums, self.maxima = statistics.sums, statistics.maxima
+        else:
+            self.sums = self.sums + statistics.sums
+            self.maxima = torch.maximum(self.maxima, statistics.maxima)
+        if statistics.winner is not None and statistics.absorbed is not None:
+            if self.absorbed_classes is None:
+                classes = rows.logits.shape[-1]
+                self.absorbed_classes = torch.zeros(classes, dtype=torch.float32, device=rows.logits.device)
+            self.absorbed_classes.index_add_(0, statistics.winner, statistics.absorbed.float())
+        if rows.features is not None:
+            features = rows.features
+            if features.dtype not in (torch.float32, torch.float64):
+                features = features.float()
+            total = global_means.feature_sum(features, statistics.counts)
+            count = statistics.counts.sum()
+            if self._feature_sum is None or self._feature_count is None:
+                self._feature_sum, self._feature_count = total, count
+                # A copy: the rows must not keep the whole batch's features alive until the step.
+                self.features = features[:FEATURE_ROWS].clone()
+            else:
+                self._feature_sum = self._feature_sum + total
+                self._feature_count = self._feature_count + count
+
+    @property
+    def feature_mean(self) -> Tensor | None:
+        """μ_G [d] over the rows that count; NaN where none does."""
+        if self._feature_sum is None or self._feature_count is None:
+            return None
+        return self._feature_sum / self._feature_count
+
+    def most_absorbed(self, limit: int | None) -> list[tuple[int, float]]:
+        """(class, absorbed rows seen), most first. Reads the counts from the device: not for a hot path."""
+        counts = dict(self.earlier_classes)
+        if self.absorbed_classes is not None:
+            for index, count in enumerate(self.absorbed_classes.tolist()):
+                if count > 0:
+                    counts[index] = counts.get(index, 0.0) + count
+        return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]

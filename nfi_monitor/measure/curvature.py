@@ -1,0 +1,37 @@
+"""Secant curvature along the update, in the metric Adam moves in.
+
+Two consecutive gradients and the step between them give sᵀHs without a Hessian product.  Adam with
+preconditioner P = sqrt(v̂)+ε_A is locally unstable once lr · sᵀHs / sᵀPs stays above
+2(1+β1)/(1−β1) = 38 for β1 = .9 (Bai et al., arXiv 2506.04805; curvature along the direction of travel,
+because λ_max alone crosses the limit an order of magnitude more often than spikes happen).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def secant_curvature(
+    step: Tensor,
+    gradient_change: Tensor,
+    preconditioner: Tensor,
+    lr: Tensor | float,
+    weights: Tensor | None,
+) -> Tensor:
+    """lr · sᵀy / sᵀPs, dimensionless, scalar tensor; NaN when nothing moved.
+
+    ``step`` s [C], ``gradient_change`` y [C], ``preconditioner`` P [C], ``weights`` inverse sampling
+    rates [C] or None.  With minibatches y also holds the batches' difference: noisy, unbiased only
+    in expectation.
+    """
+    if weights is not None:
+        step_weighted = step * weights
+    else:
+        step_weighted = step
+    return lr * torch.dot(step_weighted, gradient_change) / torch.dot(step_weighted, preconditioner * step)
+
+
+def stability_limit(beta1: float) -> float:
+    """2(1+β1)/(1−β1): the curvature above which Adam oscillates (Cohen et al. 2022, arXiv 2207.14484)."""
+    return 2.0 * (1.0 + beta1) / (1.0 - beta1)

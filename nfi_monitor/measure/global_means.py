@@ -1,0 +1,29 @@
+"""The two global means whose feedback loop is Numerical Feature Inflation.
+
+W_G, the mean over classes of the head's weight rows, and μ_G, the mean over rows of the features.
+Under absorption each is pushed along the negative of the other (Liu et al. 2026, Theorem 3.7).  Their
+cosine is reported but decides nothing: it reaches −.8 in healthy language models too.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def classifier_mean(weight: Tensor) -> Tensor:
+    """W_G. ``weight`` [K, d], classes first → [d], float32 or float64."""
+    return weight.mean(0, dtype=torch.float64 if weight.dtype is torch.float64 else torch.float32)
+
+
+def feature_sum(features: Tensor, counts: Tensor) -> Tensor:
+    """Sum of the features of the rows that count. ``features`` [N, d], ``counts`` [N] of 0/1 → [d].
+
+    A sum, not a mean: micro-batches add up.
+    """
+    return counts.to(features.dtype) @ features
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """cos(a, b) of two vectors [d] → scalar tensor; NaN if either is zero."""
+    return torch.dot(a, b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))

@@ -1,0 +1,110 @@
+"""All quantities of one optimizer step, as named 0-d tensors on the device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nfi_monitor.capture.optimizer import Update
+from nfi_monitor.measure import curvature, displacement, global_means, second_moment, weight_norm, zero_sum
+
+
+class Memory:
+    """The part of the last measured step that the next one is compared with."""
+
+    __slots__ = ("before", "grad", "preconditioner", "step")
+
+    def __init__(self, step: int, before: Tensor, grad: Tensor, preconditioner: Tensor) -> None:
+        self.step = step
+        self.before = before
+        self.grad = grad
+        self.preconditioner = preconditioner
+
+
+def step_statistics(
+    update: Update,
+    features: Tensor | None,
+    feature_mean: Tensor | None,
+    previous: Memory | None,
+    step: int,
+) -> tuple[dict[str, Tensor], Memory | None]:
+    """Measure what one step did.
+
+    Args:
+        update: the tensors around the step.
+        features: [n, d] features of some rows of the same step, or None.
+        feature_mean: μ_G [d] of the same step, or None.
+        previous: memory of the last measured step; used only if it is the step before this one.
+        step: this optimizer step.
+
+    Returns:
+        Quantities by name as scalar tensors, and the memory for the next step.
+    """
+    values: dict[str, Tensor] = {}
+    sample, grad = update.sample, update.grad
+    bad = ~torch.isfinite(grad)
+    values["non_finite_gradients"] = bad.sum()
+    values["gradient_norm"] = weight_norm.norm(grad, sample.weights)
+    moved = update.after - update.before
+    total = float(len(grad)) if sample.weights is None else sample.weights.sum()
+    values["update_rms"] = weight_norm.norm(moved, sample.weights) / total**0.5
+    values["weight_norm"] = weight_norm.norm(update.after, sample.weights)
+
+    memory = None
+    if update.exp_avg_sq is not None:
+        root = second_moment.root(update.exp_avg_sq, update.correction)
+        per_tensor = second_moment.rms_t(grad, root, update.eps, sample.segments, sample.counts)
+        values["rms_t_max"] = per_tensor.amax()
+        values["sqrt_exp_avg_sq_median"] = root.median()
+        values["sqrt_exp_avg_sq_mean"] = weight_norm.stratified_sum(root, sample.weights) / total
+        head_root, eps = root, update.eps
+        if update.head_span is not None:
+            span = slice(*update.head_span)
+            head_root = root[span]
+            eps = update.eps[span] if isinstance(update.eps, Tensor) else update.eps
+            tensor = sample.segments[update.head_span[0]]
+            values["rms_t_head"] = per_tensor.index_select(0, tensor.unsqueeze(0)).squeeze(0)
+            values["head_sqrt_exp_avg_sq_median"] = head_root.median()
+            values["head_sqrt_exp_avg_sq_mean"] = head_root.mean()
+        floor = eps.mean() if isinstance(eps, Tensor) else eps
+        values["effective_learning_rate"] = second_moment.effective_learning_rate(update.lr, head_root, floor)
+        preconditioner = root + update.eps
+        if previous is not None and previous.step == step - 1 and previous.grad.shape == grad.shape:
+            values["secant_curvature"] = curvature.secant_curvature(
+                update.before - previous.before,
+                grad - previous.grad,
+                previous.preconditioner,
+                update.lr,
+                sample.weights,
+            )
+        memory = Memory(step, update.before, grad, preconditioner)
+
+    if update.head_weight_update is not None and features is not None and len(features):
+        weight_update = update.head_weight_update
+        largest, rms = displacement.logit_displacement(
+            weight_update, update.head_bias_update, features.to(weight_update.dtype)
+        )
+        if weight_update.shape[0] > 1:
+            values["logit_displacement"], values["logit_displacement_rms"] = largest, rms
+    if update.head_weight is not None:
+        values["head_weight_norm"] = torch.linalg.vector_norm(update.head_weight, dtype=torch.float32)
+        if update.head_weight.shape[0] > 1:
+            classifier_mean = global_means.classifier_mean(update.head_weight)
+            values["classifier_mean_norm"] = torch.linalg.vector_norm(classifier_mean)
+            if feature_mean is not None and len(feature_mean) == len(classifier_mean):
+                values["mean_alignment"] = global_means.cosine(
+                    classifier_mean, feature_mean.to(classifier_mean.dtype)
+                )
+    if feature_mean is not None:
+        values["feature_mean_norm"] = torch.linalg.vector_norm(feature_mean)
+    if update.head_weight_grad is not None:
+        values["zero_sum_violation_weight"] = zero_sum.weight_violation(update.head_weight_grad)
+    if update.head_bias_grad is not None:
+        values["zero_sum_violation_bias"] = zero_sum.bias_violation(update.head_bias_grad)
+    if update.found_inf is not None:
+        values[SKIPPED] = update.found_inf.reshape(())
+    return values, memory
+
+
+SKIPPED = "_found_inf"
+"""Not a quantity: > 0 marks a step that a gradient scaler made the fused optimizer skip."""

@@ -1,0 +1,22 @@
+"""Weight, gradient and update norms from a stratified coordinate sample.
+
+Thilak et al. (arXiv 2206.04817) define the slingshot by the growth of the last layer's norm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def stratified_sum(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Estimate of a sum over all coordinates from a sample. [C], inverse sampling rates [C] → scalar.
+
+    ``weights`` None: the sample is everything, and the result is the sum itself.
+    """
+    return values.sum() if weights is None else torch.dot(values, weights)
+
+
+def norm(values: Tensor, weights: Tensor | None) -> Tensor:
+    """Euclidean norm over all coordinates, estimated. [C], [C] or None → scalar tensor."""
+    return stratified_sum(values * values, weights).sqrt()

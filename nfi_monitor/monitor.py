@@ -1,0 +1,533 @@
+"""The one stateful public class: attaches, makes one pass per optimizer step, detaches.
+
+capture → measure → detect → report: only this file knows all four.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from os import PathLike
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor._version import __version__
+from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
+from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, Update, unwrap
+from nfi_monitor.capture.outbox import Outbox
+from nfi_monitor.capture.probe_batch import ProbeBatch
+from nfi_monitor.capture.sampling import auto_interval
+from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.errors import AlreadyMonitoredError
+from nfi_monitor.history import History
+from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.measure.rows import MAXIMA, SUMS, finish
+from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics
+from nfi_monitor.notes import NoteTaker
+from nfi_monitor.types import Alert, Change, Note, Phase, Reading, Thresholds, finite_or_none
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nfi_monitor.report.sink import Sink
+    from nfi_monitor.report.summary import Summary
+
+_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_ROW_WIDTH = len(SUMS) + len(MAXIMA)
+
+
+class Monitor:
+    """Watch a training run for slingshots. Attaches at once; detaches on ``close()`` or at the end of ``with``.
+
+    Args:
+        model: the module being trained (wrapped by DDP or torch.compile or not).
+        optimizer: the optimizer whose ``step()`` updates it; wrappers are looked through.
+        head: the classifier head, as a module or by its qualified name; None finds it; False says that
+            no module is the head and rows come from :meth:`tap` alone.
+        run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, where tensorboard is
+            installed, event files. None writes nothing.
+        console: True prints a line when something begins or ends, False nothing; or a rich ``Console``.
+        on_alert: called with the :class:`Alert` whenever one begins, changes or ends.
+        probe: a fixed batch ``(inputs, targets)`` whose margins are compared between readings: sees
+            displacement that the head alone does not show (a head fed by LayerNorm). One extra forward
+            pass per reading. ``inputs`` is a tensor, a tuple of arguments or a dict of keywords;
+            ``targets`` int64, of the logits' shape without the class axis.
+        thresholds: the constants of detection.
+        every: "auto" reads sparsely while nothing is going on and every step once something is; an
+            int reads every so many optimizer steps.
+
+    Raises:
+        HeadNotFoundError: no module, or more than one, could be the head; lists the candidates.
+        AlreadyMonitoredError: another open monitor watches the same head.
+        TypeError, ValueError: arguments of the wrong kind.
+
+    Training is never changed: every hook returns None, tensors are detached before they are read, no
+    random number is drawn.  Training is never stopped: what fails inside is reported once and goes quiet.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        head: nn.Module | str | bool | None = None,
+        run_dir: str | PathLike[str] | None = None,
+        console: bool | Console = True,
+        on_alert: Callable[[Alert], None] | None = None,
+        probe: tuple[Any, Tensor] | None = None,
+        thresholds: Thresholds | None = None,
+        every: int | str = "auto",
+    ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Monitor needs a torch.nn.Module, got {type(model).__name__}.")
+        if not (every == "auto" or (isinstance(every, int) and not isinstance(every, bool) and every >= 1)):
+            raise ValueError(f"every={every!r}: use \"auto\" or a number of optimizer steps ≥ 1.")
+        if head is True:
+            raise ValueError("head=True means nothing: name the module, or leave it out to have it found.")
+        if on_alert is not None and not callable(on_alert):
+            raise TypeError(f"on_alert must be callable, got {type(on_alert).__name__}.")
+        self._optimizer = unwrap(optimizer)
+        self._head: Head | None = None if head is False else find_head(model, head)  # type: ignore[arg-type]
+        self._key = self._head.module if self._head is not None else model
+        if self._key in _WATCHED:
+            where = self._head.describe() if self._head is not None else type(model).__name__
+            raise AlreadyMonitoredError(
+                f"{where} is already watched by an open monitor. Close it first (monitor.close(), or leave "
+                "its with block); one monitor sees everything two would."
+            )
+
+        self._every = every
+        self._model = model
+        self._reader = OptimizerReader(self._optimizer, self._head)
+        self._thresholds = thresholds or Thresholds()
+        self._detector = Detector(self._thresholds, self._read_context())
+        self._rows = RowAccumulator()
+        self._outbox = Outbox()
+        self._memory: Memory | None = None
+        self._probe_batch = None if probe is None else ProbeBatch(model, *probe)
+        self._on_alert = on_alert
+        self.history = History()
+        self.phases: list[tuple[int, Phase]] = [(0, Phase.HEALTHY)]
+        """(step, phase) whenever the phase changes."""
+        self.run_dir = run_dir
+
+        self._step = 0  # optimizer steps completed
+        self._wanted_step: int | None = 1  # the step that is being captured, None between readings
+        self._losses: list[Tensor | float] = []
+        self._late_losses: list[tuple[int, Tensor]] = []
+        self._before: Any = None
+        self._quiet: set[str] = set()  # parts that failed and went quiet
+        self._measured = 0
+        self._seconds = 0.0
+        self._started = time.perf_counter()
+        self._finished: float | None = None
+        self._closed = False
+
+        self._sinks: list[Sink] = self._open_sinks(console)
+        self._notes = NoteTaker(self._say)
+        for sink in list(self._sinks):
+            self._tell(sink, lambda sink=sink: sink.start(self._info()))
+        self._notes.attached(self._head, self._reader)
+        self._probe = HeadProbe(lambda: self._wanted_step, self._rows_arrived, self._failed)
+        self._handles: list[Any] = [StepHooks(self._optimizer, self._before_step, self._after_step)]
+        if self._head is not None:
+            self._handles.append(self._head.module.register_forward_hook(self._probe))
+        _WATCHED.add(self._key)
+
+    # --- the user's side -------------------------------------------------------------------------
+
+    def observe_loss(self, loss: Tensor | float) -> None:
+        """Tell the monitor the loss of this micro-batch; call it before ``optimizer.step()``.
+
+        Never synchronises: a tensor is kept as it is and read with the step's other numbers.
+        """
+        if not self._closed:
+            self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+
+    def tap(self, logits: Tensor) -> Tensor:
+        """Watch exactly this tensor [..., K] instead of the head's output; returns it unchanged.
+
+        For logits that are no module's output, or are cast, scaled or capped between head and loss.
+        """
+        if not self._closed:
+            self._probe.tap(logits)
+        return logits
+
+    @property
+    def alerts(self) -> list[Alert]:
+        """All alerts, oldest first; a firing one is replaced by its newer state as it develops."""
+        return list(self._detector.alerts)
+
+    @property
+    def phase(self) -> Phase:
+        return self._detector.phase
+
+    @property
+    def notes(self) -> list[Note]:
+        """What was said once: what could not be seen."""
+        return list(self._notes.said.values())
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps seen so far."""
+        return self._step
+
+    def summary(self) -> Summary:
+        """Everything so far as one object: rich prints it, ``json.dumps`` writes it."""
+        from nfi_monitor.report.summary import summarize
+
+        self._drain(everything=True)
+        return summarize(self._info(), self.history, self.phases, self.alerts, self.notes)
+
+    def close(self) -> None:
+        """Detach all hooks and finish the reports. Calling it again does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        _WATCHED.discard(self._key)
+        try:
+            self._flush_losses()
+            self._drain(everything=True)
+        except Exception as error:
+            self._failed("close", error)
+        self._finished = time.perf_counter()
+        self._before, self._memory = None, None
+        self._rows.clear()
+        if self._sinks:
+            info, summary = self._info(), self.summary()
+            for sink in list(self._sinks):
+                self._tell(sink, lambda sink=sink: sink.close(info, summary))
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Detector, alerts and clock, in plain types, for the run's checkpoint. Readings are not in it."""
+        self._drain(everything=True)
+        return {
+            "version": __version__,
+            "step": self._step,
+            "detector": self._detector.state_dict(),
+            "phases": [[step, phase.value] for step, phase in self.phases],
+            "absorbing_classes": self._absorbing_classes(limit=None),
+            "notes": [[note.code, note.message, note.step] for note in self.notes],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` left off. Raises ValueError for a state of another kind."""
+        if "detector" not in state or "step" not in state:
+            raise ValueError(
+                "Not a monitor's state: expected keys 'step' and 'detector', found "
+                f"{sorted(map(str, state))[:8]}. Pass what monitor.state_dict() returned."
+            )
+        self._step = int(state["step"])
+        self._wanted_step = self._step + 1
+        self._detector.load_state_dict(state["detector"])
+        self.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]
+        self._rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
+        for code, message, step in state["notes"]:
+            self._notes.said.setdefault(code, Note(code, message, int(step)))
+
+    # --- hooks -----------------------------------------------------------------------------------
+
+    def _rows_arrived(self, rows: Rows) -> None:
+        if "rows" in self._quiet or self._closed:
+            return
+        started = time.perf_counter()
+        with torch.no_grad(), _full_precision(rows.grad.device.type):
+            self._rows.add(rows)
+        self._seconds += time.perf_counter() - started
+
+    def _before_step(self) -> None:
+        if self._wanted_step is None or "optimizer" in self._quiet:
+            return
+        started = time.perf_counter()
+        try:
+            with torch.no_grad():
+                self._before = self._reader.before(self._wanted_step)
+        except Exception as error:
+            self._failed("optimizer", error)
+        self._seconds += time.perf_counter() - started
+
+    def _after_step(self) -> None:
+        started = time.perf_counter()
+        self._step += 1
+        try:
+            with torch.no_grad():
+                if self._wanted_step is not None:
+                    self._measure()
+                elif self._losses:
+                    self._loss_only()
+            self._drain()
+        except Exception as error:
+            self._failed("step", error)
+        self._losses.clear()
+        self._before = None
+        self._rows.clear()
+        self._wanted_step = self._next_wanted()
+        self._seconds += time.perf_counter() - started
+
+    # --- measure ---------------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        """One packed vector for this step: row sums, row maxima, step quantities, loss."""
+        self._measured += 1
+        packed: list[Tensor] = []
+        has_rows = self._rows.sums is not None and self._rows.maxima is not None
+        if self._rows.sums is not None and self._rows.maxima is not None:
+            packed += [self._rows.sums, self._rows.maxima]
+        values: dict[str, Tensor] = {}
+        host: dict[str, float] = {}
+        if self._before is not None and "optimizer" not in self._quiet:
+            try:
+                update = self._reader.after(self._before, self._step)
+                values, self._memory = step_statistics(
+                    update, self._rows.features, self._rows.feature_mean, self._memory, self._step
+                )
+                self._learning_rate(update, values, host)
+            except Exception as error:
+                self._failed("optimizer", error)
+        if self._probe_batch is not None and "probe" not in self._quiet:
+            try:
+                displacement = self._probe_batch.displacement(self._step)
+                if displacement is not None:
+                    values["margin_displacement"] = displacement
+            except Exception as error:
+                self._failed("probe", error)
+        self._take_loss(values, host)
+        device = self._anchor_device(packed, values)
+        if values:
+            packed.append(torch.stack([value.to(device, torch.float64 if device.type == "cpu" else torch.float32).reshape(()) for value in values.values()]))
+        label = (self._step, has_rows, tuple(values), host, bool(self._rows.single_output))
+        self._flush_losses()
+        self._outbox.put(label, torch.cat([part.to(packed[-1].dtype) for part in packed]) if packed else torch.empty(0))
+
+    def _learning_rate(self, update: Update, values: dict[str, Tensor], host: dict[str, float]) -> None:
+        if isinstance(update.lr, Tensor):
+            values["learning_rate"] = update.lr
+        else:
+            host["learning_rate"] = update.lr
+
+    def _take_loss(self, values: dict[str, Tensor], host: dict[str, float]) -> None:
+        if not self._losses:
+            return
+        tensors = [loss for loss in self._losses if isinstance(loss, Tensor)]
+        if not tensors:
+            host["loss"] = sum(self._losses) / len(self._losses)  # type: ignore[arg-type]
+            return
+        device = tensors[0].device
+        parts = [
+            loss.to(device).mean() if isinstance(loss, Tensor) else torch.tensor(loss, device=device)
+            for loss in self._losses
+        ]
+        values["loss"] = torch.stack([part.float() if part.dtype.itemsize < 4 else part for part in parts]).mean() if len(parts) > 1 else parts[0]
+
+    def _loss_only(self) -> None:
+        """Between readings the loss alone: free on a CPU, a batch of late ones on an accelerator."""
+        values: dict[str, Tensor] = {}
+        host: dict[str, float] = {}
+        self._take_loss(values, host)
+        if "loss" in values:
+            self._late_losses.append((self._step, values["loss"]))
+            if values["loss"].device.type == "cpu":
+                self._flush_losses()
+        else:
+            self._outbox.put((self._step, False, (), host, False), torch.empty(0))
+
+    def _flush_losses(self) -> None:
+        if self._late_losses:
+            steps = [step for step, _ in self._late_losses]
+            packed = torch.stack([loss.reshape(()) for _, loss in self._late_losses])
+            self._late_losses.clear()
+            self._outbox.put(steps, packed)
+
+    def _anchor_device(self, packed: list[Tensor], values: Mapping[str, Tensor]) -> torch.device:
+        for tensor in (*packed, *values.values()):
+            return tensor.device
+        return torch.device("cpu")
+
+    # --- detect and report -----------------------------------------------------------------------
+
+    def _drain(self, *, everything: bool = False) -> None:
+        for label, numbers in self._outbox.take(everything=everything):
+            if isinstance(label, list):
+                for step, loss in zip(label, numbers, strict=True):
+                    self._judge(Reading(step, {"loss": loss}), full=False)
+                continue
+            step, has_rows, names, host, single_output = label
+            values: dict[str, float] = dict(host)
+            if has_rows:
+                sums, maxima = numbers[: len(SUMS)], numbers[len(SUMS) : _ROW_WIDTH]
+                values |= finish(sums, maxima, single_output=single_output)
+                self._half_precision = maxima[MAXIMA.index("eps")] > 1e-4
+                numbers = numbers[_ROW_WIDTH:]
+            values |= dict(zip(names, numbers, strict=True))
+            if values.pop(SKIPPED, 0.0) > 0:
+                self._notes.skipped_step(step)
+                continue
+            self._judge(Reading(step, values), full=True)
+
+    def _judge(self, reading: Reading, *, full: bool) -> None:
+        if full:
+            self._detector.context = self._read_context()
+        verdict = self._detector.update(reading)
+        if verdict.derived:
+            reading = Reading(reading.step, {**reading.values, **verdict.derived})
+        if verdict.phase is not self.phases[-1][1]:
+            self.phases.append((reading.step, verdict.phase))
+        self.history.append(reading.step, reading.values)
+        for sink in list(self._sinks):
+            self._tell(sink, lambda sink=sink: sink.reading(reading, verdict.phase))
+        for change, alert in verdict.changes:
+            self._report(change, alert)
+        if full:
+            self._notes.read(
+                reading, self._detector.signals, self._probe, self._rows.single_output, self._measured, self._reader
+            )
+
+    def _report(self, change: Change, alert: Alert) -> None:
+        for sink in list(self._sinks):
+            self._tell(sink, lambda sink=sink: sink.alert(alert, change))
+        if self._on_alert is not None and "on_alert" not in self._quiet:
+            try:
+                self._on_alert(alert)
+            except Exception as error:
+                self._failed("on_alert", error)
+
+    def _next_wanted(self) -> int | None:
+        following = self._step + 1
+        if isinstance(self._every, int):
+            return following if following % self._every == 0 or self._every == 1 else None
+        # The first steps are read in full: they show whether anything can be seen at all.
+        if self._detector.attentive or following <= 8:
+            return following
+        return following if following % auto_interval(self._detector.context.tau) == 0 else None
+
+    _half_precision = False
+
+    def _read_context(self) -> Context:
+        betas = self._reader.betas()
+        group = self._reader.group_of(self._head.weight if self._head is not None else None)
+        decoupled = group.get("decoupled_weight_decay", type(self._optimizer).__name__.startswith("AdamW"))
+        return Context(
+            beta1=betas[0] if betas else 0.9,
+            beta2=betas[1] if betas else 0.99,
+            decoupled_decay=bool(decoupled) and float(group.get("weight_decay", 0.0) or 0.0) > 0,
+            half_precision=self._half_precision,
+            layer=self._head.name if self._head is not None else None,
+        )
+
+    # --- reports ---------------------------------------------------------------------------------
+
+    def _open_sinks(self, console: bool | Console) -> list[Sink]:
+        sinks: list[Sink] = []
+        if console is not False:
+            from nfi_monitor.report.console import ConsoleSink
+
+            sinks.append(ConsoleSink(None if console is True else console))
+        if self.run_dir is not None:
+            from nfi_monitor.report import tensorboard
+            from nfi_monitor.report.jsonl import RunDirectory
+
+            sinks.append(RunDirectory(self.run_dir))
+            if tensorboard.available():
+                sinks.append(tensorboard.TensorBoardSink(self.run_dir))
+        return sinks
+
+    def _tell(self, sink: Sink, call: Callable[[], None]) -> None:
+        try:
+            call()
+        except Exception as error:
+            if sink in self._sinks:
+                self._sinks.remove(sink)
+            self._failed(type(sink).__name__, error)
+
+    def _failed(self, part: str, error: BaseException) -> None:
+        """Report an error of the monitor's own once; that part is quiet from now on, training goes on."""
+        if part in self._quiet:
+            return
+        self._quiet.add(part)
+        self._notes.failed(part, error, self._step)
+
+    def _say(self, note: Note) -> None:
+        for sink in list(self._sinks):
+            self._tell(sink, lambda sink=sink: sink.note(note))
+
+    def _absorbing_classes(self, limit: int | None = 10) -> list[list[float]]:
+        return [[float(k), count] for k, count in self._rows.most_absorbed(limit)]
+
+    def _info(self) -> dict[str, Any]:
+        """What ``run.json`` holds."""
+        context = self._detector.context
+        group = self._reader.group_of(self._head.weight if self._head is not None else None)
+        end = self._finished if self._finished is not None else time.perf_counter()
+        elapsed = end - self._started
+        return {
+            "nfi_monitor": __version__,
+            "torch": torch.__version__,
+            "model": type(self._model).__name__,
+            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
+            "head": self._head.describe() if self._head is not None else "tap only",
+            "classes": self._head.outputs if self._head is not None else None,
+            "dtype": str(next(iter(self._model.parameters())).dtype).removeprefix("torch."),
+            "optimizer": {
+                "name": type(self._optimizer).__name__,
+                **{
+                    key: _plain(group[key])
+                    for key in ("lr", "betas", "eps", "weight_decay", "momentum", "amsgrad", "foreach", "fused")
+                    if key in group
+                },
+            },
+            "tau": context.tau,
+            "beta2": context.beta2,
+            "every": self._every,
+            "interval": self._every if isinstance(self._every, int) else auto_interval(context.tau),
+            "level": self._level(),
+            "thresholds": self._thresholds.to_json(),
+            "steps": self._step,
+            "absorbing_classes": self._absorbing_classes(),
+            "notes": [{"code": note.code, "message": note.message, "step": note.step} for note in self.notes]
+            if hasattr(self, "_notes")
+            else [],
+            "overhead": {
+                "seconds": self._seconds,
+                "share": finite_or_none(self._seconds / (elapsed - self._seconds)) if elapsed > self._seconds else None,
+                "measured_steps": self._measured,
+            },
+            "run_dir": None if self.run_dir is None else str(self.run_dir),
+        }
+
+    def _level(self) -> str:
+        if not hasattr(self, "_probe"):
+            return "rows"
+        if self._probe.tapped:
+            return "tap"
+        return "rows" if self._probe.fired else "weight_gradient"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return float(value) if value.device.type == "cpu" else "tensor"
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _full_precision(device: str) -> Any:
+    """Autocast would turn the monitor's own dot products into half precision."""
+    return torch.autocast(device, enabled=False)

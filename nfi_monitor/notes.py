@@ -1,0 +1,158 @@
+"""What is said once: what the monitor found that limits what it can see, and what it can still see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from nfi_monitor.types import Note, Reading
+
+if TYPE_CHECKING:
+    from nfi_monitor.capture.head import Head, HeadProbe
+    from nfi_monitor.capture.optimizer import OptimizerReader
+    from nfi_monitor.detect.signals import Signals
+
+PATIENCE = 5
+"""Measured steps without a sign of life before something is said to be missing."""
+
+
+class NoteTaker:
+    """Keeps ``said`` (code → note) so that nothing is said twice, also after a resume."""
+
+    def __init__(self, say: Callable[[Note], None]) -> None:
+        self._say = say
+        self.said: dict[str, Note] = {}
+        self._without_rows = 0
+        self._without_loss = 0
+
+    def note(self, code: str, message: str, step: int) -> None:
+        if code not in self.said:
+            self.said[code] = Note(code, message, step)
+            self._say(self.said[code])
+
+    def attached(self, head: Head | None, reader: OptimizerReader) -> None:
+        """What can be known before the first step."""
+        if head is None or head.weight is None:
+            return
+        if not reader.holds(head.weight):
+            why = "is frozen" if not head.weight.requires_grad else "is not among the optimizer's parameters"
+            self.note(
+                "optimizer_without_head",
+                f"The head {head.name!r} {why}: its second moment and displacement cannot be read. "
+                "Rows are still watched. If another optimizer trains it, pass that one to Monitor.",
+                0,
+            )
+        if head.tied:
+            self.note(
+                "tied_head",
+                f"The head {head.name!r} shares its weight with an input embedding: the zero-sum of its "
+                "weight gradient means nothing here and is not read. Rows are watched as usual.",
+                0,
+            )
+
+    def read(
+        self,
+        reading: Reading,
+        signals: Signals,
+        probe: HeadProbe,
+        single_output: bool | None,
+        measured: int,
+        reader: OptimizerReader,
+    ) -> None:
+        """What a reading shows, or does not show."""
+        step, values = reading.step, reading.values
+        self._without_rows = 0 if "live_fraction" in values else self._without_rows + 1
+        if self._without_rows == PATIENCE:
+            self._no_rows(step, probe, "zero_sum_violation_weight" in values)
+        self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
+        if self._without_loss == PATIENCE:
+            self.note(
+                "no_loss",
+                "No loss to look at: causes are watched, but a slingshot itself cannot be seen. Call "
+                "monitor.observe_loss(loss) before optimizer.step().",
+                step,
+            )
+        if single_output:
+            self.note(
+                "single_output",
+                "The head has one output: there are no classes, so no zero-sum and no absorption to read. "
+                "Watched instead: RMS_t, second moment, curvature, weight norm and the observed loss.",
+                step,
+            )
+        if measured >= PATIENCE and reader.has_second_moment() is False:
+            self.note(
+                "no_second_moment",
+                f"{type(reader.optimizer).__name__} keeps no exp_avg_sq: effective learning rate, RMS_t and "
+                "second-moment decay are not available. Rows, means, margins and norms are.",
+                step,
+            )
+        if signals.broken_by_design:
+            self.note(
+                "not_shift_invariant",
+                "The loss breaks the zero-sum by design, not by rounding: rows violate it whose residual mass "
+                "is far too large for absorption (z-loss, a penalty on logits, regression, one-vs-rest BCE, or "
+                "logits changed after the head, as by soft-capping). Violations are recorded and not "
+                "alarmed on. If the logits are changed after the head, watch the changed ones: "
+                "logits = monitor.tap(logits).",
+                step,
+            )
+        if signals.soft_targets:
+            self.note(
+                "soft_targets",
+                "Most rows have more than one negative gradient: targets are soft (label smoothing, "
+                "distillation, mixup). Absorption in the sense of a single correct class is not defined; "
+                "the zero-sum violation is.",
+                step,
+            )
+        if values.get("ignored_fraction") == 1.0:
+            self.note(
+                "all_rows_ignored",
+                "A step without a single row that counts: every row's gradient was zero (all targets "
+                "ignored, or a loss that is exactly zero). Nothing is concluded from such steps.",
+                step,
+            )
+        if reader.unreadable:
+            self.note(
+                "state_unreadable",
+                f"Not read: {', '.join(sorted(reader.unreadable))}. The rest of the model is watched.",
+                step,
+            )
+
+    def _no_rows(self, step: int, probe: HeadProbe, weight_seen: bool) -> None:
+        if probe.traced:
+            cause = "the head runs inside torch.compile, where a hook would break the graph"
+            cure = "For rows, tap the compiled model's output: logits = monitor.tap(model(x))."
+        elif probe.fired:
+            cause = "the head fired, but no gradient came back to its output"
+            cure = "If the loss is computed from other logits, pass those through monitor.tap(logits)."
+        elif probe.fired_without_gradient:
+            cause = "the head fired only in eval mode or without gradients"
+            cure = "Call model.train() for training steps; gradients must be enabled at the head."
+        else:
+            cause = (
+                "the head never fired (a fused loss that reads its weight, another module that computes the "
+                "logits, or a model compiled before the monitor was attached)"
+            )
+            cure = "Name the right head with head=..., use monitor.tap(logits), or attach before compiling."
+        seen = (
+            "Its weight gradient is read instead: zero-sum violation and mean drift at batch level."
+            if weight_seen
+            else "Only the optimizer, the norms and the observed loss are watched."
+        )
+        self.note("head_never_fired", f"No rows seen: {cause}. {seen} {cure}", step)
+
+    def skipped_step(self, step: int) -> None:
+        self.note(
+            "skipped_step",
+            "The gradient scaler skipped an optimizer step (Inf in scaled gradients): such steps are not "
+            "judged. A few at the start are normal.",
+            step,
+        )
+
+    def failed(self, part: str, error: BaseException, step: int) -> None:
+        self.note(
+            f"failed_{part}",
+            f"The monitor's {part} failed and is off from now on; training is not affected. "
+            f"{type(error).__name__}: {error}",
+            step,
+        )

@@ -1,0 +1,125 @@
+"""One line on the terminal when something begins or ends, never one per step.
+
+The lines go through a rich Console, so that they land above a progress bar that is open on the same
+console.  On a terminal they wrap with a hanging indent; in a file or a pipe each event stays one line,
+so that ``grep nfi`` finds all of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from nfi_monitor.report import words
+from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, Severity
+
+if TYPE_CHECKING:
+    from nfi_monitor.report.summary import Summary
+
+SEVERITY_STYLES = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.CRITICAL: "bold red"}
+_INDENT = 5
+_EVIDENCE = 3  # what matters most; the rest is in alerts.jsonl and in the after-run report
+_PHASES = {phase: rank for rank, phase in enumerate(Phase)} | {Phase.RECOVERING: -1}
+
+
+class ConsoleSink:
+    """Prints alerts, notes, and one line at start and close.
+
+    ``console=None`` prints to stderr, so that what a training script writes to stdout stays its own.
+    ``quiet`` leaves out everything but alerts.
+    """
+
+    def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
+        self.console = console if console is not None else Console(stderr=True)
+        self._quiet = quiet
+        # What was last said about each firing alert: (severity, phase, advice).
+        self._said: dict[str, tuple[int, int, str]] = {}
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        if not self._quiet:
+            self._print(Text(watching(info), style="dim"))
+
+    def reading(self, reading: Reading, phase: Phase) -> None:
+        """Nothing: readings are for files."""
+
+    def alert(self, alert: Alert, change: Change) -> None:
+        advice = alert.advice[0] if alert.advice else ""
+        now = (alert.severity.rank, _PHASES[alert.phase], advice)
+        before = self._said.get(alert.id)
+        if change is Change.END:
+            self._said.pop(alert.id, None)
+            advice = ""
+        elif before is None:  # also an UPDATE whose BEGIN was printed by the run this one resumes
+            self._said[alert.id] = now
+        elif now[0] > before[0] or now[1] > before[1]:
+            self._said[alert.id] = now
+            advice = advice if advice != before[2] else ""
+        else:
+            return
+        over = change is Change.END or alert.state is AlertState.RESOLVED
+        word = "resolved" if over else str(alert.severity).upper()
+        style = "green" if over else SEVERITY_STYLES[alert.severity]
+        line = Text.assemble(("step ", "dim"), f"{alert.last_step:,}  ", (word, style), "  ")
+        head, *rest = words.alert_in_words(alert, _EVIDENCE).split(" · ")
+        line.append(head, style="" if over else "bold")
+        for part in rest:
+            line.append(" · ", style="dim").append(part)
+        self._print(line)
+        if advice:
+            self._print(Text.assemble(("→ ", style), advice), indent=True)
+
+    def note(self, note: Note) -> None:
+        if not self._quiet:
+            self._print(Text(f"note: {note.message}", style="dim"))
+
+    def close(self, info: Mapping[str, Any], summary: Summary) -> None:
+        run_dir = info.get("run_dir")
+        if run_dir and not self._quiet:
+            self._print(Text(f"run directory: {run_dir}", style="dim"))
+
+    def _print(self, text: Text, indent: bool = False) -> None:
+        console = self.console
+        prefix = Text(" " * _INDENT) if indent else Text("nfi  ", style="bold")
+        if console.options.ascii_only:
+            text = _ascii(text)
+        if not console.is_terminal:
+            console.print(prefix + text, soft_wrap=True, highlight=False)
+            return
+        lines = text.wrap(console, max(console.width - _INDENT, 20))
+        whole = Text("\n").join(
+            (Text(" " * _INDENT) if number else prefix) + line for number, line in enumerate(lines)
+        )
+        # One print: between two, another thread's output or a Live refresh could land.
+        console.print(whole, soft_wrap=True, highlight=False)
+
+
+def watching(info: Mapping[str, Any]) -> str:
+    """``watching head (23 classes) every 10 steps · τ = 20 steps``, as much of it as is known."""
+    head = info.get("head")
+    if isinstance(head, Mapping):
+        name, classes = head.get("name"), head.get("classes")
+    else:
+        name, classes = head, None
+    text = f"watching {name or 'the head'}"
+    if classes:
+        text += f" ({classes:,} classes)" if isinstance(classes, int) else f" ({classes} classes)"
+    every = info.get("every")
+    if isinstance(every, int):
+        text += " at every step" if every == 1 else f" every {every:,} steps"
+    elif every:
+        text += ", at every step once something stirs" if every == "auto" else f", {every}"
+    tau = info.get("tau")
+    if isinstance(tau, (int, float)):
+        text += f" · τ = {words.number(float(f'{tau:.4g}'))} steps"
+    return text
+
+
+def _ascii(text: Text) -> Text:
+    """The text in ASCII, with its styles: spans are re-made because some symbols grow when spelled out."""
+    plain = Text(style=text.style)
+    for segment in text.divide(sorted({edge for span in text.spans for edge in (span.start, span.end)})):
+        plain.append(words.to_ascii(segment.plain), style=segment.spans[0].style if segment.spans else None)
+    return plain

@@ -1,0 +1,366 @@
+"""The run directory: ``run.json``, ``readings.jsonl``, ``alerts.jsonl``, written and read back.
+
+Each line is one ``os.write`` of a complete line on a descriptor opened with ``O_APPEND``: no buffer
+that a ``kill -9`` could swallow, no lock that a network file system would not honour.  At worst the
+last line is torn; the reader skips it and says so, and a resumed run starts on a fresh line.
+``run.json`` changes rarely and is replaced atomically.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+from array import array
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nfi_monitor.history import History
+from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.report.plain import plain
+from nfi_monitor.types import Alert, Change, Note, Phase, Reading, finite_or_none
+
+if TYPE_CHECKING:
+    from nfi_monitor.report.summary import Summary
+
+RUN, READINGS, ALERTS = "run.json", "readings.jsonl", "alerts.jsonl"
+
+
+class RunDirectoryError(ValueError):
+    """A path that holds no readable run; the message says what is there and what to pass instead."""
+
+
+# --- writing ----------------------------------------------------------------------------------------
+
+
+class RunDirectory:
+    """A sink that writes a run into a directory (created at :meth:`start`, with its parents).
+
+    Starting in a directory that already holds a run appends to it: a resumed run is one run.  Raises
+    OSError, with the path and what to do, where the directory cannot be made or a line not written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._info: dict[str, Any] = {}
+        self._notes: list[dict[str, Any]] = []
+        self._files: dict[str, int] = {}
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        with self._explained(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        self._notes = _notes_of(self._previous_info())
+        for name in (READINGS, ALERTS):
+            with self._explained(self.path / name):
+                self._files[name] = _open_for_lines(self.path / name)
+        self._write_info(info)
+
+    def reading(self, reading: Reading, phase: Phase) -> None:
+        values = {name: finite_or_none(value) for name, value in reading.values.items()}
+        self._append(READINGS, {"step": reading.step, "phase": str(phase), "values": values})
+
+    def alert(self, alert: Alert, change: Change) -> None:
+        self._append(ALERTS, {"change": str(change), "alert": alert.to_json()})
+
+    def note(self, note: Note) -> None:
+        self._write_info(self._info, [asdict(note)])
+
+    def close(self, info: Mapping[str, Any], summary: Summary) -> None:
+        try:
+            self._write_info(info)
+        finally:
+            files, self._files = self._files, {}
+            for descriptor in files.values():
+                os.close(descriptor)
+
+    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+        if name not in self._files:
+            raise OSError(f"{self.path / name} is not open: call start() first, and nothing after close().")
+        rest = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        with self._explained(self.path / name):
+            while rest:  # a full disk may take a part of a line before it says no
+                rest = rest[os.write(self._files[name], rest) :]
+
+    def _write_info(self, info: Mapping[str, Any], notes: list[dict[str, Any]] | None = None) -> None:
+        """Replace run.json; notes are the union of all that were ever said, in their order."""
+        for note in [*_notes_of(plain(info)), *(notes or [])]:
+            if note not in self._notes:
+                self._notes.append(note)
+        self._info = {**plain(info), "notes": self._notes}
+        target, temporary = self.path / RUN, self.path / f".{RUN}.{os.getpid()}.tmp"
+        with self._explained(target):
+            try:
+                with open(temporary, "w", encoding="utf-8") as file:
+                    json.dump(self._info, file, ensure_ascii=False, allow_nan=False, indent=2)
+                    file.write("\n")
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, target)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+                raise
+
+    def _previous_info(self) -> dict[str, Any]:
+        """What an earlier run left here; an unreadable run.json is about to be replaced anyway."""
+        try:
+            info = json.loads((self.path / RUN).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return info if isinstance(info, dict) else {}
+
+    @contextlib.contextmanager
+    def _explained(self, path: Path) -> Iterator[None]:
+        """Re-raise an OSError of the same errno whose message says what to do."""
+        try:
+            yield
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise OSError(
+                error.errno,
+                f"cannot write {path}: {reason}. Readings and alerts from here on are not on disk. "
+                "Free space or pass run_dir= a directory you can write to; the training goes on.",
+            ) from error
+
+
+def _open_for_lines(path: Path) -> int:
+    """A descriptor that appends, at the start of a line even if the last writer was killed in one."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    try:
+        if os.fstat(descriptor).st_size:
+            with open(path, "rb") as file:
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":
+                    os.write(descriptor, b"\n")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run as read back from its directory."""
+
+    info: dict[str, Any]
+    """What ``run.json`` holds; empty if it is missing."""
+    history: History
+    phases: list[tuple[int, Phase]]
+    """(optimizer step, phase entered there); changes only."""
+    alerts: list[Alert]
+    """The last state of each alert, oldest first."""
+    notes: list[Note]
+    problems: list[str] = field(default_factory=list)
+    """What could not be read, each a sentence with the file's name."""
+
+
+def read_run(path: str | os.PathLike[str]) -> RunRecord:
+    """Read a run directory back, also one that is still being written or was killed.
+
+    What is torn, or comes from a newer version, is skipped and listed in ``problems``.  Where a run
+    was resumed from an earlier step, the readings that were done again replace the first ones.
+    Raises RunDirectoryError for a path that is no run directory.
+    """
+    path = check_run(path)
+    problems: list[str] = []
+    info = _read_info(path, problems)
+    history, phases = _read_readings(path / READINGS, problems)
+    alerts = _read_alerts(path / ALERTS, problems)
+    notes = [
+        Note(str(note.get("code", "")), str(note.get("message", "")), _as_int(note.get("step")))
+        for note in _notes_of(info)
+    ]
+    return RunRecord(info, history, phases, alerts, notes, problems)
+
+
+def check_run(path: str | os.PathLike[str]) -> Path:
+    """The path, if a run directory is there. Raises RunDirectoryError that says what is there instead."""
+    path = Path(path)
+    want = "Pass the directory that was given to Monitor(run_dir=...)."
+    if not path.exists():
+        raise RunDirectoryError(f"{path} does not exist. {want}")
+    if not path.is_dir():
+        inside = path.name in (RUN, READINGS, ALERTS)
+        raise RunDirectoryError(
+            f"{path} is a file, not a run directory. " + (f"Pass {path.parent}." if inside else want)
+        )
+    try:
+        if _is_run(path):
+            return path
+        found = sorted(path.iterdir())
+        runs = [entry for entry in found if entry.is_dir() and _is_run(entry)]
+    except OSError as error:
+        raise RunDirectoryError(f"cannot list {path}: {error.strerror}. {want}") from error
+    if runs:
+        raise RunDirectoryError(
+            f"{path} is not itself a run directory but holds {len(runs)}: "
+            f"pass one of {', '.join(str(run) for run in runs[:5])}{', ...' if len(runs) > 5 else ''}"
+        )
+    names = ", ".join(entry.name for entry in found[:5]) + (", ..." if len(found) > 5 else "")
+    raise RunDirectoryError(
+        f"{path} holds no {RUN} and no {READINGS} (found: {names or 'nothing, it is empty'}). {want}"
+    )
+
+
+def parse_line(line: bytes | str) -> dict[str, Any] | None:
+    """One line of a ``.jsonl`` file, or None if it is torn or holds something else than an object."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # also what is no UTF-8: a torn line may end inside a character
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def _is_run(path: Path) -> bool:
+    return any((path / name).is_file() for name in (RUN, READINGS, ALERTS))
+
+
+def _notes_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    notes = info.get("notes")
+    return [note for note in notes if isinstance(note, dict)] if isinstance(notes, list) else []
+
+
+def _as_int(value: Any) -> int:
+    return int(value) if isinstance(value, (int, float)) else 0
+
+
+def _read_info(path: Path, problems: list[str]) -> dict[str, Any]:
+    try:
+        info = json.loads((path / RUN).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        problems.append(f"{RUN}: missing, so the head, the optimizer and the thresholds are not known")
+    except (OSError, ValueError) as error:
+        problems.append(f"{RUN}: cannot be read ({error})")
+    else:
+        if isinstance(info, dict):
+            return info
+        problems.append(f"{RUN}: holds no object")
+    return {}
+
+
+def _lines(path: Path, problems: list[str]) -> Iterator[bytes]:
+    try:
+        with open(path, "rb") as file:
+            yield from (line for line in file if line.strip())
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        problems.append(f"{path.name}: cannot be read ({error.strerror})")
+
+
+# The writer puts the step first, so the first pass need not parse a line's forty numbers.
+_STEP = re.compile(rb'\s*\{"step": ?(-?\d+)[,}]')
+
+
+def _kept_lines(path: Path) -> bytearray:
+    """For each line, whether no later line goes back to its step or before it (1) or not (0).
+
+    A first pass that keeps 9 bytes a line, since a run of a million readings does not fit into dicts.
+    """
+    steps = array("q")
+    unknown = -(2**63)
+    for line in _lines(path, []):  # the second pass says what cannot be read
+        match = _STEP.match(line)
+        record = None if match else parse_line(line)
+        step = int(match[1]) if match else (record or {}).get("step", unknown)
+        steps.append(step if isinstance(step, int) and abs(step) < 2**62 else unknown)
+    kept = bytearray(b"\x01") * len(steps)
+    lowest: int | None = None
+    for index in range(len(steps) - 1, -1, -1):
+        if steps[index] == unknown:
+            continue
+        if lowest is not None and steps[index] >= lowest:
+            kept[index] = 0
+        else:
+            lowest = steps[index]
+    return kept
+
+
+def _read_readings(path: Path, problems: list[str]) -> tuple[History, list[tuple[int, Phase]]]:
+    history, phases = History(), list[tuple[int, Phase]]()
+    kept = _kept_lines(path)
+    torn = replaced = 0
+    torn_last = False
+    strange_names: set[str] = set()
+    strange_phases: set[str] = set()
+    for index, line in enumerate(_lines(path, problems), start=1):
+        if index > len(kept):  # the run wrote on while it was read
+            break
+        record = parse_line(line)
+        values = record.get("values") if record else None
+        torn_last = not (record and isinstance(record.get("step"), int) and isinstance(values, dict))
+        if torn_last:
+            torn += 1
+            continue
+        if not kept[index - 1]:
+            replaced += 1
+            continue
+        assert record is not None and isinstance(values, dict)
+        strange_names |= values.keys() - QUANTITIES.keys()
+        history.append(
+            record["step"],
+            {name: _as_float(value) for name, value in values.items() if name in QUANTITIES},
+        )
+        try:
+            phase = Phase(record.get("phase"))
+        except ValueError:
+            strange_phases.add(str(record.get("phase")))
+            continue
+        if not phases or phases[-1][1] is not phase:
+            phases.append((record["step"], phase))
+    if torn:
+        problems.append(_torn(path.name, torn, torn_last))
+    if replaced:
+        problems.append(
+            f"{path.name}: the run was resumed from an earlier step; {replaced} "
+            f"{'reading was' if replaced == 1 else 'readings were'} replaced by what was measured again"
+        )
+    if strange_names:
+        problems.append(f"{path.name}: skipped quantities this version does not know: {_some(strange_names)}")
+    if strange_phases:
+        problems.append(f"{path.name}: skipped phases this version does not know: {_some(strange_phases)}")
+    return history, phases
+
+
+def _read_alerts(path: Path, problems: list[str]) -> list[Alert]:
+    alerts: dict[str, Alert] = {}
+    torn, torn_last, strange = 0, False, set[str]()
+    for line in _lines(path, problems):
+        record = parse_line(line)
+        torn_last = not (record and isinstance(record.get("alert"), dict))
+        if torn_last:
+            torn += 1
+            continue
+        assert record is not None
+        try:
+            alert = Alert.from_json(record["alert"])
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            strange.add(str(error))
+            continue
+        alerts[alert.id] = alert
+    if torn:
+        problems.append(_torn(path.name, torn, torn_last))
+    if strange:
+        problems.append(f"{path.name}: skipped alerts this version cannot read: {_some(strange)}")
+    # sorted() is stable: alerts that began at the same step stay in the order they were written.
+    return sorted(alerts.values(), key=lambda alert: alert.first_step)
+
+
+def _torn(name: str, count: int, last: bool) -> str:
+    where = " (last)" if last and count == 1 else " (the last one among them)" if last else ""
+    return f"{name}: skipped {count} torn {'line' if count == 1 else 'lines'}{where}"
+
+
+def _some(items: set[str]) -> str:
+    return ", ".join(sorted(items)[:5]) + (f" and {len(items) - 5} more" if len(items) > 5 else "")
+
+
+def _as_float(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan

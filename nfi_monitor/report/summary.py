@@ -1,0 +1,425 @@
+"""The after-run report as one object: a dict that json can dump and rich can print.
+
+Built from the same five things live (``monitor.summary()``) and from disk (``nfi-monitor report``),
+so both say the same.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.padding import Padding
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from nfi_monitor.history import History
+from nfi_monitor.report import words
+from nfi_monitor.report.console import SEVERITY_STYLES
+from nfi_monitor.report.plain import plain
+from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Note, Phase, Severity
+
+PHASE_STYLES = {
+    Phase.HEALTHY: "green",
+    Phase.ABSORBING: "cyan",
+    Phase.INFLATING: "yellow",
+    Phase.IMMINENT: "bold red",
+    Phase.SLINGSHOT: "bold magenta",
+    Phase.RECOVERING: "blue",
+}
+
+# The quantities worth a line after a run, and on which side their extreme lies.
+KEY_QUANTITIES: dict[str, str] = {
+    "loss": "max",
+    "head_loss": "max",
+    "zero_sum_violation": "max",
+    "zero_sum_violation_weight": "max",
+    "absorbed_fraction": "max",
+    "partially_absorbed_fraction": "max",
+    "margin_median": "max",
+    "feature_mean_norm": "max",
+    "classifier_mean_norm": "max",
+    "mean_alignment": "min",
+    "mean_logit": "min",
+    "logit_displacement": "max",
+    "margin_displacement": "max",
+    "rms_t_max": "max",
+    "effective_learning_rate": "max",
+    "second_moment_decay": "min",
+    "weight_norm": "max",
+}
+
+_SHOWN = 20  # rows of a table on a terminal; all of them are in the dict and in alerts.jsonl
+
+
+class Summary(dict[str, Any]):
+    """What happened in a run. Keys: ``run, last_step, readings, phase, phase_share, slingshots, events,
+    quantities, absorbing_classes, notes, overhead``; only JSON's own types, no NaN.
+
+    ``rich.print(summary)`` and ``print(summary)`` show the report, ``json.dumps(summary)`` the data.
+    """
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        say: Callable[[str], str] = words.to_ascii if options.ascii_only else str
+        yield _render(self, say)
+
+    def __str__(self) -> str:
+        """The report as plain text, 100 columns wide."""
+        out = io.StringIO()
+        Console(file=out, width=100, color_system=None, force_jupyter=False).print(self)
+        return out.getvalue().rstrip("\n")
+
+
+def summarize(
+    info: Mapping[str, Any],
+    history: History,
+    phases: Sequence[tuple[int, Phase]],
+    alerts: Sequence[Alert],
+    notes: Sequence[Note],
+) -> Summary:
+    """The summary of a run, also of one that has measured nothing yet.
+
+    ``info`` is the content of ``run.json``; every key of it is optional. ``phases`` holds the changes
+    only, as ``(optimizer step, phase)``.
+    """
+    info = plain(info)
+    quantities = {name: _extremes(history, name, side) for name, side in KEY_QUANTITIES.items()}
+    steps = [item["last_step"] for item in quantities.values() if item]
+    steps += [phases[-1][0]] if phases else []
+    steps += [alert.last_step for alert in alerts]
+    last_step = max([*steps, *_any_last_step(history)], default=None)
+    return Summary(
+        run={key: info.get(key) for key in ("model", "head", "optimizer", "tau", "every", "run_dir")},
+        last_step=last_step,
+        readings=len(history),
+        phase=str(phases[-1][1]) if phases else None,
+        phase_share=_phase_share(phases, last_step),
+        slingshots=slingshots(alerts),
+        events=[_event(alert) for alert in alerts],
+        quantities={name: item for name, item in quantities.items() if item},
+        absorbing_classes=info.get("absorbing_classes") or [],
+        notes=[{"code": note.code, "message": note.message, "step": note.step} for note in notes],
+        overhead=info.get("overhead"),
+    )
+
+
+def slingshots(alerts: Sequence[Alert]) -> list[dict[str, Any]]:
+    """One dict a slingshot: ``id, start, end (None while it lasts), at_risk_lead, imminent_lead, mechanism,
+    confidence``.
+
+    A lead is the slingshot's first step minus that of the alert which announced it: of the alerts of
+    that kind that began after the previous slingshot's start and not later than this one, the first
+    that still fired when the slingshot began; if none did, the last that began (an earlier one that
+    had ended was no warning of this slingshot).  An *at risk* alert that has fired since before the
+    previous slingshot counts from its own beginning. None: nothing announced it.
+    """
+    found = sorted((a for a in alerts if a.kind is AlertKind.SLINGSHOT), key=lambda a: a.first_step)
+    starts = [slingshot.first_step for slingshot in found]
+    by_cycle: dict[AlertKind, list[list[Alert]]] = {}
+    for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
+        cycles: list[list[Alert]] = [[] for _ in range(len(found) + 1)]
+        for alert in sorted((a for a in alerts if a.kind is kind), key=lambda a: a.first_step):
+            # The cycle of the first slingshot that starts at this alert's step or after it.
+            cycles[_first_not_before(starts, alert.first_step)].append(alert)
+        by_cycle[kind] = cycles
+    rows = []
+    lasting: Alert | None = None
+    for index, slingshot in enumerate(found):
+        at_risk = by_cycle[AlertKind.AT_RISK][index]
+        announced = _announcing(at_risk, slingshot)
+        if announced is None and lasting is not None and _fires_at(lasting, slingshot.first_step):
+            announced = lasting
+        imminent = _announcing(by_cycle[AlertKind.IMMINENT][index], slingshot)
+        lasting = max([*at_risk, *([lasting] if lasting else [])], key=lambda a: a.last_step, default=None)
+        rows.append(
+            {
+                "id": slingshot.id,
+                "start": slingshot.first_step,
+                "end": slingshot.last_step if slingshot.state is AlertState.RESOLVED else None,
+                "at_risk_lead": slingshot.first_step - announced.first_step if announced else None,
+                "imminent_lead": slingshot.first_step - imminent.first_step if imminent else None,
+                "mechanism": str(slingshot.mechanism),
+                "confidence": plain(float(slingshot.confidence)),
+            }
+        )
+    return rows
+
+
+def _first_not_before(starts: list[int], step: int) -> int:
+    return bisect_right(starts, step - 1)
+
+
+def _announcing(candidates: list[Alert], slingshot: Alert) -> Alert | None:
+    for alert in candidates:
+        if _fires_at(alert, slingshot.first_step):
+            return alert
+    return candidates[-1] if candidates else None
+
+
+def _fires_at(alert: Alert, step: int) -> bool:
+    return alert.state is AlertState.FIRING or alert.last_step >= step
+
+
+def _event(alert: Alert) -> dict[str, Any]:
+    record = alert.to_json()
+    keys = ("id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence")
+    found: dict[str, Any] = plain({key: record[key] for key in (*keys, "evidence", "advice")})
+    return found
+
+
+def _extremes(history: History, name: str, side: str) -> dict[str, Any] | None:
+    steps, values = history[name]
+    if not len(values):
+        return None
+    finite = np.flatnonzero(np.isfinite(values))
+    found: dict[str, Any] = {
+        "last": plain(float(values[-1])),
+        "last_step": int(steps[-1]),
+        "extreme": side,
+        "value": None,
+        "step": None,
+        "not_finite": len(values) - len(finite),
+    }
+    if len(finite):
+        among = values[finite]
+        best = finite[int(among.argmax() if side == "max" else among.argmin())]
+        found |= {"value": float(values[best]), "step": int(steps[best])}
+    return found
+
+
+def _any_last_step(history: History) -> Iterator[int]:
+    for name in history.names():
+        steps, _ = history[name]
+        if len(steps):
+            yield int(steps[-1])
+
+
+def _phase_share(phases: Sequence[tuple[int, Phase]], last_step: int | None) -> dict[str, float]:
+    """Share of steps spent in each phase, from the first known one to the last step."""
+    if not phases or last_step is None:
+        return {}
+    edges = [*phases, (last_step + 1, Phase.HEALTHY)]
+    counts: dict[str, int] = {}
+    for (start, phase), (end, _) in pairwise(edges):
+        counts[str(phase)] = counts.get(str(phase), 0) + max(end - start, 0)
+    total = sum(counts.values())
+    return {phase: count / total for phase, count in counts.items()} if total else {}
+
+
+# --- rendering --------------------------------------------------------------------------------------
+
+
+def _render(summary: Summary, say: Callable[[str], str]) -> Group:
+    blocks: list[RenderableType] = [
+        Rule(Text(say("nfi-monitor · after-run report"), style="bold"), style="dim", align="left"),
+        _header(summary, say),
+    ]
+    for title, block in (
+        ("Slingshots and their warnings", _slingshot_table(summary, say)),
+        ("Events", _event_table(summary, say)),
+        ("Phases", _phase_lines(summary, say)),
+        ("Key quantities", _quantity_table(summary, say)),
+        ("Classes absorbed most often", _class_line(summary, say)),
+        ("What could not be seen, and other notes", _note_lines(summary, say)),
+    ):
+        if block is not None:
+            blocks += [Text(), Text(say(title), style="bold"), Padding(block, (0, 0, 0, 2))]
+    blocks += [Text(), _overhead_line(summary, say)]
+    return Group(*blocks)
+
+
+def _header(summary: Summary, say: Callable[[str], str]) -> RenderableType:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    run = summary["run"]
+    for key in ("model", "head", "optimizer"):
+        if run.get(key):
+            table.add_row(key, Text(say(_describe(run[key]))))
+    last = summary["last_step"]
+    steps = "no step measured yet" if last is None else f"{last:,}, of them {summary['readings']:,} measured"
+    table.add_row("steps", Text(say(steps)))
+    if run.get("run_dir"):
+        table.add_row("run directory", Text(say(str(run["run_dir"]))))
+    return table
+
+
+def _describe(value: Any) -> str:
+    """``head (classes 23, features 128)`` from a dict with a name, anything else as it is."""
+    if not isinstance(value, dict):
+        return str(value)
+    name = value.get("name") or value.get("class") or value.get("type")
+    rest = [
+        f"{key.replace('_', ' ')} {_short(item)}"
+        for key, item in value.items()
+        if item is not None and item != name and not isinstance(item, dict)
+    ]
+    return f"{name} ({', '.join(rest)})" if name and rest else str(name or ", ".join(rest))
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_short(item) for item in value) + "]"
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
+
+
+def _steps(start: int, end: int | None) -> str:
+    return f"{start:,}–{end:,}" if end is not None else f"from {start:,}"
+
+
+def _certain(mechanism: str, confidence: float | None) -> tuple[str, str]:
+    name = words.mechanism_name(Mechanism(mechanism))
+    known = confidence is not None and mechanism != Mechanism.UNKNOWN
+    return name, f"{100 * confidence:.0f}%" if known and confidence is not None else ""
+
+
+def _table(*columns: tuple[str, str]) -> Table:
+    # No outer box: the report is also read in log files and pasted into issues.
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for name, justify in columns:
+        table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
+    return table
+
+
+def _earlier(rows: list[Any], say: Callable[[str], str], what: str) -> Text | None:
+    if len(rows) <= _SHOWN:
+        return None
+    text = f"… and {len(rows) - _SHOWN:,} earlier {what}, in alerts.jsonl and in the JSON form"
+    return Text(say(text), style="dim")
+
+
+def _slingshot_table(summary: Summary, say: Callable[[str], str]) -> RenderableType:
+    rows = summary["slingshots"]
+    if not rows:
+        return Text("none" if summary["last_step"] is not None else "nothing measured yet", style="green")
+    table = _table(
+        ("#", "right"), ("steps", ""), ("at risk, lead", "right"), ("imminent, lead", "right"),
+        ("mechanism", ""), ("confidence", "right"),
+    )  # fmt: skip
+    for index, row in enumerate(rows[-_SHOWN:], start=max(len(rows) - _SHOWN, 0) + 1):
+        leads = [
+            Text("no warning", style="red") if row[key] is None else Text(f"{row[key]:,} steps")
+            for key in ("at_risk_lead", "imminent_lead")
+        ]
+        steps = say(_steps(row["start"], row["end"]))
+        table.add_row(str(index), steps, *leads, *map(say, _certain(row["mechanism"], row["confidence"])))
+    return _with(table, _earlier(rows, say, "slingshots"))
+
+
+def _event_table(summary: Summary, say: Callable[[str], str]) -> RenderableType:
+    rows = summary["events"]
+    if not rows:
+        return Text("none", style="green")
+    table = _table(
+        ("kind", ""), ("severity", ""), ("steps", ""), ("mechanism, confidence", ""), ("evidence", "")
+    )
+    for row in rows[-_SHOWN:]:
+        end = row["last_step"] if row["state"] == AlertState.RESOLVED else None
+        severity = Severity(row["severity"])
+        first = next(iter(row["evidence"].items()), None)
+        evidence = _evidence(*first) if first else ""
+        table.add_row(
+            words.kind_in_words(AlertKind(row["kind"])),
+            Text(str(severity), style=SEVERITY_STYLES[severity]),
+            say(_steps(row["first_step"], end)),
+            say(" ".join(_certain(row["mechanism"], row["confidence"])).strip()),
+            say(evidence),
+        )
+    return _with(table, _earlier(rows, say, "events"))
+
+
+def _evidence(name: str, item: Mapping[str, Any]) -> str:
+    """The value alone: a terminal has no room for the threshold, which the alert itself shows."""
+    value = math.nan if item["value"] is None else item["value"]
+    return words.one_evidence_in_words(name, Evidence(value))
+
+
+def _phase_lines(summary: Summary, say: Callable[[str], str]) -> RenderableType | None:
+    share = summary["phase_share"]
+    if not share:
+        return None
+    text = Text("now ")
+    text.append(summary["phase"], style=PHASE_STYLES[Phase(summary["phase"])])
+    text.append(say(" · steps in "), style="dim")
+    parts = [
+        Text.assemble((str(phase), PHASE_STYLES[phase]), f" {_percent(share[str(phase)])}")
+        for phase in Phase
+        if str(phase) in share
+    ]
+    return text + Text(", ").join(parts)
+
+
+def _percent(share: float) -> str:
+    """Never 0% for what has happened nor 100% for what has not always."""
+    if 0 < share < 0.001:
+        return "<0.1%"
+    if 0.999 < share < 1:
+        return ">99.9%"
+    return f"{100 * share:.3g}%"
+
+
+def _quantity_table(summary: Summary, say: Callable[[str], str]) -> RenderableType | None:
+    quantities = summary["quantities"]
+    if not quantities:
+        return None
+    table = _table(
+        ("quantity", ""), ("last", "right"), ("extreme", "right"), ("", ""), ("at step", "right"), ("", "")
+    )
+    for name, item in quantities.items():
+        bad = item["not_finite"]
+        table.add_row(
+            say(words.label(name)),
+            say("not finite" if item["last"] is None else words.amount(name, item["last"])),
+            say(words.amount(name, item["value"])),
+            item["extreme"],
+            "" if item["step"] is None else f"{item['step']:,}",
+            Text(f"{bad:,} not finite", style="red") if bad else "",
+        )
+    return table
+
+
+def _class_line(summary: Summary, say: Callable[[str], str]) -> RenderableType | None:
+    classes = summary["absorbing_classes"]
+    if not classes:
+        return None
+    text = ", ".join(f"{name} ({words.number(count)})" for name, count in classes[:10])
+    return Text(say(text + (f", and {len(classes) - 10:,} more" if len(classes) > 10 else "")))
+
+
+def _note_lines(summary: Summary, say: Callable[[str], str]) -> RenderableType | None:
+    notes = summary["notes"]
+    if not notes:
+        return None
+    table = Table.grid(padding=(0, 1))
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for note in notes[:_SHOWN]:
+        table.add_row(say("·"), Text(say(f"{note['message']} (step {note['step']:,})")))
+    if len(notes) > _SHOWN:
+        table.add_row(say("…"), f"and {len(notes) - _SHOWN:,} more, in run.json")
+    return table
+
+
+def _overhead_line(summary: Summary, say: Callable[[str], str]) -> Text:
+    overhead = summary["overhead"]
+    if not isinstance(overhead, dict) or overhead.get("seconds") is None:
+        return Text("The monitor's own time is not recorded: the run has not been closed.", style="dim")
+    text = f"The monitor took {overhead['seconds']:.3g} s of its own"
+    if overhead.get("share") is not None:
+        text += f", {_percent(overhead['share'])} of the run"
+    if overhead.get("measured_steps") is not None:
+        text += f", for {overhead['measured_steps']:,} measured steps"
+    return Text(say(text + "."), style="dim")
+
+
+def _with(table: Table, more: Text | None) -> RenderableType:
+    return table if more is None else Group(more, table)

@@ -1,0 +1,248 @@
+"""Scalars, panels with threshold bands and alerts as text, for a stock TensorBoard.
+
+What decides the form:
+
+- One event a reading that carries all its scalars, and in quick runs not every reading: TensorBoard's
+  writer computes its checksums in Python, 0.7 ms for forty scalars, and shows 1,000 points a curve.
+- TensorBoard keeps a sample of the text records of a tag, but always the last.  So each alert has a tag
+  of its own, and the overview ``nfi/alerts`` is rewritten as a whole.
+- A margin chart draws a band only where value, lower and upper edge have the same steps; thresholds are
+  therefore written beside every value, not once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from nfi_monitor.report import words
+from nfi_monitor.report.plain import plain
+from nfi_monitor.types import Alert, AlertState, Change, Evidence, Note, Phase, Reading
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+    from nfi_monitor.report.summary import Summary
+
+# quantity → the names in Thresholds where its state ends and begins
+_BANDS = {
+    "zero_sum_violation": ("absorbing_exit", "absorbing_enter"),
+    "logit_displacement": ("imminent_exit", "imminent_displacement"),
+    "margin_displacement": ("imminent_exit", "imminent_displacement"),
+    "rms_t_max": ("rms_t_exit", "rms_t_imminent"),
+}
+
+_OVERVIEW = 20  # alerts in the overview text; it is rewritten with each alert, so it must not grow
+_PHASES = {phase: index for index, phase in enumerate(Phase)}
+
+
+def available() -> bool:
+    """Whether torch and tensorboard are installed, without importing either."""
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "tensorboard"))
+
+
+class TensorBoardSink:
+    """A sink that writes TensorBoard event files into ``log_dir`` (made if need be).
+
+    Readings closer together than ``min_seconds`` are left out (0: none are), except where the phase
+    changes, during a slingshot, and the last; ``readings.jsonl`` has them all.  Raises ImportError at
+    :meth:`start`, with what to install, where tensorboard is missing.
+    """
+
+    def __init__(self, log_dir: str | os.PathLike[str], min_seconds: float = 0.03) -> None:
+        self.log_dir = os.fspath(log_dir)
+        self._min_seconds = min_seconds
+        self._writer: SummaryWriter | None = None
+        self._proto: Any = None
+        self._phase: Phase | None = None
+        self._written = 0.0
+        self._pending: tuple[Reading, Phase] | None = None
+        self._edges: dict[str, tuple[float, float]] = {}
+        self._alerts: dict[str, Alert] = {}
+        self._earlier = 0
+        self._step = 0
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        try:
+            from tensorboard.compat.proto.summary_pb2 import Summary as SummaryProto
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ImportError(
+                'TensorBoard files need the tensorboard package: pip install "nfi-monitor[tensorboard]"'
+            ) from error
+        self._proto = SummaryProto
+        thresholds = info.get("thresholds")
+        thresholds = thresholds if isinstance(thresholds, Mapping) else {}
+        self._edges = {
+            quantity: (float(thresholds[low]), float(thresholds[high]))
+            for quantity, (low, high) in _BANDS.items()
+            if low in thresholds and high in thresholds
+        }
+        self._writer = SummaryWriter(self.log_dir)
+        self._writer.add_custom_scalars(layout(self._edges))
+        self._writer.add_text("nfi/run", info_markdown(info), 0)
+
+    def reading(self, reading: Reading, phase: Phase) -> None:
+        self._open()
+        self._step = reading.step
+        now = time.monotonic()
+        wanted = phase is not self._phase or phase is Phase.SLINGSHOT
+        self._phase = phase
+        if wanted or now - self._written >= self._min_seconds:
+            self._written = now
+            self._write(reading, phase)
+        else:
+            self._pending = (reading, phase)
+
+    def _write(self, reading: Reading, phase: Phase) -> None:
+        self._pending = None
+        scalars = {f"nfi/{name}": value for name, value in reading.values.items()}
+        for name, (low, high) in self._edges.items():
+            if name in reading.values:
+                scalars[_threshold_tag(name, "exit")] = low
+                scalars[_threshold_tag(name, "enter")] = high
+        scalars["nfi/phase"] = _PHASES[phase]
+        value = self._proto.Value
+        proto = self._proto(value=[value(tag=tag, simple_value=number) for tag, number in scalars.items()])
+        file_writer: Any = self._open().file_writer  # set by its constructor; only close() takes it away
+        file_writer.add_summary(proto, reading.step)
+
+    def alert(self, alert: Alert, change: Change) -> None:
+        writer = self._open()
+        writer.add_text(f"nfi/alerts/{alert.id}", alert_markdown(alert), alert.last_step)
+        self._alerts.pop(alert.id, None)  # to the end: the overview lists the latest changes
+        self._alerts[alert.id] = alert
+        if len(self._alerts) > _OVERVIEW:
+            del self._alerts[next(iter(self._alerts))]
+            self._earlier += 1
+        if change is not Change.UPDATE:
+            text = overview_markdown(list(self._alerts.values()), self._earlier)
+            writer.add_text("nfi/alerts", text, alert.last_step)
+            writer.flush()  # someone may be watching just for this
+
+    def note(self, note: Note) -> None:
+        self._open().add_text(f"nfi/notes/{note.code}", note.message, note.step)
+
+    def close(self, info: Mapping[str, Any], summary: Summary) -> None:
+        if self._writer is not None:
+            if self._pending is not None:
+                self._write(*self._pending)
+            self._writer.add_text("nfi/run", info_markdown(info), self._step)
+            self._writer.close()
+            self._writer = None
+
+    def _open(self) -> SummaryWriter:
+        if self._writer is None:
+            raise RuntimeError("TensorBoardSink is not open: call start() first, and nothing after close().")
+        return self._writer
+
+
+def _threshold_tag(quantity: str, edge: str) -> str:
+    return f"nfi/threshold/{quantity}/{edge}"
+
+
+def layout(bands: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
+    """The custom-scalars layout: panels zero-sum, means, displacement, second moment, norms.
+
+    A quantity in ``bands`` gets a margin chart; without thresholds it would show an error.
+    """
+
+    def lines(*names: str) -> list[Any]:
+        # TensorBoard reads these tags as regular expressions that match at the start.
+        return ["Multiline", [f"nfi/{name}$" for name in names]]
+
+    def band(title: str, quantity: str) -> dict[str, list[Any]]:
+        if quantity not in bands:
+            return {title: lines(quantity)}
+        edges = [_threshold_tag(quantity, "exit"), _threshold_tag(quantity, "enter")]
+        return {f"{title} (band: thresholds)": ["Margin", [f"nfi/{quantity}", *edges]]}
+
+    return {
+        "zero-sum": {
+            **band("zero-sum violation", "zero_sum_violation"),
+            "of the head's gradients": lines("zero_sum_violation_weight", "zero_sum_violation_bias"),
+            "rows": lines("absorbed_fraction", "partially_absorbed_fraction", "underflowed_fraction"),
+            "margins": lines("margin_min", "margin_median"),
+            "phase (0 healthy … 4 slingshot, 5 recovering)": lines("phase"),
+        },
+        "means": {
+            "norms of the global means": lines("feature_mean_norm", "classifier_mean_norm"),
+            "alignment cos(W_G, μ_G)": lines("mean_alignment"),
+            "growth per step": lines("feature_mean_growth", "classifier_mean_growth"),
+            "mean logit": lines("mean_logit"),
+        },
+        "displacement": {
+            **band("logit displacement δ", "logit_displacement"),
+            **band("margin displacement", "margin_displacement"),
+            "loss": lines("loss", "head_loss"),
+        },
+        "second moment": {
+            **band("RMS_t", "rms_t_max"),
+            "effective learning rate": lines("effective_learning_rate"),
+            "sqrt(v̂), median": lines("sqrt_exp_avg_sq_median", "head_sqrt_exp_avg_sq_median"),
+            "decay, decades": lines("second_moment_decay"),
+        },
+        "norms": {
+            "weight norms": lines("weight_norm", "head_weight_norm"),
+            "gradient norm": lines("gradient_norm"),
+            "update RMS": lines("update_rms"),
+        },
+    }
+
+
+def alert_markdown(alert: Alert) -> str:
+    """One alert with its evidence table and its advice."""
+    forecast = words.forecast_in_words(alert)
+    over = alert.state is AlertState.RESOLVED
+    lines = [
+        f"**{words.headline(alert)}**",
+        "",
+        f"- severity: {alert.severity}, {'resolved' if over else 'firing'}, phase {alert.phase}",
+        f"- steps: {alert.first_step:,}–{alert.last_step:,}",
+        f"- mechanism: {words.mechanism_in_words(alert)}",
+    ]
+    lines += [f"- forecast: {forecast}"] if forecast else []
+    lines += [f"- layer: `{alert.layer}`"] if alert.layer else []
+    if alert.evidence:
+        lines += ["", "| quantity | value | threshold | baseline |", "|---|---:|---:|---:|"]
+        lines += [_evidence_row(name, item) for name, item in alert.evidence.items()]
+    if alert.advice:
+        lines += ["", "What to do:", "", *(f"1. {item}" for item in alert.advice)]
+    return "\n".join(lines)
+
+
+def _evidence_row(name: str, item: Evidence) -> str:
+    cells = [words.label(name), *(words.amount(name, x) for x in (item.value, item.threshold, item.baseline))]
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def overview_markdown(alerts: list[Alert], earlier: int) -> str:
+    """A table of the latest alerts, one row each, newest last."""
+    lines = ["| alert | severity | state | steps | what |", "|---|---|---|---|---|"]
+    lines += [
+        f"| {a.id} | {a.severity} | {a.state} | {a.first_step:,}–{a.last_step:,} | {words.headline(a)} |"
+        for a in alerts
+    ]
+    if earlier:
+        lines += ["", f"{earlier:,} earlier: each has its own text under `nfi/alerts/`."]
+    return "\n".join(lines)
+
+
+def info_markdown(info: Mapping[str, Any]) -> str:
+    """The run's description as a table; what is nested as compact ``key value`` pairs."""
+    lines = ["| | |", "|---|---|"]
+    for key, value in plain(info).items():
+        if value is not None and value != [] and value != {}:
+            lines.append(f"| {key.replace('_', ' ')} | {_cell(value)} |")
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return "<br>".join(f"{key.replace('_', ' ')}: {_cell(item)}" for key, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_cell(item) for item in value)
+    return str(value).replace("|", "\\|").replace("\n", " ")

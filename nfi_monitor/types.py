@@ -1,0 +1,295 @@
+"""The vocabulary every stage shares: readings, alerts, phases, thresholds. No torch, no numpy.
+
+The line the data flows along is capture → measure → detect → report; each stage imports only what
+stands before it and this file.  Everything here is a frozen dataclass or an enum whose value is the
+word written to disk, so that an alert is the same object in the console, in ``alerts.jsonl``, in
+TensorBoard and in a callback.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+
+class Phase(str, Enum):
+    """Where a run stands in the slingshot cycle."""
+
+    HEALTHY = "healthy"
+    ABSORBING = "absorbing"  # the zero-sum is broken by rounding, nothing has grown yet
+    INFLATING = "inflating"  # and the global feature mean grows
+    IMMINENT = "imminent"  # and one update already moves logits by a good part of a nat
+    SLINGSHOT = "slingshot"  # the loss has left its floor
+    RECOVERING = "recovering"  # the loss is back, the second moment is not settled yet
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class AlertKind(str, Enum):
+    AT_RISK = "at_risk"  # a state; can last for thousands of steps
+    IMMINENT = "imminent"  # a prediction
+    SLINGSHOT = "slingshot"  # a fact
+    NON_FINITE = "non_finite"  # NaN or Inf in the loss, the gradients or the weights
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Severity(str, Enum):
+    INFO = "info"
+    WARNING = "warning"
+    CRITICAL = "critical"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def rank(self) -> int:
+        """0, 1, 2: for comparisons (``alert.severity.rank >= Severity.WARNING.rank``)."""
+        return list(Severity).index(self)
+
+
+class AlertState(str, Enum):
+    FIRING = "firing"
+    RESOLVED = "resolved"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class Mechanism(str, Enum):
+    """Why the loss is about to spike, or did."""
+
+    NUMERICAL_FEATURE_INFLATION = "numerical_feature_inflation"  # Liu et al. 2026, Theorem 3.7
+    SECOND_MOMENT = "second_moment"  # W. Wu 2024, section 2.1
+    EDGE_OF_STABILITY = "edge_of_stability"  # Bai et al., arXiv 2506.04805
+    UNKNOWN = "unknown"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One quantity that an alert rests on, logged beside the threshold it was held against."""
+
+    value: float
+    threshold: float | None = None
+    baseline: float | None = None
+
+
+@dataclass(frozen=True)
+class Alert:
+    """One event with a beginning and an end.
+
+    ``first_step`` and ``last_step`` are optimizer steps; ``last_step`` moves while the alert fires.
+    ``steps_to_spike`` is ``(low, median, high)``, counted from ``last_step``, or None where a
+    countdown would be a guess.  ``confidence`` is in [0, 1] and speaks of ``mechanism``.
+    """
+
+    id: str
+    kind: AlertKind
+    severity: Severity
+    state: AlertState
+    phase: Phase
+    first_step: int
+    last_step: int
+    mechanism: Mechanism
+    confidence: float
+    evidence: Mapping[str, Evidence] = field(default_factory=dict)
+    steps_to_spike: tuple[int, int, int] | None = None
+    advice: tuple[str, ...] = ()
+    layer: str | None = None
+    rank: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of plain types; non-finite evidence becomes None so that any JSON reader can read it."""
+        record = asdict(self)
+        for key in ("kind", "severity", "state", "phase", "mechanism"):
+            record[key] = str(record[key])
+        record["evidence"] = {
+            name: {key: finite_or_none(value) for key, value in asdict(item).items()}
+            for name, item in self.evidence.items()
+        }
+        record["steps_to_spike"] = list(self.steps_to_spike) if self.steps_to_spike else None
+        record["advice"] = list(self.advice)
+        return record
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Alert:
+        """The inverse of :meth:`to_json`; unknown keys (a newer writer) are ignored.
+
+        Raises KeyError where a required field is missing and ValueError for an unknown enum value.
+        """
+        spike = record.get("steps_to_spike")
+        return cls(
+            id=record["id"],
+            kind=AlertKind(record["kind"]),
+            severity=Severity(record["severity"]),
+            state=AlertState(record["state"]),
+            phase=Phase(record["phase"]),
+            first_step=int(record["first_step"]),
+            last_step=int(record["last_step"]),
+            mechanism=Mechanism(record["mechanism"]),
+            confidence=float(record["confidence"]),
+            evidence={
+                name: Evidence(
+                    value=math.nan if item["value"] is None else item["value"],
+                    threshold=item.get("threshold"),
+                    baseline=item.get("baseline"),
+                )
+                for name, item in record.get("evidence", {}).items()
+            },
+            steps_to_spike=(int(spike[0]), int(spike[1]), int(spike[2])) if spike else None,
+            advice=tuple(record.get("advice", ())),
+            layer=record.get("layer"),
+            rank=int(record.get("rank", 0)),
+        )
+
+
+class Change(str, Enum):
+    """What happened to an alert: the console speaks on BEGIN and END and when the severity rises."""
+
+    BEGIN = "begin"
+    UPDATE = "update"  # phase, severity, mechanism or forecast changed in a way worth a line
+    END = "end"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Note:
+    """Something said once: what could not be seen, and what can still be."""
+
+    code: str  # stable, for programs: "head_never_fired"
+    message: str  # for people: what was found, and what to do
+    step: int
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The numbers of one measured optimizer step.
+
+    ``values`` maps a name of :data:`nfi_monitor.quantities.QUANTITIES` to a float; a quantity that
+    could not be measured at this step is absent (never 0).  NaN and Inf are measured values.
+    """
+
+    step: int
+    values: Mapping[str, float]
+
+    def get(self, name: str, default: float = math.nan) -> float:
+        return self.values.get(name, default)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What turns optimizer steps into the units of detection.
+
+    ``beta2`` is that of the parameter group which holds the head; ``tau`` = 1/(1 − β2) optimizer
+    steps, the memory of the second moment and the natural clock of a slingshot.
+    """
+
+    beta2: float = 0.999
+
+    @property
+    def tau(self) -> float:
+        return 1.0 / max(1.0 - self.beta2, 1e-9)
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Every constant the detector uses, with its unit.
+
+    Times are in τ = 1/(1−β2) optimizer steps, displacements in nats, violations relative to the sum
+    of absolute gradients.  "Measured" refers to the project's own runs (``tests/benchmarks``).
+    """
+
+    # --- absorbing: rounding breaks the zero-sum (Liu et al. 2026, section 3) -------------------
+    absorbing_enter: float = 0.10
+    """Zero-sum violation (smoothed), in [0, 1], above which rows count as absorbing. Lower: earlier
+    and more false alarms from a few confident rows."""
+    absorbing_exit: float = 0.03
+    """Violation below which the state ends. The gap to ``absorbing_enter`` is the hysteresis."""
+    absorbing_smoothing: float = 0.5
+    """Time constant of the average over violations, in τ, never more than ``smoothing_cap`` steps."""
+    smoothing_cap: float = 50.0
+    """Longest smoothing in steps: at β2=.999 half a τ would hide a spike's whole build-up."""
+
+    # --- inflating: the feature mean grows (Theorem 3.7) ----------------------------------------
+    inflating_growth: float = 0.01
+    """Growth of ln‖μ_G‖ per τ above which an absorbing run is inflating."""
+
+    # --- imminent: an update is about to be felt by the loss ------------------------------------
+    imminent_growth: float = 0.02
+    """Growth of ln‖μ_G‖ per τ that *imminent* needs besides the displacement."""
+    imminent_displacement: float = 0.3
+    """Logit (or probe margin) displacement of one update, in nats, log-averaged."""
+    imminent_exit: float = 0.1
+    """Displacement in nats below which *imminent* ends without a slingshot."""
+    displacement_smoothing: float = 0.25
+    """Time constant of the average over ln δ, in τ, at most ``displacement_cap`` steps."""
+    displacement_cap: float = 12.0
+    """Longest average over ln δ, in steps."""
+
+    # --- second-moment slingshots (W. Wu 2024; Wortsman et al. 2023) ----------------------------
+    rms_t_at_risk: float = 1.5
+    """RMS_t = sqrt(mean(g²/max(v, ε²))), worst tensor, above which the optimizer is behind its
+    gradient. 1 is a settled second moment."""
+    rms_t_imminent: float = 2.3
+    """RMS_t of Wortsman et al. 2023 (arXiv 2304.13013): a spike follows 1–8 steps later."""
+    rms_t_exit: float = 1.1
+    """RMS_t (smoothed) below which both end."""
+
+    # --- what a slingshot is ---------------------------------------------------------------------
+    spike_low: float = 1e-2
+    """W. Wu 2024: a slingshot starts when the loss, having been below this ..."""
+    spike_high: float = 1e-1
+    """... exceeds this, and ends when it is back below ``spike_low``."""
+    spike_rise: float = 0.7
+    """For runs whose loss floor is above ``spike_low``: nats of log loss above its own baseline."""
+    spike_sigmas: float = 6.0
+    """And robust standard deviations of log loss above it."""
+    spike_baseline: float = 5.0
+    """Time constant of that baseline, in τ, clipped to [50, 500] steps."""
+    recovered: float = 1.0
+    """How long the loss must stay back, in τ (at most 200 steps), before a new event may begin."""
+
+    # --- what is not absorption ------------------------------------------------------------------
+    unexplained_enter: float = 0.2
+    """Share of live rows whose violation rounding cannot explain, above which the loss is taken to
+    break the zero-sum by design (z-loss, logit penalties, soft-capping, regression)."""
+    unexplained_exit: float = 0.02
+    """Share below which that verdict is withdrawn."""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"Thresholds.{item.name} must be a positive finite number, got {value!r}."
+                )
+        for low, high in (
+            ("absorbing_exit", "absorbing_enter"),
+            ("imminent_exit", "imminent_displacement"),
+            ("rms_t_exit", "rms_t_at_risk"),
+            ("spike_low", "spike_high"),
+            ("unexplained_exit", "unexplained_enter"),
+        ):
+            if getattr(self, low) >= getattr(self, high):
+                raise ValueError(
+                    f"Thresholds.{low} ({getattr(self, low)}) must be below Thresholds.{high} "
+                    f"({getattr(self, high)}): the gap is the hysteresis that keeps one event one alert."
+                )
+
+    def to_json(self) -> dict[str, float]:
+        return asdict(self)
+
+
+def finite_or_none(value: float | None) -> float | None:
+    """JSON has no NaN: what is not finite is written as null."""
+    return value if value is not None and math.isfinite(value) else None

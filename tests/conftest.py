@@ -1,0 +1,32 @@
+"""What every test stands on: one thread, a known seed, no deadline that a busy machine could miss."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# A deadline measures the machine, not the code.  print_blob: a failure can be replayed from the log.
+settings.register_profile(
+    "nfi-monitor", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("nfi-monitor")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """The models of the tests are small: a second thread costs more than it brings."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> Iterator[None]:
+    """Every test begins from seed 0 and leaves torch's global settings as it found them."""
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(dtype)
+    torch.use_deterministic_algorithms(deterministic)

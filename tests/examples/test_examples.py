@@ -1,0 +1,232 @@
+"""Each example, and the overhead command, run as a person runs them: from the command line, in short form."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nfi_monitor.report.jsonl import read_run
+from nfi_monitor.types import AlertKind, Mechanism, Severity
+
+ROOT = Path(__file__).resolve().parents[2]
+PNG = b"\x89PNG"
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What one start of the demo printed and wrote."""
+
+    out: Path
+    printed: str
+
+
+def run(*command: str, cwd: Path, code: int = 0) -> str:
+    """stdout of ``python COMMAND`` on a plain, wide terminal; stderr where it is meant to fail."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "COLUMNS": "120",
+        "NO_COLOR": "1",
+        "PYTHONIOENCODING": "utf-8",
+        "MPLBACKEND": "Agg",
+    }
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
+    assert done.returncode == code, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
+    return done.stderr if code else done.stdout
+
+
+def example(name: str, *arguments: str, cwd: Path, code: int = 0) -> str:
+    return run(str(ROOT / "examples" / f"{name}.py"), *arguments, cwd=cwd, code=code)
+
+
+def lines(path: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("01_plain_loop", "--steps --run-dir --loss-dtype"),
+        ("02_modular_division", "--p --width --depth --beta2 --seed --steps --slingshots --out --no-live"),
+        ("03_sparse_parity", "--loss --loss-dtype --steps --seed --run-dir"),
+    ],
+)
+def test_help_names_every_option(name: str, options: str, tmp_path: Path) -> None:
+    printed = example(name, "--help", cwd=tmp_path)
+    assert [option for option in options.split() if f"{option} " not in printed] == []
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- 01: the plain loop -----------------------------------------------------------------------------
+
+
+def test_the_plain_loop_learns_prints_its_summary_and_writes_its_run(tmp_path: Path) -> None:
+    printed = example("01_plain_loop", "--steps", "200", "--run-dir", "run", cwd=tmp_path)
+    assert float(printed.split("test accuracy ")[1].split("%")[0]) > 80
+    assert "zero-sum violation" in printed
+    assert (tmp_path / "run" / "run.json").is_file()
+    assert lines(tmp_path / "run" / "readings.jsonl")
+    assert read_run(tmp_path / "run").history["zero_sum_violation"][0][-1] <= 200
+
+
+def test_the_plain_loop_writes_nothing_unless_asked(tmp_path: Path) -> None:
+    example("01_plain_loop", "--steps", "20", cwd=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_the_plain_loop_taps_logits_that_are_cast_before_the_loss(dtype: str, tmp_path: Path) -> None:
+    printed = example("01_plain_loop", "--steps", "60", "--loss-dtype", dtype, cwd=tmp_path)
+    assert f"loss in {dtype}" in printed
+
+
+# --- 02: the demo -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def short_demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    cwd = tmp_path_factory.mktemp("short-demo")
+    printed = example("02_modular_division", "--steps", "120", "--out", "demo", "--no-live", cwd=cwd)
+    return Demo(cwd / "demo", printed)
+
+
+def test_a_short_demo_says_that_it_has_shown_nothing(short_demo: Demo) -> None:
+    assert "No slingshot within 120 steps" in short_demo.printed
+    assert "Rounding made them" not in short_demo.printed
+
+
+def test_a_short_demo_writes_both_runs_and_the_figure(short_demo: Demo) -> None:
+    for arm in ("float32", "float64"):
+        assert (short_demo.out / arm / "run.json").is_file()
+        assert lines(short_demo.out / arm / "readings.jsonl")
+    figure = short_demo.out / "figure.png"
+    assert figure.read_bytes().startswith(PNG)
+    assert "figure.png" in short_demo.printed
+
+
+def test_a_second_demo_leaves_the_first_alone(short_demo: Demo) -> None:
+    before = {path: path.read_bytes() for path in short_demo.out.rglob("*") if path.is_file()}
+    printed = example(
+        "02_modular_division", "--steps", "20", "--out", "demo", "--no-live", cwd=short_demo.out.parent
+    )
+    assert (short_demo.out.parent / "demo-2" / "figure.png").is_file()
+    assert "demo-2" in printed
+    assert {path: path.read_bytes() for path in short_demo.out.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--p", "21"], "21 is not an odd prime"),
+        (["--steps", "0"], "--steps must be at least 1"),
+        (["--slingshots", "-1"], "--slingshots must be at least 1"),
+    ],
+)
+def test_the_demo_refuses_what_cannot_work_and_says_why(
+    arguments: list[str], complaint: str, tmp_path: Path
+) -> None:
+    assert complaint in example("02_modular_division", *arguments, cwd=tmp_path, code=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
+    cwd = tmp_path_factory.mktemp("demo")
+    return Demo(cwd / "demo", example("02_modular_division", "--out", "demo", cwd=cwd))
+
+
+def test_the_demo_slingshots_twice_and_each_was_announced_in_time(demo: Demo) -> None:
+    run_ = read_run(demo.out / "float32")
+    slingshots = [alert for alert in run_.alerts if alert.kind is AlertKind.SLINGSHOT]
+    assert len(slingshots) >= 2
+    previous = 0
+    for slingshot in slingshots:
+        start = slingshot.first_step
+        # Announced since the last slingshot began: a warning that was about that one is not counted.
+        for kind, lead in ((AlertKind.AT_RISK, 100), (AlertKind.IMMINENT, 25)):
+            assert any(
+                alert.kind is kind and previous <= alert.first_step <= start - lead <= alert.last_step
+                for alert in run_.alerts
+            ), f"no {kind} alert {lead} steps before {start}"
+        assert slingshot.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+        previous = start
+
+
+def test_the_demo_s_control_stays_quiet(demo: Demo) -> None:
+    alerts = read_run(demo.out / "float64").alerts
+    assert [alert for alert in alerts if alert.severity.rank >= Severity.WARNING.rank] == []
+    assert "no slingshot. Rounding made them" in demo.printed
+
+
+def test_the_demo_ends_with_its_table_and_its_paths(demo: Demo) -> None:
+    for words in (
+        "loss in float32",
+        "loss in float64",
+        "first warning",
+        "lead in steps, at risk",
+        "lead in steps, imminent",
+        "mechanism named",
+        "numerical feature inflation",
+        "final test accuracy",
+        str(Path("demo") / "figure.png"),
+        str(Path("demo") / "float32"),
+        str(Path("demo") / "float64"),
+    ):
+        assert words in demo.printed
+    assert (demo.out / "figure.png").read_bytes().startswith(PNG)
+
+
+# --- 03: sparse parity ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("loss", ["hinge", "cross_entropy"])
+def test_sparse_parity_runs_under_each_loss_in_each_precision(loss: str, dtype: str, tmp_path: Path) -> None:
+    arguments = ["--loss", loss, "--loss-dtype", dtype, "--steps", "200", "--run-dir", "run"]
+    printed = example("03_sparse_parity", *arguments, cwd=tmp_path)
+    assert "slingshots in 200 steps" in printed
+    assert "test accuracy" in printed
+    assert (tmp_path / "run" / "run.json").is_file()
+
+
+def test_hinge_slingshots_are_not_called_numerical(tmp_path: Path) -> None:
+    """The first one comes after some 1,100 to 1,700 steps; a one-column head has no zero-sum to break."""
+    example("03_sparse_parity", "--steps", "2000", "--seed", "1", "--run-dir", "run", cwd=tmp_path)
+    alerts = read_run(tmp_path / "run").alerts
+    slingshots = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT]
+    assert slingshots
+    assert {alert.mechanism for alert in slingshots} == {Mechanism.SECOND_MOMENT}
+
+
+# --- what it costs ----------------------------------------------------------------------------------
+
+
+def test_the_overhead_command_prints_a_table_and_writes_its_numbers(tmp_path: Path) -> None:
+    out = tmp_path / "overhead.json"
+    printed = run(
+        *("-m", "tests.benchmarks.overhead", "--models", "mlp-small"),
+        *("--rounds", "2", "--block", "3", "--json", str(out)),
+        cwd=ROOT,
+    )
+    assert "26,122 parameters" in printed
+    record = json.loads(out.read_text(encoding="utf-8"))
+    assert [result["arm"] for result in record["results"]] == [
+        "bare, again",
+        "default",
+        "every=1",
+        "default + run_dir",
+    ]
+    assert all(result["ratio"] > 0 for result in record["results"])
