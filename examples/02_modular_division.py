@@ -31,12 +31,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from nfi_monitor import Monitor
+from nfi_monitor import Alert, AlertKind, AlertState, Mechanism, Monitor, Severity
 from nfi_monitor.report.figure import compare
 from nfi_monitor.report.jsonl import read_run
 from nfi_monitor.report.live import LivePanel
 from nfi_monitor.report.words import kind_in_words, mechanism_name
-from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Severity
 
 WARM_UP = 10
 
@@ -157,6 +156,16 @@ def conclusion(exposed: Arm, control: Arm) -> str:
     return "Same seed, same steps, float64 from the logits to the loss: no slingshot. Rounding made them."
 
 
+def figure(arms: list[Arm], args: argparse.Namespace) -> str:
+    """Both arms in one figure, drawn from what the run directories hold: its path, or why there is none."""
+    runs = {arm.name: read_run(arm.run_dir) for arm in arms}
+    title = f"a/b mod {args.p}, seed {args.seed}: the same run with the loss in float32 and in float64"
+    try:
+        return str(compare(runs, args.out / "figure.png", title=title))
+    except ImportError as missing:
+        return f"none: {missing}"
+
+
 def fresh_directory(path: Path) -> Path:
     """``path``, or the first of ``path-2``, ``path-3``, … that is free: an older run is never touched."""
     number = 1
@@ -207,12 +216,13 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         torch.set_num_threads(threads)
 
-    figure = compare([read_run(arm.run_dir) for arm in (exposed, control)], args.out / "figure.png")
-    console.print(table([exposed, control], args))
+    arms = [exposed, control]
+    console.print(table(arms, args))
     console.print(conclusion(exposed, control))
-    console.print(f"figure  {figure}", soft_wrap=True)
-    for arm in (exposed, control):
-        console.print(f"run     {arm.run_dir}", soft_wrap=True)
+    # Paths as they are: not wrapped, not coloured, nothing in them read as markup.
+    console.out(f"figure  {figure(arms, args)}", highlight=False)
+    for arm in arms:
+        console.out(f"run     {arm.run_dir}", highlight=False)
     return 0
 
 

@@ -27,9 +27,8 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from nfi_monitor import Monitor
+from nfi_monitor import AlertKind, Monitor
 from nfi_monitor.report.live import LivePanel
-from nfi_monitor.types import AlertKind
 
 BITS, RELEVANT, TRAIN_ROWS, TEST_ROWS, WIDTH = 40, 3, 1_000, 10_000, 128
 

@@ -5,9 +5,11 @@ capture → measure → detect → report: only this file knows all four.
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -104,8 +106,8 @@ class Monitor:
         self._model = model
         self._reader = OptimizerReader(self._optimizer, self._head)
         self._thresholds = thresholds or Thresholds()
-        self._detector = Detector(self._thresholds, self._read_context())
         self._rows = RowAccumulator()
+        self._detector = Detector(self._thresholds, self._read_context())
         self._outbox = Outbox()
         self._memory: Memory | None = None
         self._probe_batch = None if probe is None else ProbeBatch(model, *probe)
@@ -310,12 +312,11 @@ class Monitor:
             except Exception as error:
                 self._failed("probe", error)
         self._take_loss(values, host)
-        device = self._anchor_device(packed, values)
         if values:
-            packed.append(torch.stack([value.to(device, torch.float64 if device.type == "cpu" else torch.float32).reshape(()) for value in values.values()]))
+            packed.append(torch.stack([*values.values()]))
         label = (self._step, has_rows, tuple(values), host, bool(self._rows.single_output))
         self._flush_losses()
-        self._outbox.put(label, torch.cat([part.to(packed[-1].dtype) for part in packed]) if packed else torch.empty(0))
+        self._outbox.put(label, torch.cat(packed) if packed else torch.empty(0))
 
     def _learning_rate(self, update: Update, values: dict[str, Tensor], host: dict[str, float]) -> None:
         if isinstance(update.lr, Tensor):
@@ -356,11 +357,6 @@ class Monitor:
             self._late_losses.clear()
             self._outbox.put(steps, packed)
 
-    def _anchor_device(self, packed: list[Tensor], values: Mapping[str, Tensor]) -> torch.device:
-        for tensor in (*packed, *values.values()):
-            return tensor.device
-        return torch.device("cpu")
-
     # --- detect and report -----------------------------------------------------------------------
 
     def _drain(self, *, everything: bool = False) -> None:
@@ -377,6 +373,8 @@ class Monitor:
                 self._half_precision = maxima[MAXIMA.index("eps")] > 1e-4
                 numbers = numbers[_ROW_WIDTH:]
             values |= dict(zip(names, numbers, strict=True))
+            if "gradient_norm" in values:
+                values["non_finite_gradients"] = float(not math.isfinite(values["gradient_norm"]))
             if values.pop(SKIPPED, 0.0) > 0:
                 self._notes.skipped_step(step)
                 continue
@@ -429,6 +427,7 @@ class Monitor:
             beta2=betas[1] if betas else 0.99,
             decoupled_decay=bool(decoupled) and float(group.get("weight_decay", 0.0) or 0.0) > 0,
             half_precision=self._half_precision,
+            no_classes=bool(self._rows.single_output),
             layer=self._head.name if self._head is not None else None,
         )
 
@@ -530,4 +529,4 @@ def _plain(value: Any) -> Any:
 
 def _full_precision(device: str) -> Any:
     """Autocast would turn the monitor's own dot products into half precision."""
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -67,5 +67,5 @@ QUANTITIES: dict[str, Quantity] = {
     "secant_curvature": Quantity("1", "lr · sᵀy / sᵀPs along the update s, P = sqrt(v̂)+ε_A; unstable above 2(1+β1)/(1−β1)", "Bai et al. (arXiv 2506.04805)"),
     # --- the run ---------------------------------------------------------------------------------
     "loss": Quantity("loss", "what observe_loss was given, mean over the micro-batches of the step"),
-    "non_finite_gradients": Quantity("coordinates", "sampled gradient coordinates that are NaN or Inf"),
+    "non_finite_gradients": Quantity("0 or 1", "1 where a sampled gradient is NaN or Inf (or too large to square)"),
 }  # fmt: skip

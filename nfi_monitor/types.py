@@ -227,9 +227,9 @@ class Thresholds:
     # --- imminent: an update is about to be felt by the loss ------------------------------------
     imminent_growth: float = 0.02
     """Growth of ln‖μ_G‖ per τ that *imminent* needs besides the displacement."""
-    imminent_displacement: float = 0.3
+    imminent_displacement: float = 0.15
     """Logit (or probe margin) displacement of one update, in nats, log-averaged."""
-    imminent_exit: float = 0.1
+    imminent_exit: float = 0.05
     """Displacement in nats below which *imminent* ends without a slingshot."""
     displacement_smoothing: float = 0.25
     """Time constant of the average over ln δ, in τ, at most ``displacement_cap`` steps."""
@@ -237,13 +237,15 @@ class Thresholds:
     """Longest average over ln δ, in steps."""
 
     # --- second-moment slingshots (W. Wu 2024; Wortsman et al. 2023) ----------------------------
-    rms_t_at_risk: float = 1.5
-    """RMS_t = sqrt(mean(g²/max(v, ε²))), worst tensor, above which the optimizer is behind its
-    gradient. 1 is a settled second moment."""
+    coasting_enter: float = 0.5
+    """RMS_t = sqrt(mean(g²/max(v, ε_A²))), worst tensor, averaged like violations: below this the
+    gradient is far smaller than the second moment expects. 1 is a settled second moment."""
+    coasting_exit: float = 0.8
+    """RMS_t, averaged, above which the gradient is back."""
     rms_t_imminent: float = 2.3
     """RMS_t of Wortsman et al. 2023 (arXiv 2304.13013): a spike follows 1–8 steps later."""
     rms_t_exit: float = 1.1
-    """RMS_t (smoothed) below which both end."""
+    """RMS_t, largest of the last few steps, below which *imminent* ends."""
 
     # --- what a slingshot is ---------------------------------------------------------------------
     spike_low: float = 1e-2
@@ -256,7 +258,7 @@ class Thresholds:
     """And robust standard deviations of log loss above it."""
     spike_baseline: float = 5.0
     """Time constant of that baseline, in τ, clipped to [50, 500] steps."""
-    recovered: float = 1.0
+    recovered: float = 2.0
     """How long the loss must stay back, in τ (at most 200 steps), before a new event may begin."""
 
     # --- what is not absorption ------------------------------------------------------------------
@@ -276,7 +278,8 @@ class Thresholds:
         for low, high in (
             ("absorbing_exit", "absorbing_enter"),
             ("imminent_exit", "imminent_displacement"),
-            ("rms_t_exit", "rms_t_at_risk"),
+            ("coasting_enter", "coasting_exit"),
+            ("rms_t_exit", "rms_t_imminent"),
             ("spike_low", "spike_high"),
             ("unexplained_exit", "unexplained_enter"),
         ):

@@ -7,7 +7,7 @@ gradient scaler unscales them in place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +39,7 @@ class Update:
     eps: Tensor | float  # ε_A, scalar or [C]
     lr: Tensor | float  # of the head's group
     found_inf: Tensor | None  # > 0: a fused step under a gradient scaler skipped itself
-    head_span: tuple[int, int] | None  # where the head's weight lies in [C]
+    head_position: int | None  # which of the sample's tensors the head's weight is
     head_weight_update: Tensor | None  # [k, d], a stride of class rows
     head_bias_update: Tensor | None  # [k], the same classes
     head_weight: Tensor | None  # [K, d] view; None at steps when a large head is not read
@@ -88,6 +88,7 @@ class OptimizerReader:
         self.unreadable: set[str] = set()  # state of a kind that cannot be sampled, for a note
         self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
         self._groups: dict[int, dict[str, Any]] = {}
+        self._views: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """The parameter group that holds ``param``; the first one if none does."""
@@ -128,7 +129,7 @@ class OptimizerReader:
             sample=sample,
             params=params,
             grad=grad,
-            before=sample.gather(params),
+            before=self._packed("params", sample, params),
             found_inf=found_inf if isinstance(found_inf, Tensor) else None,
             head_weight=None if weight is None else weight.clone(),
             head_bias=None if bias is None else bias.clone(),
@@ -144,31 +145,36 @@ class OptimizerReader:
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
         if all(isinstance(moment, Tensor) for moment in moments):
-            exp_avg_sq = start.sample.gather([moment for moment in moments if moment is not None])
+            exp_avg_sq = self._packed("moments", start.sample, moments)  # type: ignore[arg-type]
             correction, eps = self._constants(start, states)
         weight, bias = self._head_rows()
         full = self.head.weight if self.head is not None else None
-        span = None
-        for position, param in enumerate(start.params):
-            if param is full:
-                span = start.sample.spans[position]
+        position = next((i for i, param in enumerate(start.params) if param is full), None)
         return Update(
             sample=start.sample,
             grad=start.grad,
             before=start.before,
-            after=start.sample.gather(start.params),
+            after=self._packed("params", start.sample, start.params),
             exp_avg_sq=exp_avg_sq,
             correction=correction,
             eps=eps,
             lr=_host(self.group_of(full)["lr"]),
             found_inf=start.found_inf,
-            head_span=span,
+            head_position=position,
             head_weight_update=_difference(weight, start.head_weight),
             head_bias_update=_difference(bias, start.head_bias),
             head_weight=self._whole_head(step),
             head_weight_grad=start.head_weight_grad,
             head_bias_grad=start.head_bias_grad,
         )
+
+    def _packed(self, kind: str, sample: CoordinateSample, tensors: Sequence[Tensor]) -> Tensor:
+        """Gather tensors that keep their storage from step to step: the views are made once."""
+        key = (id(sample), *(tensor.data_ptr() for tensor in tensors))
+        known = self._views.get(kind)
+        if known is None or known[0] != key:
+            known = self._views[kind] = (key, sample.views(tensors))
+        return sample.pack(known[1])
 
     # --- coordinates ---------------------------------------------------------------------------
 

@@ -60,6 +60,8 @@ class CoordinateSample:
         segments: int64 [C], which tensor a coordinate belongs to.
         counts: float32 [T], sampled coordinates of each tensor.
         weights: float32 [C], coordinates one sampled coordinate stands for; None if all are read.
+        total: coordinates of all tensors together.
+        spans: (start, end) of each tensor's coordinates in [C].
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -79,6 +81,7 @@ class CoordinateSample:
                 [size / count for size, count in zip(sizes, counts, strict=True)], device=device
             )
             self.weights = rates[self.segments]
+        self.total = float(total)
         self.spans = []
         start = 0
         for count in counts:
@@ -87,9 +90,15 @@ class CoordinateSample:
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """The sampled coordinates of ``tensors`` (same shapes as at construction) → float32/64 [C], a copy."""
-        parts = [
-            local(tensor).detach().reshape(-1)[::step]
-            for tensor, step in zip(tensors, self.strides, strict=True)
-        ]
-        packed = torch.cat(parts)
+        return self.pack(self.views(tensors))
+
+    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """The strided views themselves: valid as long as the tensors keep their storage."""
+        flat = [local(tensor).detach().reshape(-1) for tensor in tensors]
+        return [view if step == 1 else view[::step] for view, step in zip(flat, self.strides, strict=True)]
+
+    @staticmethod
+    def pack(views: Sequence[Tensor]) -> Tensor:
+        """One contiguous copy of the views, float32 or float64 [C]."""
+        packed = torch.cat(list(views))
         return packed if packed.dtype in (torch.float32, torch.float64) else packed.float()

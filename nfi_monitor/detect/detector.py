@@ -14,7 +14,7 @@ from typing import Any
 
 from nfi_monitor.detect.advice import advice_for
 from nfi_monitor.detect.forecast import steps_to_spike
-from nfi_monitor.detect.mechanism import NUMERIC_ABOVE, Causes, name_mechanism
+from nfi_monitor.detect.mechanism import FORGOTTEN, NUMERIC_ABOVE, Causes, name_mechanism
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
@@ -31,6 +31,7 @@ class Context:
     beta2: float = 0.999
     decoupled_decay: bool = False  # AdamW-style weight decay is on
     half_precision: bool = False  # the loss reads half-precision logits
+    no_classes: bool = False  # the head has one output
     layer: str | None = None
     rank: int = 0
 
@@ -63,7 +64,7 @@ class Detector:
         self.signals = Signals()
         self.spike = SpikeDetector()
         self._absorbing, self._inflating, self._imminent = Hysteresis(), Hysteresis(), Hysteresis()
-        self._behind, self._kicking = Hysteresis(), Hysteresis()
+        self._coasting, self._kicking = Hysteresis(), Hysteresis()
         self._firing: dict[AlertKind, int] = {}  # kind → index into alerts
         self._counts: dict[str, int] = {}
         self._causes = self._observe()
@@ -77,9 +78,6 @@ class Detector:
         """Judge one reading."""
         tau, limits = self.context.tau, self.limits
         derived = self.signals.update(reading, tau, limits)
-        # The causes as they stood before the loss moved: a spike un-absorbs its rows.
-        if self.spike.state == QUIET:
-            self._causes = self._observe()
         was = self.spike.state
         state = self.spike.update(reading.step, reading.get("loss", reading.get("head_loss")), tau, limits)
         verdict = Verdict(self.phase, derived=derived)
@@ -91,20 +89,29 @@ class Detector:
                 self._end(AlertKind.SLINGSHOT, reading.step, verdict)
                 self.signals.restart()
             self._between(reading.step, verdict)
+            # A slingshot's cause is read from the reading before it: in the spike itself rows are no
+            # longer absorbed, and RMS_t is high whatever the reason.
+            self._causes = self._observe()
         verdict.phase = self.phase
         return verdict
 
     # --- stages --------------------------------------------------------------------------------
 
     def _in_slingshot(self, step: int, state: str, *, began: bool, verdict: Verdict) -> None:
-        self.phase = Phase.RECOVERING if state == FALLEN else Phase.SLINGSHOT
+        # The loss of a slingshot crosses its level many times: a few steps below it are no recovery yet.
+        calm = state == FALLEN and step - self.spike.fallen_at >= min(0.25 * self.context.tau, 12.0)
+        self.phase = Phase.RECOVERING if calm else Phase.SLINGSHOT
         if not began:
             return
+        mechanism, confidence = name_mechanism(self._causes)
         for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
+            # A cause that was named while it built up outweighs what the last step before shows.
+            index = self._firing.get(kind)
+            if index is not None and self.alerts[index].confidence > confidence:
+                mechanism, confidence = self.alerts[index].mechanism, self.alerts[index].confidence
             self._end(kind, step, verdict)
-        for switch in (self._absorbing, self._inflating, self._imminent, self._behind, self._kicking):
-            switch.on = False
-        mechanism, confidence = name_mechanism(self._causes, self.limits.rms_t_at_risk)
+        for name in _SWITCHES:
+            getattr(self, name).on = False
         self._begin(AlertKind.SLINGSHOT, Severity.CRITICAL, self.spike.start, mechanism, confidence, verdict)
 
     def _between(self, step: int, verdict: Verdict) -> None:
@@ -125,7 +132,7 @@ class Detector:
             and signals.displacement >= limits.imminent_displacement,
             absorbing and signals.displacement >= limits.imminent_exit,
         )
-        behind, kicking = self._optimizer_behind(step, numeric=absorbing)
+        coasting, kicking = self._second_moment(step, numeric=absorbing)
 
         if imminent or kicking:
             self.phase = Phase.IMMINENT
@@ -139,7 +146,7 @@ class Detector:
         numeric = (Mechanism.NUMERICAL_FEATURE_INFLATION, 0.0)
         self._hold(
             AlertKind.AT_RISK,
-            absorbing or behind,
+            absorbing or coasting or kicking,
             Severity.WARNING if inflating or imminent else Severity.INFO,
             step,
             numeric if absorbing else None,
@@ -156,33 +163,38 @@ class Detector:
 
     # --- second-moment slingshots ----------------------------------------------------------------
 
-    def _optimizer_behind(self, step: int, *, numeric: bool) -> tuple[bool, bool]:
-        """(at risk, imminent) by RMS_t. Where rows absorb, RMS_t tells the same story later."""
+    def _second_moment(self, step: int, *, numeric: bool) -> tuple[bool, bool]:
+        """(at risk, imminent). Where rows absorb, RMS_t tells the same story later.
+
+        At risk: *coasting*. The gradient is gone (RMS_t far below 1), the second moment is letting go of
+        it, and decoupled weight decay alone moves the weights, towards the place where the gradient
+        comes back (W. Wu 2024, section 2.1).  Imminent: RMS_t above 2.3 on a second moment that had let go.
+        """
         limits, signals = self.limits, self.signals
-        possible = not numeric and self._forgotten
-        behind = self._behind.update(
+        forgotten = not numeric and signals.decay_lowest <= FORGOTTEN
+        coasting = self._coasting.update(
             step,
-            possible and signals.rms_t_now >= limits.rms_t_at_risk,
-            possible and signals.rms_t >= limits.rms_t_exit,
+            forgotten
+            and self.context.decoupled_decay
+            and signals.rms_t_mean <= limits.coasting_enter
+            and signals.shrinkage < 0,
+            not numeric and signals.rms_t_mean <= limits.coasting_exit,
         )
         kicking = self._kicking.update(
             step,
-            possible and signals.rms_t_now >= limits.rms_t_imminent,
-            possible and signals.rms_t >= limits.rms_t_exit,
+            forgotten
+            and signals.rms_t >= limits.rms_t_imminent
+            and signals.rms_t_mean <= 1.0,  # it had let go: noise around 1 is no kick
+            not numeric and signals.rms_t_peak >= limits.rms_t_exit,
         )
-        return behind, kicking
-
-    @property
-    def _forgotten(self) -> bool:
-        """The second moment has let go of the gradient it once had: without that, RMS_t is just noise."""
-        return self.signals.decay <= -0.3
+        return coasting, kicking
 
     @property
     def _stirring(self) -> bool:
         """Signals half way to a state: read every step, or the state is seen late."""
         signals, limits = self.signals, self.limits
         return signals.violation >= 0.5 * limits.absorbing_exit or (
-            self._forgotten and signals.rms_t_now >= 0.7 * limits.rms_t_at_risk
+            signals.decay_lowest <= FORGOTTEN and signals.rms_t_peak >= 0.5 * limits.rms_t_imminent
         )
 
     # --- evidence --------------------------------------------------------------------------------
@@ -191,11 +203,12 @@ class Detector:
         signals = self.signals
         return Causes(
             violation=signals.violation,
-            rms_t=signals.rms_t,
-            decay=signals.decay,
-            curvature=signals.curvature,
+            no_classes=self.context.no_classes,
+            kicked=self._kicking.on,
+            coasting=self._coasting.on,
+            decay=signals.decay_lowest,
+            curvature=signals.curvature_peak,
             stability_limit=self.context.stability_limit,
-            decoupled_decay=self.context.decoupled_decay,
         )
 
     def _evidence(self, kind: AlertKind) -> dict[str, Evidence]:
@@ -206,9 +219,9 @@ class Detector:
                 signals.growth, limits.inflating_growth / self.context.tau, 0.0
             ),
             "logit_displacement": Evidence(signals.displacement, limits.imminent_displacement),
-            "rms_t_max": Evidence(signals.rms_t, limits.rms_t_imminent, 1.0),
-            "second_moment_decay": Evidence(signals.decay, -0.3, 0.0),
-            "secant_curvature": Evidence(signals.curvature, self.context.stability_limit),
+            "rms_t_max": Evidence(signals.rms_t_peak, limits.rms_t_imminent, signals.rms_t_mean),
+            "second_moment_decay": Evidence(signals.decay_lowest, FORGOTTEN, 0.0),
+            "secant_curvature": Evidence(signals.curvature_peak, self.context.stability_limit),
         }
         if kind is AlertKind.SLINGSHOT:
             items["loss"] = Evidence(self.spike.peak, self.limits.spike_high, self.spike.level)
@@ -229,7 +242,7 @@ class Detector:
         if not active:
             self._end(kind, step, verdict)
             return
-        mechanism, confidence = name_mechanism(self._observe(), self.limits.rms_t_at_risk)
+        mechanism, confidence = name_mechanism(self._observe())
         if known is not None and mechanism is not known[0]:
             # Hysteresis keeps a numeric state alive below the level at which it was named.
             mechanism, confidence = known[0], 0.5 if self.signals.violation < NUMERIC_ABOVE else 0.6
@@ -252,8 +265,6 @@ class Detector:
         )
         if rises or new.mechanism is not old.mechanism:
             new = replace(new, advice=self._advice(kind, new.mechanism))
-            verdict.changes.append((Change.UPDATE, new))
-        elif new.phase is not old.phase:
             verdict.changes.append((Change.UPDATE, new))
         self.alerts[index] = new
 
@@ -373,4 +384,4 @@ class Detector:
         self._causes = Causes(**state["causes"])
 
 
-_SWITCHES = ("_absorbing", "_inflating", "_imminent", "_behind", "_kicking")
+_SWITCHES = ("_absorbing", "_inflating", "_imminent", "_coasting", "_kicking")

@@ -19,32 +19,38 @@ NUMERIC_BELOW = 0.01
 """... and below which it is not; between the two, nobody knows."""
 
 
+FORGOTTEN = -0.3
+"""Decades: sqrt(v̂) is half of its recent maximum or less. More is not needed: before hinge-loss
+slingshots it has fallen 2 to 20 times, and "fell a hundredfold" is a wrong alarm."""
+
+
 @dataclass(frozen=True)
 class Causes:
-    """Smoothed signals in the steps before the event; NaN where a signal was not seen."""
+    """Signals in the steps before the event; NaN where a signal was not seen."""
 
-    violation: float  # zero-sum violation; NaN also where the loss breaks the zero-sum by design
-    rms_t: float  # largest RMS_t of the last τ
-    decay: float  # decades that sqrt(v̂) has fallen
-    curvature: float  # largest secant curvature × lr of the last τ
-    stability_limit: float  # 2(1+β1)/(1−β1); NaN without Adam's β1
-    decoupled_decay: bool  # AdamW-style weight decay is on
+    violation: float  # zero-sum violation, smoothed; NaN also where the loss breaks it by design
+    no_classes: bool  # the head has one output: absorption of a correct class does not exist
+    kicked: bool  # RMS_t rose above its limit before the loss did
+    coasting: bool  # no gradient to speak of: weight decay alone moved the weights
+    decay: float  # decades that sqrt(v̂) had fallen
+    curvature: float  # largest secant curvature × lr just before
+    stability_limit: float  # 2(1+β1)/(1−β1)
 
 
-def name_mechanism(causes: Causes, rms_t_limit: float) -> tuple[Mechanism, float]:
+def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
     """(mechanism, confidence in [0, 1])."""
     violation = causes.violation
     if violation >= NUMERIC_ABOVE:
         strength = min(1.0, math.log(violation / NUMERIC_ABOVE) / math.log(4.0))
         return Mechanism.NUMERICAL_FEATURE_INFLATION, 0.6 + 0.35 * strength
-    doubt = 0.0 if violation < NUMERIC_BELOW else 0.2  # NaN (not seen) and the grey zone alike
-    behind = causes.rms_t >= rms_t_limit
+    # Not seen, or in the grey zone between rounding and not: everything else is less certain.
+    doubt = 0.0 if violation < NUMERIC_BELOW or causes.no_classes else 0.2
+    forgotten = causes.decay <= FORGOTTEN
     steep = causes.curvature >= causes.stability_limit
-    forgotten = causes.decay <= -0.3  # sqrt(v̂) is half of what it was, or less
-    if behind and forgotten and causes.decoupled_decay:
-        return Mechanism.SECOND_MOMENT, (0.8 if not steep else 0.6) - doubt
+    if forgotten and causes.coasting:
+        return Mechanism.SECOND_MOMENT, (0.9 if causes.kicked else 0.8) - doubt
     if steep:
-        return Mechanism.EDGE_OF_STABILITY, (0.6 if behind else 0.5) - doubt
-    if behind and forgotten:
+        return Mechanism.EDGE_OF_STABILITY, (0.7 if causes.kicked else 0.6) - doubt
+    if forgotten and causes.kicked:
         return Mechanism.SECOND_MOMENT, 0.6 - doubt
     return Mechanism.UNKNOWN, 0.0

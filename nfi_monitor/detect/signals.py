@@ -18,25 +18,31 @@ class Signals(Stateful):
     violation: zero-sum violation, smoothed; NaN while unseen or while the loss breaks it by design.
     growth: d ln‖μ_G‖ / d step, smoothed.  classifier_growth: the same of ‖W_G‖.
     displacement: ln-average of δ in nats (the probe's margins where there is a probe).
-    displacement_slope: d ln δ_rms / d step.  rms_t, curvature: largest of about the last τ.
-    decay: decades sqrt(v̂) of the head lies below its maximum since the last slingshot.
+    displacement_slope: d ln δ_rms / d step.  rms_t: RMS_t of the last reading; rms_t_peak and
+    curvature_peak: largest of the last few steps; rms_t_mean: average.
+    decay: decades sqrt(v̂) of the head lies below its maximum since the last slingshot; decay_lowest:
+    the lowest of the last few steps, because a kick refills the second moment at once.
+    shrinkage: d ln(weight norm) / d step; negative while weight decay alone moves the weights.
     broken_by_design: rounding cannot explain the violation; it is not absorption.
     """
 
     __slots__ = (
-        "_displacement", "_growth", "_classifier_growth", "_slope", "_unexplained", "_unexplained_switch",
-        "_violation", "classifier_growth", "curvature", "decay", "displacement", "displacement_rms",
-        "displacement_slope", "growth", "last_step", "rms_t", "rms_t_now", "root_max", "soft_targets",
-        "violation",
+        "_classifier_growth", "_displacement", "_growth", "_rms_t", "_shrinkage", "_slope", "_unexplained",
+        "_unexplained_switch", "_violation", "classifier_growth", "curvature_peak", "decay", "decay_lowest",
+        "displacement", "displacement_rms", "displacement_slope", "growth", "last_step", "rms_t",
+        "rms_t_mean", "rms_t_peak", "root_max", "shrinkage", "soft_targets", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._violation, self._unexplained, self._displacement = Ema(), Ema(), Ema()
+        self._rms_t = Ema()
         self._growth, self._classifier_growth, self._slope = Slope(), Slope(), Slope()
+        self._shrinkage = Slope()
         self._unexplained_switch = Hysteresis()
         self.violation = self.growth = self.classifier_growth = NAN
         self.displacement = self.displacement_rms = self.displacement_slope = NAN
-        self.rms_t = self.rms_t_now = self.curvature = self.decay = NAN
+        self.rms_t = self.rms_t_mean = self.rms_t_peak = self.curvature_peak = NAN
+        self.decay = self.decay_lowest = self.shrinkage = NAN
         self.root_max = 0.0
         self.soft_targets = False
         self.last_step = 0
@@ -78,16 +84,21 @@ class Signals(Stateful):
             self.displacement_rms = get("logit_displacement_rms")
             self.displacement_slope = self._slope.update(step, _log(self.displacement_rms), window)
 
-        # A maximum that forgets over τ: the event's own first steps must not be the only ones seen.
-        keep = math.exp(-max(step - self.last_step, 1) / tau)
-        self.rms_t_now = get("rms_t_max", self.rms_t_now)
-        self.rms_t = _fading_max(self.rms_t, get("rms_t_max"), keep)
-        self.curvature = _fading_max(self.curvature, get("secant_curvature"), keep)
+        # Peaks fade within a few steps: they hold an alarm through the gaps of a chattering gradient, and
+        # must not hold it through a calm one.
+        keep = math.exp(-max(step - self.last_step, 1) / max(short, 1.0))
+        if "rms_t_max" in reading.values:
+            self.rms_t = get("rms_t_max")
+            self.rms_t_mean = self._rms_t.update(step, self.rms_t, window)
+            self.rms_t_peak = _fading_max(self.rms_t_peak, self.rms_t, keep)
+            self.curvature_peak = _fading_max(self.curvature_peak, get("secant_curvature"), keep)
+            self.shrinkage = self._shrinkage.update(step, _log(get("weight_norm")), window)
 
         root = get("head_sqrt_exp_avg_sq_mean", get("sqrt_exp_avg_sq_mean"))
         if math.isfinite(root) and root > 0:
             self.root_max = max(self.root_max, root)
             self.decay = math.log10(root / self.root_max)
+            self.decay_lowest = -_fading_max(-self.decay_lowest, -self.decay, keep)
             derived["second_moment_decay"] = self.decay
         self.last_step = step
         return derived
@@ -95,7 +106,7 @@ class Signals(Stateful):
     def restart(self) -> None:
         """A slingshot is over: maxima start anew."""
         self.root_max = 0.0
-        self.rms_t = self.curvature = NAN
+        self.decay = self.decay_lowest = self.rms_t_peak = self.curvature_peak = NAN
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -21,7 +21,7 @@ class SpikeDetector(Stateful):
     """Feed it the loss of every reading; ``state`` is QUIET, RISEN (in the spike) or FALLEN (recovering)."""
 
     __slots__ = (
-        "baseline", "deviation", "fallen_at", "last_step", "level", "peak", "readings", "start", "state",
+        "baseline", "deviation", "fallen_at", "height", "last_step", "level", "peak", "readings", "start", "state",
         "streak", "was_low",
     )  # fmt: skip
 
@@ -35,6 +35,7 @@ class SpikeDetector(Stateful):
         self.streak = 0
         self.start = 0
         self.level = math.nan  # what the loss must fall below for the event to end
+        self.height = math.nan  # what it has to exceed to count as risen again
         self.peak = 0.0
         self.fallen_at = 0
 
@@ -47,7 +48,10 @@ class SpikeDetector(Stateful):
         else:
             self.peak = max(self.peak, loss)
             if loss >= self.level:
-                self.state = RISEN
+                # An aftershock: below the level it started at it prolongs the recovery, no more.
+                self.fallen_at = step
+                if loss >= self.height:
+                    self.state = RISEN
             elif self.state == RISEN:
                 self.state, self.fallen_at = FALLEN, step
             elif step - self.fallen_at >= recovery_steps(tau, limits):
@@ -58,7 +62,7 @@ class SpikeDetector(Stateful):
 
     def _watch(self, step: int, loss: float, tau: float, limits: Thresholds) -> None:
         if self.was_low and loss > limits.spike_high:
-            self._rise(step, loss, limits.spike_low)
+            self._rise(step, loss, limits.spike_low, limits.spike_high)
             return
         log_loss = math.log(max(loss, 1e-30))
         rise = log_loss - self.baseline
@@ -75,7 +79,8 @@ class SpikeDetector(Stateful):
             if self.streak == 1:
                 self.start = step
             if self.streak >= 2:
-                self._rise(self.start, loss, math.exp(self.baseline + 0.5 * limits.spike_rise))
+                level = math.exp(self.baseline + 0.5 * limits.spike_rise)
+                self._rise(self.start, loss, level, math.exp(self.baseline + limits.spike_rise))
             return
         gap = max(step - self.last_step, 1)
         weight = 1.0 - math.exp(-gap / window)
@@ -87,8 +92,9 @@ class SpikeDetector(Stateful):
         self.readings += 1
         self.last_step = step
 
-    def _rise(self, step: int, loss: float, level: float) -> None:
-        self.state, self.start, self.level, self.peak, self.streak = RISEN, step, level, loss, 0
+    def _rise(self, step: int, loss: float, level: float, height: float) -> None:
+        self.state, self.start, self.peak, self.streak = RISEN, step, loss, 0
+        self.level, self.height = level, height
 
 
 def recovery_steps(tau: float, limits: Thresholds) -> float:

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 
-def absorbed_rows(lowest: Tensor, highest: Tensor) -> Tensor:
-    """Smallest and largest gradient of each row, [N] and [N] → bool [N]."""
-    return (highest > 0) & (lowest >= 0)
+def absorbed_rows(lowest: Tensor, live: Tensor) -> Tensor:
+    """Live rows without a negative gradient: smallest gradient [N], bool [N] → bool [N]."""
+    return live & (lowest >= 0)
 
 
 def underflow_level(dtype: torch.dtype) -> float:

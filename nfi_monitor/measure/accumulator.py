@@ -7,8 +7,10 @@ from torch import Tensor
 
 from nfi_monitor.capture.head import Rows
 from nfi_monitor.measure import global_means
-from nfi_monitor.measure.rows import row_statistics, single_output_statistics
+from nfi_monitor.measure.rows import row_statistics, shown_eps, single_output_statistics
 
+EPS_EVERY = 64
+"""Passes between two looks at the precision the gradient shows."""
 FEATURE_ROWS = 64
 """Rows of features kept until the step, for the logit displacement."""
 
@@ -20,6 +22,8 @@ class RowAccumulator:
         self.absorbed_classes: Tensor | None = None
         self.earlier_classes: dict[int, float] = {}  # counts from before a resume
         self.single_output: bool | None = None
+        self._eps: Tensor | None = None
+        self._passes = 0
         self.clear()
 
     def clear(self) -> None:
@@ -33,7 +37,11 @@ class RowAccumulator:
     def add(self, rows: Rows) -> None:
         self.single_output = rows.logits.shape[-1] == 1
         measure = single_output_statistics if self.single_output else row_statistics
-        statistics = measure(rows.grad, rows.logits, rows.total)
+        # A run does not change the precision of its loss: looked at in the first passes, then rarely.
+        if self._passes < 8 or self._passes % EPS_EVERY == 0:
+            self._eps = shown_eps(rows.grad)
+        self._passes += 1
+        statistics = measure(rows.grad, rows.logits, rows.total, self._eps)
         if self.sums is None or self.maxima is None:
             self.sums, self.maxima = statistics.sums, statistics.maxima
         else:

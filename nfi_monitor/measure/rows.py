@@ -16,18 +16,18 @@ from torch import Tensor
 
 from nfi_monitor.measure import absorption, margins, shift_invariance, zero_sum
 
-ROW_SUMS = (
-    "live", "absorbed", "partial", "above_floor", "underflowed", "ignored", "non_finite",
-    "unexplained", "soft", "violation", "signed", "absolute", "residual", "loss", "max_probability",
-    "mean_logit",
-)  # fmt: skip
-"""Per-row columns, summed over rows."""
-BATCH_SUMS = ("rows", "margin_median_rows", "counted")
-"""Per-micro-batch scalars, summed; ``margin_median_rows`` is the median margin times ``counted``."""
+MASKS = ("live", "absorbed", "above_floor", "underflowed", "silent", "finite", "unexplained", "soft")
+"""Rows counted by kind."""
+LIVE_SUMS = ("violation", "signed", "absolute", "residual")
+"""Summed over live rows."""
+COUNTED_SUMS = ("loss", "max_probability", "mean_logit")
+"""Summed over rows that count: live or underflowed."""
+BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
+"""Of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
 MAXIMA = ("violation_max", "negative_margin_min", "eps")
-"""Per-micro-batch scalars, merged by maximum; ``eps`` is the machine epsilon the gradient shows."""
+"""Of the micro-batch, merged by maximum; ``eps`` is the machine epsilon the gradient shows."""
 
-SUMS = ROW_SUMS + BATCH_SUMS
+SUMS = MASKS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
 
 class RowStatistics(NamedTuple):
@@ -41,29 +41,29 @@ class RowStatistics(NamedTuple):
     absorbed: Tensor | None
 
 
-def row_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
+def row_statistics(grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None = None) -> RowStatistics:
     """Measure rows of a head with at least two outputs.
 
     Args:
         grad: ∂L/∂z [N, K] of the (sampled) rows, in the run's own dtype.
         logits: z [N, K] of the same rows.
         rows: rows of the whole batch, which a mean reduction divides by.
+        eps: machine epsilon of the precision the gradient was computed in, if already known
+            (:func:`shown_eps`); scalar tensor.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
-    classes = grad.shape[-1]
     top = margins.top_logits(logits.to(dtype))
+    if eps is None:
+        eps = shown_eps(grad)
 
-    signed, absolute = (part.to(dtype) for part in zero_sum.row_sums(grad))
+    signed, absolute = zero_sum.row_sums(grad)
     violation = zero_sum.row_violation(signed, absolute)
     lowest, argmin = grad.min(-1)
-    highest = grad.amax(-1)
-
-    finite = torch.isfinite(absolute) & torch.isfinite(top.largest)
+    finite = torch.isfinite(absolute + top.largest)
     live = (absolute > 0) & finite
     silent = (absolute == 0) & finite
-    absorbed = absorption.absorbed_rows(lowest, highest) & live
-    floor = zero_sum.rounding_floor(grad.dtype, classes)
-    above = live & (violation > floor)
+    absorbed = absorption.absorbed_rows(lowest, live)
+    above = live & (violation > zero_sum.rounding_floor(grad.dtype, grad.shape[-1]))
     underflowed = absorption.underflowed_rows(silent, top.log_rest, rows, grad.dtype)
     counts = live | underflowed
 
@@ -71,84 +71,78 @@ def row_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
     target_logit = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1).to(dtype)
     loss = margins.row_loss(top, target_logit)
     residual = margins.residual_mass(loss)
-    eps = _effective_eps(grad)
     unexplained = live & shift_invariance.unexplained(violation, residual, top.largest, eps)
     soft = live & ((grad < 0).sum(-1) > 1)
-
     margin = margins.margin(top, target, target_logit)
+
+    # One bad row must not turn the means of all others into NaN: ``where`` drops it, and it is counted.
+    zero = torch.zeros((), dtype=dtype, device=grad.device)
+    masks = torch.stack([live, absorbed, above, underflowed, silent, finite, unexplained, soft])
+    of_live = torch.stack([violation, signed, absolute, residual])
+    of_counted = torch.stack([loss, torch.sigmoid(-top.log_rest), logits.mean(-1, dtype=dtype)])
     counted = counts.to(dtype)
-    live_f = live.to(dtype)
-    columns = torch.stack(
+    total = counted.sum()
+    median = torch.where(counts, margin, torch.nan).nanmedian().nan_to_num(0.0)
+    sums = torch.cat(
         [
-            live_f,
-            absorbed.to(dtype),
-            (above & ~absorbed).to(dtype),
-            above.to(dtype),
-            underflowed.to(dtype),
-            (silent & ~underflowed).to(dtype),
-            (~finite).to(dtype),
-            unexplained.to(dtype),
-            soft.to(dtype),
-            violation * live_f,
-            signed,
-            absolute,
-            residual * live_f,
-            loss * counted,
-            torch.sigmoid(-top.log_rest) * counted,
-            logits.mean(-1, dtype=dtype) * counted,
+            masks.sum(-1, dtype=dtype),
+            torch.where(live, of_live, zero).sum(-1),
+            torch.where(counts, of_counted, zero).sum(-1),
+            torch.tensor([float(rows), float(len(grad))], dtype=dtype).to(grad.device, non_blocking=True),
+            torch.stack([median * total, total]),
         ]
     )
-    # One bad row must not turn the means of all others into NaN; it is counted instead.  The count
-    # itself is the seventh column and must survive the mask.
-    columns = torch.where(finite, columns, _non_finite_column(columns))
-    missing = torch.full_like(margin, torch.nan)
-    median = torch.where(counts, margin, missing).nanmedian().nan_to_num(0.0)
-    total = counted.sum()
-    batch = torch.stack([torch.full_like(total, float(rows)), median * total, total])
     maxima = torch.stack(
         [
-            (violation * live_f).amax(),
-            torch.where(counts, -margin, torch.full_like(margin, -torch.inf)).amax(),
+            torch.where(live, violation, zero).amax(),
+            torch.where(counts, -margin, -torch.inf).amax(),
             eps.to(dtype),
         ]
     )
-    return RowStatistics(torch.cat([columns.sum(-1), batch]), maxima, counted, top.winner, absorbed.to(dtype))
+    return RowStatistics(sums, maxima, counted, top.winner, absorbed.to(dtype))
 
 
-def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
+def single_output_statistics(grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None = None) -> RowStatistics:
     """The little that a head with one output shows: no classes, hence no zero-sum and no margin.
 
-    ``grad`` and ``logits`` [N, 1].  Only live, silent and non-finite rows and the mean logit are
-    filled; every finite row counts.
+    ``grad`` and ``logits`` [N, 1].  Only live, silent and finite rows and the mean logit are filled;
+    every finite row counts.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     g, z = grad.reshape(-1).to(dtype), logits.reshape(-1).to(dtype)
     finite = torch.isfinite(g) & torch.isfinite(z)
-    live = finite & (g != 0)
-    sums = torch.zeros(len(SUMS), dtype=dtype, device=g.device)
-    index = {name: position for position, name in enumerate(SUMS)}
-    sums[index["live"]] = live.sum()
-    sums[index["ignored"]] = (finite & ~live).sum()
-    sums[index["non_finite"]] = (~finite).sum()
-    sums[index["mean_logit"]] = torch.where(finite, z, torch.zeros_like(z)).sum()
-    sums[index["counted"]] = finite.sum()
-    sums[index["rows"]] = float(rows)
+    counted = finite.to(dtype)
+    live = (finite & (g != 0)).sum()
+    total = counted.sum()
+    filled = {
+        "live": live,
+        "silent": total - live,
+        "finite": total,
+        "counted": total,
+        "mean_logit": torch.where(finite, z, torch.zeros_like(z)).sum(),
+        "rows": torch.full_like(total, float(rows)),
+        "sampled": torch.full_like(total, float(len(g))),
+    }
+    nothing = torch.zeros_like(total)
+    sums = torch.stack([filled.get(name, nothing).to(dtype) for name in SUMS])
     maxima = torch.full((len(MAXIMA),), -torch.inf, dtype=dtype, device=g.device)
-    return RowStatistics(sums, maxima, finite.to(dtype), None, None)
+    return RowStatistics(sums, maxima, counted, None, None)
 
 
 def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: bool) -> dict[str, float]:
     """Host side: merged sums and maxima → quantities by name. Quantities without a row are left out."""
     s = dict(zip(SUMS, sums, strict=True))
-    sampled = s["live"] + s["underflowed"] + s["ignored"] + s["non_finite"]
-    if sampled == 0:
+    if s["sampled"] == 0:
         return {}
-    values = {"live_fraction": s["live"] / sampled, "non_finite_rows": s["non_finite"]}
+    values = {
+        "live_fraction": s["live"] / s["sampled"],
+        "non_finite_rows": s["sampled"] - s["finite"],
+    }
     if s["counted"]:
         values["mean_logit"] = s["mean_logit"] / s["counted"]
     if single_output:
         return values
-    values["ignored_fraction"] = s["ignored"] / sampled
+    values["ignored_fraction"] = (s["silent"] - s["underflowed"]) / s["sampled"]
     if s["counted"]:
         values["underflowed_fraction"] = s["underflowed"] / s["counted"]
         values["head_loss"] = s["loss"] / s["counted"]
@@ -163,24 +157,21 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
             min(abs(s["signed"]) / s["absolute"], 1.0) if s["absolute"] > 0 else math.nan
         )
         values["absorbed_fraction"] = s["absorbed"] / s["live"]
-        values["partially_absorbed_fraction"] = s["partial"] / s["live"]
+        values["partially_absorbed_fraction"] = (s["above_floor"] - s["absorbed"]) / s["live"]
         values["unexplained_violation_fraction"] = s["unexplained"] / s["live"]
         values["soft_target_fraction"] = s["soft"] / s["live"]
         values["residual_mass"] = s["residual"] / s["live"]
     return values
 
 
-def _effective_eps(grad: Tensor) -> Tensor:
-    """Machine epsilon of the precision the gradient was computed in, which may be below its dtype's."""
+def shown_eps(grad: Tensor) -> Tensor:
+    """Machine epsilon of the precision the gradient was computed in, which may be below its dtype's.
+
+    ``grad`` [N, K] → scalar tensor.  A float32 gradient all of whose entries are bfloat16 (float16)
+    numbers comes from a loss in that precision.
+    """
     eps = torch.full((), torch.finfo(grad.dtype).eps, device=grad.device)
     if grad.dtype is torch.float32:
         for narrow in (torch.float16, torch.bfloat16):
             eps = torch.where(absorption.fits(grad, narrow), torch.finfo(narrow).eps, eps)
     return eps
-
-
-def _non_finite_column(columns: Tensor) -> Tensor:
-    zeros = torch.zeros_like(columns)
-    position = ROW_SUMS.index("non_finite")
-    zeros[position] = columns[position]
-    return zeros

@@ -27,6 +27,13 @@ def rms_t(grad: Tensor, root_exp_avg_sq: Tensor, eps: Tensor | float, segments: 
     return (torch.zeros_like(counts).index_add_(0, segments, ratio * ratio) / counts).sqrt()
 
 
-def effective_learning_rate(lr: Tensor | float, root_exp_avg_sq: Tensor, eps: Tensor | float) -> Tensor:
-    """lr / (median sqrt(v̂) + ε_A), 1/gradient. ``root_exp_avg_sq`` [C] → scalar tensor (Kingma & Ba 2015)."""
-    return lr / (root_exp_avg_sq.median() + eps)
+def median(values: Tensor, most: int = 4096) -> Tensor:
+    """Median of at most ``most`` evenly spaced entries: selection is the dearest reduction there is. [C] → scalar."""
+    return values[:: -(-len(values) // most)].median() if len(values) > most else values.median()
+
+
+def effective_learning_rate(
+    lr: Tensor | float, median_root: Tensor, eps: Tensor | float
+) -> Tensor:
+    """lr / (median sqrt(v̂) + ε_A), 1/gradient, scalars (Kingma & Ba 2015)."""
+    return lr / (median_root + eps)

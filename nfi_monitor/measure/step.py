@@ -42,12 +42,9 @@ def step_statistics(
     """
     values: dict[str, Tensor] = {}
     sample, grad = update.sample, update.grad
-    bad = ~torch.isfinite(grad)
-    values["non_finite_gradients"] = bad.sum()
-    values["gradient_norm"] = weight_norm.norm(grad, sample.weights)
     moved = update.after - update.before
-    total = float(len(grad)) if sample.weights is None else sample.weights.sum()
-    values["update_rms"] = weight_norm.norm(moved, sample.weights) / total**0.5
+    values["gradient_norm"] = weight_norm.norm(grad, sample.weights)
+    values["update_rms"] = weight_norm.norm(moved, sample.weights) / sample.total**0.5
     values["weight_norm"] = weight_norm.norm(update.after, sample.weights)
 
     memory = None
@@ -55,19 +52,17 @@ def step_statistics(
         root = second_moment.root(update.exp_avg_sq, update.correction)
         per_tensor = second_moment.rms_t(grad, root, update.eps, sample.segments, sample.counts)
         values["rms_t_max"] = per_tensor.amax()
-        values["sqrt_exp_avg_sq_median"] = root.median()
-        values["sqrt_exp_avg_sq_mean"] = weight_norm.stratified_sum(root, sample.weights) / total
-        head_root, eps = root, update.eps
-        if update.head_span is not None:
-            span = slice(*update.head_span)
-            head_root = root[span]
+        median = values["sqrt_exp_avg_sq_median"] = second_moment.median(root)
+        values["sqrt_exp_avg_sq_mean"] = weight_norm.stratified_sum(root, sample.weights) / sample.total
+        eps = update.eps
+        if update.head_position is not None:
+            span = slice(*sample.spans[update.head_position])
             eps = update.eps[span] if isinstance(update.eps, Tensor) else update.eps
-            tensor = sample.segments[update.head_span[0]]
-            values["rms_t_head"] = per_tensor.index_select(0, tensor.unsqueeze(0)).squeeze(0)
-            values["head_sqrt_exp_avg_sq_median"] = head_root.median()
-            values["head_sqrt_exp_avg_sq_mean"] = head_root.mean()
+            values["rms_t_head"] = per_tensor[update.head_position]
+            median = values["head_sqrt_exp_avg_sq_median"] = second_moment.median(root[span])
+            values["head_sqrt_exp_avg_sq_mean"] = root[span].mean()
         floor = eps.mean() if isinstance(eps, Tensor) else eps
-        values["effective_learning_rate"] = second_moment.effective_learning_rate(update.lr, head_root, floor)
+        values["effective_learning_rate"] = second_moment.effective_learning_rate(update.lr, median, floor)
         preconditioner = root + update.eps
         if previous is not None and previous.step == step - 1 and previous.grad.shape == grad.shape:
             values["secant_curvature"] = curvature.secant_curvature(

@@ -97,20 +97,14 @@ class ConsoleSink:
 
 
 def watching(info: Mapping[str, Any]) -> str:
-    """``watching head (23 classes) every 10 steps · τ = 20 steps``, as much of it as is known."""
-    head = info.get("head")
-    if isinstance(head, Mapping):
-        name, classes = head.get("name"), head.get("classes")
-    else:
-        name, classes = head, None
-    text = f"watching {name or 'the head'}"
-    if classes:
-        text += f" ({classes:,} classes)" if isinstance(classes, int) else f" ({classes} classes)"
-    every = info.get("every")
-    if isinstance(every, int):
-        text += " at every step" if every == 1 else f" every {every:,} steps"
-    elif every:
-        text += ", at every step once something stirs" if every == "auto" else f", {every}"
+    """``watching head (Linear 128→23), every 10 steps · τ = 20 steps``, as much of it as is known."""
+    text = f"watching {info.get('head') or 'the head'}"
+    every, interval = info.get("every"), info.get("interval")
+    number = interval if isinstance(interval, int) else every
+    if isinstance(number, int):
+        text += ", every step" if number == 1 else f", every {number:,} steps"
+        # A run whose quiet interval is one step is read at every step anyway.
+        text += " and each one once something stirs" if every == "auto" and number > 1 else ""
     tau = info.get("tau")
     if isinstance(tau, (int, float)):
         text += f" · τ = {words.number(float(f'{tau:.4g}'))} steps"

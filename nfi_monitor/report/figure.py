@@ -98,7 +98,7 @@ def draw(
     _threshold(axes[1], limits["absorbing_exit"], "exit", shift=-3)
     _threshold(axes[3], limits["imminent_displacement"], "imminent")
     for axis in (strip, *axes):
-        axis.set_xlim(first, last + max((last - first) * 0.005, 0.5))
+        axis.set_xlim(*_limits(first, last))
     _phase_legend(figure, phases)
     return _save(figure, path)
 
@@ -110,9 +110,7 @@ def compare(records: Mapping[str, Drawable], path: str | os.PathLike[str], title
     Raises ImportError, with what to install, without matplotlib.
     """
     figure, strip, axes = _figure(title, max(len(records), 1))
-    arms = [
-        (name, record, _ARMS[index % len(_ARMS)]) for index, (name, record) in enumerate(records.items())
-    ]
+    arms = [(name, record, _ARMS[index % len(_ARMS)]) for index, (name, record) in enumerate(records.items())]
     everything = [alert for _, record, _ in arms for alert in record.alerts]
     first, last = _extent([record.history for _, record, _ in arms], [], everything)
     for row, (_, record, colour) in enumerate(reversed(arms)):
@@ -135,7 +133,7 @@ def compare(records: Mapping[str, Drawable], path: str | os.PathLike[str], title
     _threshold(axes[1], limits.absorbing_enter, "enter")
     _threshold(axes[3], limits.imminent_displacement, "imminent")
     for axis in (strip, *axes):
-        axis.set_xlim(first, last + max((last - first) * 0.005, 0.5))
+        axis.set_xlim(*_limits(first, last))
     _arm_legend(figure)
     return _save(figure, path)
 
@@ -148,6 +146,7 @@ def _figure(title: str, rows: int) -> tuple[Any, Any, list[Any]]:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError as error:
         raise ImportError('Figures need matplotlib: pip install "nfi-monitor[plots]"') from error
     figure = Figure(figsize=(9, 7.4), dpi=160, facecolor="white")
@@ -170,6 +169,7 @@ def _figure(title: str, rows: int) -> tuple[Any, Any, list[Any]]:
     strip.tick_params(axis="y", length=0)
     strip.set_ylim(-0.6, rows - 0.4)
     axes[-1].set_xlabel("optimizer step", fontsize=9.5, color=_INK)
+    axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     if title:
         figure.text(0.105, 0.968, title, fontsize=12.5, fontweight="bold", color=_INK, ha="left", va="center")
@@ -200,6 +200,10 @@ def _extent(
     return (min(steps), max(steps)) if steps else (0, 1)
 
 
+def _limits(first: int, last: int) -> tuple[float, float]:
+    return (first, last + (last - first) * 0.005) if last > first else (first - 1, last + 1)
+
+
 def _shade(axis: Any, phases: Sequence[tuple[int, Phase]], last: int) -> None:
     """Phases as bands over the whole height, one collection a phase."""
     for phase, colour in PHASE_COLOURS.items():
@@ -209,7 +213,7 @@ def _shade(axis: Any, phases: Sequence[tuple[int, Phase]], last: int) -> None:
             if current is phase
         ]
         # A slingshot can be one step in a hundred thousand: its outline keeps it visible.
-        width = 1.2 if phase is Phase.SLINGSHOT else 0
+        width = 1.2 if phase is Phase.SLINGSHOT and len(spans) < 100 else 0
         axis.broken_barh(
             spans, (0, 1), transform=axis.get_xaxis_transform(), facecolor=colour, zorder=0,
             alpha=0.55 if phase is Phase.SLINGSHOT else 0.75, edgecolor=colour, linewidth=width,
@@ -322,16 +326,11 @@ def _finish(axis: Any, panel: _Panel, notes: Sequence[str]) -> None:
         axis.set_yticks([])
     axis.grid(axis="y", color=_GRID, linewidth=0.6, zorder=1)
     axis.set_axisbelow(False)
-    said = "\n".join(note for note in notes if note)
-    if said:
-        _boxed(axis, said)
-
-
-def _boxed(axis: Any, text: str) -> None:
-    axis.text(
-        0.008, 0.06, text, transform=axis.transAxes, fontsize=7, color=_GREY, va="bottom", zorder=8,
-        bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5},
-    )  # fmt: skip
+    said = " · ".join(note for note in notes if note)
+    if said:  # above the panel: inside, it would lie on a curve sooner or later
+        axis.text(
+            1, 1.015, said, transform=axis.transAxes, fontsize=6.5, color=_GREY, ha="right", va="bottom"
+        )
 
 
 def _threshold(axis: Any, value: float, name: str, shift: float = 0) -> None:
@@ -378,5 +377,6 @@ def _arm_legend(figure: Any) -> None:
 def _legend(figure: Any, handles: list[Any]) -> None:
     figure.legend(
         handles=handles, loc="lower left", bbox_to_anchor=(0.098, 0.012), ncols=len(handles), frameon=False,
-        fontsize=8.5, labelcolor=_INK, handlelength=1.6, handleheight=1.0, columnspacing=1.6, handletextpad=0.6,
+        fontsize=8.5, labelcolor=_INK, handlelength=1.6, handleheight=1.0, columnspacing=1.6,
+        handletextpad=0.6,
     )  # fmt: skip

@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-from array import array
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -49,11 +48,15 @@ class RunDirectory:
         self._info: dict[str, Any] = {}
         self._notes: list[dict[str, Any]] = []
         self._files: dict[str, int] = {}
+        self._session: dict[str, int] = {}  # {"session": 2} in each line of a resumed run
 
     def start(self, info: Mapping[str, Any]) -> None:
         with self._explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        self._notes = _notes_of(self._previous_info())
+        previous = self._previous_info()
+        self._notes = _notes_of(previous)
+        if previous or (self.path / READINGS).exists():
+            self._session = {"session": _as_int(previous.get("session"), 1) + 1}
         for name in (READINGS, ALERTS):
             with self._explained(self.path / name):
                 self._files[name] = _open_for_lines(self.path / name)
@@ -61,10 +64,10 @@ class RunDirectory:
 
     def reading(self, reading: Reading, phase: Phase) -> None:
         values = {name: finite_or_none(value) for name, value in reading.values.items()}
-        self._append(READINGS, {"step": reading.step, "phase": str(phase), "values": values})
+        self._append(READINGS, {"step": reading.step, "phase": str(phase), "values": values, **self._session})
 
     def alert(self, alert: Alert, change: Change) -> None:
-        self._append(ALERTS, {"change": str(change), "alert": alert.to_json()})
+        self._append(ALERTS, {"change": str(change), "alert": alert.to_json(), **self._session})
 
     def note(self, note: Note) -> None:
         self._write_info(self._info, [asdict(note)])
@@ -90,7 +93,7 @@ class RunDirectory:
         for note in [*_notes_of(plain(info)), *(notes or [])]:
             if note not in self._notes:
                 self._notes.append(note)
-        self._info = {**plain(info), "notes": self._notes}
+        self._info = {**plain(info), **self._session, "notes": self._notes}
         target, temporary = self.path / RUN, self.path / f".{RUN}.{os.getpid()}.tmp"
         with self._explained(target):
             try:
@@ -153,7 +156,7 @@ class RunRecord:
     """What ``run.json`` holds; empty if it is missing."""
     history: History
     phases: list[tuple[int, Phase]]
-    """(optimizer step, phase entered there); changes only."""
+    """(optimizer step, phase entered there); changes only, the first is (0, HEALTHY)."""
     alerts: list[Alert]
     """The last state of each alert, oldest first."""
     notes: list[Note]
@@ -165,14 +168,15 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     """Read a run directory back, also one that is still being written or was killed.
 
     What is torn, or comes from a newer version, is skipped and listed in ``problems``.  Where a run
-    was resumed from an earlier step, the readings that were done again replace the first ones.
+    was resumed from an earlier step, what was measured again replaces what was measured first.
     Raises RunDirectoryError for a path that is no run directory.
     """
     path = check_run(path)
     problems: list[str] = []
     info = _read_info(path, problems)
-    history, phases = _read_readings(path / READINGS, problems)
-    alerts = _read_alerts(path / ALERTS, problems)
+    resumed_at = _resumed_at(path / READINGS)
+    history, phases = _read_readings(path / READINGS, resumed_at, problems)
+    alerts = _read_alerts(path / ALERTS, resumed_at, problems)
     notes = [
         Note(str(note.get("code", "")), str(note.get("message", "")), _as_int(note.get("step")))
         for note in _notes_of(info)
@@ -227,8 +231,8 @@ def _notes_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [note for note in notes if isinstance(note, dict)] if isinstance(notes, list) else []
 
 
-def _as_int(value: Any) -> int:
-    return int(value) if isinstance(value, (int, float)) else 0
+def _as_int(value: Any, default: int = 0) -> int:
+    return value if isinstance(value, int) else default
 
 
 def _read_info(path: Path, problems: list[str]) -> dict[str, Any]:
@@ -255,66 +259,53 @@ def _lines(path: Path, problems: list[str]) -> Iterator[bytes]:
         problems.append(f"{path.name}: cannot be read ({error.strerror})")
 
 
-# The writer puts the step first, so the first pass need not parse a line's forty numbers.
-_STEP = re.compile(rb'\s*\{"step": ?(-?\d+)[,}]')
+# The writer puts the step first and the session last, so the first pass need not parse forty numbers.
+_EDGES = re.compile(rb'\{"step": (-?\d+),.*\}(?:, "session": (\d+))?\}\s*')
 
 
-def _kept_lines(path: Path) -> bytearray:
-    """For each line, whether no later line goes back to its step or before it (1) or not (0).
-
-    A first pass that keeps 9 bytes a line, since a run of a million readings does not fit into dicts.
-    """
-    steps = array("q")
-    unknown = -(2**63)
+def _resumed_at(path: Path) -> dict[int, int]:
+    """Session → its first step, for the sessions after the first one."""
+    first: dict[int, int] = {}
     for line in _lines(path, []):  # the second pass says what cannot be read
-        match = _STEP.match(line)
-        record = None if match else parse_line(line)
-        step = int(match[1]) if match else (record or {}).get("step", unknown)
-        steps.append(step if isinstance(step, int) and abs(step) < 2**62 else unknown)
-    kept = bytearray(b"\x01") * len(steps)
-    lowest: int | None = None
-    for index in range(len(steps) - 1, -1, -1):
-        if steps[index] == unknown:
-            continue
-        if lowest is not None and steps[index] >= lowest:
-            kept[index] = 0
-        else:
-            lowest = steps[index]
-    return kept
+        match = _EDGES.fullmatch(line)
+        if match and match[2]:
+            session, step = int(match[2]), int(match[1])
+            first[session] = min(step, first.get(session, step))
+    return first
 
 
-def _read_readings(path: Path, problems: list[str]) -> tuple[History, list[tuple[int, Phase]]]:
-    history, phases = History(), list[tuple[int, Phase]]()
-    kept = _kept_lines(path)
-    torn = replaced = 0
-    torn_last = False
+def _replaced(step: int, session: int, resumed_at: Mapping[int, int]) -> bool:
+    """Whether a later session went back to this step or before it, and so did it again."""
+    return any(later > session and first <= step for later, first in resumed_at.items())
+
+
+def _read_readings(
+    path: Path, resumed_at: Mapping[int, int], problems: list[str]
+) -> tuple[History, list[tuple[int, Phase]]]:
+    history = History()
+    phases = [(0, Phase.HEALTHY)]  # as the monitor keeps them
+    torn, torn_last, replaced = 0, False, 0
     strange_names: set[str] = set()
     strange_phases: set[str] = set()
-    for index, line in enumerate(_lines(path, problems), start=1):
-        if index > len(kept):  # the run wrote on while it was read
-            break
-        record = parse_line(line)
-        values = record.get("values") if record else None
-        torn_last = not (record and isinstance(record.get("step"), int) and isinstance(values, dict))
-        if torn_last:
+    for line in _lines(path, problems):
+        record = parse_line(line) or {}
+        step, values = record.get("step"), record.get("values")
+        torn_last = not (isinstance(step, int) and isinstance(values, dict))
+        if not isinstance(step, int) or not isinstance(values, dict):
             torn += 1
             continue
-        if not kept[index - 1]:
+        if _replaced(step, _as_int(record.get("session"), 1), resumed_at):
             replaced += 1
             continue
-        assert record is not None and isinstance(values, dict)
         strange_names |= values.keys() - QUANTITIES.keys()
-        history.append(
-            record["step"],
-            {name: _as_float(value) for name, value in values.items() if name in QUANTITIES},
-        )
+        history.append(step, {name: _as_float(x) for name, x in values.items() if name in QUANTITIES})
         try:
             phase = Phase(record.get("phase"))
         except ValueError:
             strange_phases.add(str(record.get("phase")))
             continue
-        if not phases or phases[-1][1] is not phase:
-            phases.append((record["step"], phase))
+        if phases[-1][1] is not phase:
+            phases.append((step, phase))
     if torn:
         problems.append(_torn(path.name, torn, torn_last))
     if replaced:
@@ -329,22 +320,23 @@ def _read_readings(path: Path, problems: list[str]) -> tuple[History, list[tuple
     return history, phases
 
 
-def _read_alerts(path: Path, problems: list[str]) -> list[Alert]:
-    alerts: dict[str, Alert] = {}
+def _read_alerts(path: Path, resumed_at: Mapping[int, int], problems: list[str]) -> list[Alert]:
+    # Not by id alone: a run that was resumed without the monitor's state counts its alerts anew.
+    alerts: dict[tuple[str, int], Alert] = {}
     torn, torn_last, strange = 0, False, set[str]()
     for line in _lines(path, problems):
-        record = parse_line(line)
-        torn_last = not (record and isinstance(record.get("alert"), dict))
+        record = parse_line(line) or {}
+        torn_last = not isinstance(record.get("alert"), dict)
         if torn_last:
             torn += 1
             continue
-        assert record is not None
         try:
             alert = Alert.from_json(record["alert"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             strange.add(str(error))
             continue
-        alerts[alert.id] = alert
+        if not _replaced(alert.first_step, _as_int(record.get("session"), 1), resumed_at):
+            alerts[alert.id, alert.first_step] = alert
     if torn:
         problems.append(_torn(path.name, torn, torn_last))
     if strange:

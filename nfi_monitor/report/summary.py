@@ -56,6 +56,8 @@ KEY_QUANTITIES: dict[str, str] = {
     "weight_norm": "max",
 }
 
+_RUN = ("model", "parameters", "head", "dtype", "optimizer", "tau", "every", "level", "run_dir")
+
 _SHOWN = 20  # rows of a table on a terminal; all of them are in the dict and in alerts.jsonl
 
 
@@ -74,7 +76,7 @@ class Summary(dict[str, Any]):
         """The report as plain text, 100 columns wide."""
         out = io.StringIO()
         Console(file=out, width=100, color_system=None, force_jupyter=False).print(self)
-        return out.getvalue().rstrip("\n")
+        return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
 
 
 def summarize(
@@ -94,9 +96,14 @@ def summarize(
     steps = [item["last_step"] for item in quantities.values() if item]
     steps += [phases[-1][0]] if phases else []
     steps += [alert.last_step for alert in alerts]
+    steps += [info["steps"]] if isinstance(info.get("steps"), int) and info["steps"] > 0 else []
     last_step = max([*steps, *_any_last_step(history)], default=None)
+    # What run.json says of a run that was killed is from its first moment.
+    overhead = info.get("overhead")
+    if isinstance(overhead, dict) and len(history) and not overhead.get("measured_steps"):
+        overhead = None
     return Summary(
-        run={key: info.get(key) for key in ("model", "head", "optimizer", "tau", "every", "run_dir")},
+        run={key: info.get(key) for key in _RUN},
         last_step=last_step,
         readings=len(history),
         phase=str(phases[-1][1]) if phases else None,
@@ -106,7 +113,7 @@ def summarize(
         quantities={name: item for name, item in quantities.items() if item},
         absorbing_classes=info.get("absorbing_classes") or [],
         notes=[{"code": note.code, "message": note.message, "step": note.step} for note in notes],
-        overhead=info.get("overhead"),
+        overhead=overhead,
     )
 
 
@@ -170,7 +177,8 @@ def _fires_at(alert: Alert, step: int) -> bool:
 def _event(alert: Alert) -> dict[str, Any]:
     record = alert.to_json()
     keys = ("id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence")
-    found: dict[str, Any] = plain({key: record[key] for key in (*keys, "evidence", "advice")})
+    found: dict[str, Any] = plain({key: record[key] for key in (*keys, "advice")})
+    found["evidence"] = plain({name: record["evidence"][name] for name in words.ordered_evidence(alert)})
     return found
 
 
@@ -205,7 +213,8 @@ def _phase_share(phases: Sequence[tuple[int, Phase]], last_step: int | None) -> 
     """Share of steps spent in each phase, from the first known one to the last step."""
     if not phases or last_step is None:
         return {}
-    edges = [*phases, (last_step + 1, Phase.HEALTHY)]
+    # A phase entered "at step 0", before the first step, has that step as its first.
+    edges = [*((max(step, 1), phase) for step, phase in phases), (last_step + 1, Phase.HEALTHY)]
     counts: dict[str, int] = {}
     for (start, phase), (end, _) in pairwise(edges):
         counts[str(phase)] = counts.get(str(phase), 0) + max(end - start, 0)
@@ -242,9 +251,14 @@ def _header(summary: Summary, say: Callable[[str], str]) -> RenderableType:
     run = summary["run"]
     for key in ("model", "head", "optimizer"):
         if run.get(key):
-            table.add_row(key, Text(say(_describe(run[key]))))
+            text = _describe(run[key])
+            if key == "model" and isinstance(run.get("parameters"), int):
+                text += f", {run['parameters']:,} parameters" + (
+                    f", {run['dtype']}" if run.get("dtype") else ""
+                )
+            table.add_row(key, Text(say(text)))
     last = summary["last_step"]
-    steps = "no step measured yet" if last is None else f"{last:,}, of them {summary['readings']:,} measured"
+    steps = "no step measured yet" if last is None else f"{last:,}, with {summary['readings']:,} readings"
     table.add_row("steps", Text(say(steps)))
     if run.get("run_dir"):
         table.add_row("run directory", Text(say(str(run["run_dir"]))))
@@ -391,7 +405,10 @@ def _class_line(summary: Summary, say: Callable[[str], str]) -> RenderableType |
     classes = summary["absorbing_classes"]
     if not classes:
         return None
-    text = ", ".join(f"{name} ({words.number(count)})" for name, count in classes[:10])
+    text = ", ".join(
+        f"{words.number(name) if isinstance(name, float) else name} ({words.number(count)})"
+        for name, count in classes[:10]
+    )
     return Text(say(text + (f", and {len(classes) - 10:,} more" if len(classes) > 10 else "")))
 
 

@@ -208,7 +208,7 @@ def alert_markdown(alert: Alert) -> str:
     lines += [f"- layer: `{alert.layer}`"] if alert.layer else []
     if alert.evidence:
         lines += ["", "| quantity | value | threshold | baseline |", "|---|---:|---:|---:|"]
-        lines += [_evidence_row(name, item) for name, item in alert.evidence.items()]
+        lines += [_evidence_row(name, item) for name, item in words.ordered_evidence(alert).items()]
     if alert.advice:
         lines += ["", "What to do:", "", *(f"1. {item}" for item in alert.advice)]
     return "\n".join(lines)

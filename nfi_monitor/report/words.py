@@ -7,7 +7,6 @@ people read at a glance (fractions, nats) is written with it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Phase
@@ -65,6 +64,13 @@ _IMMINENT = {
     Mechanism.UNKNOWN: "one update already moves the logits",
 }
 
+_FIRST = {
+    Mechanism.NUMERICAL_FEATURE_INFLATION: ("zero_sum_violation", "feature_mean_growth"),
+    Mechanism.SECOND_MOMENT: ("rms_t_max", "second_moment_decay"),
+    Mechanism.EDGE_OF_STABILITY: ("secant_curvature", "rms_t_max"),
+    Mechanism.UNKNOWN: (),
+}
+
 
 def number(value: float | None) -> str:
     """Three significant digits; whole numbers with thousands separators; ``NaN``, ``Inf``, ``-`` for None."""
@@ -113,10 +119,10 @@ def headline(alert: Alert) -> str:
         return f"finite again ({since})" if over else what
     if alert.kind is AlertKind.IMMINENT:
         if over:
-            return f"no longer imminent ({since})"
+            return f"was imminent ({since})"
         return f"slingshot imminent: {_IMMINENT[alert.mechanism]}"
     if over:
-        return f"no longer at risk ({since})"
+        return f"was at risk ({since})"
     what = _AT_RISK[alert.mechanism]
     if alert.phase is Phase.INFLATING and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
         what = "rounding absorbs confident rows and the feature mean grows"
@@ -142,12 +148,20 @@ def one_evidence_in_words(name: str, item: Evidence) -> str:
     return words if item.threshold is None else f"{words} (threshold {_bare(name, item.threshold)})"
 
 
-def evidence_in_words(evidence: Mapping[str, Evidence], limit: int | None = None) -> str:
-    """The evidence as one comma-separated clause, the first ``limit`` items of it (None: all).
+def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
+    """The alert's evidence, what its kind and mechanism rest on first, the rest in the alert's order."""
+    first: tuple[str, ...] = _FIRST[alert.mechanism]
+    if alert.kind is AlertKind.SLINGSHOT:
+        first = ("loss", "head_loss", *first)
+    elif alert.kind is AlertKind.IMMINENT and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
+        first = ("logit_displacement", "margin_displacement", *first)
+    names = dict.fromkeys([*(name for name in first if name in alert.evidence), *alert.evidence])
+    return {name: alert.evidence[name] for name in names}
 
-    The order is the alert's own: what matters most comes first.
-    """
-    items = list(evidence.items())[:limit]
+
+def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
+    """The evidence as one comma-separated clause, the ``limit`` items that matter most (None: all)."""
+    items = list(ordered_evidence(alert).items())[:limit]
     return ", ".join(one_evidence_in_words(name, item) for name, item in items)
 
 
@@ -166,7 +180,7 @@ def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
     parts = [headline(alert)]
     if alert.kind is not AlertKind.NON_FINITE:
         parts.append(mechanism_in_words(alert))
-    parts.append(evidence_in_words(alert.evidence, evidence))
+    parts.append(evidence_in_words(alert, evidence))
     parts.append(forecast_in_words(alert))
     return " · ".join(part for part in parts if part)
 

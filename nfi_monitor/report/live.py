@@ -1,0 +1,175 @@
+"""A live panel for training scripts: a progress bar and the numbers a person would watch.
+
+    with LivePanel(monitor=None, total=3000) as panel:
+        with Monitor(model, optimizer, console=panel.console) as panel.monitor:
+            for ...:
+                ...
+                panel.advance()
+
+Refreshed from :meth:`LivePanel.advance` and not from a thread: a thread would read the history while
+the training loop writes it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from rich.box import ASCII, ROUNDED
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from nfi_monitor.report import words
+from nfi_monitor.report.console import SEVERITY_STYLES
+from nfi_monitor.report.summary import PHASE_STYLES
+from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
+
+if TYPE_CHECKING:
+    from nfi_monitor.history import History
+
+_REFRESH_SECONDS = 1 / 8
+_ROWS = (
+    ("loss", "zero_sum_violation", "absorbed_fraction"),
+    ("feature_mean_norm", "logit_displacement", "rms_t_max"),
+)
+
+
+class Watched(Protocol):
+    """The part of a Monitor that the panel reads."""
+
+    @property
+    def phase(self) -> Phase: ...
+    @property
+    def alerts(self) -> Sequence[Alert]: ...
+    @property
+    def history(self) -> History: ...
+
+
+class LivePanel:
+    """Context manager: a progress bar over ``total`` optimizer steps above a monitor's key numbers.
+
+    Give ``panel.console`` to ``Monitor(console=...)``, so that its alerts appear above the panel.
+    ``monitor`` may be set later (``panel.monitor = ...``).  Where the console is no terminal nothing is
+    drawn, and everything else works.
+    """
+
+    def __init__(
+        self, monitor: Watched | None, total: int, console: Console | None = None, title: str = ""
+    ) -> None:
+        self.monitor = monitor
+        self.console = console if console is not None else Console()
+        self.done = 0
+        self._title = title
+        self._next = 0.0
+        ascii_only = self.console.options.ascii_only
+        self._say = words.to_ascii if ascii_only else str
+        self._box = ASCII if ascii_only else ROUNDED
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=self.console, expand=True,
+        )  # fmt: skip
+        self._task = self._progress.add_task(self._say(title) or "steps", total=total, start=False, rate="")
+        self._live: Live | None = None
+
+    def __enter__(self) -> LivePanel:
+        self._progress.start_task(self._task)
+        if self.console.is_terminal:
+            self._live = Live(self._render(), console=self.console, auto_refresh=False)
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._refresh()
+            self._live.stop()
+            self._live = None
+
+    def advance(self, n: int = 1) -> None:
+        """Count ``n`` optimizer steps; redraws at most eight times a second."""
+        self.done += n
+        if self._live is not None and (now := time.monotonic()) >= self._next:
+            self._next = now + _REFRESH_SECONDS
+            self._refresh()
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            speed = self._progress.tasks[0].speed
+            rate = (
+                f"{speed:,.0f} steps/s" if speed and speed >= 10 else f"{speed:.1f} steps/s" if speed else ""
+            )
+            self._progress.update(self._task, completed=self.done, rate=rate)
+            self._live.update(self._render(), refresh=True)
+
+    def _render(self) -> RenderableType:
+        monitor = self.monitor
+        body: RenderableType = Text("no monitor attached yet", style="dim")
+        border = "dim"
+        if monitor is not None:
+            phase = monitor.phase
+            border = PHASE_STYLES[phase]
+            lines: list[RenderableType] = [self._numbers(monitor)]
+            alerts = monitor.alerts
+            if alerts:
+                lines.append(self._last_alert(alerts[-1]))
+            body = Group(*lines)
+        return Group(self._progress, Panel(body, box=self._box, border_style=border, padding=(0, 1)))
+
+    def _numbers(self, monitor: Watched) -> Table:
+        table = Table.grid(padding=(0, 2), expand=True)
+        for _ in range(4):
+            table.add_column(ratio=1)
+        phase = monitor.phase
+        firsts = (
+            Text.assemble(("phase ", "dim"), (str(phase), PHASE_STYLES[phase])),
+            Text.assemble(("slingshots ", "dim"), str(self._slingshots(monitor.alerts))),
+        )
+        for first, names in zip(firsts, _ROWS, strict=True):
+            table.add_row(first, *(self._number(monitor.history, name) for name in names))
+        return table
+
+    @staticmethod
+    def _slingshots(alerts: Sequence[Alert]) -> int:
+        return sum(alert.kind is AlertKind.SLINGSHOT for alert in alerts)
+
+    def _number(self, history: History, name: str) -> Text:
+        if name == "loss" and "loss" not in history:
+            name = "head_loss"
+        _, values = history[name]
+        value = float(values[-1]) if len(values) else None
+        style = "bold red" if value is not None and not math.isfinite(value) else ""
+        text = self._say(words.amount(name, value))
+        return Text.assemble((self._say(_SHORT.get(name, words.label(name))) + " ", "dim"), (text, style))
+
+    def _last_alert(self, alert: Alert) -> Text:
+        over = alert.state is AlertState.RESOLVED
+        style = "green" if over else SEVERITY_STYLES[alert.severity]
+        parts = [words.headline(alert), words.forecast_in_words(alert)]
+        return Text.assemble(
+            ("last alert ", "dim"), (self._say(" · ".join(part for part in parts if part)), style),
+            no_wrap=True, overflow="ellipsis",
+        )  # fmt: skip
+
+
+_SHORT = {
+    "zero_sum_violation": "zero-sum viol.",
+    "absorbed_fraction": "absorbed",
+    "logit_displacement": "δ",
+    "head_loss": "loss",
+}

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import io
+import json
+import math
+from dataclasses import replace
+
+from rich.console import Console
+
+from nfi_monitor.history import History
+from nfi_monitor.report.summary import Summary, slingshots, summarize
+from nfi_monitor.types import AlertKind, Note, Phase
+from tests.report.builders import AT_RISK, IMMINENT, INFO, SLINGSHOT, event, readings, recorded, resolved
+
+AT, IM, SL = AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT
+
+
+def a_summary() -> Summary:
+    history, phases = recorded(readings(1000))
+    alerts = [resolved(AT_RISK, 895), resolved(IMMINENT, 895), resolved(SLINGSHOT, 905)]
+    return summarize(INFO, history, phases, alerts, [Note("tied_head", "The head is tied.", 0)])
+
+
+def test_a_summary_reads_like_this() -> None:
+    text = str(a_summary())
+    assert text.splitlines()[1:6] == [
+        "model      Sequential, 41,879 parameters, float32",
+        "head       head (Linear 128→23)",
+        "optimizer  Adam (lr 0.001, betas [0.9, 0.95], eps 1e-08)",
+        "steps      1,000, with 1,000 readings",
+        "",
+    ]
+    assert (
+        """\
+Slingshots and their warnings
+  #  steps    at risk, lead  imminent, lead  mechanism                    confidence
+  1  895–905      360 steps       135 steps  numerical feature inflation         86%
+"""
+        in text
+    )
+    assert "  slingshot  critical  895–905  numerical feature inflation 86%  loss 2.3" in text
+    assert "now recovering · steps in healthy 39.9%, absorbing 20%" in text
+    assert "3 (812), 17 (640)" in text
+    assert "· The head is tied. (step 0)" in text
+    assert text.endswith("The monitor took 1.25 s of its own, 7.1% of the run, for 100 measured steps.")
+
+
+def test_json_dumps_a_summary_without_nan() -> None:
+    history = History()
+    history.append(1, {"loss": math.nan, "rms_t_max": math.inf})
+    alert = replace(AT_RISK, confidence=math.nan)
+    summary = summarize({**INFO, "lr": math.nan}, history, [(0, Phase.HEALTHY)], [alert], [])
+    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+    assert summary["quantities"]["loss"]["last"] is None
+    assert summary["quantities"]["loss"]["not_finite"] == 1
+    assert "not finite" in str(summary)
+
+
+def test_a_run_that_measured_nothing_has_a_summary() -> None:
+    summary = summarize({}, History(), [], [], [])
+    assert json.loads(json.dumps(summary)) == summary
+    assert summary["slingshots"] == [] and summary["last_step"] is None
+    assert "no step measured yet" in str(summary)
+
+
+def test_an_ascii_terminal_gets_the_whole_report() -> None:
+    raw = io.BytesIO()
+    file = io.TextIOWrapper(raw, encoding="ascii", errors="strict")
+    Console(file=file, width=100).print(a_summary())
+    file.flush()
+    assert "?" not in raw.getvalue().decode("ascii")
+
+
+def test_a_lead_is_the_slingshots_start_minus_the_alerts_start() -> None:
+    alerts = [event(AT, 535, 895), event(IM, 760, 895), event(SL, 895, 905)]
+    assert slingshots(alerts) == [
+        {"id": "slingshot-1", "start": 895, "end": 905, "at_risk_lead": 360, "imminent_lead": 135,
+         "mechanism": "numerical_feature_inflation", "confidence": 0.86}
+    ]  # fmt: skip
+
+
+def test_each_slingshot_counts_the_alerts_of_its_own_cycle() -> None:
+    alerts = [
+        event(AT, 100, 200), event(IM, 180, 200), event(SL, 200, 210),
+        event(AT, 300, 400), event(SL, 400, 410, 2),
+        event(IM, 500, 500, 2), event(SL, 500, 510, 3),
+    ]  # fmt: skip
+    rows = slingshots(alerts)
+    assert [row["at_risk_lead"] for row in rows] == [100, 100, None]
+    assert [row["imminent_lead"] for row in rows] == [20, None, 0]
+
+
+def test_an_alert_that_had_ended_is_not_counted_when_a_later_one_fired() -> None:
+    alerts = [event(AT, 100, 120), event(AT, 400, 500, 2), event(SL, 500, 510)]
+    assert slingshots(alerts)[0]["at_risk_lead"] == 100
+
+
+def test_an_alert_that_began_after_the_slingshot_does_not_announce_it() -> None:
+    assert slingshots([event(SL, 500, 510), event(AT, 501, 600)])[0]["at_risk_lead"] is None
+
+
+def test_at_risk_that_never_ended_counts_from_its_own_beginning() -> None:
+    alerts = [event(AT, 100, None), event(SL, 200, 210), event(SL, 700, 710, 2)]
+    assert [row["at_risk_lead"] for row in slingshots(alerts)] == [100, 600]
+    ended = [event(AT, 100, 205), event(SL, 200, 210), event(SL, 700, 710, 2)]
+    assert [row["at_risk_lead"] for row in slingshots(ended)] == [100, None]
+
+
+def test_a_slingshot_that_lasts_has_no_end() -> None:
+    assert slingshots([event(SL, 200, None)])[0]["end"] is None
+
+
+def test_shares_of_phases_add_up_and_count_from_the_first_step() -> None:
+    phases = [(0, Phase.HEALTHY), (51, Phase.ABSORBING), (76, Phase.HEALTHY)]
+    history = History()
+    history.append(100, {"loss": 1.0})
+    assert summarize({}, history, phases, [], [])["phase_share"] == {"healthy": 0.75, "absorbing": 0.25}
+
+
+def test_the_extreme_is_on_the_side_that_matters() -> None:
+    history = History()
+    for step, value in enumerate((0.5, -0.9, 0.1), start=1):
+        history.append(step, {"mean_alignment": value, "loss": value + 1})
+    quantities = summarize({}, history, [], [], [])["quantities"]
+    assert (quantities["mean_alignment"]["value"], quantities["mean_alignment"]["step"]) == (-0.9, 2)
+    assert (quantities["loss"]["value"], quantities["loss"]["last"]) == (1.5, 1.1)
+
+
+def test_the_overhead_of_a_killed_run_is_not_made_up() -> None:
+    history, phases = recorded(readings(10))
+    info = {**INFO, "overhead": {"seconds": 0.0, "share": None, "measured_steps": 0}}
+    assert summarize(info, history, phases, [], [])["overhead"] is None
+    assert "not recorded" in str(summarize(info, history, phases, [], []))
+
+
+def test_two_thousand_alerts_are_all_in_the_data_and_the_last_in_the_text() -> None:
+    alerts = [event(kind, 10 * i, 10 * i + 5, i) for i in range(1, 1001) for kind in (AT, SL)]
+    summary = summarize({}, History(), [], alerts, [])
+    assert len(summary["events"]) == 2000 and len(summary["slingshots"]) == 1000
+    text = str(summary)
+    assert "1,980 earlier events" in text and "10,000–10,005" in text and len(text.splitlines()) < 80
