@@ -19,7 +19,17 @@ if TYPE_CHECKING:
     from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError, MonitorError
     from nfi_monitor.monitor import Monitor
     from nfi_monitor.types import (
-        Alert, AlertKind, AlertState, Change, Evidence, Mechanism, Note, Phase, Reading, Severity, Thresholds,
+        Alert,
+        AlertKind,
+        AlertState,
+        Change,
+        Evidence,
+        Mechanism,
+        Note,
+        Phase,
+        Reading,
+        Severity,
+        Thresholds,
     )  # fmt: skip
 
 _HOMES = {
@@ -34,7 +44,8 @@ _HOMES = {
 
 __all__ = [
     "Alert", "AlertKind", "AlertState", "AlreadyMonitoredError", "Change", "Evidence", "HeadNotFoundError",
-    "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity", "Thresholds", "__version__",
+    "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity", "Thresholds",
+    "__version__",
 ]  # fmt: skip
 
 

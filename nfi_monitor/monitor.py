@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -30,12 +31,13 @@ from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import MAXIMA, SUMS, finish
 from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics
 from nfi_monitor.notes import NoteTaker
-from nfi_monitor.types import Alert, Change, Note, Phase, Reading, Thresholds, finite_or_none
+from nfi_monitor.report.fanout import Fanout, open_sinks
+from nfi_monitor.run_info import describe_run
+from nfi_monitor.types import Alert, Change, Note, Phase, Reading, Thresholds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nfi_monitor.report.sink import Sink
     from nfi_monitor.report.summary import Summary
 
 _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -43,7 +45,7 @@ _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 
 
 class Monitor:
-    """Watch a training run for slingshots. Attaches at once; detaches on ``close()`` or at the end of ``with``.
+    """Watch a training run for slingshots. Attaches at once; detaches on ``close()`` or when ``with`` ends.
 
     Args:
         model: the module being trained (wrapped by DDP or torch.compile or not).
@@ -87,13 +89,13 @@ class Monitor:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Monitor needs a torch.nn.Module, got {type(model).__name__}.")
         if not (every == "auto" or (isinstance(every, int) and not isinstance(every, bool) and every >= 1)):
-            raise ValueError(f"every={every!r}: use \"auto\" or a number of optimizer steps ≥ 1.")
+            raise ValueError(f'every={every!r}: use "auto" or a number of optimizer steps ≥ 1.')
         if head is True:
             raise ValueError("head=True means nothing: name the module, or leave it out to have it found.")
         if on_alert is not None and not callable(on_alert):
             raise TypeError(f"on_alert must be callable, got {type(on_alert).__name__}.")
         self._optimizer = unwrap(optimizer)
-        self._head: Head | None = None if head is False else find_head(model, head)  # type: ignore[arg-type]
+        self._head: Head | None = None if head is False else find_head(model, head)
         self._key = self._head.module if self._head is not None else model
         if self._key in _WATCHED:
             where = self._head.describe() if self._head is not None else type(model).__name__
@@ -129,12 +131,11 @@ class Monitor:
         self._finished: float | None = None
         self._closed = False
 
-        self._sinks: list[Sink] = self._open_sinks(console)
-        self._notes = NoteTaker(self._say)
-        for sink in list(self._sinks):
-            self._tell(sink, lambda sink=sink: sink.start(self._info()))
-        self._notes.attached(self._head, self._reader)
+        self._reports = Fanout(open_sinks(console, run_dir), self._failed)
+        self._notes = NoteTaker(self._reports.note)
         self._probe = HeadProbe(lambda: self._wanted_step, self._rows_arrived, self._failed)
+        self._reports.start(self._info())
+        self._notes.attached(self._head, self._reader)
         self._handles: list[Any] = [StepHooks(self._optimizer, self._before_step, self._after_step)]
         if self._head is not None:
             self._handles.append(self._head.module.register_forward_hook(self._probe))
@@ -202,10 +203,8 @@ class Monitor:
         self._finished = time.perf_counter()
         self._before, self._memory = None, None
         self._rows.clear()
-        if self._sinks:
-            info, summary = self._info(), self.summary()
-            for sink in list(self._sinks):
-                self._tell(sink, lambda sink=sink: sink.close(info, summary))
+        if self._reports.sinks:
+            self._reports.close(self._info(), self.summary())
 
     def __enter__(self) -> Monitor:
         return self
@@ -325,18 +324,17 @@ class Monitor:
             host["learning_rate"] = update.lr
 
     def _take_loss(self, values: dict[str, Tensor], host: dict[str, float]) -> None:
-        if not self._losses:
-            return
-        tensors = [loss for loss in self._losses if isinstance(loss, Tensor)]
-        if not tensors:
-            host["loss"] = sum(self._losses) / len(self._losses)  # type: ignore[arg-type]
-            return
-        device = tensors[0].device
-        parts = [
-            loss.to(device).mean() if isinstance(loss, Tensor) else torch.tensor(loss, device=device)
-            for loss in self._losses
-        ]
-        values["loss"] = torch.stack([part.float() if part.dtype.itemsize < 4 else part for part in parts]).mean() if len(parts) > 1 else parts[0]
+        """Mean over the micro-batches, in the widest precision given."""
+        tensors = [loss.mean() for loss in self._losses if isinstance(loss, Tensor)]
+        numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
+        if numbers:
+            host["loss"] = sum(numbers) / len(numbers)
+        elif len(tensors) == 1:
+            values["loss"] = tensors[0]
+        elif tensors:
+            values["loss"] = torch.stack(tensors).mean(
+                dtype=torch.promote_types(tensors[0].dtype, torch.float32)
+            )
 
     def _loss_only(self) -> None:
         """Between readings the loss alone: free on a CPU, a batch of late ones on an accelerator."""
@@ -389,18 +387,21 @@ class Monitor:
         if verdict.phase is not self.phases[-1][1]:
             self.phases.append((reading.step, verdict.phase))
         self.history.append(reading.step, reading.values)
-        for sink in list(self._sinks):
-            self._tell(sink, lambda sink=sink: sink.reading(reading, verdict.phase))
+        self._reports.reading(reading, verdict.phase)
         for change, alert in verdict.changes:
             self._report(change, alert)
         if full:
             self._notes.read(
-                reading, self._detector.signals, self._probe, self._rows.single_output, self._measured, self._reader
+                reading,
+                self._detector.signals,
+                self._probe,
+                self._rows.single_output,
+                self._measured,
+                self._reader,
             )
 
     def _report(self, change: Change, alert: Alert) -> None:
-        for sink in list(self._sinks):
-            self._tell(sink, lambda sink=sink: sink.alert(alert, change))
+        self._reports.alert(alert, change)
         if self._on_alert is not None and "on_alert" not in self._quiet:
             try:
                 self._on_alert(alert)
@@ -433,29 +434,6 @@ class Monitor:
 
     # --- reports ---------------------------------------------------------------------------------
 
-    def _open_sinks(self, console: bool | Console) -> list[Sink]:
-        sinks: list[Sink] = []
-        if console is not False:
-            from nfi_monitor.report.console import ConsoleSink
-
-            sinks.append(ConsoleSink(None if console is True else console))
-        if self.run_dir is not None:
-            from nfi_monitor.report import tensorboard
-            from nfi_monitor.report.jsonl import RunDirectory
-
-            sinks.append(RunDirectory(self.run_dir))
-            if tensorboard.available():
-                sinks.append(tensorboard.TensorBoardSink(self.run_dir))
-        return sinks
-
-    def _tell(self, sink: Sink, call: Callable[[], None]) -> None:
-        try:
-            call()
-        except Exception as error:
-            if sink in self._sinks:
-                self._sinks.remove(sink)
-            self._failed(type(sink).__name__, error)
-
     def _failed(self, part: str, error: BaseException) -> None:
         """Report an error of the monitor's own once; that part is quiet from now on, training goes on."""
         if part in self._quiet:
@@ -463,68 +441,31 @@ class Monitor:
         self._quiet.add(part)
         self._notes.failed(part, error, self._step)
 
-    def _say(self, note: Note) -> None:
-        for sink in list(self._sinks):
-            self._tell(sink, lambda sink=sink: sink.note(note))
-
     def _absorbing_classes(self, limit: int | None = 10) -> list[list[float]]:
         return [[float(k), count] for k, count in self._rows.most_absorbed(limit)]
 
     def _info(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
-        context = self._detector.context
-        group = self._reader.group_of(self._head.weight if self._head is not None else None)
+        every = self._every if isinstance(self._every, int) else auto_interval(self._detector.context.tau)
         end = self._finished if self._finished is not None else time.perf_counter()
-        elapsed = end - self._started
+        training = end - self._started - self._seconds
         return {
-            "nfi_monitor": __version__,
-            "torch": torch.__version__,
-            "model": type(self._model).__name__,
-            "parameters": sum(parameter.numel() for parameter in self._model.parameters()),
-            "head": self._head.describe() if self._head is not None else "tap only",
-            "classes": self._head.outputs if self._head is not None else None,
-            "dtype": str(next(iter(self._model.parameters())).dtype).removeprefix("torch."),
-            "optimizer": {
-                "name": type(self._optimizer).__name__,
-                **{
-                    key: _plain(group[key])
-                    for key in ("lr", "betas", "eps", "weight_decay", "momentum", "amsgrad", "foreach", "fused")
-                    if key in group
-                },
-            },
-            "tau": context.tau,
-            "beta2": context.beta2,
+            **describe_run(self._model, self._head, self._reader),
+            "level": self._probe.level,
+            "tau": round(self._detector.context.tau, 6),
             "every": self._every,
-            "interval": self._every if isinstance(self._every, int) else auto_interval(context.tau),
-            "level": self._level(),
+            "interval": every,
             "thresholds": self._thresholds.to_json(),
             "steps": self._step,
             "absorbing_classes": self._absorbing_classes(),
-            "notes": [{"code": note.code, "message": note.message, "step": note.step} for note in self.notes]
-            if hasattr(self, "_notes")
-            else [],
+            "notes": [asdict(note) for note in self.notes],
             "overhead": {
                 "seconds": self._seconds,
-                "share": finite_or_none(self._seconds / (elapsed - self._seconds)) if elapsed > self._seconds else None,
+                "share": self._seconds / training if training > 0 else None,
                 "measured_steps": self._measured,
             },
             "run_dir": None if self.run_dir is None else str(self.run_dir),
         }
-
-    def _level(self) -> str:
-        if not hasattr(self, "_probe"):
-            return "rows"
-        if self._probe.tapped:
-            return "tap"
-        return "rows" if self._probe.fired else "weight_gradient"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return float(value) if value.device.type == "cpu" else "tensor"
-    if isinstance(value, Iterable) and not isinstance(value, str):
-        return [_plain(item) for item in value]
-    return value
 
 
 def _full_precision(device: str) -> Any:

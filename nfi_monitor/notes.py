@@ -89,10 +89,10 @@ class NoteTaker:
         if signals.broken_by_design:
             self.note(
                 "not_shift_invariant",
-                "The loss breaks the zero-sum by design, not by rounding: rows violate it whose residual mass "
-                "is far too large for absorption (z-loss, a penalty on logits, regression, one-vs-rest BCE, or "
-                "logits changed after the head, as by soft-capping). Violations are recorded and not "
-                "alarmed on. If the logits are changed after the head, watch the changed ones: "
+                "The loss breaks the zero-sum by design, not by rounding: rows violate it whose residual "
+                "mass is far too large for absorption (z-loss, a penalty on logits, regression, one-vs-rest "
+                "BCE, or logits changed after the head, as by soft-capping). Violations are recorded and "
+                "not alarmed on. If the logits are changed after the head, watch the changed ones: "
                 "logits = monitor.tap(logits).",
                 step,
             )

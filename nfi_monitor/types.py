@@ -272,9 +272,7 @@ class Thresholds:
         for item in fields(self):
             value = getattr(self, item.name)
             if not (isinstance(value, (int, float)) and math.isfinite(value) and value > 0):
-                raise ValueError(
-                    f"Thresholds.{item.name} must be a positive finite number, got {value!r}."
-                )
+                raise ValueError(f"Thresholds.{item.name} must be a positive finite number, got {value!r}.")
         for low, high in (
             ("absorbing_exit", "absorbing_enter"),
             ("imminent_exit", "imminent_displacement"),

@@ -118,9 +118,7 @@ def _named(
     for name, module in modules.items():
         if module is head:
             return _describe(model, name or type(model).__name__, module)
-    raise HeadNotFoundError(
-        _advice(f"does not contain the {type(head).__name__} given as head=", linears)
-    )
+    raise HeadNotFoundError(_advice(f"does not contain the {type(head).__name__} given as head=", linears))
 
 
 def _describe(model: nn.Module, name: str, module: nn.Module) -> Head:
@@ -193,10 +191,18 @@ class HeadProbe:
         self._deliver = deliver
         self._failed = failed
         self.fired = 0
+        self.delivered = 0
         self.fired_without_gradient = 0
         self.traced = 0
         self.tapped = False
         self._features: Tensor | None = None
+
+    @property
+    def level(self) -> str:
+        """Where violations are read: "rows", "tap" or, while no row was seen, "weight_gradient"."""
+        if self.tapped:
+            return "tap"
+        return "rows" if self.delivered or not self.traced else "weight_gradient"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -255,6 +261,7 @@ class HeadProbe:
             if grad is None or self.tapped is not tapped:
                 return
             try:
+                self.delivered += 1
                 self._deliver(Rows(sample(local(grad)), kept, kept_features, total))
             except Exception as error:
                 self._failed("rows", error)

@@ -98,7 +98,9 @@ class OptimizerReader:
         return self.optimizer.param_groups[0]
 
     def holds(self, param: Tensor) -> bool:
-        return any(candidate is param for group in self.optimizer.param_groups for candidate in group["params"])
+        return any(
+            candidate is param for group in self.optimizer.param_groups for candidate in group["params"]
+        )
 
     def betas(self) -> tuple[float, float] | None:
         """(β1, β2) of the head's group; None for optimizers without a second moment of that form."""
@@ -145,7 +147,7 @@ class OptimizerReader:
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
         if all(isinstance(moment, Tensor) for moment in moments):
-            exp_avg_sq = self._packed("moments", start.sample, moments)  # type: ignore[arg-type]
+            exp_avg_sq = self._packed("moments", start.sample, moments)
             correction, eps = self._constants(start, states)
         weight, bias = self._head_rows()
         full = self.head.weight if self.head is not None else None
@@ -222,8 +224,15 @@ class OptimizerReader:
             moment = self.optimizer.state.get(param, {}).get(SECOND_MOMENT)
             if moment is None:
                 continue
-            if moment.is_floating_point() and moment.shape == param.shape and type(moment) in (
-                Tensor, type(param), type(param.data),
+            if (
+                moment.is_floating_point()
+                and moment.shape == param.shape
+                and type(moment)
+                in (
+                    Tensor,
+                    type(param),
+                    type(param.data),
+                )
             ):
                 with_moment.append(param)
             else:
@@ -291,9 +300,7 @@ class OptimizerReader:
 class StepHooks:
     """The pair of hooks around ``optimizer.step()``, with their handles."""
 
-    def __init__(
-        self, optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]
-    ) -> None:
+    def __init__(self, optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> None:
         def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             before()
 

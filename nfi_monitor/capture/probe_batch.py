@@ -58,7 +58,9 @@ class ProbeBatch:
         targets = self._targets.reshape(-1)
         counted = targets >= 0  # −100 marks padding
         return torch.where(
-            counted, probe_margins(logits.float(), targets.clamp_min(0)), torch.zeros_like(logits[:, 0].float())
+            counted,
+            probe_margins(logits.float(), targets.clamp_min(0)),
+            torch.zeros_like(logits[:, 0].float()),
         )
 
     def _forward(self) -> Any:

@@ -89,7 +89,7 @@ class CoordinateSample:
             start += count
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """The sampled coordinates of ``tensors`` (same shapes as at construction) → float32/64 [C], a copy."""
+        """Sampled coordinates of ``tensors`` (shapes as at construction) → float32/64 [C], a copy."""
         return self.pack(self.views(tensors))
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -9,10 +9,16 @@ from __future__ import annotations
 from nfi_monitor.types import AlertKind, Mechanism, Phase
 
 _FLOAT64 = "Compute the loss in float64: criterion(logits.double(), target). Parameters stay as they are."
-_HALF = "Compute the loss in float32: criterion(logits.float(), target). Half precision absorbs at margins of 5–8 nats."
+_HALF = (
+    "Compute the loss in float32: criterion(logits.float(), target). Half precision absorbs at margins of "
+    "5–8 nats."
+)
 _PROJECT = "Or project the gradient: logits.register_hook(lambda g: g - g.mean(-1, keepdim=True))."
 _EPSILON = "Or raise Adam's eps to 1e-6 or more: for group in optimizer.param_groups: group['eps'] = 1e-6."
-_COOL = "Multiply the learning rate by 0.1 for about {steps} steps now; it works up to a few steps before the spike."
+_COOL = (
+    "Multiply the learning rate by 0.1 for about {steps} steps now; it works up to a few steps before the "
+    "spike."
+)
 _SAVE = "Save a checkpoint now: what follows may not be undone by training on."
 
 

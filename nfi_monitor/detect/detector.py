@@ -19,7 +19,16 @@ from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
 from nfi_monitor.types import (
-    Alert, AlertKind, AlertState, Change, Evidence, Mechanism, Phase, Reading, Severity, Thresholds,
+    Alert,
+    AlertKind,
+    AlertState,
+    Change,
+    Evidence,
+    Mechanism,
+    Phase,
+    Reading,
+    Severity,
+    Thresholds,
 )  # fmt: skip
 
 
@@ -215,9 +224,7 @@ class Detector:
         signals, limits = self.signals, self.limits
         items = {
             "zero_sum_violation": Evidence(signals.violation, limits.absorbing_enter, limits.absorbing_exit),
-            "feature_mean_growth": Evidence(
-                signals.growth, limits.inflating_growth / self.context.tau, 0.0
-            ),
+            "feature_mean_growth": Evidence(signals.growth, limits.inflating_growth / self.context.tau, 0.0),
             "logit_displacement": Evidence(signals.displacement, limits.imminent_displacement),
             "rms_t_max": Evidence(signals.rms_t_peak, limits.rms_t_imminent, signals.rms_t_mean),
             "second_moment_decay": Evidence(signals.decay_lowest, FORGOTTEN, 0.0),
@@ -343,9 +350,7 @@ class Detector:
         if index is not None:
             self.alerts[index] = replace(self.alerts[index], last_step=reading.step)
             return
-        self._begin(
-            AlertKind.NON_FINITE, Severity.CRITICAL, reading.step, Mechanism.UNKNOWN, 0.0, verdict
-        )
+        self._begin(AlertKind.NON_FINITE, Severity.CRITICAL, reading.step, Mechanism.UNKNOWN, 0.0, verdict)
         alert = replace(
             self.alerts[-1],
             evidence={

@@ -14,7 +14,9 @@ SPREAD = 2.0
 """Factor of the interval around the median: measured, within 2× in four cases of five at 3–10 τ."""
 
 
-def steps_to_spike(displacement: float, slope: float, beta2: float, tau: float) -> tuple[int, int, int] | None:
+def steps_to_spike(
+    displacement: float, slope: float, beta2: float, tau: float
+) -> tuple[int, int, int] | None:
     """(low, median, high) in steps, or None where a number would be a guess.
 
     ``displacement`` δ rms in nats, ``slope`` d ln δ / d step.  None inside the last τ: there the state

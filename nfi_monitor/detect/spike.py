@@ -21,8 +21,8 @@ class SpikeDetector(Stateful):
     """Feed it the loss of every reading; ``state`` is QUIET, RISEN (in the spike) or FALLEN (recovering)."""
 
     __slots__ = (
-        "baseline", "deviation", "fallen_at", "height", "last_step", "level", "peak", "readings", "start", "state",
-        "streak", "was_low",
+        "baseline", "deviation", "fallen_at", "height", "last_step", "level", "peak", "readings", "start",
+        "state", "streak", "was_low",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class SpikeDetector(Stateful):
         self.fallen_at = 0
 
     def update(self, step: int, loss: float, tau: float, limits: Thresholds) -> str:
-        """Returns the state after this reading. NaN and Inf are not judged here (they are an alert of their own)."""
+        """The state after this reading. NaN and Inf are not judged: they are an alert of their own."""
         if not math.isfinite(loss):
             return self.state
         if self.state == QUIET:

@@ -25,10 +25,7 @@ def secant_curvature(
     rates [C] or None.  With minibatches y also holds the batches' difference: noisy, unbiased only
     in expectation.
     """
-    if weights is not None:
-        step_weighted = step * weights
-    else:
-        step_weighted = step
+    step_weighted = step if weights is None else step * weights
     return lr * torch.dot(step_weighted, gradient_change) / torch.dot(step_weighted, preconditioner * step)
 
 

@@ -26,4 +26,5 @@ def feature_sum(features: Tensor, counts: Tensor) -> Tensor:
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
     """cos(a, b) of two vectors [d] → scalar tensor; NaN if either is zero."""
-    return torch.dot(a, b) / (torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b))
+    norms: Tensor = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
+    return torch.dot(a, b) / norms

@@ -102,7 +102,9 @@ def row_statistics(grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None =
     return RowStatistics(sums, maxima, counted, top.winner, absorbed.to(dtype))
 
 
-def single_output_statistics(grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None = None) -> RowStatistics:
+def single_output_statistics(
+    grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None = None
+) -> RowStatistics:
     """The little that a head with one output shows: no classes, hence no zero-sum and no margin.
 
     ``grad`` and ``logits`` [N, 1].  Only live, silent and finite rows and the mean logit are filled;

@@ -11,11 +11,13 @@ from torch import Tensor
 
 
 def root(exp_avg_sq: Tensor, correction: Tensor | float) -> Tensor:
-    """sqrt(v̂), unit of the gradient. ``correction`` = 1 − β2^t (scalar, or per coordinate) → like ``exp_avg_sq``."""
+    """sqrt(v̂), unit of the gradient, like ``exp_avg_sq``. ``correction`` = 1 − β2^t, scalar or like it."""
     return (exp_avg_sq / correction).sqrt()
 
 
-def rms_t(grad: Tensor, root_exp_avg_sq: Tensor, eps: Tensor | float, segments: Tensor, counts: Tensor) -> Tensor:
+def rms_t(
+    grad: Tensor, root_exp_avg_sq: Tensor, eps: Tensor | float, segments: Tensor, counts: Tensor
+) -> Tensor:
     """RMS_t of each tensor: sqrt(mean(g² / max(v̂, ε_A²))), dimensionless → [T].
 
     Wortsman et al. 2023 (arXiv 2304.13013): 1 where the second moment describes the gradient; a value
@@ -28,12 +30,10 @@ def rms_t(grad: Tensor, root_exp_avg_sq: Tensor, eps: Tensor | float, segments: 
 
 
 def median(values: Tensor, most: int = 4096) -> Tensor:
-    """Median of at most ``most`` evenly spaced entries: selection is the dearest reduction there is. [C] → scalar."""
+    """Median of at most ``most`` evenly spaced entries, [C] → scalar: selection is a dear reduction."""
     return values[:: -(-len(values) // most)].median() if len(values) > most else values.median()
 
 
-def effective_learning_rate(
-    lr: Tensor | float, median_root: Tensor, eps: Tensor | float
-) -> Tensor:
+def effective_learning_rate(lr: Tensor | float, median_root: Tensor, eps: Tensor | float) -> Tensor:
     """lr / (median sqrt(v̂) + ε_A), 1/gradient, scalars (Kingma & Ba 2015)."""
     return lr / (median_root + eps)

@@ -17,7 +17,7 @@ SAFETY = 4.0
 
 
 def unexplained(violation: Tensor, residual: Tensor, largest_logit: Tensor, eps: Tensor | float) -> Tensor:
-    """Rows whose violation rounding cannot explain. All [N]; ``eps`` the dtype's machine epsilon → bool [N]."""
+    """Rows whose violation rounding cannot explain, bool [N]. All [N]; ``eps`` the machine epsilon."""
     scale = SAFETY * eps * (1.0 + largest_logit.abs())
     tiny = torch.finfo(residual.dtype).smallest_normal
     return violation > scale / residual.clamp_min(tiny) + scale

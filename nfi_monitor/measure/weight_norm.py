@@ -20,5 +20,6 @@ def stratified_sum(values: Tensor, weights: Tensor | None) -> Tensor:
 def norm(values: Tensor, weights: Tensor | None) -> Tensor:
     """Euclidean norm over all coordinates, estimated. [C], [C] or None → scalar tensor."""
     if weights is None:
-        return torch.linalg.vector_norm(values)
+        whole: Tensor = torch.linalg.vector_norm(values)
+        return whole
     return stratified_sum(values * values, weights).sqrt()

@@ -12,11 +12,12 @@ the training loop writes it.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from rich.box import ASCII, ROUNDED
 from rich.console import Console, Group, RenderableType
@@ -78,6 +79,8 @@ class LivePanel:
         ascii_only = self.console.options.ascii_only
         self._say = words.to_ascii if ascii_only else str
         self._box = ASCII if ascii_only else ROUNDED
+        # rich's own ellipsis is not ASCII.
+        self._overflow: Literal["crop", "ellipsis"] = "crop" if ascii_only else "ellipsis"
         self._progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(bar_width=None), MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
@@ -109,13 +112,21 @@ class LivePanel:
             self._refresh()
 
     def _refresh(self) -> None:
-        if self._live is not None:
+        if self._live is None:
+            return
+        try:
             speed = self._progress.tasks[0].speed
             rate = (
                 f"{speed:,.0f} steps/s" if speed and speed >= 10 else f"{speed:.1f} steps/s" if speed else ""
             )
             self._progress.update(self._task, completed=self.done, rate=rate)
             self._live.update(self._render(), refresh=True)
+        except Exception as error:  # a terminal that has gone away must not end the training
+            live, self._live = self._live, None
+            with contextlib.suppress(Exception):
+                live.stop()
+            with contextlib.suppress(Exception):
+                self.console.print(f"nfi  the live panel is off: {type(error).__name__}", highlight=False)
 
     def _render(self) -> RenderableType:
         monitor = self.monitor
@@ -134,7 +145,7 @@ class LivePanel:
     def _numbers(self, monitor: Watched) -> Table:
         table = Table.grid(padding=(0, 2), expand=True)
         for _ in range(4):
-            table.add_column(ratio=1)
+            table.add_column(ratio=1, overflow="fold")
         phase = monitor.phase
         firsts = (
             Text.assemble(("phase ", "dim"), (str(phase), PHASE_STYLES[phase])),
@@ -160,10 +171,10 @@ class LivePanel:
     def _last_alert(self, alert: Alert) -> Text:
         over = alert.state is AlertState.RESOLVED
         style = "green" if over else SEVERITY_STYLES[alert.severity]
-        parts = [words.headline(alert), words.forecast_in_words(alert)]
+        parts = [words.forecast_in_words(alert), words.headline(alert)]  # the first survives a narrow one
         return Text.assemble(
             ("last alert ", "dim"), (self._say(" · ".join(part for part in parts if part)), style),
-            no_wrap=True, overflow="ellipsis",
+            no_wrap=True, overflow=self._overflow,
         )  # fmt: skip
 
 

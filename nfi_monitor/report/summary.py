@@ -227,7 +227,7 @@ def _phase_share(phases: Sequence[tuple[int, Phase]], last_step: int | None) -> 
 
 def _render(summary: Summary, say: Callable[[str], str]) -> Group:
     blocks: list[RenderableType] = [
-        Rule(Text(say("nfi-monitor · after-run report"), style="bold"), style="dim", align="left"),
+        _title(say),
         _header(summary, say),
     ]
     for title, block in (
@@ -244,9 +244,15 @@ def _render(summary: Summary, say: Callable[[str], str]) -> Group:
     return Group(*blocks)
 
 
+def _title(say: Callable[[str], str]) -> RenderableType:
+    title = Text(say("nfi-monitor · after-run report"), style="bold")
+    # A rule cuts its title off with an ellipsis, which is not ASCII.
+    return title if "|" in title.plain else Rule(title, style="dim", align="left")
+
+
 def _header(summary: Summary, say: Callable[[str], str]) -> RenderableType:
     table = Table.grid(padding=(0, 2))
-    table.add_column(style="dim", no_wrap=True)
+    table.add_column(style="dim", overflow="fold")
     table.add_column(overflow="fold")
     run = summary["run"]
     for key in ("model", "head", "optimizer"):
@@ -417,7 +423,7 @@ def _note_lines(summary: Summary, say: Callable[[str], str]) -> RenderableType |
     if not notes:
         return None
     table = Table.grid(padding=(0, 1))
-    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold", style="dim")
     table.add_column(overflow="fold")
     for note in notes[:_SHOWN]:
         table.add_row(say("·"), Text(say(f"{note['message']} (step {note['step']:,})")))

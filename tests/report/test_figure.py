@@ -83,18 +83,15 @@ def negative() -> History:
 def test_awkward_histories_are_drawn_without_a_warning(
     make: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
-    draw(make(), [(0, Phase.ABSORBING)], [], tmp_path / "a.png")
+    draw(make(), [(0, Phase.ABSORBING)], [], tmp_path / "a.svg")
     record = SimpleNamespace(history=make(), alerts=[AT_RISK])
-    compare({"a": record, "b": record}, tmp_path / "b.png")
+    compare({"a": record, "b": record}, tmp_path / "b.svg")
     assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_two_thousand_alerts_and_phases_are_drawn_without_their_ids(tmp_path: Path) -> None:
-    alerts = [
-        event(kind, 10 * i, 10 * i + 5, i)
-        for i in range(1000)
-        for kind in (AlertKind.AT_RISK, AlertKind.SLINGSHOT)
-    ]
+    kinds = (AlertKind.AT_RISK, AlertKind.SLINGSHOT)
+    alerts = [event(kind, 10 * i, 10 * i + 5, i) for i in range(1000) for kind in kinds]
     phases = [(10 * i, list(Phase)[i % 6]) for i in range(2000)]
     text = texts(draw(one_reading(), phases, alerts, tmp_path / "many.svg"))
     assert "at_risk-500" not in text

@@ -177,7 +177,7 @@ def test_run_json_is_whole_at_any_moment(tmp_path: Path, monkeypatch: pytest.Mon
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="run.json"):
+    with pytest.raises(OSError, match=r"run\.json"):
         sink.note(Note("a", "b", 1))
     assert (tmp_path / "run.json").read_text() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["alerts.jsonl", "readings.jsonl", "run.json"]

@@ -13,8 +13,10 @@ from nfi_monitor.report.live import LivePanel
 from nfi_monitor.types import Change, Phase
 from tests.report.builders import AT_RISK, SLINGSHOT, readings, recorded, resolved
 
+ALERTS = (resolved(SLINGSHOT, 905), AT_RISK)
 
-def watched(phase: Phase = Phase.IMMINENT, alerts: Any = (resolved(SLINGSHOT, 905), AT_RISK)) -> Any:
+
+def watched(phase: Phase = Phase.IMMINENT, alerts: Any = ALERTS) -> Any:
     history, _ = recorded(readings(100))
     return SimpleNamespace(history=history, phase=phase, alerts=list(alerts))
 
@@ -31,7 +33,7 @@ def test_a_terminal_sees_progress_phase_numbers_and_the_last_alert() -> None:
         panel.advance(120)
     text = raw.getvalue().decode()
     for word in ("float32", "120/200", "phase imminent", "zero-sum viol. 0.7", "‖μ_G‖ 54.6", "slingshots 1",
-                 "δ 1.1 nat", "last alert at risk", "≈ 360 steps left"):  # fmt: skip
+                 "δ 1.1 nat", "last alert ≈ 360 steps left", "at risk: rounding"):  # fmt: skip
         assert word in text
 
 
@@ -85,6 +87,16 @@ def test_an_ascii_terminal_is_no_error() -> None:
     with LivePanel(watched(), 200, console, title="τ run") as panel:
         panel.advance(1)
     assert b"tau run" in raw.getvalue() and b"|mu_G|" in raw.getvalue()
+
+
+def test_a_terminal_that_goes_away_turns_the_panel_off_and_not_the_training() -> None:
+    console, _ = terminal()
+    with LivePanel(watched(), 200, console) as panel:
+        console.file.close()
+        panel._next = 0.0
+        panel.advance()
+        panel.advance()
+    assert panel.done == 2 and panel._live is None
 
 
 def test_an_exception_leaves_the_terminal_usable() -> None:

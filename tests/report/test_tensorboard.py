@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import builtins
+import itertools
 import re
 import sys
 import time
@@ -92,7 +93,7 @@ def test_quick_runs_are_thinned_but_not_at_phase_changes_or_slingshots(tmp_path:
     assert (time.perf_counter() - started) / len(run) < 1e-3
     sink.close(INFO, Summary())
     steps = {item.step for item in read(tmp_path).Scalars("nfi/loss")}
-    changes = {b.step for (_, p), (b, q) in zip(run, run[1:], strict=False) if p is not q}
+    changes = {b.step for (_, p), (b, q) in itertools.pairwise(run) if p is not q}
     slingshot = {reading.step for reading, phase in run if phase is Phase.SLINGSHOT}
     assert steps == {1, 500} | changes | slingshot
 
@@ -114,9 +115,8 @@ def test_the_layout_shows_five_panels_of_known_quantities() -> None:
 def test_without_tensorboard_the_error_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [
-        name for name in sys.modules if name.startswith(("tensorboard.compat.proto", "torch.utils.tens"))
-    ]:
+    parts = ("tensorboard.compat.proto", "torch.utils.tensorboard")
+    for name in [name for name in sys.modules if name.startswith(parts)]:
         monkeypatch.delitem(sys.modules, name)
     real = builtins.__import__
 

@@ -1,0 +1,65 @@
+"""Hand everything to all sinks; a sink that fails is dropped, and the rest go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from nfi_monitor.report.sink import Sink
+from nfi_monitor.types import Alert, Change, Note, Phase, Reading
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from nfi_monitor.report.summary import Summary
+
+
+def open_sinks(console: bool | Console, run_dir: str | PathLike[str] | None) -> list[Sink]:
+    """The sinks of a monitor's ``console`` and ``run_dir`` arguments."""
+    sinks: list[Sink] = []
+    if console is not False:
+        from nfi_monitor.report.console import ConsoleSink
+
+        sinks.append(ConsoleSink(None if console is True else console))
+    if run_dir is not None:
+        from nfi_monitor.report import tensorboard
+        from nfi_monitor.report.jsonl import RunDirectory
+
+        sinks.append(RunDirectory(run_dir))
+        if tensorboard.available():
+            sinks.append(tensorboard.TensorBoardSink(run_dir))
+    return sinks
+
+
+class Fanout:
+    """``failed(name, error)`` hears of each sink that raised, once: it is dropped then."""
+
+    def __init__(self, sinks: list[Sink], failed: Callable[[str, BaseException], None]) -> None:
+        self.sinks = sinks
+        self._failed = failed
+
+    def start(self, info: Mapping[str, Any]) -> None:
+        self._each("start", info)
+
+    def reading(self, reading: Reading, phase: Phase) -> None:
+        self._each("reading", reading, phase)
+
+    def alert(self, alert: Alert, change: Change) -> None:
+        self._each("alert", alert, change)
+
+    def note(self, note: Note) -> None:
+        self._each("note", note)
+
+    def close(self, info: Mapping[str, Any], summary: Summary) -> None:
+        self._each("close", info, summary)
+
+    def _each(self, method: str, *arguments: Any) -> None:
+        for sink in list(self.sinks):
+            try:
+                getattr(sink, method)(*arguments)
+            except Exception as error:
+                # Dropped before it is reported: the report goes to the sinks that are left.
+                if sink in self.sinks:
+                    self.sinks.remove(sink)
+                self._failed(type(sink).__name__, error)

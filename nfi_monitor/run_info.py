@@ -1,0 +1,45 @@
+"""What is known of a run before it starts: the part of ``run.json`` that does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor._version import __version__
+from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.optimizer import OptimizerReader
+
+_GROUP_KEYS = (
+    "lr", "betas", "eps", "weight_decay", "momentum", "amsgrad", "decoupled_weight_decay", "foreach", "fused",
+)  # fmt: skip
+
+
+def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -> dict[str, Any]:
+    """Versions, model, head and optimizer in plain types."""
+    group = reader.group_of(head.weight if head is not None else None)
+    parameters = list(model.parameters())
+    return {
+        "nfi_monitor": __version__,
+        "torch": torch.__version__,
+        "model": type(model).__name__,
+        "parameters": sum(parameter.numel() for parameter in parameters),
+        "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
+        "head": head.describe() if head is not None else "none: rows come from monitor.tap()",
+        "classes": head.outputs if head is not None else None,
+        "optimizer": {
+            "name": type(reader.optimizer).__name__,
+            **{key: _plain(group[key]) for key in _GROUP_KEYS if key in group},
+        },
+    }
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        # A learning rate on an accelerator is not worth a synchronisation.
+        return float(value) if value.device.type == "cpu" else None
+    if isinstance(value, Iterable) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    return value
