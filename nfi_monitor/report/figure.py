@@ -129,9 +129,11 @@ def compare(records: Mapping[str, Drawable], path: str | os.PathLike[str], title
             # The first arm is the one that is asked about: it lies on top.
             notes.append(_curve(axis, panel, record.history, colour, name, zorder=3 + len(arms) - order))
         _finish(axis, panel, notes)
-    limits = Thresholds()
-    _threshold(axes[1], limits.absorbing_enter, "enter")
-    _threshold(axes[3], limits.imminent_displacement, "imminent")
+    limits = Thresholds().to_json()
+    for _, record, _ in arms[:1]:  # arms of one experiment share their thresholds
+        limits |= dict(getattr(record, "info", {}).get("thresholds") or {})
+    _threshold(axes[1], limits["absorbing_enter"], "enter")
+    _threshold(axes[3], limits["imminent_displacement"], "imminent")
     for axis in (strip, *axes):
         axis.set_xlim(*_limits(first, last))
     _arm_legend(figure)

@@ -279,7 +279,7 @@ def _describe(value: Any) -> str:
     rest = [
         f"{key.replace('_', ' ')} {_short(item)}"
         for key, item in value.items()
-        if item is not None and item != name and not isinstance(item, dict)
+        if item is not None and item is not False and item != name and not isinstance(item, dict)
     ]
     return f"{name} ({', '.join(rest)})" if name and rest else str(name or ", ".join(rest))
 
@@ -438,7 +438,7 @@ def _overhead_line(summary: Summary, say: Callable[[str], str]) -> Text:
         return Text("The monitor's own time is not recorded: the run has not been closed.", style="dim")
     text = f"The monitor took {overhead['seconds']:.3g} s of its own"
     if overhead.get("share") is not None:
-        text += f", {_percent(overhead['share'])} of the run"
+        text += f", {_percent(overhead['share'])} of the training's own time"
     if overhead.get("measured_steps") is not None:
         text += f", for {overhead['measured_steps']:,} measured steps"
     return Text(say(text + "."), style="dim")

@@ -24,10 +24,11 @@ def exact(grad: torch.Tensor) -> list[float]:
     return [min(abs(math.fsum(g)) / math.fsum(map(abs, g)), 1.0) if any(g) else 0.0 for g in rows]
 
 
-def tolerance(grad: torch.Tensor) -> float:
-    """Error of the monitor's own sums, of which the absolute one runs in lanes of K/8: u·(4 + K/64)."""
+def close(grad: torch.Tensor, expected):
+    """The monitor's own sums: the signed one is pairwise, 6 u of Σ|g|; the absolute one is torch's vector
+    norm, which adds one entry after the other, up to K/2 u relative (3.4e-4 measured at K = 50,257)."""
     unit = ref.UNIT[torch.float64 if grad.dtype is torch.float64 else torch.float32]
-    return unit * (4 + grad.shape[-1] / 64)
+    return pytest.approx(expected, rel=unit * (4 + grad.shape[-1] / 2), abs=6 * unit)
 
 
 @FAST
@@ -44,7 +45,7 @@ def test_row_violation_is_the_exactly_rounded_ratio(seed, classes, pair, loss, m
     grad, _ = ref.gradients(z, y, pair, loss, ref.loss_scale(pair, 8))
     found = violation(grad)
     assert found.dtype is (torch.float64 if pair[0] is torch.float64 else torch.float32)
-    assert found.tolist() == pytest.approx(exact(grad), rel=0, abs=tolerance(grad))
+    assert found.tolist() == close(grad, exact(grad))
 
 
 @pytest.mark.parametrize("pair", ref.PAIRS, ids=str)
@@ -52,7 +53,7 @@ def test_row_violation_is_right_at_vocabulary_size(pair):
     for spread, margin in ((0.0, 0.0), (0.0, 19.0), (2.0, 3.0)):
         z, y = ref.make_logits(1, 2, 50_257, spread=spread, margins=(margin, margin))
         grad, _ = ref.gradients(z, y, pair, scale=ref.loss_scale(pair, 2))
-        assert violation(grad).tolist() == pytest.approx(exact(grad), rel=0, abs=tolerance(grad))
+        assert violation(grad).tolist() == close(grad, exact(grad))
 
 
 @FAST
@@ -114,7 +115,7 @@ def test_an_absorbed_row_violates_the_zero_sum_fully(classes):
     z, y = ref.make_logits(0, 2, classes, spread=0, margins=(30, 60))
     grad, _ = ref.gradients(z, y)
     assert grad.gather(-1, y[:, None]).abs().max() == 0
-    assert violation(grad).tolist() == pytest.approx([1.0, 1.0], abs=tolerance(grad))
+    assert violation(grad).tolist() == close(grad, [1.0, 1.0])
     assert violation(grad).max() <= 1.0
 
 
@@ -140,14 +141,15 @@ def test_weight_and_bias_violation_equal_the_exactly_rounded_sums(seed, dtype, m
     features = torch.randn(24, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
     weight_grad = (grad.double().T @ features).to(dtype)
     bias_grad = grad.sum(0)
+    tolerance = ref.UNIT[torch.float64 if dtype is torch.float64 else torch.float32] * classes * 5 / 2
     columns = weight_grad.double().T.tolist()
     signed = math.fsum(abs(math.fsum(column)) for column in columns)
     absolute = math.fsum(math.fsum(map(abs, column)) for column in columns)
     assert zero_sum.weight_violation(weight_grad).item() == pytest.approx(
-        signed / absolute, rel=0, abs=tolerance(grad)
+        signed / absolute, rel=tolerance, abs=tolerance
     )
     assert zero_sum.bias_violation(bias_grad).item() == pytest.approx(
-        exact(bias_grad[None])[0], rel=0, abs=tolerance(grad)
+        exact(bias_grad[None])[0], rel=tolerance, abs=tolerance
     )
 
 

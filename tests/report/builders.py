@@ -24,7 +24,7 @@ INFO: dict[str, Any] = {
     "parameters": 41_879,
     "head": "head (Linear 128→23)",
     "dtype": "float32",
-    "optimizer": {"name": "Adam", "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8},
+    "optimizer": {"name": "Adam", "lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8, "amsgrad": False},
     "tau": 20.0,
     "every": "auto",
     "interval": 5,

@@ -42,7 +42,9 @@ Slingshots and their warnings
     assert "now recovering · steps in healthy 39.9%, absorbing 20%" in text
     assert "3 (812), 17 (640)" in text
     assert "· The head is tied. (step 0)" in text
-    assert text.endswith("The monitor took 1.25 s of its own, 7.1% of the run, for 100 measured steps.")
+    assert text.endswith(
+        "The monitor took 1.25 s of its own, 7.1% of the training's own time, for 100 measured steps."
+    )
 
 
 def test_json_dumps_a_summary_without_nan() -> None:

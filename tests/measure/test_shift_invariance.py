@@ -1,0 +1,116 @@
+"""Rounding or meaning: which losses break the zero-sum by design."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.measure import reference as ref
+from tests.measure.measured import quantities
+
+FAST = settings(deadline=None, derandomize=True, max_examples=60)
+
+
+def unexplained_share(grad: torch.Tensor, logits: torch.Tensor) -> float:
+    return quantities(grad, logits).get("unexplained_violation_fraction", 0.0)
+
+
+@FAST
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    classes=st.sampled_from([2, 3, 10, 97, 1000]),
+    pair=st.sampled_from(ref.PAIRS),
+    loss=st.sampled_from([ref.cross_entropy, ref.class_weights, ref.focal]),
+    margin=st.sampled_from([-20.0, -2.0, 0.0, 1.0, 3.0, 6.0, 9.0, 13.0, 15.0, 17.0, 25.0, 60.0, 118.0]),
+    spread=st.sampled_from([0.0, 1.0, 4.0]),
+)
+def test_losses_with_hard_labels_are_never_called_shift_dependent(seed, classes, pair, loss, margin, spread):
+    z, y = ref.make_logits(seed, 12, classes, spread=spread, margins=(margin, margin + 2))
+    grad, logits = ref.gradients(z, y, pair, loss, ref.loss_scale(pair, 12))
+    assert unexplained_share(grad, logits) == 0
+
+
+@FAST
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    classes=st.sampled_from([2, 3, 10, 97]),
+    pair=st.sampled_from(ref.PAIRS),
+    loss=st.sampled_from([ref.label_smoothing, ref.distillation, ref.soft_targets]),
+    margin=st.sampled_from([-20.0, -2.0, 0.0, 9.0, 13.0, 15.0, 17.0, 25.0, 60.0, 118.0]),
+    spread=st.sampled_from([0.0, 1.0, 4.0]),
+)
+def test_losses_with_soft_targets_are_never_called_shift_dependent(
+    seed, classes, pair, loss, margin, spread
+):
+    z, y = ref.make_logits(seed, 12, classes, spread=spread, margins=(margin, margin + 2))
+    grad, logits = ref.gradients(z, y, pair, loss, ref.loss_scale(pair, 12))
+    assert unexplained_share(grad, logits) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("classes", [10, 100])
+def test_label_smoothing_near_its_optimum_is_not_called_shift_dependent(dtype, classes):
+    """The logits sit within 1e-3 of where the gradient vanishes: noise is measured against what is left of it,
+    while ε stays at the smoothing."""
+    smooth = 0.1
+    best = math.log((1 - smooth + smooth / classes) / (smooth / classes))
+    jitter = 1e-3 * torch.randn(64, classes, dtype=torch.float64)
+    z = jitter.clone()
+    z[:, 0] += best
+    grad, logits = ref.gradients(z, torch.zeros(64, dtype=torch.long), (dtype, dtype), ref.label_smoothing)
+    assert unexplained_share(grad, logits) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shift", [-2000.0, 500.0])
+def test_logsumexp_by_hand_at_large_logits_is_not_called_shift_dependent(dtype, shift):
+    for margin in (0.0, 4.0, 8.0, 10.0, 14.0, 18.0):
+        for classes in (2, 10, 300):
+            z, y = ref.make_logits(1, 16, classes, spread=1, margins=(margin, margin + 2), shift=shift)
+            grad, logits = ref.gradients(z, y, (dtype, dtype), ref.by_hand)
+            assert unexplained_share(grad, logits) == 0
+
+
+@pytest.mark.parametrize("pair", ref.PAIRS, ids=str)
+@pytest.mark.parametrize("margin", [0.0, 2.0, 6.0, 12.0, 16.0, 26.0])
+def test_tied_logits_at_vocabulary_size_are_not_called_shift_dependent(pair, margin):
+    """log-sum-exp adds 50,257 equal terms one after the other: its error grows with K."""
+    z, y = ref.make_logits(0, 3, 50_257, spread=0, margins=(margin, margin + 1))
+    grad, logits = ref.gradients(z, y, pair, scale=ref.loss_scale(pair, 3))
+    assert unexplained_share(grad, logits) == 0
+
+
+def test_a_float32_loss_on_float64_logits_is_not_called_shift_dependent():
+    z, y = ref.make_logits(0, 16, 10, spread=1, margins=(-2, 14))
+    assert unexplained_share(*ref.gradients(z, y, (torch.float64, torch.float32))) == 0
+
+
+@FAST
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    classes=st.sampled_from([3, 10, 97]),
+    pair=st.sampled_from([(torch.float32, torch.float32), (torch.float64, torch.float64),
+                          (torch.float32, torch.float64)]),
+    loss=st.sampled_from(ref.NOT_SHIFT_INVARIANT),
+)  # fmt: skip
+def test_losses_that_depend_on_the_common_shift_are_recognised(seed, classes, pair, loss):
+    """Unsure rows (margins −4 … 3) of logits around 2: rounding could not do this."""
+    z, y = ref.make_logits(seed, 32, classes, spread=1, margins=(-4, 3), shift=2.0)
+    assert unexplained_share(*ref.gradients(z, y, pair, loss)) > 0.75
+
+
+@pytest.mark.parametrize("loss", ref.NOT_SHIFT_INVARIANT)
+def test_a_violation_by_design_is_recognised_in_float32_up_to_margins_of_6(loss):
+    z, y = ref.make_logits(0, 64, 10, spread=1, margins=(5, 6), shift=2.0)
+    assert unexplained_share(*ref.gradients(z, y, loss=loss)) > 0.75
+
+
+@pytest.mark.parametrize("pair", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
+@pytest.mark.parametrize("loss", [ref.squared_error, ref.one_against_rest])
+def test_in_bfloat16_only_gross_violations_are_recognised(pair, loss):
+    z, y = ref.make_logits(0, 64, 10, spread=1, margins=(-4, 3))
+    assert unexplained_share(*ref.gradients(z, y, pair, loss)) > 0.5
