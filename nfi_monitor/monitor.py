@@ -24,7 +24,7 @@ from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, Update, un
 from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.sampling import auto_interval
-from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.detect.detector import Context, Detector, Verdict
 from nfi_monitor.errors import AlreadyMonitoredError
 from nfi_monitor.history import History
 from nfi_monitor.measure.accumulator import RowAccumulator
@@ -62,7 +62,7 @@ class Monitor:
             ``targets`` int64, of the logits' shape without the class axis.
         thresholds: the constants of detection.
         every: "auto" reads sparsely while nothing is going on and every step once something is; an
-            int reads every so many optimizer steps.
+            int reads the first optimizer step and every so many after it.
 
     Raises:
         HeadNotFoundError: no module, or more than one, could be the head; lists the candidates.
@@ -226,6 +226,7 @@ class Monitor:
             "detector": self._detector.state_dict(),
             "phases": [[step, phase.value] for step, phase in self.phases],
             "absorbing_classes": self._absorbing_classes(limit=None),
+            "gradient_scale": None if self._rows.scale is None else float(self._rows.scale),
             "notes": [[note.code, note.message, note.step] for note in self.notes],
         }
 
@@ -241,8 +242,14 @@ class Monitor:
         self._detector.load_state_dict(state["detector"])
         self.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]
         self._rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
+        if state["gradient_scale"] is not None:
+            self._rows.scale = torch.tensor(state["gradient_scale"], device=self._device())
         for code, message, step in state["notes"]:
             self._notes.said.setdefault(code, Note(code, message, int(step)))
+
+    def _device(self) -> torch.device:
+        weight = self._head.weight if self._head is not None else None
+        return weight.device if weight is not None else next(self._model.parameters()).device
 
     # --- hooks -----------------------------------------------------------------------------------
 
@@ -379,9 +386,14 @@ class Monitor:
             self._judge(Reading(step, values), full=True)
 
     def _judge(self, reading: Reading, *, full: bool) -> None:
-        if full:
-            self._detector.context = self._read_context()
-        verdict = self._detector.update(reading)
+        verdict = Verdict(self._detector.phase)
+        if "detector" not in self._quiet:
+            try:
+                if full:
+                    self._detector.context = self._read_context()
+                verdict = self._detector.update(reading)
+            except Exception as error:
+                self._failed("detector", error)
         if verdict.derived:
             reading = Reading(reading.step, {**reading.values, **verdict.derived})
         if verdict.phase is not self.phases[-1][1]:

@@ -79,7 +79,7 @@ class NoteTaker:
                 "Watched instead: RMS_t, second moment, curvature, weight norm and the observed loss.",
                 step,
             )
-        if measured >= PATIENCE and reader.has_second_moment() is False:
+        if measured >= PATIENCE and not reader.has_second_moment():
             self.note(
                 "no_second_moment",
                 f"{type(reader.optimizer).__name__} keeps no exp_avg_sq: effective learning rate, RMS_t and "

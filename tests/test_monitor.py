@@ -108,7 +108,7 @@ def test_every_counts_optimizer_steps_not_micro_batches() -> None:
                 F.cross_entropy(model(inputs), targets).backward()
             optimizer.step()
             optimizer.zero_grad()
-    assert monitor.history["zero_sum_violation"][0].tolist() == [5, 10, 15, 20]
+    assert monitor.history["zero_sum_violation"][0].tolist() == [1, 5, 10, 15, 20]
     assert monitor.step == 20
 
 
@@ -133,7 +133,7 @@ def test_summary_is_printable_and_dumpable() -> None:
     from rich.console import Console
 
     monitor = watched(mlp())
-    assert json.loads(json.dumps(monitor.summary()))["steps"] == 30
+    assert json.loads(json.dumps(monitor.summary()))["last_step"] == 30
     console = Console(record=True, width=100, file=open("/dev/null", "w"))
     console.print(monitor.summary())
     assert "Linear 32→7" in console.export_text()
@@ -162,7 +162,7 @@ def test_state_survives_a_checkpoint(tmp_path: Path) -> None:
     for state in (resumed, expected):
         state["signals"].pop("curvature_peak")
         state["causes"].pop("curvature")
-    assert resumed == pytest.approx(expected, nan_ok=True) or _same(resumed, expected)
+    assert _same(resumed, expected)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -271,7 +271,7 @@ def test_a_head_that_never_fires_falls_back_to_its_weight_gradient() -> None:
     assert codes(monitor) == ["head_never_fired", "no_loss"]
     assert "never fired" in monitor.notes[0].message and "monitor.tap(logits)" in monitor.notes[0].message
     assert monitor.history["zero_sum_violation_weight"][1].max() < 1e-5
-    assert monitor.summary()["run"]["level"] if "run" in monitor.summary() else True
+    assert monitor.summary()["run"]["level"] == "weight_gradient"
 
 
 def test_a_head_that_fires_only_in_eval_mode_is_said() -> None:
@@ -465,7 +465,7 @@ def test_a_tied_head_is_watched_by_rows_only() -> None:
         ("nfi_monitor.monitor.step_statistics", "optimizer"),
         ("nfi_monitor.capture.optimizer.OptimizerReader.before", "optimizer"),
         ("nfi_monitor.capture.probe_batch.ProbeBatch.displacement", "probe"),
-        ("nfi_monitor.detect.detector.Detector.update", "step"),
+        ("nfi_monitor.detect.detector.Detector.update", "detector"),
     ],
 )
 def test_an_exception_in_any_part_is_reported_once_and_training_goes_on(
@@ -513,7 +513,7 @@ def test_a_run_directory_that_cannot_be_written_is_said_and_training_goes_on(
         monitor = watched(mlp(), run_dir=tmp_path / "file" / "run", console=True)
     assert any(code.startswith("failed_RunDirectory") for code in codes(monitor))
     assert len(monitor.history["zero_sum_violation"][0]) == 30
-    assert "RunDirectory" in capsys.readouterr().out
+    assert "RunDirectory" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_up_is_said_once_and_training_goes_on(

@@ -202,7 +202,7 @@ class HeadProbe:
         """Where violations are read: "rows", "tap" or, while no row was seen, "weight_gradient"."""
         if self.tapped:
             return "tap"
-        return "rows" if self.delivered or not self.traced else "weight_gradient"
+        return "rows" if self.delivered else "weight_gradient"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():

@@ -7,7 +7,13 @@ from torch import Tensor
 
 from nfi_monitor.capture.head import Rows
 from nfi_monitor.measure import global_means
-from nfi_monitor.measure.rows import row_statistics, shown_eps, single_output_statistics
+from nfi_monitor.measure.rows import (
+    MAXIMA,
+    RowStatistics,
+    row_statistics,
+    shown_eps,
+    single_output_statistics,
+)
 
 EPS_EVERY = 64
 """Passes between two looks at the precision the gradient shows."""
@@ -23,6 +29,7 @@ class RowAccumulator:
         self.earlier_classes: dict[int, float] = {}  # counts from before a resume
         self.single_output: bool | None = None
         self._eps: Tensor | None = None
+        self.scale: Tensor | None = None  # largest gradient scale seen, scalar
         self._passes = 0
         self.clear()
 
@@ -36,12 +43,18 @@ class RowAccumulator:
 
     def add(self, rows: Rows) -> None:
         self.single_output = rows.logits.shape[-1] == 1
-        measure = single_output_statistics if self.single_output else row_statistics
+        if self.single_output:
+            self._merge(rows, single_output_statistics(rows.grad, rows.logits, rows.total))
+            return
         # A run does not change the precision of its loss: looked at in the first passes, then rarely.
         if self._passes < 8 or self._passes % EPS_EVERY == 0:
             self._eps = shown_eps(rows.grad)
         self._passes += 1
-        statistics = measure(rows.grad, rows.logits, rows.total, self._eps)
+        statistics = row_statistics(rows.grad, rows.logits, rows.total, self._eps, self.scale)
+        self.scale = statistics.maxima[MAXIMA.index("gradient_scale")]
+        self._merge(rows, statistics)
+
+    def _merge(self, rows: Rows, statistics: RowStatistics) -> None:
         if self.sums is None or self.maxima is None:
             self.sums, self.maxima = statistics.sums, statistics.maxima
         else:

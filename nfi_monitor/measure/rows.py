@@ -24,8 +24,9 @@ COUNTED_SUMS = ("loss", "max_probability", "mean_logit")
 """Summed over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
 """Of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
-MAXIMA = ("violation_max", "negative_margin_min", "eps")
-"""Of the micro-batch, merged by maximum; ``eps`` is the machine epsilon the gradient shows."""
+MAXIMA = ("violation_max", "negative_margin_min", "eps", "gradient_scale")
+"""Of the micro-batch, merged by maximum; ``eps`` is the machine epsilon the gradient shows,
+``gradient_scale`` the s in g = s·(p − y)."""
 
 SUMS = MASKS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
@@ -41,7 +42,9 @@ class RowStatistics(NamedTuple):
     absorbed: Tensor | None
 
 
-def row_statistics(grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None = None) -> RowStatistics:
+def row_statistics(
+    grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None = None, scale: Tensor | None = None
+) -> RowStatistics:
     """Measure rows of a head with at least two outputs.
 
     Args:
@@ -50,6 +53,7 @@ def row_statistics(grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None =
         rows: rows of the whole batch, which a mean reduction divides by.
         eps: machine epsilon of the precision the gradient was computed in, if already known
             (:func:`shown_eps`); scalar tensor.
+        scale: largest gradient scale seen in earlier passes; scalar tensor.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     top = margins.top_logits(logits.to(dtype))
@@ -71,8 +75,13 @@ def row_statistics(grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None =
     target_logit = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1).to(dtype)
     loss = margins.row_loss(top, target_logit)
     residual = margins.residual_mass(loss)
-    unexplained = live & shift_invariance.unexplained(violation, residual, top.largest, eps)
     soft = live & ((grad < 0).sum(-1) > 1)
+    absolute_live = torch.where(live, absolute, torch.zeros((), dtype=dtype, device=grad.device))
+    shown_scale = shift_invariance.gradient_scale(absolute_live, residual, live)
+    if scale is not None:
+        shown_scale = torch.maximum(shown_scale, scale.to(dtype))
+    told = shift_invariance.gradient_residual(residual, absolute_live, soft, shown_scale)
+    unexplained = live & shift_invariance.unexplained(violation, told, top.largest, eps)
     margin = margins.margin(top, target, target_logit)
 
     # One bad row must not turn the means of all others into NaN: ``where`` drops it, and it is counted.
@@ -97,14 +106,13 @@ def row_statistics(grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None =
             torch.where(live, violation, zero).amax(),
             torch.where(counts, -margin, -torch.inf).amax(),
             eps.to(dtype),
+            shown_scale,
         ]
     )
     return RowStatistics(sums, maxima, counted, top.winner, absorbed.to(dtype))
 
 
-def single_output_statistics(
-    grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None = None
-) -> RowStatistics:
+def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
     """The little that a head with one output shows: no classes, hence no zero-sum and no margin.
 
     ``grad`` and ``logits`` [N, 1].  Only live, silent and finite rows and the mean logit are filled;

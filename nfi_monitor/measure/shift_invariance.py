@@ -16,6 +16,33 @@ SAFETY = 4.0
 """Ulps granted to rounding. Torch's kernels need about 1; hand-written losses up to 3 (measured)."""
 
 
+UNSURE = 0.1
+"""Residual mass from which a row shows the scale of the gradients."""
+MISMATCH = 100.0
+"""Factor between what logits and gradients say of ε that loss scaling and class weights cannot make."""
+
+
+def gradient_scale(absolute: Tensor, residual: Tensor, live: Tensor) -> Tensor:
+    """The factor s in g = s·(p − y), from rows that are not confident: max Σ|g| / 2ε; 0 if there are none.
+
+    ``absolute`` Σ_k |g_k|, ``residual`` ε, ``live`` bool, all [N] → scalar tensor.
+    """
+    shown = absolute / (2.0 * residual.clamp_min(UNSURE))
+    return torch.where(live & (residual > UNSURE), shown, torch.zeros_like(shown)).amax()
+
+
+def gradient_residual(residual: Tensor, absolute: Tensor, soft: Tensor, scale: Tensor) -> Tensor:
+    """ε as the gradients tell it, where they contradict the logits. All [N] but ``scale`` → [N].
+
+    Under cross-entropy Σ|g| / 2s = ε.  Soft targets make it smaller (the gradient vanishes at p = y, where
+    ε is large and rounding is all that is left); losses that are no softmax cross-entropy make it far
+    larger on rows that look confident (one-vs-rest BCE).  While no scale is known, ε stands.
+    """
+    told = absolute / (2.0 * scale)
+    contradicts = (scale > 0) & (soft | (told > MISMATCH * residual))
+    return torch.where(contradicts, told, residual)
+
+
 def unexplained(violation: Tensor, residual: Tensor, largest_logit: Tensor, eps: Tensor | float) -> Tensor:
     """Rows whose violation rounding cannot explain, bool [N]. All [N]; ``eps`` the machine epsilon."""
     scale = SAFETY * eps * (1.0 + largest_logit.abs())

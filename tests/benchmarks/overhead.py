@@ -5,10 +5,13 @@
 
 Timing two runs one after the other measures the machine's mood: clocks, caches and neighbours drift by
 more than the few per cent in question.  So all arms live side by side, as copies from the same seed that
-see the same batches, and a *round* times one short block of steps of each.  A round's ratio divides an
-arm's block by the bare block of that same round; the table shows the median over rounds and the quartiles.
-The order changes from round to round (rotated, and every second round reversed), so a drift hits every arm
-alike, and the garbage collector is off while the clock runs.
+see the same batches, and short blocks of their steps alternate: bare, arm, bare, arm, …, bare.  A ratio
+divides an arm's block by the mean of the bare blocks right before and right after it, which cancels a
+steady drift; the table shows the median over rounds and the quartiles.  The order of the arms changes from
+round to round, and the garbage collector is off while the clock runs.
+
+A block has 16 steps because a healthy run at β2 = 0.999 is read at every 16th, so that each block holds
+exactly one reading; the column "steps read" says how many there were in fact.
 
 The arm ``bare, again`` is a second copy without a monitor.  Its ratio should be 1; how far its quartiles
 stand from 1 is what this machine can resolve, and no row of the table is known better than that.
@@ -121,6 +124,9 @@ class Arm:
             self.optimizer.step()
             self.step += 1
 
+    def readings(self) -> int:
+        return 0 if self.monitor is None else len(self.monitor.history)
+
     def seconds(self, steps: int, wait: Callable[[], None]) -> float:
         self.run(LEAD_IN_STEPS)
         gc.collect()
@@ -141,10 +147,11 @@ class Result:
     parameters: int
     arm: str
     bare_ms_per_step: float  # median over rounds
-    ratio: float  # median over rounds of this arm's block over the bare block of the same round
+    ratio: float  # median over rounds of this arm's block over the bare blocks around it
     ratio_q1: float
     ratio_q3: float
-    phase: str  # at the end: the cadence of every="auto" follows the phase
+    steps_read: float  # share of the steps at which the monitor read: every="auto" reads more when it must
+    phase: str | None  # at the end
 
 
 def measure(name: str, rounds: int, block: int, device: str, seed: int, console: Console) -> list[Result]:
@@ -170,28 +177,34 @@ def measure(name: str, rounds: int, block: int, device: str, seed: int, console:
                 stack.callback(arms[arm].monitor.close)
             arms[arm].run(WARM_UP_STEPS)
 
-        taken: dict[str, list[float]] = {arm: [] for arm in arms}
+        bare = arms.pop(BARE)
+        warm_up_readings = {arm: arms[arm].readings() for arm in arms}
+        ratios: dict[str, list[float]] = {arm: [] for arm in arms}
+        bare_blocks = [bare.seconds(block, wait)]
         order = list(arms)
         for number in track(range(rounds), description=f"{name:12}", console=console, transient=True):
             order = order[1:] + order[:1]
             for arm in order if number % 2 else reversed(order):
-                taken[arm].append(arms[arm].seconds(block, wait))
+                mine = arms[arm].seconds(block, wait)
+                bare_blocks.append(bare.seconds(block, wait))
+                ratios[arm].append(mine / statistics.fmean(bare_blocks[-2:]))
 
         results = []
-        for arm in (NULL, *MODES):
-            ratios = [mine / bare for mine, bare in zip(taken[arm], taken[BARE], strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4, method="inclusive") if rounds > 1 else ratios * 3
+        for arm, values in ratios.items():
+            quartiles = statistics.quantiles(values, n=4, method="inclusive") if rounds > 1 else values * 3
             monitor = arms[arm].monitor
+            readings = arms[arm].readings() - warm_up_readings[arm]
             results.append(
                 Result(
                     model=name,
                     parameters=sum(p.numel() for p in arms[arm].model.parameters()),
                     arm=arm,
-                    bare_ms_per_step=1e3 * statistics.median(taken[BARE]) / block,
+                    bare_ms_per_step=1e3 * statistics.median(bare_blocks) / block,
                     ratio=quartiles[1],
                     ratio_q1=quartiles[0],
                     ratio_q3=quartiles[2],
-                    phase="–" if monitor is None else str(monitor.phase),
+                    steps_read=readings / (arms[arm].step - WARM_UP_STEPS),
+                    phase=None if monitor is None else str(monitor.phase),
                 )
             )
     return results
@@ -199,16 +212,17 @@ def measure(name: str, rounds: int, block: int, device: str, seed: int, console:
 
 def table(results: list[Result], rounds: int, block: int, device: str) -> Table:
     where = f"{torch.get_num_threads()} thread(s)" if device == "cpu" else torch.cuda.get_device_name(device)
-    title = f"time of a training step, monitored / bare ({where}, {rounds} rounds of {block} steps)"
+    title = f"a training step, monitored / bare ({where}, {rounds} rounds of {block} steps)"
     view = Table(title=title)
-    for column in ("model", "arm", "ratio", "quartiles", "phase"):
+    for column in ("model", "arm", "ratio", "quartiles", "steps read"):
         view.add_column(column, no_wrap=True)
     for name in dict.fromkeys(result.model for result in results):
         arms = [result for result in results if result.model == name]
         facts = [name, f"{arms[0].parameters:,} parameters", f"bare {arms[0].bare_ms_per_step:.2f} ms a step"]
         for fact, result in zip_longest(facts, arms, fillvalue=""):
             quartiles = f"{result.ratio_q1:.3f}–{result.ratio_q3:.3f}"
-            view.add_row(fact, result.arm, f"{result.ratio:.3f}×", quartiles, result.phase)
+            read = "–" if result.phase is None else f"{result.steps_read:.0%} ({result.phase})"
+            view.add_row(fact, result.arm, f"{result.ratio:.3f}×", quartiles, read)
         view.add_section()
     return view
 
@@ -219,8 +233,8 @@ def main(argv: list[str] | None = None) -> int:
         description="Paired, interleaved timings of training with and without the monitor.",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=11, help="blocks of each arm (default %(default)s)")
-    parser.add_argument("--block", type=int, default=32, help="steps of a block (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=15, help="blocks of each arm (default %(default)s)")
+    parser.add_argument("--block", type=int, default=16, help="steps of a block (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)

@@ -52,8 +52,8 @@ def test_absorption_is_read_right_at_vocabulary_size(pair):
         found = absorbed_rows(grad, logits)
         assert torch.equal(found, absorbed_by_label(grad, y))
         seen |= set(found.tolist())
-    absorbing = pair[1] is not torch.float64 and pair != (torch.float16, torch.float32)
-    assert seen == ({True, False} if absorbing else {False})
+    # float16 cannot hold a p_k = e^-28 of its own, so there the row goes silent before it absorbs.
+    assert seen == ({False} if pair == (torch.float16, torch.float32) else {True, False})
 
 
 @pytest.mark.parametrize("dtype", ONSET, ids=str)
@@ -107,21 +107,21 @@ def test_a_negative_zero_counts_as_exactly_zero():
     assert absorbed_rows(torch.tensor([[-0.0, 0.0, 1e-30]]), torch.tensor([[70.0, 0.0, 1.0]])).all()
 
 
-@pytest.mark.parametrize("loss", [ref.z_loss, ref.by_hand])
-def test_a_row_whose_correct_class_is_pushed_up_is_not_absorbed(loss):
-    """z-loss and a coarsely rounded log-sum-exp make g_r positive: no negative entry, and yet not 0."""
-    shift = 8.0 if loss is ref.z_loss else -2000.0
-    z, y = ref.make_logits(0, 64, 10, spread=1, margins=(9, 12), shift=shift)
-    grad, logits = ref.gradients(z, y, loss=loss)
+def test_a_row_whose_correct_class_is_pushed_up_is_not_absorbed():
+    """z-loss makes g_r positive on sure rows: no negative entry, and yet the correct class's is not 0."""
+    z, y = ref.make_logits(0, 64, 10, spread=1, margins=(9, 12), shift=8.0)
+    grad, logits = ref.gradients(z, y, loss=ref.z_loss)
     pushed = (grad >= 0).all(-1) & (grad.gather(-1, y[:, None])[:, 0] > 0)
-    assert pushed.sum() >= 8
-    assert torch.equal(absorbed_rows(grad, logits), absorbed_by_label(grad, y))
+    assert pushed.all()
+    assert not absorbed_rows(grad, logits).any()
 
 
 @FAST
 @given(
     seed=st.integers(0, 2**32 - 1),
-    pair=st.sampled_from([p for p in ref.PAIRS if p[0] is not torch.float64]),
+    pair=st.sampled_from(
+        [p for p in ref.PAIRS if p[0] is not torch.float64 and p != (torch.float32, torch.float16)]
+    ),
     rows=st.sampled_from([1, 6, 33]),
     margin=st.integers(4, 120),
     scale=st.sampled_from([1.0, 128.0]),
@@ -139,6 +139,17 @@ def test_silent_rows_with_a_label_are_underflowed_and_ignored_ones_are_not(seed,
     counted = rows - ignored.sum().item()
     if counted:
         assert found["underflowed_fraction"] * counted == pytest.approx((silent & ~ignored).sum().item())
+
+
+def test_rows_that_underflow_in_a_float16_loss_are_underflowed_in_its_float32_head():
+    """The gradient that arrives is float32; that it went through float16 shows in the live rows."""
+    z, y = ref.make_logits(0, 12, 5, spread=0.5, margins=(-1, 3))
+    z[::2, :] = 0
+    z[::2].scatter_(-1, y[::2, None], 25.0)
+    grad, logits = ref.gradients(z, y, (torch.float32, torch.float16))
+    found = quantities(grad, logits)
+    assert found["live_fraction"] == 0.5
+    assert found["underflowed_fraction"] == 0.5 and found["ignored_fraction"] == 0
 
 
 @pytest.mark.parametrize("classes", [1000, 50_257])

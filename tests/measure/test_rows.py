@@ -80,7 +80,9 @@ def test_every_row_quantity_equals_the_labelled_reference(
 
 @pytest.mark.parametrize("pair", ref.PAIRS, ids=str)
 def test_every_row_quantity_equals_the_reference_at_vocabulary_size(pair):
-    for spread, margins in ((0.0, (-1, 3)), (2.0, (10, 30))):
+    # float16 rows stay where no p_k of their own underflows: test_absorption.py has the others.
+    sure = (1, 2) if torch.float16 in pair else (10, 30)
+    for spread, margins in ((0.0, (-1, 3)), (2.0, sure)):
         z, y = ref.make_logits(1, 2, 50_257, spread=spread, margins=margins)
         grad, logits = ref.gradients(z, y, pair, scale=ref.loss_scale(pair, 2))
         check(quantities(grad, logits), ref.batch_truth(truths(grad, logits, y)), logits)
@@ -177,9 +179,9 @@ def test_rows_surer_than_their_smoothed_label_keep_their_margin(classes):
     grad, logits = ref.gradients(z, y, loss=ref.label_smoothing)
     found = quantities(grad, logits)
     assert found["soft_target_fraction"] == 1
-    expected = [ref.softmax_truth(row[r], row[:r] + row[r + 1 :]) for row, r in zip(z.tolist(), y.tolist(), strict=True)]
-    assert found["margin_min"] == pytest.approx(8, abs=0.5)
-    assert found["residual_mass"] == pytest.approx(sum(e for e, _ in expected) / 32, rel=1e-4)
+    expected = ref.batch_truth(truths(grad, logits, y))
+    assert found["margin_min"] == pytest.approx(expected["margin_min"], rel=1e-5)
+    assert found["residual_mass"] == pytest.approx(expected["residual_mass"], rel=1e-4)
 
 
 def test_hard_labels_are_not_taken_for_soft_ones():

@@ -1,0 +1,85 @@
+"""Which rows are read: deterministic, all of them in time, and none preferred."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nfi_monitor.capture.sampling import ROW_ELEMENTS, ROW_SHARE, auto_interval, offset, row_stride
+from nfi_monitor.measure import zero_sum
+from tests.measure import reference as ref
+
+FAST = settings(deadline=None, derandomize=True, max_examples=100)
+
+
+@FAST
+@given(rows=st.integers(1, 10**6), classes=st.integers(1, 300_000))
+def test_the_rows_read_respect_the_budget_and_are_never_none(rows, classes):
+    stride = row_stride(rows, classes)
+    read = math.ceil(rows / stride)
+    assert 1 <= stride <= rows
+    assert read <= max(ROW_ELEMENTS // classes, rows // ROW_SHARE, 1)
+    if rows * classes <= ROW_ELEMENTS:
+        assert stride == 1
+    # At least a third of what the budget allows is used.
+    assert read * 3 >= min(rows, max(ROW_ELEMENTS // classes, rows // ROW_SHARE, 1))
+
+
+@FAST
+@given(step=st.integers(0, 10**7), stride=st.integers(1, 5000))
+def test_the_offset_is_a_function_of_the_step_and_lies_inside_the_stride(step, stride):
+    assert 0 <= offset(step, stride) < stride
+    assert offset(step, stride) == offset(step, stride)
+
+
+@pytest.mark.parametrize("interval", range(1, 17))
+@pytest.mark.parametrize("start", [1, 1_000_000])
+def test_every_row_is_visited_whatever_the_cadence(interval, start):
+    """Within 12 strides of readings; the slowest cadence, 16, takes 9.4."""
+    for stride in (2, 3, 7, 16, 26, 64):
+        seen = {offset(start + reading * interval, stride) for reading in range(12 * stride)}
+        assert seen == set(range(stride))
+
+
+@pytest.mark.parametrize("stride", [4, 16, 64])
+def test_no_row_is_preferred(stride):
+    readings = 200 * stride
+    visits = torch.tensor([offset(step, stride) for step in range(1, readings + 1)]).bincount(minlength=stride)
+    assert visits.min() >= 180 and visits.max() <= 220
+
+
+@FAST
+@given(tau=st.floats(0.1, 1e6))
+def test_the_cadence_is_a_fifth_of_tau_between_1_and_16(tau):
+    assert 1 <= auto_interval(tau) <= 16
+    assert auto_interval(tau) == min(16, max(1, round(tau / 5)))
+
+
+@pytest.mark.parametrize("pair", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)
+def test_a_sampled_violation_lies_within_its_error_bar_of_the_full_one(pair):
+    """Rows from unsure to absorbed in random order: four standard errors, for each offset."""
+    rows, classes = 4096, 256
+    z, y = ref.make_logits(0, rows, classes, spread=1, margins=(-2, 22))
+    grad, _ = ref.gradients(z, y, pair)
+    full = zero_sum.row_violation(*zero_sum.row_sums(grad)).double()
+    stride = row_stride(rows, classes)
+    assert stride > 1
+    for first in range(stride):
+        part = zero_sum.row_violation(*zero_sum.row_sums(grad[first::stride])).double()
+        bar = full.std().item() * math.sqrt((1 - 1 / stride) / len(part))
+        assert abs(part.mean() - full.mean()).item() <= 4 * bar
+
+
+def test_an_order_of_rows_with_the_period_of_the_stride_averages_out_over_steps():
+    """Sequences of one length, the last token absorbed: one reading sees all or none of them."""
+    rows, classes = 2048, 1024
+    stride = row_stride(rows, classes)
+    assert stride == 8
+    violation = (torch.arange(rows) % stride == stride - 1).double()
+    readings = [violation[offset(step, stride) :: stride].mean().item() for step in range(1, 8 * stride + 1)]
+    assert set(readings) == {0.0, 1.0}
+    assert sum(readings) / len(readings) == pytest.approx(1 / stride, abs=0.03)
