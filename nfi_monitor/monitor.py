@@ -28,7 +28,7 @@ from nfi_monitor.detect.detector import Context, Detector, Verdict
 from nfi_monitor.errors import AlreadyMonitoredError
 from nfi_monitor.history import History
 from nfi_monitor.measure.accumulator import RowAccumulator
-from nfi_monitor.measure.rows import MAXIMA, SUMS, finish
+from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics
 from nfi_monitor.notes import NoteTaker
 from nfi_monitor.report.fanout import Fanout, open_sinks
@@ -202,7 +202,7 @@ class Monitor:
             self._failed("close", error)
         self._finished = time.perf_counter()
         self._before, self._memory = None, None
-        self._rows.clear()
+        self._rows.clear(self._step + 1)
         if self._reports.sinks:
             self._reports.close(self._info(), self.summary())
 
@@ -226,7 +226,7 @@ class Monitor:
             "detector": self._detector.state_dict(),
             "phases": [[step, phase.value] for step, phase in self.phases],
             "absorbing_classes": self._absorbing_classes(limit=None),
-            "gradient_scale": None if self._rows.scale is None else float(self._rows.scale),
+            "loss_kind": None if self._rows.loss_kind is None else [float(x) for x in self._rows.loss_kind],
             "notes": [[note.code, note.message, note.step] for note in self.notes],
         }
 
@@ -239,11 +239,13 @@ class Monitor:
             )
         self._step = int(state["step"])
         self._wanted_step = self._step + 1
+        self._rows.clear(self._wanted_step)
         self._detector.load_state_dict(state["detector"])
         self.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]
         self._rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
-        if state["gradient_scale"] is not None:
-            self._rows.scale = torch.tensor(state["gradient_scale"], device=self._device())
+        if state["loss_kind"] is not None:
+            eps, scale = torch.tensor(state["loss_kind"], device=self._device())
+            self._rows.loss_kind = LossKind(eps, scale)
         for code, message, step in state["notes"]:
             self._notes.said.setdefault(code, Note(code, message, int(step)))
 
@@ -286,7 +288,7 @@ class Monitor:
             self._failed("step", error)
         self._losses.clear()
         self._before = None
-        self._rows.clear()
+        self._rows.clear(self._step + 1)
         self._wanted_step = self._next_wanted()
         self._seconds += time.perf_counter() - started
 

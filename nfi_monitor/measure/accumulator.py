@@ -8,15 +8,14 @@ from torch import Tensor
 from nfi_monitor.capture.head import Rows
 from nfi_monitor.measure import global_means
 from nfi_monitor.measure.rows import (
-    MAXIMA,
+    LossKind,
     RowStatistics,
     row_statistics,
-    shown_eps,
     single_output_statistics,
 )
 
-EPS_EVERY = 64
-"""Passes between two looks at the precision the gradient shows."""
+LOOK_EVERY = 8
+"""Optimizer steps between two looks at what kind of loss it is; the first ones all look."""
 FEATURE_ROWS = 64
 """Rows of features kept until the step, for the logit displacement."""
 
@@ -28,13 +27,12 @@ class RowAccumulator:
         self.absorbed_classes: Tensor | None = None
         self.earlier_classes: dict[int, float] = {}  # counts from before a resume
         self.single_output: bool | None = None
-        self._eps: Tensor | None = None
-        self.scale: Tensor | None = None  # largest gradient scale seen, scalar
-        self._passes = 0
-        self.clear()
+        self.loss_kind: LossKind | None = None
+        self.clear(1)
 
-    def clear(self) -> None:
-        """Start the next optimizer step."""
+    def clear(self, step: int) -> None:
+        """Start optimizer step ``step`` (counted from 1)."""
+        self._step = step
         self.sums: Tensor | None = None
         self.maxima: Tensor | None = None
         self.features: Tensor | None = None
@@ -46,12 +44,9 @@ class RowAccumulator:
         if self.single_output:
             self._merge(rows, single_output_statistics(rows.grad, rows.logits, rows.total))
             return
-        # A run does not change the precision of its loss: looked at in the first passes, then rarely.
-        if self._passes < 8 or self._passes % EPS_EVERY == 0:
-            self._eps = shown_eps(rows.grad)
-        self._passes += 1
-        statistics = row_statistics(rows.grad, rows.logits, rows.total, self._eps, self.scale)
-        self.scale = statistics.maxima[MAXIMA.index("gradient_scale")]
+        look = self._step <= LOOK_EVERY or self._step % LOOK_EVERY == 0
+        statistics = row_statistics(rows.grad, rows.logits, rows.total, self.loss_kind, look=look)
+        self.loss_kind = statistics.loss_kind
         self._merge(rows, statistics)
 
     def _merge(self, rows: Rows, statistics: RowStatistics) -> None:

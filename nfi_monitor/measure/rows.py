@@ -16,19 +16,31 @@ from torch import Tensor
 
 from nfi_monitor.measure import absorption, margins, shift_invariance, zero_sum
 
-MASKS = ("live", "absorbed", "above_floor", "underflowed", "silent", "finite", "unexplained", "soft")
+MASKS = ("live", "absorbed", "above_floor", "underflowed", "silent", "finite")
 """Rows counted by kind."""
+LOSS_MASKS = ("unexplained", "soft")
+"""Rows that tell the kind of loss, which a run rarely changes: NaN in passes that did not look."""
 LIVE_SUMS = ("violation", "signed", "absolute", "residual")
 """Summed over live rows."""
 COUNTED_SUMS = ("loss", "max_probability", "mean_logit")
 """Summed over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
 """Of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
-MAXIMA = ("violation_max", "negative_margin_min", "eps", "gradient_scale")
-"""Of the micro-batch, merged by maximum; ``eps`` is the machine epsilon the gradient shows,
-``gradient_scale`` the s in g = s·(p − y)."""
+MAXIMA = ("violation_max", "negative_margin_min", "eps")
+"""Of the micro-batch, merged by maximum; ``eps`` is the machine epsilon the gradient shows."""
 
-SUMS = MASKS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
+SUMS = MASKS + LOSS_MASKS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
+
+
+class LossKind(NamedTuple):
+    """What the rows have shown of the loss so far, scalar tensors.
+
+    ``eps``: machine epsilon of the precision it is computed in.  ``scale``: the largest s in
+    g = s·(p − y) seen, 0 while no unsure row has shown it.
+    """
+
+    eps: Tensor
+    scale: Tensor
 
 
 class RowStatistics(NamedTuple):
@@ -40,10 +52,11 @@ class RowStatistics(NamedTuple):
     counts: Tensor
     winner: Tensor | None
     absorbed: Tensor | None
+    loss_kind: LossKind | None
 
 
 def row_statistics(
-    grad: Tensor, logits: Tensor, rows: int, eps: Tensor | None = None, scale: Tensor | None = None
+    grad: Tensor, logits: Tensor, rows: int, loss_kind: LossKind | None = None, *, look: bool = True
 ) -> RowStatistics:
     """Measure rows of a head with at least two outputs.
 
@@ -51,14 +64,11 @@ def row_statistics(
         grad: ∂L/∂z [N, K] of the (sampled) rows, in the run's own dtype.
         logits: z [N, K] of the same rows.
         rows: rows of the whole batch, which a mean reduction divides by.
-        eps: machine epsilon of the precision the gradient was computed in, if already known
-            (:func:`shown_eps`); scalar tensor.
-        scale: largest gradient scale seen in earlier passes; scalar tensor.
+        loss_kind: what earlier passes learned of the loss.
+        look: look at the kind of loss again (a third of the work).
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     top = margins.top_logits(logits.to(dtype))
-    if eps is None:
-        eps = shown_eps(grad)
 
     signed, absolute = zero_sum.row_sums(grad)
     violation = zero_sum.row_violation(signed, absolute)
@@ -75,18 +85,16 @@ def row_statistics(
     target_logit = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1).to(dtype)
     loss = margins.row_loss(top, target_logit)
     residual = margins.residual_mass(loss)
-    soft = live & ((grad < 0).sum(-1) > 1)
-    absolute_live = torch.where(live, absolute, torch.zeros((), dtype=dtype, device=grad.device))
-    shown_scale = shift_invariance.gradient_scale(absolute_live, residual, live)
-    if scale is not None:
-        shown_scale = torch.maximum(shown_scale, scale.to(dtype))
-    told = shift_invariance.gradient_residual(residual, absolute_live, soft, shown_scale)
-    unexplained = live & shift_invariance.unexplained(violation, told, top.largest, eps)
     margin = margins.margin(top, target, target_logit)
 
     # One bad row must not turn the means of all others into NaN: ``where`` drops it, and it is counted.
     zero = torch.zeros((), dtype=dtype, device=grad.device)
-    masks = torch.stack([live, absorbed, above, underflowed, silent, finite, unexplained, soft])
+    masks = torch.stack([live, absorbed, above, underflowed, silent, finite])
+    if look or loss_kind is None:
+        loss_kind, kinds = look_at_loss(grad, live, violation, absolute, residual, top.largest, loss_kind)
+        kinds = kinds.to(dtype)
+    else:
+        kinds = torch.full((len(LOSS_MASKS),), torch.nan, dtype=dtype, device=grad.device)
     of_live = torch.stack([violation, signed, absolute, residual])
     of_counted = torch.stack([loss, torch.sigmoid(-top.log_rest), logits.mean(-1, dtype=dtype)])
     counted = counts.to(dtype)
@@ -95,6 +103,7 @@ def row_statistics(
     sums = torch.cat(
         [
             masks.sum(-1, dtype=dtype),
+            kinds,
             torch.where(live, of_live, zero).sum(-1),
             torch.where(counts, of_counted, zero).sum(-1),
             torch.tensor([float(rows), float(len(grad))], dtype=dtype).to(grad.device, non_blocking=True),
@@ -105,11 +114,10 @@ def row_statistics(
         [
             torch.where(live, violation, zero).amax(),
             torch.where(counts, -margin, -torch.inf).amax(),
-            eps.to(dtype),
-            shown_scale,
+            loss_kind.eps.to(dtype),
         ]
     )
-    return RowStatistics(sums, maxima, counted, top.winner, absorbed.to(dtype))
+    return RowStatistics(sums, maxima, counted, top.winner, absorbed.to(dtype), loss_kind)
 
 
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
@@ -136,7 +144,7 @@ def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStat
     nothing = torch.zeros_like(total)
     sums = torch.stack([filled.get(name, nothing).to(dtype) for name in SUMS])
     maxima = torch.full((len(MAXIMA),), -torch.inf, dtype=dtype, device=g.device)
-    return RowStatistics(sums, maxima, counted, None, None)
+    return RowStatistics(sums, maxima, counted, None, None, None)
 
 
 def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: bool) -> dict[str, float]:
@@ -168,10 +176,32 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         )
         values["absorbed_fraction"] = s["absorbed"] / s["live"]
         values["partially_absorbed_fraction"] = (s["above_floor"] - s["absorbed"]) / s["live"]
-        values["unexplained_violation_fraction"] = s["unexplained"] / s["live"]
-        values["soft_target_fraction"] = s["soft"] / s["live"]
+        if not math.isnan(s["unexplained"]):
+            values["unexplained_violation_fraction"] = s["unexplained"] / s["live"]
+            values["soft_target_fraction"] = s["soft"] / s["live"]
         values["residual_mass"] = s["residual"] / s["live"]
     return values
+
+
+def look_at_loss(
+    grad: Tensor,
+    live: Tensor,
+    violation: Tensor,
+    absolute: Tensor,
+    residual: Tensor,
+    largest_logit: Tensor,
+    known: LossKind | None,
+) -> tuple[LossKind, Tensor]:
+    """What kind of loss made these rows? ``grad`` [N, K], the others [N] → kind, counts [len(LOSS_MASKS)]."""
+    eps = shown_eps(grad)
+    soft = live & ((grad < 0).sum(-1) > 1)
+    absolute = torch.where(live, absolute, torch.zeros_like(absolute))
+    scale = shift_invariance.gradient_scale(absolute, residual, live)
+    if known is not None:
+        scale = torch.maximum(scale, known.scale.to(scale.dtype))
+    told = shift_invariance.gradient_residual(residual, absolute, soft, scale)
+    unexplained = live & shift_invariance.unexplained(violation, told, largest_logit, eps)
+    return LossKind(eps, scale), torch.stack([unexplained, soft]).sum(-1)
 
 
 def shown_eps(grad: Tensor) -> Tensor:

@@ -125,7 +125,7 @@ class Arm:
             self.step += 1
 
     def readings(self) -> int:
-        return 0 if self.monitor is None else len(self.monitor.history)
+        return 0 if self.monitor is None else len(self.monitor.history["zero_sum_violation"][0])
 
     def seconds(self, steps: int, wait: Callable[[], None]) -> float:
         self.run(LEAD_IN_STEPS)
@@ -221,7 +221,7 @@ def table(results: list[Result], rounds: int, block: int, device: str) -> Table:
         facts = [name, f"{arms[0].parameters:,} parameters", f"bare {arms[0].bare_ms_per_step:.2f} ms a step"]
         for fact, result in zip_longest(facts, arms, fillvalue=""):
             quartiles = f"{result.ratio_q1:.3f}–{result.ratio_q3:.3f}"
-            read = "–" if result.phase is None else f"{result.steps_read:.0%} ({result.phase})"
+            read = "–" if result.phase is None else f"{result.steps_read:.0%}"
             view.add_row(fact, result.arm, f"{result.ratio:.3f}×", quartiles, read)
         view.add_section()
     return view
@@ -233,7 +233,7 @@ def main(argv: list[str] | None = None) -> int:
         description="Paired, interleaved timings of training with and without the monitor.",
     )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--rounds", type=int, default=15, help="blocks of each arm (default %(default)s)")
+    parser.add_argument("--rounds", type=int, default=11, help="blocks of each arm (default %(default)s)")
     parser.add_argument("--block", type=int, default=16, help="steps of a block (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default %(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")

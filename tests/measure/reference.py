@@ -169,7 +169,7 @@ class RowTruth:
 
 
 def row_truth(grad: Tensor, logits: Tensor, target: int) -> RowTruth:
-    """``grad`` and ``logits`` [K] of one row. mpmath for few classes, exactly rounded float64 sums for many."""
+    """``grad`` and ``logits`` [K] of one row: mpmath for few classes, math.fsum for many."""
     g, z = grad.double().tolist(), logits.double().tolist()
     if not all(map(math.isfinite, g)) or any(math.isnan(x) or x == math.inf for x in z):
         return RowTruth("non_finite", False, *[math.nan] * 7)
@@ -268,7 +268,9 @@ class Adam64:
         return np.sqrt(self.exp_avg_sq / (1 - self.beta2**self.taken))
 
 
-def logit_displacement(weight_update: Tensor, bias_update: Tensor | None, features: Tensor) -> tuple[float, float]:
+def logit_displacement(
+    weight_update: Tensor, bias_update: Tensor | None, features: Tensor
+) -> tuple[float, float]:
     """(max, rms) of the displacement of the logits, the rows' common shift taken out. Plain loops."""
     dw, h = weight_update.double().tolist(), features.double().tolist()
     db = [0.0] * len(dw) if bias_update is None else bias_update.double().tolist()

@@ -21,7 +21,9 @@ FAST = settings(deadline=None, derandomize=True, max_examples=40)
     weighted=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
-def test_secant_curvature_of_a_quadratic_is_its_preconditioned_rayleigh_quotient(seed, size, lr, weighted, dtype):
+def test_secant_curvature_of_a_quadratic_is_its_preconditioned_rayleigh_quotient(
+    seed, size, lr, weighted, dtype
+):
     """lr · sᵀHs / sᵀPs; with sampling weights, of the weighted sums."""
     random = np.random.default_rng(seed)
     root = random.standard_normal((size, size))
@@ -34,7 +36,9 @@ def test_secant_curvature_of_a_quadratic_is_its_preconditioned_rayleigh_quotient
     found = curvature.secant_curvature(*tensors[:3], lr, tensors[3] if weighted else None)
     expected = lr * (step * weights) @ (hessian @ step) / ((step * weights) @ (preconditioner * step))
     # Weighted terms cancel: the error is relative to their absolute sum.
-    terms = lr * np.abs(step * weights) @ np.abs(hessian @ step) / ((step * weights) @ (preconditioner * step))
+    terms = (
+        lr * np.abs(step * weights) @ np.abs(hessian @ step) / ((step * weights) @ (preconditioner * step))
+    )
     unit = 2.0**-24 if dtype is torch.float32 else 2.0**-53
     assert found.item() == pytest.approx(expected, rel=1e-12, abs=64 * unit * terms)
 
@@ -53,11 +57,11 @@ def test_adam_oscillates_on_a_quadratic_just_above_the_stability_limit_and_not_j
         x = torch.tensor([1e-30], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([x], lr=1.0, betas=(beta1, 0.999), eps=1.0)
         path = []
-        for _ in range(400):
+        for _ in range(150):
             x.grad = sharpness * x.detach()
             optimizer.step()
             path.append(abs(x.item()))
-        assert (max(path[-50:]) < max(path[200:250])) is stable
+        assert (max(path[100:]) < max(path[50:100])) is stable
 
 
 @pytest.mark.parametrize("beta1, limit", [(0.9, 38.0), (0.0, 2.0), (0.5, 6.0)])

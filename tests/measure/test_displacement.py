@@ -50,7 +50,11 @@ def test_a_common_shift_of_all_logits_is_no_displacement():
 def test_displacement_is_what_the_margins_of_a_linear_head_feel():
     """Twice δ bounds the change of any margin."""
     torch.manual_seed(0)
-    before, update, h = torch.randn(6, 4).double(), 0.1 * torch.randn(6, 4).double(), torch.randn(9, 4).double()
+    before, update, h = (
+        torch.randn(6, 4).double(),
+        0.1 * torch.randn(6, 4).double(),
+        torch.randn(9, 4).double(),
+    )
     y = torch.randint(6, (9,))
     old = displacement.probe_margins(h @ before.T, y)
     new = displacement.probe_margins(h @ (before + update).T, y)

@@ -34,7 +34,11 @@ def test_the_classifier_mean_is_the_mean_over_classes_taken_in_float32(seed, cla
 
 
 @FAST
-@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 40), dtype=st.sampled_from([torch.float32, torch.float64]))
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    rows=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
 def test_the_feature_sum_takes_the_rows_that_count(seed, rows, dtype):
     generator = torch.Generator().manual_seed(seed)
     features = (torch.randn(rows, 5, generator=generator) + 3).to(dtype)
@@ -43,7 +47,9 @@ def test_the_feature_sum_takes_the_rows_that_count(seed, rows, dtype):
     kept = [row for row, count in zip(features.double().tolist(), counts.tolist(), strict=True) if count]
     expected = [math.fsum(column) for column in zip(*kept, strict=True)] if kept else [0.0] * 5
     assert found.dtype is dtype
-    assert found.double().tolist() == pytest.approx(expected, rel=ref.UNIT[dtype] * rows, abs=ref.UNIT[dtype] * 8 * rows)
+    assert found.double().tolist() == pytest.approx(
+        expected, rel=ref.UNIT[dtype] * rows, abs=ref.UNIT[dtype] * 8 * rows
+    )
 
 
 @FAST
@@ -61,7 +67,9 @@ def test_the_cosine_equals_the_float64_one(seed, size, scale, angle):
     x, y = a.double().tolist(), b.double().tolist()
     dot = math.fsum(p * q for p, q in zip(x, y, strict=True))
     expected = dot / math.sqrt(math.fsum(p * p for p in x) * math.fsum(q * q for q in y))
-    assert global_means.cosine(a, b).item() == pytest.approx(expected, abs=2.0**-24 * (8 + 2 * math.sqrt(size)))
+    assert global_means.cosine(a, b).item() == pytest.approx(
+        expected, abs=2.0**-24 * (8 + 2 * math.sqrt(size))
+    )
 
 
 def test_the_cosine_with_nothing_is_no_number():

@@ -48,7 +48,9 @@ def test_every_row_is_visited_whatever_the_cadence(interval, start):
 @pytest.mark.parametrize("stride", [4, 16, 64])
 def test_no_row_is_preferred(stride):
     readings = 200 * stride
-    visits = torch.tensor([offset(step, stride) for step in range(1, readings + 1)]).bincount(minlength=stride)
+    visits = torch.tensor([offset(step, stride) for step in range(1, readings + 1)]).bincount(
+        minlength=stride
+    )
     assert visits.min() >= 180 and visits.max() <= 220
 
 

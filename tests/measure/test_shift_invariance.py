@@ -9,6 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nfi_monitor.capture.head import Rows
+from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.measure.rows import finish
 from tests.measure import reference as ref
 from tests.measure.measured import quantities
 
@@ -43,9 +46,7 @@ def test_losses_with_hard_labels_are_never_called_shift_dependent(seed, classes,
     margin=st.sampled_from([-20.0, -2.0, 0.0, 9.0, 13.0, 15.0, 17.0, 25.0, 60.0, 118.0]),
     spread=st.sampled_from([0.0, 1.0, 4.0]),
 )
-def test_losses_with_soft_targets_are_never_called_shift_dependent(
-    seed, classes, pair, loss, margin, spread
-):
+def test_losses_with_soft_targets_are_never_called_shift_dependent(seed, classes, pair, loss, margin, spread):
     z, y = ref.make_logits(seed, 12, classes, spread=spread, margins=(margin, margin + 2))
     grad, logits = ref.gradients(z, y, pair, loss, ref.loss_scale(pair, 12))
     assert unexplained_share(grad, logits) == 0
@@ -54,15 +55,23 @@ def test_losses_with_soft_targets_are_never_called_shift_dependent(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("classes", [10, 100])
 def test_label_smoothing_near_its_optimum_is_not_called_shift_dependent(dtype, classes):
-    """The logits sit within 1e-3 of where the gradient vanishes: noise is measured against what is left of it,
-    while ε stays at the smoothing."""
+    """Logits within 1e-3 of where the gradient vanishes: rounding is large beside what is left of it, and ε
+    stays at the smoothing.  The scale of the gradients is known from rows that are not there yet."""
     smooth = 0.1
     best = math.log((1 - smooth + smooth / classes) / (smooth / classes))
-    jitter = 1e-3 * torch.randn(64, classes, dtype=torch.float64)
-    z = jitter.clone()
+    z = 1e-3 * torch.randn(64, classes, dtype=torch.float64)
     z[:, 0] += best
-    grad, logits = ref.gradients(z, torch.zeros(64, dtype=torch.long), (dtype, dtype), ref.label_smoothing)
+    z[:4, 0] = 0.0  # these have still to be learned
+    y = torch.zeros(64, dtype=torch.long)
+    grad, logits = ref.gradients(z, y, (dtype, dtype), ref.label_smoothing)
     assert unexplained_share(grad, logits) == 0
+    accumulator = RowAccumulator()
+    for _ in range(3):  # ... or were, a few steps ago
+        accumulator.clear()
+        accumulator.add(Rows(grad, logits, None, 64))
+        grad, logits = ref.gradients(z[4:].repeat(16, 1)[:64], y, (dtype, dtype), ref.label_smoothing)
+    found = finish(accumulator.sums.tolist(), accumulator.maxima.tolist(), single_output=False)
+    assert found["unexplained_violation_fraction"] == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

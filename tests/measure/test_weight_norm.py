@@ -90,7 +90,9 @@ def test_every_tensor_is_sampled_however_small():
     assert (sample.counts >= torch.tensor([64.0, 3.0, 64.0])).all()
     assert torch.equal(sample.counts, sample.segments.bincount().float())
     assert sample.spans[-1][1] == len(sample.segments)
-    assert weight_norm.stratified_sum(sample.gather(tensors), sample.weights).item() == pytest.approx(73, rel=1e-5)
+    assert weight_norm.stratified_sum(sample.gather(tensors), sample.weights).item() == pytest.approx(
+        73, rel=1e-5
+    )
 
 
 def test_the_sample_is_the_same_every_time_and_takes_no_random_number():
