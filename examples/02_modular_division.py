@@ -3,7 +3,7 @@
 An MLP learns a/b mod 23 by heart, full batch, with Adam at lr 1e-3, β = (0.9, 0.95), no weight decay.
 Then the known cycle begins: margins grow until float32 rounds the correct-class gradient of most rows to
 exactly 0, the zero-sum over classes breaks, the means inflate, the second moment decays, and some 900 and
-1,400 steps in the loss jumps by three orders of magnitude.  The monitor has to say so long before.
+1,400 steps in the loss jumps by six orders of magnitude.  The monitor has to say so long before.
 
 The second arm is the control: the same seed, the same steps, and one difference, ``logits.double()``
 before the loss.  Parameters and head stay float32.

@@ -28,7 +28,10 @@ def batch(rows: int = 24, inputs: int = 12, classes: int = 7, seed: int = 1) -> 
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, loss_of: Callable[..., Tensor] = F.cross_entropy
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    loss_of: Callable[..., Tensor] = F.cross_entropy,
 ) -> list[float]:
     """Full-batch training; returns the losses."""
     inputs, targets = batch()
@@ -63,7 +66,9 @@ def differences(a: Any, b: Any, path: str = "") -> list[str]:
         return keys + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{path}/{key}")]
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         sizes = [path + "/len"] if len(a) != len(b) else []
-        return sizes + [d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in differences(x, y, f"{path}/{i}")]
+        return sizes + [
+            d for i, (x, y) in enumerate(zip(a, b, strict=False)) for d in differences(x, y, f"{path}/{i}")
+        ]
     return [] if a == b or (a != a and b != b) else [path]
 
 

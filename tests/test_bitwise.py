@@ -79,7 +79,9 @@ def train(
     for step in range(STEPS):
         step_of(model, optimizer, monitor.observe_loss if monitor else lambda loss: None, step)
     if monitor is not None:
-        assert len(monitor.history["zero_sum_violation"][0]) > 0, "the monitor saw nothing: the test shows nothing"
+        assert len(monitor.history["zero_sum_violation"][0]) > 0, (
+            "the monitor saw nothing: the test shows nothing"
+        )
         assert [note for note in monitor.notes if note.code.startswith("failed")] == []
         monitor.close()
     return snapshot(model, optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import warnings
 from collections.abc import Callable
@@ -134,7 +135,7 @@ def test_summary_is_printable_and_dumpable() -> None:
 
     monitor = watched(mlp())
     assert json.loads(json.dumps(monitor.summary()))["last_step"] == 30
-    console = Console(record=True, width=100, file=open("/dev/null", "w"))
+    console = Console(record=True, width=100, file=io.StringIO())
     console.print(monitor.summary())
     assert "Linear 32→7" in console.export_text()
 
@@ -175,7 +176,10 @@ def _same(a: Any, b: Any) -> bool:
 
 def test_a_state_of_another_kind_is_refused_with_what_to_pass() -> None:
     model = mlp()
-    with Monitor(model, adamw(model), console=False) as monitor, pytest.raises(ValueError, match=r"state_dict\(\)"):
+    with (
+        Monitor(model, adamw(model), console=False) as monitor,
+        pytest.raises(ValueError, match=r"state_dict\(\)"),
+    ):
         monitor.load_state_dict({"weights": 1})
 
 
@@ -210,7 +214,10 @@ def test_a_misspelt_head_is_answered_with_the_candidates() -> None:
 
 def test_a_second_monitor_on_the_same_head_is_refused_until_the_first_closes() -> None:
     model = mlp()
-    with Monitor(model, adamw(model), console=False), pytest.raises(AlreadyMonitoredError, match=r"monitor.close\(\)"):
+    with (
+        Monitor(model, adamw(model), console=False),
+        pytest.raises(AlreadyMonitoredError, match=r"monitor.close\(\)"),
+    ):
         Monitor(model, adamw(model), console=False)
     Monitor(model, adamw(model), console=False).close()
 
@@ -284,7 +291,7 @@ def test_a_head_that_fires_only_in_eval_mode_is_said() -> None:
 def test_evaluation_between_steps_is_not_taken_for_training() -> None:
     model = mlp()
     optimizer = adamw(model)
-    inputs, targets = batch()
+    inputs, _ = batch()
     with Monitor(model, optimizer, console=False, every=1) as monitor:
         for _ in range(5):
             train(model, optimizer, 1)
@@ -338,6 +345,11 @@ def test_a_loss_that_breaks_the_zero_sum_by_design_is_said_once_and_never_alarme
     assert monitor.phase in (Phase.HEALTHY, Phase.SLINGSHOT, Phase.RECOVERING)
 
 
+def focal(logits: Tensor, targets: Tensor) -> Tensor:
+    own = logits.softmax(-1).gather(1, targets[:, None])[:, 0]
+    return ((1 - own) ** 2 * F.cross_entropy(logits, targets, reduction="none")).mean()
+
+
 @pytest.mark.parametrize(
     "loss_of",
     [
@@ -345,7 +357,7 @@ def test_a_loss_that_breaks_the_zero_sum_by_design_is_said_once_and_never_alarme
         lambda z, y: F.cross_entropy(z, y, weight=torch.linspace(0.1, 3.0, 7)),
         lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1),
         lambda z, y: F.kl_div(z.log_softmax(-1), F.one_hot(y, 7) * 0.7 + 0.3 / 7, reduction="batchmean"),
-        lambda z, y: ((1 - z.softmax(-1).gather(1, y[:, None])[:, 0]) ** 2 * F.cross_entropy(z, y, reduction="none")).mean(),
+        focal,
         lambda z, y: F.multi_margin_loss(z, y),
     ],
     ids=["cross_entropy", "class_weights", "label_smoothing", "kl", "focal", "multi_margin"],

@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from nfi_monitor.capture.sampling import local, offset, row_stride
 from nfi_monitor.errors import HeadNotFoundError
 
-HEAD_NAMES = (
-    "lm_head", "score", "classifier", "classification_head", "head", "fc", "output_projection",
-    "out_proj", "unembed", "qa_outputs",
-)  # fmt: skip
-"""Attribute names under which libraries keep the head, most specific first."""
+HEAD_NAMES = {
+    "lm_head": 1, "score": 1, "classifier": 1, "classification_head": 1, "unembed": 1,
+    "output_projection": 1, "qa_outputs": 1, "head": 0, "fc": 0,
+}  # fmt: skip
+"""Attribute names under which libraries keep the head, most specific first, with the depth down to
+which the name is trusted: ``fc`` of the model is its head, ``fc`` of a block is any layer."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
     Raises:
         HeadNotFoundError: nothing or more than one module fits; the message lists the candidates.
     """
-    modules = {_clean(name): module for name, module in model.named_modules()}
+    modules = {_clean(name, model): module for name, module in model.named_modules()}
     linears = {name: module for name, module in modules.items() if _is_linear(module)}
     if head is not None:
         return _named(model, modules, linears, head)
@@ -84,14 +85,14 @@ def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
             if found is not None and module is found:
                 return _describe(model, name, module)
 
-    for usual in HEAD_NAMES:
+    for usual, trusted in HEAD_NAMES.items():
         matches = [name for name in linears if usual in name.split(".")]
         if not matches:
             continue
         depth = min(name.split(".").index(usual) for name in matches)
         matches = [name for name in matches if name.split(".").index(usual) == depth]
         owners = {tuple(name.split(".")[: depth + 1]) for name in matches}
-        if len(owners) == 1 and depth <= 1:
+        if len(owners) == 1 and depth <= trusted:
             return _describe(model, matches[-1], linears[matches[-1]])
 
     if not linears:
@@ -158,9 +159,11 @@ def _advice(problem: str, linears: dict[str, nn.Module]) -> str:
     )
 
 
-def _clean(name: str) -> str:
-    """Names without the wrappers of torch.compile, DDP and activation checkpointing."""
+def _clean(name: str, model: nn.Module) -> str:
+    """Names without the wrappers of torch.compile, data parallelism and activation checkpointing."""
     parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
+    if type(model).__name__ in ("DistributedDataParallel", "DataParallel") and parts[0] == "module":
+        parts = parts[1:]
     return ".".join(parts)
 
 

@@ -165,12 +165,19 @@ def test_float16_rows_that_underflow_class_by_class_are_underflowed(classes):
 def test_every_dtype_underflows_below_its_level_and_not_above():
     for dtype, lowest in ((torch.float16, 2.0**-24), (torch.float32, 2.0**-126), (torch.float64, 2.0**-1022)):
         assert absorption.underflow_level(dtype) == pytest.approx(math.log(lowest))
-    one = torch.tensor([True])
-    level = absorption.underflow_level(torch.float32)
-    assert absorption.underflowed_rows(one, torch.tensor([level - 0.1]), 1, torch.float32).all()
-    assert not absorption.underflowed_rows(one, torch.tensor([level + 0.1]), 1, torch.float32).any()
-    assert absorption.underflowed_rows(one, torch.tensor([level + 0.1]), 2, torch.float32).all()
-    assert not absorption.underflowed_rows(~one, torch.tensor([level - 0.1]), 1, torch.float32).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 4096])
+def test_a_silent_row_counts_once_its_share_of_a_mean_is_below_what_the_dtype_holds(dtype, rows):
+    """Half a nat to either side: logits in bfloat16 are no finer."""
+    lowest = 2.0**-24 if dtype is torch.float16 else torch.finfo(dtype).smallest_normal
+    edge = -math.log(lowest) - math.log(rows)
+    for margin, counts in ((edge - 0.5, 0.0), (edge + 0.5, 1.0)):
+        logits = torch.tensor([[margin, 0.0]]).to(dtype)
+        found = quantities(torch.zeros_like(logits), logits, rows)
+        assert found["ignored_fraction"] == 1 - counts
+        assert found.get("underflowed_fraction", 0.0) == counts
 
 
 @pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)

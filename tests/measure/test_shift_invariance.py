@@ -66,8 +66,8 @@ def test_label_smoothing_near_its_optimum_is_not_called_shift_dependent(dtype, c
     grad, logits = ref.gradients(z, y, (dtype, dtype), ref.label_smoothing)
     assert unexplained_share(grad, logits) == 0
     accumulator = RowAccumulator()
-    for _ in range(3):  # ... or were, a few steps ago
-        accumulator.clear()
+    for step in range(1, 4):  # ... or were, a few steps ago
+        accumulator.clear(step)
         accumulator.add(Rows(grad, logits, None, 64))
         grad, logits = ref.gradients(z[4:].repeat(16, 1)[:64], y, (dtype, dtype), ref.label_smoothing)
     found = finish(accumulator.sums.tolist(), accumulator.maxima.tolist(), single_output=False)
@@ -119,7 +119,7 @@ def test_a_violation_by_design_is_recognised_in_float32_up_to_margins_of_6(loss)
 
 
 @pytest.mark.parametrize("pair", [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)], ids=str)
-@pytest.mark.parametrize("loss", [ref.squared_error, ref.one_against_rest])
-def test_in_bfloat16_only_gross_violations_are_recognised(pair, loss):
+def test_in_bfloat16_a_gross_violation_is_recognised(pair):
+    """One-vs-rest on unsure rows; z-loss and squared errors drown in 2⁻⁸."""
     z, y = ref.make_logits(0, 64, 10, spread=1, margins=(-4, 3))
-    assert unexplained_share(*ref.gradients(z, y, pair, loss)) > 0.5
+    assert unexplained_share(*ref.gradients(z, y, pair, ref.one_against_rest)) > 0.5

@@ -1,0 +1,145 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nfi_monitor.capture.head import find_head
+from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
+from nfi_monitor.capture.outbox import Outbox
+from tests.runs import batch, mlp
+
+
+class Wrapper:
+    """Like accelerate's optimizer: delegates, and its own hooks never fire."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+
+def test_wrapped_optimizers_are_looked_through() -> None:
+    inner = torch.optim.SGD(mlp().parameters(), 0.1)
+    assert unwrap(Wrapper(Wrapper(inner))) is inner
+
+
+def test_something_that_is_no_optimizer_is_named() -> None:
+    with pytest.raises(TypeError, match="got Linear"):
+        unwrap(nn.Linear(1, 1))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"foreach": True}, {"fused": True}, {"amsgrad": True}, {"capturable": False}]
+)
+def test_the_update_holds_what_the_step_really_did(options: dict[str, Any]) -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-7, **options)
+    reader = OptimizerReader(optimizer, find_head(model))
+    inputs, targets = batch()
+    for step in range(1, 4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        weights = torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])
+        start = reader.before(step)
+        assert start is not None
+        optimizer.step()
+        update = reader.after(start, step)
+        now = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+        states = [optimizer.state[p] for p in model.parameters()]
+        assert torch.equal(update.before, weights) and torch.equal(update.after, now)
+        assert torch.equal(update.grad, torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+        assert torch.equal(update.exp_avg_sq, torch.cat([s["exp_avg_sq"].reshape(-1) for s in states]))
+        assert update.correction == pytest.approx(1 - 0.999**step) and update.eps == 1e-7
+        assert update.lr == 1e-2
+        assert update.head_position == 4
+        assert torch.equal(
+            update.head_weight_update, update.after[-231:-7].reshape(7, 32) - weights[-231:-7].reshape(7, 32)
+        )
+
+
+def test_groups_with_their_own_constants_are_read_per_coordinate() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": model[0].parameters(), "betas": (0.9, 0.9)},
+            {"params": model[4].parameters(), "eps": 1e-3},
+        ]
+    )
+    reader = OptimizerReader(optimizer, find_head(model))
+    inputs, targets = batch()
+    F.cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+    start = reader.before(2)
+    assert start is not None
+    optimizer.step()
+    update = reader.after(start, 2)
+    first = sum(p.numel() for p in model[0].parameters())
+    assert isinstance(update.correction, torch.Tensor) and isinstance(update.eps, torch.Tensor)
+    assert update.correction[0].item() == pytest.approx(1 - 0.9**2)
+    assert update.correction[-1].item() == pytest.approx(1 - 0.999**2)
+    assert update.eps[first - 1].item() == pytest.approx(1e-8) and update.eps[first].item() == pytest.approx(
+        1e-3
+    )
+    assert reader.betas() == (0.9, 0.999)
+
+
+def test_parameters_without_gradient_or_moment_are_left_out_and_odd_state_is_noted() -> None:
+    model = mlp()
+    embedding = nn.Embedding(4, 2, sparse=True)
+    optimizer = torch.optim.SGD([*model.parameters(), *embedding.parameters()], 0.1)
+    reader = OptimizerReader(optimizer, find_head(model))
+    embedding(torch.tensor([1])).sum().backward()
+    model[4].weight.grad = torch.ones_like(model[4].weight)
+    start = reader.before(1)
+    assert start is not None and len(start.params) == 1
+    assert reader.unreadable == {"sparse or complex parameters"}
+    optimizer.step()
+    assert reader.after(start, 1).exp_avg_sq is None
+
+
+def test_parameter_groups_added_later_are_read() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model[:4].parameters())
+    reader = OptimizerReader(optimizer, find_head(model))
+    inputs, targets = batch()
+    sizes = []
+    for step in range(1, 4):
+        if step == 2:
+            optimizer.add_param_group({"params": model[4].parameters()})
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        start = reader.before(step)
+        optimizer.step()
+        assert start is not None
+        sizes.append(len(reader.after(start, step).grad))
+    body, head = (sum(p.numel() for p in part.parameters()) for part in (model[:4], model[4]))
+    assert sizes[0] == body and sizes[2] == body + head
+
+
+def test_loading_an_optimizer_state_does_not_leave_the_old_moments_behind() -> None:
+    """load_state_dict replaces the state tensors: cached views must not outlive them."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    reader = OptimizerReader(optimizer, find_head(model))
+    inputs, targets = batch()
+    for step in range(1, 5):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        start = reader.before(step)
+        optimizer.step()
+        if step == 3:
+            optimizer.load_state_dict(optimizer.state_dict())
+        assert start is not None
+        update = reader.after(start, step)
+        expected = torch.cat([optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in model.parameters()])
+        assert torch.equal(update.exp_avg_sq, expected), step
+
+
+def test_the_outbox_keeps_the_order_of_what_was_put() -> None:
+    outbox = Outbox()
+    for label in range(3):
+        outbox.put(label, torch.full((2,), float(label)))
+    assert outbox.take() == [(0, [0.0, 0.0]), (1, [1.0, 1.0]), (2, [2.0, 2.0])]
+    assert outbox.take(everything=True) == []

@@ -1,0 +1,203 @@
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.types import (
+    Alert,
+    AlertKind,
+    AlertState,
+    Change,
+    Mechanism,
+    Phase,
+    Reading,
+    Severity,
+    Thresholds,
+)
+from tests.detect.series import numeric_slingshot, second_moment_slingshot
+
+NUMERIC = Context(beta2=0.95, layer="head")
+HINGE = Context(beta2=0.999, decoupled_decay=True, no_classes=True)
+
+
+def run(
+    readings: Iterable[Reading], context: Context, thresholds: Thresholds | None = None
+) -> tuple[Detector, list[tuple[Change, Alert]], list[Phase]]:
+    detector = Detector(thresholds, context)
+    changes: list[tuple[Change, Alert]] = []
+    phases = []
+    for reading in readings:
+        verdict = detector.update(reading)
+        changes += verdict.changes
+        phases.append(verdict.phase)
+    return detector, changes, phases
+
+
+def only(detector: Detector, kind: AlertKind) -> Alert:
+    found = [alert for alert in detector.alerts if alert.kind is kind]
+    assert len(found) == 1, f"{len(found)} alerts of kind {kind}: one event, one alert"
+    return found[0]
+
+
+def test_a_numeric_slingshot_is_told_in_stages_and_each_stage_once() -> None:
+    detector, changes, phases = run(numeric_slingshot(100, 400), NUMERIC)
+    at_risk, imminent = only(detector, AlertKind.AT_RISK), only(detector, AlertKind.IMMINENT)
+    slingshot = only(detector, AlertKind.SLINGSHOT)
+    assert 100 < at_risk.first_step < imminent.first_step < slingshot.first_step == 400
+    assert imminent.first_step <= 400 - 25, "the cure needs 1.25 τ"
+    assert {alert.mechanism for alert in detector.alerts} == {Mechanism.NUMERICAL_FEATURE_INFLATION}
+    assert {alert.state for alert in detector.alerts} == {AlertState.RESOLVED}
+    seen = list(dict.fromkeys(phases))
+    assert seen == [
+        Phase.HEALTHY, Phase.ABSORBING, Phase.INFLATING, Phase.IMMINENT, Phase.SLINGSHOT, Phase.RECOVERING,
+    ]  # fmt: skip
+    begun = [alert.kind for change, alert in changes if change is Change.BEGIN]
+    assert begun == [AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT]
+
+
+def test_at_risk_is_information_until_something_grows() -> None:
+    _, changes, _ = run(numeric_slingshot(100, 400), NUMERIC)
+    at_risk = [(change, alert.severity) for change, alert in changes if alert.kind is AlertKind.AT_RISK]
+    assert at_risk == [
+        (Change.BEGIN, Severity.INFO), (Change.UPDATE, Severity.WARNING), (Change.END, Severity.WARNING),
+    ]  # fmt: skip
+
+
+def test_every_alert_carries_evidence_with_its_threshold_and_a_next_action() -> None:
+    _, changes, _ = run(numeric_slingshot(100, 400), NUMERIC)
+    for _, alert in changes:
+        violation = alert.evidence["zero_sum_violation"]
+        assert violation.threshold == Thresholds().absorbing_enter
+        assert alert.advice and alert.layer == "head"
+        assert Alert.from_json(json.loads(json.dumps(alert.to_json()))) == alert
+
+
+def test_the_forecast_is_an_interval_that_brackets_the_truth_when_imminent_begins() -> None:
+    _, changes, _ = run(numeric_slingshot(100, 400), NUMERIC)
+    imminent = next(a for change, a in changes if change is Change.BEGIN and a.kind is AlertKind.IMMINENT)
+    assert imminent.steps_to_spike is not None
+    low, _, high = imminent.steps_to_spike
+    assert low <= 400 - imminent.first_step <= high
+
+
+def test_a_second_moment_slingshot_is_at_risk_while_coasting_and_imminent_at_the_kick() -> None:
+    detector, _, _ = run(second_moment_slingshot(300, 2500), HINGE)
+    at_risk, imminent = only(detector, AlertKind.AT_RISK), only(detector, AlertKind.IMMINENT)
+    slingshot = only(detector, AlertKind.SLINGSHOT)
+    assert 300 < at_risk.first_step < 2000
+    assert imminent.first_step == 2501 and slingshot.first_step == 2503
+    assert {alert.mechanism for alert in detector.alerts} == {Mechanism.SECOND_MOMENT}
+    assert "Float64 does not help" in " ".join(at_risk.advice)
+
+
+def test_without_weight_decay_a_silent_gradient_is_not_at_risk() -> None:
+    detector, _, _ = run(second_moment_slingshot(300, 2400), Context(beta2=0.999, no_classes=True))
+    assert [
+        alert for alert in detector.alerts if alert.kind is AlertKind.AT_RISK and alert.last_step < 2400
+    ] == []
+
+
+def test_a_bad_batch_out_of_nothing_has_no_known_mechanism() -> None:
+    def readings() -> Iterable[Reading]:
+        for step in range(1, 300):
+            bad = 200 <= step < 203
+            yield Reading(
+                step,
+                {"zero_sum_violation": 1e-7, "unexplained_violation_fraction": 0.0, "loss": 5.0 if bad else 1e-3,
+                 "rms_t_max": 9.0 if bad else 1.0, "head_sqrt_exp_avg_sq_mean": 1.0, "weight_norm": 1.0,
+                 "feature_mean_norm": 1.0, "logit_displacement": 0.01, "secant_curvature": 1.0},
+            )  # fmt: skip
+
+    detector, _, _ = run(readings(), NUMERIC)
+    assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]
+    assert detector.alerts[0].mechanism is Mechanism.UNKNOWN
+    assert detector.alerts[0].confidence == 0.0
+
+
+def test_a_violation_that_rounding_cannot_explain_is_never_alarmed() -> None:
+    readings = (
+        Reading(r.step, {**r.values, "unexplained_violation_fraction": 0.9, "loss": 1e-7})
+        for r in numeric_slingshot(100, 400)
+    )
+    detector, _, phases = run(readings, NUMERIC)
+    assert detector.alerts == [] and set(phases) == {Phase.HEALTHY}
+
+
+def test_the_weight_gradients_violation_stands_in_where_no_rows_are_seen() -> None:
+    def blind() -> Iterable[Reading]:
+        for r in numeric_slingshot(100, 400):
+            values = dict(r.values)
+            values["zero_sum_violation_weight"] = values.pop("zero_sum_violation")
+            yield Reading(r.step, values)
+
+    detector, _, _ = run(blind(), NUMERIC)
+    assert only(detector, AlertKind.AT_RISK).first_step < 300
+
+
+@pytest.mark.parametrize("every", [2, 4])
+def test_sampled_readings_lose_little_lead(every: int) -> None:
+    dense, _, _ = run(numeric_slingshot(100, 400), NUMERIC)
+    sparse, _, _ = run(numeric_slingshot(100, 400, every=every), NUMERIC)
+    lost = only(sparse, AlertKind.IMMINENT).first_step - only(dense, AlertKind.IMMINENT).first_step
+    assert lost <= 10, "half a τ"
+
+
+def test_attention_rises_before_the_first_alert() -> None:
+    detector = Detector(None, NUMERIC)
+    attentive = []
+    for reading in numeric_slingshot(100, 400):
+        detector.update(reading)
+        attentive.append(detector.attentive)
+        if detector.alerts:
+            break
+    assert not attentive[50] and attentive[-2]
+
+
+@pytest.mark.parametrize("at", [90, 150, 250, 395, 405, 430])
+@pytest.mark.parametrize(
+    ("series", "context"),
+    [(lambda: numeric_slingshot(100, 400), NUMERIC), (lambda: second_moment_slingshot(60, 380), HINGE)],
+    ids=["numeric", "second_moment"],
+)
+def test_a_resumed_detector_gives_the_alerts_of_an_uninterrupted_one(
+    at: int, series: Any, context: Context
+) -> None:
+    readings = list(series())
+    whole, whole_changes, _ = run(readings, context)
+    first, early, _ = run(readings[:at], context)
+    second = Detector(None, context)
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    late = [change for reading in readings[at:] for change in second.update(reading).changes]
+    assert second.alerts == whole.alerts
+    assert early + late == whole_changes
+    assert json.dumps(second.state_dict()) == json.dumps(whole.state_dict())
+
+
+def test_gaps_nan_and_a_step_counter_that_jumps_raise_nothing() -> None:
+    readings = []
+    for r in numeric_slingshot(100, 400):
+        step = r.step if r.step < 200 else r.step + 10_000
+        values = {k: (math.nan if (r.step % 7 == 0 and k != "loss") else v) for k, v in r.values.items()}
+        values["non_finite_gradients"] = 0.0
+        if r.step % 11:
+            readings.append(Reading(step, values))
+    detector, _, _ = run(readings, NUMERIC)
+    assert AlertKind.SLINGSHOT in {alert.kind for alert in detector.alerts}
+
+
+def test_a_non_finite_loss_begins_an_alert_that_ends_when_numbers_return() -> None:
+    def readings() -> Iterable[Reading]:
+        for step in range(1, 10):
+            loss = math.nan if 4 <= step < 7 else 1.0
+            yield Reading(step, {"loss": loss, "non_finite_gradients": 0.0})
+
+    detector, changes, _ = run(readings(), NUMERIC)
+    alert = only(detector, AlertKind.NON_FINITE)
+    assert (alert.first_step, alert.last_step, alert.state) == (4, 7, AlertState.RESOLVED)
+    assert [change for change, _ in changes] == [Change.BEGIN, Change.END]
+    assert json.loads(json.dumps(alert.to_json(), allow_nan=False))["evidence"]["loss"]["value"] is None

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from nfi_monitor.detect.mechanism import Causes, name_mechanism
+from nfi_monitor.types import Mechanism
+
+QUIET = Causes(
+    violation=1e-8,
+    no_classes=False,
+    kicked=False,
+    coasting=False,
+    decay=0.0,
+    curvature=1.0,
+    stability_limit=38.0,
+)
+
+
+def name(**signals: object) -> Mechanism:
+    return name_mechanism(replace(QUIET, **signals))[0]
+
+
+def test_a_broken_zero_sum_names_numerical_feature_inflation_whatever_else_is_seen() -> None:
+    assert name(violation=0.3, kicked=True, coasting=True, decay=-2.0, curvature=90.0) is (
+        Mechanism.NUMERICAL_FEATURE_INFLATION
+    )
+
+
+def test_coasting_on_a_forgotten_second_moment_names_it() -> None:
+    assert name(coasting=True, decay=-0.5) is Mechanism.SECOND_MOMENT
+
+
+def test_a_curvature_above_the_stability_limit_names_the_edge_of_stability() -> None:
+    assert name(curvature=50.0, kicked=True) is Mechanism.EDGE_OF_STABILITY
+
+
+def test_without_evidence_the_mechanism_is_unknown() -> None:
+    assert name_mechanism(QUIET) == (Mechanism.UNKNOWN, 0.0)
+    assert name(violation=math.nan) is Mechanism.UNKNOWN
+
+
+def test_an_unseen_zero_sum_makes_every_other_name_less_certain() -> None:
+    seen = name_mechanism(replace(QUIET, coasting=True, decay=-1.0))[1]
+    unseen = name_mechanism(replace(QUIET, coasting=True, decay=-1.0, violation=math.nan))[1]
+    one_output = name_mechanism(
+        replace(QUIET, coasting=True, decay=-1.0, violation=math.nan, no_classes=True)
+    )[1]
+    assert unseen < seen == one_output
+
+
+def test_confidence_grows_with_the_violation() -> None:
+    confidences = [name_mechanism(replace(QUIET, violation=v))[1] for v in (0.05, 0.1, 0.2, 0.9)]
+    assert confidences == sorted(confidences) and confidences[0] == 0.6 and confidences[-1] == 0.95

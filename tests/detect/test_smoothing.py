@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nfi_monitor.detect.smoothing import Ema, Hysteresis, Slope
+
+
+@given(st.integers(1, 20), st.floats(1.0, 50.0))
+def test_an_average_over_a_constant_gap_equals_the_closed_form(gap: int, window: float) -> None:
+    ema = Ema()
+    ema.update(0, 0.0, window)
+    for k in range(1, 30):
+        ema.update(k * gap, 1.0, window)
+    assert ema.value == pytest.approx(1 - math.exp(-29 * gap / window), rel=1e-9)
+
+
+@given(st.floats(-0.1, 0.1), st.integers(1, 16))
+def test_the_slope_of_a_line_is_found_at_any_cadence(slope: float, gap: int) -> None:
+    tracker = Slope()
+    for k in range(400):
+        tracker.update(k * gap, 3.0 + slope * k * gap, 10.0)
+    assert tracker.value == pytest.approx(slope, abs=1e-9)
+
+
+def test_nan_and_inf_are_skipped_not_averaged() -> None:
+    ema, slope = Ema(), Slope()
+    for step, x in enumerate((1.0, math.nan, math.inf, 1.0)):
+        ema.update(step, x, 5.0)
+        slope.update(step, x, 5.0)
+    assert ema.value == 1.0
+    assert slope.value == 0.0
+
+
+def test_hysteresis_holds_between_its_levels() -> None:
+    switch = Hysteresis()
+    states = [switch.update(t, x >= 0.5, x >= 0.2) for t, x in enumerate((0.3, 0.6, 0.3, 0.1, 0.3))]
+    assert states == [False, True, True, False, False]
+    assert switch.since == 1

@@ -1,0 +1,44 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from nfi_monitor.history import History
+
+
+def test_steps_at_which_a_quantity_was_absent_are_left_out_and_nan_that_was_measured_stays() -> None:
+    history = History()
+    history.append(1, {"loss": 1.0})
+    history.append(2, {"rms_t_max": 2.0})
+    history.append(4, {"loss": math.nan, "rms_t_max": 3.0})
+    steps, values = history["loss"]
+    assert steps.tolist() == [1, 4] and values[0] == 1.0 and math.isnan(values[1])
+    assert history["rms_t_max"][0].tolist() == [2, 4]
+    assert steps.dtype == np.int64 and values.dtype == np.float64
+
+
+def test_memory_is_bounded_and_the_recent_past_keeps_its_resolution() -> None:
+    history = History(max_rows=1000)
+    for step in range(1, 100_001):
+        history.append(step, {"loss": float(step)})
+    steps, values = history["loss"]
+    assert len(history) <= 1000
+    assert steps.tolist()[-400:] == list(range(99_601, 100_001))
+    assert steps[0] == 1, "the beginning of the run is kept"
+    assert (np.diff(steps) > 0).all() and (values == steps).all()
+
+
+def test_an_unknown_name_lists_the_known_ones() -> None:
+    history = History()
+    history.append(1, {"loss": 1.0})
+    with pytest.raises(KeyError, match=r"'los' is not a measured quantity. Known: loss"):
+        history["los"]
+    with pytest.raises(KeyError, match="not a measured quantity"):
+        history.append(2, {"accuracy": 1.0})
+
+
+def test_a_known_quantity_that_was_never_measured_is_empty() -> None:
+    steps, values = History()["loss"]
+    assert len(steps) == len(values) == 0 and "loss" not in History()
