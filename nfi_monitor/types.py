@@ -237,6 +237,8 @@ class Thresholds:
     """Longest average over ln δ, in steps."""
 
     # --- second-moment slingshots (W. Wu 2024; Wortsman et al. 2023) ----------------------------
+    second_moment_settles: float = 0.25
+    """Steps, in τ, before anything is concluded from the second moment's decay."""
     coasting_enter: float = 0.5
     """RMS_t = sqrt(mean(g²/max(v, ε_A²))), worst tensor, averaged like violations: below this the
     gradient is far smaller than the second moment expects. 1 is a settled second moment."""

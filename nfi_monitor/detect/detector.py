@@ -180,7 +180,9 @@ class Detector:
         comes back (W. Wu 2024, section 2.1).  Imminent: RMS_t above 2.3 on a second moment that had let go.
         """
         limits, signals = self.limits, self.signals
-        forgotten = not numeric and signals.decay_lowest <= FORGOTTEN
+        # In its first steps a bias-corrected second moment is an average over a moving target, no memory.
+        remembers = step >= limits.second_moment_settles * self.context.tau
+        forgotten = remembers and not numeric and signals.decay_lowest <= FORGOTTEN
         coasting = self._coasting.update(
             step,
             forgotten

@@ -6,10 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from nfi_monitor.detect.smoothing import Ema, Hysteresis, Slope, Stateful
+from nfi_monitor.detect.smoothing import Ema, Growth, Hysteresis, Stateful
 from nfi_monitor.types import Reading, Thresholds
 
 NAN = math.nan
+_PARTS = (Ema, Growth, Hysteresis)
 
 
 class Signals(Stateful):
@@ -36,8 +37,8 @@ class Signals(Stateful):
     def __init__(self) -> None:
         self._violation, self._unexplained, self._displacement = Ema(), Ema(), Ema()
         self._rms_t = Ema()
-        self._growth, self._classifier_growth, self._slope = Slope(), Slope(), Slope()
-        self._shrinkage = Slope()
+        self._growth, self._classifier_growth, self._slope = Growth(), Growth(), Growth()
+        self._shrinkage = Growth()
         self._unexplained_switch = Hysteresis()
         self.violation = self.growth = self.classifier_growth = NAN
         self.displacement = self.displacement_rms = self.displacement_slope = NAN
@@ -55,6 +56,8 @@ class Signals(Stateful):
         """Take a reading in; returns the quantities derived from it (growth rates, decay)."""
         step, get = reading.step, reading.get
         window = min(limits.absorbing_smoothing * tau, limits.smoothing_cap)
+        # Growth is a small difference of noisy numbers: it needs the whole window, also at β2 = .999.
+        long = max(limits.absorbing_smoothing * tau, 10.0)
         short = min(limits.displacement_smoothing * tau, limits.displacement_cap)
         derived: dict[str, float] = {}
 
@@ -70,11 +73,11 @@ class Signals(Stateful):
         self.violation = NAN if self.broken_by_design else smoothed
 
         if "feature_mean_norm" in reading.values:
-            self.growth = self._growth.update(step, _log(get("feature_mean_norm")), window)
+            self.growth = self._growth.update(step, _log(get("feature_mean_norm")), long)
             derived["feature_mean_growth"] = self.growth
         if "classifier_mean_norm" in reading.values:
             self.classifier_growth = self._classifier_growth.update(
-                step, _log(get("classifier_mean_norm")), window
+                step, _log(get("classifier_mean_norm")), long
             )
             derived["classifier_mean_growth"] = self.classifier_growth
 
@@ -110,14 +113,14 @@ class Signals(Stateful):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            name: value.state_dict() if isinstance(value := getattr(self, name), Stateful) else value
+            name: value.state_dict() if isinstance(value := getattr(self, name), _PARTS) else value
             for name in self.__slots__
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in self.__slots__:
             value = getattr(self, name)
-            if isinstance(value, Stateful):
+            if isinstance(value, _PARTS):
                 value.load_state_dict(state[name])
             else:
                 setattr(self, name, state[name])

@@ -41,28 +41,33 @@ class Ema(Stateful):
         return self.value
 
 
-class Slope(Stateful):
-    """Average slope per step of a quantity: the growth rate d ln‖·‖ / d step when fed logarithms."""
+class Growth:
+    """Slope per step of a noisy quantity; the growth rate d ln‖·‖ / d step when fed logarithms.
 
-    __slots__ = ("last", "last_step", "step", "value")
+    The difference of two averages, with time constants T and T/2, over the T/2 steps that one lags
+    behind the other: exact on a line.  An average over differences of neighbours lost: it equals
+    (x − average)/T and so carries the whole noise of the last reading.
+    """
 
     def __init__(self) -> None:
+        self._slow, self._fast = Ema(), Ema()
         self.value = math.nan
-        self.step = 0
-        self.last = math.nan
-        self.last_step = 0
 
     def update(self, step: int, x: float, time_constant: float) -> float:
-        if not math.isfinite(x):
-            return self.value
-        gap = step - self.last_step
-        if math.isfinite(self.last) and gap > 0:
-            slope = (x - self.last) / gap
-            if math.isnan(self.value):
-                self.value = 0.0  # growth is assumed absent until shown
-            self.value += (1.0 - math.exp(-gap / max(time_constant, 1e-9))) * (slope - self.value)
-        self.last, self.last_step, self.step = x, step, step
+        """Add a reading; NaN is skipped."""
+        if math.isfinite(x):
+            slow = self._slow.update(step, x, time_constant)
+            fast = self._fast.update(step, x, 0.5 * time_constant)
+            self.value = (fast - slow) / (0.5 * time_constant)
         return self.value
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"slow": self._slow.state_dict(), "fast": self._fast.state_dict(), "value": self.value}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._slow.load_state_dict(state["slow"])
+        self._fast.load_state_dict(state["fast"])
+        self.value = state["value"]
 
 
 class Hysteresis(Stateful):

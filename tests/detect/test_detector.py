@@ -108,10 +108,18 @@ def test_a_bad_batch_out_of_nothing_has_no_known_mechanism() -> None:
             bad = 200 <= step < 203
             yield Reading(
                 step,
-                {"zero_sum_violation": 1e-7, "unexplained_violation_fraction": 0.0, "loss": 5.0 if bad else 1e-3,
-                 "rms_t_max": 9.0 if bad else 1.0, "head_sqrt_exp_avg_sq_mean": 1.0, "weight_norm": 1.0,
-                 "feature_mean_norm": 1.0, "logit_displacement": 0.01, "secant_curvature": 1.0},
-            )  # fmt: skip
+                {
+                    "zero_sum_violation": 1e-7,
+                    "unexplained_violation_fraction": 0.0,
+                    "loss": 5.0 if bad else 1e-3,
+                    "rms_t_max": 9.0 if bad else 1.0,
+                    "head_sqrt_exp_avg_sq_mean": 1.0,
+                    "weight_norm": 1.0,
+                    "feature_mean_norm": 1.0,
+                    "logit_displacement": 0.01,
+                    "secant_curvature": 1.0,
+                },
+            )
 
     detector, _, _ = run(readings(), NUMERIC)
     assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]
