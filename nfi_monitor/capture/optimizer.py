@@ -172,7 +172,9 @@ class OptimizerReader:
 
     def _packed(self, kind: str, sample: CoordinateSample, tensors: Sequence[Tensor]) -> Tensor:
         """Gather tensors that keep their storage from step to step: the views are made once."""
-        key = (id(sample), *(tensor.data_ptr() for tensor in tensors))
+        if not all(local(tensor).is_contiguous() for tensor in tensors):
+            return sample.gather(tensors)
+        key = (id(sample), *(local(tensor).data_ptr() for tensor in tensors))
         known = self._views.get(kind)
         if known is None or known[0] != key:
             known = self._views[kind] = (key, sample.views(tensors))

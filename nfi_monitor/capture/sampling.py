@@ -5,6 +5,7 @@ The monitor must leave the random state untouched, so every sample is a stride w
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -50,6 +51,12 @@ def local(tensor: Tensor) -> Tensor:
     return to_local() if to_local is not None else tensor
 
 
+def _coprime(stride: int, shape: torch.Size) -> int:
+    """The next smaller stride that shares no factor with the sizes: else it visits a few columns only."""
+    inner = math.prod(shape[1:])
+    return next(step for step in range(stride, 0, -1) if math.gcd(step, inner) == 1)
+
+
 class CoordinateSample:
     """A fixed stratified sample of coordinates over a list of tensors, packed into one vector.
 
@@ -68,7 +75,10 @@ class CoordinateSample:
         sizes = [local(tensor).numel() for tensor in tensors]
         total = sum(sizes)
         stride = 1 if total <= COORDINATES_FULL else -(-total // COORDINATES)
-        self.strides = [max(1, min(stride, size // COORDINATES_PER_TENSOR)) for size in sizes]
+        self.strides = [
+            _coprime(max(1, min(stride, size // COORDINATES_PER_TENSOR)), local(tensor).shape)
+            for size, tensor in zip(sizes, tensors, strict=True)
+        ]
         counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
         device = tensors[0].device
         self.counts = torch.tensor(counts, dtype=torch.float32, device=device)
@@ -93,7 +103,10 @@ class CoordinateSample:
         return self.pack(self.views(tensors))
 
     def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The strided views themselves: valid as long as the tensors keep their storage."""
+        """The strided views themselves: valid as long as the tensors keep their storage.
+
+        Only of contiguous tensors: of others ``reshape`` makes a copy, which goes stale.
+        """
         flat = [local(tensor).detach().reshape(-1) for tensor in tensors]
         return [view if step == 1 else view[::step] for view, step in zip(flat, self.strides, strict=True)]
 

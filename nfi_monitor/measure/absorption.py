@@ -1,9 +1,10 @@
 """Which rows have lost their correct class, read from the gradient alone: no labels are needed.
 
-With hard labels a healthy row has exactly one negative logit gradient, the correct class's.  A row
-with a positive entry and no negative one is *absorbed*: p_r was rounded to 1, so g_r = p_r − 1 is
-exactly 0 (Prieto et al. 2025, "Softmax Collapse"; Liu et al. 2026, section 3).  A row of zeros is
-either *ignored* (padding, −100) or *underflowed*: the forward's logits tell the two apart.
+With hard labels a healthy row has exactly one negative logit gradient, the correct class's.  Where there
+is none, the correct class is the largest logit; if its gradient is exactly 0 and others are not, the row
+is *absorbed*: p_r was rounded to 1, so g_r = p_r − 1 vanished (Prieto et al. 2025, "Softmax Collapse";
+Liu et al. 2026, section 3).  A row of zeros is either *ignored* (padding, −100) or *underflowed*: the
+forward's logits tell the two apart.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import torch
 from torch import Tensor
 
 
-def absorbed_rows(lowest: Tensor, live: Tensor) -> Tensor:
-    """Live rows without a negative gradient: smallest gradient [N], bool [N] → bool [N]."""
-    return live & (lowest >= 0)
+def absorbed_rows(own: Tensor, live: Tensor) -> Tensor:
+    """Live rows whose correct-class gradient ``own`` [N] is exactly 0; ``live`` bool [N] → bool [N].
+
+    "No negative entry" would not do: under a z-loss the correct class itself can be pushed down.
+    """
+    return live & (own == 0)
 
 
 def underflow_level(dtype: torch.dtype) -> float:
@@ -30,21 +34,22 @@ def underflow_level(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(dtype).smallest_normal)
 
 
-def underflowed_rows(silent: Tensor, log_residual: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
+def underflowed_rows(silent: Tensor, log_rival: Tensor, rows: int, level: Tensor | float) -> Tensor:
     """Rows whose whole gradient vanished although they count. [N] bool, [N] float → [N] bool.
 
-    ``silent`` marks rows of zeros; ``log_residual`` is ln Σ_{k≠max} p_k; ``rows`` the number of rows
-    that a mean reduction divides by.  A silent row whose residual mass would have been representable
-    does not count (it is padding); one whose residual would not, has underflowed.  Labels would
-    settle it exactly; without them a padded row with a margin this large is miscounted.
+    ``silent`` marks rows of zeros; ``log_rival`` is ln p of the strongest competitor; ``rows`` the number
+    of rows that a mean reduction divides by; ``level`` the underflow level of the loss's precision.  A
+    silent row whose rival would have been representable does not count (it is padding); one whose rival
+    would not, has underflowed.  Labels would settle it exactly; without them a padded row with a margin
+    this large is miscounted.
     """
-    return silent & (log_residual - math.log(max(rows, 1)) < underflow_level(dtype))
+    return silent & (log_rival - math.log(max(rows, 1)) < level)
 
 
 def fits(grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scalar bool tensor: is every entry of ``grad`` a number of the narrower ``dtype``?
+    """Scalar bool tensor: is every entry of ``grad`` a number of the narrower ``dtype``, and one not 0?
 
     A float32 head whose loss was computed on ``logits.bfloat16()`` gets a float32 gradient that
-    holds only bfloat16 numbers; its rounding is bfloat16's.
+    holds only bfloat16 numbers; its rounding is bfloat16's.  Zeros are numbers of every dtype.
     """
-    return (grad.to(dtype).to(grad.dtype) == grad).all()
+    return (grad.to(dtype).to(grad.dtype) == grad).all() & (grad != 0).any()

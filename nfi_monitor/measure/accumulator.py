@@ -58,8 +58,8 @@ class RowAccumulator:
         if statistics.winner is not None and statistics.absorbed is not None:
             if self.absorbed_classes is None:
                 classes = rows.logits.shape[-1]
-                self.absorbed_classes = torch.zeros(classes, dtype=torch.float32, device=rows.logits.device)
-            self.absorbed_classes.index_add_(0, statistics.winner, statistics.absorbed.float())
+                self.absorbed_classes = torch.zeros(classes, dtype=torch.int64, device=rows.logits.device)
+            self.absorbed_classes.index_add_(0, statistics.winner, statistics.absorbed.long())
         if rows.features is not None:
             features = rows.features
             if features.dtype not in (torch.float32, torch.float64):

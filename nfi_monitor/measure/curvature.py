@@ -25,7 +25,7 @@ def secant_curvature(
     rates [C] or None.  With minibatches y also holds the batches' difference: noisy, unbiased only
     in expectation.
     """
-    step_weighted = step if weights is None else step * weights
+    step_weighted = step if weights is None else step * weights.to(step.dtype)
     return lr * torch.dot(step_weighted, gradient_change) / torch.dot(step_weighted, preconditioner * step)
 
 

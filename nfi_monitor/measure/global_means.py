@@ -21,7 +21,8 @@ def feature_sum(features: Tensor, counts: Tensor) -> Tensor:
 
     A sum, not a mean: micro-batches add up.
     """
-    return counts.to(features.dtype) @ features
+    kept = torch.where(counts.unsqueeze(-1) > 0, features, torch.zeros_like(features))
+    return kept.sum(0)  # not counts @ features: 0 · NaN of a row that does not count would spoil it
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:

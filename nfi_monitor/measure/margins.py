@@ -29,13 +29,16 @@ def top_logits(logits: Tensor) -> TopLogits:
     return TopLogits(largest, winner, others.amax(-1), others.logsumexp(-1) - largest)
 
 
-def target_class(grad_lowest: Tensor, grad_argmin: Tensor, winner: Tensor) -> Tensor:
-    """The correct class of each row: where the gradient is negative, else the largest logit. [N] int64.
+def target_class(lowest: Tensor, argmin: Tensor, of_winner: Tensor, winner: Tensor) -> Tensor:
+    """The correct class of each row, without labels. All [N] → int64 [N].
 
-    With hard labels only g_r is negative; an absorbed row has none, but absorption happens only to
-    the largest logit.
+    ``lowest`` and ``argmin``: the smallest gradient and its class; ``winner`` and ``of_winner``: the class
+    of the largest logit and its gradient.  With hard labels only g_r is negative; an absorbed row has no
+    negative entry, but absorption happens only to the largest logit.  Under label smoothing a row that is
+    surer than its label has signs turned around: the winner alone is positive and outweighs each other
+    entry, which a misclassified row's winner cannot (¾: rounding).
     """
-    return torch.where(grad_lowest < 0, grad_argmin, winner)
+    return torch.where((lowest < 0) & (-lowest >= 0.75 * of_winner), argmin, winner)
 
 
 def margin(top: TopLogits, target: Tensor, target_logit: Tensor) -> Tensor:

@@ -68,7 +68,12 @@ def row_statistics(
         look: look at the kind of loss again (a third of the work).
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
+    if len(grad) == 0:
+        return _nothing(dtype, grad.device, loss_kind)
+    classes = grad.shape[-1]
     top = margins.top_logits(logits.to(dtype))
+    look = look or loss_kind is None
+    eps = shown_eps(grad) if look or loss_kind is None else loss_kind.eps
 
     signed, absolute = zero_sum.row_sums(grad)
     violation = zero_sum.row_violation(signed, absolute)
@@ -76,13 +81,18 @@ def row_statistics(
     finite = torch.isfinite(absolute + top.largest)
     live = (absolute > 0) & finite
     silent = (absolute == 0) & finite
-    absorbed = absorption.absorbed_rows(lowest, live)
-    above = live & (violation > zero_sum.rounding_floor(grad.dtype, grad.shape[-1]))
-    underflowed = absorption.underflowed_rows(silent, top.log_rest, rows, grad.dtype)
+    above = live & (violation > zero_sum.floor_of(eps, dtype, classes))
+    half = torch.finfo(torch.float16).eps
+    level = torch.where(
+        eps == half, absorption.underflow_level(torch.float16), absorption.underflow_level(grad.dtype)
+    )
+    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, level)
     counts = live | underflowed
 
-    target = margins.target_class(lowest, argmin, top.winner)
-    target_logit = logits.gather(-1, target.unsqueeze(-1)).squeeze(-1).to(dtype)
+    of_winner = _pick(grad, top.winner)
+    target = margins.target_class(lowest, argmin, of_winner, top.winner)
+    absorbed = absorption.absorbed_rows(_pick(grad, target), live)
+    target_logit = _pick(logits, target).to(dtype)
     loss = margins.row_loss(top, target_logit)
     residual = margins.residual_mass(loss)
     margin = margins.margin(top, target, target_logit)
@@ -91,12 +101,19 @@ def row_statistics(
     zero = torch.zeros((), dtype=dtype, device=grad.device)
     masks = torch.stack([live, absorbed, above, underflowed, silent, finite])
     if look or loss_kind is None:
-        loss_kind, kinds = look_at_loss(grad, live, violation, absolute, residual, top.largest, loss_kind)
-        kinds = kinds.to(dtype)
+        absolute_live = torch.where(live, absolute, zero)
+        scale = shift_invariance.gradient_scale(absolute_live, residual, live)
+        if loss_kind is not None:
+            scale = torch.maximum(scale, loss_kind.scale.to(dtype))
+        told = shift_invariance.gradient_residual(residual, absolute_live, scale)
+        unexplained = live & shift_invariance.unexplained(violation, told, top.largest, eps, classes)
+        soft = live & ((grad < 0).sum(-1) > 1)
+        loss_kind = LossKind(eps, scale)
+        kinds = torch.stack([unexplained, soft]).sum(-1, dtype=dtype)
     else:
         kinds = torch.full((len(LOSS_MASKS),), torch.nan, dtype=dtype, device=grad.device)
     of_live = torch.stack([violation, signed, absolute, residual])
-    of_counted = torch.stack([loss, torch.sigmoid(-top.log_rest), logits.mean(-1, dtype=dtype)])
+    of_counted = torch.stack([loss, torch.sigmoid(-top.log_rest), _mean_logit(logits, dtype)])
     counted = counts.to(dtype)
     total = counted.sum()
     median = torch.where(counts, margin, torch.nan).nanmedian().nan_to_num(0.0)
@@ -183,27 +200,6 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
     return values
 
 
-def look_at_loss(
-    grad: Tensor,
-    live: Tensor,
-    violation: Tensor,
-    absolute: Tensor,
-    residual: Tensor,
-    largest_logit: Tensor,
-    known: LossKind | None,
-) -> tuple[LossKind, Tensor]:
-    """What kind of loss made these rows? ``grad`` [N, K], the others [N] → kind, counts [len(LOSS_MASKS)]."""
-    eps = shown_eps(grad)
-    soft = live & ((grad < 0).sum(-1) > 1)
-    absolute = torch.where(live, absolute, torch.zeros_like(absolute))
-    scale = shift_invariance.gradient_scale(absolute, residual, live)
-    if known is not None:
-        scale = torch.maximum(scale, known.scale.to(scale.dtype))
-    told = shift_invariance.gradient_residual(residual, absolute, soft, scale)
-    unexplained = live & shift_invariance.unexplained(violation, told, largest_logit, eps)
-    return LossKind(eps, scale), torch.stack([unexplained, soft]).sum(-1)
-
-
 def shown_eps(grad: Tensor) -> Tensor:
     """Machine epsilon of the precision the gradient was computed in, which may be below its dtype's.
 
@@ -211,7 +207,28 @@ def shown_eps(grad: Tensor) -> Tensor:
     numbers comes from a loss in that precision.
     """
     eps = torch.full((), torch.finfo(grad.dtype).eps, device=grad.device)
-    if grad.dtype is torch.float32:
-        for narrow in (torch.float16, torch.bfloat16):
-            eps = torch.where(absorption.fits(grad, narrow), torch.finfo(narrow).eps, eps)
+    for narrow in _NARROWER.get(grad.dtype, ()):
+        eps = torch.where(absorption.fits(grad, narrow), torch.finfo(narrow).eps, eps)
     return eps
+
+
+_NARROWER = {
+    torch.float64: (torch.float32, torch.float16, torch.bfloat16),
+    torch.float32: (torch.float16, torch.bfloat16),
+}
+
+
+def _pick(values: Tensor, classes: Tensor) -> Tensor:
+    """One entry of each row: [N, K], int64 [N] → [N]."""
+    return values.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+
+
+def _mean_logit(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean over the classes that are not masked with −inf. [N, K] → [N]."""
+    return logits.masked_fill(logits == -torch.inf, torch.nan).nanmean(-1, dtype=dtype)
+
+
+def _nothing(dtype: torch.dtype, device: torch.device, loss_kind: LossKind | None) -> RowStatistics:
+    sums = torch.zeros(len(SUMS), dtype=dtype, device=device)
+    maxima = torch.full((len(MAXIMA),), -torch.inf, dtype=dtype, device=device)
+    return RowStatistics(sums, maxima, sums[:0], None, None, loss_kind)

@@ -24,9 +24,9 @@ def rms_t(
     above 2.3 preceded 28 of 30 loss spikes by 1–8 steps.  ``grad`` and ``root_exp_avg_sq`` [C] over
     coordinates, ``segments`` int64 [C] the tensor of each, ``counts`` [T].
     """
-    floor = eps if isinstance(eps, Tensor) else torch.full_like(root_exp_avg_sq[:1], eps)
-    ratio = grad / torch.maximum(root_exp_avg_sq, floor)
-    return (torch.zeros_like(counts).index_add_(0, segments, ratio * ratio) / counts).sqrt()
+    ratio = grad / root_exp_avg_sq.clamp_min(eps)
+    sums = torch.zeros(len(counts), dtype=ratio.dtype, device=ratio.device)
+    return (sums.index_add_(0, segments, ratio * ratio) / counts).sqrt()
 
 
 def median(values: Tensor, most: int = 4096) -> Tensor:

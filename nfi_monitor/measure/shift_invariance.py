@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nfi_monitor.measure.zero_sum import summation_error
+
 SAFETY = 4.0
 """Ulps granted to rounding. Torch's kernels need about 1; hand-written losses up to 3 (measured)."""
 
@@ -31,20 +33,22 @@ def gradient_scale(absolute: Tensor, residual: Tensor, live: Tensor) -> Tensor:
     return torch.where(live & (residual > UNSURE), shown, torch.zeros_like(shown)).amax()
 
 
-def gradient_residual(residual: Tensor, absolute: Tensor, soft: Tensor, scale: Tensor) -> Tensor:
-    """ε as the gradients tell it, where they contradict the logits. All [N] but ``scale`` → [N].
+def gradient_residual(residual: Tensor, absolute: Tensor, scale: Tensor) -> Tensor:
+    """ε as the gradients tell it, where they contradict the logits. [N], [N], scalar → [N].
 
     Under cross-entropy Σ|g| / 2s = ε.  Soft targets make it smaller (the gradient vanishes at p = y, where
     ε is large and rounding is all that is left); losses that are no softmax cross-entropy make it far
     larger on rows that look confident (one-vs-rest BCE).  While no scale is known, ε stands.
     """
     told = absolute / (2.0 * scale)
-    contradicts = (scale > 0) & (soft | (told > MISMATCH * residual))
-    return torch.where(contradicts, told, residual)
+    believed = torch.where(told > MISMATCH * residual, told, torch.minimum(told, residual))
+    return torch.where(scale > 0, believed, residual)
 
 
-def unexplained(violation: Tensor, residual: Tensor, largest_logit: Tensor, eps: Tensor | float) -> Tensor:
+def unexplained(
+    violation: Tensor, residual: Tensor, largest_logit: Tensor, eps: Tensor | float, classes: int
+) -> Tensor:
     """Rows whose violation rounding cannot explain, bool [N]. All [N]; ``eps`` the machine epsilon."""
-    scale = SAFETY * eps * (1.0 + largest_logit.abs())
+    scale = SAFETY * eps * (1.0 + largest_logit.abs()) + summation_error(residual.dtype, classes)
     tiny = torch.finfo(residual.dtype).smallest_normal
     return violation > scale / residual.clamp_min(tiny) + scale

@@ -82,7 +82,9 @@ def step_statistics(
         if weight_update.shape[0] > 1:
             values["logit_displacement"], values["logit_displacement_rms"] = largest, rms
     if update.head_weight is not None:
-        values["head_weight_norm"] = torch.linalg.vector_norm(update.head_weight, dtype=torch.float32)
+        values["head_weight_norm"] = torch.linalg.vector_norm(
+            update.head_weight, dtype=zero_sum.accumulation_dtype(update.head_weight.dtype)
+        )
         if update.head_weight.shape[0] > 1:
             classifier_mean = global_means.classifier_mean(update.head_weight)
             values["classifier_mean_norm"] = torch.linalg.vector_norm(classifier_mean)

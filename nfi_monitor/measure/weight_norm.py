@@ -14,7 +14,7 @@ def stratified_sum(values: Tensor, weights: Tensor | None) -> Tensor:
 
     ``weights`` None: the sample is everything, and the result is the sum itself.
     """
-    return values.sum() if weights is None else torch.dot(values, weights)
+    return values.sum() if weights is None else torch.dot(values, weights.to(values.dtype))
 
 
 def norm(values: Tensor, weights: Tensor | None) -> Tensor:

@@ -104,5 +104,6 @@ def test_the_target_is_found_without_labels_when_labels_are_hard(seed, pair, mar
     grad, logits = ref.gradients(z, y, pair, loss, ref.loss_scale(pair, 10))
     lowest, argmin = grad.min(-1)
     winner = logits.double().argmax(-1)
-    found = margins.target_class(lowest, argmin, winner)
+    of_winner = grad.gather(-1, winner[:, None])[:, 0]
+    found = margins.target_class(lowest, argmin, of_winner, winner)
     assert torch.equal(found, y)

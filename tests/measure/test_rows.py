@@ -117,11 +117,11 @@ def test_masked_classes_do_not_make_the_mean_logit_infinite():
     assert quantities(grad, logits)["mean_logit"] == pytest.approx(logits[:, :3].mean().item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("where", ["grad", "logits"])
-def test_a_row_that_is_not_finite_is_counted_and_spoils_nothing(poison, where):
-    if where == "logits" and poison == -math.inf:
-        pytest.skip("a masked class is no error")
+@pytest.mark.parametrize(
+    "where, poison",
+    [("grad", math.nan), ("grad", math.inf), ("grad", -math.inf), ("logits", math.nan), ("logits", math.inf)],
+)
+def test_a_row_that_is_not_finite_is_counted_and_spoils_nothing(where, poison):
     z, y = ref.make_logits(2, 8, 5, spread=1, margins=(-2, 20))
     grad, logits = ref.gradients(z, y)
     keep = torch.arange(8) != 3
