@@ -24,7 +24,7 @@ from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, Update, un
 from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.sampling import auto_interval
-from nfi_monitor.detect.detector import Context, Detector, Verdict
+from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
 from nfi_monitor.errors import AlreadyMonitoredError
 from nfi_monitor.history import History
 from nfi_monitor.measure.accumulator import RowAccumulator
@@ -244,8 +244,7 @@ class Monitor:
         self.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]
         self._rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
         if state["loss_kind"] is not None:
-            eps, scale = torch.tensor(state["loss_kind"], device=self._device())
-            self._rows.loss_kind = LossKind(eps, scale)
+            self._rows.loss_kind = LossKind(*torch.tensor(state["loss_kind"], device=self._device()))
         for code, message, step in state["notes"]:
             self._notes.said.setdefault(code, Note(code, message, int(step)))
 
@@ -427,9 +426,11 @@ class Monitor:
         if isinstance(self._every, int):
             return following if following % self._every == 0 or self._every == 1 else None
         # The first steps are read in full: they show whether anything can be seen at all.
-        if self._detector.attentive or following <= 8:
+        attention = self._detector.attention
+        if attention is Attention.ALWAYS or following <= 8:
             return following
-        return following if following % auto_interval(self._detector.context.tau) == 0 else None
+        every = auto_interval(self._detector.context.tau, at_risk=attention is Attention.OFTEN)
+        return following if following % every == 0 else None
 
     _half_precision = False
 

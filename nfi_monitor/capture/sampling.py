@@ -36,13 +36,14 @@ def offset(step: int, stride: int) -> int:
     return int(step * 0.6180339887498949 * stride) % stride if stride > 1 else 0
 
 
-def auto_interval(tau: float) -> int:
-    """Steps between readings while nothing is going on: τ/5, between 1 and 16.
+def auto_interval(tau: float, *, at_risk: bool = False) -> int:
+    """Steps between readings while nothing is going on: τ/5, from 1 to 16; at risk τ/50, from 1 to 8.
 
-    A numeric slingshot builds up over some 20 τ and its last stage over 2–5 τ, so τ/5 sees it coming
-    in time; the cap is for β2 = .999, where second-moment slingshots take a few steps only.
+    A numeric slingshot builds up over some 20 τ and its last stages over 2–5 τ, so τ/5 sees it coming
+    in time, and τ/50 sees ‖μ_G‖ begin to grow; the caps are for β2 = .999, where second-moment
+    slingshots take a few steps only.
     """
-    return max(1, min(16, round(tau / 5)))
+    return max(1, min(8, round(tau / 50)) if at_risk else min(16, round(tau / 5)))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from nfi_monitor.detect.advice import advice_for
@@ -53,6 +54,14 @@ class Context:
         return 2.0 * (1.0 + self.beta1) / (1.0 - self.beta1)
 
 
+class Attention(Enum):
+    """How closely the detector wants to look."""
+
+    RARELY = "rarely"
+    OFTEN = "often"
+    ALWAYS = "always"
+
+
 @dataclass
 class Verdict:
     """What one reading led to."""
@@ -79,9 +88,13 @@ class Detector:
         self._causes = self._observe()
 
     @property
-    def attentive(self) -> bool:
-        """True while every step should be read."""
-        return self.phase is not Phase.HEALTHY or bool(self._firing) or self._stirring
+    def attention(self) -> Attention:
+        """How closely the next steps should be read."""
+        if self.phase is Phase.HEALTHY and not self._firing and not self._stirring:
+            return Attention.RARELY
+        # Absorbing alone may last for the rest of a run and leads to nothing within τ.
+        calm = self.phase is Phase.ABSORBING and not self.signals.displacement >= self.limits.imminent_exit
+        return Attention.OFTEN if calm else Attention.ALWAYS
 
     def update(self, reading: Reading) -> Verdict:
         """Judge one reading."""

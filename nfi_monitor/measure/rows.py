@@ -18,28 +18,31 @@ from nfi_monitor.measure import absorption, margins, shift_invariance, zero_sum
 
 MASKS = ("live", "absorbed", "above_floor", "underflowed", "silent", "finite")
 """Rows counted by kind."""
-LOSS_MASKS = ("unexplained", "soft")
-"""Rows that tell the kind of loss, which a run rarely changes: NaN in passes that did not look."""
+LOOK_SUMS = ("unexplained", "soft", "mean_logit")
+"""What changes slowly or tells the kind of loss: NaN in passes that did not look."""
 LIVE_SUMS = ("violation", "signed", "absolute", "residual")
 """Summed over live rows."""
-COUNTED_SUMS = ("loss", "max_probability", "mean_logit")
+COUNTED_SUMS = ("loss", "max_probability")
 """Summed over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
 """Of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
 MAXIMA = ("violation_max", "negative_margin_min", "eps")
 """Of the micro-batch, merged by maximum; ``eps`` is the machine epsilon the gradient shows."""
 
-SUMS = MASKS + LOSS_MASKS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
+SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
 
 class LossKind(NamedTuple):
     """What the rows have shown of the loss so far, scalar tensors.
 
-    ``eps``: machine epsilon of the precision it is computed in.  ``scale``: the largest s in
+    ``eps``: machine epsilon of the precision it is computed in; ``floor``: the violation that rounding may
+    cause in it; ``level``: ln of the gradients that underflow in it.  ``scale``: the largest s in
     g = s·(p − y) seen, 0 while no unsure row has shown it.
     """
 
     eps: Tensor
+    floor: Tensor
+    level: Tensor
     scale: Tensor
 
 
@@ -73,7 +76,8 @@ def row_statistics(
     classes = grad.shape[-1]
     top = margins.top_logits(logits.to(dtype))
     look = look or loss_kind is None
-    eps = shown_eps(grad) if look or loss_kind is None else loss_kind.eps
+    if look or loss_kind is None:
+        loss_kind = shown_precision(grad, loss_kind)
 
     signed, absolute = zero_sum.row_sums(grad)
     violation = zero_sum.row_violation(signed, absolute)
@@ -81,12 +85,8 @@ def row_statistics(
     finite = torch.isfinite(absolute + top.largest)
     live = (absolute > 0) & finite
     silent = (absolute == 0) & finite
-    above = live & (violation > zero_sum.floor_of(eps, dtype, classes))
-    half = torch.finfo(torch.float16).eps
-    level = torch.where(
-        eps == half, absorption.underflow_level(torch.float16), absorption.underflow_level(grad.dtype)
-    )
-    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, level)
+    above = live & (violation > loss_kind.floor)
+    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, loss_kind.level)
     counts = live | underflowed
 
     of_winner = _pick(grad, top.winner)
@@ -100,27 +100,28 @@ def row_statistics(
     # One bad row must not turn the means of all others into NaN: ``where`` drops it, and it is counted.
     zero = torch.zeros((), dtype=dtype, device=grad.device)
     masks = torch.stack([live, absorbed, above, underflowed, silent, finite])
-    if look or loss_kind is None:
+    if look:
         absolute_live = torch.where(live, absolute, zero)
         scale = shift_invariance.gradient_scale(absolute_live, residual, live)
-        if loss_kind is not None:
-            scale = torch.maximum(scale, loss_kind.scale.to(dtype))
-        told = shift_invariance.gradient_residual(residual, absolute_live, scale)
-        unexplained = live & shift_invariance.unexplained(violation, told, top.largest, eps, classes)
+        loss_kind = loss_kind._replace(scale=torch.maximum(scale, loss_kind.scale.to(dtype)))
+        told = shift_invariance.gradient_residual(residual, absolute_live, loss_kind.scale)
+        unexplained = live & shift_invariance.unexplained(
+            violation, told, top.largest, loss_kind.eps, classes
+        )
         soft = live & ((grad < 0).sum(-1) > 1)
-        loss_kind = LossKind(eps, scale)
-        kinds = torch.stack([unexplained, soft]).sum(-1, dtype=dtype)
+        mean_logit = torch.where(counts, _mean_logit(logits, dtype), zero)
+        seldom = torch.stack([unexplained.to(dtype), soft.to(dtype), mean_logit]).sum(-1)
     else:
-        kinds = torch.full((len(LOSS_MASKS),), torch.nan, dtype=dtype, device=grad.device)
+        seldom = torch.full((len(LOOK_SUMS),), torch.nan, dtype=dtype, device=grad.device)
     of_live = torch.stack([violation, signed, absolute, residual])
-    of_counted = torch.stack([loss, torch.sigmoid(-top.log_rest), _mean_logit(logits, dtype)])
+    of_counted = torch.stack([loss, torch.sigmoid(-top.log_rest)])
     counted = counts.to(dtype)
     total = counted.sum()
     median = torch.where(counts, margin, torch.nan).nanmedian().nan_to_num(0.0)
     sums = torch.cat(
         [
             masks.sum(-1, dtype=dtype),
-            kinds,
+            seldom,
             torch.where(live, of_live, zero).sum(-1),
             torch.where(counts, of_counted, zero).sum(-1),
             torch.tensor([float(rows), float(len(grad))], dtype=dtype).to(grad.device, non_blocking=True),
@@ -173,7 +174,7 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         "live_fraction": s["live"] / s["sampled"],
         "non_finite_rows": s["sampled"] - s["finite"],
     }
-    if s["counted"]:
+    if s["counted"] and not math.isnan(s["mean_logit"]):
         values["mean_logit"] = s["mean_logit"] / s["counted"]
     if single_output:
         return values
@@ -200,16 +201,24 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
     return values
 
 
-def shown_eps(grad: Tensor) -> Tensor:
-    """Machine epsilon of the precision the gradient was computed in, which may be below its dtype's.
+def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
+    """The precision the gradient was computed in, which may be below its dtype's. ``grad`` [N, K].
 
-    ``grad`` [N, K] → scalar tensor.  A float32 gradient all of whose entries are bfloat16 (float16)
-    numbers comes from a loss in that precision.
+    A float32 gradient all of whose entries are bfloat16 (float16) numbers comes from a loss in that
+    precision.  A gradient of zeros shows nothing: what was ``known`` stands.
     """
+    dtype = zero_sum.accumulation_dtype(grad.dtype)
     eps = torch.full((), torch.finfo(grad.dtype).eps, device=grad.device)
     for narrow in _NARROWER.get(grad.dtype, ()):
         eps = torch.where(absorption.fits(grad, narrow), torch.finfo(narrow).eps, eps)
-    return eps
+    if known is not None:
+        eps = torch.where((grad != 0).any(), eps, known.eps)
+    half = torch.finfo(torch.float16).eps
+    level = torch.where(
+        eps == half, absorption.underflow_level(torch.float16), absorption.underflow_level(grad.dtype)
+    )
+    scale = torch.zeros((), dtype=dtype, device=grad.device) if known is None else known.scale
+    return LossKind(eps, zero_sum.floor_of(eps, dtype, grad.shape[-1]), level, scale)
 
 
 _NARROWER = {

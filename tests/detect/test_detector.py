@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.detect.detector import Attention, Context, Detector
 from nfi_monitor.types import (
     Alert,
     AlertKind,
@@ -157,13 +157,13 @@ def test_sampled_readings_lose_little_lead(every: int) -> None:
 
 def test_attention_rises_before_the_first_alert() -> None:
     detector = Detector(None, NUMERIC)
-    attentive = []
+    attention = []
     for reading in numeric_slingshot(100, 400):
         detector.update(reading)
-        attentive.append(detector.attentive)
+        attention.append(detector.attention)
         if detector.alerts:
             break
-    assert not attentive[50] and attentive[-2]
+    assert attention[50] is Attention.RARELY and attention[-2] is Attention.ALWAYS
 
 
 @pytest.mark.parametrize("at", [90, 150, 250, 395, 405, 430])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from nfi_monitor.capture.head import Rows
 from nfi_monitor.measure.accumulator import RowAccumulator
-from nfi_monitor.measure.rows import SUMS, LossKind, finish, row_statistics, shown_eps
+from nfi_monitor.measure.rows import SUMS, finish, row_statistics, shown_precision
 from tests.measure import reference as ref
 from tests.measure.measured import quantities
 
@@ -52,7 +52,7 @@ def test_losses_with_soft_targets_are_never_called_shift_dependent(seed, classes
     z, y = ref.make_logits(seed, 12, classes, spread=spread, margins=(margin, margin + 2))
     scale = ref.loss_scale(pair, 12)
     grad, logits = ref.gradients(z, y, pair, loss, scale)
-    known = LossKind(shown_eps(grad), torch.tensor(scale / 12))
+    known = shown_precision(grad)._replace(scale=torch.tensor(scale / 12))
     sums = row_statistics(grad, logits, 12, known).sums
     assert sums[SUMS.index("unexplained")] == 0
 
