@@ -1,9 +1,9 @@
-"""What was measured, in bounded memory: one column a quantity, thinned as it grows.
+"""What was measured, in bounded memory: two columns a quantity (steps, values), thinned as they grow.
 
-A run of a million steps must not cost a million Python dicts.  Columns are ``array('d')``; when the
-row limit is reached every second row of the older half is dropped, so that the recent past keeps its
-full resolution and the distant past keeps its shape.  (A ring buffer lost: the beginning of a run is
-what people plot first.)
+A run of a million steps must not cost a million Python dicts.  Quantities keep their own steps because most
+readings hold only a few of them (between full readings, the loss alone).  When a column reaches its limit,
+every second entry of its older half is dropped, so that the recent past keeps its full resolution and the
+distant past keeps its shape.  (A ring buffer lost: the beginning of a run is what people plot first.)
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nfi_monitor.quantities import QUANTITIES
 
 
 class History:
-    """Append-only table of readings. ``history[name] -> (steps int64 [T], values float64 [T])``.
+    """Append-only readings. ``history[name] -> (steps int64 [T], values float64 [T])``.
 
     Steps at which the quantity was not measured are left out; NaN and Inf that *were* measured stay.
     Raises KeyError, listing the known names, for a name that is no quantity.
@@ -29,30 +29,25 @@ class History:
         if max_rows < 4:
             raise ValueError(f"History(max_rows={max_rows}): at least 4 rows are needed to thin a history.")
         self._max_rows = max_rows
-        self._steps = array("q")
-        self._columns: dict[str, array[float]] = {}
-        # NaN is a value that can be measured, so absence needs a mark of its own.
-        self._absent: dict[str, bytearray] = {}
+        self._columns: dict[str, tuple[array[int], array[float]]] = {}
+        self._readings = 0
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
-        rows = len(self._steps)
-        if rows >= self._max_rows:
-            self._thin()
-            rows = len(self._steps)
-        self._steps.append(step)
+        self._readings += 1
         for name, value in values.items():
             column = self._columns.get(name)
             if column is None:
                 if name not in QUANTITIES:
                     raise KeyError(self._unknown(name))
-                column = self._columns[name] = array("d", [math.nan]) * rows
-                self._absent[name] = bytearray(b"\x01") * rows
-            column.append(value)
-            self._absent[name].append(0)
-        for name, column in self._columns.items():
-            if len(column) == rows:
-                column.append(math.nan)
-                self._absent[name].append(1)
+                column = self._columns[name] = (array("q"), array("d"))
+            elif len(column[0]) >= self._max_rows:
+                half = self._max_rows // 2
+                column = self._columns[name] = (
+                    column[0][:half:2] + column[0][half:],
+                    column[1][:half:2] + column[1][half:],
+                )
+            column[0].append(step)
+            column[1].append(value)
 
     def __getitem__(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         if name not in self._columns:
@@ -60,9 +55,8 @@ class History:
                 return np.empty(0, np.int64), np.empty(0, np.float64)
             raise KeyError(self._unknown(name))
         # Copies: a view would lock the arrays against growing while the caller holds it.
-        present = np.array(self._absent[name], dtype=np.uint8) == 0
-        steps = np.array(self._steps, dtype=np.int64)
-        return steps[present], np.array(self._columns[name], dtype=np.float64)[present]
+        steps, values = self._columns[name]
+        return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
 
     def __contains__(self, name: object) -> bool:
         return name in self._columns
@@ -71,20 +65,17 @@ class History:
         return iter(self.names())
 
     def __len__(self) -> int:
-        """Number of readings kept."""
-        return len(self._steps)
+        """Number of readings taken in, thinned ones included."""
+        return self._readings
 
     def names(self) -> list[str]:
         """Names recorded so far, in the order of the catalogue."""
         return [name for name in QUANTITIES if name in self._columns]
 
-    def _thin(self) -> None:
-        half = len(self._steps) // 2
-        self._steps = self._steps[:half:2] + self._steps[half:]
-        for name, column in self._columns.items():
-            self._columns[name] = column[:half:2] + column[half:]
-            absent = self._absent[name]
-            self._absent[name] = absent[:half:2] + absent[half:]
+    def last(self, name: str) -> float:
+        """The newest value of a quantity; NaN if there is none yet."""
+        column = self._columns.get(name)
+        return column[1][-1] if column is not None else math.nan
 
     def _unknown(self, name: str) -> str:
         return f"{name!r} is not a measured quantity. Known: {', '.join(self.names() or QUANTITIES)}."

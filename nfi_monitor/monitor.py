@@ -23,13 +23,14 @@ from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
 from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, Update, unwrap
 from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.capture.probe_batch import ProbeBatch
-from nfi_monitor.capture.sampling import auto_interval
+from nfi_monitor.capture.sampling import auto_interval, local
 from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
 from nfi_monitor.errors import AlreadyMonitoredError
 from nfi_monitor.history import History
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics
+from nfi_monitor.measure.zero_sum import accumulation_dtype
 from nfi_monitor.notes import NoteTaker
 from nfi_monitor.report.fanout import Fanout, open_sinks
 from nfi_monitor.run_info import describe_run
@@ -185,6 +186,12 @@ class Monitor:
 
         self._drain(everything=True)
         return summarize(self._info(), self.history, self.phases, self.alerts, self.notes)
+
+    def weight_norms(self) -> dict[str, float]:
+        """Euclidean norm of every parameter by its name, now. Reads all weights: on request, not per step."""
+        named = [(name, local(parameter.detach())) for name, parameter in self._model.named_parameters()]
+        norms = [torch.linalg.vector_norm(value, dtype=accumulation_dtype(value.dtype)) for _, value in named]
+        return {name: float(norm) for (name, _), norm in zip(named, norms, strict=True)}
 
     def close(self) -> None:
         """Detach all hooks and finish the reports. Calling it again does nothing."""
@@ -345,16 +352,17 @@ class Monitor:
             )
 
     def _loss_only(self) -> None:
-        """Between readings the loss alone: free on a CPU, a batch of late ones on an accelerator."""
+        """Between readings the loss alone: at once on a CPU, a batch of late ones on an accelerator."""
         values: dict[str, Tensor] = {}
         host: dict[str, float] = {}
         self._take_loss(values, host)
-        if "loss" in values:
-            self._late_losses.append((self._step, values["loss"]))
-            if values["loss"].device.type == "cpu":
-                self._flush_losses()
+        loss = values.get("loss")
+        if loss is None or loss.device.type == "cpu":
+            self._judge(
+                Reading(self._step, {"loss": host["loss"] if loss is None else float(loss)}), full=False
+            )
         else:
-            self._outbox.put((self._step, False, (), host, False), torch.empty(0))
+            self._late_losses.append((self._step, loss))
 
     def _flush_losses(self) -> None:
         if self._late_losses:

@@ -130,6 +130,14 @@ def test_a_probe_batch_gives_margin_displacement() -> None:
     assert (values > 0).all()
 
 
+def test_weight_norms_are_given_per_layer_on_request() -> None:
+    model = mlp()
+    with Monitor(model, adamw(model), console=False) as monitor:
+        norms = monitor.weight_norms()
+    assert list(norms) == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
+    assert norms["4.weight"] == pytest.approx(model[4].weight.norm().item(), rel=1e-6)
+
+
 def test_summary_is_printable_and_dumpable() -> None:
     from rich.console import Console
 

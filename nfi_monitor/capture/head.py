@@ -54,10 +54,11 @@ class Head:
         return self.weight.shape[self.class_axis] if self.weight is not None else None
 
     def describe(self) -> str:
+        name = f"layer {self.name}" if self.name.rpartition(".")[2].isdigit() else self.name
         if self.weight is None:
-            return f"{self.name} ({type(self.module).__name__})"
+            return f"{name} ({type(self.module).__name__})"
         features = self.weight.shape[1 - self.class_axis]
-        return f"{self.name} ({type(self.module).__name__} {features}→{self.outputs})"
+        return f"{name} ({type(self.module).__name__} {features}→{self.outputs})"
 
 
 def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:

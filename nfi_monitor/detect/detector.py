@@ -99,9 +99,14 @@ class Detector:
     def update(self, reading: Reading) -> Verdict:
         """Judge one reading."""
         tau, limits = self.context.tau, self.limits
-        derived = self.signals.update(reading, tau, limits)
         was = self.spike.state
-        state = self.spike.update(reading.step, reading.get("loss", reading.get("head_loss")), tau, limits)
+        loss = reading.get("loss", reading.get("head_loss"))
+        state = self.spike.update(reading.step, loss, tau, limits)
+        # Between readings the loss comes alone: all it can tell is whether it left its floor.
+        alone = len(reading.values) == 1 and "loss" in reading.values
+        if alone and was == state == QUIET and math.isfinite(loss):
+            return Verdict(self.phase)
+        derived = {} if alone else self.signals.update(reading, tau, limits)
         verdict = Verdict(self.phase, derived=derived)
         self._non_finite(reading, verdict)
         if state != QUIET:

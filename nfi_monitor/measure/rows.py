@@ -124,8 +124,14 @@ def row_statistics(
             seldom,
             torch.where(live, of_live, zero).sum(-1),
             torch.where(counts, of_counted, zero).sum(-1),
-            torch.tensor([float(rows), float(len(grad))], dtype=dtype).to(grad.device, non_blocking=True),
-            torch.stack([median * total, total]),
+            torch.stack(
+                [
+                    torch.full_like(total, float(rows)),
+                    torch.full_like(total, float(len(grad))),
+                    median * total,
+                    total,
+                ]
+            ),
         ]
     )
     maxima = torch.stack(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nfi_monitor import AlertKind, Mechanism, Severity
-from nfi_monitor.report.jsonl import read_run
+from nfi_monitor.report.jsonl import RunRecord, read_run
 
 ROOT = Path(__file__).resolve().parents[2]
 PNG = b"\x89PNG"
@@ -43,7 +43,7 @@ def run(*command: str, cwd: Path) -> str:
         env=environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -146,10 +146,9 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     return Demo(cwd / "demo", example("02_modular_division", "--out", "demo", cwd=cwd))
 
 
-def test_the_demo_slingshots_twice_and_each_was_announced_in_time(demo: Demo) -> None:
-    run_ = read_run(demo.out / "float32")
+def assert_announced_in_time(run_: RunRecord, slingshots_at_least: int) -> None:
     slingshots = [alert for alert in run_.alerts if alert.kind is AlertKind.SLINGSHOT]
-    assert len(slingshots) >= 2
+    assert len(slingshots) >= slingshots_at_least
     previous = 0
     for slingshot in slingshots:
         start = slingshot.first_step
@@ -161,6 +160,21 @@ def test_the_demo_slingshots_twice_and_each_was_announced_in_time(demo: Demo) ->
             ), f"no {kind} alert {lead} steps before {start}"
         assert slingshot.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
         previous = start
+
+
+def test_the_demo_slingshots_twice_and_each_was_announced_in_time(demo: Demo) -> None:
+    assert_announced_in_time(read_run(demo.out / "float32"), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["1", "2", "3", "4"])
+def test_other_seeds_are_announced_in_time_too_and_their_controls_stay_quiet(
+    seed: str, tmp_path: Path
+) -> None:
+    example("02_modular_division", "--out", "demo", "--seed", seed, "--slingshots", "3", cwd=tmp_path)
+    assert_announced_in_time(read_run(tmp_path / "demo" / "float32"), 3)
+    control = read_run(tmp_path / "demo" / "float64").alerts
+    assert [alert for alert in control if alert.severity.rank >= Severity.WARNING.rank] == []
 
 
 def test_the_demo_s_control_stays_quiet(demo: Demo) -> None:
@@ -208,6 +222,32 @@ def test_hinge_slingshots_are_not_called_numerical(tmp_path: Path) -> None:
     slingshots = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT]
     assert slingshots
     assert {alert.mechanism for alert in slingshots} == {Mechanism.SECOND_MOMENT}
+
+
+@pytest.mark.slow
+def test_cross_entropy_parity_is_armed_a_thousand_steps_before_its_slingshot(tmp_path: Path) -> None:
+    """W. Wu's setting, float32: one slingshot, onset after some 15,500 to 18,700 steps."""
+    example("03_sparse_parity", "--loss", "cross_entropy", "--run-dir", "run", cwd=tmp_path)
+    alerts = read_run(tmp_path / "run").alerts
+    slingshot = next(alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT)
+    armed = [alert for alert in alerts if alert.kind is AlertKind.AT_RISK and alert.severity.rank >= 1]
+    assert any(a.first_step <= slingshot.first_step - 1000 <= a.last_step for a in armed)
+    assert slingshot.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", ["0", "1"])
+def test_every_hinge_parity_slingshot_is_named_second_moment_and_was_at_risk(
+    seed: str, tmp_path: Path
+) -> None:
+    example("03_sparse_parity", "--loss", "hinge", "--seed", seed, "--run-dir", "run", cwd=tmp_path)
+    alerts = read_run(tmp_path / "run").alerts
+    slingshots = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT]
+    assert len(slingshots) >= 3
+    assert {alert.mechanism for alert in slingshots} == {Mechanism.SECOND_MOMENT}
+    at_risk = [alert for alert in alerts if alert.kind is AlertKind.AT_RISK]
+    for slingshot in slingshots:
+        assert any(a.first_step < slingshot.first_step <= a.last_step for a in at_risk), slingshot.first_step
 
 
 # --- what it costs ----------------------------------------------------------------------------------
