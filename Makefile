@@ -19,7 +19,7 @@ ifeq ($(VENV),.venv)
 PINS := -c constraints.txt
 endif
 
-.PHONY: demo test test-full lint format clean
+.PHONY: demo test test-full lint format figure clean
 .DEFAULT_GOAL := demo
 
 $(STAMP): pyproject.toml constraints.txt
@@ -44,6 +44,10 @@ lint: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix $(CHECKED)
 	$(BIN)/ruff format $(CHECKED)
+
+# The picture of the README.
+figure: $(STAMP)
+	out=$$(mktemp -d) && $(BIN)/nfi-monitor demo --no-live --out $$out/demo && cp $$out/demo/figure.png docs/demo.png
 
 # Only what this file and the tools made; never runs/, and never an environment of your own.
 clean:
