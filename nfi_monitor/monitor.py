@@ -34,7 +34,7 @@ from nfi_monitor.measure.zero_sum import accumulation_dtype
 from nfi_monitor.notes import NoteTaker
 from nfi_monitor.report.fanout import Fanout, open_sinks
 from nfi_monitor.run_info import describe_run
-from nfi_monitor.types import Alert, Change, Note, Phase, Reading, Thresholds
+from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, Thresholds
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -211,6 +211,9 @@ class Monitor:
         self._before, self._memory = None, None
         self._rows.clear(self._step + 1)
         if self._reports.sinks:
+            for alert in self.alerts:
+                if alert.state is AlertState.FIRING:  # how far it got: files hold only what was told
+                    self._reports.alert(alert, Change.UPDATE)
             self._reports.close(self._info(), self.summary())
 
     def __enter__(self) -> Monitor:

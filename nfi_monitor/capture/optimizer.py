@@ -88,14 +88,21 @@ class OptimizerReader:
         self.unreadable: set[str] = set()  # state of a kind that cannot be sampled, for a note
         self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
         self._groups: dict[int, dict[str, Any]] = {}
+        self._found: tuple[Tensor | None, dict[str, Any]] | None = None
         self._views: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """The parameter group that holds ``param``; the first one if none does."""
-        for group in self.optimizer.param_groups:
+        groups = self.optimizer.param_groups
+        known = self._found
+        # load_state_dict replaces the groups: one that is no longer in the list is stale.
+        if known is not None and known[0] is param and any(group is known[1] for group in groups):
+            return known[1]
+        for group in groups:
             if any(candidate is param for candidate in group["params"]):
+                self._found = (param, group)
                 return group
-        return self.optimizer.param_groups[0]
+        return groups[0]
 
     def holds(self, param: Tensor) -> bool:
         return any(

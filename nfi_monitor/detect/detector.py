@@ -134,7 +134,8 @@ class Detector:
         for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
             # A cause that was named while it built up outweighs what the last step before shows.
             index = self._firing.get(kind)
-            if index is not None and self.alerts[index].confidence > confidence:
+            numeric = mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+            if index is not None and self.alerts[index].confidence > confidence and not numeric:
                 mechanism, confidence = self.alerts[index].mechanism, self.alerts[index].confidence
             self._end(kind, step, verdict)
         for name in _SWITCHES:
@@ -279,7 +280,10 @@ class Detector:
             return
         old = self.alerts[index]
         rises = severity.rank > old.severity.rank
-        firmer = confidence > old.confidence or mechanism is old.mechanism
+        # The best evidence of the event counts: near the spike the signals of all mechanisms look alike.
+        # Rounding, once seen, is proven; the others are inferred.
+        numeric = Mechanism.NUMERICAL_FEATURE_INFLATION
+        firmer = confidence > old.confidence or (mechanism is numeric and old.mechanism is not numeric)
         new = replace(
             old,
             last_step=step,

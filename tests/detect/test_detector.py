@@ -209,3 +209,24 @@ def test_a_non_finite_loss_begins_an_alert_that_ends_when_numbers_return() -> No
     assert (alert.first_step, alert.last_step, alert.state) == (4, 7, AlertState.RESOLVED)
     assert [change for change, _ in changes] == [Change.BEGIN, Change.END]
     assert json.loads(json.dumps(alert.to_json(), allow_nan=False))["evidence"]["loss"]["value"] is None
+
+
+def test_a_mechanism_named_while_it_built_up_is_not_renamed_in_the_last_steps() -> None:
+    """At the kick the curvature is above the stability limit too: that is the spike, not its cause."""
+    detector, changes, _ = run(second_moment_slingshot(300, 2500), HINGE)
+    assert {alert.mechanism for _, alert in changes} == {Mechanism.SECOND_MOMENT}
+    assert only(detector, AlertKind.SLINGSHOT).evidence["secant_curvature"].value > NUMERIC.stability_limit
+
+
+def test_absorption_that_begins_while_the_optimizer_coasts_takes_the_alert_over() -> None:
+    def readings() -> Iterable[Reading]:
+        for r in second_moment_slingshot(300, 2500):
+            violation = 0.12 if r.step > 1800 else 1e-7
+            if r.step < 2400:
+                yield Reading(r.step, {**r.values, "zero_sum_violation": violation})
+
+    detector, _, _ = run(readings(), Context(beta2=0.999, decoupled_decay=True))
+    at_risk = only(detector, AlertKind.AT_RISK)
+    assert at_risk.first_step < 1800 and at_risk.state is AlertState.FIRING
+    assert at_risk.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+    assert "float64" in at_risk.advice[0]

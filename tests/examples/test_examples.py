@@ -242,7 +242,9 @@ def test_every_hinge_parity_slingshot_is_named_second_moment_and_was_at_risk(
 ) -> None:
     example("03_sparse_parity", "--loss", "hinge", "--seed", seed, "--run-dir", "run", cwd=tmp_path)
     alerts = read_run(tmp_path / "run").alerts
-    slingshots = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT]
+    assert not any(alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION for alert in alerts)
+    # A spike in the first steps of training has no forgotten second moment behind it.
+    slingshots = [a for a in alerts if a.kind is AlertKind.SLINGSHOT and a.first_step > 250]
     assert len(slingshots) >= 3
     assert {alert.mechanism for alert in slingshots} == {Mechanism.SECOND_MOMENT}
     at_risk = [alert for alert in alerts if alert.kind is AlertKind.AT_RISK]
