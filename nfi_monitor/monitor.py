@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from nfi_monitor import distributed
 from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
 from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, Update, unwrap
@@ -106,6 +107,7 @@ class Monitor:
             )
 
         self._every = every
+        self._rank = distributed.rank()
         self._model = model
         self._reader = OptimizerReader(self._optimizer, self._head)
         self._thresholds = thresholds or Thresholds()
@@ -132,7 +134,8 @@ class Monitor:
         self._finished: float | None = None
         self._closed = False
 
-        self._reports = Fanout(open_sinks(console, run_dir), self._failed)
+        speaks = self._detector.context.rank == 0
+        self._reports = Fanout(open_sinks(console, run_dir) if speaks else [], self._failed)
         self._notes = NoteTaker(self._reports.note)
         self._probe = HeadProbe(lambda: self._wanted_step, self._rows_arrived, self._failed)
         self._reports.start(self._info())
@@ -456,6 +459,7 @@ class Monitor:
             half_precision=self._half_precision,
             no_classes=bool(self._rows.single_output),
             layer=self._head.name if self._head is not None else None,
+            rank=self._rank,
         )
 
     # --- reports ---------------------------------------------------------------------------------

@@ -130,6 +130,20 @@ def test_a_probe_batch_gives_margin_displacement() -> None:
     assert (values > 0).all()
 
 
+def test_of_several_ranks_only_the_first_speaks_and_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("nfi_monitor.distributed.rank", lambda: 3)
+    model = mlp()
+    optimizer = adamw(model)
+    with Monitor(model, optimizer, every=1, run_dir=tmp_path / "run") as monitor:
+        monitor.observe_loss(float("nan"))
+        train(model, optimizer, 3)
+    assert monitor.alerts[0].rank == 3
+    assert not (tmp_path / "run").exists()
+    assert capsys.readouterr().err == ""
+
+
 def test_weight_norms_are_given_per_layer_on_request() -> None:
     model = mlp()
     with Monitor(model, adamw(model), console=False) as monitor:
