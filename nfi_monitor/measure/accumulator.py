@@ -14,8 +14,10 @@ from nfi_monitor.measure.rows import (
     single_output_statistics,
 )
 
-LOOK_EVERY = 8
-"""Optimizer steps between two looks at what kind of loss it is; the first ones all look."""
+LOOK_FIRST = 8
+"""The first optimizer steps all look at what kind of loss it is ..."""
+LOOK_EVERY = 64
+"""... and then one in so many: it rarely changes, and looking doubles the work."""
 FEATURE_ROWS = 64
 """Rows of features kept until the step, for the logit displacement."""
 
@@ -44,7 +46,7 @@ class RowAccumulator:
         if self.single_output:
             self._merge(rows, single_output_statistics(rows.grad, rows.logits, rows.total))
             return
-        look = self._step <= LOOK_EVERY or self._step % LOOK_EVERY == 0
+        look = self._step <= LOOK_FIRST or self._step % LOOK_EVERY == 0
         statistics = row_statistics(rows.grad, rows.logits, rows.total, self.loss_kind, look=look)
         self.loss_kind = statistics.loss_kind
         self._merge(rows, statistics)

@@ -68,7 +68,7 @@ def row_statistics(
         logits: z [N, K] of the same rows.
         rows: rows of the whole batch, which a mean reduction divides by.
         loss_kind: what earlier passes learned of the loss.
-        look: look at the kind of loss again (a third of the work).
+        look: look at the kind of loss again (half of the work).
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     if len(grad) == 0:
