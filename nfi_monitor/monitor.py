@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from nfi_monitor import distributed
 from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
-from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, Update, unwrap
+from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, unwrap
 from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.sampling import auto_interval, local
 from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
-from nfi_monitor.errors import AlreadyMonitoredError
+from nfi_monitor.errors import AlreadyMonitoredError, MonitorError
 from nfi_monitor.history import History
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
@@ -64,7 +64,7 @@ class Monitor:
             ``targets`` int64, of the logits' shape without the class axis.
         thresholds: the constants of detection.
         every: "auto" reads sparsely while nothing is going on and every step once something is; an
-            int reads the first optimizer step and every so many after it.
+            int reads the first optimizer step and those it divides.
 
     Raises:
         HeadNotFoundError: no module, or more than one, could be the head; lists the candidates.
@@ -94,6 +94,10 @@ class Monitor:
             raise ValueError(f'every={every!r}: use "auto" or a number of optimizer steps ≥ 1.')
         if head is True:
             raise ValueError("head=True means nothing: name the module, or leave it out to have it found.")
+        if thresholds is not None and not isinstance(thresholds, Thresholds):
+            raise TypeError(f"thresholds must be a Thresholds(...), got {type(thresholds).__name__}.")
+        if probe is not None and not (isinstance(probe, (tuple, list)) and len(probe) == 2):
+            raise ValueError("probe must be a pair (inputs, targets).")
         if on_alert is not None and not callable(on_alert):
             raise TypeError(f"on_alert must be callable, got {type(on_alert).__name__}.")
         self._optimizer = unwrap(optimizer)
@@ -133,6 +137,7 @@ class Monitor:
         self._started = time.perf_counter()
         self._finished: float | None = None
         self._closed = False
+        self._final_info: dict[str, Any] | None = None
 
         speaks = self._detector.context.rank == 0
         self._reports = Fanout(open_sinks(console, run_dir) if speaks else [], self._failed)
@@ -142,7 +147,7 @@ class Monitor:
         self._notes.attached(self._head, self._reader)
         self._handles: list[Any] = [StepHooks(self._optimizer, self._before_step, self._after_step)]
         if self._head is not None:
-            self._handles.append(self._head.module.register_forward_hook(self._probe))
+            self._handles.append(self._head.module.register_forward_hook(self._probe, with_kwargs=True))
         _WATCHED.add(self._key)
 
     # --- the user's side -------------------------------------------------------------------------
@@ -152,8 +157,12 @@ class Monitor:
 
         Never synchronises: a tensor is kept as it is and read with the step's other numbers.
         """
-        if not self._closed:
+        if self._closed:
+            return
+        try:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+        except Exception as error:
+            self._failed("observe_loss", error)
 
     def tap(self, logits: Tensor) -> Tensor:
         """Watch exactly this tensor [..., K] instead of the head's output; returns it unchanged.
@@ -192,6 +201,8 @@ class Monitor:
 
     def weight_norms(self) -> dict[str, float]:
         """Euclidean norm of every parameter by its name, now. Reads all weights: on request, not per step."""
+        if self._closed:
+            raise MonitorError("weight_norms() reads the model, and a closed monitor has let go of it.")
         named = [(name, local(parameter.detach())) for name, parameter in self._model.named_parameters()]
         norms = [torch.linalg.vector_norm(value, dtype=accumulation_dtype(value.dtype)) for _, value in named]
         return {name: float(norm) for (name, _), norm in zip(named, norms, strict=True)}
@@ -213,11 +224,18 @@ class Monitor:
         self._finished = time.perf_counter()
         self._before, self._memory = None, None
         self._rows.clear(self._step + 1)
-        if self._reports.sinks:
-            for alert in self.alerts:
-                if alert.state is AlertState.FIRING:  # how far it got: files hold only what was told
-                    self._reports.alert(alert, Change.UPDATE)
-            self._reports.close(self._info(), self.summary())
+        self._probe.forget()
+        try:
+            self._final_info = self._info()
+            if self._reports.sinks:
+                for alert in self.alerts:
+                    if alert.state is AlertState.FIRING:  # how far it got: files hold only what was told
+                        self._reports.alert(alert, Change.UPDATE)
+                self._reports.close(self._info(), self.summary())
+        except Exception as error:  # never in the way of an exception of the user's own
+            self._failed("close", error)
+        # The monitor may outlive the run for its history; the model and the optimizer must not for its sake.
+        del self._model, self._optimizer, self._reader, self._probe_batch, self._head, self._key
 
     def __enter__(self) -> Monitor:
         return self
@@ -275,13 +293,13 @@ class Monitor:
             self._rows.add(rows)
         self._seconds += time.perf_counter() - started
 
-    def _before_step(self) -> None:
+    def _before_step(self, closure: bool) -> None:
         if self._wanted_step is None or "optimizer" in self._quiet:
             return
         started = time.perf_counter()
         try:
             with torch.no_grad():
-                self._before = self._reader.before(self._wanted_step)
+                self._before = self._reader.before(self._wanted_step, closure=closure)
         except Exception as error:
             self._failed("optimizer", error)
         self._seconds += time.perf_counter() - started
@@ -301,6 +319,7 @@ class Monitor:
         self._losses.clear()
         self._before = None
         self._rows.clear(self._step + 1)
+        self._probe.forget()
         self._wanted_step = self._next_wanted()
         self._seconds += time.perf_counter() - started
 
@@ -317,11 +336,7 @@ class Monitor:
         host: dict[str, float] = {}
         if self._before is not None and "optimizer" not in self._quiet:
             try:
-                update = self._reader.after(self._before, self._step)
-                values, self._memory = step_statistics(
-                    update, self._rows.features, self._rows.feature_mean, self._memory, self._step
-                )
-                self._learning_rate(update, values, host)
+                values, host = self._measure_step()
             except Exception as error:
                 self._failed("optimizer", error)
         if self._probe_batch is not None and "probe" not in self._quiet:
@@ -338,24 +353,37 @@ class Monitor:
         self._flush_losses()
         self._outbox.put(label, torch.cat(packed) if packed else torch.empty(0))
 
-    def _learning_rate(self, update: Update, values: dict[str, Tensor], host: dict[str, float]) -> None:
+    def _measure_step(self) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What the optimizer step did: quantities on the device, and those known on the host."""
+        update = self._reader.after(self._before, self._step)
+        if update is None:
+            self._memory = None
+            return {}, {}
+        values, self._memory = step_statistics(
+            update, self._rows.features, self._rows.feature_mean, self._memory, self._step
+        )
         if isinstance(update.lr, Tensor):
             values["learning_rate"] = update.lr
-        else:
-            host["learning_rate"] = update.lr
+        elif math.isfinite(update.lr):
+            return values, {"learning_rate": update.lr}
+        return values, {}
 
     def _take_loss(self, values: dict[str, Tensor], host: dict[str, float]) -> None:
-        """Mean over the micro-batches, in the widest precision given."""
-        tensors = [loss.mean() for loss in self._losses if isinstance(loss, Tensor)]
+        """Mean over the micro-batches, in the widest precision given.
+
+        A micro-batch whose loss is NaN or Inf counts only if all are: a gradient scaler that skipped a step
+        leaves that step's loss behind.
+        """
+        tensors = [loss.mean(dtype=_mean_dtype(loss)) for loss in self._losses if isinstance(loss, Tensor)]
         numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
         if numbers:
-            host["loss"] = sum(numbers) / len(numbers)
+            finite = [number for number in numbers if math.isfinite(number)] or numbers
+            host["loss"] = sum(finite) / len(finite)
         elif len(tensors) == 1:
             values["loss"] = tensors[0]
         elif tensors:
-            values["loss"] = torch.stack(tensors).mean(
-                dtype=torch.promote_types(tensors[0].dtype, torch.float32)
-            )
+            losses = torch.stack(tensors)
+            values["loss"] = torch.where(torch.isfinite(losses), losses, torch.nan).nanmean()
 
     def _loss_only(self) -> None:
         """Between readings the loss alone: at once on a CPU, a batch of late ones on an accelerator."""
@@ -390,7 +418,6 @@ class Monitor:
             if has_rows:
                 sums, maxima = numbers[: len(SUMS)], numbers[len(SUMS) : _ROW_WIDTH]
                 values |= finish(sums, maxima, single_output=single_output)
-                self._half_precision = maxima[MAXIMA.index("eps")] > 1e-4
                 numbers = numbers[_ROW_WIDTH:]
             values |= dict(zip(names, numbers, strict=True))
             if "gradient_norm" in values:
@@ -446,8 +473,6 @@ class Monitor:
         every = auto_interval(self._detector.context.tau, at_risk=attention is Attention.OFTEN)
         return following if following % every == 0 else None
 
-    _half_precision = False
-
     def _read_context(self) -> Context:
         betas = self._reader.betas()
         group = self._reader.group_of(self._head.weight if self._head is not None else None)
@@ -456,7 +481,6 @@ class Monitor:
             beta1=betas[0] if betas else 0.9,
             beta2=betas[1] if betas else 0.99,
             decoupled_decay=bool(decoupled) and float(group.get("weight_decay", 0.0) or 0.0) > 0,
-            half_precision=self._half_precision,
             no_classes=bool(self._rows.single_output),
             layer=self._head.name if self._head is not None else None,
             rank=self._rank,
@@ -476,6 +500,9 @@ class Monitor:
 
     def _info(self) -> dict[str, Any]:
         """What ``run.json`` holds."""
+        if self._final_info is not None:
+            notes = [asdict(note) for note in self.notes]
+            return {**self._final_info, "notes": notes}
         every = self._every if isinstance(self._every, int) else auto_interval(self._detector.context.tau)
         end = self._finished if self._finished is not None else time.perf_counter()
         training = end - self._started - self._seconds
@@ -496,6 +523,10 @@ class Monitor:
             },
             "run_dir": None if self.run_dir is None else str(self.run_dir),
         }
+
+
+def _mean_dtype(loss: Tensor) -> torch.dtype:
+    return loss.dtype if loss.dtype in (torch.float32, torch.float64) else torch.float32
 
 
 def _full_precision(device: str) -> Any:

@@ -111,6 +111,15 @@ class NoteTaker:
                 "ignored, or a loss that is exactly zero). Nothing is concluded from such steps.",
                 step,
             )
+        if measured == PATIENCE and probe.delivered and probe.without_features >= probe.fired:
+            self.note(
+                "no_features",
+                "The watched logits come with no features of the same rows (another layer feeds them): the "
+                "feature mean, its growth and the logit displacement are not available, so that *inflating* "
+                "and *imminent* cannot be reached by rounding. Name the linear layer that makes the logits "
+                "with head=....",
+                step,
+            )
         if reader.unreadable:
             self.note(
                 "state_unreadable",

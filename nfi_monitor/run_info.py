@@ -26,7 +26,7 @@ def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -
         "torch": torch.__version__,
         "model": type(model).__name__,
         "parameters": sum(parameter.numel() for parameter in parameters),
-        "dtypes": sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters}),
+        "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         "head": head.describe() if head is not None else "none: rows come from monitor.tap()",
         "classes": head.outputs if head is not None else None,
         "optimizer": {

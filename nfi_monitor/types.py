@@ -187,21 +187,6 @@ class Reading:
 
 
 @dataclass(frozen=True)
-class Clock:
-    """What turns optimizer steps into the units of detection.
-
-    ``beta2`` is that of the parameter group which holds the head; ``tau`` = 1/(1 − β2) optimizer
-    steps, the memory of the second moment and the natural clock of a slingshot.
-    """
-
-    beta2: float = 0.999
-
-    @property
-    def tau(self) -> float:
-        return 1.0 / max(1.0 - self.beta2, 1e-9)
-
-
-@dataclass(frozen=True)
 class Thresholds:
     """Every constant the detector uses, with its unit.
 
@@ -251,15 +236,13 @@ class Thresholds:
 
     # --- what a slingshot is ---------------------------------------------------------------------
     spike_low: float = 1e-2
-    """W. Wu 2024: a slingshot starts when the loss, having been below this ..."""
+    """W. Wu 2024: a slingshot starts when the loss, having been below this (on average) ..."""
     spike_high: float = 1e-1
     """... exceeds this, and ends when it is back below ``spike_low``."""
     spike_rise: float = 0.7
-    """For runs whose loss floor is above ``spike_low``: nats of log loss above its own baseline."""
+    """Nats of log loss above its running average that any spike has at least."""
     spike_sigmas: float = 6.0
-    """And robust standard deviations of log loss above it."""
-    spike_baseline: float = 5.0
-    """Time constant of that baseline, in τ, clipped to [50, 500] steps."""
+    """And robust standard deviations of log loss above it; half as many, four readings in a row, will do."""
     recovered: float = 2.0
     """How long the loss must stay back, in τ (at most 200 steps), before a new event may begin."""
 

@@ -155,6 +155,28 @@ def test_a_gradient_scaler_that_skips_steps_trains_alike() -> None:
         assert differences(*results) == []
 
 
+@pytest.mark.parametrize("place", ["head", "embedding"])
+def test_parametrized_layers_are_not_run_by_looking_at_them(place: str) -> None:
+    """Reading the weight of a spectrally normalised layer moves its buffers."""
+    from torch.nn.utils import parametrizations
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Embedding(20, 16)
+            self.head = nn.Linear(16, 7)
+            parametrizations.spectral_norm(self.head if place == "head" else self.embed)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.embed((x.abs() * 7).long() % 20).mean(1))
+
+    results = []
+    for monitored in (None, {"every": 1}):
+        torch.manual_seed(0)
+        results.append(train(plain, adamw(), Text(), monitored))
+    assert differences(*results) == []
+
+
 def test_a_copied_or_saved_model_carries_no_live_probe() -> None:
     model = Net()
     optimizer = adamw()(model)

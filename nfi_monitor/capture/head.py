@@ -36,13 +36,13 @@ class Head:
 
     @property
     def weight(self) -> nn.Parameter | None:
-        weight = getattr(self.module, "weight", None)
-        return weight if isinstance(weight, nn.Parameter) and weight.dim() == 2 else None
+        weight = _own_parameter(self.module, "weight")
+        return weight if weight is not None and weight.dim() == 2 else None
 
     @property
     def bias(self) -> nn.Parameter | None:
-        bias = getattr(self.module, "bias", None)
-        return bias if isinstance(bias, nn.Parameter) and bias.dim() == 1 else None
+        bias = _own_parameter(self.module, "bias")
+        return bias if bias is not None and bias.dim() == 1 else None
 
     def classes_first(self, tensor: Tensor) -> Tensor:
         """A [K, d] view of the weight or of its gradient."""
@@ -72,7 +72,13 @@ def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
         HeadNotFoundError: nothing or more than one module fits; the message lists the candidates.
     """
     modules = {_clean(name, model): module for name, module in model.named_modules()}
-    linears = {name: module for name, module in modules.items() if _is_linear(module)}
+    adapted = [name for name, module in modules.items() if "base_layer" in module._modules]  # LoRA and kin
+    linears = {
+        name: module
+        for name, module in modules.items()
+        if name in adapted
+        or (_is_linear(module) and not any(name.startswith(owner + ".") for owner in adapted))
+    }
     if head is not None:
         return _named(model, modules, linears, head)
 
@@ -104,6 +110,12 @@ def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
         raise HeadNotFoundError(
             _advice(f"{last!r} and {rivals[-1]!r} read the same features: which is the head?", linears)
         )
+    after = list(modules)[list(modules).index(last) + 1 :]
+    convolutions = [name for name in after if isinstance(modules[name], nn.modules.conv._ConvNd)]
+    if convolutions:
+        raise HeadNotFoundError(
+            _advice(f"ends in a convolution ({convolutions[-1]!r}), not in a linear layer", linears)
+        )
     return _describe(model, last, linears[last])
 
 
@@ -124,12 +136,19 @@ def _named(
 
 
 def _describe(model: nn.Module, name: str, module: nn.Module) -> Head:
-    weight = getattr(module, "weight", None)
+    weight = _own_parameter(module, "weight")
     conv1d = type(module).__name__ == "Conv1D"
-    tied = isinstance(weight, nn.Parameter) and any(
-        isinstance(other, nn.Embedding) and other.weight is weight for other in model.modules()
+    tied = weight is not None and any(
+        isinstance(other, nn.Embedding) and _own_parameter(other, "weight") is weight
+        for other in model.modules()
     )
     return Head(name, module, 1 if conv1d else 0, tied)
+
+
+def _own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
+    """A registered parameter, never the attribute: reading a parametrized one (spectral norm) runs code of
+    the model's, which moves its buffers or draws random numbers."""
+    return module._parameters.get(name)
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -199,7 +218,9 @@ class HeadProbe:
         self.fired_without_gradient = 0
         self.traced = 0
         self.tapped = False
+        self.without_features = 0
         self._features: Tensor | None = None
+        self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
     @property
     def level(self) -> str:
@@ -208,7 +229,7 @@ class HeadProbe:
             return "tap"
         return "rows" if self.delivered else "weight_gradient"
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
             # Inside a compiled graph a Python hook would be a graph break; the head's weight gradient
             # is read instead.  (The count is a constant to the tracer: set, not added to.)
@@ -216,14 +237,17 @@ class HeadProbe:
             return
         try:
             step = self._wanted()
-            if step is None or not isinstance(output, Tensor):
+            if step is None or not isinstance(output, Tensor) or _inside_functorch(output):
                 return
             if not (module.training and torch.is_grad_enabled() and output.requires_grad):
                 self.fired_without_gradient += 1
                 return
-            features = args[0] if args and isinstance(args[0], Tensor) else None
+            inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            features = next(inputs, None)
             if self.tapped:
-                self._features = features  # the tapped tensor comes later; these may be its features
+                self._features = (
+                    None if features is None else features.detach()
+                )  # the tapped tensor comes later; these may be its features
             else:
                 self._watch(output, features, step, tapped=False)
         except Exception as error:
@@ -235,7 +259,9 @@ class HeadProbe:
             self.tapped = True
             features, self._features = self._features, None
             step = self._wanted()
-            if step is not None and torch.is_grad_enabled() and logits.requires_grad:
+            if step is None or _inside_functorch(logits):
+                return
+            if torch.is_grad_enabled() and logits.requires_grad:
                 self._watch(logits, features, step, tapped=True)
         except Exception as error:
             self._failed("rows", error)
@@ -253,11 +279,13 @@ class HeadProbe:
         def sample(tensor: Tensor) -> Tensor:
             return tensor.detach().reshape(-1, tensor.shape[-1])[first::stride]
 
-        # With a stride, copy: a view would keep the whole [N, K] storage alive until the backward.
-        kept = sample(logits).clone() if stride > 1 else sample(logits)
-        kept_features = None
+        # Copies: some losses write their gradient over the logits, and a strided view would keep the whole
+        # [N, K] and [N, d] storages alive.  All rows of the features are autograd's own and are shared.
+        kept = [sample(logits).clone()]
         if features is not None and features.shape[:-1] == logits.shape[:-1]:
-            kept_features = sample(features)
+            kept.append(sample(features).clone() if stride > 1 else sample(features))
+        else:
+            self.without_features += 1
 
         def on_gradient(grad: Tensor | None) -> None:
             # None: some compiled outer graphs call tensor hooks so.  Tapped after this forward: the
@@ -266,11 +294,18 @@ class HeadProbe:
                 return
             try:
                 self.delivered += 1
-                self._deliver(Rows(sample(local(grad)), kept, kept_features, total))
+                if kept:  # a second backward through the same graph shows the same rows again
+                    features = kept[1] if len(kept) > 1 else None
+                    self._deliver(Rows(sample(local(grad)), kept[0], features, total))
+                    kept.clear()  # the graph may outlive its backward
             except Exception as error:
                 self._failed("rows", error)
 
         logits.register_hook(on_gradient)
+
+    def forget(self) -> None:
+        """Let go of features whose logits were never tapped."""
+        self._features = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InertProbe:
         return InertProbe()
@@ -282,5 +317,11 @@ class HeadProbe:
 class InertProbe:
     """What a copied or unpickled model carries in the place of a :class:`HeadProbe`."""
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         return None
+
+
+def _inside_functorch(tensor: Tensor) -> bool:
+    """Under vmap and torch.func.grad tensors are wrapped: there are no rows to read."""
+    wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
+    return bool(wrapped is not None and wrapped(tensor))

@@ -7,6 +7,8 @@ gradient scaler unscales them in place.
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +25,8 @@ HEAD_ELEMENTS = 1 << 18
 MEAN_ELEMENTS = 1 << 20
 """Head weights read for W_G and for the batch-level zero-sum per step; larger heads are read less often."""
 
-SECOND_MOMENT = "exp_avg_sq"
+SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq")
+"""Names of the second moment in an optimizer's state; with amsgrad the maximum is what divides."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Update:
 class _Before:
     sample: CoordinateSample
     params: tuple[nn.Parameter, ...]
-    grad: Tensor
+    grad: Tensor | None  # None: to be read after the step
     before: Tensor
     found_inf: Tensor | None
     head_weight: Tensor | None
@@ -119,21 +122,26 @@ class OptimizerReader:
     def has_second_moment(self) -> bool | None:
         """Whether the state keeps ``exp_avg_sq``; None before the first step, when nobody can know."""
         states = [state for state in self.optimizer.state.values() if state]
-        return any(SECOND_MOMENT in state for state in states) if states else None
+        return any(_second_moment(state) is not None for state in states) if states else None
 
-    def before(self, step: int) -> _Before | None:
-        """Call in the step's pre-hook. None when no parameter has a gradient."""
-        layout = self._layout()
+    def before(self, step: int, *, closure: bool = False) -> _Before | None:
+        """Call in the step's pre-hook. None when no parameter has a gradient.
+
+        ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning): they are read after it.
+        """
+        layout = self._layout(needs_gradient=not closure)
         if layout is None:
             return None
         sample, params = layout
-        grad = sample.gather([param.grad for param in params if param.grad is not None])
-        grad_scale = getattr(self.optimizer, "grad_scale", None)
-        if isinstance(grad_scale, Tensor):
-            grad = grad / grad_scale.to(grad.dtype)
+        grad = None
+        if not closure:
+            grad = sample.gather([param.grad for param in params if param.grad is not None])
+            grad_scale = getattr(self.optimizer, "grad_scale", None)
+            if isinstance(grad_scale, Tensor):
+                grad = grad / grad_scale.to(grad.dtype)
         found_inf = getattr(self.optimizer, "found_inf", None)
         weight, bias = self._head_rows()
-        weight_grad, bias_grad = self._head_gradients(step)
+        weight_grad, bias_grad = (None, None) if closure else self._head_gradients(step)
         return _Before(
             sample=sample,
             params=params,
@@ -146,35 +154,43 @@ class OptimizerReader:
             head_bias_grad=bias_grad,
         )
 
-    def after(self, start: _Before, step: int) -> Update:
-        """Call in the step's post-hook, with what :meth:`before` returned."""
+    def after(self, start: _Before, step: int) -> Update | None:
+        """Call in the step's post-hook, with what :meth:`before` returned. None without gradients."""
+        grad, weight_grad, bias_grad = start.grad, start.head_weight_grad, start.head_bias_grad
+        if grad is None:
+            gradients = [param.grad for param in start.params if param.grad is not None]
+            if len(gradients) < len(start.params):
+                self.unreadable.add("gradients that exist only inside optimizer.step(closure)")
+                return None
+            grad = start.sample.gather(gradients)
+            weight_grad, bias_grad = self._head_gradients(step)
         states = [self.optimizer.state.get(param, {}) for param in start.params]
-        moments = [state.get(SECOND_MOMENT) for state in states]
+        moments = [_second_moment(state) for state in states]
         exp_avg_sq = None
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
         if all(isinstance(moment, Tensor) for moment in moments):
-            exp_avg_sq = self._packed("moments", start.sample, moments)
+            exp_avg_sq = self._packed("moments", start.sample, moments)  # type: ignore[arg-type]
             correction, eps = self._constants(start, states)
         weight, bias = self._head_rows()
         full = self.head.weight if self.head is not None else None
         position = next((i for i, param in enumerate(start.params) if param is full), None)
         return Update(
             sample=start.sample,
-            grad=start.grad,
+            grad=grad,
             before=start.before,
             after=self._packed("params", start.sample, start.params),
             exp_avg_sq=exp_avg_sq,
             correction=correction,
             eps=eps,
-            lr=_host(self.group_of(full)["lr"]),
+            lr=_host(self.group_of(full).get("lr")),
             found_inf=start.found_inf,
             head_position=position,
             head_weight_update=_difference(weight, start.head_weight),
             head_bias_update=_difference(bias, start.head_bias),
             head_weight=self._whole_head(step),
-            head_weight_grad=start.head_weight_grad,
-            head_bias_grad=start.head_bias_grad,
+            head_weight_grad=weight_grad,
+            head_bias_grad=bias_grad,
         )
 
     def _packed(self, kind: str, sample: CoordinateSample, tensors: Sequence[Tensor]) -> Tensor:
@@ -189,12 +205,12 @@ class OptimizerReader:
 
     # --- coordinates ---------------------------------------------------------------------------
 
-    def _layout(self) -> tuple[CoordinateSample, tuple[nn.Parameter, ...]] | None:
+    def _layout(self, *, needs_gradient: bool) -> tuple[CoordinateSample, tuple[nn.Parameter, ...]] | None:
         params = [
             param
             for group in self.optimizer.param_groups
             for param in group["params"]
-            if param.grad is not None
+            if (param.grad is not None if needs_gradient else param.requires_grad)
         ]
         key = (len(self.optimizer.state), *map(id, params))
         found = self._layouts.get(key)
@@ -215,10 +231,10 @@ class OptimizerReader:
         anchor = self.head.weight if self.head is not None and self.head.weight is not None else None
         dense = []
         for param in params:
-            grad = param.grad
-            if grad is None or local(param).numel() == 0:
+            if local(param).numel() == 0:
                 continue
-            if grad.layout is not torch.strided or param.is_complex():
+            dense_gradient = param.grad is None or param.grad.layout is torch.strided
+            if not dense_gradient or param.is_complex():
                 self.unreadable.add("sparse or complex parameters")
                 continue
             dense.append(param)
@@ -230,7 +246,7 @@ class OptimizerReader:
                 dense = [param for param in dense if param.device == device]
         with_moment = []
         for param in dense:
-            moment = self.optimizer.state.get(param, {}).get(SECOND_MOMENT)
+            moment = _second_moment(self.optimizer.state.get(param, {}))
             if moment is None:
                 continue
             if (
@@ -246,6 +262,11 @@ class OptimizerReader:
                 with_moment.append(param)
             else:
                 self.unreadable.add(f"{type(moment).__name__} optimizer state")
+        if with_moment and len(with_moment) < len(dense):
+            self.unreadable.add(
+                f"{len(dense) - len(with_moment)} of {len(dense)} parameters, which have no exp_avg_sq while "
+                "others do (norms and update RMS leave them out, too)"
+            )
         return with_moment or dense
 
     def _constants(
@@ -256,8 +277,15 @@ class OptimizerReader:
         for param, state in zip(start.params, states, strict=True):
             group = self._groups.get(id(param)) or self.group_of(param)
             beta2 = float(group.get("betas", (0.0, 0.999))[1])
-            taken = _host(state.get("step", 0))
-            pairs.append((1.0 - beta2**taken, float(group.get("eps", 1e-8))))
+            # Some optimizers count in the group (fused ones of other libraries), some not at all.
+            taken = state.get("step", group.get("step", group.get("k")))
+            eps = group.get("eps", 1e-8)
+            pairs.append(
+                (
+                    1.0 if taken is None else 1.0 - beta2 ** _host(taken),
+                    float(eps) if isinstance(eps, (int, float)) else 0.0,
+                )
+            )
         first = pairs[0]
         if any(isinstance(correction, Tensor) for correction, _ in pairs):
             # Capturable and fused steps count on the device.  One value for all: reading them apart
@@ -265,16 +293,23 @@ class OptimizerReader:
             return first[0], first[1]
         if all(pair == first for pair in pairs):
             return max(first[0], 1e-12), first[1]
-        device = start.grad.device
+        device = start.before.device
         correction = torch.tensor([max(pair[0], 1e-12) for pair in pairs], device=device)
-        eps = torch.tensor([pair[1] for pair in pairs], device=device)
-        return correction[start.sample.segments], eps[start.sample.segments]
+        epsilons = torch.tensor([pair[1] for pair in pairs], device=device)
+        return correction[start.sample.segments], epsilons[start.sample.segments]
 
     # --- the head --------------------------------------------------------------------------------
 
+    def _readable_head(self) -> Head | None:
+        """The head, unless its weight is sharded: sums over a part of the classes mean nothing."""
+        if self.head is not None and hasattr(self.head.weight, "to_local"):
+            self.unreadable.add("the head's weight, which is sharded over ranks")
+            return None
+        return self.head
+
     def _head_rows(self) -> tuple[Tensor | None, Tensor | None]:
         """Views of a stride of the head's class rows and of the bias entries of the same classes."""
-        head = self.head
+        head = self._readable_head()
         if head is None or head.weight is None or not self.holds(head.weight):
             return None, None
         weight = head.classes_first(head.weight.detach())
@@ -283,14 +318,14 @@ class OptimizerReader:
         return weight[::stride], bias
 
     def _whole_head(self, step: int) -> Tensor | None:
-        head = self.head
+        head = self._readable_head()
         if head is None or head.weight is None:
             return None
         every = -(-head.weight.numel() // MEAN_ELEMENTS)
         return head.classes_first(head.weight.detach()) if step % every == 0 else None
 
     def _head_gradients(self, step: int) -> tuple[Tensor | None, Tensor | None]:
-        head = self.head
+        head = self._readable_head()
         if head is None or head.weight is None or head.tied or head.outputs == 1:
             return None, None
         grad, bias_grad = head.weight.grad, None
@@ -309,12 +344,21 @@ class OptimizerReader:
 class StepHooks:
     """The pair of hooks around ``optimizer.step()``, with their handles."""
 
-    def __init__(self, optimizer: Optimizer, before: Callable[[], None], after: Callable[[], None]) -> None:
+    def __init__(
+        self, optimizer: Optimizer, before: Callable[[bool], None], after: Callable[[], None]
+    ) -> None:
         def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            before()
+            # Bound as an instance method: args may begin with the optimizer itself.
+            given = [*args, *kwargs.values()]
+            before(any(callable(value) and not isinstance(value, Optimizer) for value in given))
 
         def post(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             after()
+
+        if "torch._dynamo" in sys.modules:
+            # A compiled step must not trace the monitor.  (Importing dynamo for a run that does not compile
+            # would cost a second; one that compiles has it already.)
+            pre, post = torch.compiler.disable(pre), torch.compiler.disable(post)
 
         self._handles = [
             optimizer.register_step_pre_hook(pre),
@@ -326,12 +370,19 @@ class StepHooks:
             handle.remove()
 
 
+def _second_moment(state: Mapping[str, Any]) -> Tensor | None:
+    for name in SECOND_MOMENTS:
+        if isinstance(state.get(name), Tensor):
+            return state[name]  # type: ignore[no-any-return]
+    return None
+
+
 def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
     return None if after is None or before is None else after - before
 
 
 def _host(value: Any) -> Any:
-    """A float where that costs no synchronisation, else the tensor."""
+    """A float where that costs no synchronisation, else the tensor; NaN for None (self-scheduled rates)."""
     if isinstance(value, Tensor) and value.device.type != "cpu":
         return value
-    return float(value)
+    return math.nan if value is None else float(value)

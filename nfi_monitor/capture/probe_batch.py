@@ -21,7 +21,15 @@ class ProbeBatch:
     def __init__(self, model: nn.Module, inputs: Any, targets: Tensor) -> None:
         if not isinstance(targets, Tensor) or targets.is_floating_point():
             raise ValueError("probe=(inputs, targets): targets must be a tensor of integer labels.")
-        self._model = model
+        if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+            raise ValueError(
+                "probe= cannot be used on a model that is sharded over ranks: its forward communicates, and "
+                "each rank decides on its readings alone. Leave it out."
+            )
+        # Inside data parallelism: the wrapper's forward broadcasts buffers, which only all ranks together
+        # may do.
+        wrapped = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
+        self._model: nn.Module = model.module if wrapped else model  # type: ignore[assignment]
         self._inputs = inputs
         self._targets = targets
         self._margins: Tensor | None = None
@@ -47,6 +55,8 @@ class ProbeBatch:
             finally:
                 for module, mode in modes:
                     module.training = mode
+        if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+            output = output[0]
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
         if logits is None and isinstance(output, Mapping):
             logits = output.get("logits")

@@ -6,14 +6,13 @@ Measured on modular division (β2 = .95): moving the loss to float64 averts the 
 
 from __future__ import annotations
 
-from nfi_monitor.types import AlertKind, Mechanism, Phase
+from nfi_monitor.types import AlertKind, Mechanism
 
 _FLOAT64 = "Compute the loss in float64: criterion(logits.double(), target). Parameters stay as they are."
-_HALF = (
-    "Compute the loss in float32: criterion(logits.float(), target). Half precision absorbs at margins of "
-    "5–8 nats."
+_PROJECT = (
+    "Or project the gradient: if logits.requires_grad: logits.register_hook(lambda g: g - g.mean(-1, "
+    "keepdim=True))."
 )
-_PROJECT = "Or project the gradient: logits.register_hook(lambda g: g - g.mean(-1, keepdim=True))."
 _EPSILON = "Or raise Adam's eps to 1e-6 or more: for group in optimizer.param_groups: group['eps'] = 1e-6."
 _COOL = (
     "Multiply the learning rate by 0.1 for about {steps} steps now; it works up to a few steps before the "
@@ -22,12 +21,9 @@ _COOL = (
 _SAVE = "Save a checkpoint now: what follows may not be undone by training on."
 
 
-def advice_for(
-    kind: AlertKind, mechanism: Mechanism, phase: Phase, tau: float, *, half_precision: bool = False
-) -> tuple[str, ...]:
+def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, ...]:
     """Advice in the order to try it; the first is the action to take."""
     cool = _COOL.format(steps=max(10, round(2 * tau)))
-    precise = _HALF if half_precision else _FLOAT64
     if kind is AlertKind.NON_FINITE:
         return (
             "Stop and go back to the last checkpoint: weights that took a NaN or Inf do not come back.",
@@ -35,10 +31,10 @@ def advice_for(
         )
     if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
         if kind is AlertKind.IMMINENT:
-            return (cool, precise + " Too late for this spike if fewer than 1.25 τ are left.", _SAVE)
+            return (cool, _FLOAT64 + " Too late for this spike if fewer than 1.25 τ are left.", _SAVE)
         if kind is AlertKind.SLINGSHOT:
-            return (precise + " It prevents the next one.", _PROJECT, _EPSILON)
-        return (precise, _PROJECT, _EPSILON)
+            return (_FLOAT64 + " It prevents the next one.", _PROJECT, _EPSILON)
+        return (_FLOAT64, _PROJECT, _EPSILON)
     if mechanism is Mechanism.SECOND_MOMENT:
         if kind is AlertKind.SLINGSHOT:
             return (

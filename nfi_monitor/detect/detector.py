@@ -40,7 +40,6 @@ class Context:
     beta1: float = 0.9
     beta2: float = 0.999
     decoupled_decay: bool = False  # AdamW-style weight decay is on
-    half_precision: bool = False  # the loss reads half-precision logits
     no_classes: bool = False  # the head has one output
     layer: str | None = None
     rank: int = 0
@@ -85,6 +84,7 @@ class Detector:
         self._coasting, self._kicking = Hysteresis(), Hysteresis()
         self._firing: dict[AlertKind, int] = {}  # kind → index into alerts
         self._counts: dict[str, int] = {}
+        self._told = False  # a loss was observed
         self._causes = self._observe()
 
     @property
@@ -100,7 +100,11 @@ class Detector:
         """Judge one reading."""
         tau, limits = self.context.tau, self.limits
         was = self.spike.state
-        loss = reading.get("loss", reading.get("head_loss"))
+        # What is told and what the head shows differ (penalties, weights): once told, never the other.
+        self._told = self._told or "loss" in reading.values
+        loss = reading.get("loss")
+        if not self._told and not self.signals.broken_by_design:
+            loss = reading.get("head_loss")
         state = self.spike.update(reading.step, loss, tau, limits)
         # Between readings the loss comes alone: all it can tell is whether it left its floor.
         alone = len(reading.values) == 1 and "loss" in reading.values
@@ -244,7 +248,7 @@ class Detector:
     def _evidence(self, kind: AlertKind) -> dict[str, Evidence]:
         signals, limits = self.signals, self.limits
         items = {
-            "zero_sum_violation": Evidence(signals.violation, limits.absorbing_enter, limits.absorbing_exit),
+            "zero_sum_violation": Evidence(signals.violation, limits.absorbing_enter, 0.0),
             "feature_mean_growth": Evidence(signals.growth, limits.inflating_growth / self.context.tau, 0.0),
             "logit_displacement": Evidence(signals.displacement, limits.imminent_displacement),
             "rms_t_max": Evidence(signals.rms_t_peak, limits.rms_t_imminent, signals.rms_t_mean),
@@ -252,7 +256,7 @@ class Detector:
             "secant_curvature": Evidence(signals.curvature_peak, self.context.stability_limit),
         }
         if kind is AlertKind.SLINGSHOT:
-            items["loss"] = Evidence(self.spike.peak, self.limits.spike_high, self.spike.level)
+            items["loss"] = Evidence(self.spike.peak, self.spike.height, self.spike.floor)
         return {name: item for name, item in items.items() if math.isfinite(item.value)}
 
     # --- alerts: begin, update, end ----------------------------------------------------------------
@@ -357,9 +361,7 @@ class Detector:
         )
 
     def _advice(self, kind: AlertKind, mechanism: Mechanism) -> tuple[str, ...]:
-        return advice_for(
-            kind, mechanism, self.phase, self.context.tau, half_precision=self.context.half_precision
-        )
+        return advice_for(kind, mechanism, self.context.tau)
 
     def _non_finite(self, reading: Reading, verdict: Verdict) -> None:
         loss = reading.values.get("loss", 0.0)
@@ -398,6 +400,7 @@ class Detector:
             "switches": {name: getattr(self, name).state_dict() for name in _SWITCHES},
             "firing": {kind.value: index for kind, index in self._firing.items()},
             "counts": dict(self._counts),
+            "told": self._told,
             "causes": self._causes.__dict__.copy(),
         }
 
@@ -410,6 +413,7 @@ class Detector:
             getattr(self, name).load_state_dict(state["switches"][name])
         self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
         self._counts = dict(state["counts"])
+        self._told = bool(state["told"])
         self._causes = Causes(**state["causes"])
 
 

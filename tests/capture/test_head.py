@@ -108,7 +108,7 @@ def probe() -> tuple[HeadProbe, list[Rows]]:
 
 
 def fire(module: nn.Module, hook: HeadProbe, inputs: Tensor) -> Tensor:
-    handle = module.register_forward_hook(hook)
+    handle = module.register_forward_hook(hook, with_kwargs=True)
     try:
         return module(inputs)  # type: ignore[no-any-return]
     finally:
@@ -162,6 +162,75 @@ def test_a_recomputed_forward_is_delivered_once() -> None:
     for reentrant in (True, False):
         head = nn.Linear(4, 3)
         hook, delivered = probe()
-        head.register_forward_hook(hook)
+        head.register_forward_hook(hook, with_kwargs=True)
         checkpoint(head, torch.randn(2, 4, requires_grad=True), use_reentrant=reentrant).sum().backward()
         assert len(delivered) == 1, reentrant
+
+
+def test_features_given_by_keyword_are_seen() -> None:
+    head = nn.Linear(4, 3)
+    hook, delivered = probe()
+    head.register_forward_hook(hook, with_kwargs=True)
+    inputs = torch.randn(5, 4)
+    head(input=inputs).sum().backward()
+    assert torch.equal(delivered[0].features, inputs)
+
+
+def test_a_loss_that_writes_its_gradient_over_the_logits_leaves_the_rows_as_they_were() -> None:
+    class InPlace(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, logits: Tensor) -> Tensor:
+            ctx.save_for_backward(logits)
+            return logits.logsumexp(-1).sum()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (logits,) = ctx.saved_tensors
+            return logits.copy_(logits.softmax(-1))
+
+    head = nn.Linear(4, 3)
+    hook, delivered = probe()
+    logits = fire(head, hook, torch.randn(6, 4))
+    expected = logits.detach().clone()
+    InPlace.apply(logits).backward()
+    assert torch.equal(delivered[0].logits, expected)
+
+
+def test_rows_let_go_of_their_tensors_once_delivered() -> None:
+    import gc
+    import weakref
+
+    head = nn.Linear(4, 3)
+    hook, delivered = probe()
+    loss = fire(head, hook, torch.randn(6, 4)).sum()
+    loss.backward()
+    kept = weakref.ref(delivered.pop().logits)
+    gc.collect()
+    assert kept() is None, "loss is still alive, and must not keep the rows alive"
+
+
+def test_vmap_and_functional_gradients_are_left_alone() -> None:
+    head = nn.Linear(4, 3)
+    hook, delivered = probe()
+    head.register_forward_hook(hook, with_kwargs=True)
+    torch.func.vmap(torch.func.grad(lambda x: head(x).sum()))(torch.randn(5, 4))
+    head(torch.randn(2, 4)).sum().backward()
+    assert len(delivered) == 1 and delivered[0].total == 2
+
+
+def test_an_adapted_head_is_watched_as_a_whole() -> None:
+    class Adapted(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer, self.down, self.up = nn.Linear(8, 3), nn.Linear(8, 2), nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.base_layer(x) + self.up(self.down(x))
+
+    assert find_head(Body(lm_head=Adapted())).name == "lm_head"
+    assert find_head(Body(last=Adapted())).name == "last"
+
+
+def test_a_convolution_after_the_last_linear_layer_is_not_passed_over() -> None:
+    with pytest.raises(HeadNotFoundError, match=r"ends in a convolution \('final'\)"):
+        find_head(Body(final=nn.Conv2d(8, 3, 1)))

@@ -50,7 +50,8 @@ def test_the_update_holds_what_the_step_really_did(options: dict[str, Any]) -> N
         states = [optimizer.state[p] for p in model.parameters()]
         assert torch.equal(update.before, weights) and torch.equal(update.after, now)
         assert torch.equal(update.grad, torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
-        assert torch.equal(update.exp_avg_sq, torch.cat([s["exp_avg_sq"].reshape(-1) for s in states]))
+        divides = "max_exp_avg_sq" if options.get("amsgrad") else "exp_avg_sq"
+        assert torch.equal(update.exp_avg_sq, torch.cat([s[divides].reshape(-1) for s in states]))
         assert update.correction == pytest.approx(1 - 0.999**step) and update.eps == 1e-7
         assert update.lr == 1e-2
         assert update.head_position == 4
@@ -143,3 +144,53 @@ def test_the_outbox_keeps_the_order_of_what_was_put() -> None:
         outbox.put(label, torch.full((2,), float(label)))
     assert outbox.take() == [(0, [0.0, 0.0]), (1, [1.0, 1.0]), (2, [2.0, 2.0])]
     assert outbox.take(everything=True) == []
+
+
+def test_gradients_made_inside_the_step_are_read_after_it() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    reader = OptimizerReader(optimizer, find_head(model))
+    inputs, targets = batch()
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        return loss
+
+    for step in range(1, 3):
+        start = reader.before(step, closure=True)
+        assert start is not None
+        optimizer.step(closure)
+        update = reader.after(start, step)
+        assert update is not None
+        assert torch.equal(update.grad, torch.cat([p.grad.reshape(-1) for p in model.parameters()]))
+
+
+def test_a_step_count_kept_in_the_group_corrects_the_bias() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    reader = OptimizerReader(optimizer, find_head(model))
+    inputs, targets = batch()
+    F.cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+    for state in optimizer.state.values():
+        del state["step"]
+    optimizer.param_groups[0]["step"] = 5
+    start = reader.before(2)
+    assert start is not None
+    update = reader.after(start, 2)
+    assert update is not None and update.correction == pytest.approx(1 - 0.999**5)
+
+
+def test_parameters_without_a_second_moment_beside_others_with_one_are_said() -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    reader = OptimizerReader(optimizer, find_head(model))
+    inputs, targets = batch()
+    F.cross_entropy(model(inputs), targets).backward()
+    optimizer.step()
+    del optimizer.state[model[0].weight]["exp_avg_sq"]
+    start = reader.before(2)
+    assert start is not None and len(start.params) == 5
+    assert "1 of 6 parameters" in next(iter(reader.unreadable))
