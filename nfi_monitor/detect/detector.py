@@ -217,6 +217,7 @@ class Detector:
         kicking = self._kicking.update(
             step,
             forgotten
+            and self.context.decoupled_decay
             and signals.rms_t >= limits.rms_t_imminent
             and signals.rms_t_mean <= 1.0,  # it had let go: noise around 1 is no kick
             not numeric and signals.rms_t_peak >= limits.rms_t_exit,

@@ -16,7 +16,8 @@ _PARTS = (Ema, Growth, Hysteresis)
 class Signals(Stateful):
     """Updated once a reading; every attribute without an underscore is a signal.
 
-    violation: zero-sum violation, smoothed; NaN while unseen or while the loss breaks it by design.
+    violation: zero-sum violation that reaches the weights, smoothed; NaN while unseen or while the loss
+    breaks it by design.
     growth: d ln‖μ_G‖ / d step, smoothed.  classifier_growth: the same of ‖W_G‖.
     displacement: ln-average of δ in nats (the probe's margins where there is a probe).
     displacement_slope: d ln δ_rms / d step.  rms_t: RMS_t of the last reading; rms_t_peak and
@@ -68,8 +69,7 @@ class Signals(Stateful):
         if "soft_target_fraction" in reading.values:
             self.soft_targets = get("soft_target_fraction") > 0.5
 
-        observed = get("zero_sum_violation", get("zero_sum_violation_weight"))
-        smoothed = self._violation.update(step, observed, window)
+        smoothed = self._violation.update(step, _violation(reading), window)
         self.violation = NAN if self.broken_by_design else smoothed
 
         if "feature_mean_norm" in reading.values:
@@ -124,6 +124,25 @@ class Signals(Stateful):
                 value.load_state_dict(state[name])
             else:
                 setattr(self, name, state[name])
+
+
+REACH = 10.0
+"""How many times larger than the weights' own violation that of the rows may count."""
+
+
+def _violation(reading: Reading) -> float:
+    """The rows' zero-sum violation, as far as it reaches the weights.
+
+    A mean over rows counts a row whose gradient is next to nothing like any other: in ordinary minibatch
+    training half of the rows may be absorbed while the few that carry the gradient are not, and a gradient
+    projected after the monitor's hook breaks no zero-sum where it matters.  So the rows' violation counts up
+    to ten times that of the head's weight gradient (of the batch, where the weight cannot be read).
+    """
+    rows = reading.get("zero_sum_violation")
+    weights = reading.get("zero_sum_violation_weight", reading.get("zero_sum_violation_batch"))
+    if math.isnan(rows) or math.isnan(weights):
+        return weights if math.isnan(rows) else rows
+    return min(rows, REACH * weights)
 
 
 def _log(x: float) -> float:

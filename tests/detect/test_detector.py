@@ -230,3 +230,28 @@ def test_absorption_that_begins_while_the_optimizer_coasts_takes_the_alert_over(
     assert at_risk.first_step < 1800 and at_risk.state is AlertState.FIRING
     assert at_risk.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
     assert "float64" in at_risk.advice[0]
+
+
+def test_a_violation_of_rows_that_does_not_reach_the_weights_is_not_absorbing() -> None:
+    """Ordinary minibatches: half of the rows are absorbed, and the few that carry the gradient are not."""
+    readings = [
+        Reading(r.step, {**r.values, "zero_sum_violation_weight": 1e-5, "loss": 1e-7})
+        for r in numeric_slingshot(100, 400)
+    ]
+    detector, _, phases = run(readings, NUMERIC)
+    assert detector.alerts == [] and set(phases) == {Phase.HEALTHY}
+
+
+def test_where_the_weights_cannot_be_read_the_batchs_violation_decides() -> None:
+    for batch, alarmed in ((1e-6, False), (0.2, True)):
+        readings = [
+            Reading(r.step, {**r.values, "zero_sum_violation_batch": batch})
+            for r in numeric_slingshot(100, 400)
+        ]
+        detector, _, _ = run(readings, NUMERIC)
+        assert (AlertKind.AT_RISK in {alert.kind for alert in detector.alerts}) is alarmed
+
+
+def test_without_weight_decay_noise_in_rms_t_is_no_kick() -> None:
+    detector, _, _ = run(second_moment_slingshot(300, 2500), Context(beta2=0.999, no_classes=True))
+    assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]

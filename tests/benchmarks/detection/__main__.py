@@ -1,0 +1,107 @@
+"""Score the warnings on many trainings: ``python -m tests.benchmarks.detection``.
+
+    python -m tests.benchmarks.detection                      # the quick suite, minutes
+    python -m tests.benchmarks.detection --suite full --jobs 8
+    python -m tests.benchmarks.detection --score-only         # after a change of the detector: seconds
+    python -m tests.benchmarks.detection --families vit vit-probe
+
+Trainings are recorded once and kept in ``--cache``; an interrupted command goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from joblib import Parallel, delayed
+from rich.console import Console
+from rich.progress import Progress
+
+from tests.benchmarks.detection import report
+from tests.benchmarks.detection.evaluate import Result, evaluate_file, total
+from tests.benchmarks.detection.families import Family, suite
+from tests.benchmarks.detection.generate import CACHE, generate, is_whole, path_of
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks.detection",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--suite", choices=["quick", "full"], default="quick")
+    parser.add_argument("--families", nargs="+", metavar="NAME", help="these only, whatever the suite")
+    parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s; -1: all cores)")
+    parser.add_argument("--backend", default="loky", help='joblib backend, for instance "ray" (default loky)')
+    parser.add_argument("--cache", type=Path, default=CACHE, help="recorded runs (default %(default)s)")
+    parser.add_argument("--score-only", action="store_true", help="record nothing; score what is there")
+    parser.add_argument("--refresh", action="store_true", help="record anew what is there already")
+    parser.add_argument("--out", type=Path, help="the table (default RESULTS.md beside this file)")
+    args = parser.parse_args(argv)
+    if args.score_only and args.refresh:
+        parser.error("--score-only and --refresh exclude each other")
+    try:
+        args.chosen = suite(args.suite, args.families)
+    except ValueError as error:
+        parser.error(str(error))
+    return args
+
+
+def recorded(args: argparse.Namespace, console: Console) -> list[tuple[Family, int, Path]]:
+    """Runs that are there, after making those that are not (unless scoring only)."""
+    wanted = [
+        (family, seed, path_of(family, seed, args.cache)) for family in args.chosen for seed in family.seeds
+    ]
+    if args.score_only:
+        there = [item for item in wanted if is_whole(item[2])]
+        if len(there) < len(wanted):
+            console.print(f"{len(wanted) - len(there)} of {len(wanted)} runs are not recorded: left out.")
+        return there
+    with Progress(console=console) as progress:
+        task = progress.add_task("recording", total=sum(family.steps for family, _, _ in wanted))
+        for family, _, _ in generate(
+            args.chosen, args.cache, jobs=args.jobs, backend=args.backend, refresh=args.refresh
+        ):
+            progress.advance(task, family.steps)
+    return wanted
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse(argv)
+    torch.set_num_threads(1)
+    console = Console()
+    started = time.perf_counter()
+    runs = recorded(args, console)
+    if not runs:
+        console.print("No recorded runs. Leave out --score-only to make them.")
+        return 1
+    made = time.perf_counter()
+    scored: list[tuple[Family, int, Result, dict[str, Any]]] = Parallel(n_jobs=args.jobs)(
+        delayed(evaluate_file)(*run) for run in runs
+    )
+    results: report.Results = {}
+    for family in args.chosen:
+        of_family = [result for other, _, result, _ in scored if other.name == family.name]
+        if of_family:
+            results[family.name] = (family, total(of_family))
+    report.show(results, console)
+    chosen = f" --families {' '.join(args.families)}" if args.families else f" --suite {args.suite}"
+    text = report.page(
+        results, f"python -m tests.benchmarks.detection{chosen}", [info for _, _, _, info in scored]
+    )
+    # A few families on their own are a look, not the record.
+    out = args.out or (
+        None if args.families or len(scored) < sum(len(f.seeds) for f in args.chosen) else report.RESULTS
+    )
+    if out is not None:
+        out.write_text(text, encoding="utf-8")
+        console.out(f"written: {out}", highlight=False)
+    console.print(f"recorded in {made - started:.0f} s, scored in {time.perf_counter() - made:.1f} s")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

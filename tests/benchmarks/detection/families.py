@@ -1,0 +1,206 @@
+"""The registry: which trainings the proving ground consists of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from tests.benchmarks.detection import setups
+from tests.benchmarks.detection.training import Arm, Training
+
+NUMERIC, SECOND_MOMENT, EDGE = "numerical_feature_inflation", "second_moment", "edge_of_stability"
+EXTERNAL = "external"
+"""A kick from outside: the monitor has no word for it and may say "unknown"."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """Runs that differ in nothing but their seed."""
+
+    name: str
+    build: Callable[[int, Arm], Training]
+    steps: int
+    seeds: tuple[int, ...]
+    mechanism: str | None  # what its slingshots come from; None: there should be none
+    quick: bool = False
+    arm: Arm = field(default_factory=Arm)
+
+    @property
+    def quiet(self) -> bool:
+        return self.mechanism is None
+
+    def config(self) -> str:
+        """All that a run of it depends on, besides the code of the set-ups and the seed."""
+        build: Any = self.build
+        function = build.func if isinstance(build, partial) else build
+        keywords = build.keywords if isinstance(build, partial) else {}
+        return repr((function.__qualname__, sorted(keywords.items()), self.steps, self.arm))
+
+
+def _family(
+    name: str,
+    build: Callable[..., Training],
+    steps: int,
+    seeds: int,
+    mechanism: str | None,
+    *,
+    quick: bool = False,
+    arm: Arm | None = None,
+    **variation: Any,
+) -> Family:
+    """``seeds`` is how many, from 0; the variation goes to the builder."""
+    bound = partial(build, **variation)
+    return Family(name, bound, steps, tuple(range(seeds)), mechanism, quick, arm or Arm())
+
+
+FLOAT64, PROJECTED = Arm("float64"), Arm(project=True)
+_CAPPED, _Z, _L2 = ("soft_capped", 15.0), ("z_loss", 1e-3), ("logit_l2", 1e-3)
+_SMALL: dict[str, Any] = {"rows": 300, "bits": 20, "width": 64}
+_DECAYED: dict[str, Any] = {
+    "p": 23,
+    "layers": 1,
+    "norm": True,
+    "weight_decay": 1.0,
+    "lr": 3e-3,
+    "beta2": 0.98,
+}
+
+
+def _spiking() -> list[Family]:
+    mlp, transformer, parity = setups.modular_mlp, setups.modular_transformer, setups.sparse_parity
+    digits = setups.digits_mlp
+    return [
+        # Modular arithmetic, full batch: the known cycle.
+        _family("division-23", mlp, 1600, 2, NUMERIC, quick=True, p=23),
+        _family("division-17", mlp, 1800, 2, NUMERIC, quick=True, p=17, width=64),
+        _family("addition-17", mlp, 1800, 1, NUMERIC, quick=True, p=17, width=64, operation="+"),
+        _family("multiplication-17", mlp, 1800, 1, NUMERIC, quick=True, p=17, width=64, operation="*"),
+        _family("division-23-long", mlp, 6000, 6, NUMERIC, p=23),
+        _family("division-23-wide", mlp, 4000, 4, NUMERIC, p=23, width=512),
+        _family("division-23-deep", mlp, 4000, 4, NUMERIC, p=23, depth=5),
+        _family("division-23-shallow", mlp, 6000, 4, NUMERIC, p=23, depth=1),
+        _family("division-23-beta-99", mlp, 10_000, 4, NUMERIC, p=23, beta2=0.99),
+        _family("division-23-beta-999", mlp, 40_000, 3, NUMERIC, p=23, beta2=0.999),
+        _family("addition-23", mlp, 6000, 4, NUMERIC, p=23, operation="+"),
+        _family("multiplication-23", mlp, 6000, 4, NUMERIC, p=23, operation="*"),
+        _family("division-97", mlp, 8000, 2, NUMERIC, p=97, width=512, depth=5, batch=512, beta2=0.999),
+        _family("narrow-high-lr", mlp, 2000, 2, NUMERIC, quick=True, p=17, width=20, lr=1e-2),
+        _family("narrow-high-lr-long", mlp, 8000, 6, NUMERIC, p=17, width=20, lr=1e-2),
+        _family("decay", mlp, 2000, 1, NUMERIC, quick=True, p=17, width=64, weight_decay=0.1),
+        _family("decay-long", mlp, 6000, 4, NUMERIC, p=23, weight_decay=0.1),
+        _family("decay-strong", mlp, 6000, 4, NUMERIC, p=23, weight_decay=1.0),
+        _family("minibatch", mlp, 8000, 4, NUMERIC, p=37, depth=4, batch=256),
+        _family("minibatch-half", mlp, 3000, 1, NUMERIC, quick=True, p=13, width=64, batch=64),
+        # Transformers on the same task.
+        _family("transformer-13", transformer, 1300, 1, NUMERIC, quick=True, p=13, width=48, layers=1),
+        _family("transformer-17", transformer, 3000, 4, NUMERIC, p=17),
+        _family("transformer-17-beta-99", transformer, 8000, 2, NUMERIC, p=17, beta2=0.99),
+        _family("transformer-norm", transformer, 6000, 3, NUMERIC, p=17, norm=True),
+        _family("transformer-norm-probe", transformer, 6000, 3, NUMERIC, p=17, norm=True, probe=True),
+        # Half-precision losses: rounding at margins of a few nats.
+        _family("bfloat16-loss", mlp, 1200, 1, NUMERIC, quick=True, arm=Arm("bfloat16"), p=17, width=64),
+        _family("float16-loss", mlp, 1200, 1, NUMERIC, quick=True, arm=Arm("float16"), p=17, width=64),
+        _family("bfloat16-loss-long", mlp, 6000, 4, NUMERIC, arm=Arm("bfloat16"), p=23),
+        _family("float16-loss-long", mlp, 6000, 4, NUMERIC, arm=Arm("float16"), p=23),
+        # Digits.
+        _family("digits", digits, 1900, 1, NUMERIC, quick=True),
+        _family("digits-long", digits, 6000, 4, NUMERIC),
+        _family("vgg11", setups.digit_vgg, 2000, 3, NUMERIC),
+        _family("vgg11-norm-inside", setups.digit_vgg, 2000, 2, NUMERIC, norm=True),
+        _family("vit", setups.digit_vit, 2500, 3, NUMERIC),
+        _family("vit-probe", setups.digit_vit, 2500, 3, NUMERIC, probe=True),
+        # k-sparse parity: cross-entropy is numeric, hinge is not.
+        _family("parity-ce-95", parity, 3000, 1, NUMERIC, quick=True, hinge=False, beta2=0.95, **_SMALL),
+        _family("parity-ce-99", parity, 12_000, 4, NUMERIC, hinge=False, beta2=0.99, **_SMALL),
+        _family("parity-ce", parity, 24_000, 6, NUMERIC, hinge=False),
+        _family("parity-hinge-95", parity, 2500, 1, SECOND_MOMENT, quick=True, hinge=True, beta2=0.95,
+                weight_decay=0.1, rows=500, width=64),
+        _family("parity-hinge-99", parity, 2500, 1, SECOND_MOMENT, quick=True, hinge=True, beta2=0.99,
+                weight_decay=0.03, rows=500, width=64),
+        _family("parity-hinge", parity, 20_000, 8, SECOND_MOMENT, hinge=True),
+        _family("parity-hinge-float64", parity, 20_000, 4, SECOND_MOMENT, arm=FLOAT64, hinge=True),
+        _family("parity-hinge-decay", parity, 20_000, 4, SECOND_MOMENT, hinge=True, weight_decay=0.1),
+        # Cross-entropy spikes that survive float64.
+        _family("survives-float64-quick", transformer, 700, 1, SECOND_MOMENT, quick=True, arm=FLOAT64,
+                **_DECAYED),
+        _family("survives-float64", transformer, 4000, 4, SECOND_MOMENT, arm=FLOAT64, **_DECAYED),
+        # Edge of stability: curvature that does not vanish, or a learning rate too high at the start.
+        _family("high-lr-early", digits, 500, 3, EDGE, quick=True, arm=FLOAT64, lr=2e-2, depth=5, width=64),
+        _family("smoothing-high-lr", setups.smoothed_digits, 3000, 4, EDGE, lr=3e-2, smoothing=0.01),
+        # From outside.
+        _family("lr-kick", mlp, 700, 1, EXTERNAL, quick=True, arm=FLOAT64, p=17, width=64,
+                kick=(300, 3, 1e3)),
+        _family("bad-batch", digits, 700, 1, EXTERNAL, quick=True, arm=FLOAT64, width=64, depth=2,
+                bad_batches=(400, 401, 402, 403)),
+    ]  # fmt: skip
+
+
+def _quiet() -> list[Family]:
+    mlp, digits = setups.modular_mlp, setups.digits_mlp
+    transformer, parity = setups.modular_transformer, setups.sparse_parity
+    all_rows: dict[str, Any] = {"rows": None, "width": 64, "depth": 2, "batch": 64}
+    return [
+        # Twins: the same seeds, one thing different.
+        _family("division-23-float64", mlp, 1600, 2, None, quick=True, arm=FLOAT64, p=23),
+        _family("division-17-float64", mlp, 1800, 2, None, quick=True, arm=FLOAT64, p=17, width=64),
+        _family("division-17-projected", mlp, 1800, 1, None, quick=True, arm=PROJECTED, p=17, width=64),
+        _family("division-17-eps", mlp, 1800, 1, None, quick=True, p=17, width=64, eps=1e-5),
+        _family("narrow-high-lr-float64", mlp, 2000, 2, None, quick=True, arm=FLOAT64, p=17, width=20,
+                lr=1e-2),
+        _family("digits-float64", digits, 1900, 1, None, quick=True, arm=FLOAT64),
+        _family("division-23-long-float64", mlp, 6000, 6, None, arm=FLOAT64, p=23),
+        _family("division-23-long-projected", mlp, 6000, 4, None, arm=PROJECTED, p=23),
+        _family("division-23-beta-99-float64", mlp, 10_000, 2, None, arm=FLOAT64, p=23, beta2=0.99),
+        _family("minibatch-float64", mlp, 8000, 2, None, arm=FLOAT64, p=37, depth=4, batch=256),
+        _family("transformer-17-float64", transformer, 3000, 2, None, arm=FLOAT64, p=17),
+        _family("parity-ce-float64", parity, 24_000, 2, None, arm=FLOAT64, hinge=False),
+        _family("vgg11-float64", setups.digit_vgg, 2000, 1, None, arm=FLOAT64),
+        # Ordinary training.
+        _family("digits-minibatch", digits, 2500, 2, None, quick=True, rows=None, batch=64),
+        _family("digits-minibatch-999", digits, 20_000, 2, None, rows=None, batch=64, beta2=0.999),
+        _family("gpt", setups.tiny_gpt, 900, 1, None, quick=True),
+        _family("gpt-long", setups.tiny_gpt, 10_000, 2, None, windows=20_000, layers=4, width=128),
+        _family("gpt-memorising", setups.tiny_gpt, 6000, 2, None, windows=64, weight_decay=0.0),
+        _family("resnet", setups.digit_resnet, 700, 1, None, quick=True),
+        _family("resnet-long", setups.digit_resnet, 8000, 2, None, width=16),
+        _family("fine-tuning", setups.digits_fine_tuned, 1500, 1, None, quick=True),
+        _family("fine-tuning-long", setups.digits_fine_tuned, 8000, 3, None),
+        _family("warm-restarts", digits, 1500, 1, None, quick=True, restart=300, **all_rows),
+        _family("warm-restarts-long", digits, 8000, 3, None, restart=1000, **all_rows),
+        _family("accumulation", digits, 900, 1, None, quick=True, accumulate=4, **(all_rows | {"batch": 32})),
+        _family("absorbed-layer-norm", mlp, 2000, 1, None, quick=True, p=17, width=64, norm=True),
+        _family("absorbed-layer-norm-long", mlp, 4000, 3, None, p=23, norm=True),
+        # Losses that break the zero-sum by design, or bend it.
+        _family("z-loss", digits, 1200, 1, None, quick=True, loss=_Z, **all_rows),
+        _family("logit-l2", digits, 1200, 1, None, quick=True, loss=_L2, **all_rows),
+        _family("soft-capped", digits, 1200, 1, None, quick=True, loss=_CAPPED, **all_rows),
+        _family("label-smoothing", mlp, 1800, 1, None, quick=True, loss=("smoothed", 1e-3), p=17, width=64),
+        _family("focal", digits, 1200, 1, None, quick=True, loss=("focal", 2.0), **all_rows),
+        _family("class-weights", digits, 1200, 1, None, quick=True, loss=("class_weighted", 0.2, 3.0),
+                **all_rows),
+        _family("distillation", setups.digits_distilled, 1200, 1, None, quick=True),
+        _family("two-heads", setups.digits_two_heads, 1200, 1, None, quick=True),
+        _family("contrastive", setups.digits_contrastive, 1200, 1, None, quick=True),
+        *(
+            _family(f"{name}-long", digits, 8000, 2, None, loss=loss, **all_rows)
+            for name, loss in (("z-loss", _Z), ("logit-l2", _L2), ("soft-capped", _CAPPED))
+        ),
+        _family("distillation-long", setups.digits_distilled, 8000, 2, None),
+        _family("contrastive-long", setups.digits_contrastive, 8000, 2, None),
+    ]  # fmt: skip
+
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (*_spiking(), *_quiet())}
+
+
+def suite(name: str, only: list[str] | None = None) -> list[Family]:
+    """The families of "quick" or "full"; ``only`` names them instead. Raises ValueError for unknown names."""
+    if only:
+        unknown = [item for item in only if item not in FAMILIES]
+        if unknown:
+            raise ValueError(f"No family {', '.join(unknown)}. Known: {', '.join(FAMILIES)}.")
+        return [FAMILIES[item] for item in only]
+    # What runs in the quick suite is part of the full one.
+    return [family for family in FAMILIES.values() if family.quick or name == "full"]

@@ -1,0 +1,274 @@
+"""The proving ground's own arithmetic, on made-up series and on one tiny training."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity, Thresholds
+from tests.benchmarks.detection import __main__ as command
+from tests.benchmarks.detection import generate, report, score, setups
+from tests.benchmarks.detection.evaluate import RULES, evaluate, total
+from tests.benchmarks.detection.families import FAMILIES, Family, suite
+from tests.benchmarks.detection.replay import readings, replay
+from tests.benchmarks.detection.score import Event, Score, Truth, alarms_of, judge, truth_of
+from tests.benchmarks.detection.training import Arm
+from tests.benchmarks.peers import PEERS
+
+TAU = 20.0
+LIVELY = Family(
+    "lively",
+    partial(setups.modular_mlp, p=7, width=32, depth=2, beta2=0.9, lr=5e-3),
+    steps=600,
+    seeds=(0,),
+    mechanism="numerical_feature_inflation",
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> generate.Run:
+    """600 steps of a network small enough for a test, through the cache's files."""
+    directory = tmp_path_factory.mktemp("detection")
+    return generate.load(generate.ensure(LIVELY, 0, directory))
+
+
+def losses(steps: int, *spikes: tuple[int, float]) -> tuple[list[int], list[float]]:
+    """A loss at 1e-5 that jumps to ``height`` for ten steps."""
+    values = [1e-5] * steps
+    for start, height in spikes:
+        values[start - 1 : start + 9] = [height] * len(values[start - 1 : start + 9])
+    return list(range(1, steps + 1)), values
+
+
+def truth(*starts: int, steps: int = 3000, quiet: bool = False, near: tuple[int, ...] = ()) -> Truth:
+    return Truth(
+        steps,
+        TAU,
+        tuple(Event(start, start + 50) for start in starts),
+        tuple(Event(start, start + 50) for start in near),
+        quiet,
+    )
+
+
+# --- truth ---------------------------------------------------------------------------------------
+
+
+def test_slingshots_and_near_misses_are_told_apart_by_height() -> None:
+    found = truth_of(*losses(2000, (500, 0.5), (1000, 0.05), (1500, 0.004)), TAU)
+    assert [event.start for event in found.slingshots] == [500]
+    assert [event.start for event in found.near_misses] == [1000]
+
+
+def test_an_event_lasts_until_it_is_recovered_and_the_last_is_cut_off_by_the_end() -> None:
+    found = truth_of(*losses(1000, (500, 0.5), (995, 0.5)), TAU)
+    assert found.slingshots == (Event(500, 500 + 10 + 40 - 1), Event(995, 1000))
+
+
+# --- alarms ----------------------------------------------------------------------------------------
+
+
+def test_pauses_shorter_than_the_refractory_time_make_no_new_alarm() -> None:
+    assert alarms_of([100, 110, 130, 151], truth()) == [Event(100, 130), Event(151, 151)]
+
+
+def test_an_alarm_carried_over_from_a_slingshot_is_not_a_new_one() -> None:
+    sounded = [*range(510, 580), 700]
+    assert alarms_of(sounded, truth(500)) == [Event(700, 700)]
+
+
+def test_an_alarm_right_after_a_slingshot_that_was_silent_in_it_is_a_new_one() -> None:
+    assert alarms_of([499, 551], dataclasses.replace(truth(500), tau=200.0)) == [
+        Event(499, 499),
+        Event(551, 551),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("sounded", "warned", "early", "in_time", "false"),
+    [
+        ([], 0, 0, 0, 0),
+        (range(900, 1000), 1, 0, 1, 0),
+        ([990], 1, 0, 0, 0),  # too late for the cure
+        (range(300, 1000), 1, 1, 1, 0),  # began before the horizon, still sounds: early
+        ([300], 0, 0, 0, 1),  # began and ended before it
+        ([300, 950], 1, 0, 1, 1),
+        ([1000, 1020], 0, 0, 0, 0),  # with the slingshot: no warning, no false alarm
+    ],
+)
+def test_a_slingshot_is_warned_of_by_an_alarm_that_reaches_it(
+    sounded: list[int], warned: int, early: int, in_time: int, false: int
+) -> None:
+    found = judge(sounded, truth(1000))
+    assert (found.warned, found.early, found.in_time, found.false_alarms) == (warned, early, in_time, false)
+
+
+def test_the_lead_counts_from_the_first_alarm_within_the_horizon() -> None:
+    assert judge([850, 950], truth(1000)).leads == ((150, 7.5),)
+
+
+def test_an_alarm_before_a_near_miss_is_neither_hit_nor_false() -> None:
+    found = judge([900], truth(2000, near=(1000,)))
+    assert (found.near_alarms, found.false_alarms, found.warned) == (1, 0, 0)
+
+
+def test_an_alarm_at_the_end_of_a_run_is_censored_but_false_in_a_quiet_family() -> None:
+    for sounded in ([2900], list(range(1000, 3000))):
+        assert (judge(sounded, truth()).censored, judge(sounded, truth()).false_alarms) == (1, 0)
+        quiet = judge(sounded, truth(quiet=True))
+        assert (quiet.censored, quiet.false_alarms) == (0, 1)
+
+
+def test_false_alarms_are_counted_over_the_steps_at_which_one_could_be_false() -> None:
+    assert judge([], truth(quiet=True)).exposure == 3000
+    # Not: the 200 steps before the slingshot, the 51 of it, the last 200 (censored) and the end itself.
+    assert judge([], truth(1000)).exposure == 3000 - 200 - 51 - 201
+    assert judge(range(101, 201), truth(quiet=True)).sounding == 100
+
+
+def test_a_rule_that_always_sounds_is_early_never_right() -> None:
+    found = judge(range(1, 3001), truth(1000, 2000))
+    assert (found.warned, found.early) == (1, 1)  # at the second it is carried over
+
+
+def test_scores_add_up() -> None:
+    one, two = judge([900], truth(1000)), judge([300], truth(1000))
+    assert (one + two).slingshots == 2 and (one + two).warned == 1 and (one + two).false_alarms == 1
+    assert (one + two).lead(0.5, in_tau=True) == 5.0 and math.isnan(Score().lead(0.5, in_tau=True))
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 7), (7, 7), (3, 10), (98, 100), (1, 100_000)])
+def test_wilson_intervals_are_those_of_scipy(successes: int, trials: int) -> None:
+    known = binomtest(successes, trials).proportion_ci(method="wilson")
+    assert score.wilson(successes, trials) == pytest.approx((known.low, known.high), abs=1e-12)
+
+
+# --- mechanism and forecast ----------------------------------------------------------------------
+
+
+def alert(kind: AlertKind, first: int, last: int, mechanism: Mechanism = Mechanism.UNKNOWN) -> Alert:
+    return Alert("a", kind, Severity.INFO, AlertState.RESOLVED, Phase.HEALTHY, first, last, mechanism, 0.5)
+
+
+def test_each_slingshot_is_counted_under_the_mechanism_its_alert_named() -> None:
+    alerts = [
+        alert(AlertKind.SLINGSHOT, 1000, 1010, Mechanism.SECOND_MOMENT),
+        alert(AlertKind.IMMINENT, 1950, 2000, Mechanism.EDGE_OF_STABILITY),
+    ]
+    assert score.confusion(alerts, truth(1000, 2000)) == {"second_moment": 1, "none": 1}
+
+
+def test_a_forecast_is_held_against_the_steps_that_were_left() -> None:
+    said, warned = np.full(3001, math.nan), np.zeros(3001, dtype=bool)
+    said[1000 - 80], warned[1000 - 80] = 120.0, True
+    found = score.forecasts(said, warned, truth(1000))
+    assert found[4] == score.Forecasts(1, 1, (1.5,)) and found[4].within(2.0) == 1
+    assert found[2] == score.Forecasts(1, 0, ())
+
+
+def test_no_forecast_is_asked_for_where_the_last_slingshot_was_not_over() -> None:
+    found = score.forecasts(np.full(3001, 1.0), np.ones(3001, dtype=bool), truth(1000, 1120))
+    assert found[10].slingshots == 1 and found[3].slingshots == 2
+
+
+# --- recorded runs -------------------------------------------------------------------------------
+
+
+def test_the_tiny_run_gives_alerts_to_compare(run: generate.Run) -> None:
+    assert {item.kind for item in run.alerts} >= {AlertKind.AT_RISK, AlertKind.IMMINENT}
+
+
+def test_a_replay_gives_the_live_alerts_bit_for_bit(run: generate.Run) -> None:
+    assert [item.to_json() for item in replay(run).alerts] == [item.to_json() for item in run.alerts]
+
+
+def test_a_replay_with_other_thresholds_gives_other_alerts(run: generate.Run) -> None:
+    said = replay(run, Thresholds(imminent_displacement=50.0))
+    assert not any(item.kind is AlertKind.IMMINENT for item in said.alerts)
+
+
+def test_files_keep_every_number_of_a_run(run: generate.Run, tmp_path: Path) -> None:
+    generate.save(run, tmp_path / "run.json")
+    again = generate.load(tmp_path / "run.json")
+    assert list(map(repr, readings(again))) == list(map(repr, readings(run)))
+    assert (again.contexts, again.alerts, again.steps) == (run.contexts, run.alerts, run.steps)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".json", ".npz"]  # nothing temporary
+
+
+def test_a_recorded_run_is_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = dataclasses.replace(LIVELY, steps=5)
+    path = generate.ensure(short, 0, tmp_path)
+
+    def forbidden(*_: object) -> None:
+        raise AssertionError("the run is there already")
+
+    monkeypatch.setattr(generate, "record", forbidden)
+    assert generate.ensure(short, 0, tmp_path) == path
+    path.with_suffix(".npz").unlink()  # killed before the pair was whole
+    with pytest.raises(AssertionError):
+        generate.ensure(short, 0, tmp_path)
+
+
+def test_the_key_of_a_run_changes_with_its_set_up_and_not_with_its_seeds() -> None:
+    key = generate.family_key(LIVELY)
+    assert key == generate.family_key(dataclasses.replace(LIVELY, seeds=(0, 1, 2), quick=True))
+    others = [
+        dataclasses.replace(LIVELY, steps=601),
+        dataclasses.replace(LIVELY, arm=Arm("float64")),
+        dataclasses.replace(LIVELY, build=partial(setups.modular_mlp, p=7, width=33)),
+    ]
+    assert len({key, *map(generate.family_key, others)}) == 4
+
+
+def test_monitor_and_peers_are_scored_by_the_same_function(run: generate.Run) -> None:
+    found = evaluate(run, quiet=False)
+    assert tuple(found.scores) == RULES and set(PEERS) < set(RULES)
+    assert len({item.slingshots for item in found.scores.values()}) == 1
+    assert total([found, found]).steps == 2 * run.steps
+
+
+# --- families and the command --------------------------------------------------------------------
+
+
+def test_names_of_families_fit_a_file_and_the_quick_suite_is_part_of_the_full_one() -> None:
+    assert all(name.replace("-", "").isalnum() for name in FAMILIES)
+    quick, full = suite("quick"), suite("full")
+    assert set(family.name for family in quick) < set(family.name for family in full)
+    assert sum(len(family.seeds) * family.steps for family in full if family.quiet) >= 200_000
+
+
+@pytest.mark.parametrize(
+    "name", ["parity-hinge-99", "two-heads", "contrastive", "accumulation", "distillation"]
+)
+def test_a_family_trains_under_the_monitor(name: str) -> None:
+    recorded = generate.record(FAMILIES[name], seed=0, steps=3)
+    assert len(recorded.columns["loss"][0]) == 3 and not any(
+        note.startswith("failed") for note in recorded.info["notes"]
+    )
+
+
+def test_the_command_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = dataclasses.replace(LIVELY, steps=60)
+    monkeypatch.setitem(FAMILIES, "lively", short)
+    out = tmp_path / "RESULTS.md"
+    options = ["--families", "lively", "--jobs", "1", "--cache", str(tmp_path / "cache"), "--out", str(out)]
+    assert command.main(options) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "| lively | 1 × 60 |" in text and all(f"| {rule} |" in text for rule in RULES)
+    assert command.main([*options, "--score-only"]) == 0
+
+
+def test_the_command_says_which_families_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--families", "divison-23"])
+    assert "division-23" in capsys.readouterr().err
+
+
+def test_a_cell_of_the_table_cannot_break_its_row() -> None:
+    sheet = report.Sheet("t", "", ["a", "b"], [["x | y", "1"]])
+    assert sheet.markdown().splitlines()[-1] == "| x \\| y | 1 |"
