@@ -32,7 +32,16 @@ class NoteTaker:
 
     def attached(self, head: Head | None, reader: OptimizerReader) -> None:
         """What can be known before the first step."""
-        if head is None or head.weight is None:
+        if head is None:
+            return
+        if head.weight is None:
+            self.note(
+                "head_without_weight",
+                f"The head {head.name!r} keeps no weight matrix of its own (parametrized, adapted, or not "
+                "linear): classifier mean, logit displacement and the zero-sum of the weight gradient are "
+                "not available. Rows are watched as usual.",
+                0,
+            )
             return
         if not reader.holds(head.weight):
             why = "is frozen" if not head.weight.requires_grad else "is not among the optimizer's parameters"

@@ -104,6 +104,7 @@ CASES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # the probe's own forward
 @pytest.mark.parametrize("every", ["auto", 1])
 @pytest.mark.parametrize("case", CASES)
 def test_training_is_bitwise_equal_with_and_without_the_monitor(case: str, every: Any) -> None:

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor.capture.probe_batch import ProbeBatch
+from tests.runs import batch, mlp
+
+
+class Noisy(nn.Module):
+    """Dropout, running statistics, and a part that the user keeps in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.drop, self.head = nn.BatchNorm1d(12), nn.Dropout(0.5), nn.Linear(12, 7)
+        self.frozen = nn.BatchNorm1d(12).eval()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.head(self.frozen(self.drop(self.norm(x))))
+        return logits, x
+
+
+def test_a_probe_leaves_modes_statistics_and_random_state_alone() -> None:
+    model = Noisy()
+    inputs, targets = batch()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    ProbeBatch(model, inputs, targets).displacement(1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert [module.training for module in (model, model.norm, model.drop, model.frozen)] == [True] * 3 + [
+        False
+    ]
+
+
+def test_the_displacement_is_the_largest_margin_change_per_step() -> None:
+    model = nn.Sequential(nn.Linear(12, 7))
+    inputs, targets = batch()
+    probe = ProbeBatch(model, inputs, targets)
+    assert probe.displacement(10) is None
+    with torch.no_grad():
+        model[0].bias[3] += 5.0  # rows of class 3 gain 5 nats, others lose at most that
+    found = probe.displacement(14)
+    assert found is not None and 0 < found.item() <= 5.0 / 4 + 1e-5
+    assert (targets == 3).any() and found.item() == pytest.approx(5.0 / 4, rel=1e-3)
+
+
+def test_padding_in_the_targets_is_left_out() -> None:
+    model = mlp()
+    inputs, targets = batch()
+    targets[1:] = -100
+    probe = ProbeBatch(model, inputs, targets)
+    probe.displacement(1)
+    with torch.no_grad():
+        model[4].bias += torch.randn(7)
+    one = ProbeBatch(mlp(), inputs[:1], targets[:1])
+    one.displacement(1)
+    with torch.no_grad():
+        one._model[4].bias.copy_(model[4].bias)  # type: ignore[index]
+    left, right = probe.displacement(2), one.displacement(2)
+    assert left is not None and right is not None
+    assert left.item() == pytest.approx(right.item(), rel=1e-5)
+
+
+def test_inside_data_parallelism_the_wrapped_model_is_asked() -> None:
+    """The wrapper broadcasts buffers: a rank that reads alone would wait for the others for ever."""
+    model = mlp()
+    assert ProbeBatch(nn.DataParallel(model), *batch())._model is model
+
+
+@pytest.mark.parametrize("inputs", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])
+def test_inputs_may_be_a_tensor_arguments_or_keywords(inputs: object) -> None:
+    x, targets = batch()
+    probe = ProbeBatch(mlp(), inputs(x), targets)  # type: ignore[operator]
+    probe.displacement(1)
+    assert probe.displacement(2) == 0
