@@ -256,6 +256,9 @@ class Detector:
             "second_moment_decay": Evidence(signals.decay_lowest, FORGOTTEN, 0.0),
             "secant_curvature": Evidence(signals.curvature_peak, self.context.stability_limit),
         }
+        if kind is AlertKind.AT_RISK and self._coasting.on:
+            # Here a low RMS_t is the sign, not a high one.
+            items["rms_t_max"] = Evidence(signals.rms_t_mean, limits.coasting_enter, 1.0)
         if kind is AlertKind.SLINGSHOT:
             items["loss"] = Evidence(self.spike.peak, self.spike.height, self.spike.floor)
         return {name: item for name, item in items.items() if math.isfinite(item.value)}

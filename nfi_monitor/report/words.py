@@ -52,14 +52,14 @@ _MECHANISMS = {
 
 _AT_RISK = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "rounding absorbs confident rows, gradients no longer sum to zero",
-    Mechanism.SECOND_MOMENT: "the gradient is returning on a second moment that has decayed",
+    Mechanism.SECOND_MOMENT: "the gradient is gone, weight decay alone moves the weights",
     Mechanism.EDGE_OF_STABILITY: "the curvature along the update is at what the learning rate can bear",
     Mechanism.UNKNOWN: "what precedes a slingshot is there",
 }
 
 _IMMINENT = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "rows are absorbed and one update already moves the logits",
-    Mechanism.SECOND_MOMENT: "updates are far larger than the second moment allows for",
+    Mechanism.SECOND_MOMENT: "gradients are back on a second moment that has let go of them",
     Mechanism.EDGE_OF_STABILITY: "updates overshoot along the gradient",
     Mechanism.UNKNOWN: "one update already moves the logits",
 }

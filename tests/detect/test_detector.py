@@ -86,13 +86,15 @@ def test_the_forecast_is_an_interval_that_brackets_the_truth_when_imminent_begin
 
 
 def test_a_second_moment_slingshot_is_at_risk_while_coasting_and_imminent_at_the_kick() -> None:
-    detector, _, _ = run(second_moment_slingshot(300, 2500), HINGE)
+    detector, changes, _ = run(second_moment_slingshot(300, 2500), HINGE)
     at_risk, imminent = only(detector, AlertKind.AT_RISK), only(detector, AlertKind.IMMINENT)
     slingshot = only(detector, AlertKind.SLINGSHOT)
     assert 300 < at_risk.first_step < 2000
     assert imminent.first_step == 2501 and slingshot.first_step == 2503
     assert {alert.mechanism for alert in detector.alerts} == {Mechanism.SECOND_MOMENT}
     assert "Float64 does not help" in " ".join(at_risk.advice)
+    begun = next(alert for change, alert in changes if change is Change.BEGIN)
+    assert begun.evidence["rms_t_max"].value < begun.evidence["rms_t_max"].threshold == 0.5
 
 
 def test_without_weight_decay_a_silent_gradient_is_not_at_risk() -> None:
