@@ -15,7 +15,7 @@ from typing import Any
 
 from nfi_monitor.detect.advice import advice_for
 from nfi_monitor.detect.forecast import steps_to_spike
-from nfi_monitor.detect.mechanism import FORGOTTEN, NUMERIC_ABOVE, Causes, name_mechanism
+from nfi_monitor.detect.mechanism import FORGOTTEN, Causes, name_mechanism
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
@@ -50,6 +50,7 @@ class Context:
 
     @property
     def stability_limit(self) -> float:
+        """Curvature above which Adam oscillates: 2(1+β1)/(1−β1) (Cohen et al. 2022, arXiv 2207.14484)."""
         return 2.0 * (1.0 + self.beta1) / (1.0 - self.beta1)
 
 
@@ -175,22 +176,21 @@ class Detector:
         else:
             self.phase = Phase.HEALTHY
 
-        numeric = (Mechanism.NUMERICAL_FEATURE_INFLATION, 0.0)
         self._hold(
             AlertKind.AT_RISK,
             absorbing or coasting or kicking,
             Severity.WARNING if inflating or imminent else Severity.INFO,
             step,
-            numeric if absorbing else None,
             verdict,
+            numeric=absorbing,
         )
         self._hold(
             AlertKind.IMMINENT,
             imminent or kicking,
             Severity.CRITICAL if imminent else Severity.WARNING,
             step,
-            numeric if imminent else None,
             verdict,
+            numeric=imminent,
         )
 
     # --- second-moment slingshots ----------------------------------------------------------------
@@ -203,34 +203,36 @@ class Detector:
         comes back (W. Wu 2024, section 2.1).  Imminent: RMS_t above 2.3 on a second moment that had let go.
         """
         limits, signals = self.limits, self.signals
-        # In its first steps a bias-corrected second moment is an average over a moving target, no memory.
-        remembers = step >= limits.second_moment_settles * self.context.tau
-        forgotten = remembers and not numeric and signals.decay_lowest <= FORGOTTEN
+        forgotten = not numeric and self._forgotten(step)
         coasting = self._coasting.update(
             step,
-            forgotten
-            and self.context.decoupled_decay
-            and signals.rms_t_mean <= limits.coasting_enter
-            and signals.shrinkage < 0,
+            forgotten and signals.rms_t_mean <= limits.coasting_enter and signals.shrinkage < 0,
             not numeric and signals.rms_t_mean <= limits.coasting_exit,
         )
         kicking = self._kicking.update(
             step,
-            forgotten
-            and self.context.decoupled_decay
-            and signals.rms_t >= limits.rms_t_imminent
-            and signals.rms_t_mean <= 1.0,  # it had let go: noise around 1 is no kick
+            # On average it had let go: noise around 1 is no kick.
+            forgotten and signals.rms_t >= limits.rms_t_imminent and signals.rms_t_mean <= 1.0,
             not numeric and signals.rms_t_peak >= limits.rms_t_exit,
         )
         return coasting, kicking
+
+    def _forgotten(self, step: int) -> bool:
+        """The second moment has let go of the gradient it once had, while decay moves the weights.
+
+        In its first steps a bias-corrected second moment is an average over a moving target, no memory.
+        """
+        remembers = step >= self.limits.second_moment_settles * self.context.tau
+        return remembers and self.context.decoupled_decay and self.signals.decay_lowest <= FORGOTTEN
 
     @property
     def _stirring(self) -> bool:
         """Signals half way to a state: read every step, or the state is seen late."""
         signals, limits = self.signals, self.limits
-        return signals.violation >= 0.5 * limits.absorbing_exit or (
-            signals.decay_lowest <= FORGOTTEN and signals.rms_t_peak >= 0.5 * limits.rms_t_imminent
-        )
+        if signals.violation >= 0.5 * limits.absorbing_exit:
+            return True
+        rising = signals.rms_t_peak >= 0.5 * limits.rms_t_imminent and signals.rms_t_mean <= 1.0
+        return rising and self._forgotten(signals.last_step)
 
     # --- evidence --------------------------------------------------------------------------------
 
@@ -271,17 +273,19 @@ class Detector:
         active: bool,
         severity: Severity,
         step: int,
-        known: tuple[Mechanism, float] | None,
         verdict: Verdict,
+        *,
+        numeric: bool,
     ) -> None:
-        """Keep one alert of ``kind`` firing while ``active``."""
+        """Keep one alert of ``kind`` firing while ``active``; ``numeric``: because rows absorb."""
         if not active:
             self._end(kind, step, verdict)
             return
         mechanism, confidence = name_mechanism(self._observe())
-        if known is not None and mechanism is not known[0]:
+        inflation = Mechanism.NUMERICAL_FEATURE_INFLATION
+        if numeric and mechanism is not inflation:
             # Hysteresis keeps a numeric state alive below the level at which it was named.
-            mechanism, confidence = known[0], 0.5 if self.signals.violation < NUMERIC_ABOVE else 0.6
+            mechanism, confidence = inflation, 0.5
         index = self._firing.get(kind)
         if index is None:
             self._begin(kind, severity, step, mechanism, confidence, verdict)
@@ -290,8 +294,7 @@ class Detector:
         rises = severity.rank > old.severity.rank
         # The best evidence of the event counts: near the spike the signals of all mechanisms look alike.
         # Rounding, once seen, is proven; the others are inferred.
-        numeric = Mechanism.NUMERICAL_FEATURE_INFLATION
-        firmer = confidence > old.confidence or (mechanism is numeric and old.mechanism is not numeric)
+        firmer = confidence > old.confidence or (mechanism is inflation and old.mechanism is not inflation)
         new = replace(
             old,
             last_step=step,

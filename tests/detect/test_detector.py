@@ -257,3 +257,16 @@ def test_where_the_weights_cannot_be_read_the_batchs_violation_decides() -> None
 def test_without_weight_decay_noise_in_rms_t_is_no_kick() -> None:
     detector, _, _ = run(second_moment_slingshot(300, 2500), Context(beta2=0.999, no_classes=True))
     assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]
+
+
+def test_noise_in_rms_t_draws_no_attention_where_no_kick_could_follow() -> None:
+    """Plain Adam on minibatches: RMS_t around 1.3 on a second moment that has halved is an ordinary day."""
+    for decay, expected in ((False, Attention.RARELY), (True, Attention.ALWAYS)):
+        detector = Detector(None, Context(beta2=0.999, decoupled_decay=decay))
+        for step in range(1, 600):
+            root = 1.0 if step < 300 else 0.4
+            rms_t = 1.3 if step % 20 == 19 else 0.9
+            detector.update(
+                Reading(step, {"rms_t_max": rms_t, "head_sqrt_exp_avg_sq_mean": root, "weight_norm": 1.0})
+            )
+        assert detector.attention is expected
