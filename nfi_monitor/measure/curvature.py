@@ -27,8 +27,3 @@ def secant_curvature(
     """
     step_weighted = step if weights is None else step * weights.to(step.dtype)
     return lr * torch.dot(step_weighted, gradient_change) / torch.dot(step_weighted, preconditioner * step)
-
-
-def stability_limit(beta1: float) -> float:
-    """2(1+β1)/(1−β1): the curvature above which Adam oscillates (Cohen et al. 2022, arXiv 2207.14484)."""
-    return 2.0 * (1.0 + beta1) / (1.0 - beta1)

@@ -26,8 +26,8 @@ COUNTED_SUMS = ("loss", "max_probability")
 """Summed over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
 """Of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
-MAXIMA = ("violation_max", "negative_margin_min", "eps")
-"""Of the micro-batch, merged by maximum; ``eps`` is the machine epsilon the gradient shows."""
+MAXIMA = ("violation_max", "negative_margin_min")
+"""Of the micro-batch, merged by maximum."""
 
 SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
@@ -138,7 +138,6 @@ def row_statistics(
         [
             torch.where(live, violation, zero).amax(),
             torch.where(counts, -margin, -torch.inf).amax(),
-            loss_kind.eps.to(dtype),
         ]
     )
     return RowStatistics(sums, maxima, counted, top.winner, absorbed.to(dtype), loss_kind)
