@@ -62,9 +62,12 @@ QUANTITIES: dict[str, Quantity] = {
     "logit_displacement": Quantity("nat", "δ = max over rows and classes of |(ΔW − mean_k ΔW)·h|", f"{_LIU}, section 3"),
     "logit_displacement_rms": Quantity("nat", "root mean square of the same"),
     "margin_displacement": Quantity("nat", "largest change of a probe row's margin, per optimizer step"),
+    "feature_displacement": Quantity("nat", "max_k |(W_k − W_G)·Δμ_G|: the mean row's logits moved by the layers below the head"),
+    "relative_update": Quantity("1", "largest ‖ΔW‖ / ‖W‖ of one update over the weight matrices"),
     "weight_norm": Quantity("weight", "Euclidean norm of all parameters (estimated from the coordinate sample)", "Thilak et al. (arXiv 2206.04817)"),
     "head_weight_norm": Quantity("weight", "Frobenius norm of the head's weight", "Thilak et al. (arXiv 2206.04817)"),
     "secant_curvature": Quantity("1", "lr · sᵀy / sᵀPs along the update s, P = sqrt(v̂)+ε_A; unstable above 2(1+β1)/(1−β1)", "Bai et al. (arXiv 2506.04805)"),
+    "gradient_alignment": Quantity("1", "cos of this step's gradient and the last one's; towards −1 the optimizer overshoots"),
     # --- the run ---------------------------------------------------------------------------------
     "loss": Quantity("loss", "what observe_loss was given, mean over the micro-batches of the step"),
     "non_finite_gradients": Quantity("0 or 1", "1 where a sampled gradient is NaN or Inf (or too large to square)"),

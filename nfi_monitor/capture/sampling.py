@@ -68,6 +68,7 @@ class CoordinateSample:
         segments: int64 [C], which tensor a coordinate belongs to.
         counts: float32 [T], sampled coordinates of each tensor.
         weights: float32 [C], coordinates one sampled coordinate stands for; None if all are read.
+        matrices: bool [T], which tensors have two dimensions or more.
         total: coordinates of all tensors together.
         spans: (start, end) of each tensor's coordinates in [C].
     """
@@ -92,6 +93,7 @@ class CoordinateSample:
                 [size / count for size, count in zip(sizes, counts, strict=True)], device=device
             )
             self.weights = rates[self.segments]
+        self.matrices = torch.tensor([local(tensor).ndim > 1 for tensor in tensors], device=device)
         self.total = float(total)
         self.spans = []
         start = 0

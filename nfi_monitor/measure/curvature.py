@@ -27,3 +27,15 @@ def secant_curvature(
     """
     step_weighted = step if weights is None else step * weights.to(step.dtype)
     return lr * torch.dot(step_weighted, gradient_change) / torch.dot(step_weighted, preconditioner * step)
+
+
+def gradient_alignment(grad: Tensor, previous: Tensor, weights: Tensor | None) -> Tensor:
+    """cos of two successive gradients [C] → scalar in [−1, 1]; 0 where one of them vanishes.
+
+    Towards −1 the optimizer overshoots from wall to wall (edge of stability); towards +1 it is pushed.
+    ``weights`` [C]: coordinates that one sampled coordinate stands for, or None.
+    """
+    pair = torch.stack([grad, previous])
+    products = pair @ (pair if weights is None else pair * weights).mT
+    norms = products.diagonal().sqrt()
+    return products[0, 1] / (norms[0] * norms[1]).clamp_min(1e-37)

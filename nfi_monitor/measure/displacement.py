@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nfi_monitor.capture.sampling import CoordinateSample
+
 
 def logit_displacement(
     weight_update: Tensor, bias_update: Tensor | None, features: Tensor
@@ -15,12 +17,14 @@ def logit_displacement(
     """(max, rms) over rows and classes of |(ΔW − mean_k ΔW)·h + Δb − mean Δb|, nats, scalar tensors.
 
     ``weight_update`` [K, d] or a sample of its class rows, ``bias_update`` [K] or None,
-    ``features`` [n, d].  This is the head's part of the displacement; what the layers below move is
+    ``features`` [n, d].  With one output (K = 1) there is no common shift to remove: the unit is then the
+    output's.  This is the head's part of the displacement; what the layers below move is
     seen by ``margin_displacement`` only.
     """
-    delta = (weight_update - weight_update.mean(0)) @ features.mT
+    several = weight_update.shape[0] > 1
+    delta = (weight_update - weight_update.mean(0) if several else weight_update) @ features.mT
     if bias_update is not None:
-        delta = delta + (bias_update - bias_update.mean()).unsqueeze(-1)
+        delta = delta + (bias_update - bias_update.mean() if several else bias_update).unsqueeze(-1)
     return delta.abs().amax(), torch.linalg.vector_norm(delta) / max(delta.numel(), 1) ** 0.5
 
 
@@ -34,3 +38,29 @@ def probe_margins(logits: Tensor, targets: Tensor) -> Tensor:
 def margin_displacement(before: Tensor, after: Tensor, steps: int) -> Tensor:
     """Largest margin change of the probe rows, per optimizer step, nats. [N], [N] → scalar tensor."""
     return (after - before).abs().amax() / max(steps, 1)
+
+
+def relative_update(moved: Tensor, after: Tensor, sample: CoordinateSample) -> Tensor:
+    """Largest ‖ΔW‖ / ‖W‖ over the weight matrices: how far one update moves the layers, of any kind.
+
+    ``moved`` and ``after`` are [C] over sampled coordinates.  A bound, not an estimate, of how much of their
+    size the logits move; it sees the layers below a LayerNorm, which the head's own update does not.
+    """
+    squares = torch.stack([moved, after]).square_()
+    sums = squares.new_zeros(2, len(sample.counts)).index_add_(1, sample.segments, squares)
+    ratios = (sums[0] / sums[1].clamp_min(1e-30)).sqrt_()
+    return torch.where(sample.matrices, ratios, torch.zeros_like(ratios)).amax()
+
+
+def feature_displacement(head_weight: Tensor, classifier_mean: Tensor | None, moved: Tensor) -> Tensor:
+    """max_k |(W_k − W_G)·Δμ_G|, nats: what the layers below the head did to the logits of the mean row.
+
+    ``head_weight`` [K, d], ``classifier_mean`` W_G [d] or None for a head with one output, ``moved`` [d] the
+    change of μ_G over one step.  Exact for a full batch; between minibatches μ_G also moves with the rows,
+    so only its growth means something there.
+    """
+    moved = moved.to(head_weight.dtype)
+    logits = head_weight @ moved
+    if classifier_mean is not None:
+        logits = logits - classifier_mean.to(head_weight.dtype) @ moved
+    return logits.abs().amax()

@@ -12,13 +12,21 @@ from nfi_monitor.measure import curvature, displacement, global_means, second_mo
 class Memory:
     """The part of the last measured step that the next one is compared with."""
 
-    __slots__ = ("before", "grad", "preconditioner", "step")
+    __slots__ = ("before", "feature_mean", "grad", "preconditioner", "step")
 
-    def __init__(self, step: int, before: Tensor, grad: Tensor, preconditioner: Tensor) -> None:
+    def __init__(
+        self,
+        step: int,
+        before: Tensor,
+        grad: Tensor,
+        preconditioner: Tensor,
+        feature_mean: Tensor | None,
+    ) -> None:
         self.step = step
         self.before = before
         self.grad = grad
         self.preconditioner = preconditioner
+        self.feature_mean = feature_mean
 
 
 def step_statistics(
@@ -46,6 +54,7 @@ def step_statistics(
     values["gradient_norm"] = weight_norm.norm(grad, sample.weights)
     values["update_rms"] = weight_norm.norm(moved, sample.weights) / sample.total**0.5
     values["weight_norm"] = weight_norm.norm(update.after, sample.weights)
+    values["relative_update"] = displacement.relative_update(moved, update.after, sample)
 
     memory = None
     if update.exp_avg_sq is not None:
@@ -72,25 +81,30 @@ def step_statistics(
                 update.lr,
                 sample.weights,
             )
-        memory = Memory(step, update.before, grad, preconditioner)
+            values["gradient_alignment"] = curvature.gradient_alignment(grad, previous.grad, sample.weights)
+        memory = Memory(step, update.before, grad, preconditioner, feature_mean)
 
     if update.head_weight_update is not None and features is not None and len(features):
         weight_update = update.head_weight_update
-        largest, rms = displacement.logit_displacement(
+        values["logit_displacement"], values["logit_displacement_rms"] = displacement.logit_displacement(
             weight_update, update.head_bias_update, features.to(weight_update.dtype)
         )
-        if weight_update.shape[0] > 1:
-            values["logit_displacement"], values["logit_displacement_rms"] = largest, rms
     if update.head_weight is not None:
         values["head_weight_norm"] = torch.linalg.vector_norm(
             update.head_weight, dtype=zero_sum.accumulation_dtype(update.head_weight.dtype)
         )
-        if update.head_weight.shape[0] > 1:
-            classifier_mean = global_means.classifier_mean(update.head_weight)
+        several = update.head_weight.shape[0] > 1
+        classifier_mean = global_means.classifier_mean(update.head_weight) if several else None
+        if classifier_mean is not None:
             values["classifier_mean_norm"] = torch.linalg.vector_norm(classifier_mean)
-            if feature_mean is not None and len(feature_mean) == len(classifier_mean):
+        if feature_mean is not None and len(feature_mean) == update.head_weight.shape[1]:
+            if classifier_mean is not None:
                 values["mean_alignment"] = global_means.cosine(
                     classifier_mean, feature_mean.to(classifier_mean.dtype)
+                )
+            if previous is not None and previous.step == step - 1 and previous.feature_mean is not None:
+                values["feature_displacement"] = displacement.feature_displacement(
+                    update.head_weight, classifier_mean, feature_mean - previous.feature_mean
                 )
     if feature_mean is not None:
         values["feature_mean_norm"] = torch.linalg.vector_norm(feature_mean)

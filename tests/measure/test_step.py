@@ -96,6 +96,11 @@ def check_against_formulas(run: Run, steps: int, betas: tuple[float, float], eps
             "gradient_norm": np.linalg.norm(grad),
             "update_rms": np.sqrt(np.mean((after - before) ** 2)),
             "weight_norm": np.linalg.norm(after),
+            "relative_update": max(
+                np.linalg.norm((after - before)[p]) / np.linalg.norm(after[p])
+                for p, tensor in zip(parts, run.after, strict=True)
+                if tensor.ndim > 1
+            ),
             "rms_t_max": max(rms),
             "rms_t_head": rms[position],
             "sqrt_exp_avg_sq_median": ref.lower_median(root.tolist()),
@@ -117,7 +122,12 @@ def check_against_formulas(run: Run, steps: int, betas: tuple[float, float], eps
         if last is not None:
             s, y, preconditioner = before - last[0], grad - last[1], last[2]
             expected["secant_curvature"] = lr * (s @ y) / (s @ (preconditioner * s))
-        last = (before, grad, root + eps)
+            expected["gradient_alignment"] = (
+                grad @ last[1] / max(np.linalg.norm(grad) * np.linalg.norm(last[1]), 1e-37)
+            )
+            logits = weight @ (h_mean - last[3])
+            expected["feature_displacement"] = np.abs(logits - logits.mean()).max()
+        last = (before, grad, root + eps, h_mean)
         assert set(found) == set(expected)
         assert set(found) <= set(QUANTITIES)
         unit = ref.UNIT[run.h.dtype]
@@ -125,7 +135,10 @@ def check_against_formulas(run: Run, steps: int, betas: tuple[float, float], eps
         for name, value in expected.items():
             # Differences of weights carry an ulp of the weights, violations an ulp of 1.
             absolute = 16 * unit
-            if name in ("update_rms", "logit_displacement", "logit_displacement_rms"):
+            if name in (
+                "update_rms", "relative_update", "logit_displacement", "logit_displacement_rms",
+                "feature_displacement",
+            ):  # fmt: skip
                 absolute = 4 * unit * weights * (1 + np.abs(features).sum(1).max())
             if name == "secant_curvature":
                 # Gradients carry an ulp of themselves, the step one of the weights.
