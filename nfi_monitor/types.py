@@ -67,6 +67,7 @@ class Mechanism(str, Enum):
     NUMERICAL_FEATURE_INFLATION = "numerical_feature_inflation"  # Liu et al. 2026, Theorem 3.7
     SECOND_MOMENT = "second_moment"  # W. Wu 2024, section 2.1
     EDGE_OF_STABILITY = "edge_of_stability"  # Bai et al., arXiv 2506.04805
+    EXTERNAL = "external"  # a kick from outside: a learning-rate jump, a bad batch
     UNKNOWN = "unknown"
 
     def __str__(self) -> str:
@@ -234,6 +235,23 @@ class Thresholds:
     rms_t_exit: float = 1.1
     """RMS_t, largest of the last few steps, below which *imminent* ends."""
 
+    rms_t_steep: float = 1.5
+    """RMS_t that is enough where the curvature is above ``kick_curvature``."""
+    kick_curvature: float = 0.5
+    """Secant curvature, as a share of the stability limit 2(1+β1)/(1−β1)."""
+    kick_displacement: float = 0.05
+    """Nats the layers below the head move the mean row's logits within a few steps, that a kick has at least."""
+
+    # --- edge of stability (Cohen et al. 2022; Bai et al. 2025) ----------------------------------
+    swing_alignment: float = 0.4
+    """Minus the average cosine of successive gradients from which on the optimizer overshoots."""
+    swing_curvature: float = 0.25
+    """Secant curvature, as a share of the stability limit 2(1+β1)/(1−β1), that an oscillation has at least."""
+    swing_displacement: float = 0.3
+    """Nats the layers below the head swing the mean row's logits, above which *imminent* begins ..."""
+    swing_exit: float = 0.1
+    """... and below which it ends."""
+
     # --- what a slingshot is ---------------------------------------------------------------------
     spike_low: float = 1e-2
     """W. Wu 2024: a slingshot starts when the loss, having been below this (on average) ..."""
@@ -263,6 +281,8 @@ class Thresholds:
             ("imminent_exit", "imminent_displacement"),
             ("coasting_enter", "coasting_exit"),
             ("rms_t_exit", "rms_t_imminent"),
+            ("rms_t_exit", "rms_t_steep"),
+            ("swing_exit", "swing_displacement"),
             ("spike_low", "spike_high"),
             ("unexplained_exit", "unexplained_enter"),
         ):

@@ -53,6 +53,12 @@ def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, 
             "what Adam is stable at.",
             "Float64 does not help here: rounding is not the cause.",
         )
+    if mechanism is Mechanism.EXTERNAL:
+        return (
+            "Look at the batches and the learning-rate schedule of these steps; skip or clip what stands "
+            "out.",
+            "Float64 does not help here: rounding is not the cause.",
+        )
     if kind is AlertKind.SLINGSHOT:
         return (
             "No mechanism known to this monitor preceded it: look at the batch and at the learning-rate "

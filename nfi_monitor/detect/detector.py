@@ -18,7 +18,7 @@ from nfi_monitor.detect.forecast import steps_to_spike
 from nfi_monitor.detect.mechanism import FORGOTTEN, Causes, name_mechanism
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.smoothing import Hysteresis
-from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
+from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
 from nfi_monitor.types import (
     Alert,
     AlertKind,
@@ -82,7 +82,7 @@ class Detector:
         self.signals = Signals()
         self.spike = SpikeDetector()
         self._absorbing, self._inflating, self._imminent = Hysteresis(), Hysteresis(), Hysteresis()
-        self._coasting, self._kicking = Hysteresis(), Hysteresis()
+        self._coasting, self._kicking, self._swinging = Hysteresis(), Hysteresis(), Hysteresis()
         self._firing: dict[AlertKind, int] = {}  # kind → index into alerts
         self._counts: dict[str, int] = {}
         self._told = False  # a loss was observed
@@ -96,6 +96,11 @@ class Detector:
         # Absorbing alone may last for the rest of a run and leads to nothing within τ.
         calm = self.phase is Phase.ABSORBING and not self.signals.displacement >= self.limits.imminent_exit
         return Attention.OFTEN if calm else Attention.ALWAYS
+
+    @property
+    def at_risk(self) -> bool:
+        """Whether something that precedes a slingshot is there now, and no slingshot."""
+        return AlertKind.AT_RISK in self._firing or AlertKind.IMMINENT in self._firing
 
     def update(self, reading: Reading) -> Verdict:
         """Judge one reading."""
@@ -119,11 +124,12 @@ class Detector:
         else:
             if was != QUIET:
                 self._end(AlertKind.SLINGSHOT, reading.step, verdict)
-                self.signals.restart()
+                self.signals.calm()
             self._between(reading.step, verdict)
             # A slingshot's cause is read from the reading before it: in the spike itself rows are no
             # longer absorbed, and RMS_t is high whatever the reason.
-            self._causes = self._observe()
+            if self.spike.streak == 0:
+                self._causes = self._observe()
         verdict.phase = self.phase
         return verdict
 
@@ -145,6 +151,7 @@ class Detector:
             self._end(kind, step, verdict)
         for name in _SWITCHES:
             getattr(self, name).on = False
+        self.signals.restart()
         self._begin(AlertKind.SLINGSHOT, Severity.CRITICAL, self.spike.start, mechanism, confidence, verdict)
 
     def _between(self, step: int, verdict: Verdict) -> None:
@@ -166,6 +173,7 @@ class Detector:
             absorbing and signals.displacement >= limits.imminent_exit,
         )
         coasting, kicking = self._second_moment(step, numeric=absorbing)
+        kicking = self._oscillation(step, numeric=absorbing) or kicking
 
         if imminent or kicking:
             self.phase = Phase.IMMINENT
@@ -200,7 +208,8 @@ class Detector:
 
         At risk: *coasting*. The gradient is gone (RMS_t far below 1), the second moment is letting go of
         it, and decoupled weight decay alone moves the weights, towards the place where the gradient
-        comes back (W. Wu 2024, section 2.1).  Imminent: RMS_t above 2.3 on a second moment that had let go.
+        comes back (W. Wu 2024, section 2.1).  Imminent: RMS_t above 2.3 on a second moment that had let go,
+        and the features move.
         """
         limits, signals = self.limits, self.signals
         forgotten = not numeric and self._forgotten(step)
@@ -209,13 +218,35 @@ class Detector:
             forgotten and signals.rms_t_mean <= limits.coasting_enter and signals.shrinkage < 0,
             not numeric and signals.rms_t_mean <= limits.coasting_exit,
         )
+        # What is kicked has to move, where that can be seen: a lone tensor's RMS_t is not yet an event.
+        moved = not signals.swing < limits.kick_displacement
+        # Where the curvature says the same, RMS_t need not be as high: that wins a step.
+        steep = signals.curvature_peak >= limits.kick_curvature * self.context.stability_limit
+        level = limits.rms_t_steep if steep else limits.rms_t_imminent
         kicking = self._kicking.update(
             step,
-            # On average it had let go: noise around 1 is no kick.
-            forgotten and signals.rms_t >= limits.rms_t_imminent and signals.rms_t_mean <= 1.0,
+            forgotten and moved and signals.rms_t_peak >= level,
             not numeric and signals.rms_t_peak >= limits.rms_t_exit,
         )
         return coasting, kicking
+
+    def _oscillation(self, step: int, *, numeric: bool) -> bool:
+        """Edge of stability: the optimizer overshoots from wall to wall, further each time.
+
+        Successive gradients oppose each other, the curvature along the update is no longer small, and the
+        layers below the head swing the logits by a good part of a nat.  Noise of minibatches opposes nothing.
+        """
+        limits, signals = self.limits, self.signals
+        settled = self.spike.readings >= MEMORY and step >= limits.second_moment_settles * self.context.tau
+        return self._swinging.update(
+            step,
+            settled
+            and not numeric
+            and signals.alignment <= -limits.swing_alignment
+            and signals.curvature_peak >= limits.swing_curvature * self.context.stability_limit
+            and signals.swing >= limits.swing_displacement,
+            not numeric and signals.swing >= limits.swing_exit,
+        )
 
     def _forgotten(self, step: int) -> bool:
         """The second moment has let go of the gradient it once had, while decay moves the weights.
@@ -231,6 +262,8 @@ class Detector:
         signals, limits = self.signals, self.limits
         if signals.violation >= 0.5 * limits.absorbing_exit:
             return True
+        if signals.alignment <= -limits.swing_alignment and signals.swing >= limits.swing_exit:
+            return True
         rising = signals.rms_t_peak >= 0.5 * limits.rms_t_imminent and signals.rms_t_mean <= 1.0
         return rising and self._forgotten(signals.last_step)
 
@@ -243,9 +276,13 @@ class Detector:
             no_classes=self.context.no_classes,
             kicked=self._kicking.on,
             coasting=self._coasting.on,
+            swinging=self._swinging.on,
             decay=signals.decay_lowest,
             curvature=signals.curvature_peak,
             stability_limit=self.context.stability_limit,
+            learning_rate_jump=signals.learning_rate_jump,
+            update_jump=signals.update_jump,
+            rms_t=signals.rms_t_peak,
         )
 
     def _evidence(self, kind: AlertKind) -> dict[str, Evidence]:
@@ -257,6 +294,8 @@ class Detector:
             "rms_t_max": Evidence(signals.rms_t_peak, limits.rms_t_imminent, signals.rms_t_mean),
             "second_moment_decay": Evidence(signals.decay_lowest, FORGOTTEN, 0.0),
             "secant_curvature": Evidence(signals.curvature_peak, self.context.stability_limit),
+            "gradient_alignment": Evidence(signals.alignment, -limits.swing_alignment, 0.0),
+            "feature_displacement": Evidence(signals.swing, limits.swing_displacement),
         }
         if kind is AlertKind.AT_RISK and self._coasting.on:
             # Here a low RMS_t is the sign, not a high one.
@@ -362,9 +401,9 @@ class Detector:
         # A countdown without growth would count down to nothing.
         if mechanism is not Mechanism.NUMERICAL_FEATURE_INFLATION or not self._inflating.on:
             return None
-        signals = self.signals
+        signals, context = self.signals, self.context
         return steps_to_spike(
-            signals.displacement_rms, signals.displacement_slope, self.context.beta2, self.context.tau
+            signals.displacement_rms, signals.violation, signals.loss_rise, context.beta2, context.tau
         )
 
     def _advice(self, kind: AlertKind, mechanism: Mechanism) -> tuple[str, ...]:
@@ -424,4 +463,4 @@ class Detector:
         self._causes = Causes(**state["causes"])
 
 
-_SWITCHES = ("_absorbing", "_inflating", "_imminent", "_coasting", "_kicking")
+_SWITCHES = ("_absorbing", "_inflating", "_imminent", "_coasting", "_kicking", "_swinging")

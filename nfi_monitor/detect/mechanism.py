@@ -24,6 +24,13 @@ FORGOTTEN = -0.3
 slingshots it has fallen 2 to 20 times, and "fell a hundredfold" is a wrong alarm."""
 
 
+JUMP = 3.0
+"""Factor by which the learning rate leaves its own average in a step: no schedule that warms up does."""
+UNMOVED = 1.5
+"""Update RMS against its own average up to which the last update was an ordinary one: then it was not the
+weights that made the loss rise."""
+
+
 @dataclass(frozen=True)
 class Causes:
     """Signals in the steps before the event; NaN where a signal was not seen."""
@@ -32,9 +39,13 @@ class Causes:
     no_classes: bool  # the head has one output: absorption of a correct class does not exist
     kicked: bool  # RMS_t rose above its limit before the loss did
     coasting: bool  # no gradient to speak of: weight decay alone moved the weights
+    swinging: bool  # successive gradients opposed each other, and the features swung with growing amplitude
     decay: float  # decades that sqrt(v̂) had fallen
     curvature: float  # largest secant curvature × lr just before
     stability_limit: float  # 2(1+β1)/(1−β1)
+    learning_rate_jump: float  # against its own average
+    update_jump: float  # RMS of the last update before the event, against its own average
+    rms_t: float  # largest of the last few steps before the event
 
 
 def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
@@ -45,12 +56,16 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
         return Mechanism.NUMERICAL_FEATURE_INFLATION, 0.6 + 0.35 * strength
     # Not seen, or in the grey zone between rounding and not: everything else is less certain.
     doubt = 0.0 if violation < NUMERIC_BELOW or causes.no_classes else 0.2
+    if causes.learning_rate_jump >= JUMP:
+        return Mechanism.EXTERNAL, 0.8 - doubt
     forgotten = causes.decay <= FORGOTTEN
     steep = causes.curvature >= causes.stability_limit
     if forgotten and causes.coasting:
         return Mechanism.SECOND_MOMENT, (0.9 if causes.kicked else 0.8) - doubt
-    if steep:
-        return Mechanism.EDGE_OF_STABILITY, (0.7 if causes.kicked else 0.6) - doubt
+    if steep or causes.swinging:
+        return Mechanism.EDGE_OF_STABILITY, (0.8 if causes.swinging else 0.6) - doubt
     if forgotten and causes.kicked:
         return Mechanism.SECOND_MOMENT, 0.6 - doubt
+    if causes.update_jump <= UNMOVED and causes.rms_t <= UNMOVED:
+        return Mechanism.EXTERNAL, 0.6 - doubt
     return Mechanism.UNKNOWN, 0.0

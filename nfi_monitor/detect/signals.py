@@ -19,32 +19,42 @@ class Signals(Stateful):
     violation: zero-sum violation that reaches the weights, smoothed; NaN while unseen or while the loss
     breaks it by design.
     growth: d ln‖μ_G‖ / d step, smoothed.  classifier_growth: the same of ‖W_G‖.
-    displacement: ln-average of δ in nats (the probe's margins where there is a probe).
-    displacement_slope: d ln δ_rms / d step.  rms_t: RMS_t of the last reading; rms_t_peak and
-    curvature_peak: largest of the last few steps; rms_t_mean: average.
+    displacement: ln-average of δ in nats (the probe's margins where there is a probe); displacement_rms:
+    the same of the head's root mean square.
+    swing: how far the layers below the head moved the mean row's logits, nats, largest of the last few
+    steps; alignment: average cosine of successive gradients.
+    rms_t: RMS_t of the last reading; rms_t_peak and curvature_peak: largest of the last few steps;
+    rms_t_mean: average.
     decay: decades sqrt(v̂) of the head lies below its maximum since the last slingshot; decay_lowest:
     the lowest of the last few steps, because a kick refills the second moment at once.
     shrinkage: d ln(weight norm) / d step; negative while weight decay alone moves the weights.
+    learning_rate_jump: largest ratio of the learning rate to its own average in the last few steps.
+    update_jump: the last update's RMS against its own average.
+    loss_rise: nats that log loss, averaged, stands above its lowest of the last 3 τ.
     broken_by_design: rounding cannot explain the violation; it is not absorption.
     """
 
     __slots__ = (
-        "_classifier_growth", "_displacement", "_growth", "_rms_t", "_shrinkage", "_slope", "_unexplained",
-        "_unexplained_switch", "_violation", "classifier_growth", "curvature_peak", "decay", "decay_lowest",
-        "displacement", "displacement_rms", "displacement_slope", "growth", "last_step", "rms_t",
-        "rms_t_mean", "rms_t_peak", "root_max", "shrinkage", "soft_targets", "violation",
+        "_alignment", "_classifier_growth", "_displacement", "_displacement_rms", "_growth", "_learning_rate",
+        "_loss", "_loss_lowest", "_rms_t", "_shrinkage", "_unexplained", "_unexplained_switch",
+        "_update_rms", "_violation", "alignment", "classifier_growth", "curvature_peak", "decay",
+        "decay_lowest", "displacement", "displacement_rms", "growth", "last_step", "learning_rate_jump",
+        "loss_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "shrinkage", "soft_targets", "swing",
+        "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._violation, self._unexplained, self._displacement = Ema(), Ema(), Ema()
-        self._rms_t = Ema()
-        self._growth, self._classifier_growth, self._slope = Growth(), Growth(), Growth()
-        self._shrinkage = Growth()
+        self._displacement_rms, self._rms_t, self._alignment = Ema(), Ema(), Ema()
+        self._learning_rate, self._update_rms, self._loss = Ema(), Ema(), Ema()
+        self._growth, self._classifier_growth, self._shrinkage = Growth(), Growth(), Growth()
         self._unexplained_switch = Hysteresis()
+        self._loss_lowest = NAN
         self.violation = self.growth = self.classifier_growth = NAN
-        self.displacement = self.displacement_rms = self.displacement_slope = NAN
+        self.displacement = self.displacement_rms = self.swing = self.alignment = NAN
         self.rms_t = self.rms_t_mean = self.rms_t_peak = self.curvature_peak = NAN
         self.decay = self.decay_lowest = self.shrinkage = NAN
+        self.learning_rate_jump = self.update_jump = self.loss_rise = NAN
         self.root_max = 0.0
         self.soft_targets = False
         self.last_step = 0
@@ -83,19 +93,34 @@ class Signals(Stateful):
 
         delta = get("margin_displacement", get("logit_displacement"))
         self.displacement = math.exp(self._displacement.update(step, _log(delta), short))
-        if "logit_displacement_rms" in reading.values:
-            self.displacement_rms = get("logit_displacement_rms")
-            self.displacement_slope = self._slope.update(step, _log(self.displacement_rms), window)
+        root_mean_square = _log(get("logit_displacement_rms"))
+        self.displacement_rms = math.exp(self._displacement_rms.update(step, root_mean_square, short))
 
         # Peaks fade within a few steps: they hold an alarm through the gaps of a chattering gradient, and
         # must not hold it through a calm one.
-        keep = math.exp(-max(step - self.last_step, 1) / max(short, 1.0))
+        gap = max(step - self.last_step, 1)
+        keep = math.exp(-gap / max(short, 1.0))
+        self.swing = _fading_max(self.swing, get("feature_displacement"), math.exp(-gap / SWINGS))
+        self.alignment = self._alignment.update(step, get("gradient_alignment"), SWINGS)
+        rate = get("learning_rate")
+        jump = rate / math.exp(self._learning_rate.value) if rate > 0 else NAN
+        self.learning_rate_jump = _fading_max(self.learning_rate_jump, jump, keep)
+        self._learning_rate.update(step, _log(rate), window)
         if "rms_t_max" in reading.values:
             self.rms_t = get("rms_t_max")
             self.rms_t_mean = self._rms_t.update(step, self.rms_t, window)
             self.rms_t_peak = _fading_max(self.rms_t_peak, self.rms_t, keep)
             self.curvature_peak = _fading_max(self.curvature_peak, get("secant_curvature"), keep)
             self.shrinkage = self._shrinkage.update(step, _log(get("weight_norm")), window)
+        if get("update_rms") > 0:
+            self.update_jump = get("update_rms") / math.exp(self._update_rms.value)
+            self._update_rms.update(step, _log(get("update_rms")), window)
+        if get("loss") > 0:
+            level = self._loss.update(step, _log(get("loss")), short)
+            # The lowest of late: what was lowest before forgets itself upwards, a nat in 3 τ.
+            risen = self._loss_lowest + gap / (3.0 * tau)
+            self._loss_lowest = level if math.isnan(risen) else min(level, risen)
+            self.loss_rise = level - self._loss_lowest
 
         root = get("head_sqrt_exp_avg_sq_mean", get("sqrt_exp_avg_sq_mean"))
         if math.isfinite(root) and root > 0:
@@ -107,9 +132,14 @@ class Signals(Stateful):
         return derived
 
     def restart(self) -> None:
-        """A slingshot is over: maxima start anew."""
+        """A slingshot begins: what the second moment has forgotten is counted from the gradients in it."""
         self.root_max = 0.0
-        self.decay = self.decay_lowest = self.rms_t_peak = self.curvature_peak = NAN
+        self.decay = self.decay_lowest = NAN
+
+    def calm(self) -> None:
+        """A slingshot is over: its peaks say nothing about the next one."""
+        self.rms_t_peak = self.curvature_peak = self.swing = self.alignment = NAN
+        self.decay_lowest = self.decay
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -126,6 +156,9 @@ class Signals(Stateful):
                 setattr(self, name, state[name])
 
 
+SWINGS = 3.0
+"""Steps that a swing of the features and the gradients' alignment are remembered: an oscillation from wall to
+wall takes two."""
 REACH = 10.0
 """How many times larger than the weights' own violation that of the rows may count."""
 

@@ -14,6 +14,10 @@ QUIET = Causes(
     decay=0.0,
     curvature=1.0,
     stability_limit=38.0,
+    swinging=False,
+    learning_rate_jump=1.0,
+    update_jump=2.0,
+    rms_t=1.0,
 )
 
 
@@ -33,6 +37,21 @@ def test_coasting_on_a_forgotten_second_moment_names_it() -> None:
 
 def test_a_curvature_above_the_stability_limit_names_the_edge_of_stability() -> None:
     assert name(curvature=50.0, kicked=True) is Mechanism.EDGE_OF_STABILITY
+
+
+def test_gradients_that_oppose_each_other_name_the_edge_of_stability_below_the_limit_too() -> None:
+    assert name(swinging=True, curvature=5.0) is Mechanism.EDGE_OF_STABILITY
+
+
+def test_a_jump_of_the_learning_rate_comes_from_outside_whatever_it_sets_off() -> None:
+    assert name(learning_rate_jump=10.0, curvature=90.0, swinging=True) is Mechanism.EXTERNAL
+    assert name(learning_rate_jump=2.0, curvature=90.0) is Mechanism.EDGE_OF_STABILITY
+
+
+def test_a_loss_that_rises_after_an_ordinary_update_was_raised_by_the_batch() -> None:
+    assert name(update_jump=1.1) is Mechanism.EXTERNAL
+    assert name(update_jump=1.1, rms_t=3.0) is Mechanism.UNKNOWN
+    assert name(update_jump=math.nan) is Mechanism.UNKNOWN, "an update that was not seen proves nothing"
 
 
 def test_without_evidence_the_mechanism_is_unknown() -> None:
