@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from nfi_monitor._version import __version__
 
 if TYPE_CHECKING:
+    from nfi_monitor.capture.snapshots import Snapshot
     from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError, MonitorError
     from nfi_monitor.monitor import Monitor
     from nfi_monitor.types import (
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Monitor": "nfi_monitor.monitor",
+    "Snapshot": "nfi_monitor.capture.snapshots",
     **dict.fromkeys(("AlreadyMonitoredError", "HeadNotFoundError", "MonitorError"), "nfi_monitor.errors"),
     **dict.fromkeys(
         ("Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Phase", "Reading",
@@ -44,8 +46,8 @@ _HOMES = {
 
 __all__ = [
     "Alert", "AlertKind", "AlertState", "AlreadyMonitoredError", "Change", "Evidence", "HeadNotFoundError",
-    "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity", "Thresholds",
-    "__version__",
+    "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity", "Snapshot",
+    "Thresholds", "__version__",
 ]  # fmt: skip
 
 

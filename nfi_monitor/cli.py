@@ -22,8 +22,11 @@ from nfi_monitor.types import Alert
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nfi_monitor.report.jsonl import RunRecord
+
 _DEMO = "nfi_monitor.examples.02_modular_division"
 _POLL_SECONDS = 0.5
+_EXPLAINED = 20  # alerts under a report; any other by its id
 _SHOWN = (
     "loss",
     "head_loss",
@@ -63,6 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--no-figure", action="store_true", help="print the report only")
     report.add_argument(
         "--json", action="store_true", help="print the report as JSON (and draw a figure only with --figure)"
+    )
+    report.add_argument(
+        "--explain", metavar="ID", help="this alert only, as imminent-1: what crossed what, and what did not"
     )
     tail = commands.add_parser("tail", help="the latest readings and alerts, one line each")
     tail.add_argument("run", metavar="RUN", help="the directory given to Monitor(run_dir=...)")
@@ -116,12 +122,17 @@ def _report(options: argparse.Namespace) -> int:
         record = read_run(options.run)
     except RunDirectoryError as error:
         return _fail(error)
-    summary = summarize(record.info, record.history, record.phases, record.alerts, record.notes)
+    if options.explain is not None:
+        return _explain(options, record)
+    summary = summarize(
+        record.info, record.history, record.phases, record.alerts, record.notes, record.replays
+    )
     console = _console(stderr=options.json)
     if options.json:
         print(json.dumps(summary, allow_nan=False, indent=2))
     else:
         console.print(summary)
+        _print_explanations(console, record)
     for problem in record.problems:
         _say(console, f"note: {problem}", style="yellow")
     if options.no_figure or (options.json and not options.figure):
@@ -146,6 +157,41 @@ def _report(options: argparse.Namespace) -> int:
     else:
         _say(console, f"figure: {path}")
     return 0
+
+
+def _explain(options: argparse.Namespace, record: RunRecord) -> int:
+    """``report RUN --explain ID``: one alert, and no figure."""
+    from nfi_monitor.report.explain import explain_run
+
+    parts = (record.info, record.history, record.phases, record.alerts, record.notes)
+    try:
+        (explanation,) = explain_run(*parts, options.explain)
+    except ValueError as error:
+        return _fail(error)
+    if options.json:
+        print(json.dumps(explanation.to_json(), allow_nan=False, indent=2))
+    else:
+        _console().print(explanation)
+    for problem in record.problems:
+        _say(_console(stderr=True), f"note: {problem}", style="yellow")
+    return 0
+
+
+def _print_explanations(console: Console, record: RunRecord) -> None:
+    """Under the summary: every slingshot, and the alert that still fires."""
+    from rich.text import Text
+
+    from nfi_monitor.report.explain import explain_run
+
+    parts = (record.info, record.history, record.phases, record.alerts, record.notes)
+    explanations = explain_run(*parts)
+    if explanations:
+        console.print(Text("\nExplained", style="bold"))
+    if len(explanations) > _EXPLAINED:
+        known = ", ".join(item.alert.id for item in explanations[:-_EXPLAINED])
+        _say(console, f"and earlier: {known} (nfi-monitor report RUN --explain ID)", style="dim")
+    for explanation in explanations[-_EXPLAINED:]:
+        console.print(explanation)
 
 
 def _title(info: dict[str, Any]) -> str:

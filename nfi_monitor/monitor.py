@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
 from os import PathLike
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -24,8 +24,12 @@ from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
 from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, unwrap
 from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.capture.probe_batch import ProbeBatch
+from nfi_monitor.capture.ring import SnapshotRing
 from nfi_monitor.capture.sampling import auto_interval, local
+from nfi_monitor.capture.snapshots import Snapshot, check_extra
+from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
+from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.errors import AlreadyMonitoredError, MonitorError
 from nfi_monitor.history import History
 from nfi_monitor.measure.accumulator import RowAccumulator
@@ -35,14 +39,17 @@ from nfi_monitor.measure.zero_sum import accumulation_dtype
 from nfi_monitor.notes import NoteTaker
 from nfi_monitor.report.fanout import Fanout, open_sinks
 from nfi_monitor.run_info import describe_run
-from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, Thresholds
+from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Note, Phase, Reading, Thresholds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from nfi_monitor.arms import Arm
+    from nfi_monitor.report.explain import Explanation
     from nfi_monitor.report.summary import Summary
 
 _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_OPEN: weakref.WeakSet[Monitor] = weakref.WeakSet()
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 
 
@@ -65,6 +72,11 @@ class Monitor:
         thresholds: the constants of detection.
         every: "auto" reads sparsely while nothing is going on and every step once something is; an
             int reads the first optimizer step and those it divides.
+        snapshots: while *at risk*, keep the last four states of the run in host memory, one every 2 τ, for
+            :meth:`replay`. "auto" does so on a CPU while one takes at most 16 MiB; an int is the bytes all
+            may take together, on any device; False keeps none.
+        extras: what else belongs to a state: schedulers, gradient scalers, samplers, weight averages (with
+            ``state_dict``/``load_state_dict``) and ``torch.Generator`` objects.
 
     Raises:
         HeadNotFoundError: no module, or more than one, could be the head; lists the candidates.
@@ -87,6 +99,8 @@ class Monitor:
         probe: tuple[Any, Tensor] | None = None,
         thresholds: Thresholds | None = None,
         every: int | str = "auto",
+        snapshots: int | str | bool = "auto",
+        extras: Sequence[Any] = (),
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Monitor needs a torch.nn.Module, got {type(model).__name__}.")
@@ -100,6 +114,12 @@ class Monitor:
             raise ValueError("probe must be a pair (inputs, targets).")
         if on_alert is not None and not callable(on_alert):
             raise TypeError(f"on_alert must be callable, got {type(on_alert).__name__}.")
+        if isinstance(snapshots, bool) and not snapshots:
+            snapshots = 0
+        if not (snapshots == "auto" or (type(snapshots) is int and snapshots >= 0)):
+            raise ValueError(f'snapshots={snapshots!r}: use "auto", False, or bytes that they may take.')
+        for extra in extras:
+            check_extra(extra)
         self._optimizer = unwrap(optimizer)
         self._head: Head | None = None if head is False else find_head(model, head)
         self._key = self._head.module if self._head is not None else model
@@ -119,6 +139,10 @@ class Monitor:
         self._detector = Detector(self._thresholds, self._read_context())
         self._outbox = Outbox()
         self._memory: Memory | None = None
+        self._extras = tuple(extras)
+        self._ring = SnapshotRing(model, self._optimizer, self._extras, snapshots)
+        self.replays: list[ReplayVerdict] = []
+        """What replays of this run's slingshots have shown, oldest first."""
         self._probe_batch = None if probe is None else ProbeBatch(model, *probe)
         self._on_alert = on_alert
         self.history = History()
@@ -137,18 +161,22 @@ class Monitor:
         self._started = time.perf_counter()
         self._finished: float | None = None
         self._closed = False
+        self._paused = 0
         self._final_info: dict[str, Any] | None = None
 
         speaks = self._detector.context.rank == 0
         self._reports = Fanout(open_sinks(console, run_dir) if speaks else [], self._failed)
         self._notes = NoteTaker(self._reports.note)
-        self._probe = HeadProbe(lambda: self._wanted_step, self._rows_arrived, self._failed)
+        self._probe = HeadProbe(
+            lambda: None if self._paused else self._wanted_step, self._rows_arrived, self._failed
+        )
         self._reports.start(self._info())
         self._notes.attached(self._head, self._reader)
         self._handles: list[Any] = [StepHooks(self._optimizer, self._before_step, self._after_step)]
         if self._head is not None:
             self._handles.append(self._head.module.register_forward_hook(self._probe, with_kwargs=True))
         _WATCHED.add(self._key)
+        _OPEN.add(self)
 
     # --- the user's side -------------------------------------------------------------------------
 
@@ -157,7 +185,7 @@ class Monitor:
 
         Never synchronises: a tensor is kept as it is and read with the step's other numbers.
         """
-        if self._closed:
+        if self._closed or self._paused:
             return
         try:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
@@ -169,7 +197,7 @@ class Monitor:
 
         For logits that are no module's output, or are cast, scaled or capped between head and loss.
         """
-        if not self._closed:
+        if not self._closed and not self._paused:
             self._probe.tap(logits)
         return logits
 
@@ -197,7 +225,103 @@ class Monitor:
         from nfi_monitor.report.summary import summarize
 
         self._drain(everything=True)
-        return summarize(self._info(), self.history, self.phases, self.alerts, self.notes)
+        return summarize(self._info(), self.history, self.phases, self.alerts, self.notes, self.replays)
+
+    def explain(self, alert: Alert | str) -> Explanation:
+        """An alert, or the one of this id, in plain words: what crossed what and when, and what was not seen.
+
+        From the readings in ``history``; also after ``close()`` and in ``on_alert``. Raises ValueError,
+        naming the known ids, for an alert that is not this monitor's.
+        """
+        from nfi_monitor.report.explain import explain, find_alert
+
+        # Nothing is drained here: on_alert is called from there, and an alert's readings are on record.
+        found = find_alert(self._detector.alerts, alert)
+        context = self._detector.context
+        return explain(found, self.history, self.phases, self._thresholds, context, self.notes)
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """States of the run while it was at risk, oldest first; kept after ``close()``, too."""
+        return self._ring.snapshots
+
+    def replay(
+        self,
+        step_fn: Callable[[int], Any],
+        arms: Sequence[Arm] | None = None,
+        steps: int | None = None,
+        snapshot: Snapshot | None = None,
+    ) -> ReplayVerdict:
+        """Find the last slingshot's cause: go on from before it under each arm (:mod:`nfi_monitor.replay`).
+
+        ``step_fn(step)`` does optimizer step number ``step`` as the run did, its data included, and returns
+        the loss.  ``snapshot``: default the newest that is 2 τ before the slingshot, or else the oldest.
+        ``steps``: default until max(2 τ, 20) steps after the slingshot.  The verdict is written to
+        ``replays.jsonl`` and stands in the report; the run itself is not changed and may go on.
+
+        Raises MonitorError, saying what is needed, without a snapshot or a usable ``step_fn``.
+        """
+        from nfi_monitor.detect.causal import margin
+        from nfi_monitor.replay import RECIPE, STEP_FN, replay
+
+        if self._closed:
+            raise MonitorError(
+                "A closed monitor has let go of the model. Call monitor.replay before close(), inside the "
+                "with block, or nfi_monitor.replay.replay(snapshot, step_fn, model=..., optimizer=...) with "
+                "one of monitor.snapshots."
+            )
+        if not callable(step_fn):
+            raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
+        self._flush_losses()
+        self._drain(everything=True)
+        tau = self._detector.context.tau
+        slingshot = next((a for a in reversed(self.alerts) if a.kind is AlertKind.SLINGSHOT), None)
+        if snapshot is None:
+            snapshot = self._snapshot_before(slingshot, tau)
+        if slingshot is not None and slingshot.first_step <= snapshot.step:
+            slingshot = None  # the given snapshot is of later: what comes is another one
+        if steps is None and slingshot is not None:
+            steps = slingshot.first_step - snapshot.step + margin(tau)
+        recorded = {int(step): float(loss) for step, loss in zip(*self.history["loss"], strict=True)}
+        verdict = replay(
+            snapshot,
+            step_fn,
+            arms,
+            steps,
+            model=self._model,
+            optimizer=self._optimizer,
+            head=self._head.module if self._head is not None else False,
+            extras=self._extras,
+            beta2=self._detector.context.beta2,
+            recorded=recorded,
+            thresholds=self._thresholds,
+        )
+        verdict = replace(verdict, slingshot=None if slingshot is None else slingshot.id)
+        self.replays.append(verdict)
+        self._reports.replay(verdict)
+        return verdict
+
+    def _snapshot_before(self, slingshot: Alert | None, tau: float) -> Snapshot:
+        """The newest at least 2 τ before the slingshot, or the oldest there is."""
+        kept = self.snapshots
+        before = [s for s in kept if slingshot is None or s.step < slingshot.first_step]
+        if before:
+            early = [
+                s for s in before if slingshot is None or s.step <= slingshot.first_step - round(2 * tau)
+            ]
+            return early[-1] if early else before[0]
+        if kept and slingshot is not None:
+            why = f"those kept are of steps {kept[0].step:,}–{kept[-1].step:,}, after the slingshot began"
+        elif self._ring.refused:
+            why = self._ring.refused
+        elif not self._ring.limit:
+            why = "the monitor was told to keep none"
+        else:
+            why = "one is taken when an at-risk alert begins, and none has, or it failed (see monitor.notes)"
+        raise MonitorError(
+            f"No snapshot to replay from: {why}. Pass snapshots=<bytes> to Monitor (say snapshots=4 << 30), "
+            "or take one yourself with Snapshot.take(step, model, optimizer, extras) and pass snapshot=."
+        )
 
     def weight_norms(self) -> dict[str, float]:
         """Euclidean norm of every parameter by its name, now. Reads all weights: on request, not per step."""
@@ -206,6 +330,21 @@ class Monitor:
         named = [(name, local(parameter.detach())) for name, parameter in self._model.named_parameters()]
         norms = [torch.linalg.vector_norm(value, dtype=accumulation_dtype(value.dtype)) for _, value in named]
         return {name: float(norm) for (name, _), norm in zip(named, norms, strict=True)}
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """While this is open, forwards, steps and losses are not the run's: nothing is seen, counted or said.
+
+        For whatever trains the model on the side and puts it back afterwards, such as a replay.
+        """
+        started = time.perf_counter()
+        self._paused += 1
+        try:
+            yield
+        finally:
+            self._paused -= 1
+            if not self._paused:
+                self._started += time.perf_counter() - started  # no part of the training's own time
 
     def close(self) -> None:
         """Detach all hooks and finish the reports. Calling it again does nothing."""
@@ -216,9 +355,11 @@ class Monitor:
             handle.remove()
         self._handles.clear()
         _WATCHED.discard(self._key)
+        _OPEN.discard(self)
         try:
             self._flush_losses()
             self._drain(everything=True)
+            self._ring.close()
         except Exception as error:
             self._failed("close", error)
         self._finished = time.perf_counter()
@@ -235,7 +376,7 @@ class Monitor:
         except Exception as error:  # never in the way of an exception of the user's own
             self._failed("close", error)
         # The monitor may outlive the run for its history; the model and the optimizer must not for its sake.
-        del self._model, self._optimizer, self._reader, self._probe_batch, self._head, self._key
+        del self._model, self._optimizer, self._reader, self._probe_batch, self._head, self._key, self._extras
 
     def __enter__(self) -> Monitor:
         return self
@@ -286,7 +427,7 @@ class Monitor:
     # --- hooks -----------------------------------------------------------------------------------
 
     def _rows_arrived(self, rows: Rows) -> None:
-        if "rows" in self._quiet or self._closed:
+        if "rows" in self._quiet or self._closed or self._paused:
             return
         started = time.perf_counter()
         with torch.no_grad(), _full_precision(rows.grad.device.type):
@@ -294,6 +435,9 @@ class Monitor:
         self._seconds += time.perf_counter() - started
 
     def _before_step(self, closure: bool) -> None:
+        if self._paused:
+            return
+        self._complete_snapshot()
         if self._wanted_step is None or "optimizer" in self._quiet:
             return
         started = time.perf_counter()
@@ -305,6 +449,8 @@ class Monitor:
         self._seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
+        if self._paused:
+            return
         started = time.perf_counter()
         self._step += 1
         try:
@@ -316,12 +462,36 @@ class Monitor:
             self._drain()
         except Exception as error:
             self._failed("step", error)
+        self._take_snapshot()
         self._losses.clear()
         self._before = None
         self._rows.clear(self._step + 1)
         self._probe.forget()
         self._wanted_step = self._next_wanted()
         self._seconds += time.perf_counter() - started
+
+    def _take_snapshot(self) -> None:
+        """At risk, now and then; from a slingshot's first unusual loss until its end, never."""
+        detector = self._detector
+        if not detector.at_risk or detector.spike.state != QUIET or detector.spike.streak:
+            return
+        if "snapshots" in self._quiet or not self._ring.due(self._step, detector.context.tau):
+            return
+        try:
+            self._ring.take(self._step, detector.spike.state_dict())
+        except Exception as error:
+            self._failed("snapshots", error)
+        if self._ring.refused and self._ring.limit != "auto":
+            self._notes.note("no_snapshots", f"No snapshots are kept: {self._ring.refused}.", self._step)
+
+    def _complete_snapshot(self) -> None:
+        if self._ring.pending:
+            started = time.perf_counter()
+            try:
+                self._ring.complete()
+            except Exception as error:
+                self._failed("snapshots", error)
+            self._seconds += time.perf_counter() - started
 
     # --- measure ---------------------------------------------------------------------------------
 
@@ -470,8 +640,11 @@ class Monitor:
         attention = self._detector.attention
         if attention is Attention.ALWAYS or following <= 8:
             return following
-        every = auto_interval(self._detector.context.tau, at_risk=attention is Attention.OFTEN)
-        return following if following % every == 0 else None
+        tau = self._detector.context.tau
+        if attention is Attention.OFTEN:
+            return following if following % auto_interval(tau, at_risk=True) == 0 else None
+        # Two neighbours and a longer pause: curvature, alignment and swing need the step before as well.
+        return following if following % (2 * auto_interval(tau)) <= 1 else None
 
     def _read_context(self) -> Context:
         betas = self._reader.betas()
@@ -523,6 +696,12 @@ class Monitor:
             },
             "run_dir": None if self.run_dir is None else str(self.run_dir),
         }
+
+
+def open_monitors(model: nn.Module, optimizer: Any) -> list[Monitor]:
+    """The monitors that would take steps of this optimizer or of this model for the run's."""
+    modules = set(model.modules())
+    return [monitor for monitor in _OPEN if monitor._optimizer is optimizer or monitor._key in modules]
 
 
 def _mean_dtype(loss: Tensor) -> torch.dtype:

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.spiking import Recorded, record
+
 # A deadline measures the machine, not the code.  print_blob: a failure can be replayed from the log.
 settings.register_profile(
     "nfi-monitor", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]
@@ -19,6 +21,12 @@ settings.load_profile("nfi-monitor")
 def _one_thread() -> None:
     """The models of the tests are small: a second thread costs more than it brings."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def spiking_run(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
+    """A real run through a slingshot, recorded once for all tests that read it."""
+    return record(tmp_path_factory.mktemp("spiking") / "run")
 
 
 @pytest.fixture(autouse=True)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.report import words
 from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, Severity
 
@@ -74,6 +75,12 @@ class ConsoleSink:
     def note(self, note: Note) -> None:
         if not self._quiet:
             self._print(Text(f"note: {note.message}", style="dim"))
+
+    def replay(self, verdict: ReplayVerdict) -> None:
+        what = verdict.slingshot or "no slingshot"
+        line = Text.assemble((f"replay of {what}", "cyan"), f" from step {verdict.snapshot_step:,}  ")
+        line.append(words.replay_in_words(verdict), style="bold")
+        self._print(line)
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         run_dir = info.get("run_dir")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.report.sink import Sink
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
@@ -50,6 +51,9 @@ class Fanout:
 
     def note(self, note: Note) -> None:
         self._each("note", note)
+
+    def replay(self, verdict: ReplayVerdict) -> None:
+        self._each("replay", verdict)
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         self._each("close", info, summary)

@@ -1,4 +1,4 @@
-"""The run directory: ``run.json``, ``readings.jsonl``, ``alerts.jsonl``, written and read back.
+"""The run directory: ``run.json``, ``readings.jsonl``, ``alerts.jsonl``, ``replays.jsonl``, written and read.
 
 Each line is one ``os.write`` of a complete line on a descriptor opened with ``O_APPEND``: no buffer
 that a ``kill -9`` could swallow, no lock that a network file system would not honour.  At worst the
@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.history import History
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.report.plain import plain
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
 
 RUN, READINGS, ALERTS = "run.json", "readings.jsonl", "alerts.jsonl"
+REPLAYS = "replays.jsonl"  # made by the first replay
 
 
 class RunDirectoryError(ValueError):
@@ -71,6 +73,12 @@ class RunDirectory:
 
     def note(self, note: Note) -> None:
         self._write_info(self._info, [asdict(note)])
+
+    def replay(self, verdict: ReplayVerdict) -> None:
+        if self._files and REPLAYS not in self._files:
+            with self._explained(self.path / REPLAYS):
+                self._files[REPLAYS] = _open_for_lines(self.path / REPLAYS)
+        self._append(REPLAYS, {**verdict.to_json(), **self._session})
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         try:
@@ -162,6 +170,8 @@ class RunRecord:
     notes: list[Note]
     problems: list[str] = field(default_factory=list)
     """What could not be read, each a sentence with the file's name."""
+    replays: list[ReplayVerdict] = field(default_factory=list)
+    """Verdicts of replays, in the order they were made."""
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:
@@ -177,11 +187,12 @@ def read_run(path: str | os.PathLike[str]) -> RunRecord:
     resumed_at = _resumed_at(path / READINGS)
     history, phases = _read_readings(path / READINGS, resumed_at, problems)
     alerts = _read_alerts(path / ALERTS, resumed_at, problems)
+    replays = _read_replays(path / REPLAYS, resumed_at, problems)
     notes = [
         Note(str(note.get("code", "")), str(note.get("message", "")), _as_int(note.get("step")))
         for note in _notes_of(info)
     ]
-    return RunRecord(info, history, phases, alerts, notes, problems)
+    return RunRecord(info, history, phases, alerts, notes, problems, replays)
 
 
 def check_run(path: str | os.PathLike[str]) -> Path:
@@ -191,7 +202,7 @@ def check_run(path: str | os.PathLike[str]) -> Path:
     if not path.exists():
         raise RunDirectoryError(f"{path} does not exist. {want}")
     if not path.is_dir():
-        inside = path.name in (RUN, READINGS, ALERTS)
+        inside = path.name in (RUN, READINGS, ALERTS, REPLAYS)
         raise RunDirectoryError(
             f"{path} is a file, not a run directory. " + (f"Pass {path.parent}." if inside else want)
         )
@@ -343,6 +354,29 @@ def _read_alerts(path: Path, resumed_at: Mapping[int, int], problems: list[str])
         problems.append(f"{path.name}: skipped alerts this version cannot read: {_some(strange)}")
     # sorted() is stable: alerts that began at the same step stay in the order they were written.
     return sorted(alerts.values(), key=lambda alert: alert.first_step)
+
+
+def _read_replays(path: Path, resumed_at: Mapping[int, int], problems: list[str]) -> list[ReplayVerdict]:
+    verdicts: list[ReplayVerdict] = []
+    torn, torn_last, strange = 0, False, set[str]()
+    for line in _lines(path, problems):
+        record = parse_line(line)
+        torn_last = record is None
+        if record is None:
+            torn += 1
+            continue
+        try:
+            verdict = ReplayVerdict.from_json(record)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            strange.add(str(error))
+            continue
+        if not _replaced(verdict.snapshot_step, _as_int(record.get("session"), 1), resumed_at):
+            verdicts.append(verdict)
+    if torn:
+        problems.append(_torn(path.name, torn, torn_last))
+    if strange:
+        problems.append(f"{path.name}: skipped replays this version cannot read: {_some(strange)}")
+    return verdicts
 
 
 def _torn(name: str, count: int, last: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
+from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ class Sink(Protocol):
 
     def note(self, note: Note) -> None:
         """Called once for each thing that could not be seen."""
+        ...
+
+    def replay(self, verdict: ReplayVerdict) -> None:
+        """Called once for each replay of a slingshot, with what it showed."""
         ...
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:

@@ -20,6 +20,7 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
+from nfi_monitor.detect.causal import ReplayVerdict, arm_in_words
 from nfi_monitor.history import History
 from nfi_monitor.report import words
 from nfi_monitor.report.console import SEVERITY_STYLES
@@ -62,8 +63,8 @@ _SHOWN = 20  # rows of a table on a terminal; all of them are in the dict and in
 
 
 class Summary(dict[str, Any]):
-    """What happened in a run. Keys: ``run, last_step, readings, phase, phase_share, slingshots, events,
-    quantities, absorbing_classes, notes, overhead``; only JSON's own types, no NaN.
+    """What happened in a run. Keys: ``run, last_step, readings, phase, phase_share, slingshots, replays,
+    events, quantities, absorbing_classes, notes, overhead``; only JSON's own types, no NaN.
 
     ``rich.print(summary)`` and ``print(summary)`` show the report, ``json.dumps(summary)`` the data.
     """
@@ -85,6 +86,7 @@ def summarize(
     phases: Sequence[tuple[int, Phase]],
     alerts: Sequence[Alert],
     notes: Sequence[Note],
+    replays: Sequence[ReplayVerdict] = (),
 ) -> Summary:
     """The summary of a run, also of one that has measured nothing yet.
 
@@ -109,6 +111,7 @@ def summarize(
         phase=str(phases[-1][1]) if phases else None,
         phase_share=_phase_share(phases, last_step),
         slingshots=slingshots(alerts),
+        replays=[_replay(verdict) for verdict in replays],
         events=[_event(alert) for alert in alerts],
         quantities={name: item for name, item in quantities.items() if item},
         absorbing_classes=info.get("absorbing_classes") or [],
@@ -174,6 +177,26 @@ def _fires_at(alert: Alert, step: int) -> bool:
     return alert.state is AlertState.FIRING or alert.last_step >= step
 
 
+def _replay(verdict: ReplayVerdict) -> dict[str, Any]:
+    """A verdict without its losses, which are in replays.jsonl."""
+    return {
+        "slingshot": verdict.slingshot,
+        "snapshot_step": verdict.snapshot_step,
+        "mechanism": str(verdict.mechanism),
+        "reasons": list(verdict.reasons),
+        "reproduced": verdict.reproduced,
+        "arms": [
+            {
+                "arm": outcome.arm,
+                "spiked_at": outcome.spiked_at,
+                "steps": outcome.steps,
+                "applied": outcome.applied,
+            }
+            for outcome in verdict.outcomes.values()
+        ],
+    }
+
+
 def _event(alert: Alert) -> dict[str, Any]:
     record = alert.to_json()
     keys = ("id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence")
@@ -232,6 +255,7 @@ def _render(summary: Summary, say: Callable[[str], str]) -> Group:
     ]
     for title, block in (
         ("Slingshots and their warnings", _slingshot_table(summary, say)),
+        ("Causes, found by replay", _replay_lines(summary, say)),
         ("Events", _event_table(summary, say)),
         ("Phases", _phase_lines(summary, say)),
         ("Key quantities", _quantity_table(summary, say)),
@@ -313,7 +337,8 @@ def _table(*columns: tuple[str, str]) -> Table:
 def _earlier(rows: list[Any], say: Callable[[str], str], what: str) -> Text | None:
     if len(rows) <= _SHOWN:
         return None
-    text = f"… and {len(rows) - _SHOWN:,} earlier {what}, in alerts.jsonl and in the JSON form"
+    where = "replays.jsonl" if what == "replays" else "alerts.jsonl"
+    text = f"… and {len(rows) - _SHOWN:,} earlier {what}, in {where} and in the JSON form"
     return Text(say(text), style="dim")
 
 
@@ -333,6 +358,43 @@ def _slingshot_table(summary: Summary, say: Callable[[str], str]) -> RenderableT
         steps = say(_steps(row["start"], row["end"]))
         table.add_row(str(index), steps, *leads, *map(say, _certain(row["mechanism"], row["confidence"])))
     return _with(table, _earlier(rows, say, "slingshots"))
+
+
+def _replay_lines(summary: Summary, say: Callable[[str], str]) -> RenderableType | None:
+    """Each replay's verdict beside the monitor's own guess, and what every arm did."""
+    rows = summary["replays"]
+    if not rows:
+        return None
+    guesses = {row["id"]: row for row in summary["slingshots"]}
+    table = Table.grid(padding=(0, 1))
+    table.add_column(overflow="fold", style="dim")
+    table.add_column(overflow="fold")
+    for row in rows[-_SHOWN:]:
+        guess = guesses.get(row["slingshot"])
+        text = Text(
+            say(f"{row['slingshot'] or 'no slingshot'}, from step {row['snapshot_step']:,}"), style="bold"
+        )
+        if guess is not None:
+            told = " ".join(_certain(guess["mechanism"], guess["confidence"])).strip()
+            text.append(say(f" · monitor: {told}"), style="not bold")
+        name = words.mechanism_name(Mechanism(row["mechanism"]))
+        text.append(say(f" · replay: {name}"), style="not bold")
+        table.add_row(say("·"), text)
+        reasons = list(row["reasons"])
+        if row["reproduced"]:
+            reasons.append("the original losses were reproduced to the last bit")
+        table.add_row("", Text(say("; ".join(reasons) + ".")))
+        table.add_row("", Text(say(", ".join(map(_arm, row["arms"]))), style="dim"))
+    more = _earlier(rows, say, "replays")
+    return table if more is None else Group(more, table)
+
+
+def _arm(arm: Mapping[str, Any]) -> str:
+    name = arm_in_words(arm["arm"])
+    if not arm["applied"]:
+        return f"{name}: no difference"
+    at = arm["spiked_at"]
+    return f"{name}: {'none' if at is None else f'step {at:,}'}"
 
 
 def _event_table(summary: Summary, say: Callable[[str], str]) -> RenderableType:

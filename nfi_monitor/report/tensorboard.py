@@ -18,6 +18,7 @@ import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.report import words
 from nfi_monitor.report.plain import plain
 from nfi_monitor.types import Alert, AlertState, Change, Evidence, Note, Phase, Reading
@@ -125,6 +126,9 @@ class TensorBoardSink:
 
     def note(self, note: Note) -> None:
         self._open().add_text(f"nfi/notes/{note.code}", note.message, note.step)
+
+    def replay(self, verdict: ReplayVerdict) -> None:
+        """Nothing: a replay is a paragraph, and stands in the report."""
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         if self._writer is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 
+from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Phase
 
@@ -47,6 +48,7 @@ _MECHANISMS = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
     Mechanism.SECOND_MOMENT: "decayed second moment",
     Mechanism.EDGE_OF_STABILITY: "edge of stability",
+    Mechanism.EXTERNAL: "a kick from outside",
     Mechanism.UNKNOWN: "mechanism not clear",
 }
 
@@ -54,6 +56,7 @@ _AT_RISK = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "rounding absorbs confident rows, gradients no longer sum to zero",
     Mechanism.SECOND_MOMENT: "the gradient is gone, weight decay alone moves the weights",
     Mechanism.EDGE_OF_STABILITY: "the curvature along the update is at what the learning rate can bear",
+    Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
     Mechanism.UNKNOWN: "what precedes a slingshot is there",
 }
 
@@ -61,6 +64,7 @@ _IMMINENT = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "rows are absorbed and one update already moves the logits",
     Mechanism.SECOND_MOMENT: "gradients are back on a second moment that has let go of them",
     Mechanism.EDGE_OF_STABILITY: "updates overshoot along the gradient",
+    Mechanism.EXTERNAL: "the batch or the learning rate has just moved the weights far",
     Mechanism.UNKNOWN: "one update already moves the logits",
 }
 
@@ -68,6 +72,7 @@ _FIRST = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: ("zero_sum_violation", "feature_mean_growth"),
     Mechanism.SECOND_MOMENT: ("rms_t_max", "second_moment_decay"),
     Mechanism.EDGE_OF_STABILITY: ("secant_curvature", "rms_t_max"),
+    Mechanism.EXTERNAL: ("learning_rate", "rms_t_max"),
     Mechanism.UNKNOWN: (),
 }
 
@@ -183,6 +188,12 @@ def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
     parts.append(evidence_in_words(alert, evidence))
     parts.append(forecast_in_words(alert))
     return " · ".join(part for part in parts if part)
+
+
+def replay_in_words(verdict: ReplayVerdict) -> str:
+    """``numerical feature inflation: as it was, the slingshot comes at step 895; float64 loss averts …``"""
+    said = f"{mechanism_name(verdict.mechanism)}: {'; '.join(verdict.reasons)}"
+    return said + ("; reproduced to the last bit" if verdict.reproduced else "")
 
 
 def _bare(name: str, value: float) -> str:

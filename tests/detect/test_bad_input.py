@@ -1,0 +1,301 @@
+"""What the detector does with readings that are late, doubled, broken, out of order, or cut by a resume."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Phase, Reading
+from tests.detect.series import numeric_slingshot, second_moment_slingshot
+from tests.spiking import Recorded
+
+NUMERIC = Context(beta2=0.95, layer="head")
+DECAYED = Context(beta2=0.95, decoupled_decay=True, layer="head")
+HINGE = Context(beta2=0.999, decoupled_decay=True, no_classes=True)
+
+QUANTITIES = (
+    "zero_sum_violation", "unexplained_violation_fraction", "feature_mean_norm", "logit_displacement",
+    "logit_displacement_rms", "rms_t_max", "head_sqrt_exp_avg_sq_mean", "secant_curvature", "learning_rate",
+)  # fmt: skip
+"""What may be NaN without anything being wrong with the run; loss, gradients and weights may not."""
+
+
+def quiet(steps: int = 600, violation: float = 1e-4, seed: int = 0) -> list[Reading]:
+    """Ordinary noisy minibatches: nothing grows, RMS_t around 1, half a nat of loss."""
+    noise = random.Random(seed)
+    return [
+        Reading(
+            step,
+            {
+                "zero_sum_violation": violation * noise.uniform(0.5, 1.5),
+                "unexplained_violation_fraction": 0.0,
+                "feature_mean_norm": 5.0 * noise.uniform(0.98, 1.02),
+                "logit_displacement": 0.03 * noise.uniform(0.5, 2.0),
+                "logit_displacement_rms": 0.01 * noise.uniform(0.5, 2.0),
+                "rms_t_max": noise.uniform(0.7, 1.5),
+                "head_sqrt_exp_avg_sq_mean": 1e-3 * noise.uniform(0.8, 1.2),
+                "secant_curvature": noise.uniform(-1.0, 4.0),
+                "weight_norm": 20.0 + 1e-3 * step,
+                "gradient_norm": 0.1 * noise.uniform(0.5, 1.5),
+                "non_finite_gradients": 0.0,
+                "learning_rate": 1e-3,
+                "loss": 0.5 * noise.uniform(0.7, 1.4),
+            },
+        )
+        for step in range(1, steps + 1)
+    ]
+
+
+def numeric() -> list[Reading]:
+    """A numeric slingshot with everything measured."""
+    return [
+        Reading(r.step, {**r.values, "secant_curvature": 1.5, "learning_rate": 1e-3})
+        for r in numeric_slingshot(100, 400)
+    ]
+
+
+def broken() -> Iterator[Reading]:
+    """A numeric slingshot whose gradients, loss and single quantities are NaN or Inf here and there."""
+    noise = random.Random(1)
+    for r in numeric():
+        values = dict(r.values)
+        for name in QUANTITIES:
+            if noise.random() < 0.05:
+                values[name] = noise.choice([math.nan, math.inf, -math.inf])
+        if 300 <= r.step < 305:
+            values |= {"gradient_norm": math.nan, "non_finite_gradients": 1.0, "loss": math.nan}
+        if noise.random() < 0.2:
+            values = {"loss": values["loss"]}
+        elif noise.random() < 0.1:
+            values["head_loss"] = 0.5  # not what was told: a loss that was told is never replaced by it
+            del values["loss"]
+        yield Reading(r.step, values)
+
+
+def fed(readings: Iterable[Reading], context: Context) -> tuple[Detector, list[tuple[Change, Alert]]]:
+    detector = Detector(None, context)
+    changes = [change for reading in readings for change in detector.update(reading).changes]
+    return detector, changes
+
+
+def resumed(detector: Detector, context: Context) -> Detector:
+    """The detector that a checkpoint gives back."""
+    copy = Detector(None, context)
+    copy.load_state_dict(json.loads(json.dumps(detector.state_dict())))
+    return copy
+
+
+def kinds(detector: Detector) -> set[AlertKind]:
+    return {alert.kind for alert in detector.alerts}
+
+
+# --- resumed ----------------------------------------------------------------------------------------
+
+RUNS: dict[str, tuple[Callable[[], Iterable[Reading]], Context]] = {
+    "numeric": (numeric, NUMERIC),
+    "numeric, every 4th step": (lambda: numeric_slingshot(100, 400, every=4), NUMERIC),
+    "second moment": (lambda: second_moment_slingshot(60, 1200), HINGE),
+    "quiet": (lambda: quiet(300), DECAYED),
+    "broken": (broken, NUMERIC),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_detector_resumed_after_every_single_reading_is_the_uninterrupted_one(name: str) -> None:
+    """What state_dict forgets is lost at each reading here; alerts are compared bit for bit (by repr)."""
+    series, context = RUNS[name]
+    check_resumed_everywhere(list(series()), context)
+
+
+def test_a_recorded_run_resumed_after_every_single_reading_gives_the_same_alerts(
+    spiking_run: Recorded,
+) -> None:
+    check_resumed_everywhere(spiking_run.readings, spiking_run.context)
+
+
+def check_resumed_everywhere(readings: list[Reading], context: Context) -> None:
+    whole, cut = Detector(None, context), Detector(None, context)
+    for reading in readings:
+        cut = resumed(cut, context)
+        expected, found = whole.update(reading), cut.update(reading)
+        assert repr(found) == repr(expected), f"after a resume before step {reading.step}"
+        assert cut.attention is whole.attention
+    assert repr(cut.alerts) == repr(whole.alerts)
+    assert json.dumps(cut.state_dict()) == json.dumps(whole.state_dict())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_non_finite_alert_survives_a_resume_as_it_was(value: float) -> None:
+    """Its evidence is the value that was not finite: Inf must not come back as NaN."""
+    readings = [Reading(r.step, {**r.values, "loss": value} if r.step >= 50 else r.values) for r in quiet(60)]
+    whole, _ = fed(readings, NUMERIC)
+    assert repr(resumed(whole, NUMERIC).alerts) == repr(whole.alerts)
+
+
+@settings(max_examples=8)
+@given(at=st.floats(0, 1))
+@pytest.mark.parametrize("name", ["numeric", "broken"])
+def test_a_run_cut_anywhere_once_tells_what_the_uninterrupted_one_tells(name: str, at: float) -> None:
+    series, context = RUNS[name]
+    readings = list(series())
+    cut = round(at * len(readings))
+    whole, changes = fed(readings, context)
+    first, early = fed(readings[:cut], context)
+    second = resumed(first, context)
+    late = [change for reading in readings[cut:] for change in second.update(reading).changes]
+    assert repr(early + late) == repr(changes)
+    assert repr(second.alerts) == repr(whole.alerts)
+
+
+# --- gaps -------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=10)
+@given(seed=st.integers(0, 1000), share=st.floats(0, 0.75))
+def test_readings_that_get_lost_cost_no_warning_and_ring_no_false_one(seed: int, share: float) -> None:
+    lost = random.Random(seed)
+    detector, _ = fed((r for r in numeric() if lost.random() >= share), NUMERIC)
+    first = {alert.kind: alert.first_step for alert in reversed(detector.alerts)}
+    assert first[AlertKind.AT_RISK] < first[AlertKind.IMMINENT] <= first[AlertKind.SLINGSHOT] - 25
+    for context in (NUMERIC, DECAYED):
+        detector, _ = fed((r for r in quiet(seed=seed) if lost.random() >= share), context)
+        assert detector.alerts == []
+
+
+@pytest.mark.parametrize("gap", [50, 1000])
+def test_a_long_silence_before_the_build_up_delays_nothing_after_it(gap: int) -> None:
+    whole, _ = fed(numeric(), NUMERIC)
+    gapped = [
+        Reading(r.step + (gap if r.step >= 90 else 0), r.values) for r in numeric() if not 40 < r.step < 90
+    ]
+    late, _ = fed(gapped, NUMERIC)
+    assert [(a.id, a.mechanism) for a in late.alerts] == [(a.id, a.mechanism) for a in whole.alerts]
+    for found, expected in zip(late.alerts, whole.alerts, strict=True):
+        assert abs(found.first_step - gap - expected.first_step) <= 2
+
+
+# --- not a number -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
+@pytest.mark.parametrize("name", QUANTITIES)
+def test_a_quantity_that_is_not_finite_for_a_while_rings_nothing_and_is_forgotten(
+    name: str, value: float
+) -> None:
+    """Thirty steps of it on a quiet run are no alarm; before a slingshot they cost no warning."""
+    for context in (NUMERIC, DECAYED):
+        readings = [
+            Reading(r.step, {**r.values, name: value}) if 150 <= r.step < 180 else r for r in quiet(400)
+        ]
+        detector, _ = fed(readings, context)
+        assert AlertKind.IMMINENT not in kinds(detector)
+        assert detector.phase is Phase.HEALTHY
+    readings = [Reading(r.step, {**r.values, name: value}) if 150 <= r.step < 180 else r for r in numeric()]
+    detector, _ = fed(readings, NUMERIC)
+    first = {alert.kind: alert.first_step for alert in reversed(detector.alerts)}
+    assert first[AlertKind.IMMINENT] <= first[AlertKind.SLINGSHOT] - 25
+    json.dumps([alert.to_json() for alert in detector.alerts], allow_nan=False)
+
+
+@pytest.mark.parametrize("name", ["loss", "weight_norm", "gradient_norm"])
+def test_a_loss_gradient_or_weight_that_is_not_finite_is_an_alert_of_its_own_kind_and_no_other(
+    name: str,
+) -> None:
+    def readings() -> Iterable[Reading]:
+        for r in quiet(400):
+            if 150 <= r.step < 155:
+                extra = {"non_finite_gradients": 1.0} if name == "gradient_norm" else {}
+                r = Reading(r.step, {**r.values, name: math.nan, **extra})
+            yield r
+
+    detector, _ = fed(readings(), DECAYED)
+    (alert,) = detector.alerts
+    assert (alert.kind, alert.first_step, alert.state) == (AlertKind.NON_FINITE, 150, AlertState.RESOLVED)
+
+
+@pytest.mark.parametrize(
+    "name", [*QUANTITIES, "loss", "weight_norm", "gradient_norm", "non_finite_gradients"]
+)
+def test_a_quantity_that_is_never_measured_rings_nothing(name: str) -> None:
+    def without(readings: Iterable[Reading]) -> Iterable[Reading]:
+        return (Reading(r.step, {k: v for k, v in r.values.items() if k != name}) for r in readings)
+
+    assert fed(without(quiet()), DECAYED)[0].alerts == []
+    fed(without(numeric()), NUMERIC)
+
+
+def test_readings_of_nothing_at_all_conclude_nothing() -> None:
+    detector, changes = fed((Reading(step, {}) for step in range(1, 200)), DECAYED)
+    assert changes == [] and detector.phase is Phase.HEALTHY
+
+
+# --- a step counter that jumps ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("violation", [1e-4, 0.5], ids=["healthy", "absorbing"])
+@pytest.mark.parametrize("context", [NUMERIC, DECAYED, HINGE], ids=["adam", "adamw", "adamw-999"])
+@settings(max_examples=10)
+@given(jumps=st.lists(st.tuples(st.integers(1, 599), st.integers(-2000, 2000)), max_size=4))
+def test_a_step_counter_that_jumps_on_a_calm_run_never_sounds_imminent(
+    jumps: list[tuple[int, int]], context: Context, violation: float
+) -> None:
+    moved = [
+        Reading(max(r.step + sum(by for at, by in jumps if r.step >= at), 0), r.values)
+        for r in quiet(600, violation)
+    ]
+    detector, _ = fed(moved, context)
+    assert not kinds(detector) & {AlertKind.IMMINENT, AlertKind.SLINGSHOT}
+
+
+@pytest.mark.parametrize("by", [-1000, -150, -1, 1000])
+@pytest.mark.parametrize("at", [200, 300])
+def test_a_jump_during_the_build_up_costs_no_warning(at: int, by: int) -> None:
+    _, changes = fed((Reading(r.step + (by if r.step >= at else 0), r.values) for r in numeric()), NUMERIC)
+    begun = [alert for change, alert in changes if change is Change.BEGIN]
+    assert [alert.kind for alert in begun][-1] is AlertKind.SLINGSHOT
+    assert begun[-1].first_step == 400 + by
+    imminent = [alert.first_step for alert in begun if alert.kind is AlertKind.IMMINENT]
+    assert imminent and (imminent[-1] <= 400 + by - 25 or imminent[-1] < at)
+
+
+def test_a_counter_that_falls_back_in_a_slingshot_does_not_hold_the_alert() -> None:
+    """Recovery is counted in steps: going back must not mean waiting for the counter to catch up."""
+    raised = [Reading(r.step + 1000, r.values) for r in numeric()]
+    shifted = [Reading(r.step - 1000, r.values) if r.step >= 1415 else r for r in raised]
+    detector, _ = fed(shifted, NUMERIC)
+    slingshot = next(alert for alert in detector.alerts if alert.kind is AlertKind.SLINGSHOT)
+    assert slingshot.state is AlertState.RESOLVED
+
+
+def test_the_same_step_twice_counts_once() -> None:
+    """A reading that is delivered twice changes neither which alerts there are nor when they begin."""
+    doubled = [reading for r in numeric() for reading in (r, r)]
+    once, _ = fed(numeric(), NUMERIC)
+    twice, _ = fed(doubled, NUMERIC)
+    assert [(a.id, a.mechanism) for a in twice.alerts] == [(a.id, a.mechanism) for a in once.alerts]
+    for found, expected in zip(twice.alerts, once.alerts, strict=True):
+        assert abs(found.first_step - expected.first_step) <= 5
+    assert fed([reading for r in quiet() for reading in (r, r)], DECAYED)[0].alerts == []
+
+
+# --- a learning rate that jumps ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("factor", [10.0, 0.1])
+@pytest.mark.parametrize("context", [NUMERIC, DECAYED, HINGE], ids=["adam", "adamw", "adamw-999"])
+def test_a_learning_rate_that_jumps_on_a_quiet_run_sounds_nothing(context: Context, factor: float) -> None:
+    """Updates, and with them displacement and curvature × lr, jump with it; gradients stay what they were."""
+    scaled = ("logit_displacement", "logit_displacement_rms", "secant_curvature", "learning_rate")
+    readings = [
+        Reading(r.step, {k: v * (factor if k in scaled else 1) for k, v in r.values.items()})
+        if r.step >= 300 else r
+        for r in quiet()
+    ]  # fmt: skip
+    assert AlertKind.IMMINENT not in kinds(fed(readings, context)[0])

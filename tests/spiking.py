@@ -1,0 +1,100 @@
+"""The cheapest real slingshot: modular division, small enough to be trained inside the test suite."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nfi_monitor.detect.detector import Context, Verdict
+from nfi_monitor.monitor import Monitor
+from nfi_monitor.types import Alert, AlertKind, Reading
+
+P, WIDTH, LR, STEPS = 13, 64, 4e-3, 640
+"""Adam at β2 = .95 slingshots at about step 570 here."""
+CUTS = (150, 540, 580)
+"""Steps after which a checkpoint is kept: long before anything, in the build-up, about the slingshot."""
+
+
+def division(seed: int = 0) -> tuple[nn.Sequential, torch.optim.Adam, Callable[[Monitor | None, int], None]]:
+    """Model, optimizer and ``step(monitor, n)``: one full-batch step of a/b mod 13 on half of all pairs.
+
+    ``n`` counts from 1 and only says how warm the learning rate is (10 steps of warm-up).
+    """
+    torch.manual_seed(seed)
+    pairs = torch.tensor([(a, b) for a in range(P) for b in range(1, P)])
+    pairs = pairs[
+        torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[: len(pairs) // 2]
+    ]
+    targets = pairs[:, 0] * torch.tensor([pow(int(b), P - 2, P) for b in pairs[:, 1]]) % P
+    inputs = F.one_hot(pairs, P).flatten(1).float()
+    sizes = [2 * P, WIDTH, WIDTH, WIDTH]
+    layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(WIDTH, P))
+    optimizer = torch.optim.Adam(model.parameters(), lr=LR, betas=(0.9, 0.95))
+
+    def step(monitor: Monitor | None, n: int) -> None:
+        if n <= 10:
+            for group in optimizer.param_groups:
+                group["lr"] = LR * n / 10
+        loss: Tensor = F.cross_entropy(model(inputs), targets)
+        if monitor is not None:
+            monitor.observe_loss(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return model, optimizer, step
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What a monitored run left behind: the closed monitor, and what its detector was fed, in order."""
+
+    run_dir: Path
+    monitor: Monitor
+    readings: list[Reading]
+    context: Context
+    seen_by_callback: list[str]
+    """``str(monitor.explain(alert))`` of every alert at the moment it was told."""
+    checkpoints: dict[int, bytes]
+    """Step → what ``torch.save`` made of model, optimizer and monitor after it."""
+    model: nn.Sequential
+    """As it was trained in the end."""
+
+    def alert(self, kind: AlertKind) -> Alert:
+        return next(alert for alert in self.monitor.alerts if alert.kind is kind)
+
+
+def record(run_dir: Path) -> Recorded:
+    model, optimizer, step = division()
+    readings: list[Reading] = []
+    told: list[str] = []
+
+    def on_alert(alert: Alert) -> None:
+        told.append(str(monitor.explain(alert)))
+
+    monitor = Monitor(model, optimizer, console=False, run_dir=run_dir, on_alert=on_alert)
+    update = monitor._detector.update
+
+    def fed(reading: Reading) -> Verdict:
+        readings.append(reading)
+        return update(reading)
+
+    monitor._detector.update = fed  # type: ignore[method-assign]
+    checkpoints = {}
+    for n in range(1, STEPS + 1):
+        step(monitor, n)
+        if n in CUTS:
+            file = io.BytesIO()
+            torch.save([model.state_dict(), optimizer.state_dict(), monitor.state_dict()], file)
+            checkpoints[n] = file.getvalue()
+    monitor.close()
+    assert AlertKind.SLINGSHOT in {alert.kind for alert in monitor.alerts}, "this run is meant to slingshot"
+    return Recorded(run_dir, monitor, readings, monitor._detector.context, told, checkpoints, model)
