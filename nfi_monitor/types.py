@@ -214,9 +214,15 @@ class Thresholds:
     imminent_growth: float = 0.02
     """Growth of ln‖μ_G‖ per τ that *imminent* needs besides the displacement."""
     imminent_displacement: float = 0.15
-    """Logit (or probe margin) displacement of one update, in nats, log-averaged."""
+    """Logit (or probe margin) displacement in nats over a twentieth of τ, at least one step; log-averaged."""
     imminent_exit: float = 0.05
-    """Displacement in nats below which *imminent* ends without a slingshot."""
+    """Displacement in nats over the same time below which *imminent* ends without a slingshot."""
+    imminent_rise: float = 3.0
+    """Times that δ stands above its own lowest of the last 10 τ, that it needs where only the sum of several
+    updates (β2 above .95) reaches ``imminent_displacement``."""
+    imminent_swell: float = 10.0
+    """Times that the displacement by the layers below the head stands above its own lowest of the last 10 τ:
+    *imminent* where the head's own displacement is blind (a LayerNorm feeds it)."""
     displacement_smoothing: float = 0.25
     """Time constant of the average over ln δ, in τ, at most ``displacement_cap`` steps."""
     displacement_cap: float = 12.0
@@ -240,13 +246,17 @@ class Thresholds:
     kick_curvature: float = 0.5
     """Secant curvature, as a share of the stability limit 2(1+β1)/(1−β1)."""
     kick_displacement: float = 0.05
-    """Nats the layers below the head move the mean row's logits within a few steps, that a kick has at least."""
+    """Nats the layers below the head move the mean row's logits, that a kick has at least."""
+
+    kick_turn: float = 0.5
+    """Minus the cosine of the last two gradients: where decay is so strong that the gradient comes back
+    before it is forgotten, a kick throws the weights over the wall and back."""
 
     # --- edge of stability (Cohen et al. 2022; Bai et al. 2025) ----------------------------------
     swing_alignment: float = 0.4
     """Minus the average cosine of successive gradients from which on the optimizer overshoots."""
     swing_curvature: float = 0.25
-    """Secant curvature, as a share of the stability limit 2(1+β1)/(1−β1), that an oscillation has at least."""
+    """Secant curvature that an oscillation has at least, as a share of the stability limit."""
     swing_displacement: float = 0.3
     """Nats the layers below the head swing the mean row's logits, above which *imminent* begins ..."""
     swing_exit: float = 0.1

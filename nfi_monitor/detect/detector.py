@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any
 
@@ -94,7 +94,7 @@ class Detector:
         if self.phase is Phase.HEALTHY and not self._firing and not self._stirring:
             return Attention.RARELY
         # Absorbing alone may last for the rest of a run and leads to nothing within τ.
-        calm = self.phase is Phase.ABSORBING and not self.signals.displacement >= self.limits.imminent_exit
+        calm = self.phase is Phase.ABSORBING and not self._displacing(self.limits.imminent_exit)
         return Attention.OFTEN if calm else Attention.ALWAYS
 
     @property
@@ -169,8 +169,8 @@ class Detector:
             step,
             absorbing
             and growth >= limits.imminent_growth
-            and signals.displacement >= limits.imminent_displacement,
-            absorbing and signals.displacement >= limits.imminent_exit,
+            and (self._displacing(limits.imminent_displacement) or self._swelling),
+            absorbing and (self._displacing(limits.imminent_exit) or self._swelling),
         )
         coasting, kicking = self._second_moment(step, numeric=absorbing)
         kicking = self._oscillation(step, numeric=absorbing) or kicking
@@ -201,6 +201,33 @@ class Detector:
             numeric=imminent,
         )
 
+    def _displacing(self, level: float) -> bool:
+        """δ over a twentieth of τ is above ``level``; where that is several steps, it must have grown, too.
+
+        A run that goes on learning from minibatches adds up small updates for ever.
+        """
+        signals, limits = self.signals, self.limits
+        if signals.displacement >= level:
+            return True
+        held = 0.5 if self._imminent.on else 1.0
+        risen = signals.displacement_rise >= held * limits.imminent_rise
+        return risen and signals.displacement * self._stretch >= level
+
+    @property
+    def _stretch(self) -> float:
+        """Steps in a twentieth of τ: with a long memory small updates add up before it corrects them."""
+        return max(self.context.tau / 20.0, 1.0)
+
+    @property
+    def _swelling(self) -> bool:
+        """Behind a LayerNorm the head hardly moves: what grows is what the layers below it do to the logits.
+
+        Between minibatches the mean row moves by itself; so it has to have grown, not only to be there.
+        """
+        signals, limits = self.signals, self.limits
+        held = 0.25 if self._imminent.on else 1.0
+        return signals.swing >= held * limits.imminent_exit and signals.swell >= held * limits.imminent_swell
+
     # --- second-moment slingshots ----------------------------------------------------------------
 
     def _second_moment(self, step: int, *, numeric: bool) -> tuple[bool, bool]:
@@ -212,20 +239,24 @@ class Detector:
         and the features move.
         """
         limits, signals = self.limits, self.signals
-        forgotten = not numeric and self._forgotten(step)
+        pulled = not numeric and self._pulled(step)
+        forgotten = pulled and signals.decay_lowest <= FORGOTTEN
         coasting = self._coasting.update(
             step,
             forgotten and signals.rms_t_mean <= limits.coasting_enter and signals.shrinkage < 0,
             not numeric and signals.rms_t_mean <= limits.coasting_exit,
         )
-        # What is kicked has to move, where that can be seen: a lone tensor's RMS_t is not yet an event.
-        moved = not signals.swing < limits.kick_displacement
         # Where the curvature says the same, RMS_t need not be as high: that wins a step.
         steep = signals.curvature_peak >= limits.kick_curvature * self.context.stability_limit
-        level = limits.rms_t_steep if steep else limits.rms_t_imminent
+        level = limits.rms_t_steep if forgotten and steep else limits.rms_t_imminent
+        # What is kicked has to move, where that can be seen: a lone tensor's RMS_t is not yet an event.
+        moved = not signals.swing < limits.kick_displacement
+        # With strong decay the wall is back before anything is forgotten; then the gradient has to turn.
+        walled = pulled and steep and signals.turn <= -limits.kick_turn
         kicking = self._kicking.update(
             step,
-            forgotten and moved and signals.rms_t_peak >= level,
+            # On average it had let go: noise around 1 is no kick.
+            (forgotten or walled) and moved and signals.rms_t_peak >= level and signals.rms_t_mean <= 1.0,
             not numeric and signals.rms_t_peak >= limits.rms_t_exit,
         )
         return coasting, kicking
@@ -248,13 +279,12 @@ class Detector:
             not numeric and signals.swing >= limits.swing_exit,
         )
 
-    def _forgotten(self, step: int) -> bool:
-        """The second moment has let go of the gradient it once had, while decay moves the weights.
+    def _pulled(self, step: int) -> bool:
+        """Decoupled decay moves the weights on a second moment that has had the time to learn a gradient.
 
         In its first steps a bias-corrected second moment is an average over a moving target, no memory.
         """
-        remembers = step >= self.limits.second_moment_settles * self.context.tau
-        return remembers and self.context.decoupled_decay and self.signals.decay_lowest <= FORGOTTEN
+        return self.context.decoupled_decay and step >= self.limits.second_moment_settles * self.context.tau
 
     @property
     def _stirring(self) -> bool:
@@ -265,7 +295,7 @@ class Detector:
         if signals.alignment <= -limits.swing_alignment and signals.swing >= limits.swing_exit:
             return True
         rising = signals.rms_t_peak >= 0.5 * limits.rms_t_imminent and signals.rms_t_mean <= 1.0
-        return rising and self._forgotten(signals.last_step)
+        return rising and self._pulled(signals.last_step) and signals.decay_lowest <= FORGOTTEN
 
     # --- evidence --------------------------------------------------------------------------------
 
@@ -290,12 +320,17 @@ class Detector:
         items = {
             "zero_sum_violation": Evidence(signals.violation, limits.absorbing_enter, 0.0),
             "feature_mean_growth": Evidence(signals.growth, limits.inflating_growth / self.context.tau, 0.0),
-            "logit_displacement": Evidence(signals.displacement, limits.imminent_displacement),
+            "logit_displacement": Evidence(
+                signals.displacement, limits.imminent_displacement / self._stretch
+            ),
             "rms_t_max": Evidence(signals.rms_t_peak, limits.rms_t_imminent, signals.rms_t_mean),
             "second_moment_decay": Evidence(signals.decay_lowest, FORGOTTEN, 0.0),
             "secant_curvature": Evidence(signals.curvature_peak, self.context.stability_limit),
             "gradient_alignment": Evidence(signals.alignment, -limits.swing_alignment, 0.0),
-            "feature_displacement": Evidence(signals.swing, limits.swing_displacement),
+            "feature_displacement": Evidence(
+                signals.swing,
+                limits.imminent_exit if self._imminent.on else limits.swing_displacement,
+            ),
         }
         if kind is AlertKind.AT_RISK and self._coasting.on:
             # Here a low RMS_t is the sign, not a high one.
@@ -402,8 +437,15 @@ class Detector:
         if mechanism is not Mechanism.NUMERICAL_FEATURE_INFLATION or not self._inflating.on:
             return None
         signals, context = self.signals, self.context
+        if signals.swing > signals.displacement:
+            return None  # the head's displacement is not what the slingshot will be made of
         return steps_to_spike(
-            signals.displacement_rms, signals.violation, signals.loss_rise, context.beta2, context.tau
+            signals.displacement_rms * self._stretch,
+            signals.violation,
+            signals.displacement_slope,
+            signals.loss_rise,
+            context.beta2,
+            context.tau,
         )
 
     def _advice(self, kind: AlertKind, mechanism: Mechanism) -> tuple[str, ...]:
@@ -440,7 +482,11 @@ class Detector:
         """Plain types only: survives JSON and torch.save alike."""
         return {
             "phase": self.phase.value,
-            "alerts": [alert.to_json() for alert in self.alerts],
+            # to_json writes null for what is not finite; a resume must find it as it was.
+            "alerts": [
+                alert.to_json() | {"evidence": {name: asdict(item) for name, item in alert.evidence.items()}}
+                for alert in self.alerts
+            ],
             "signals": self.signals.state_dict(),
             "spike": self.spike.state_dict(),
             "switches": {name: getattr(self, name).state_dict() for name in _SWITCHES},

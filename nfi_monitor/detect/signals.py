@@ -19,10 +19,12 @@ class Signals(Stateful):
     violation: zero-sum violation that reaches the weights, smoothed; NaN while unseen or while the loss
     breaks it by design.
     growth: d ln‖μ_G‖ / d step, smoothed.  classifier_growth: the same of ‖W_G‖.
-    displacement: ln-average of δ in nats (the probe's margins where there is a probe); displacement_rms:
-    the same of the head's root mean square.
+    displacement: ln-average of δ in nats (the probe's margins where there is a probe); displacement_rise:
+    that against its own lowest of late; displacement_rms: ln-average of the head's root mean square;
+    displacement_slope: d ln of that / d step.
     swing: how far the layers below the head moved the mean row's logits, nats, largest of the last few
-    steps; alignment: average cosine of successive gradients.
+    steps; swell: that against its own lowest average of late; alignment: average cosine of successive
+    gradients, turn: that of the last two.
     rms_t: RMS_t of the last reading; rms_t_peak and curvature_peak: largest of the last few steps;
     rms_t_mean: average.
     decay: decades sqrt(v̂) of the head lies below its maximum since the last slingshot; decay_lowest:
@@ -35,12 +37,14 @@ class Signals(Stateful):
     """
 
     __slots__ = (
-        "_alignment", "_classifier_growth", "_displacement", "_displacement_rms", "_growth", "_learning_rate",
-        "_loss", "_loss_lowest", "_rms_t", "_shrinkage", "_unexplained", "_unexplained_switch",
-        "_update_rms", "_violation", "alignment", "classifier_growth", "curvature_peak", "decay",
-        "decay_lowest", "displacement", "displacement_rms", "growth", "last_step", "learning_rate_jump",
-        "loss_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "shrinkage", "soft_targets", "swing",
-        "update_jump", "violation",
+        "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest",
+        "_displacement_rms", "_growth", "_learning_rate", "_loss", "_loss_lowest", "_rms_t",
+        "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained", "_unexplained_switch",
+        "_update_rms",
+        "_violation", "alignment", "classifier_growth", "curvature_peak", "decay", "decay_lowest",
+        "displacement", "displacement_rise", "displacement_rms", "displacement_slope", "growth", "last_step",
+        "learning_rate_jump", "loss_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max",
+        "shrinkage", "soft_targets", "swell", "swing", "turn", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -48,13 +52,16 @@ class Signals(Stateful):
         self._displacement_rms, self._rms_t, self._alignment = Ema(), Ema(), Ema()
         self._learning_rate, self._update_rms, self._loss = Ema(), Ema(), Ema()
         self._growth, self._classifier_growth, self._shrinkage = Growth(), Growth(), Growth()
+        self._slope = Growth()
         self._unexplained_switch = Hysteresis()
-        self._loss_lowest = NAN
+        self._swing = Ema()
+        self._loss_lowest = self._swing_lowest = self._displacement_lowest = NAN
         self.violation = self.growth = self.classifier_growth = NAN
-        self.displacement = self.displacement_rms = self.swing = self.alignment = NAN
+        self.displacement_rise = self.displacement_slope = NAN
+        self.displacement = self.displacement_rms = self.swing = self.swell = self.alignment = NAN
         self.rms_t = self.rms_t_mean = self.rms_t_peak = self.curvature_peak = NAN
         self.decay = self.decay_lowest = self.shrinkage = NAN
-        self.learning_rate_jump = self.update_jump = self.loss_rise = NAN
+        self.learning_rate_jump = self.update_jump = self.loss_rise = self.turn = NAN
         self.root_max = 0.0
         self.soft_targets = False
         self.last_step = 0
@@ -91,16 +98,26 @@ class Signals(Stateful):
             )
             derived["classifier_mean_growth"] = self.classifier_growth
 
+        gap = max(step - self.last_step, 1)
         delta = get("margin_displacement", get("logit_displacement"))
-        self.displacement = math.exp(self._displacement.update(step, _log(delta), short))
+        level = self._displacement.update(step, _log(delta), short)
+        self._displacement_lowest = _lowest(self._displacement_lowest, level, gap / (10.0 * tau))
+        self.displacement = math.exp(level)
+        self.displacement_rise = math.exp(level - self._displacement_lowest)
         root_mean_square = _log(get("logit_displacement_rms"))
         self.displacement_rms = math.exp(self._displacement_rms.update(step, root_mean_square, short))
+        self.displacement_slope = self._slope.update(step, root_mean_square, long)
 
         # Peaks fade within a few steps: they hold an alarm through the gaps of a chattering gradient, and
         # must not hold it through a calm one.
-        gap = max(step - self.last_step, 1)
         keep = math.exp(-gap / max(short, 1.0))
-        self.swing = _fading_max(self.swing, get("feature_displacement"), math.exp(-gap / SWINGS))
+        moved = _felt(reading)
+        self.swing = _fading_max(self.swing, moved, math.exp(-gap / SWINGS))
+        if moved > 0:
+            level = self._swing.update(step, _log(moved), short)
+            self._swing_lowest = _lowest(self._swing_lowest, level, gap / (10.0 * tau))
+            self.swell = self.swing / math.exp(self._swing_lowest)
+        self.turn = get("gradient_alignment")
         self.alignment = self._alignment.update(step, get("gradient_alignment"), SWINGS)
         rate = get("learning_rate")
         jump = rate / math.exp(self._learning_rate.value) if rate > 0 else NAN
@@ -117,9 +134,7 @@ class Signals(Stateful):
             self._update_rms.update(step, _log(get("update_rms")), window)
         if get("loss") > 0:
             level = self._loss.update(step, _log(get("loss")), short)
-            # The lowest of late: what was lowest before forgets itself upwards, a nat in 3 τ.
-            risen = self._loss_lowest + gap / (3.0 * tau)
-            self._loss_lowest = level if math.isnan(risen) else min(level, risen)
+            self._loss_lowest = _lowest(self._loss_lowest, level, gap / (3.0 * tau))
             self.loss_rise = level - self._loss_lowest
 
         root = get("head_sqrt_exp_avg_sq_mean", get("sqrt_exp_avg_sq_mean"))
@@ -139,6 +154,7 @@ class Signals(Stateful):
     def calm(self) -> None:
         """A slingshot is over: its peaks say nothing about the next one."""
         self.rms_t_peak = self.curvature_peak = self.swing = self.alignment = NAN
+        self._swing_lowest = self._displacement_lowest = self.swell = NAN
         self.decay_lowest = self.decay
 
     def state_dict(self) -> dict[str, Any]:
@@ -178,8 +194,30 @@ def _violation(reading: Reading) -> float:
     return min(rows, REACH * weights)
 
 
+LAYERS = 20.0
+"""A step that moves no layer by more than a share x of its size moves the logits by no more than about x a
+layer, of their size; networks have tens of layers."""
+
+
+def _felt(reading: Reading) -> float:
+    """The features' displacement, as far as the update can have caused it.
+
+    Between minibatches the mean row is another one, and moves by nats while the weights hardly do.
+    """
+    moved, update = reading.get("feature_displacement"), reading.get("relative_update")
+    margin = reading.get("margin_median")  # the logits' size, as far as the loss feels it
+    if math.isnan(update) or math.isnan(margin):
+        return moved
+    return min(moved, LAYERS * update * max(abs(margin), 1.0))
+
+
 def _log(x: float) -> float:
     return math.log(x) if math.isfinite(x) and x > 0 else NAN
+
+
+def _lowest(held: float, x: float, rise: float) -> float:
+    """The lowest of late: what was lowest before forgets itself upwards by ``rise``."""
+    return x if math.isnan(held) else min(x, held + rise)
 
 
 def _fading_max(held: float, x: float, keep: float) -> float:

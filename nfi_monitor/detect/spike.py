@@ -52,6 +52,8 @@ class SpikeDetector(Stateful):
         if self.state == QUIET:
             self._watch(step, loss, limits)
             return self.state
+        if step < self.fallen_at:  # the counter was set back: the time that has passed is not known
+            self.start, self.fallen_at = min(self.start, step), step
         self.peak = max(self.peak, loss)
         if loss >= self.level:
             # An aftershock: below the height it started at it prolongs the recovery, no more.
