@@ -13,8 +13,9 @@ from scipy.stats import binomtest
 
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity, Thresholds
 from tests.benchmarks.detection import __main__ as command
-from tests.benchmarks.detection import generate, report, score, setups
-from tests.benchmarks.detection.evaluate import RULES, evaluate, total
+from tests.benchmarks.detection import evaluate as evaluating
+from tests.benchmarks.detection import generate, peers_installed, report, score, setups
+from tests.benchmarks.detection.evaluate import RULES, evaluate, evaluate_file, total
 from tests.benchmarks.detection.families import FAMILIES, Family, suite
 from tests.benchmarks.detection.replay import readings, replay
 from tests.benchmarks.detection.score import Event, Score, Truth, alarms_of, judge, truth_of
@@ -160,7 +161,7 @@ def test_each_slingshot_is_counted_under_the_mechanism_its_alert_named() -> None
         alert(AlertKind.SLINGSHOT, 1000, 1010, Mechanism.SECOND_MOMENT),
         alert(AlertKind.IMMINENT, 1950, 2000, Mechanism.EDGE_OF_STABILITY),
     ]
-    assert score.confusion(alerts, truth(1000, 2000)) == {"second_moment": 1, "none": 1}
+    assert score.mechanisms(alerts, truth(1000, 2000)) == {1000: "second_moment", 2000: "none"}
 
 
 def test_a_forecast_is_held_against_the_steps_that_were_left() -> None:
@@ -174,6 +175,13 @@ def test_a_forecast_is_held_against_the_steps_that_were_left() -> None:
 def test_no_forecast_is_asked_for_where_the_last_slingshot_was_not_over() -> None:
     found = score.forecasts(np.full(3001, 1.0), np.ones(3001, dtype=bool), truth(1000, 1120))
     assert found[10].slingshots == 1 and found[3].slingshots == 2
+
+
+def test_a_number_counts_as_too_late_only_with_less_than_a_tau_left() -> None:
+    for left, expected in ((20, 0), (19, 1), (1, 1)):
+        said = np.full(3001, math.nan)
+        said[1000 - left] = 30.0
+        assert score.numbers_in_the_last_tau(said, truth(1000, 2000)) == expected
 
 
 # --- recorded runs -------------------------------------------------------------------------------
@@ -190,6 +198,32 @@ def test_a_replay_gives_the_live_alerts_bit_for_bit(run: generate.Run) -> None:
 def test_a_replay_with_other_thresholds_gives_other_alerts(run: generate.Run) -> None:
     said = replay(run, Thresholds(imminent_displacement=50.0))
     assert not any(item.kind is AlertKind.IMMINENT for item in said.alerts)
+
+
+def test_a_replay_over_a_kept_stream_is_the_same_replay(run: generate.Run) -> None:
+    stream, other = list(readings(run)), Thresholds(imminent_displacement=0.3)
+    for limits in (None, other, None):
+        one, two = replay(run, limits), replay(run, limits, stream)
+        assert one.alerts == two.alerts and one.changes == two.changes
+        np.testing.assert_array_equal(one.forecasts, two.forecasts)
+
+
+def test_forecasts_and_warnings_are_what_the_firing_alerts_say(run: generate.Run) -> None:
+    said = replay(run)
+    expected = np.zeros(run.steps + 1, dtype=bool)
+    for item in said.alerts:
+        if item.kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
+            expected[item.first_step : item.last_step + (item.state is AlertState.FIRING)] = True
+    np.testing.assert_array_equal(said.warned, expected)
+    assert np.isfinite(said.forecasts).any() and not np.isfinite(said.forecasts[~expected]).any()
+
+
+def test_a_context_holds_from_its_step_on(run: generate.Run) -> None:
+    first = run.contexts[0][1]
+    changed = dataclasses.replace(run, contexts=[(1, first), (300, dataclasses.replace(first, layer="late"))])
+    layers = {item.layer for item in replay(changed).alerts if item.first_step < 300}
+    later = {item.layer for item in replay(changed).alerts if item.first_step >= 300}
+    assert layers <= {first.layer} and later == {"late"}
 
 
 def test_files_keep_every_number_of_a_run(run: generate.Run, tmp_path: Path) -> None:
@@ -227,7 +261,7 @@ def test_the_key_of_a_run_changes_with_its_set_up_and_not_with_its_seeds() -> No
 
 def test_monitor_and_peers_are_scored_by_the_same_function(run: generate.Run) -> None:
     found = evaluate(run, quiet=False)
-    assert tuple(found.scores) == RULES and set(PEERS) < set(RULES)
+    assert tuple(found.scores)[: len(RULES)] == RULES and set(PEERS) < set(RULES)
     assert len({item.slingshots for item in found.scores.values()}) == 1
     assert total([found, found]).steps == 2 * run.steps
 
@@ -260,6 +294,7 @@ def test_the_command_writes_the_table(tmp_path: Path, monkeypatch: pytest.Monkey
     assert command.main(options) == 0
     text = out.read_text(encoding="utf-8")
     assert "| lively | 1 × 60 |" in text and all(f"| {rule} |" in text for rule in RULES)
+    assert "one group of families" in text and "Not run: no experiments.json" in text
     assert command.main([*options, "--score-only"]) == 0
 
 
@@ -272,3 +307,47 @@ def test_the_command_says_which_families_there_are(capsys: pytest.CaptureFixture
 def test_a_cell_of_the_table_cannot_break_its_row() -> None:
     sheet = report.Sheet("t", "", ["a", "b"], [["x | y", "1"]])
     assert sheet.markdown().splitlines()[-1] == "| x \\| y | 1 |"
+
+
+# --- kept scores -----------------------------------------------------------------------------------
+
+
+def test_what_was_scored_once_is_read_back_and_not_made_again(
+    run: generate.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lively-0-x.json"
+    generate.save(run, path)
+    default, other = Thresholds(), Thresholds(imminent_displacement=0.3)
+    first = evaluate_file(LIVELY, path, [default, other], tmp_path / "kept")
+    assert first.result(default) == evaluate(run, quiet=False)
+    assert first.result(other) == evaluate(run, quiet=False, thresholds=other)
+
+    replays: list[object] = []
+    monkeypatch.setattr(
+        evaluating,
+        "replay",
+        lambda run, limits, stream: replays.append(limits) or replay(run, limits, stream),
+    )
+    assert evaluate_file(LIVELY, path, [default, other], tmp_path / "kept") == first and not replays
+    third = Thresholds(imminent_displacement=0.4)
+    evaluate_file(LIVELY, path, [default, third], tmp_path / "kept")
+    assert replays == [third]  # what is new, and nothing else
+    evaluate_file(dataclasses.replace(LIVELY, mechanism=None), path, [default], tmp_path / "kept")
+    assert replays == [third, default]  # in a quiet family every alarm is false: another score
+
+
+def test_a_torn_or_foreign_file_of_scores_is_made_anew(run: generate.Run, tmp_path: Path) -> None:
+    path = tmp_path / "lively-0-x.json"
+    generate.save(run, path)
+    first = evaluate_file(LIVELY, path, [Thresholds()], tmp_path)
+    kept = path.with_suffix(".pickle")
+    for content in (b"", b"\x80\x04not a pickle", kept.read_bytes()[:-20]):
+        kept.write_bytes(content)
+        assert evaluate_file(LIVELY, path, [Thresholds()], tmp_path) == first
+
+
+def test_installed_packages_are_scored_beside_the_other_rules(run: generate.Run) -> None:
+    if not peers_installed.installed():
+        pytest.skip("; ".join(f"{name}: {reason}" for name, reason in peers_installed.missing().items()))
+    names = list(evaluate(run, quiet=False).scores)[len(RULES) :]
+    assert {name.split(",")[0] for name in names} == set(peers_installed.installed())

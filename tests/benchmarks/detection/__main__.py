@@ -5,7 +5,9 @@
     python -m tests.benchmarks.detection --score-only         # after a change of the detector: seconds
     python -m tests.benchmarks.detection --families vit vit-probe
 
-Trainings are recorded once and kept in ``--cache``; an interrupted command goes on where it was.
+Trainings are recorded once and kept in ``--cache``, their scores in ``--scores``; an interrupted command goes
+on where it was.  Each family is scored by constants chosen on the others (fit.py).  What
+``python -m tests.benchmarks.detection.experiments`` left in the cache is shown too.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from joblib import Parallel, delayed
@@ -21,9 +22,11 @@ from rich.console import Console
 from rich.progress import Progress
 
 from tests.benchmarks.detection import report
-from tests.benchmarks.detection.evaluate import Result, evaluate_file, total
+from tests.benchmarks.detection.evaluate import Scored, evaluate_file
 from tests.benchmarks.detection.families import Family, suite
+from tests.benchmarks.detection.fit import candidates
 from tests.benchmarks.detection.generate import CACHE, generate, is_whole, path_of
+from tests.benchmarks.detection.outcomes import Experiments
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -37,6 +40,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s; -1: all cores)")
     parser.add_argument("--backend", default="loky", help='joblib backend, for instance "ray" (default loky)')
     parser.add_argument("--cache", type=Path, default=CACHE, help="recorded runs (default %(default)s)")
+    parser.add_argument("--scores", type=Path, help="kept scores (default scores/ in the cache)")
     parser.add_argument("--score-only", action="store_true", help="record nothing; score what is there")
     parser.add_argument("--refresh", action="store_true", help="record anew what is there already")
     parser.add_argument("--out", type=Path, help="the table (default RESULTS.md beside this file)")
@@ -79,19 +83,17 @@ def main(argv: list[str] | None = None) -> int:
         console.print("No recorded runs. Leave out --score-only to make them.")
         return 1
     made = time.perf_counter()
-    scored: list[tuple[Family, int, Result, dict[str, Any]]] = Parallel(n_jobs=args.jobs)(
-        delayed(evaluate_file)(*run) for run in runs
+    tried = candidates()
+    kept = args.scores or args.cache / "scores"
+    # Long runs first: the last one to begin should not be the one to end.
+    runs.sort(key=lambda run: -run[0].steps)
+    scored: list[Scored] = Parallel(n_jobs=args.jobs)(
+        delayed(evaluate_file)(family, path, list(tried.values()), kept) for family, _, path in runs
     )
-    results: report.Results = {}
-    for family in args.chosen:
-        of_family = [result for other, _, result, _ in scored if other.name == family.name]
-        if of_family:
-            results[family.name] = (family, total(of_family))
-    report.show(results, console)
+    book = report.bind(args.chosen, scored, tried, Experiments.load(args.cache))
+    report.show(book, console)
     chosen = f" --families {' '.join(args.families)}" if args.families else f" --suite {args.suite}"
-    text = report.page(
-        results, f"python -m tests.benchmarks.detection{chosen}", [info for _, _, _, info in scored]
-    )
+    text = report.page(book, f"python -m tests.benchmarks.detection{chosen}")
     # A few families on their own are a look, not the record.
     out = args.out or (
         None if args.families or len(scored) < sum(len(f.seeds) for f in args.chosen) else report.RESULTS

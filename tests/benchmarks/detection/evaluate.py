@@ -1,24 +1,40 @@
-"""One recorded run → the scores of the monitor and of all its peers, through the same functions."""
+"""One recorded run → the scores of the monitor and of all its peers, through the same functions.
+
+What a run came to is kept beside it, per set of thresholds: a constant is fitted by scoring a dozen of them
+on every run, and only a change of the detector or of the scoring makes that again.
+"""
 
 from __future__ import annotations
 
+import pickle
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from nfi_monitor.types import AlertKind, Thresholds
-from tests.benchmarks.detection import score
+from nfi_monitor.types import AlertKind, Reading, Thresholds
+from tests.benchmarks.detection import generate, peers_installed, score
 from tests.benchmarks.detection.families import Family
 from tests.benchmarks.detection.generate import Column, Run, load
-from tests.benchmarks.detection.replay import replay
-from tests.benchmarks.peers import PEERS
+from tests.benchmarks.detection.replay import readings, replay
+from tests.benchmarks.peers import PEERS, loss_thresholds
 
 AT_RISK, AT_RISK_WARNING, IMMINENT = "at risk", "at risk, warning", "imminent"
-RULES = (AT_RISK, AT_RISK_WARNING, IMMINENT, *PEERS)
+MONITOR = (AT_RISK, AT_RISK_WARNING, IMMINENT)
+RULES = (*MONITOR, *PEERS)
+"""What every run is scored by; packages that are installed come after them."""
+
+
+class Named(NamedTuple):
+    """What the monitor said one slingshot came from."""
+
+    family: str
+    seed: int
+    step: int  # where it starts
+    mechanism: str  # "none": it gave no slingshot alert
 
 
 @dataclass(frozen=True)
@@ -28,19 +44,35 @@ class Result:
     runs: int = 1
     steps: int = 0
     scores: dict[str, score.Score] = field(default_factory=dict)
-    named: Counter[str] = field(default_factory=Counter)
+    by_level: dict[float, score.Score] = field(default_factory=dict)  # loss thresholds
+    named: tuple[Named, ...] = ()
     forecasts: dict[int, score.Forecasts] = field(default_factory=dict)
+    numbers_too_late: int = 0  # slingshots with a number in their last τ
     seconds: float = 0.0
 
     def __add__(self, other: Result) -> Result:
         return Result(
             self.runs + other.runs,
             self.steps + other.steps,
-            {name: self.scores.get(name, score.Score()) + other.scores[name] for name in other.scores},
+            _merge(self.scores, other.scores, score.Score()),
+            _merge(self.by_level, other.by_level, score.Score()),
             self.named + other.named,
-            {at: self.forecasts.get(at, score.Forecasts()) + other.forecasts[at] for at in other.forecasts},
+            _merge(self.forecasts, other.forecasts, score.Forecasts()),
+            self.numbers_too_late + other.numbers_too_late,
             self.seconds + other.seconds,
         )
+
+    @property
+    def mechanisms(self) -> Counter[str]:
+        return Counter(item.mechanism for item in self.named)
+
+
+Key = TypeVar("Key")
+Sum = TypeVar("Sum", bound=Any)
+
+
+def _merge(one: Mapping[Key, Sum], two: Mapping[Key, Sum], nothing: Sum) -> dict[Key, Sum]:
+    return {key: one.get(key, nothing) + two.get(key, nothing) for key in dict.fromkeys([*one, *two])}
 
 
 def total(results: Iterable[Result]) -> Result:
@@ -49,28 +81,54 @@ def total(results: Iterable[Result]) -> Result:
 
 def evaluate(run: Run, *, quiet: bool, thresholds: Thresholds | None = None) -> Result:
     """Replay the detector over a run and judge it and its peers."""
-    steps, loss = _loss(run)
-    truth = score.truth_of(steps.tolist(), loss.tolist(), run.tau, quiet=quiet)
-    said = replay(run, thresholds)
+    truth = _truth(run, quiet)
+    return _both(of_monitor(run, truth, thresholds), of_peers(run, truth))
+
+
+def of_monitor(
+    run: Run,
+    truth: score.Truth,
+    thresholds: Thresholds | None = None,
+    stream: Iterable[Reading] | None = None,
+) -> Result:
+    """The detector alone; ``stream`` as in :func:`replay`."""
+    said = replay(run, thresholds, stream)
     sounded: dict[str, Sequence[int]] = {
         AT_RISK: score.firing_steps(said.alerts, AlertKind.AT_RISK),
         AT_RISK_WARNING: score.warning_steps(said.alerts, said.changes),
         IMMINENT: score.firing_steps(said.alerts, AlertKind.IMMINENT),
     }
-    column = _columns(run)
-    sounded |= {name: rule(column).tolist() for name, rule in PEERS.items()}
+    named = score.mechanisms(said.alerts, truth)
     return Result(
         steps=run.steps,
-        scores={name: score.judge(sounded[name], truth) for name in RULES},
-        named=score.confusion(said.alerts, truth),
+        scores={name: score.judge(sounded[name], truth) for name in MONITOR},
+        named=tuple(Named(run.family, run.seed, step, name) for step, name in named.items()),
         forecasts=score.forecasts(said.forecasts, said.warned, truth),
+        numbers_too_late=score.numbers_in_the_last_tau(said.forecasts, truth),
         seconds=float(run.info.get("seconds", 0.0)),
     )
 
 
-def evaluate_file(family: Family, seed: int, path: Path) -> tuple[Family, int, Result, dict[str, Any]]:
-    run = load(path)
-    return family, seed, evaluate(run, quiet=family.quiet), run.info
+def of_peers(run: Run, truth: score.Truth) -> Result:
+    """The simpler rules, the loss thresholds and the installed packages: no constant of ours matters."""
+    column = _columns(run)
+    sounded = {name: rule(column) for name, rule in PEERS.items()} | dict(peers_installed.sounded(column))
+    return Result(
+        steps=run.steps,
+        scores={name: score.judge(steps.tolist(), truth) for name, steps in sounded.items()},
+        by_level={
+            level: score.judge(steps.tolist(), truth) for level, steps in loss_thresholds(column).items()
+        },
+    )
+
+
+def _both(monitor: Result, peers: Result) -> Result:
+    return replace(monitor, scores=monitor.scores | peers.scores, by_level=peers.by_level)
+
+
+def _truth(run: Run, quiet: bool) -> score.Truth:
+    steps, loss = _loss(run)
+    return score.truth_of(steps.tolist(), loss.tolist(), run.tau, quiet=quiet)
 
 
 def _columns(run: Run) -> Callable[[str], Column]:
@@ -81,3 +139,71 @@ def _columns(run: Run) -> Callable[[str], Column]:
 
 def _loss(run: Run) -> Column:
     return run.columns.get("loss") or run.columns["head_loss"]
+
+
+# --- kept scores -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Scored:
+    """All that is known of one recorded run's worth."""
+
+    family: str
+    seed: int
+    info: dict[str, Any]
+    peers: Result
+    by_thresholds: dict[Thresholds, Result] = field(default_factory=dict)
+
+    def result(self, thresholds: Thresholds) -> Result:
+        return _both(self.by_thresholds[thresholds], self.peers)
+
+
+def evaluate_file(
+    family: Family, path: Path, wanted: Sequence[Thresholds], kept: Path | None = None
+) -> Scored:
+    """Score a recorded run under each of ``wanted``; what the directory ``kept`` holds is not made again."""
+    file = None if kept is None else kept / f"{path.stem}.pickle"
+    key = _key(family, path)
+    scored = _read(file, key)
+    missing = [item for item in wanted if scored is None or item not in scored.by_thresholds]
+    if scored is not None and not missing:
+        return scored
+    run = load(path)
+    truth = _truth(run, family.quiet)
+    if scored is None:
+        scored = Scored(run.family, run.seed, run.info, of_peers(run, truth))
+    stream = list(readings(run))
+    for thresholds in missing:
+        scored.by_thresholds[thresholds] = of_monitor(run, truth, thresholds, stream)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        generate._atomically(file, lambda handle: pickle.dump((key, scored), handle))
+    return scored
+
+
+def _read(file: Path | None, key: str) -> Scored | None:
+    """What was kept under this key; None where there is nothing, or something of another version."""
+    try:
+        if file is None:
+            return None
+        with file.open("rb") as handle:
+            found, scored = pickle.load(handle)
+    except (OSError, EOFError, ValueError, AttributeError, ImportError, pickle.UnpicklingError):
+        return None
+    return scored if found == key and isinstance(scored, Scored) else None
+
+
+def _key(family: Family, path: Path) -> str:
+    """Changes with the readings, the detector, the scoring, what a slingshot is, and installed peers."""
+    here = Path(__file__).parent
+    code = [
+        *(here / f"{name}.py" for name in ("evaluate", "peers_installed", "replay", "score")),
+        here.parent / "peers.py",
+    ]
+    stamp = path.with_suffix(".npz").stat()
+    return generate._hash(
+        *map(generate._code, code),
+        generate.detector_key(),
+        repr((family.quiet, Thresholds(), peers_installed.installed(), np.__version__)),
+        repr((path.name, stamp.st_size, stamp.st_mtime_ns)),
+    )

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,24 +38,39 @@ def readings(run: Run) -> Iterator[Reading]:
         yield Reading(step, values[step])
 
 
-def replay(run: Run, thresholds: Thresholds | None = None) -> Replay:
-    """The alerts equal the live monitor's, bit for bit, where the thresholds do."""
+def replay(run: Run, thresholds: Thresholds | None = None, stream: Iterable[Reading] | None = None) -> Replay:
+    """The alerts equal the live monitor's, bit for bit, where the thresholds do.
+
+    ``stream`` is ``list(readings(run))`` for whoever replays a run more than once.
+    """
     detector = Detector(thresholds)
-    starts = [step for step, _ in run.contexts]
+    contexts = [*run.contexts[1:], (math.inf, run.contexts[-1][1])]
+    detector.context = run.contexts[0][1]
+    following = 0  # which context comes next
     changes: list[tuple[int, Change, Alert]] = []
     forecasts = np.full(run.steps + 1, math.nan)
     warned = np.zeros(run.steps + 1, dtype=bool)
-    for reading in readings(run):
-        detector.context = run.contexts[max(bisect_right(starts, reading.step) - 1, 0)][1]
+    firing: dict[str, int] = {}  # id of an alert that looks ahead → its place in detector.alerts
+    for reading in readings(run) if stream is None else stream:
+        while reading.step >= contexts[following][0]:
+            detector.context = contexts[following][1]
+            following += 1
         verdict = detector.update(reading)
-        changes += [(reading.step, change, alert) for change, alert in verdict.changes]
-        for alert in detector.alerts[-4:]:  # no more kinds than that can fire at once
-            if alert.state is not AlertState.FIRING or alert.kind not in _FORESIGHT:
-                continue
-            warned[reading.step] = True
-            if alert.steps_to_spike is not None:
-                # Imminent begins after at risk: where both give a number, the later one stands.
-                forecasts[reading.step] = alert.steps_to_spike[1]
+        for change, alert in verdict.changes:
+            changes.append((reading.step, change, alert))
+            if change is Change.END:
+                firing.pop(alert.id, None)
+            elif alert.kind in _FORESIGHT and alert.id not in firing:
+                firing[alert.id] = next(
+                    place for place, item in enumerate(detector.alerts) if item.id == alert.id
+                )
+        # Imminent begins after at risk: where both give a number, the later one stands.
+        for place in sorted(firing.values()) if len(firing) > 1 else firing.values():
+            alert = detector.alerts[place]
+            if alert.state is AlertState.FIRING:
+                warned[reading.step] = True
+                if alert.steps_to_spike is not None:
+                    forecasts[reading.step] = alert.steps_to_spike[1]
     return Replay(detector.alerts, changes, forecasts, warned)
 
 

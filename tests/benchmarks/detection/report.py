@@ -3,58 +3,79 @@
 from __future__ import annotations
 
 import datetime
-import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from nfi_monitor.types import Thresholds
-from tests.benchmarks.detection.evaluate import AT_RISK, AT_RISK_WARNING, IMMINENT, RULES, Result, total
+from tests.benchmarks.detection import outcomes, peers_installed, targets
+from tests.benchmarks.detection.evaluate import (
+    AT_RISK,
+    AT_RISK_WARNING,
+    IMMINENT,
+    MONITOR,
+    RULES,
+    Result,
+    Scored,
+    total,
+)
 from tests.benchmarks.detection.families import EDGE, EXTERNAL, NUMERIC, SECOND_MOMENT, Family
+from tests.benchmarks.detection.fit import DEFAULT, GRID, Fit, leave_one_out
 from tests.benchmarks.detection.generate import detector_key, readings_key, versions
-from tests.benchmarks.detection.score import (
-    FORECAST_AT,
-    HORIZON,
-    REFRACTORY,
-    TOO_LATE,
-    Forecasts,
-    Score,
-    wilson,
-)  # fmt: skip
+from tests.benchmarks.detection.outcomes import Experiments
+from tests.benchmarks.detection.score import FORECAST_AT, HORIZON, REFRACTORY, TOO_LATE, Forecasts, Score
+from tests.benchmarks.detection.sheet import Sheet, alarms, count, leads, rate, share, sounded
+from tests.benchmarks.detection.targets import Results
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """A table before anybody decided how it looks."""
+class Book:
+    """All that the page is made of."""
 
-    title: str
-    note: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-
-    def markdown(self) -> str:
-        lines = [f"## {self.title}", "", self.note, ""] if self.note else [f"## {self.title}", ""]
-        lines += [_line(self.header), _line(["---"] * len(self.header)), *map(_line, self.rows)]
-        return "\n".join(lines) + "\n"
-
-    def rich(self) -> Table:
-        table = Table(title=self.title, caption=self.note, title_justify="left", caption_justify="left")
-        for index, name in enumerate(self.header):
-            table.add_column(name, justify="left" if index == 0 else "right", no_wrap=index == 0)
-        for row in self.rows:
-            table.add_row(*row)
-        return table
+    results: Results
+    """Each family under the constants fitted without it."""
+    default: Results
+    """The same families under the default constants."""
+    fit: Fit
+    candidates: int = 1
+    experiments: Experiments | None = None
+    infos: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 
-Results = dict[str, tuple[Family, Result]]
-"""Family name → the family and the sum over its runs."""
+def bind(
+    families: Iterable[Family],
+    scored: Sequence[Scored],
+    candidates: Mapping[str, Thresholds],
+    experiments: Experiments | None = None,
+) -> Book:
+    """Fit with each family left out, and lay its runs' scores under what was chosen."""
+    by_family: dict[str, tuple[Family, dict[str, Result]]] = {}
+    for family in families:
+        runs = [run for run in scored if run.family == family.name]
+        if runs:
+            sums = {
+                name: total(run.result(thresholds) for run in runs) for name, thresholds in candidates.items()
+            }
+            by_family[family.name] = (family, sums)
+    fit = leave_one_out(by_family)
+
+    def under(chosen: Callable[[str], str]) -> Results:
+        return {name: (family, sums[chosen(name)]) for name, (family, sums) in by_family.items()}
+
+    return Book(
+        under(fit.of),
+        under(lambda _: DEFAULT),
+        fit,
+        len(candidates),
+        experiments,
+        [run.info for run in scored],
+    )
+
 
 _GROUPS: dict[str, tuple[str | None, ...]] = {
     "numeric": (NUMERIC,),
@@ -63,36 +84,68 @@ _GROUPS: dict[str, tuple[str | None, ...]] = {
 }
 
 
-def sheets(results: Results) -> list[Sheet]:
-    return [*_rules(results), _families(results), _quiet(results), _mechanisms(results), _forecasts(results)]
+def sheets(book: Book) -> list[Sheet]:
+    results = book.results
+    return [
+        targets.sheet(results, book.experiments),
+        *_rules(book),
+        targets.contest_sheet(results),
+        _families(results),
+        _quiet(results),
+        *_mechanisms(book),
+        _forecasts(results),
+        *outcomes.sheets(book.experiments),
+    ]
 
 
-def _rules(results: Results) -> Iterable[Sheet]:
+def _names(results: Results) -> list[str]:
+    """The rules, and after them whatever package was installed when the runs were scored."""
+    scored = (name for _, result in results.values() for name in result.scores)
+    return list(dict.fromkeys([*RULES, *scored]))
+
+
+def _peers(results: Results) -> list[str]:
+    return [name for name in _names(results) if name not in MONITOR]
+
+
+def _rules(book: Book) -> Iterable[Sheet]:
     """Monitor and peers side by side, pooled over the families of a kind."""
-    quiet = total(result for family, result in results.values() if family.quiet)
     for title, mechanisms in _GROUPS.items():
-        chosen = [result for family, result in results.values() if family.mechanism in mechanisms]
-        if not chosen:
+        names = [name for name, (family, _) in book.results.items() if family.mechanism in mechanisms]
+        if not names:
             continue
-        pooled = total(chosen)
-        rows = []
-        for name in RULES:
-            score, calm = pooled.scores[name], quiet.scores.get(name, Score())
-            rows.append(
-                [name, _share(score.warned, score.slingshots), str(score.early),
-                 _share(score.in_time, score.slingshots), _leads(score), _rate(score), _rate(calm)]
-            )  # fmt: skip
-        slingshots = pooled.scores[IMMINENT].slingshots
+        pooled = total(book.results[name][1] for name in names)
+        calm = total(result for family, result in book.results.values() if family.quiet)
+        rows = [_rule(name, pooled, calm) for name in _names(book.results)]
+        # In one line, how much of it was having seen the family: the constants as they are shipped.
+        shipped = total(book.default[name][1] for name in names)
+        shipped_calm = total(result for family, result in book.default.values() if family.quiet)
+        rows.append([f"{IMMINENT}, defaults", *_rule(IMMINENT, shipped, shipped_calm)[1:]])
+        slingshots = pooled.scores.get(IMMINENT, Score()).slingshots
         yield Sheet(
             f"Slingshots, {title}",
-            f"{slingshots} slingshots in {len(chosen)} families, {pooled.runs} runs, {pooled.steps:,} steps; "
-            f"quiet families: {quiet.steps:,} steps. Warned: an alarm began within {HORIZON:g} τ before, or "
+            f"{slingshots} slingshots in {len(names)} families, {pooled.runs} runs, {pooled.steps:,} steps; "
+            f"quiet families: {calm.steps:,} steps. Warned: an alarm began within {HORIZON:g} τ before, or "
             f"an older one still sounded (early). In time: at least {TOO_LATE:g} τ ahead. False alarms per "
-            "10k steps in the same runs and in the quiet families. [95% Wilson]",
+            "10k steps in the same runs and in the quiet families. The first three rows left out the family "
+            "they are scored on; the last has the default constants for all. [95% Wilson]",
             ["rule", "warned", "early", "in time", "lead in τ: median (10th pct)", "false /10k here",
              "false /10k quiet"],
             rows,
         )  # fmt: skip
+
+
+def _rule(name: str, pooled: Result, quiet: Result) -> list[str]:
+    score, calm = pooled.scores.get(name, Score()), quiet.scores.get(name, Score())
+    return [
+        name,
+        share(score.warned, score.slingshots),
+        str(score.early),
+        share(score.in_time, score.slingshots),
+        leads(score),
+        rate(score.false_alarms, score.exposure),
+        rate(calm.false_alarms, calm.exposure),
+    ]
 
 
 def _families(results: Results) -> Sheet:
@@ -102,14 +155,14 @@ def _families(results: Results) -> Sheet:
             continue
         soon, risk = result.scores[IMMINENT], result.scores[AT_RISK_WARNING]
         best = max(
-            (name for name in RULES if name not in (AT_RISK, AT_RISK_WARNING, IMMINENT)),
+            (name for name in result.scores if name not in MONITOR),
             key=lambda name: (result.scores[name].in_time, -result.scores[name].false_alarms),
         )
         peer = result.scores[best]
         rows.append(
             [family.name, f"{result.runs} × {family.steps}", f"{soon.slingshots} + {soon.near_misses}",
-             _count(soon), _leads(soon, steps=True), _alarms(soon), _count(risk), _leads(risk),
-             f"{best}: {_count(peer)}, {_alarms(peer)}"]
+             count(soon), leads(soon, steps=True), alarms(soon), count(risk), leads(risk),
+             f"{best}: {count(peer)}, {alarms(peer)}"]
         )  # fmt: skip
     return Sheet(
         "Spiking families",
@@ -128,12 +181,11 @@ def _quiet(results: Results) -> Sheet:
         if not family.quiet:
             continue
         soon = result.scores[IMMINENT]
-        cells = [_sounded(result.scores[name]) for name in (AT_RISK, AT_RISK_WARNING, IMMINENT)]
-        peers = [name for name in RULES if name not in (AT_RISK, AT_RISK_WARNING, IMMINENT)]
+        cells = [sounded(result.scores[name]) for name in (AT_RISK, AT_RISK_WARNING, IMMINENT)]
         rows.append(
             [family.name, f"{result.runs} × {family.steps}",
              f"{soon.slingshots} + {soon.near_misses}", *cells,
-             " ".join(str(result.scores[name].false_alarms) for name in peers)]
+             " ".join(str(result.scores.get(name, Score()).false_alarms) for name in _peers(results))]
         )  # fmt: skip
     return Sheet(
         "Quiet families",
@@ -145,31 +197,22 @@ def _quiet(results: Results) -> Sheet:
     )  # fmt: skip
 
 
-_EXPECTED = (NUMERIC, SECOND_MOMENT, EDGE, EXTERNAL)
-_RIGHT = {EXTERNAL: "unknown"}
-"""Where the right answer is another word than the registered one."""
-
-
-def _mechanisms(results: Results) -> Sheet:
-    by_truth: dict[str, Counter[str]] = {}
-    for family, result in results.values():
-        by_truth.setdefault(family.mechanism or "none expected", Counter()).update(result.named)
-    names = [NUMERIC, SECOND_MOMENT, EDGE, "unknown", "none"]
-    rows = [
-        [
-            truth,
-            *(str(counter[name]) for name in names),
-            _share(counter[_RIGHT.get(truth, truth)], counter.total()) if truth in _EXPECTED else "–",
-        ]
-        for truth, counter in by_truth.items()
-        if counter
-    ]
-    return Sheet(
-        "Mechanism named",
-        "Rows: what the family is registered as (not yet a replay's verdict). Columns: what the slingshot's "
-        "alert said. For a cause from outside, unknown is the right answer.",
-        ["registered as", *names, "agreement"],
-        rows,
+def _mechanisms(book: Book) -> Iterable[Sheet]:
+    named = [item for _, result in book.results.values() for item in result.named]
+    words = "Columns: what the slingshot's alert said. Unknown is no answer: the share is of the others."
+    if book.experiments is not None:
+        verdicts = book.experiments.verdicts()
+        failed = book.experiments.unreproduced()
+        yield outcomes.mechanism_sheet(
+            "Mechanism named, against replay",
+            f"Rows: the verdict of a replay from a snapshot before the slingshot ({len(verdicts)} replayed; "
+            f"{failed} more whose baseline did not reproduce the run bit for bit are left out). {words}",
+            outcomes.agreement(named, verdicts),
+        )
+    yield outcomes.mechanism_sheet(
+        "Mechanism named, against what is registered",
+        f"Rows: what the family is registered as. {words}",
+        outcomes.agreement(named),
     )
 
 
@@ -181,101 +224,80 @@ def _forecasts(results: Results) -> Sheet:
         said = sorted(found.ratios)
         middle = f"{said[len(said) // 2]:.2f}" if said else "–"
         rows.append(
-            [f"{distance} τ", str(found.slingshots), _share(found.warned, found.slingshots), str(len(said)),
-             middle, _share(found.within(2.0), len(said))]
+            [f"{distance} τ", str(found.slingshots), share(found.warned, found.slingshots), str(len(said)),
+             middle, share(found.within(2.0), len(said))]
         )  # fmt: skip
     return Sheet(
         "Forecast, numeric families",
         "At so many τ before a slingshot: how many had been warned of, how many with a number of steps, the "
-        "median of said / true, and the share within a factor of 2.",
+        "median of said / true, and the share within a factor of 2. Inside the last τ no number should be "
+        f"given: before {numeric.numbers_too_late} slingshots there was one.",
         ["before", "slingshots", "warned", "numbers", "said / true", "within 2×"],
         rows,
     )
 
 
-# --- cells -----------------------------------------------------------------------------------------
-
-
-def _share(successes: int, trials: int) -> str:
-    if trials == 0:
-        return "–"
-    low, high = wilson(successes, trials)
-    return f"{successes}/{trials} [{low:.2f}, {high:.2f}]"
-
-
-def _count(score: Score) -> str:
-    """Warned of (in time) of all."""
-    return f"{score.warned} ({score.in_time}) of {score.slingshots}" if score.slingshots else "–"
-
-
-def _alarms(score: Score) -> str:
-    return f"{score.false_alarms}/{score.near_alarms}/{score.censored}"
-
-
-def _leads(score: Score, *, steps: bool = False) -> str:
-    if not score.leads:
-        return "–"
-    tau = f"{score.lead(0.5, in_tau=True):.1f} ({score.lead(0.1, in_tau=True):.1f})"
-    if not steps:
-        return tau
-    return f"{score.lead(0.5, in_tau=False):.0f} ({score.lead(0.1, in_tau=False):.0f}) steps, {tau} τ"
-
-
-def _rate(score: Score) -> str:
-    if score.exposure == 0:
-        return "–"
-    low, high = wilson(min(score.false_alarms, score.exposure), score.exposure)
-    return f"{1e4 * score.false_alarms / score.exposure:.2f} [{1e4 * low:.2f}, {1e4 * high:.2f}]"
-
-
-def _sounded(score: Score) -> str:
-    if not score.false_alarms:
-        return "0"
-    share = score.sounding / score.exposure if score.exposure else math.nan
-    return f"{score.false_alarms} ({share:.0%})"
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
 # --- the page --------------------------------------------------------------------------------------
 
 
-def page(results: Results, command: str, infos: Iterable[dict[str, Any]]) -> str:
+def page(book: Book, command: str) -> str:
     """RESULTS.md."""
-    made = versions()
-    stale = sum(info.get("readings_by") != readings_key() for info in infos)
+    results = book.results
+    stale = sum(info.get("readings_by") != readings_key() for info in book.infos)
     recorded = total(result for _, result in results.values())
-    seeds = {family.name: len(family.seeds) for family, _ in results.values()}
-    changed = {
-        name: value
-        for name, value in Thresholds().to_json().items()
-        if name in ("absorbing_enter", "inflating_growth", "imminent_growth", "imminent_displacement")
-    }
+    seeds = [len(family.seeds) for family, _ in results.values()]
+    quiet = total(result for family, result in results.values() if family.quiet)
     lines = [
         "# What the warnings are worth",
         "",
         f"Written by `{command}` on {datetime.date.today().isoformat()}; do not edit.",
         "",
         "Versions: "
-        + ", ".join(f"{name} {value}" for name, value in made.items())
+        + ", ".join(f"{name} {value}" for name, value in versions().items())
         + f"; detector code {detector_key()}.",
-        f"{len(results)} families, {recorded.runs} runs, {recorded.steps:,} optimizer steps, each one read; "
-        f"{recorded.seconds:,.0f} s of training on one core in all.",
-        f"Seeds: 0 to n − 1, n = {min(seeds.values())} to {max(seeds.values())} a family (column *runs*).",
+        f"{len(results)} families, {recorded.runs} runs, {recorded.steps:,} optimizer steps ({quiet.steps:,} "
+        f"of them in quiet families), each one read; {recorded.seconds:,.0f} s of training on one core in "
+        "all.",
+        f"Seeds: 0 to n − 1, n = {min(seeds)} to {max(seeds)} a family (column *runs*).",
         f"Horizon {HORIZON:g} τ, refractory {REFRACTORY:g} τ, too late below {TOO_LATE:g} τ; "
-        "τ = 1/(1 − β2) optimizer steps. "
-        f"Thresholds: the defaults ({', '.join(f'{name} {value:g}' for name, value in changed.items())}).",
-        "No constant was fitted on these runs by this command; several of the defaults were chosen on runs "
-        "like them, so this is no left-out test.",
+        "τ = 1/(1 − β2) optimizer steps.",
+        "Packages: " + "; ".join(_packages()) + ".",
+        "",
+        _fitted(book.fit, book.candidates),
     ]
     if stale:
-        lines.append(f"{stale} runs were recorded by an older version of the measuring code (--refresh).")
-    return "\n".join(lines) + "\n\n" + "\n".join(sheet.markdown() for sheet in sheets(results))
+        lines.append(
+            f"{stale} runs were recorded by another version of the measuring code (--refresh renews them)."
+        )
+    if book.experiments is not None and book.experiments.made.get("date"):
+        lines.append(f"Experiments of {book.experiments.made['date']}.")
+    return "\n".join(lines) + "\n\n" + "\n".join(sheet.markdown() for sheet in sheets(book))
 
 
-def show(results: Results, console: Console) -> None:
-    for sheet in sheets(results):
+def _packages() -> list[str]:
+    there = [f"{name} {version}" for name, version in peers_installed.installed().items()]
+    return there + [f"{name}: {reason}" for name, reason in peers_installed.missing().items()]
+
+
+def _fitted(fit: Fit, candidates: int) -> str:
+    """What the leaving out came to, in words."""
+    default = Thresholds()
+    constants = ", ".join(f"{name} {getattr(default, name):g}" for name in GRID)
+    counts = ", ".join(f"{name}: {times}" for name, times in fit.counts.most_common())
+    groups = len(fit.chosen)
+    if groups < 2:
+        return f"Fitted on nothing: there is one group of families. Constants: the defaults ({constants})."
+    return (
+        f"Leave one family out: every number of the monitor below is of constants chosen on the other "
+        f"families, out of {candidates} candidates (the defaults {constants}, and each of these moved by "
+        "itself; fit.py says by what objective). Families of one task, its twins and its variants are left "
+        f"out together: {groups} groups. Chosen how often: {counts}. On all families together: "
+        f"{fit.in_sample}. The other constants, and the default values around which the candidates lie, are "
+        "the shipped ones, some of them chosen on runs like these."
+    )
+
+
+def show(book: Book, console: Console) -> None:
+    for sheet in sheets(book):
         console.print(sheet.rich())
         console.print()

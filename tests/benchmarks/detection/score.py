@@ -22,7 +22,6 @@ Everything here is numbers in, numbers out: monitor and peers pass through the s
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -229,10 +228,10 @@ def _exposed(truth: Truth, events: Iterable[Event]) -> NDArray[np.bool_]:
 # --- mechanism and forecast --------------------------------------------------------------------------
 
 
-def confusion(alerts: Iterable[Alert], truth: Truth) -> Counter[str]:
-    """What the slingshot alerts of a run were named: mechanism → how many; "none" for one without alert."""
+def mechanisms(alerts: Iterable[Alert], truth: Truth) -> dict[int, str]:
+    """Start of each slingshot → the mechanism its alert named; "none" for one without alert."""
     named = {alert.first_step: str(alert.mechanism) for alert in alerts if alert.kind is AlertKind.SLINGSHOT}
-    return Counter(named.get(event.start, "none") for event in truth.slingshots)
+    return {event.start: named.get(event.start, "none") for event in truth.slingshots}
 
 
 @dataclass(frozen=True)
@@ -266,6 +265,14 @@ def forecasts(said: NDArray[np.float64], warned: NDArray[np.bool_], truth: Truth
             ratios = (number / left,) if math.isfinite(number) else ()
             found[distance] += Forecasts(1, int(warned[step]), ratios)
     return found
+
+
+def numbers_in_the_last_tau(said: NDArray[np.float64], truth: Truth) -> int:
+    """Slingshots before which a number was still given with less than a τ left, where a state should be."""
+    width = max(math.ceil(truth.tau) - 1, 0)
+    return sum(
+        bool(np.isfinite(said[max(event.start - width, 0) : event.start]).any()) for event in truth.slingshots
+    )
 
 
 def warning_steps(alerts: Iterable[Alert], changes: Iterable[tuple[int, object, Alert]]) -> list[int]:
