@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import SECOND_MOMENTS
+from nfi_monitor.capture.sampling import local
 from nfi_monitor.capture.snapshots import Snapshot
 from nfi_monitor.detect.causal import BASELINE
 
@@ -338,6 +339,22 @@ def _other_data(context: Context) -> Iterator[None]:
     yield
 
 
+NUDGE = 2.0**-20
+"""A part in a million: far below anything an optimizer step does, a few ulp of float32."""
+
+
+@contextmanager
+def _nudged(context: Context) -> Iterator[None]:
+    with torch.no_grad():
+        for param in context.model.parameters():
+            if param.is_floating_point():
+                values = local(param)
+                # Up and down in turn, so that the weights' mean stays; no random number is drawn.
+                signs = torch.arange(values.numel(), device=values.device).remainder_(2).mul_(2).sub_(1)
+                values.add_(values * (NUDGE * signs.reshape(values.shape).to(values.dtype)))
+    yield
+
+
 def combined(*arms: Arm) -> Arm:
     """Several changes at once; applied if each of them is."""
 
@@ -368,6 +385,7 @@ def _noting(arm: Arm, context: Context, applied: list[bool]) -> Iterator[None]:
 
 
 AS_IT_WAS = Arm(BASELINE, "nothing changed", lambda context: contextlib.nullcontext())
+NUDGED = Arm("nudged", "the weights moved by a part in a million: the control of the others", _nudged)
 FLOAT64_LOSS = Arm("float64_loss", "the loss in float64, parameters as they are", _float64_loss)
 ZERO_SUM = Arm("zero_sum", "the logits' gradient projected to sum to zero over the classes", _zero_sum)
 LARGER_EPS = larger_eps()
@@ -382,7 +400,7 @@ LR_HELD = Arm("lr_held", "the learning rate of the snapshot, whatever the schedu
 OTHER_DATA = Arm("other_data", "the batches of earlier steps, other random numbers", _other_data)
 
 ARMS = (
-    AS_IT_WAS, FLOAT64_LOSS, ZERO_SUM, LR_HELD, OTHER_DATA, SECOND_MOMENT_HELD, SMALLER_LR, LARGER_EPS,
-    SECOND_MOMENT_RESET,
+    AS_IT_WAS, NUDGED, FLOAT64_LOSS, ZERO_SUM, LR_HELD, OTHER_DATA, SECOND_MOMENT_HELD, SMALLER_LR,
+    LARGER_EPS, SECOND_MOMENT_RESET,
 )  # fmt: skip
 """What is tried unless told otherwise; the last two are reported and decide nothing."""

@@ -25,6 +25,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace as replaced
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from nfi_monitor.arms import (
     FLOAT64_LOSS,
     LARGER_EPS,
     LR_HELD,
+    NUDGED,
     OTHER_DATA,
     SECOND_MOMENT_HELD,
     SECOND_MOMENT_RESET,
@@ -58,9 +60,9 @@ from nfi_monitor.types import Thresholds
 StepFunction = Callable[[int], Any]
 
 __all__ = [
-    "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "OTHER_DATA", "SECOND_MOMENT_HELD",
-    "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context", "Outcome", "ReplayVerdict", "Snapshot",
-    "combined", "larger_eps", "replay", "smaller_lr",
+    "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
+    "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context", "Outcome",
+    "ReplayVerdict", "Snapshot", "combined", "larger_eps", "replay", "smaller_lr",
 ]  # fmt: skip
 
 STEP_FN = (
@@ -172,7 +174,13 @@ def _run(
         nonlocal taken
         taken += 1
 
+    rates: list[float] = []
+
+    def rate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+
     counter = context.optimizer.register_step_post_hook(count)
+    reader = context.optimizer.register_step_pre_hook(rate)
     try:
         with arm.change(context):
             for step in range(start + 1, start + context.steps + 1):
@@ -201,10 +209,13 @@ def _run(
         ) from error
     finally:
         counter.remove()
+        reader.remove()
     if losses and taken == 0:
         raise MonitorError(f"step_fn made no step of the optimizer that was given. {STEP_FN}")
     peak = max((loss for loss in losses if math.isfinite(loss)), default=math.nan)
-    return Outcome(arm.name, spiked_at, peak, tuple(losses), len(losses), context.applied)
+    known = [*context.snapshot.lrs[:1], *rates]
+    jump = max((new / old for old, new in pairwise(known) if old > 0), default=1.0)
+    return Outcome(arm.name, spiked_at, peak, tuple(losses), len(losses), context.applied, max(jump, 1.0))
 
 
 def _loss(value: Any, step: int) -> float:

@@ -189,95 +189,114 @@ class Reading:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Every constant the detector uses, with its unit.
+    """Every constant the detector uses: unit, meaning, source, and what moves if you change it.
 
-    Times are in τ = 1/(1−β2) optimizer steps, displacements in nats, violations relative to the sum
-    of absolute gradients.  "Measured" refers to the project's own runs (``tests/benchmarks``).
+    Times are in τ = 1/(1−β2) optimizer steps, displacements in nats, violations relative to the sum of
+    absolute gradients.  "Measured" refers to the project's own runs: ``tests/benchmarks/detection`` scores
+    every change of a constant in minutes (RESULTS.md), and LOG.md there keeps the values that lost.
     """
 
     # --- absorbing: rounding breaks the zero-sum (Liu et al. 2026, section 3) -------------------
     absorbing_enter: float = 0.10
-    """Zero-sum violation (smoothed), in [0, 1], above which rows count as absorbing. Lower: earlier
-    and more false alarms from a few confident rows."""
+    """Zero-sum violation (smoothed, in [0, 1]) from which on rows count as absorbing. Measured: .11–.99
+    before numeric slingshots, 1e-8–1e-3 before others. Lower: *at risk* earlier, and from a few confident
+    rows; higher: narrow nets are seen later."""
     absorbing_exit: float = 0.03
-    """Violation below which the state ends. The gap to ``absorbing_enter`` is the hysteresis."""
+    """Violation below which the state ends; the gap is the hysteresis. Higher: one state may fall apart
+    into several alerts."""
     absorbing_smoothing: float = 0.5
-    """Time constant of the average over violations, in τ, never more than ``smoothing_cap`` steps."""
+    """Time constant in τ of the averages over violation and RMS_t (measured: less rings on minibatches,
+    more costs lead), never more than ``smoothing_cap``."""
     smoothing_cap: float = 50.0
-    """Longest smoothing in steps: at β2=.999 half a τ would hide a spike's whole build-up."""
+    """Longest smoothing in steps: at β2 = .999 half a τ would hide a spike's whole build-up."""
 
     # --- inflating: the feature mean grows (Theorem 3.7) ----------------------------------------
     inflating_growth: float = 0.01
-    """Growth of ln‖μ_G‖ per τ above which an absorbing run is inflating."""
+    """Growth of ln‖μ_G‖ per τ from which on an absorbing run is inflating. Measured: .01–.6 per τ before
+    numeric slingshots. Lower: severity *warning* comes earlier, and in runs that merely drift."""
 
     # --- imminent: an update is about to be felt by the loss ------------------------------------
     imminent_growth: float = 0.02
-    """Growth of ln‖μ_G‖ per τ that *imminent* needs besides the displacement."""
+    """Growth of ln‖μ_G‖ per τ that *imminent* needs besides a displacement. Higher: later cycles, whose
+    means hardly grow, are missed."""
     imminent_displacement: float = 0.15
-    """Logit (or probe margin) displacement in nats over a twentieth of τ, at least one step; log-averaged."""
+    """Logit (or probe margin) displacement in nats over a twentieth of τ (at least one step, log-averaged),
+    from which on *imminent* begins. Higher: less lead in later cycles (.3: under a τ); lower: soft-capped
+    logits at .1 ring twice in 5,000 quiet steps."""
     imminent_exit: float = 0.05
     """Displacement in nats over the same time below which *imminent* ends without a slingshot."""
     imminent_rise: float = 3.0
     """Times that δ stands above its own lowest of the last 10 τ, that it needs where only the sum of several
-    updates (β2 above .95) reaches ``imminent_displacement``."""
-    imminent_swell: float = 10.0
+    updates (β2 above .95) reaches the displacement. Lower: a run that goes on learning from minibatches at
+    β2 = .999 is called imminent."""
+    imminent_swell: float = 25.0
     """Times that the displacement by the layers below the head stands above its own lowest of the last 10 τ:
-    *imminent* where the head's own displacement is blind (a LayerNorm feeds it)."""
+    *imminent* where the head's own displacement is blind (a LayerNorm feeds it). Measured: up to 20 in runs
+    that absorb behind a LayerNorm for ever, 29–85 on vision transformers 1.25 τ before they spike."""
     displacement_smoothing: float = 0.25
-    """Time constant of the average over ln δ, in τ, at most ``displacement_cap`` steps."""
+    """Time constant in τ of the average over ln δ, at most ``displacement_cap``. Longer: less lead."""
     displacement_cap: float = 12.0
-    """Longest average over ln δ, in steps."""
+    """Longest average over ln δ, in steps; also the longest memory of the peaks that hold an alarm."""
 
     # --- second-moment slingshots (W. Wu 2024; Wortsman et al. 2023) ----------------------------
     second_moment_settles: float = 0.25
-    """Steps, in τ, before anything is concluded from the second moment's decay."""
+    """Steps, in τ, before anything is concluded from the second moment. Sooner, bias correction makes it an
+    average over a moving target, and the first learning looks like forgetting."""
     coasting_enter: float = 0.5
-    """RMS_t = sqrt(mean(g²/max(v, ε_A²))), worst tensor, averaged like violations: below this the
-    gradient is far smaller than the second moment expects. 1 is a settled second moment."""
+    """RMS_t = sqrt(mean(g²/max(v, ε_A²))) of the worst tensor, averaged like violations, below which the
+    gradient is far smaller than the second moment expects (1 is settled): *at risk* where decay moves the
+    weights. Higher: sooner, and in runs with noisy gradients."""
     coasting_exit: float = 0.8
-    """RMS_t, averaged, above which the gradient is back."""
+    """RMS_t, averaged, above which the gradient is back and that state ends."""
     rms_t_imminent: float = 2.3
-    """RMS_t of Wortsman et al. 2023 (arXiv 2304.13013): a spike follows 1–8 steps later."""
+    """RMS_t of a kick (Wortsman et al. 2023, arXiv 2304.13013: a spike follows 1–8 steps later), under
+    decoupled decay and on a second moment that had let go. Lower: a step or two of lead for false alarms."""
     rms_t_exit: float = 1.1
-    """RMS_t, largest of the last few steps, below which *imminent* ends."""
-
+    """RMS_t, largest of the last few steps, below which that alarm ends."""
     rms_t_steep: float = 1.5
-    """RMS_t that is enough where the curvature is above ``kick_curvature``."""
+    """RMS_t that is enough where the curvature is above ``kick_curvature``: wins one step of lead."""
     kick_curvature: float = 0.5
-    """Secant curvature, as a share of the stability limit 2(1+β1)/(1−β1)."""
+    """Secant curvature as a share of the stability limit 2(1+β1)/(1−β1) of Adam (Cohen et al. 2022,
+    arXiv 2207.14484). Higher: every seventh hinge-loss slingshot is missed."""
     kick_displacement: float = 0.05
-    """Nats the layers below the head move the mean row's logits, that a kick has at least."""
-
+    """Nats the layers below the head move the mean row's logits, that a kick has at least: tells a kick from
+    one noisy tensor. Higher than .1 loses hinge-loss slingshots."""
     kick_turn: float = 0.5
     """Minus the cosine of the last two gradients: where decay is so strong that the gradient comes back
     before it is forgotten, a kick throws the weights over the wall and back."""
 
-    # --- edge of stability (Cohen et al. 2022; Bai et al. 2025) ----------------------------------
+    # --- edge of stability (Cohen et al. 2022; Bai et al. 2025, arXiv 2506.04805) ---------------
     swing_alignment: float = 0.4
-    """Minus the average cosine of successive gradients from which on the optimizer overshoots."""
+    """Minus the cosine of successive gradients, averaged over 3 steps, from which on the optimizer
+    overshoots; minibatches' gradients do not oppose each other. .6 costs a step of lead."""
     swing_curvature: float = 0.25
-    """Secant curvature that an oscillation has at least, as a share of the stability limit."""
+    """Secant curvature that an oscillation has at least, as a share of the stability limit. Lower: swings
+    that die down are called imminent four times as often under label smoothing."""
     swing_displacement: float = 0.3
-    """Nats the layers below the head swing the mean row's logits, above which *imminent* begins ..."""
+    """Nats the layers below the head swing the mean row's logits, from which on it is *imminent* ... .2
+    wins a step and triples the false alarms under label smoothing."""
     swing_exit: float = 0.1
     """... and below which it ends."""
 
     # --- what a slingshot is ---------------------------------------------------------------------
     spike_low: float = 1e-2
-    """W. Wu 2024: a slingshot starts when the loss, having been below this (on average) ..."""
+    """W. Wu 2024: a slingshot starts when the loss, having been below this (on average) ... Lower: fewer
+    events count."""
     spike_high: float = 1e-1
-    """... exceeds this, and ends when it is back below ``spike_low``."""
+    """... exceeds this, and ends when it is back below ``spike_low``. Lower: near misses count, too."""
     spike_rise: float = 0.7
-    """Nats of log loss above its running average that any spike has at least."""
+    """Nats of log loss above its running average that any spike has at least: a doubling."""
     spike_sigmas: float = 6.0
-    """And robust standard deviations of log loss above it; half as many, four readings in a row, will do."""
+    """And standard deviations of log loss (from successive differences) above it; half as many, four
+    readings in a row, will do. Lower: bad minibatches become slingshots."""
     recovered: float = 2.0
-    """How long the loss must stay back, in τ (at most 200 steps), before a new event may begin."""
+    """How long the loss must stay back, in τ (10 to 200 steps), before a new event may begin. Lower: one
+    slingshot with aftershocks becomes several alerts."""
 
     # --- what is not absorption ------------------------------------------------------------------
     unexplained_enter: float = 0.2
-    """Share of live rows whose violation rounding cannot explain, above which the loss is taken to
-    break the zero-sum by design (z-loss, logit penalties, soft-capping, regression)."""
+    """Share of live rows whose violation rounding cannot explain, from which on the loss is taken to break
+    the zero-sum by design (z-loss, logit penalties, soft-capping, regression). Higher: such losses alarm."""
     unexplained_exit: float = 0.02
     """Share below which that verdict is withdrawn."""
 

@@ -31,7 +31,11 @@ def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, 
         )
     if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
         if kind is AlertKind.IMMINENT:
-            return (cool, _FLOAT64 + " Too late for this spike if fewer than 1.25 τ are left.", _SAVE)
+            return (
+                cool + " And compute the loss in float64 from now on: criterion(logits.double(), target).",
+                "Float64 alone averts it if 1.25 τ or more are left; the smaller rate alone only delays it.",
+                _SAVE,
+            )
         if kind is AlertKind.SLINGSHOT:
             return (_FLOAT64 + " It prevents the next one.", _PROJECT, _EPSILON)
         return (_FLOAT64, _PROJECT, _EPSILON)
@@ -48,6 +52,8 @@ def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, 
             _SAVE,
         )
     if mechanism is Mechanism.EDGE_OF_STABILITY:
+        if kind is AlertKind.IMMINENT:
+            return (cool, "Float64 does not help here: rounding is not the cause.", _SAVE)
         return (
             "Lower the learning rate, or warm it up more slowly: the curvature along the update is above "
             "what Adam is stable at.",

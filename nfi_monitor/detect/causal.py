@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nfi_monitor.detect.mechanism import JUMP
 from nfi_monitor.types import Mechanism, finite_or_none
 
 BASELINE = "as_it_was"
@@ -32,6 +33,8 @@ class Outcome:
     steps: int
     applied: bool = True
     """False: the arm found nothing to change (no head, no second moment), so its outcome says nothing."""
+    rate_jump: float = 1.0
+    """Largest factor between the learning rates of neighbouring optimizer steps."""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
@@ -48,6 +51,7 @@ class Outcome:
             losses=tuple(_number(loss) for loss in record["losses"]),
             steps=int(record["steps"]),
             applied=bool(record.get("applied", True)),
+            rate_jump=float(record.get("rate_jump", 1.0)),
         )
 
 
@@ -106,7 +110,10 @@ def margin(tau: float) -> int:
 
 
 def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tuple[Mechanism, list[str]]:
-    """(mechanism, reasons). The arms not run are questions not asked."""
+    """(mechanism, reasons). The arms not run are questions not asked.
+
+    An arm proves something only if the slingshot withstands a change that means nothing (``nudged``).
+    """
     baseline = outcomes[BASELINE]
     if baseline.spiked_at is None:
         return Mechanism.UNKNOWN, [
@@ -121,8 +128,19 @@ def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tu
     def averted(*arms: str) -> list[str]:
         return [arm for arm in asked(*arms) if outcomes[arm].spiked_at is None]
 
+    if averted("nudged"):
+        # The control: where anything averts it, the silence of an arm is chance.
+        return Mechanism.UNKNOWN, [
+            *reasons,
+            "weights moved by a part in a million avert it as well: which arm is silent is chance. Replay "
+            "from an earlier snapshot, or look at several slingshots",
+        ]
     for arms, mechanism, why in _RULES:
         silent, failed = averted(*arms), [arm for arm in asked(*arms) if arm not in averted(*arms)]
+        if silent == ["lr_held"] and baseline.rate_jump < JUMP:
+            # In a warm-up the rate of the snapshot is a smaller one, which averts nearly everything.
+            reasons.append("lr held averts it, but the rate only climbed: as a smaller rate would")
+            continue
         if silent:
             return mechanism, [*reasons, f"{_listed(silent)} {_averts(silent)} it: {why}", *_other(failed)]
         reasons += _other(failed)

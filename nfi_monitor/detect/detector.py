@@ -437,8 +437,10 @@ class Detector:
         if mechanism is not Mechanism.NUMERICAL_FEATURE_INFLATION or not self._inflating.on:
             return None
         signals, context = self.signals, self.context
-        if signals.swing > signals.displacement:
-            return None  # the head's displacement is not what the slingshot will be made of
+        # Where the layers below the head move more than it does, its displacement is not what the slingshot
+        # will be made of; and decay takes margins away that the law counts on.
+        if signals.swing > signals.displacement or context.decoupled_decay:
+            return None
         return steps_to_spike(
             signals.displacement_rms * self._stretch,
             signals.violation,

@@ -20,7 +20,7 @@ SPREAD = 2.0
 """Factor of the interval around the median."""
 SLOPE = 0.3
 """Share of the measured slope that lasts. Fitted on the proving ground; .2 and .4 do almost as well."""
-NEAREST = 3.5
+NEAREST = 4.5
 """τ. Near one nat δ grows no more, and below this the law has nothing to say: the state *imminent* has."""
 FARTHEST = 15.0
 """τ. Beyond this the run will have changed."""

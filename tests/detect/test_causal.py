@@ -15,6 +15,7 @@ SPIKE = 150
 
 def outcomes(*silent: str, idle: tuple[str, ...] = (), baseline: int | None = SPIKE) -> dict[str, Outcome]:
     arms = (
+        "nudged",
         "float64_loss",
         "zero_sum",
         "lr_held",
@@ -23,7 +24,7 @@ def outcomes(*silent: str, idle: tuple[str, ...] = (), baseline: int | None = SP
         "smaller_lr",
         "larger_eps",
     )
-    found = {"as_it_was": Outcome("as_it_was", baseline, 1.0, (1.0,), 50)}
+    found = {"as_it_was": Outcome("as_it_was", baseline, 1.0, (1.0,), 50, rate_jump=10.0)}
     for arm in arms:
         found[arm] = Outcome(arm, None if arm in silent else SPIKE, 1.0, (1.0,), 90, arm not in idle)
     return found
@@ -40,6 +41,7 @@ def outcomes(*silent: str, idle: tuple[str, ...] = (), baseline: int | None = SP
         (("second_moment_held", "smaller_lr", "larger_eps"), Mechanism.SECOND_MOMENT),
         (("smaller_lr",), Mechanism.EDGE_OF_STABILITY),
         (("larger_eps",), Mechanism.UNKNOWN),
+        (("nudged", "float64_loss", "smaller_lr"), Mechanism.UNKNOWN),
         ((), Mechanism.UNKNOWN),
     ],
 )
@@ -90,3 +92,11 @@ def test_a_verdict_survives_json_with_losses_that_are_not_finite() -> None:
     assert back.mechanism is Mechanism.EXTERNAL and back.slingshot == "slingshot-1" and back.spiked_at == 7
     assert back.outcomes["as_it_was"].losses[:2] == (1.0, 3.0)
     assert math.isnan(back.outcomes["as_it_was"].losses[2]) and not back.outcomes["as_it_was"].applied
+
+
+def test_a_rate_that_only_climbed_is_a_smaller_rate_and_no_kick() -> None:
+    found = outcomes("lr_held", "smaller_lr")
+    found["as_it_was"] = Outcome("as_it_was", SPIKE, 1.0, (1.0,), 50, rate_jump=1.9)
+    mechanism, reasons = judge(found, 100, 20.0)
+    assert mechanism is Mechanism.EDGE_OF_STABILITY
+    assert any("only climbed" in reason for reason in reasons)

@@ -38,7 +38,7 @@ def said(
 
 
 def test_half_the_violation_takes_twice_as_long() -> None:
-    full, half = said(0.15, violation=0.8), said(0.15, violation=0.4)
+    full, half = said(0.12, violation=0.8), said(0.12, violation=0.4)
     assert full is not None and half is not None
     assert half[1] == pytest.approx(2 * full[1], abs=1)
 

@@ -79,9 +79,9 @@ def total(results: Iterable[Result]) -> Result:
     return sum(results, start=Result(runs=0))
 
 
-def evaluate(run: Run, *, quiet: bool, thresholds: Thresholds | None = None) -> Result:
+def evaluate(run: Run, *, quiet: bool, abrupt: bool = False, thresholds: Thresholds | None = None) -> Result:
     """Replay the detector over a run and judge it and its peers."""
-    truth = _truth(run, quiet)
+    truth = _truth(run, quiet, abrupt)
     return _both(of_monitor(run, truth, thresholds), of_peers(run, truth))
 
 
@@ -126,9 +126,9 @@ def _both(monitor: Result, peers: Result) -> Result:
     return replace(monitor, scores=monitor.scores | peers.scores, by_level=peers.by_level)
 
 
-def _truth(run: Run, quiet: bool) -> score.Truth:
+def _truth(run: Run, quiet: bool, abrupt: bool) -> score.Truth:
     steps, loss = _loss(run)
-    return score.truth_of(steps.tolist(), loss.tolist(), run.tau, quiet=quiet)
+    return score.truth_of(steps.tolist(), loss.tolist(), run.tau, quiet=quiet, abrupt=abrupt)
 
 
 def _columns(run: Run) -> Callable[[str], Column]:
@@ -169,7 +169,7 @@ def evaluate_file(
     if scored is not None and not missing:
         return scored
     run = load(path)
-    truth = _truth(run, family.quiet)
+    truth = _truth(run, family.quiet, family.abrupt)
     if scored is None:
         scored = Scored(run.family, run.seed, run.info, of_peers(run, truth))
     stream = list(readings(run))
@@ -204,6 +204,6 @@ def _key(family: Family, path: Path) -> str:
     return generate._hash(
         *map(generate._code, code),
         generate.detector_key(),
-        repr((family.quiet, Thresholds(), peers_installed.installed(), np.__version__)),
+        repr((family.quiet, family.abrupt, Thresholds(), peers_installed.installed(), np.__version__)),
         repr((path.name, stamp.st_size, stamp.st_mtime_ns)),
     )

@@ -31,6 +31,11 @@ class Family:
     def quiet(self) -> bool:
         return self.mechanism is None
 
+    @property
+    def abrupt(self) -> bool:
+        """Whether what it should warn of builds up within a few steps, whatever τ."""
+        return self.mechanism not in (None, NUMERIC)
+
     def config(self) -> str:
         """All that a run of it depends on, besides the code of the set-ups and the seed."""
         build: Any = self.build

@@ -29,6 +29,7 @@ import nfi_monitor
 from nfi_monitor import Alert, Monitor
 from nfi_monitor.detect.detector import Context
 from nfi_monitor.history import History
+from nfi_monitor.types import Thresholds
 from tests.benchmarks.detection.families import Family
 
 CACHE = Path("runs") / "detection"
@@ -126,6 +127,12 @@ def readings_key() -> str:
 def detector_key() -> str:
     """Hash of the code that was scored, which also says what a slingshot is."""
     return _package("detect")
+
+
+@cache
+def alarms_key() -> str:
+    """Hash of the code that decides when an alarm sounds; what it is called and forecast left out."""
+    return _hash(_package("detect", without=("advice", "forecast", "mechanism")), repr(Thresholds()))
 
 
 def _package(*parts: str, without: tuple[str, ...] = ()) -> str:

@@ -26,7 +26,16 @@ from tests.benchmarks.detection.families import EDGE, EXTERNAL, NUMERIC, SECOND_
 from tests.benchmarks.detection.fit import DEFAULT, GRID, Fit, leave_one_out
 from tests.benchmarks.detection.generate import detector_key, readings_key, versions
 from tests.benchmarks.detection.outcomes import Experiments
-from tests.benchmarks.detection.score import FORECAST_AT, HORIZON, REFRACTORY, TOO_LATE, Forecasts, Score
+from tests.benchmarks.detection.score import (
+    ABRUPT_HORIZON,
+    ABRUPT_REFRACTORY,
+    FORECAST_AT,
+    HORIZON,
+    REFRACTORY,
+    TOO_LATE,
+    Forecasts,
+    Score,
+)
 from tests.benchmarks.detection.sheet import Sheet, alarms, count, leads, rate, share, sounded
 from tests.benchmarks.detection.targets import Results
 
@@ -259,7 +268,8 @@ def page(book: Book, command: str) -> str:
         f"of them in quiet families), each one read; {recorded.seconds:,.0f} s of training on one core in "
         "all.",
         f"Seeds: 0 to n − 1, n = {min(seeds)} to {max(seeds)} a family (column *runs*).",
-        f"Horizon {HORIZON:g} τ, refractory {REFRACTORY:g} τ, too late below {TOO_LATE:g} τ; "
+        f"Horizon {HORIZON:g} τ, refractory {REFRACTORY:g} τ (second moment and edge of stability: at most "
+        f"{ABRUPT_HORIZON:g} and {ABRUPT_REFRACTORY:g} steps), too late below {TOO_LATE:g} τ; "
         "τ = 1/(1 − β2) optimizer steps.",
         "Packages: " + "; ".join(_packages()) + ".",
         "",

@@ -16,6 +16,10 @@ the run ends first, a spiking family's alarm is *censored*: nobody knows.  In a 
 false, also one that sounds at the end.  The rate's denominator is the steps at which an alarm would have been
 judged false: neither in an event, nor in the horizon before one, nor censored.
 
+What builds up over τ is judged in τ.  Slingshots that a few steps lead up to, whatever τ is (second moment,
+edge of stability), are judged more strictly: the horizon is at most ``ABRUPT_HORIZON`` steps and a pause of
+``ABRUPT_REFRACTORY`` makes a new alarm.  At β2 = .999 ten τ would excuse every alarm of 10,000 steps.
+
 Everything here is numbers in, numbers out: monitor and peers pass through the same functions.
 """
 
@@ -34,6 +38,7 @@ from nfi_monitor.types import Alert, AlertKind, Severity, Thresholds
 
 HORIZON = 10.0  # τ
 REFRACTORY = 1.0  # τ
+ABRUPT_HORIZON, ABRUPT_REFRACTORY = 500.0, 50.0  # steps
 TOO_LATE = 1.25  # τ
 FORECAST_AT = (10, 6, 4, 3, 2, 1)  # τ before the slingshot
 NEAR = 0.1  # a near miss reaches this share of a slingshot's levels
@@ -56,10 +61,16 @@ class Truth:
     slingshots: tuple[Event, ...]  # ends include the recovery
     near_misses: tuple[Event, ...] = ()
     quiet: bool = False  # of a family that should not spike: nothing is censored
+    abrupt: bool = False  # what it should warn of builds up within steps, not within τ
 
     @property
     def horizon(self) -> float:
-        return HORIZON * self.tau
+        return min(HORIZON * self.tau, ABRUPT_HORIZON if self.abrupt else math.inf)
+
+    @property
+    def pause(self) -> float:
+        """Steps of silence after which an alarm is a new one."""
+        return max(min(REFRACTORY * self.tau, ABRUPT_REFRACTORY if self.abrupt else math.inf), 1.0)
 
 
 @dataclass(frozen=True)
@@ -113,7 +124,14 @@ def find_events(
     return tuple(events)
 
 
-def truth_of(steps: Sequence[int], loss: Sequence[float], tau: float, *, quiet: bool = False) -> Truth:
+def truth_of(
+    steps: Sequence[int],
+    loss: Sequence[float],
+    tau: float,
+    *,
+    quiet: bool = False,
+    abrupt: bool = False,
+) -> Truth:
     """Slingshots and near misses of a recorded loss."""
     limits = Thresholds()
     slingshots = find_events(steps, loss, tau, limits)
@@ -124,7 +142,7 @@ def truth_of(steps: Sequence[int], loss: Sequence[float], tau: float, *, quiet: 
         for event in find_events(steps, loss, tau, lower)
         if not any(event.start <= other.end and other.start - recovery <= event.end for other in slingshots)
     )
-    return Truth(steps[-1] if len(steps) else 0, tau, slingshots, near, quiet)
+    return Truth(steps[-1] if len(steps) else 0, tau, slingshots, near, quiet, abrupt)
 
 
 # --- alarms ----------------------------------------------------------------------------------------
@@ -132,7 +150,7 @@ def truth_of(steps: Sequence[int], loss: Sequence[float], tau: float, *, quiet: 
 
 def alarms_of(sounded: Iterable[int], truth: Truth) -> list[Event]:
     """Steps at which a rule sounded → alarms, without what happened in slingshots or is carried over."""
-    pause = max(REFRACTORY * truth.tau, 1.0)
+    pause = truth.pause
     excused = np.zeros(truth.steps + 2, dtype=bool)
     for event in truth.slingshots:
         excused[event.start : event.end + 1] = True
@@ -179,7 +197,7 @@ def judge(sounded: Iterable[int], truth: Truth) -> Score:
 
 def _warning(alarms: Iterable[Event], slingshot: Event, truth: Truth) -> Score:
     """Whether and when one slingshot was warned of."""
-    pause = max(REFRACTORY * truth.tau, 1.0)
+    pause = truth.pause
     since = max((event.end for event in truth.slingshots if event.end < slingshot.start), default=0)
     before = [alarm for alarm in alarms if since < alarm.start < slingshot.start]
     timely = [alarm.start for alarm in before if slingshot.start - alarm.start <= truth.horizon]
@@ -197,7 +215,7 @@ def _warning(alarms: Iterable[Event], slingshot: Event, truth: Truth) -> Score:
 
 def _justice(alarm: Event, truth: Truth, events: Sequence[Event]) -> Score:
     """Whether one alarm was false, before a near miss, or cut off by the end of the run."""
-    pause = max(REFRACTORY * truth.tau, 1.0)
+    pause = truth.pause
     following = [event for event in events if alarm.start <= event.end and event.start > alarm.start]
     following += [event for event in truth.near_misses if event.start <= alarm.start <= event.end]
     reached = [

@@ -34,7 +34,7 @@ REMEDIES = {
 OTHER_REMEDIES = ("lr × 0.1 for 2τ", "lr × 0.1 for 300 steps")
 """Of spikes that are neither numeric nor external."""
 
-ARMS = 9  # that a replay has, about: for the estimate of cost only
+ARMS = 10  # that a replay has, about: for the estimate of cost only
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def alarm_before(sounded: Iterable[int], truth: Truth, index: int) -> int | None
 
 def lone_twins(alerts: Sequence[Alert], truth: Truth) -> list[Stretch]:
     """Numeric *at risk* alarms that no slingshot followed, within the horizon or while they sounded."""
-    pause = max(score.REFRACTORY * truth.tau, 1.0)
+    pause = truth.pause
     twins = []
     for alarm in score.alarms_of(score.firing_steps(alerts, AlertKind.AT_RISK), truth):
         following = [event.start for event in truth.slingshots if event.start > alarm.start]

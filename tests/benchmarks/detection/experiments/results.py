@@ -94,7 +94,7 @@ def code_key(kind: str) -> str:
     }[kind]
     readings = generate.readings_key() if kind == "cadence" else ""
     score = generate._code(here.parent / "score.py")
-    return generate._hash(generate.detector_key(), readings, score, *map(generate._code, used))
+    return generate._hash(generate.alarms_key(), readings, score, *map(generate._code, used))
 
 
 def merge(results: Iterable[tuple[Job, dict[str, Any]]], path: Path) -> dict[str, Any]:
