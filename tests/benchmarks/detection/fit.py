@@ -29,10 +29,8 @@ from tests.benchmarks.detection.score import Score
 
 GRID: dict[str, tuple[float, ...]] = {
     "absorbing_enter": (0.5, 2.0),
-    "imminent_growth": (0.5, 2.0),
     "imminent_displacement": (0.5, 2.0),
-    "imminent_exit": (0.5, 2.0),
-    "rms_t_imminent": (0.75, 1.5),
+    "rms_t_imminent": (1.5,),
 }
 """Field of Thresholds → factors on its default."""
 DEFAULT = "default"
