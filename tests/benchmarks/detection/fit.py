@@ -8,7 +8,7 @@ constants of their own, which this objective says nothing about; they stay at th
 **The objective** (``worth``), in the order that counts: fewest *imminent* alarms in quiet families; the share
 of numeric slingshots that were warned of; the share warned of in time; the median lead, up to 5 τ and to a
 tenth of a τ; the share of the other mechanisms' slingshots warned of, up to the target; fewest false alarms
-in their families.  What is equal goes to the default.
+in their families.  Shares are compared to a point.  What is equal goes to the default.
 
 **What is left out together.** Families that share a training or a task differ in width, length, β2, precision
 or a probe, and say so at the end of their names: ``group_of`` strips those words.  Twins and long variants
@@ -85,8 +85,9 @@ def worth(imminent: Mapping[str, Score]) -> tuple[float, ...]:
     lead = numeric.lead(0.5, in_tau=True)
     return (
         -float(quiet.false_alarms + quiet.near_alarms),
-        share(numeric.warned, numeric.slingshots),
-        share(numeric.in_time, numeric.slingshots),
+        # A point is the noise of some hundred slingshots: less is no reason to leave the default.
+        round(share(numeric.warned, numeric.slingshots), 2),
+        round(share(numeric.in_time, numeric.slingshots), 2),
         0.0 if math.isnan(lead) else round(min(lead, ENOUGH_LEAD), 1),
         min(share(other.warned, other.slingshots), ENOUGH_RECALL),
         -float(other.false_alarms),

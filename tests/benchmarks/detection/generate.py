@@ -120,7 +120,7 @@ def family_key(family: Family) -> str:
 @cache
 def readings_key() -> str:
     """Hash of the code that makes readings; the report tells how many were made by other code."""
-    return _package("capture", "measure", without=("snapshots",))
+    return _package("capture", "measure", without=("ring", "snapshots"))
 
 
 @cache

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from tests.benchmarks.detection.evaluate import AT_RISK, IMMINENT, Result, total
 from tests.benchmarks.detection.families import EDGE, NUMERIC, SECOND_MOMENT, Family
-from tests.benchmarks.detection.fit import group_of
 from tests.benchmarks.detection.outcomes import Experiments, agreement, pool
 from tests.benchmarks.detection.score import FORECAST_AT, TOO_LATE, Forecasts, Score, wilson
 from tests.benchmarks.detection.sheet import NOTHING, Sheet, leads, rate, share
@@ -79,9 +78,9 @@ def _ranks(values: list[float], quantile: float) -> str:
 
 @dataclass(frozen=True)
 class Contest:
-    """*Imminent* against the best loss threshold of one group of families."""
+    """*Imminent* against the best loss threshold of one family."""
 
-    group: str
+    family: str
     ours: Score
     ours_quiet: Score
     level: float | None  # None: no threshold has our recall and lead
@@ -133,25 +132,24 @@ def best_threshold(
 
 
 def contests(results: Results) -> list[Contest]:
-    """One for each group of second-moment and edge-of-stability families that had a slingshot."""
+    """One for each second-moment and edge-of-stability family that had a slingshot."""
     pooled: dict[str, Result] = {}
     for family, result in results.values():
         if family.mechanism in (SECOND_MOMENT, EDGE):
-            group = group_of(family.name)
-            pooled[group] = pooled.get(group, Result(runs=0)) + result
+            pooled[family.name] = pooled.get(family.name, Result(runs=0)) + result
     calm = _quiet(results)
     ours_calm = calm.scores.get(IMMINENT, Score())
     found = []
-    for group, result in pooled.items():
+    for family, result in pooled.items():
         ours = result.scores.get(IMMINENT, Score())
         if not ours.slingshots:
             continue
         level = best_threshold(ours, result.by_level, calm.by_level)
         if level is None:
-            found.append(Contest(group, ours, ours_calm, None))
+            found.append(Contest(family, ours, ours_calm, None))
         else:
             theirs_calm = calm.by_level.get(level, Score())
-            found.append(Contest(group, ours, ours_calm, level, result.by_level[level], theirs_calm))
+            found.append(Contest(family, ours, ours_calm, level, result.by_level[level], theirs_calm))
     return found
 
 
@@ -161,16 +159,16 @@ def contest_sheet(results: Results) -> Sheet:
         peer = ["none reaches it", *[NOTHING] * 4]
         if item.level is not None:
             peer = [f"loss > {item.level:g}", *_judged(item.theirs, item.theirs_quiet)]
-        rows.append([item.group, *_judged(item.ours, item.ours_quiet), *peer, item.verdict])
+        rows.append([item.family, *_judged(item.ours, item.ours_quiet), *peer, item.verdict])
     judged = ["warned", "lead in τ", "false /10k", "false /10k quiet"]
     return Sheet(
         "Against the best loss threshold",
-        "Per group of second-moment and edge-of-stability families that had slingshots: imminent, and among "
+        "Per second-moment or edge-of-stability family that had slingshots: imminent, and among "
         f"the loss thresholds that warn of as many (or {OTHER_RECALL:g} of them) and as early (median) the "
-        "one with fewest false alarms in the same runs, picked afterwards for each group. Won: recall "
+        "one with fewest false alarms in the same runs, picked afterwards for each family. Won: recall "
         f"≥ {OTHER_RECALL:g} at fewer false alarms in the same runs, or as few there and fewer in the quiet "
         "families, or no threshold is as early.",
-        ["group", *(f"imminent: {name}" for name in judged), "best threshold",
+        ["family", *(f"imminent: {name}" for name in judged), "best threshold",
          *(f"its {name}" for name in judged), "won"],
         rows,
     )  # fmt: skip
@@ -237,7 +235,7 @@ def _others(results: Results) -> Iterator[Target]:
     held = contests(results)
     warned, slingshots = sum(item.ours.warned for item in held), sum(item.ours.slingshots for item in held)
     yield _at_least("second moment, edge of stability, imminent: recall", OTHER_RECALL, warned, slingshots)
-    won = [item.group for item in held if item.won]
+    won = [item.family for item in held if item.won]
     yield _at_least(
         f"… families with recall ≥ {OTHER_RECALL:g} at fewer false alarms than the best loss threshold",
         WON, len(won), len(held), f" {', '.join(won)}" if won else "",
