@@ -1,0 +1,138 @@
+"""What sounds *imminent* where rounding is not the cause, or where the head's own displacement is blind."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.types import AlertKind, Mechanism, Reading
+
+ADAM = Context(beta2=0.95)
+SPIKE = 300
+
+
+def imminent(readings: Iterator[Reading], context: Context) -> list[tuple[int, Mechanism]]:
+    detector = Detector(None, context)
+    for reading in readings:
+        detector.update(reading)
+    return [
+        (alert.first_step, alert.mechanism) for alert in detector.alerts if alert.kind is AlertKind.IMMINENT
+    ]
+
+
+def oscillation(alignment: float) -> Iterator[Reading]:
+    """For 12 steps the features swing 1.6 × further every step; the loss is the last to know."""
+    for step in range(1, SPIKE + 1):
+        left = SPIKE - step
+        growth = 1.6 ** max(12 - left, 0)
+        yield Reading(
+            step,
+            {
+                "zero_sum_violation": 1e-8,
+                "feature_displacement": 0.01 * growth,
+                "relative_update": 2e-3,
+                "margin_median": 12.0,
+                "gradient_alignment": alignment if left <= 12 else 0.7,
+                "secant_curvature": 0.3 * growth,
+                "rms_t_max": 0.4,
+                "loss": 1e-4 if left else 0.5,
+            },
+        )
+
+
+def test_gradients_that_oppose_each_other_on_growing_swings_are_imminent_before_the_loss_rises() -> None:
+    ((step, mechanism),) = imminent(oscillation(-0.9), ADAM)
+    assert SPIKE - 6 <= step < SPIKE and mechanism is Mechanism.EDGE_OF_STABILITY
+
+
+def test_swings_of_gradients_that_do_not_oppose_each_other_are_noise() -> None:
+    assert imminent(oscillation(0.0), ADAM) == []
+
+
+def behind_a_layer_norm(relative_update: float) -> Iterator[Reading]:
+    """Rows absorb and means grow; the head hardly moves, the features below it more and more."""
+    for step in range(1, SPIKE + 1):
+        late = max(step - 150, 0)
+        yield Reading(
+            step,
+            {
+                "zero_sum_violation": 0.5 if late else 1e-6,
+                "zero_sum_violation_weight": 0.5 if late else 1e-6,
+                "feature_mean_norm": math.exp(0.005 * late),
+                "logit_displacement": 0.01,
+                "logit_displacement_rms": 0.003,
+                "feature_displacement": 0.003 * math.exp(0.03 * late),
+                "relative_update": relative_update,
+                "margin_median": 18.0,
+                "rms_t_max": 0.9,
+                "loss": 1e-7,
+            },
+        )
+
+
+def test_behind_a_layer_norm_the_features_displacement_is_what_is_imminent() -> None:
+    ((step, mechanism),) = imminent(behind_a_layer_norm(1e-3), ADAM)
+    assert 200 < step < SPIKE and mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+
+
+def test_features_that_move_more_than_the_update_can_move_them_are_another_minibatch() -> None:
+    assert imminent(behind_a_layer_norm(1e-6), ADAM) == []
+
+
+def long_memory(rising: bool) -> Iterator[Reading]:
+    """β2 = .999: absorbing and inflating, with a δ that no single update makes felt."""
+    for step in range(1, 4001):
+        late = max(step - 1000, 0)
+        delta = 2e-4 * math.exp(0.0015 * late) if rising else 4e-3
+        yield Reading(
+            step,
+            {
+                "zero_sum_violation": 0.5 if late else 1e-6,
+                "feature_mean_norm": math.exp(1e-4 * late),
+                "logit_displacement": delta,
+                "logit_displacement_rms": delta / 3,
+                "rms_t_max": 0.1,
+                "loss": 1e-7,
+            },
+        )
+
+
+def test_with_a_long_memory_updates_add_up_over_a_twentieth_of_tau() -> None:
+    ((step, _),) = imminent(long_memory(rising=True), Context(beta2=0.999))
+    assert 2500 < step < 4000, "δ reaches .15 nat over 50 steps, not in one"
+
+
+def test_a_run_that_goes_on_learning_adds_up_updates_for_ever_and_is_not_imminent() -> None:
+    assert imminent(long_memory(rising=False), Context(beta2=0.999)) == []
+
+
+@pytest.mark.parametrize(("moved", "sounds"), [(0.2, True), (0.01, False)])
+@pytest.mark.parametrize("decayed", [True, False])
+def test_a_kick_needs_decay_a_forgotten_gradient_and_features_that_move(
+    moved: float, sounds: bool, decayed: bool
+) -> None:
+    def readings() -> Iterator[Reading]:
+        root = 1.0
+        for step in range(1, 801):
+            kicked = step >= 797
+            root *= 1.0 if step < 300 else 0.995
+            yield Reading(
+                step,
+                {
+                    "rms_t_max": 3.0 if kicked else 0.05,
+                    "head_sqrt_exp_avg_sq_mean": root,
+                    "weight_norm": math.exp(-1e-4 * step),
+                    "feature_displacement": moved if kicked else 0.003,
+                    "secant_curvature": 5.0,
+                    "loss": 1e-5,
+                },
+            )
+
+    found = imminent(readings(), Context(beta2=0.999, decoupled_decay=decayed, no_classes=True))
+    if sounds and decayed:
+        assert found == [(797, Mechanism.SECOND_MOMENT)]
+    else:
+        assert found == []
