@@ -303,7 +303,7 @@ def _fitted(fit: Fit, candidates: int) -> str:
         "itself; fit.py says by what objective). Families of one task, its twins and its variants are left "
         f"out together: {groups} groups. Chosen how often: {counts}. On all families together: "
         f"{fit.in_sample}. The other constants, and the default values around which the candidates lie, are "
-        "the shipped ones, some of them chosen on runs like these."
+        "the shipped ones; those of kicks, swings, swells and forecasts were chosen on these very runs."
     )
 
 
