@@ -136,3 +136,28 @@ def test_a_kick_needs_decay_a_forgotten_gradient_and_features_that_move(
         assert found == [(797, Mechanism.SECOND_MOMENT)]
     else:
         assert found == []
+
+
+@pytest.mark.parametrize(("turn", "sounds"), [(-0.9, True), (0.0, False)])
+def test_under_strong_decay_a_kick_shows_as_a_gradient_that_turns_at_a_steep_wall(
+    turn: float, sounds: bool
+) -> None:
+    """Nothing has been forgotten: the wall is back before that."""
+
+    def readings() -> Iterator[Reading]:
+        for step in range(1, 501):
+            kicked = step >= 497
+            yield Reading(
+                step,
+                {
+                    "rms_t_max": 3.0 if kicked else 0.2,
+                    "head_sqrt_exp_avg_sq_mean": 1.0,
+                    "feature_displacement": 0.2 if kicked else 0.003,
+                    "secant_curvature": 30.0 if kicked else 2.0,
+                    "gradient_alignment": turn if kicked else 0.0,
+                    "loss": 1e-5,
+                },
+            )
+
+    found = imminent(readings(), Context(beta2=0.999, decoupled_decay=True, no_classes=True))
+    assert [step for step, _ in found] == ([497] if sounds else [])
