@@ -140,16 +140,16 @@ def contests(results: Results) -> list[Contest]:
     calm = _quiet(results)
     ours_calm = calm.scores.get(IMMINENT, Score())
     found = []
-    for family, result in pooled.items():
+    for name, result in pooled.items():
         ours = result.scores.get(IMMINENT, Score())
         if not ours.slingshots:
             continue
         level = best_threshold(ours, result.by_level, calm.by_level)
         if level is None:
-            found.append(Contest(family, ours, ours_calm, None))
+            found.append(Contest(name, ours, ours_calm, None))
         else:
             theirs_calm = calm.by_level.get(level, Score())
-            found.append(Contest(family, ours, ours_calm, level, result.by_level[level], theirs_calm))
+            found.append(Contest(name, ours, ours_calm, level, result.by_level[level], theirs_calm))
     return found
 
 
