@@ -277,6 +277,10 @@ class Thresholds:
     wins a step and triples the false alarms under label smoothing."""
     swing_exit: float = 0.1
     """... and below which it ends."""
+    swing_settles: float = 3.0
+    """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``: by then 95% of the
+    second moment are gradients it has seen. Sooner, networks that swing on their first way down are called
+    imminent."""
 
     # --- what a slingshot is ---------------------------------------------------------------------
     spike_low: float = 1e-2

@@ -268,16 +268,24 @@ class Detector:
         layers below the head swing the logits by a good part of a nat.  Noise of minibatches opposes nothing.
         """
         limits, signals = self.limits, self.signals
-        settled = self.spike.readings >= MEMORY and step >= limits.second_moment_settles * self.context.tau
         return self._swinging.update(
             step,
-            settled
+            self._has_floor(step)
             and not numeric
             and signals.alignment <= -limits.swing_alignment
             and signals.curvature_peak >= limits.swing_curvature * self.context.stability_limit
             and signals.swing >= limits.swing_displacement,
             not numeric and signals.swing >= limits.swing_exit,
         )
+
+    def _has_floor(self, step: int) -> bool:
+        """Whether the loss has come to where a slingshot would start: it is low, or training is under way.
+
+        On its way down from where it began it oscillates, too, and goes on falling.
+        """
+        low = self.spike.average <= math.log(self.limits.spike_high)
+        settles = (self.limits.second_moment_settles if low else self.limits.swing_settles) * self.context.tau
+        return self.spike.readings >= MEMORY and step >= settles
 
     def _pulled(self, step: int) -> bool:
         """Decoupled decay moves the weights on a second moment that has had the time to learn a gradient.
@@ -439,7 +447,7 @@ class Detector:
         signals, context = self.signals, self.context
         # Where the layers below the head move more than it does, its displacement is not what the slingshot
         # will be made of; and decay takes margins away that the law counts on.
-        if signals.swing > signals.displacement or context.decoupled_decay:
+        if signals.swing > signals.head_displacement or context.decoupled_decay:
             return None
         return steps_to_spike(
             signals.displacement_rms * self._stretch,

@@ -60,10 +60,14 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
         return Mechanism.EXTERNAL, 0.8 - doubt
     forgotten = causes.decay <= FORGOTTEN
     steep = causes.curvature >= causes.stability_limit
+    # First, because it was seen: a second moment that has let go kicks along gradients that agree. Where
+    # they turn against each other, holding the second moment averted one replayed slingshot in five.
+    if causes.swinging:
+        return Mechanism.EDGE_OF_STABILITY, 0.9 - doubt
     if forgotten and causes.coasting:
         return Mechanism.SECOND_MOMENT, (0.9 if causes.kicked else 0.8) - doubt
-    if steep or causes.swinging:
-        return Mechanism.EDGE_OF_STABILITY, (0.8 if causes.swinging else 0.6) - doubt
+    if steep:
+        return Mechanism.EDGE_OF_STABILITY, 0.6 - doubt
     if forgotten and causes.kicked:
         return Mechanism.SECOND_MOMENT, 0.6 - doubt
     if causes.update_jump <= UNMOVED and causes.rms_t <= UNMOVED:

@@ -20,8 +20,8 @@ class Signals(Stateful):
     breaks it by design.
     growth: d ln‖μ_G‖ / d step, smoothed.  classifier_growth: the same of ‖W_G‖.
     displacement: ln-average of δ in nats (the probe's margins where there is a probe); displacement_rise:
-    that against its own lowest of late; displacement_rms: ln-average of the head's root mean square;
-    displacement_slope: d ln of that / d step.
+    that against its own lowest of late; head_displacement: δ by the head alone, with or without a probe;
+    displacement_rms: ln-average of the head's root mean square; displacement_slope: d ln of that / d step.
     swing: how far the layers below the head moved the mean row's logits, nats, largest of the last few
     steps; swell: that against its own lowest average of late; alignment: average cosine of successive
     gradients, turn: that of the last two.
@@ -38,18 +38,19 @@ class Signals(Stateful):
 
     __slots__ = (
         "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest",
-        "_displacement_rms", "_growth", "_learning_rate", "_loss", "_loss_lowest", "_rms_t",
+        "_displacement_rms", "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_rms_t",
         "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained", "_unexplained_switch",
         "_update_rms",
         "_violation", "alignment", "classifier_growth", "curvature_peak", "decay", "decay_lowest",
-        "displacement", "displacement_rise", "displacement_rms", "displacement_slope", "growth", "last_step",
-        "learning_rate_jump", "loss_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max",
+        "displacement", "displacement_rise", "displacement_rms", "displacement_slope", "growth",
+        "head_displacement", "last_step", "learning_rate_jump", "loss_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max",
         "shrinkage", "soft_targets", "swell", "swing", "turn", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._violation, self._unexplained, self._displacement = Ema(), Ema(), Ema()
         self._displacement_rms, self._rms_t, self._alignment = Ema(), Ema(), Ema()
+        self._head_displacement = Ema()
         self._learning_rate, self._update_rms, self._loss = Ema(), Ema(), Ema()
         self._growth, self._classifier_growth, self._shrinkage = Growth(), Growth(), Growth()
         self._slope = Growth()
@@ -58,7 +59,8 @@ class Signals(Stateful):
         self._loss_lowest = self._swing_lowest = self._displacement_lowest = NAN
         self.violation = self.growth = self.classifier_growth = NAN
         self.displacement_rise = self.displacement_slope = NAN
-        self.displacement = self.displacement_rms = self.swing = self.swell = self.alignment = NAN
+        self.displacement = self.head_displacement = self.displacement_rms = NAN
+        self.swing = self.swell = self.alignment = NAN
         self.rms_t = self.rms_t_mean = self.rms_t_peak = self.curvature_peak = NAN
         self.decay = self.decay_lowest = self.shrinkage = NAN
         self.learning_rate_jump = self.update_jump = self.loss_rise = self.turn = NAN
@@ -103,6 +105,8 @@ class Signals(Stateful):
         level = self._displacement.update(step, _log(delta), short)
         self._displacement_lowest = _lowest(self._displacement_lowest, level, gap / (10.0 * tau))
         self.displacement = math.exp(level)
+        by_head = self._head_displacement.update(step, _log(get("logit_displacement")), short)
+        self.head_displacement = math.exp(by_head)
         self.displacement_rise = math.exp(level - self._displacement_lowest)
         root_mean_square = _log(get("logit_displacement_rms"))
         self.displacement_rms = math.exp(self._displacement_rms.update(step, root_mean_square, short))

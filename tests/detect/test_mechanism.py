@@ -43,6 +43,11 @@ def test_gradients_that_oppose_each_other_name_the_edge_of_stability_below_the_l
     assert name(swinging=True, curvature=5.0) is Mechanism.EDGE_OF_STABILITY
 
 
+def test_what_swings_is_named_so_though_the_second_moment_has_let_go_as_well() -> None:
+    """A second moment that has let go kicks along gradients that agree; here they oppose each other."""
+    assert name(swinging=True, coasting=True, kicked=True, decay=-1.0) is Mechanism.EDGE_OF_STABILITY
+
+
 def test_a_jump_of_the_learning_rate_comes_from_outside_whatever_it_sets_off() -> None:
     assert name(learning_rate_jump=10.0, curvature=90.0, swinging=True) is Mechanism.EXTERNAL
     assert name(learning_rate_jump=2.0, curvature=90.0) is Mechanism.EDGE_OF_STABILITY

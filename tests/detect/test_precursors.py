@@ -23,10 +23,10 @@ def imminent(readings: Iterator[Reading], context: Context) -> list[tuple[int, M
     ]
 
 
-def oscillation(alignment: float) -> Iterator[Reading]:
+def oscillation(alignment: float, spike: int = SPIKE, before: float = 1e-4) -> Iterator[Reading]:
     """For 12 steps the features swing 1.6 × further every step; the loss is the last to know."""
-    for step in range(1, SPIKE + 1):
-        left = SPIKE - step
+    for step in range(1, spike + 1):
+        left = spike - step
         growth = 1.6 ** max(12 - left, 0)
         yield Reading(
             step,
@@ -38,7 +38,7 @@ def oscillation(alignment: float) -> Iterator[Reading]:
                 "gradient_alignment": alignment if left <= 12 else 0.7,
                 "secant_curvature": 0.3 * growth,
                 "rms_t_max": 0.4,
-                "loss": 1e-4 if left else 0.5,
+                "loss": before if left else max(0.5, 4 * before),
             },
         )
 
@@ -50,6 +50,14 @@ def test_gradients_that_oppose_each_other_on_growing_swings_are_imminent_before_
 
 def test_swings_of_gradients_that_do_not_oppose_each_other_are_noise() -> None:
     assert imminent(oscillation(0.0), ADAM) == []
+
+
+def test_a_loss_on_its_way_down_has_no_floor_to_leave_yet() -> None:
+    """Networks that swing in their first 3 τ, far above the level of a slingshot, go on falling."""
+    early = round(2.9 * ADAM.tau)
+    assert imminent(oscillation(-0.9, early, before=0.5), ADAM) == []
+    assert len(imminent(oscillation(-0.9, early, before=0.05), ADAM)) == 1, "this one is low"
+    assert len(imminent(oscillation(-0.9, SPIKE, before=3.0), ADAM)) == 1, "a language model never is"
 
 
 def behind_a_layer_norm(relative_update: float) -> Iterator[Reading]:
