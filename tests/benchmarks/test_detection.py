@@ -336,6 +336,22 @@ def test_what_was_scored_once_is_read_back_and_not_made_again(
     assert replays == [third, default]  # in a quiet family every alarm is false: another score
 
 
+def test_another_detector_is_scored_anew_and_its_peers_are_not(
+    run: generate.Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lively-0-x.json"
+    generate.save(run, path)
+    first = evaluate_file(LIVELY, path, [Thresholds()], tmp_path)
+    of_peers, made = evaluating.of_peers, []
+    monkeypatch.setattr(evaluating, "of_peers", lambda *given: made.append("peers") or of_peers(*given))
+    monkeypatch.setattr(evaluating, "replay", lambda *given: made.append("detector") or replay(*given))
+    monkeypatch.setattr(generate, "detector_key", lambda: "another")
+    assert evaluate_file(LIVELY, path, [Thresholds()], tmp_path) == first and made == ["detector"]
+    monkeypatch.setattr(generate, "spike_key", lambda: "another definition of a slingshot")
+    assert evaluate_file(LIVELY, path, [Thresholds()], tmp_path) == first
+    assert made == ["detector", "peers", "detector"]
+
+
 def test_a_torn_or_foreign_file_of_scores_is_made_anew(run: generate.Run, tmp_path: Path) -> None:
     path = tmp_path / "lively-0-x.json"
     generate.save(run, path)

@@ -18,7 +18,7 @@ from nfi_monitor.replay import AS_IT_WAS, FLOAT64_LOSS
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
 from tests.benchmarks.detection import generate, setups
 from tests.benchmarks.detection.experiments import __main__ as command
-from tests.benchmarks.detection.experiments import cadence, results, trials
+from tests.benchmarks.detection.experiments import cadence, plan, results, trials
 from tests.benchmarks.detection.experiments.plan import (
     REMEDIES,
     Plan,
@@ -277,6 +277,19 @@ def test_a_job_that_is_done_is_not_done_again(
     assert job.result is None  # by other code
     with pytest.raises(AssertionError):
         job.do()
+
+
+def test_another_detector_that_gives_the_same_alarms_asks_for_no_trial_again(
+    job: Job, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("alarms_key", "detector_key"):
+        monkeypatch.setattr(results.generate, key, lambda: "other")
+    assert job.result == result
+    assert dataclasses.replace(job, kind="cadence").result is None  # that trains under the monitor itself
+    monkeypatch.setattr(plan, "material", lambda family, run: "other alarms")
+    assert job.result == result  # kept beside the results: the same detector was asked before
+    monkeypatch.setattr(results.generate, "detector_key", lambda: "a third")
+    assert job.result is None
 
 
 def test_results_of_other_runs_stay_while_the_code_that_made_them_does(

@@ -69,8 +69,14 @@ def test_twins_and_long_variants_are_left_out_together() -> None:
         ((outcome(4, 4, lead=1.2), outcome()), (outcome(4, 4, lead=1.3), outcome()), True),
         ((outcome(4, 4, lead=3.0), outcome()), (outcome(4, 4, lead=3.2), outcome()), True),
         ((outcome(4, 4, lead=5.0), outcome()), (outcome(4, 4, lead=9.0), outcome()), False),
-        # What is equal goes to the default.
+        # What is equal goes to the default, and so does what a standard error can be.
         ((outcome(4, 4), outcome()), (outcome(4, 4), outcome()), False),
+        ((outcome(96, 100), outcome()), (outcome(97, 100), outcome()), False),
+        ((outcome(90, 100), outcome()), (outcome(97, 100), outcome()), True),
+        ((outcome(4, 4), outcome(false=3)), (outcome(4, 4), outcome(false=2)), False),
+        ((outcome(4, 4), outcome(false=9)), (outcome(4, 4), outcome(false=1)), True),
+        # A gain does not make up for a loss in what counts more, however small.
+        ((outcome(97, 100, lead=2.0), outcome()), (outcome(96, 100, lead=4.0), outcome()), False),
     ],
 )  # fmt: skip
 def test_the_objective_counts_in_its_order(

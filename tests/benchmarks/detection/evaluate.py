@@ -163,8 +163,8 @@ def evaluate_file(
 ) -> Scored:
     """Score a recorded run under each of ``wanted``; what the directory ``kept`` holds is not made again."""
     file = None if kept is None else kept / f"{path.stem}.pickle"
-    key = _key(family, path)
-    scored = _read(file, key)
+    keys = _keys(family, path)
+    scored = _read(file, keys)
     missing = [item for item in wanted if scored is None or item not in scored.by_thresholds]
     if scored is not None and not missing:
         return scored
@@ -177,33 +177,44 @@ def evaluate_file(
         scored.by_thresholds[thresholds] = of_monitor(run, truth, thresholds, stream)
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        generate._atomically(file, lambda handle: pickle.dump((key, scored), handle))
+        generate._atomically(file, lambda handle: pickle.dump((keys, scored), handle))
     return scored
 
 
-def _read(file: Path | None, key: str) -> Scored | None:
-    """What was kept under this key; None where there is nothing, or something of another version."""
+@dataclass(frozen=True)
+class Keys:
+    """What kept scores depend on: both change with the readings, the scoring and what a slingshot is."""
+
+    monitor: str
+    peers: str
+
+
+def _read(file: Path | None, keys: Keys) -> Scored | None:
+    """What was kept of this version; None where there is nothing. Another detector leaves the peers' scores."""
     try:
         if file is None:
             return None
         with file.open("rb") as handle:
             found, scored = pickle.load(handle)
-    except (OSError, EOFError, ValueError, AttributeError, ImportError, pickle.UnpicklingError):
+    except (OSError, EOFError, TypeError, ValueError, AttributeError, ImportError, pickle.UnpicklingError):
         return None
-    return scored if found == key and isinstance(scored, Scored) else None
+    if not isinstance(found, Keys) or not isinstance(scored, Scored) or found.peers != keys.peers:
+        return None
+    return scored if found.monitor == keys.monitor else replace(scored, by_thresholds={})
 
 
-def _key(family: Family, path: Path) -> str:
-    """Changes with the readings, the detector, the scoring, what a slingshot is, and installed peers."""
+def _keys(family: Family, path: Path) -> Keys:
     here = Path(__file__).parent
-    code = [
-        *(here / f"{name}.py" for name in ("evaluate", "peers_installed", "replay", "score")),
-        here.parent / "peers.py",
-    ]
+    scoring = [generate._code(here / f"{name}.py") for name in ("evaluate", "score")]
     stamp = path.with_suffix(".npz").stat()
-    return generate._hash(
-        *map(generate._code, code),
-        generate.detector_key(),
-        repr((family.quiet, family.abrupt, Thresholds(), peers_installed.installed(), np.__version__)),
+    common = generate._hash(
+        *scoring,
+        generate.spike_key(),
+        repr((family.quiet, family.abrupt, np.__version__)),
         repr((path.name, stamp.st_size, stamp.st_mtime_ns)),
+    )
+    peers = [generate._code(here / "peers_installed.py"), generate._code(here.parent / "peers.py")]
+    return Keys(
+        monitor=generate._hash(common, generate.detector_key(), generate._code(here / "replay.py")),
+        peers=generate._hash(common, *peers, repr(peers_installed.installed())),
     )

@@ -6,9 +6,13 @@ not tried: on so few families their number would fit the noise.  *At risk* and t
 constants of their own, which this objective says nothing about; they stay at their defaults.
 
 **The objective** (``worth``), in the order that counts: fewest *imminent* alarms in quiet families; the share
-of numeric slingshots that were warned of; the share warned of in time; the median lead, up to 5 τ and to a
-tenth of a τ; the share of the other mechanisms' slingshots warned of, up to the target; fewest false alarms
-in their families.  Shares are compared to a point.  What is equal goes to the default.
+of numeric slingshots that were warned of; the share warned of in time; the median lead, up to 5 τ; the share of
+the other mechanisms' slingshots warned of, up to the target; fewest false alarms in their families.
+
+**One standard error** (Breiman et al. 1984): a candidate is chosen where one of these numbers is better than
+the default's by more than its standard error and none that counts more is worse.  Less is noise, and the
+default was there first.  Taking any gain at all chose candidates for one more slingshot in three hundred and
+paid for it in the family that was left out.
 
 **What is left out together.** Families that share a training or a task differ in width, length, β2, precision
 or a probe, and say so at the end of their names: ``group_of`` strips those words.  Twins and long variants
@@ -79,19 +83,56 @@ def kind_of(family: Family) -> str | None:
     return OTHER if family.mechanism in (SECOND_MOMENT, EDGE) else None
 
 
-def worth(imminent: Mapping[str, Score]) -> tuple[float, ...]:
-    """What *imminent* came to on families of each kind → something to maximise, first entry first."""
+@dataclass(frozen=True)
+class Worth:
+    """Something to maximise, first entry first, and the standard error of each entry."""
+
+    entries: tuple[float, ...]
+    errors: tuple[float, ...]
+
+    def beats(self, default: Worth) -> bool:
+        for mine, its, error in zip(self.entries, default.entries, default.errors, strict=True):
+            if mine < its or mine > its + error:
+                return mine > its
+        return False
+
+
+def worth(imminent: Mapping[str, Score]) -> Worth:
+    """What *imminent* came to on families of each kind."""
     quiet, numeric, other = (imminent.get(kind, Score()) for kind in (QUIET, NUMERIC, OTHER))
-    lead = numeric.lead(0.5, in_tau=True)
-    return (
-        -float(quiet.false_alarms + quiet.near_alarms),
-        # A point is the noise of some hundred slingshots: less is no reason to leave the default.
-        round(share(numeric.warned, numeric.slingshots), 2),
-        round(share(numeric.in_time, numeric.slingshots), 2),
-        0.0 if math.isnan(lead) else round(min(lead, ENOUGH_LEAD), 1),
-        min(share(other.warned, other.slingshots), ENOUGH_RECALL),
-        -float(other.false_alarms),
-    )
+    leads = sorted(tau for _, tau in numeric.leads)
+    alarms = quiet.false_alarms + quiet.near_alarms
+    found = [
+        (-float(alarms), _count_error(alarms)),
+        _share(numeric.warned, numeric.slingshots),
+        _share(numeric.in_time, numeric.slingshots),
+        (min(numeric.lead(0.5, in_tau=True), ENOUGH_LEAD) if leads else 0.0, _median_error(leads)),
+        _share(other.warned, other.slingshots, ENOUGH_RECALL),
+        (-float(other.false_alarms), _count_error(other.false_alarms)),
+    ]
+    entries, errors = zip(*found, strict=True)
+    return Worth(entries, errors)
+
+
+def _count_error(count: int) -> float:
+    """Of a count that is Poisson's; none seen still leaves one unseen."""
+    return math.sqrt(max(count, 1))
+
+
+def _share(successes: int, trials: int, enough: float = 1.0) -> tuple[float, float]:
+    """With its error by the rule of succession, which is not 0 at a share of 0 or 1."""
+    p = (successes + 1) / (trials + 2)
+    return min(share(successes, trials), enough), math.sqrt(p * (1 - p) / (trials + 2))
+
+
+def _median_error(values: list[float]) -> float:
+    """Of the median: half of what lies between the ranks one standard error below and above it."""
+    n = len(values)
+    if n < 2:
+        return math.inf
+    reach = 0.5 / math.sqrt(n)
+    low, high = (values[round((n - 1) * (0.5 + sign * reach))] for sign in (-1, 1))
+    return 0.5 * (high - low)
 
 
 def share(successes: int, trials: int) -> float:
@@ -142,7 +183,7 @@ def _best(
     names: Mapping[str, object],
     without: str | None = None,
 ) -> str:
-    worths: dict[str, tuple[float, ...]] = {}
+    worths: dict[str, Worth] = {}
     for name in names:
         pooled: dict[str, Score] = {}
         for group, by_candidate in per_group.items():
@@ -150,5 +191,5 @@ def _best(
                 for kind, score in by_candidate[name].items():
                     pooled[kind] = pooled.get(kind, Score()) + score
         worths[name] = worth(pooled)
-    best = max(worths.values())
-    return next(name for name in (DEFAULT, *names) if name in worths and worths[name] == best)
+    able = [name for name in worths if worths[name].beats(worths[DEFAULT])]
+    return max(able, key=lambda name: worths[name].entries, default=DEFAULT)

@@ -125,8 +125,20 @@ def readings_key() -> str:
 
 @cache
 def detector_key() -> str:
-    """Hash of the code that was scored, which also says what a slingshot is."""
-    return _package("detect")
+    """Hash of the code that was scored, with its constants."""
+    return _hash(_package("detect"), repr(Thresholds()))
+
+
+@cache
+def spike_key() -> str:
+    """Hash of the code that says what a slingshot is."""
+    package = Path(nfi_monitor.__file__).parent / "detect"
+    limits = {
+        name: value
+        for name, value in Thresholds().to_json().items()
+        if name.startswith("spike_") or name == "recovered"
+    }
+    return _hash(*(_code(package / f"{name}.py") for name in ("smoothing", "spike")), repr(limits))
 
 
 @cache

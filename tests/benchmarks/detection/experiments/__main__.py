@@ -76,19 +76,10 @@ def jobs_of(args: argparse.Namespace, console: Console) -> list[Job]:
 
 
 def results_of(jobs: Sequence[Job], console: Console, *, processes: int, backend: str) -> Iterator[Done]:
-    """What is cached first, then what is made now, in any order."""
+    """In any order; what is cached is read, not made again."""
     from joblib import Parallel, delayed, parallel_config
 
-    wanted = []
-    for job in jobs:
-        result = job.result
-        if result is None:
-            wanted.append(job)
-        else:
-            yield job, result, ""
-    wanted.sort(key=lambda job: -job.weight)
-    if not wanted:
-        return
+    wanted = sorted(jobs, key=lambda job: -job.weight)
     if backend == "ray":
         from ray.util.joblib import register_ray
 
@@ -103,7 +94,7 @@ def results_of(jobs: Sequence[Job], console: Console, *, processes: int, backend
 def _do(job: Job) -> Done:
     # A run that cannot be continued must not cost the others' results.
     try:
-        return job, job.do(), ""
+        return job, job.result or job.do(), ""
     except Exception:
         return job, None, traceback.format_exc()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from nfi_monitor.types import Alert, AlertKind, Mechanism
 from tests.benchmarks.detection import score
@@ -100,9 +101,7 @@ def plan_of(family: Family, run: Run, *, most: int = 3, affordable: float = math
     ``affordable`` is in optimizer steps.  (A VGG's step takes fifty times an MLP's.)  Where a plan would cost
     more, first the replay begins nearer to the slingshot, then all but the first of each kind are left out.
     """
-    steps, loss = run.columns["loss"]
-    truth = score.truth_of(steps.tolist(), loss.tolist(), run.tau, quiet=family.quiet)
-    alerts = replay(run).alerts
+    truth, alerts = _heard(family, run)
     remedies = () if family.quiet else REMEDIES.get(family.mechanism or "", OTHER_REMEDIES)
     plan = Plan(run.tau, remedies)
     if run.tau >= LONG_TAU:
@@ -124,6 +123,22 @@ def plan_of(family: Family, run: Run, *, most: int = 3, affordable: float = math
             break
         plan = with_twin
     return plan
+
+
+def material(family: Family, run: Run) -> tuple[Any, ...]:
+    """All that a plan depends on besides the run and its budget, in plain types: the same, the same plan."""
+    truth, alerts = _heard(family, run)
+    numeric = Mechanism.NUMERICAL_FEATURE_INFLATION
+    said = [
+        (str(alert.kind), alert.first_step, alert.last_step, alert.mechanism is numeric) for alert in alerts
+    ]
+    return truth, said
+
+
+def _heard(family: Family, run: Run) -> tuple[Truth, list[Alert]]:
+    steps, loss = run.columns["loss"]
+    truth = score.truth_of(steps.tolist(), loss.tolist(), run.tau, quiet=family.quiet)
+    return truth, replay(run).alerts
 
 
 def steady(run: Run, first: int, last: int) -> bool:

@@ -36,9 +36,32 @@ class Job:
 
     @property
     def cached(self) -> Path:
-        options = f"{self.most},{self.budget}" if self.kind == "trials" else ""
-        key = generate._hash(self.run.name, self.kind, code_key(self.kind), torch.__version__, options)
-        return self.run.parent / "experiments" / f"{self.kind}-{self.run.stem}-{key}.json"
+        options, alarms = "", generate.alarms_key()
+        if self.kind == "trials":
+            # What is tried begins at alarms: a detector that gives the same ones tries the same.
+            options, alarms = f"{self.most},{self.budget}", self._alarms()
+        key = generate._hash(
+            self.run.name, self.kind, code_key(self.kind), alarms, torch.__version__, options
+        )
+        return self._beside(self.kind, key)
+
+    def _beside(self, kind: str, key: str) -> Path:
+        return self.run.parent / "experiments" / f"{kind}-{self.run.stem}-{key}.json"
+
+    def _alarms(self) -> str:
+        """Hash of what a plan is made from; kept, because it takes a replay of the detector."""
+        family = self.family
+        about = repr((family.quiet, family.mechanism, self.run.name))
+        key = generate._hash(generate.detector_key(), code_key("trials"), about)
+        kept = self._beside("alarms", key)
+        try:
+            return str(json.loads(kept.read_text(encoding="utf-8")))
+        except (OSError, ValueError):
+            pass
+        digest = generate._hash(about, repr(plan.material(family, generate.load(self.run))))
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        generate._atomically(kept, lambda file: file.write(json.dumps(digest).encode()))
+        return digest
 
     @property
     def result(self) -> dict[str, Any] | None:
@@ -79,7 +102,7 @@ class Job:
 
 @cache
 def code_key(kind: str) -> str:
-    """Hash of what the result of a job depends on besides the recorded run."""
+    """Hash of the code that the result of a job depends on besides the detector."""
     here, package = Path(__file__).parent, Path(nfi_monitor.__file__).parent
     used = {
         "trials": [
@@ -94,7 +117,7 @@ def code_key(kind: str) -> str:
     }[kind]
     readings = generate.readings_key() if kind == "cadence" else ""
     score = generate._code(here.parent / "score.py")
-    return generate._hash(generate.alarms_key(), readings, score, *map(generate._code, used))
+    return generate._hash(readings, score, *map(generate._code, used))
 
 
 def merge(results: Iterable[tuple[Job, dict[str, Any]]], path: Path) -> dict[str, Any]:
@@ -106,7 +129,7 @@ def merge(results: Iterable[tuple[Job, dict[str, Any]]], path: Path) -> dict[str
         old = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         old = {}
-    keys = {kind: code_key(kind) for kind in ("trials", "cadence")}
+    keys = {kind: generate._hash(generate.alarms_key(), code_key(kind)) for kind in ("trials", "cadence")}
     for name in LISTS:
         for record in old.get(name, []):
             kind = _kind(name, record)
