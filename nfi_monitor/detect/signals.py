@@ -38,13 +38,14 @@ class Signals(Stateful):
 
     __slots__ = (
         "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest",
-        "_displacement_rms", "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_rms_t",
-        "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained", "_unexplained_switch",
+        "_displacement_rms", "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest",
+        "_rms_t", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained", "_unexplained_switch",
         "_update_rms",
         "_violation", "alignment", "classifier_growth", "curvature_peak", "decay", "decay_lowest",
         "displacement", "displacement_rise", "displacement_rms", "displacement_slope", "growth",
-        "head_displacement", "last_step", "learning_rate_jump", "loss_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max",
-        "shrinkage", "soft_targets", "swell", "swing", "turn", "update_jump", "violation",
+        "head_displacement", "last_step", "learning_rate_jump", "loss_rise", "rms_t", "rms_t_mean",
+        "rms_t_peak", "root_max", "shrinkage", "soft_targets", "swell", "swing", "turn",
+        "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:

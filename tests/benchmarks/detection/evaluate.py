@@ -190,7 +190,7 @@ class Keys:
 
 
 def _read(file: Path | None, keys: Keys) -> Scored | None:
-    """What was kept of this version; None where there is nothing. Another detector leaves the peers' scores."""
+    """What was kept of this version; None where there is nothing. Another detector leaves the peers'."""
     try:
         if file is None:
             return None

@@ -6,8 +6,8 @@ not tried: on so few families their number would fit the noise.  *At risk* and t
 constants of their own, which this objective says nothing about; they stay at their defaults.
 
 **The objective** (``worth``), in the order that counts: fewest *imminent* alarms in quiet families; the share
-of numeric slingshots that were warned of; the share warned of in time; the median lead, up to 5 τ; the share of
-the other mechanisms' slingshots warned of, up to the target; fewest false alarms in their families.
+of numeric slingshots that were warned of; the share warned of in time; the median lead, up to 5 τ; the share
+of the other mechanisms' slingshots warned of, up to the target; fewest false alarms in their families.
 
 **One standard error** (Breiman et al. 1984): a candidate is chosen where one of these numbers is better than
 the default's by more than its standard error and none that counts more is worse.  Less is noise, and the

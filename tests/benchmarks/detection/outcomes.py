@@ -253,8 +253,8 @@ def _averted(found: Experiments) -> Iterator[Sheet]:
     yield Sheet(
         "Averted share",
         "The run is repeated from its imminent alarm with a remedy switched on there: how many slingshots do "
-        "not happen. One that was not warned of counts as not averted. The first rows go by the mechanism that "
-        "replay found, where it found one, and by the registered one elsewhere."
+        "not happen. One that was not warned of counts as not averted. The first rows go by the mechanism "
+        "that replay found, where it found one, and by the registered one elsewhere."
         + (f" Advised first before numeric slingshots: {advised}." if advised else " None was tried."),
         ["family", *remedies],
         rows,
