@@ -1,0 +1,134 @@
+"""Take the global means away: of the classifier after each step, of the features before each head."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor.capture.head import Head, find_head
+from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.remedies.handle import Handle
+
+_FEATURES = "_nfi_centered_features"
+
+
+def center_classifier(model: nn.Module, optimizer: Any, head: nn.Module | str | None = None) -> Handle:
+    """For logits that drift as a whole: W ← W − W_G (and b ← b − mean b) after each optimizer step.
+
+    The logits' differences stay what they are, up to rounding, and so does what the model says; their common
+    part, W_G·h, is gone.  The class mean of ``exp_avg`` is taken off as well: it would only bring W_G back.
+    (Stollenwerk, arXiv 2601.02031; in language models it stops the drift that float64 does not.)  Alone it
+    delays a numeric slingshot by some τ: the features go on drifting.  Costs one pass over the head's weight.
+
+    Args:
+        model: the module that holds the head; ``head`` as for :class:`nfi_monitor.Monitor`.
+        optimizer: the one whose ``step()`` updates it.
+
+    Raises:
+        ValueError: for a head that is no weight matrix, has one class, is tied to an input embedding (whose
+            rows would move, too) or is sharded over ranks (whose mean no rank knows).
+        HeadNotFoundError: as ``Monitor``.
+    """
+    found = find_head(model, head)
+    weight = _centrable(found)
+    optimizer = unwrap(optimizer)
+    axis = found.class_axis
+
+    def center(*_: Any) -> None:
+        with torch.no_grad():
+            _take_mean_off(weight, axis, optimizer)
+            if found.bias is not None:
+                _take_mean_off(found.bias, 0, optimizer)
+
+    center()
+    hook = optimizer.register_step_post_hook(center)
+    return Handle("centred classifier", hook.remove)
+
+
+def _centrable(head: Head) -> nn.Parameter:
+    weight = head.weight
+    if weight is None:
+        raise ValueError(f"The head {head.describe()} has no weight matrix of its own to centre.")
+    if head.tied:
+        raise ValueError(
+            f"The head {head.name!r} shares its weight with an input embedding: centring would move the "
+            "embeddings as well. Untie them, or use z_loss."
+        )
+    if head.outputs == 1:
+        raise ValueError(f"The head {head.describe()} has one output: centring would make it zero.")
+    if hasattr(weight, "to_local"):
+        raise ValueError(
+            f"The head {head.name!r} is sharded over ranks: no rank knows the mean of its classes."
+        )
+    return weight
+
+
+def _take_mean_off(parameter: nn.Parameter, axis: int, optimizer: torch.optim.Optimizer) -> None:
+    momentum = optimizer.state.get(parameter, {}).get("exp_avg")
+    for tensor in (parameter, momentum):
+        if isinstance(tensor, Tensor):
+            wide = tensor.dtype if tensor.dtype in (torch.float32, torch.float64) else torch.float32
+            tensor.sub_(tensor.mean(axis, keepdim=True, dtype=wide))
+
+
+def center_features(head: nn.Module, momentum: float = 0.1) -> Handle:
+    """For numerical feature inflation: h ← h − mean of h over the rows, before the head.
+
+    What BatchNorm directly before the classifier does against it (Liu et al. 2026, section 5), without its
+    variance: the drift has nothing to push.  While training the batch's own mean is taken, gradient included;
+    in evaluation a running mean, kept in the head as a buffer, so that a saved model has it.  It changes the
+    model.  When not to use it: on rows that see each other's future (causal language models: a row's logits
+    would depend on later tokens), or on batches of a few rows.
+
+    ``undo()`` puts W·(running mean) into the head's bias, where it has one: evaluation stays as it is.
+
+    Args:
+        head: the module that is given the features [..., d], uncompiled.
+        momentum: share of the new mean in the running one.
+
+    Raises ValueError if it is applied to this head already.
+    """
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"center_features needs the head, a torch.nn.Module, got {type(head).__name__}.")
+    if _FEATURES in head._buffers:
+        raise ValueError("The features of this head are centred already.")
+    head.register_buffer(_FEATURES, None)
+    hook = head.register_forward_pre_hook(_Center(momentum))
+
+    def undo() -> None:
+        hook.remove()
+        mean = head._buffers.pop(_FEATURES)
+        head._non_persistent_buffers_set.discard(_FEATURES)
+        weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
+        if mean is not None and weight is not None and bias is not None:
+            with torch.no_grad():
+                rows = weight if weight.shape[-1] == len(mean) else weight.T
+                bias.sub_((rows @ mean.to(weight.dtype)).to(bias.dtype))
+
+    return Handle("centred features", undo)
+
+
+class _Center:
+    """A class and not a closure: a model with a closure for a hook cannot be saved or copied."""
+
+    def __init__(self, momentum: float) -> None:
+        self.momentum = momentum
+        self.__name__ = type(self).__name__
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not args or not isinstance(args[0], Tensor):
+            return None
+        features = args[0]
+        running = module._buffers.get(_FEATURES)
+        if not module.training:
+            return None if running is None else (features - running.to(features.dtype), *args[1:])
+        mean = features.flatten(0, -2).mean(0) if features.dim() > 1 else features
+        with torch.no_grad():
+            seen = mean.detach().float()
+            if running is None:
+                module._buffers[_FEATURES] = seen.clone()
+            else:
+                running.lerp_(seen, self.momentum)
+        return (features - mean, *args[1:])

@@ -1,0 +1,69 @@
+"""Raise Adam's ε_A: a floor under what divides the gradient."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+from torch.optim import Optimizer
+
+from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.remedies.handle import Handle
+
+_RAISED: weakref.WeakKeyDictionary[Optimizer, _Raised] = weakref.WeakKeyDictionary()
+
+
+def raise_epsilon(optimizer: Any, eps: float = 1e-6) -> Handle:
+    """For numerical feature inflation: 1e-6 made slingshots fewer, 1e-5 removed them (Liu et al. 2026).
+
+    Every group's ``eps`` that is smaller becomes ``eps``; the largest of several that are active counts.
+    It costs nothing, but it changes training for good while it is on: coordinates whose gradients are below
+    ``eps`` hardly move.  When not to use it: where gradients are that small all along (large models with a
+    sum over many tokens, float16).
+
+    Raises ValueError for an ``eps`` that is not positive, or an optimizer without one.
+    """
+    optimizer = unwrap(optimizer)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps!r}.")
+    if not any("eps" in group for group in optimizer.param_groups):
+        raise ValueError(f"{type(optimizer).__name__} has no eps to raise: it does not divide by a root.")
+    raised = _RAISED.setdefault(optimizer, _Raised(optimizer))
+    asked = object()
+    raised.wanted[asked] = eps
+    raised.set()
+
+    def undo() -> None:
+        raised.wanted.pop(asked, None)
+        raised.set()
+
+    return Handle(f"eps {eps:g}", undo)
+
+
+class _Raised:
+    """What is asked for one optimizer, and what its groups had before.
+
+    Holds no reference to the optimizer that would keep it alive; a group's value that somebody else has set
+    meanwhile is left to them.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self._optimizer = weakref.ref(optimizer)
+        self.wanted: dict[object, float] = {}
+        self._before: dict[int, tuple[float, float]] = {}  # id of the group → (its own eps, ours)
+
+    def set(self) -> None:
+        optimizer = self._optimizer()
+        if optimizer is None:
+            return
+        floor = max(self.wanted.values(), default=0.0)
+        for group in optimizer.param_groups:
+            if "eps" not in group:
+                continue
+            own, ours = self._before.get(id(group), (group["eps"], group["eps"]))
+            if group["eps"] != ours:
+                own = group["eps"]
+            group["eps"] = max(own, floor)
+            self._before[id(group)] = own, group["eps"]
+        if not self.wanted:
+            _RAISED.pop(optimizer, None)

@@ -1,0 +1,38 @@
+"""What an applied remedy gives back: a way to take it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+
+
+class Handle:
+    """``undo()`` takes the remedy back, once; as a context manager it does so at the end of the block.
+
+    Handles may be undone in any order: each takes back what it did and leaves what others did.
+    """
+
+    def __init__(self, what: str, undo: Callable[[], None]) -> None:
+        self.what = what
+        self._undo: Callable[[], None] | None = undo
+
+    @property
+    def active(self) -> bool:
+        return self._undo is not None
+
+    def undo(self) -> None:
+        """Take it back. Calling it again does nothing."""
+        undo, self._undo = self._undo, None
+        if undo is not None:
+            undo()
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.undo()
+
+    def __repr__(self) -> str:
+        return f"<{self.what}{'' if self.active else ', undone'}>"

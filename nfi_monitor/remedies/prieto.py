@@ -1,0 +1,73 @@
+"""Prieto et al. 2025 (arXiv 2501.04697): a softmax that cannot collapse, and gradients that do not scale."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.remedies.handle import Handle
+
+
+def stablemax_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int = -100, reduction: str = "mean"
+) -> Tensor:
+    """−ln(s(z_r) / Σ_k s(z_k)) with s(x) = x + 1 for x ≥ 0 and 1/(1 − x) below (section 4.1).
+
+    For numerical feature inflation: s grows like x and not like e^x, so margins do not reach the point where
+    a float rounds the rest away.  Another loss, with other optima and flatter gradients: for new trainings, not
+    for one that is under way.  Its gradient has no zero-sum over the classes, and should not.
+
+    Args: ``logits`` [N, K] floating point, ``target`` int64 [N]; ``reduction`` "mean", "sum" or "none".
+    Raises ValueError for another reduction.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be one of none, mean, sum, got {reduction!r}.")
+    # ln s, computed directly: ln(1 + x) on one side, −ln(1 − x) on the other.
+    log_s = torch.where(logits >= 0, 1.0, -1.0) * torch.log1p(logits.abs())
+    kept = target != ignore_index
+    index = torch.where(kept, target, 0).unsqueeze(-1)
+    loss = log_s.logsumexp(-1) - log_s.gather(-1, index).squeeze(-1)
+    loss = torch.where(kept, loss, 0.0)
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / kept.sum()
+
+
+def orthogonal_gradients(optimizer: Any) -> Handle:
+    """g ← the part of g orthogonal to w, at g's own length, for each parameter before each step (⊥Grad, 4.2).
+
+    For numerical feature inflation: what only scales the logits up, along the weights, is left out, and
+    margins stop growing by themselves.  Costs two reductions and one pass a parameter.  It changes training from the
+    start; for new trainings.  When not to use it: with weights that have to grow, and under a gradient scaler
+    with a fused optimizer, which unscales later (refused).
+
+    ``undo()`` stops it.  Gradients are changed in place, as clipping does.
+    """
+    optimizer = unwrap(optimizer)
+
+    def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if getattr(optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "orthogonal_gradients under a gradient scaler needs scaler.unscale_(optimizer) before step()."
+            )
+        with torch.no_grad():
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    if weight.grad is not None and weight.grad.layout is torch.strided:
+                        _orthogonal(weight, weight.grad)
+
+    hook = optimizer.register_step_pre_hook(project)
+    return Handle("orthogonal gradients", hook.remove)
+
+
+def _orthogonal(weight: Tensor, grad: Tensor) -> None:
+    w, g = weight.flatten().float(), grad.flatten().float()
+    tiny = torch.finfo(torch.float32).tiny
+    along = torch.dot(w, g) / torch.dot(w, w).clamp_min(tiny)
+    rest = g - along * w
+    rest *= torch.linalg.vector_norm(g) / torch.linalg.vector_norm(rest).clamp_min(tiny)
+    grad.copy_(rest.reshape(grad.shape))

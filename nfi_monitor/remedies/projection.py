@@ -1,0 +1,47 @@
+"""Put the zero-sum back: take the mean over classes off the gradient at the logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor.remedies.handle import Handle
+
+
+def project_zero_sum(head: nn.Module) -> Handle:
+    """For numerical feature inflation where the loss cannot be exchanged: g ← g − mean_k g at the logits.
+
+    The loss stays as it is, absorbed rows included; what they push the means by is gone (Liu et al. 2026,
+    section 5).  Costs one [N, K] tensor a backward pass.  Applied twice it does what it does once.
+
+    Args:
+        head: the module whose output are the logits [..., K], K ≥ 2, uncompiled (a hook that is registered
+            after the first compiled call never fires).
+
+    Raises TypeError for what is no module.  When not to use it: with losses whose gradient has no zero-sum
+    (z-loss, one-vs-rest, regression): it would take a part of them away.  It is less than a repaired loss: in
+    deep networks and transformers it averted fewer slingshots (``tests/benchmarks/detection/RESULTS.md``).
+    """
+    if not isinstance(head, nn.Module):
+        raise TypeError(f"project_zero_sum needs the head, a torch.nn.Module, got {type(head).__name__}.")
+    hook = head.register_forward_hook(_Project())
+    return Handle("zero-sum projection", hook.remove)
+
+
+class _Project:
+    """A class and not a closure: a model with a closure for a hook cannot be saved or copied."""
+
+    def __init__(self) -> None:
+        self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(output, Tensor) and output.requires_grad and output.dim() and output.shape[-1] > 1:
+            output.register_hook(zero_sum)
+
+
+def zero_sum(grad: Tensor) -> Tensor:
+    """``grad`` [..., K] minus its mean over the classes; half precisions are summed in float32."""
+    wide = grad.dtype if grad.dtype in (torch.float32, torch.float64) else torch.float32
+    return (grad - grad.mean(-1, keepdim=True, dtype=wide)).to(grad.dtype)

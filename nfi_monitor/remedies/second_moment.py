@@ -1,0 +1,59 @@
+"""Forget what the optimizer remembers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nfi_monitor.capture.optimizer import SECOND_MOMENTS, unwrap
+from nfi_monitor.remedies.handle import Handle
+
+
+def reset_second_moment(optimizer: Any, params: Iterable[Tensor] | None = None) -> Handle:
+    """Start the moments anew: ``exp_avg``, ``exp_avg_sq`` and ``step`` of ``params`` (None: of all) become 0.
+
+    All three, because a second moment of 0 under a step count of thousands is not corrected for its bias, and
+    the next updates would be 1/√(1−β2) times too large.
+
+    W. Wu (2024) found that it suppresses second-moment slingshots.  We did not: hinge parity had more of them
+    after it, and cross-entropy parity got worse.  It is here to be compared with; no alert advises it.
+    ``undo()`` puts the moments of that time back, and keeps a copy of them until then.
+
+    Raises ValueError where there is no second moment to reset.
+    """
+    optimizer = unwrap(optimizer)
+    wanted = None if params is None else {id(param) for param in params}
+    saved: list[tuple[Tensor, Tensor]] = []
+    counts: list[tuple[dict[str, Any], Any]] = []
+    for param, state in optimizer.state.items():
+        if wanted is not None and id(param) not in wanted:
+            continue
+        tensors = [state.get(name) for name in ("exp_avg", *SECOND_MOMENTS)]
+        saved += [(tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, Tensor)]
+        taken = state.get("step")
+        if isinstance(taken, Tensor):
+            saved.append((taken, taken.clone()))
+        elif taken is not None:
+            counts.append((state, taken))
+    if not saved:
+        raise ValueError(
+            f"{type(optimizer).__name__} has no second moment to reset: either it keeps none, or no step has "
+            "been taken yet."
+        )
+    with torch.no_grad():
+        for tensor, _ in saved:
+            tensor.zero_()
+    for state, _ in counts:
+        state["step"] = 0
+
+    def undo() -> None:
+        with torch.no_grad():
+            for tensor, before in saved:
+                tensor.copy_(before)
+        for state, taken in counts:
+            state["step"] = taken
+
+    return Handle("reset second moment", undo)
