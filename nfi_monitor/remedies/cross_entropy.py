@@ -91,7 +91,7 @@ def zero_sum_cross_entropy(
 
 
 def float64_cross_entropy(input: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """``F.cross_entropy`` in float64, parameters as they are: the reference of :func:`zero_sum_cross_entropy`.
+    """``F.cross_entropy`` in float64, parameters as they are: the reference of the other.
 
     For numerical feature inflation up to margins of 36 nats, where float64 absorbs as well (2⁻⁵³).  Costs two
     [N, K] tensors of twice the width.  ``options`` and shapes as for ``F.cross_entropy``; returns float64.

@@ -18,8 +18,8 @@ def stablemax_cross_entropy(
     """−ln(s(z_r) / Σ_k s(z_k)) with s(x) = x + 1 for x ≥ 0 and 1/(1 − x) below (section 4.1).
 
     For numerical feature inflation: s grows like x and not like e^x, so margins do not reach the point where
-    a float rounds the rest away.  Another loss, with other optima and flatter gradients: for new trainings, not
-    for one that is under way.  Its gradient has no zero-sum over the classes, and should not.
+    a float rounds the rest away.  Another loss, with other optima and flatter gradients: for new trainings,
+    not for one that is under way.  Its gradient has no zero-sum over the classes, and should not.
 
     Args: ``logits`` [N, K] floating point, ``target`` int64 [N]; ``reduction`` "mean", "sum" or "none".
     Raises ValueError for another reduction.
@@ -41,9 +41,9 @@ def orthogonal_gradients(optimizer: Any) -> Handle:
     """g ← the part of g orthogonal to w, at g's own length, for each parameter before each step (⊥Grad, 4.2).
 
     For numerical feature inflation: what only scales the logits up, along the weights, is left out, and
-    margins stop growing by themselves.  Costs two reductions and one pass a parameter.  It changes training from the
-    start; for new trainings.  When not to use it: with weights that have to grow, and under a gradient scaler
-    with a fused optimizer, which unscales later (refused).
+    margins stop growing by themselves.  Costs two reductions and one pass a parameter.  It changes training
+    from the start; for new trainings.  When not to use it: with weights that have to grow, and under a
+    gradient scaler with a fused optimizer, which unscales later (refused).
 
     ``undo()`` stops it.  Gradients are changed in place, as clipping does.
     """

@@ -18,8 +18,8 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
     RMS_t = sqrt(mean(g² / max(v̂, ε_A²))) is 1 where the second moment describes the gradient and many times
     more when a gradient comes back (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2, where the tensor's
     learning rate is divided; its weight decay shrinks with it, here too).  It needs no warning, and costs a
-    copy of the parameters and three passes over the gradient a step.  When not to use it: for numeric slingshots,
-    whose updates are as large as their second moment says.
+    copy of the parameters and three passes over the gradient a step.  When not to use it: for numeric
+    slingshots, whose updates are as large as their second moment says.
 
     Raises ValueError for a limit that is not positive, or an optimizer without a second moment.
     """

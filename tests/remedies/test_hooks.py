@@ -130,7 +130,7 @@ def test_epsilon_refuses_what_has_none() -> None:
         remedies.raise_epsilon(adam(mlp()), 0)
 
 
-# --- cooling -------------------------------------------------------------------------------------------------
+# --- cooling ------------------------------------------------------------------------------------------
 
 
 def rates(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, steps: int) -> list[float]:
@@ -205,7 +205,7 @@ def test_cooling_refuses_what_is_no_cooling(options: dict[str, Any], message: st
         remedies.cool_down(sgd()[0], **options)
 
 
-# --- centring ------------------------------------------------------------------------------------------------
+# --- centring -----------------------------------------------------------------------------------------
 
 
 def test_a_centred_classifier_gives_the_same_differences_and_no_common_part() -> None:
@@ -371,10 +371,10 @@ def test_the_gradient_of_a_z_loss_sums_to_twice_the_penalty_over_z() -> None:
     logits = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
     remedies.z_loss(logits, 0.1).backward()
     assert logits.grad is not None
-    assert float(logits.grad.sum()) == pytest.approx(2 * 0.1 * float(logits.logsumexp(-1)))
+    assert float(logits.grad.sum()) == pytest.approx(2 * 0.1 * float(logits.detach().logsumexp(-1)))
 
 
-# --- the head and its loss in one ------------------------------------------------------------------------------
+# --- the head and its loss in one ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -418,7 +418,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         )
 
 
-# --- HuggingFace's form -----------------------------------------------------------------------------------------
+# --- HuggingFace's form -------------------------------------------------------------------------------
 
 
 class Outputs(dict[str, Tensor]):
