@@ -22,18 +22,23 @@ CUTS = (150, 540, 580)
 """Steps after which a checkpoint is kept: long before anything, in the build-up, about the slingshot."""
 
 
+def division_data(seed: int = 0) -> tuple[Tensor, Tensor]:
+    """One-hot pairs (a, b) [78, 2·13] and a/b mod 13: the half of all pairs that is trained on."""
+    pairs = torch.tensor([(a, b) for a in range(P) for b in range(1, P)])
+    pairs = pairs[
+        torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[: len(pairs) // 2]
+    ]
+    targets = pairs[:, 0] * torch.tensor([pow(int(b), P - 2, P) for b in pairs[:, 1]]) % P
+    return F.one_hot(pairs, P).flatten(1).float(), targets
+
+
 def division(seed: int = 0) -> tuple[nn.Sequential, torch.optim.Adam, Callable[[Monitor | None, int], None]]:
     """Model, optimizer and ``step(monitor, n)``: one full-batch step of a/b mod 13 on half of all pairs.
 
     ``n`` counts from 1 and only says how warm the learning rate is (10 steps of warm-up).
     """
     torch.manual_seed(seed)
-    pairs = torch.tensor([(a, b) for a in range(P) for b in range(1, P)])
-    pairs = pairs[
-        torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))[: len(pairs) // 2]
-    ]
-    targets = pairs[:, 0] * torch.tensor([pow(int(b), P - 2, P) for b in pairs[:, 1]]) % P
-    inputs = F.one_hot(pairs, P).flatten(1).float()
+    inputs, targets = division_data(seed)
     sizes = [2 * P, WIDTH, WIDTH, WIDTH]
     layers = [part for i, o in pairwise(sizes) for part in (nn.Linear(i, o), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(WIDTH, P))

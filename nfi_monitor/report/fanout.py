@@ -16,8 +16,12 @@ if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
 
 
-def open_sinks(console: bool | Console, run_dir: str | PathLike[str] | None) -> list[Sink]:
-    """The sinks of a monitor's ``console`` and ``run_dir`` arguments."""
+def open_sinks(
+    console: bool | Console,
+    run_dir: str | PathLike[str] | None,
+    describe: Callable[[], Mapping[str, Any]] | None = None,
+) -> list[Sink]:
+    """The sinks of a monitor's ``console`` and ``run_dir``; ``describe`` gives the run as it is now."""
     sinks: list[Sink] = []
     if console is not False:
         from nfi_monitor.report.console import ConsoleSink
@@ -29,7 +33,7 @@ def open_sinks(console: bool | Console, run_dir: str | PathLike[str] | None) -> 
 
         sinks.append(RunDirectory(run_dir))
         if tensorboard.available():
-            sinks.append(tensorboard.TensorBoardSink(run_dir))
+            sinks.append(tensorboard.TensorBoardSink(run_dir, describe=describe))
     return sinks
 
 

@@ -1,6 +1,6 @@
-"""Scalars, panels with threshold bands and alerts as text, for a stock TensorBoard.
+"""Scalars, panels with threshold bands and alerts as text, for a stock TensorBoard, and what the tab reads.
 
-What decides the form:
+The tab's part is in :mod:`nfi_monitor.report.tensorboard_tab`.  What decides the form of the stock part:
 
 - One event a reading that carries all its scalars, and in quick runs not every reading: TensorBoard's
   writer computes its checksums in Python, 0.7 ms for forty scalars, and shows 1,000 points a curve.
@@ -15,12 +15,13 @@ from __future__ import annotations
 import importlib.util
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.report import words
 from nfi_monitor.report.plain import plain
+from nfi_monitor.report.tensorboard_tab import TabWriter
 from nfi_monitor.types import Alert, AlertState, Change, Evidence, Note, Phase, Reading
 
 if TYPE_CHECKING:
@@ -49,13 +50,21 @@ class TensorBoardSink:
     """A sink that writes TensorBoard event files into ``log_dir`` (made if need be).
 
     Readings closer together than ``min_seconds`` are left out (0: none are), except where the phase
-    changes, during a slingshot, and the last; ``readings.jsonl`` has them all.  Raises ImportError at
-    :meth:`start`, with what to install, where tensorboard is missing.
+    changes, during a slingshot, and the last; ``readings.jsonl`` and the tab have them all.  ``describe``
+    gives the run's description as it is now: asked when an alert begins or ends, for the classes that absorb.
+    Raises ImportError at :meth:`start`, with what to install, where tensorboard is missing.
     """
 
-    def __init__(self, log_dir: str | os.PathLike[str], min_seconds: float = 0.03) -> None:
+    def __init__(
+        self,
+        log_dir: str | os.PathLike[str],
+        min_seconds: float = 0.03,
+        describe: Callable[[], Mapping[str, Any]] | None = None,
+    ) -> None:
         self.log_dir = os.fspath(log_dir)
         self._min_seconds = min_seconds
+        self._describe = describe
+        self._tab: TabWriter | None = None
         self._writer: SummaryWriter | None = None
         self._proto: Any = None
         self._phase: Phase | None = None
@@ -85,10 +94,12 @@ class TensorBoardSink:
         self._writer = SummaryWriter(self.log_dir)
         self._writer.add_custom_scalars(layout(self._edges))
         self._writer.add_text("nfi/run", info_markdown(info), 0)
+        self._tab = TabWriter(self._writer.file_writer, info)
 
     def reading(self, reading: Reading, phase: Phase) -> None:
         self._open()
         self._step = reading.step
+        self._opened_tab().reading(reading, phase)
         now = time.monotonic()
         wanted = phase is not self._phase or phase is Phase.SLINGSHOT
         self._phase = phase
@@ -112,8 +123,9 @@ class TensorBoardSink:
         file_writer.add_summary(proto, reading.step)
 
     def alert(self, alert: Alert, change: Change) -> None:
-        writer = self._open()
+        writer, tab = self._open(), self._opened_tab()
         writer.add_text(f"nfi/alerts/{alert.id}", alert_markdown(alert), alert.last_step)
+        tab.alert(alert)
         self._alerts.pop(alert.id, None)  # to the end: the overview lists the latest changes
         self._alerts[alert.id] = alert
         if len(self._alerts) > _OVERVIEW:
@@ -122,19 +134,24 @@ class TensorBoardSink:
         if change is not Change.UPDATE:
             text = overview_markdown(list(self._alerts.values()), self._earlier)
             writer.add_text("nfi/alerts", text, alert.last_step)
+            if self._describe is not None:
+                tab.describe(self._describe())
             writer.flush()  # someone may be watching just for this
 
     def note(self, note: Note) -> None:
         self._open().add_text(f"nfi/notes/{note.code}", note.message, note.step)
+        self._opened_tab().note(note)
 
     def replay(self, verdict: ReplayVerdict) -> None:
-        """Nothing: a replay is a paragraph, and stands in the report."""
+        """For the tab only: a paragraph has no place among the stock panels."""
+        self._opened_tab().replay(verdict)
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         if self._writer is not None:
             if self._pending is not None:
                 self._write(*self._pending)
             self._writer.add_text("nfi/run", info_markdown(info), self._step)
+            self._opened_tab().close(info)
             self._writer.close()
             self._writer = None
 
@@ -142,6 +159,11 @@ class TensorBoardSink:
         if self._writer is None:
             raise RuntimeError("TensorBoardSink is not open: call start() first, and nothing after close().")
         return self._writer
+
+    def _opened_tab(self) -> TabWriter:
+        self._open()
+        assert self._tab is not None  # made where the writer is
+        return self._tab
 
 
 def _threshold_tag(quantity: str, edge: str) -> str:

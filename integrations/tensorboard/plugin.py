@@ -1,0 +1,183 @@
+"""The server's side of the NFI tab: a few JSON routes over :mod:`.runs`, and the files of ``static/``.
+
+Imports tensorboard and the standard library, nothing else, and does no work at import or construction: a
+plugin that fails there takes TensorBoard down for everyone in the environment.  What fails in a request is
+answered as JSON that says what happened; the tab shows it and tries again.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
+
+from tensorboard import plugin_util
+from tensorboard.plugins import base_plugin
+
+from .runs import PLUGIN, Run, Runs
+
+_STATIC = Path(__file__).parent / "static"
+_TYPES = {".js": "text/javascript", ".css": "text/css"}
+_POINTS = (50, 600, 4000)  # fewest, default, most buckets of a request
+# What a row of the list shows, and what it is searched by; the rest comes with a click.
+_ROW = (
+    "id", "what", "kind", "severity", "state", "phase", "first_step", "last_step", "headline", "mechanism",
+    "forecast", "layer",
+)  # fmt: skip
+
+Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
+Query = Mapping[str, str]
+
+
+class NFIPlugin(base_plugin.TBPlugin):
+    """Serves ``runs``, ``run?run=``, ``alert?run=&id=&first=``, ``series?run=&from=&to=&points=&names=``."""
+
+    plugin_name = PLUGIN
+
+    def __init__(self, context: Any) -> None:
+        self._runs = Runs(context.data_provider)
+
+    def get_plugin_apps(self) -> dict[str, Application]:
+        routes: dict[str, Application] = {
+            f"/{name}": _json_app(handler)
+            for name, handler in (
+                ("runs", self._serve_runs),
+                ("run", self._serve_run),
+                ("alert", self._serve_alert),
+                ("series", self._serve_series),
+            )
+        }
+        # Listed, not looked up by name: no request can name a file that is not one of these.
+        files = [path for path in _STATIC.iterdir() if path.suffix in _TYPES] if _STATIC.is_dir() else []
+        return routes | {f"/{path.name}": _file_app(path) for path in files}
+
+    def is_active(self) -> bool:
+        return False  # TensorBoard itself asks its data provider first; without data there is no tab to show
+
+    def frontend_metadata(self) -> Any:
+        return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="NFI", disable_reload=True)
+
+    def _find(self, environ: dict[str, Any], query: Query) -> Run:
+        runs = self._refresh(environ)
+        name = query.get("run", "")
+        if name not in runs:
+            shown = name if len(name) <= 80 else name[:80] + "…"
+            raise _NotFound(f"There is no run {shown!r} any more. Choose another one.")
+        return runs[name]
+
+    def _refresh(self, environ: dict[str, Any]) -> dict[str, Run]:
+        return self._runs.refresh(plugin_util.context(environ), plugin_util.experiment_id(environ))
+
+    def _serve_runs(self, environ: dict[str, Any], query: Query) -> Any:
+        runs = self._refresh(environ)
+        return {"runs": [{"name": name, "version": run.version} for name, run in sorted(runs.items())]}
+
+    def _serve_run(self, environ: dict[str, Any], query: Query) -> Any:
+        run = self._find(environ, query)
+        if query.get("version") == run.version:
+            # Who polls a run that rests gets a few bytes.
+            return {"version": run.version, "unchanged": True, "seconds_ago": _ago(run)}
+        chunks = run.chunks
+        return {
+            "name": run.name,
+            "version": run.version,
+            "seconds_ago": _ago(run),
+            "record": run.record,
+            "phases": run.phases(),
+            "alerts": [{key: alert.get(key) for key in _ROW} for alert in run.alerts],
+            "extent": [int(chunks[0].first), int(chunks[-1].last)] if chunks else None,
+            "readings": sum(len(chunk.array) for chunk in chunks),
+            "problems": run.problems,
+        }
+
+    def _serve_alert(self, environ: dict[str, Any], query: Query) -> Any:
+        run = self._find(environ, query)
+        first = int(_number(query, "first", 0))
+        for alert in run.alerts:
+            if alert.get("id") == query.get("id") and alert["first_step"] == first:
+                return alert
+        raise _NotFound("This alert is not in the run any more: the run was resumed from before it.")
+
+    def _serve_series(self, environ: dict[str, Any], query: Query) -> Any:
+        run = self._find(environ, query)
+        fewest, default, most = _POINTS
+        points = int(min(max(_number(query, "points", default), fewest), most))
+        low, high = _number(query, "from", float("-inf")), _number(query, "to", float("inf"))
+        names = query["names"].split(",") if query.get("names") else run.key_quantities()
+        return {"version": run.version, **run.series(low, high, points, names)}
+
+
+class _NotFound(LookupError):
+    pass
+
+
+def _ago(run: Run) -> float:
+    """Seconds since the run last wrote, by the clocks of the two machines."""
+    return round(max(0.0, time.time() - run.wall_time), 1)
+
+
+def _number(query: Query, name: str, default: float) -> float:
+    text = query.get(name)
+    if text is None:
+        return default
+    try:
+        number = float(text)
+    except ValueError:
+        number = float("nan")
+    if number != number:
+        raise ValueError(f"{name}={text[:40]!r} is no number.")
+    return number
+
+
+def _json_app(handler: Callable[[dict[str, Any], Query], Any]) -> Application:
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        status = "200 OK"
+        try:
+            pairs = parse_qs(environ.get("QUERY_STRING", ""), keep_blank_values=True)
+            answer = handler(environ, {key: values[-1] for key, values in pairs.items()})
+        except _NotFound as error:
+            status, answer = "404 Not Found", {"error": str(error)}
+        except ValueError as error:
+            status, answer = "400 Bad Request", {"error": str(error)}
+        except Exception as error:
+            traceback.print_exc()  # to TensorBoard's own terminal, where it can be reported from
+            status = "500 Internal Server Error"
+            answer = {"error": f"The NFI tab failed on the server: {type(error).__name__}: {error}"}
+        body = json.dumps(answer, separators=(",", ":")).encode()
+        return _respond(environ, start_response, status, "application/json", body, "no-store")
+
+    return application
+
+
+def _file_app(path: Path) -> Application:
+    def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
+        kind = f"{_TYPES[path.suffix]}; charset=utf-8"
+        # no-cache: an upgraded tab must not run with the old version's scripts.
+        return _respond(environ, start_response, "200 OK", kind, path.read_bytes(), "no-cache")
+
+    return application
+
+
+def _respond(
+    environ: Mapping[str, Any],
+    start_response: Callable[..., Any],
+    status: str,
+    content_type: str,
+    body: bytes,
+    cache: str,
+) -> Iterable[bytes]:
+    headers = [
+        ("Content-Type", content_type),
+        ("X-Content-Type-Options", "nosniff"),
+        ("Cache-Control", cache),
+    ]
+    if len(body) > 1000 and "gzip" in environ.get("HTTP_ACCEPT_ENCODING", ""):
+        body = gzip.compress(body, compresslevel=3, mtime=0)
+        headers += [("Content-Encoding", "gzip"), ("Vary", "Accept-Encoding")]
+    start_response(status, [*headers, ("Content-Length", str(len(body)))])
+    return [body]

@@ -1,0 +1,341 @@
+"""The runs of the tab, read back through TensorBoard's data provider and kept between polls.
+
+``nfi_monitor/report/tensorboard_tab.py`` writes what is read here.  Imports the standard library alone: the
+data provider hands out numpy arrays, and their own methods are enough.
+
+A poll lists the tags and reads those that changed, so watching a run costs what it has newly written.
+A record that cannot be read becomes a sentence in :attr:`Run.problems`; the rest of the run is shown.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
+
+PLUGIN = "nfi"
+PREFIX = "nfi-tab/"
+FORMAT = 1
+_RECORDS = 1000  # of one tag; the last one is always among them, and it alone counts
+
+Read = Callable[[str, list[str]], Mapping[str, Any]]
+"""``(run, tags) → {tag: its data}``"""
+
+
+class Chunk:
+    """Up to 128 readings: ``array`` [rows, 2 + columns] of step, index of the phase, one column a quantity.
+
+    NaN is *not measured*; ±Inf is *measured and not finite*.  Raises ValueError or KeyError where array and
+    description do not fit.
+    """
+
+    def __init__(self, content: Mapping[str, Any], array: Any) -> None:
+        self.columns: list[str] = [str(name) for name in content["columns"]]
+        if array.ndim != 2 or array.shape[1] != 2 + len(self.columns) or not len(array):
+            raise ValueError(f"an array of shape {array.shape} for {len(self.columns)} columns")
+        self.array = array.astype("float64")
+        self.array[:, 0] += float(content["first"])
+        self._blocks: dict[int, list[list[list[float]]]] = {}
+
+    @property
+    def first(self) -> float:
+        return float(self.array[0, 0])
+
+    @property
+    def last(self) -> float:
+        return float(self.array[-1, 0])
+
+    def before(self, step: float) -> Chunk | None:
+        """The readings before ``step``; None where there are none."""
+        kept = self.array[self.array[:, 0] < step]
+        return Chunk({"columns": self.columns, "first": 0}, kept) if len(kept) else None
+
+    def within(self, low: float, high: float) -> list[list[float]]:
+        """Rows with a step in [low, high]."""
+        steps = self.array[:, 0]
+        rows: list[list[float]] = self.array[(steps >= low) & (steps <= high)].tolist()
+        return rows
+
+    def blocks(self, width: int) -> list[list[list[float]]]:
+        """Each ``width`` rows as two that hold each column's extremes; one row stays one."""
+        if width not in self._blocks:
+            starts = range(0, len(self.array), width)
+            self._blocks[width] = [_extremes(self.array[i : i + width]) for i in starts]
+        return self._blocks[width]
+
+
+def _extremes(rows: Any) -> list[list[float]]:
+    if len(rows) == 1:
+        return [rows[0].tolist()]
+    absent = rows != rows
+    low, high = rows.copy(), rows.copy()
+    low[absent], high[absent] = float("inf"), float("-inf")
+    low, high = low.min(axis=0), high.max(axis=0)
+    none = absent.all(axis=0)
+    low[none] = high[none] = float("nan")
+    return _in_order(rows[0].tolist(), rows[-1].tolist(), low.tolist(), high.tolist())
+
+
+def _merged(blocks: list[list[list[float]]]) -> list[list[float]]:
+    """Several blocks as one, by the same rule."""
+    rows = [row for block in blocks for row in block]
+    if len(rows) == 1:
+        return rows
+    low, high = [], []
+    for column in zip(*rows, strict=True):
+        present = [x for x in column if x == x] or [float("nan")]
+        low.append(min(present))
+        high.append(max(present))
+    return _in_order(rows[0], rows[-1], low, high)
+
+
+def _in_order(
+    first: list[float], last: list[float], low: list[float], high: list[float]
+) -> list[list[float]]:
+    """Two rows at the first and the last step; what falls over the block has its largest value first."""
+    early, late = [first[0], first[1]], [last[0], last[1]]
+    for i in range(2, len(first)):
+        falls = first[i] > last[i]
+        early.append(high[i] if falls else low[i])
+        late.append(low[i] if falls else high[i])
+    return [early, late]
+
+
+class Session:
+    """What one start of the monitor wrote into a run: a resumed run has several."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.record: dict[str, Any] = {}
+        self.chunks: dict[str, Chunk] = {}
+        self.alerts: dict[str, dict[str, Any]] = {}
+
+    @property
+    def first(self) -> float:
+        return min((chunk.first for chunk in self.chunks.values()), default=float("inf"))
+
+
+class Run:
+    """One run, its sessions put together: what was measured again after a resume replaces the first time."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.version = ""
+        self.wall_time = 0.0
+        self._seen: dict[str, tuple[float, int]] = {}
+        self._sessions: dict[str, Session] = {}
+        self._problems: dict[str, str] = {}
+        self._chunks: list[Chunk] | None = None
+
+    def update(self, listed: Mapping[str, Any], read: Read) -> None:
+        """Read the tags of ``listed`` ({tag: TensorTimeSeries}) that are new or have changed."""
+        now = {tag: (series.max_wall_time, series.max_step) for tag, series in listed.items()}
+        changed = [tag for tag, mark in now.items() if self._seen.get(tag) != mark]
+        if not changed and len(now) == len(self._seen):
+            return
+        if self._seen.keys() - now.keys():  # the run was deleted and begun anew
+            self._sessions, self._problems = {}, {}
+            changed = list(now)
+        data = read(self.name, changed)
+        for tag in changed:
+            if data.get(tag):
+                latest = max(data[tag], key=lambda datum: datum.wall_time)
+                self._take(tag, listed[tag].plugin_content, latest.numpy)
+        self._seen, self._chunks = now, None
+        self.wall_time = max(mark[0] for mark in now.values())
+        self.version = f"{len(now)}-{self.wall_time!r}"
+
+    def _take(self, tag: str, content: bytes, array: Any) -> None:
+        self._problems.pop(tag, None)
+        try:
+            kind, session_name, *rest = tag.removeprefix(PREFIX).split("/", 2)
+            described = json.loads(content)
+            if described.get("format", FORMAT) > FORMAT:
+                self._problems[tag] = (
+                    "Written by a newer nfi-monitor than this tab: upgrade it where TensorBoard runs "
+                    "(pip install -U nfi-monitor)."
+                )
+                return
+            session = self._sessions.setdefault(session_name, Session(session_name))
+            if kind == "readings":
+                session.chunks[rest[0]] = Chunk(described, array)
+                return
+            record = json.loads(array.item())
+            if not isinstance(record, dict):
+                raise ValueError("no object")
+            if kind == "run":
+                session.record = record
+            elif kind == "alerts":
+                session.alerts[rest[0]] = {
+                    **record,
+                    "first_step": int(record["first_step"]),
+                    "last_step": int(record["last_step"]),
+                }
+        except Exception as error:
+            # Anything at all: a damaged record must cost itself, not the tab.
+            self._problems[tag] = (
+                f"{tag.removeprefix(PREFIX)} could not be read ({error}); the rest is shown."
+            )
+
+    def _in_order(self) -> list[tuple[Session, float]]:
+        """Sessions, oldest first, each with the step from which a later one measured again."""
+        sessions = [self._sessions[name] for name in sorted(self._sessions)]
+        cut = float("inf")
+        pairs = []
+        for session in reversed(sessions):
+            pairs.append((session, cut))
+            cut = min(cut, session.first)
+        return pairs[::-1]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """The run's description, of its latest session."""
+        records = [self._sessions[name].record for name in sorted(self._sessions)]
+        return next((record for record in reversed(records) if record), {})
+
+    def key_quantities(self) -> list[str] | None:
+        """What the run's own charts show at first; None where it does not say."""
+        charts = self.record.get("charts")
+        if not isinstance(charts, list):
+            return None
+        return [curve["name"] for chart in charts if chart.get("key") for curve in chart["series"]]
+
+    @property
+    def problems(self) -> list[str]:
+        return sorted(set(self._problems.values()))
+
+    @property
+    def chunks(self) -> list[Chunk]:
+        if self._chunks is None:
+            found = []
+            for session, cut in self._in_order():
+                for _, chunk in sorted(session.chunks.items()):
+                    kept = chunk if chunk.last < cut else chunk.before(cut)
+                    if kept is not None:
+                        found.append(kept)
+            self._chunks = found
+        return self._chunks
+
+    @property
+    def alerts(self) -> list[dict[str, Any]]:
+        """The last state of each alert, oldest first."""
+        # Not by id alone: a run that was resumed without the monitor's state counts its alerts anew.
+        kept: dict[tuple[str, int], dict[str, Any]] = {}
+        for session, cut in self._in_order():
+            for alert in session.alerts.values():
+                if alert["first_step"] < cut:
+                    kept[str(alert.get("id")), alert["first_step"]] = alert
+        return sorted(kept.values(), key=lambda alert: (alert["first_step"], alert["last_step"]))
+
+    def phases(self) -> list[list[int]]:
+        """``[step, index of the phase entered there]``; the first one at the first reading."""
+        edges: list[list[int]] = []
+        for chunk in self.chunks:
+            for step, phase in chunk.array[:, :2].tolist():
+                if not edges or edges[-1][1] != phase:
+                    edges.append([int(step), int(phase)])
+        return edges
+
+    def series(
+        self, low: float, high: float, points: int, wanted: Collection[str] | None = None
+    ) -> dict[str, Any]:
+        """The readings of [low, high] in at most about ``2 · points`` rows that keep every extreme.
+
+        Where there are more, each bucket becomes two rows with each quantity's smallest and largest value:
+        a spike of one step is as high as it was.  ``{steps, series: {name: [...]}, measured, rows, exact}``,
+        with null where a quantity was not measured and ``"NaN"`` where it was not finite; ``series`` has the
+        ``wanted`` quantities (None: all), ``measured`` the names of all there are.
+        """
+        chunks = [chunk for chunk in self.chunks if chunk.last >= low and chunk.first <= high]
+        total = sum(len(chunk.array) for chunk in chunks)
+        exact = total <= 2 * points
+        names: dict[str, None] = {}
+        for chunk in chunks:
+            names.update(dict.fromkeys(chunk.columns))
+        steps: list[int] = []
+        columns: dict[str, list[Any]] = {name: [] for name in names if wanted is None or name in wanted}
+        for chunk, rows in _buckets(chunks, low, high, points, exact):
+            steps += [int(row[0]) for row in rows]
+            for name in columns:
+                if name in chunk.columns:
+                    index = 2 + chunk.columns.index(name)
+                    columns[name] += [_plain(row[index]) for row in rows]
+                else:
+                    columns[name] += [None] * len(rows)
+        return {"steps": steps, "series": columns, "measured": list(names), "rows": total, "exact": exact}
+
+
+def _buckets(
+    chunks: list[Chunk], low: float, high: float, points: int, exact: bool
+) -> Iterable[tuple[Chunk, list[list[float]]]]:
+    if exact:
+        for chunk in chunks:
+            yield chunk, chunk.within(low, high)
+        return
+    total = sum(len(chunk.array) for chunk in chunks)
+    width = 1
+    while width * points < total:
+        width *= 2
+    longest = max(len(chunk.array) for chunk in chunks)
+    group: list[Chunk] = []
+    for chunk in chunks:
+        if width < longest:
+            yield chunk, [row for block in chunk.blocks(width) for row in block if low <= row[0] <= high]
+            continue
+        # Whole chunks, several to a bucket; a bucket never mixes two sets of columns.
+        if group and (chunk.columns != group[0].columns or sum(len(other.array) for other in group) >= width):
+            yield group[0], _merged([other.blocks(longest)[0] for other in group])
+            group = []
+        group.append(chunk)
+    if group:
+        yield group[0], _merged([other.blocks(longest)[0] for other in group])
+
+
+def _plain(value: float) -> Any:
+    if value != value:
+        return None
+    return "NaN" if value in (float("inf"), float("-inf")) else float(f"{value:.6g}")
+
+
+class Runs:
+    """All runs of a TensorBoard. ``data_provider`` may be None: there are no runs then."""
+
+    def __init__(self, data_provider: Any, clock: Callable[[], float] = time.monotonic) -> None:
+        self._provider = data_provider
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._runs: dict[str, dict[str, Run]] = {}
+        self._refreshed: dict[str, float] = {}
+
+    def refresh(self, context: Any, experiment: str) -> dict[str, Run]:
+        """The runs by name, as they are now: at most one look a second, however many tabs are open."""
+        with self._lock:
+            runs = self._runs.setdefault(experiment, {})
+            now = self._clock()
+            if self._provider is None or now - self._refreshed.get(experiment, -1e9) < 1.0:
+                return dict(runs)
+            listed = self._provider.list_tensors(context, experiment_id=experiment, plugin_name=PLUGIN)
+            for name in runs.keys() - listed.keys():
+                del runs[name]
+
+            def read(run: str, tags: list[str]) -> Mapping[str, Any]:
+                from tensorboard.data.provider import RunTagFilter
+
+                found = self._provider.read_tensors(
+                    context,
+                    experiment_id=experiment,
+                    plugin_name=PLUGIN,
+                    downsample=_RECORDS,
+                    run_tag_filter=RunTagFilter(runs=[run], tags=tags),
+                )
+                series: Mapping[str, Any] = found.get(run, {})
+                return series
+
+            for name, tags in listed.items():
+                mine = {tag: series for tag, series in tags.items() if tag.startswith(PREFIX)}
+                if mine:
+                    runs.setdefault(name, Run(name)).update(mine, read)
+            self._refreshed[experiment] = self._clock()
+            return dict(runs)
