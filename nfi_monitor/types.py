@@ -276,7 +276,7 @@ class Thresholds:
     """Nats the layers below the head swing the mean row's logits, from which on it is *imminent* ... .2
     wins a step and triples the false alarms under label smoothing."""
     swing_exit: float = 0.1
-    """... and below which it ends."""
+    """... and below which it ends; or when the alignment has come half way back."""
     swing_settles: float = 3.0
     """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``: by then 95% of the
     second moment are gradients it has seen. Sooner, networks that swing on their first way down are called

@@ -275,7 +275,10 @@ class Detector:
             and signals.alignment <= -limits.swing_alignment
             and signals.curvature_peak >= limits.swing_curvature * self.context.stability_limit
             and signals.swing >= limits.swing_displacement,
-            not numeric and signals.swing >= limits.swing_exit,
+            not numeric
+            and signals.swing >= limits.swing_exit
+            # Features may go on moving for hundreds of steps when the gradients have long agreed again.
+            and signals.alignment <= -0.5 * limits.swing_alignment,
         )
 
     def _has_floor(self, step: int) -> bool:

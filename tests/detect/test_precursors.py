@@ -52,6 +52,21 @@ def test_swings_of_gradients_that_do_not_oppose_each_other_are_noise() -> None:
     assert imminent(oscillation(0.0), ADAM) == []
 
 
+def test_an_oscillation_is_over_when_gradients_agree_again_though_the_features_still_move() -> None:
+    def readings() -> Iterator[Reading]:
+        for reading in oscillation(-0.9):
+            if reading.step < SPIKE - 2:
+                yield reading
+        for step in range(SPIKE - 2, SPIKE + 200):
+            yield Reading(step, {**reading.values, "gradient_alignment": 0.5, "loss": 1e-4})
+
+    detector = Detector(None, ADAM)
+    for reading in readings():
+        detector.update(reading)
+    (alert,) = [alert for alert in detector.alerts if alert.kind is AlertKind.IMMINENT]
+    assert alert.last_step <= SPIKE + 5
+
+
 def test_a_loss_on_its_way_down_has_no_floor_to_leave_yet() -> None:
     """Networks that swing in their first 3 τ, far above the level of a slingshot, go on falling."""
     early = round(2.9 * ADAM.tau)
