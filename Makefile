@@ -1,5 +1,6 @@
 # make demo    train a real network to two slingshots under the monitor, live, then the float64 control
 # make test    lint, types and the tests that take seconds (what .ci/run runs)
+# make reference    the papers' experiments in their quick form, and the table of verdicts
 #
 # Keep your own torch (GPU builds): `make demo VENV=/path/of/your/venv` installs into that environment
 # without the pins of constraints.txt; so does `pip install -e .` by hand.
@@ -9,9 +10,11 @@ VENV ?= .venv
 # For instance: make demo DEMO_ARGS="--seed 1 --slingshots 3", make test PYTEST_ARGS="-k packaging"
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
+REFERENCE_ARGS ?= --jobs 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.nfi-monitor-installed
+DEMO_STAMP := $(VENV)/.nfi-monitor-demo-installed
 CHECKED := nfi_monitor integrations examples tests
 
 # The pins belong to the environment that this file makes, never to one that was here before it.
@@ -19,15 +22,21 @@ ifeq ($(VENV),.venv)
 PINS := -c constraints.txt
 endif
 
-.PHONY: demo test test-full lint format figure clean
+.PHONY: demo test test-full reference lint format figure clean
 .DEFAULT_GOAL := demo
+
+# The demo needs a fifth of what the tests do: nobody should wait for the rest to see it.
+$(DEMO_STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[tensorboard,plots]"
+	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[dev]"
-	touch $@
+	touch $@ $(DEMO_STAMP)
 
-demo: $(STAMP)
+demo: $(DEMO_STAMP)
 	$(BIN)/nfi-monitor demo $(DEMO_ARGS)
 
 test: lint
@@ -35,6 +44,13 @@ test: lint
 
 test-full: lint
 	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+
+# REFERENCE_ARGS="--preset paper --jobs 8" for the papers' own sizes.
+reference: $(STAMP)
+	for study in parity modular_division cifar gpt; do \
+		$(BIN)/python -m examples.reference.$$study $(REFERENCE_ARGS) || exit 1; \
+	done
+	$(BIN)/python -m examples.reference.verdicts
 
 lint: $(STAMP)
 	$(BIN)/ruff check $(CHECKED)

@@ -9,7 +9,7 @@ import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, replace
 from os import PathLike
 from types import TracebackType
@@ -17,27 +17,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from nfi_monitor import distributed
 from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
-from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, unwrap
+from nfi_monitor.capture.loss import LossProbe
+from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, choose
 from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.ring import SnapshotRing
 from nfi_monitor.capture.sampling import auto_interval, local
 from nfi_monitor.capture.snapshots import Snapshot, check_extra
 from nfi_monitor.detect.causal import ReplayVerdict
-from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
+from nfi_monitor.detect.detector import Context, Detector, Verdict
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.errors import AlreadyMonitoredError, MonitorError
 from nfi_monitor.history import History
+from nfi_monitor.leaver import Leaver, next_wanted
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
-from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics
+from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics, with_non_finite
 from nfi_monitor.measure.zero_sum import accumulation_dtype
 from nfi_monitor.notes import NoteTaker
+from nfi_monitor.pool import Message, Pool
 from nfi_monitor.report.fanout import Fanout, open_sinks
+from nfi_monitor.report.sink import Sink
 from nfi_monitor.run_info import describe_run
 from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Note, Phase, Reading, Thresholds
 
@@ -58,7 +63,8 @@ class Monitor:
 
     Args:
         model: the module being trained (wrapped by DDP or torch.compile or not).
-        optimizer: the optimizer whose ``step()`` updates it; wrappers are looked through.
+        optimizer: the optimizer whose ``step()`` updates it; wrappers are looked through. Of several, given
+            as a list, the one that trains the head.
         head: the classifier head, as a module or by its qualified name; None finds it; False says that
             no module is the head and rows come from :meth:`tap` alone.
         run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, where tensorboard is
@@ -77,6 +83,12 @@ class Monitor:
             may take together, on any device; False keeps none.
         extras: what else belongs to a state: schedulers, gradient scalers, samplers, weight averages (with
             ``state_dict``/``load_state_dict``) and ``torch.Generator`` objects.
+        sinks: further places that readings and alerts go to, on rank 0
+            (:class:`nfi_monitor.report.sink.Sink`).
+        group: the processes that train this model together, whose rows and shards make one reading. None
+            finds them (DDP, FSDP, tensor parallel meshes); a ``ProcessGroup`` or a ``DeviceMesh`` names them;
+            False reads and reports this process alone. Attach on every one of them: they agree on phase,
+            cadence and alerts, ``on_alert`` is called on each, and the first of them reports.
 
     Raises:
         HeadNotFoundError: no module, or more than one, could be the head; lists the candidates.
@@ -101,6 +113,8 @@ class Monitor:
         every: int | str = "auto",
         snapshots: int | str | bool = "auto",
         extras: Sequence[Any] = (),
+        sinks: Sequence[Sink] = (),
+        group: Any = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"Monitor needs a torch.nn.Module, got {type(model).__name__}.")
@@ -120,8 +134,9 @@ class Monitor:
             raise ValueError(f'snapshots={snapshots!r}: use "auto", False, or bytes that they may take.')
         for extra in extras:
             check_extra(extra)
-        self._optimizer = unwrap(optimizer)
+        distributed.check_group(group)
         self._head: Head | None = None if head is False else find_head(model, head)
+        self._optimizer = choose(optimizer, self._head)
         self._key = self._head.module if self._head is not None else model
         if self._key in _WATCHED:
             where = self._head.describe() if self._head is not None else type(model).__name__
@@ -132,11 +147,15 @@ class Monitor:
 
         self._every = every
         self._rank = distributed.rank()
+        self._group = group
+        self._looking = group is not False  # for ranks that train together
+        self._pool: Pool | None = None  # the ranks that are read together
         self._model = model
         self._reader = OptimizerReader(self._optimizer, self._head)
         self._thresholds = thresholds or Thresholds()
         self._rows = RowAccumulator()
         self._detector = Detector(self._thresholds, self._read_context())
+        apart = self._find_pool()
         self._outbox = Outbox()
         self._memory: Memory | None = None
         self._extras = tuple(extras)
@@ -153,6 +172,7 @@ class Monitor:
         self._step = 0  # optimizer steps completed
         self._wanted_step: int | None = 1  # the step that is being captured, None between readings
         self._losses: list[Tensor | float] = []
+        self._loss_share: float | None = None  # not None: losses, times this, add up to the step's
         self._late_losses: list[tuple[int, Tensor]] = []
         self._before: Any = None
         self._quiet: set[str] = set()  # parts that failed and went quiet
@@ -164,15 +184,18 @@ class Monitor:
         self._paused = 0
         self._final_info: dict[str, Any] | None = None
 
-        speaks = self._detector.context.rank == 0
-        self._reports = Fanout(open_sinks(console, run_dir) if speaks else [], self._failed)
+        speaks = group is False or distributed.rank() == (0 if self._pool is None else self._pool.speaks)
+        told = [*open_sinks(console, run_dir, self._info), *sinks] if speaks else []
+        self._reports = Fanout(told, self._failed)
         self._notes = NoteTaker(self._reports.note)
-        self._probe = HeadProbe(
-            lambda: None if self._paused else self._wanted_step, self._rows_arrived, self._failed
-        )
+        self._probe = HeadProbe(self._captured_step, self._rows_arrived, self._failed)
+        self._loss_probe: LossProbe | None = None
+        self._share_head(apart)
         self._reports.start(self._info())
         self._notes.attached(self._head, self._reader)
-        self._handles: list[Any] = [StepHooks(self._optimizer, self._before_step, self._after_step)]
+        self._handles: list[Any] = [
+            StepHooks(self._optimizer, self._before_step, self._after_step, self._failed)
+        ]
         if self._head is not None:
             self._handles.append(self._head.module.register_forward_hook(self._probe, with_kwargs=True))
         _WATCHED.add(self._key)
@@ -188,9 +211,36 @@ class Monitor:
         if self._closed or self._paused:
             return
         try:
-            self._losses.append(loss.detach() if isinstance(loss, Tensor) else float(loss))
+            self._losses.append(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         except Exception as error:
             self._failed("observe_loss", error)
+
+    def observe_outputs(self, scale: float = 1.0) -> None:
+        """Read the loss from what the model returns (``output.loss``, ``output[0]``): no call per step.
+
+        Where the model is told ``num_items_in_batch``, its losses are shares of the step's and are added up,
+        times ``scale`` (the number of processes, if that counts the items of all of them).
+        """
+        if self._closed or self._loss_probe is not None:
+            return
+
+        def deliver(loss: Tensor, share: bool) -> None:
+            self._loss_share = scale if share else None
+            self.observe_loss(loss)
+
+        self._loss_probe = LossProbe(deliver, self._failed)
+        self._handles.append(self._model.register_forward_hook(self._loss_probe, with_kwargs=True))
+
+    def begin_step(self) -> None:
+        """For frameworks that say when an optimizer step begins: what a step that its gradient scaler skipped
+        has left of its loss is forgotten."""
+        self._losses.clear()
+
+    def end_micro_batch(self) -> None:
+        """Only for gradient accumulation with a compiled model after :meth:`observe_outputs`: call it after
+        each backward, or only the last micro-batch's loss is seen."""
+        if self._loss_probe is not None and not self._closed:
+            self._loss_probe.collect()
 
     def tap(self, logits: Tensor) -> Tensor:
         """Watch exactly this tensor [..., K] instead of the head's output; returns it unchanged.
@@ -219,6 +269,25 @@ class Monitor:
     def step(self) -> int:
         """Optimizer steps seen so far."""
         return self._step
+
+    @property
+    def closed(self) -> bool:
+        return self._closed
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The optimizer that is watched, without wrappers. Raises MonitorError once closed."""
+        if self._closed:
+            raise MonitorError("A closed monitor has let go of the optimizer.")
+        return self._optimizer
+
+    @contextmanager
+    def guarded(self, part: str) -> Iterator[None]:
+        """What runs in here must not stop a training: an exception is reported once, under this name."""
+        try:
+            yield
+        except Exception as error:
+            self._failed(part, error)
 
     def summary(self) -> Summary:
         """Everything so far as one object: rich prints it, ``json.dumps`` writes it."""
@@ -352,11 +421,13 @@ class Monitor:
             return
         self._closed = True
         for handle in self._handles:
-            handle.remove()
+            with self.guarded("close"):
+                handle.remove()
         self._handles.clear()
         _WATCHED.discard(self._key)
         _OPEN.discard(self)
         try:
+            self._leave()
             self._flush_losses()
             self._drain(everything=True)
             self._ring.close()
@@ -364,9 +435,9 @@ class Monitor:
             self._failed("close", error)
         self._finished = time.perf_counter()
         self._before, self._memory = None, None
-        self._rows.clear(self._step + 1)
-        self._probe.forget()
         try:
+            self._rows.clear(self._step + 1)
+            self._probe.forget()
             self._final_info = self._info()
             if self._reports.sinks:
                 for alert in self.alerts:
@@ -426,6 +497,14 @@ class Monitor:
 
     # --- hooks -----------------------------------------------------------------------------------
 
+    def _captured_step(self) -> int | None:
+        """For the head's forward. In the first it may turn out that DDP wraps the model after all."""
+        if self._paused:
+            return None
+        if self._looking and self._step == 0 and self._pool is None and not self._closed:
+            self._share_head(self._find_pool())
+        return self._wanted_step
+
     def _rows_arrived(self, rows: Rows) -> None:
         if "rows" in self._quiet or self._closed or self._paused:
             return
@@ -438,6 +517,7 @@ class Monitor:
         if self._paused:
             return
         self._complete_snapshot()
+        self.end_micro_batch()
         if self._wanted_step is None or "optimizer" in self._quiet:
             return
         started = time.perf_counter()
@@ -457,13 +537,18 @@ class Monitor:
             with torch.no_grad():
                 if self._wanted_step is not None:
                     self._measure()
+                elif self._losses and self._pool is not None:
+                    self._keep_loss(self._pool)
                 elif self._losses:
                     self._loss_only()
+            if self._pool is not None:
+                self._receive(self._pool)
             self._drain()
         except Exception as error:
             self._failed("step", error)
         self._take_snapshot()
         self._losses.clear()
+        self._loss_share = None
         self._before = None
         self._rows.clear(self._step + 1)
         self._probe.forget()
@@ -498,6 +583,9 @@ class Monitor:
     def _measure(self) -> None:
         """One packed vector for this step: row sums, row maxima, step quantities, loss."""
         self._measured += 1
+        if self._pool is not None and self._meet(self._pool):
+            self._measure_together(self._pool)
+            return
         packed: list[Tensor] = []
         has_rows = self._rows.sums is not None and self._rows.maxima is not None
         if self._rows.sums is not None and self._rows.maxima is not None:
@@ -509,6 +597,15 @@ class Monitor:
                 values, host = self._measure_step()
             except Exception as error:
                 self._failed("optimizer", error)
+        self._measure_probe(values)
+        self._take_loss(values, host)
+        if values:
+            packed.append(torch.stack([*values.values()]))
+        label = (self._step, has_rows, tuple(values), host, bool(self._rows.single_output))
+        self._flush_losses()
+        self._outbox.put(label, torch.cat(packed) if packed else torch.empty(0))
+
+    def _measure_probe(self, values: dict[str, Tensor]) -> None:
         if self._probe_batch is not None and "probe" not in self._quiet:
             try:
                 displacement = self._probe_batch.displacement(self._step)
@@ -516,12 +613,6 @@ class Monitor:
                     values["margin_displacement"] = displacement
             except Exception as error:
                 self._failed("probe", error)
-        self._take_loss(values, host)
-        if values:
-            packed.append(torch.stack([*values.values()]))
-        label = (self._step, has_rows, tuple(values), host, bool(self._rows.single_output))
-        self._flush_losses()
-        self._outbox.put(label, torch.cat(packed) if packed else torch.empty(0))
 
     def _measure_step(self) -> tuple[dict[str, Tensor], dict[str, float]]:
         """What the optimizer step did: quantities on the device, and those known on the host."""
@@ -554,6 +645,8 @@ class Monitor:
         elif tensors:
             losses = torch.stack(tensors)
             values["loss"] = torch.where(torch.isfinite(losses), losses, torch.nan).nanmean()
+        if "loss" in values and self._loss_share is not None:
+            values["loss"] = values["loss"] * (len(tensors) * self._loss_share)
 
     def _loss_only(self) -> None:
         """Between readings the loss alone: at once on a CPU, a batch of late ones on an accelerator."""
@@ -575,9 +668,158 @@ class Monitor:
             self._late_losses.clear()
             self._outbox.put(steps, packed)
 
+    # --- many processes --------------------------------------------------------------------------
+
+    def _find_pool(self) -> str | None:
+        """Look for the ranks that train together, and sign up; returns why that failed, if it did."""
+        if not self._looking:
+            return None
+        try:
+            ranks = distributed.find_ranks(self._model, self._group)
+            if ranks is not None:
+                slots = min(self._every, 256) if isinstance(self._every, int) else 32
+                self._pool = Pool.form(self._model, self._optimizer, self._head, ranks, slots=slots)
+        except Exception as error:
+            return f"their store cannot be reached ({type(error).__name__}: {error})"
+        return None
+
+    def _share_head(self, apart: str | None) -> None:
+        """Read a part of the head's classes where the other ranks hold the rest."""
+        if self._pool is not None and self._pool.shape.head_sharded:
+            self._reader.pooled, self._probe.outputs = True, self._pool.shape.outputs
+        if apart is not None:
+            self._looking = False
+            self._apart(apart)
+
+    def _meet(self, pool: Pool) -> bool:
+        """Whether all ranks are here; the first call of each rank waits for the others."""
+        try:
+            if pool.stops_early:
+                self._apart(
+                    "DDP's join() lets a rank that has run out of batches stop making optimizer steps"
+                )
+                return False
+            if pool.team.meet():
+                self._rank = pool.speaks
+                return True
+            why = (
+                f"only {pool.team.here} of {pool.team.world} had attached a monitor (to this head, under the "
+                f"same settings) within {distributed.WAIT:g} seconds. Attach it on every rank, before the "
+                "first optimizer step; or pass group=False, and nobody waits"
+            )
+        except Exception as error:
+            why = f"they cannot be reached ({type(error).__name__}: {error})"
+        self._apart(why)
+        return False
+
+    def _apart(self, why: str) -> None:
+        """From here on this rank reads its own rows: the others are not there, or not at the same step."""
+        if self._pool is not None:
+            self._pool.team.disband()
+            self._looking = False
+            self._pool, self._memory, self._reader.pooled = None, None, False
+        self._notes.note(
+            "ranks_apart",
+            f"The ranks are not read together: {why}. Each watches its own rows (and only whole tensors), "
+            "rank 0 alone reports. Training is not affected.",
+            self._step,
+        )
+
+    def _measure_together(self, pool: Pool) -> None:
+        """This rank's part of the step's reading. Whatever fails here, the others are not kept waiting."""
+        message, weight = pool.message(), None
+        try:
+            weight = self._fill(pool, message)
+            packed = pool.finish(message, self._step, failed=bool(self._quiet))
+        except Exception as error:
+            self._failed("ranks", error)
+            packed = pool.nothing(self._step, failed=True)
+        pool.send(packed, self._step, head_weight=weight)
+
+    def _fill(self, pool: Pool, message: Message) -> Tensor | None:
+        """Everything that this rank has measured; returns the head's weight, where it is whole."""
+        pool.add_rows(message, self._rows)
+        values: dict[str, Tensor] = {}
+        weight = None
+        if "optimizer" not in self._quiet:
+            try:
+                weight = self._fill_step(pool, message)
+            except Exception as error:
+                self._failed("optimizer", error)
+        self._measure_probe(values)
+        pool.add_values(message, values)
+        self._keep_loss(pool)
+        return weight
+
+    def _fill_step(self, pool: Pool, message: Message) -> Tensor | None:
+        update = None if self._before is None else self._reader.after(self._before, self._step)
+        values: dict[str, Tensor | float] = {}
+        if update is not None:
+            values["learning_rate"] = update.lr
+            if update.found_inf is not None:
+                values[SKIPPED] = update.found_inf
+            if not pool.shape.head_sharded:
+                rows, memory = self._rows.features, self._memory
+                whole, self._memory = step_statistics(update, rows, None, memory, self._step)
+                values |= pool.whole(whole)
+        pool.add_values(message, values)
+        pool.add_step(message, update, self._step)
+        pool.add_head(message, update, self._step)
+        return None if update is None or pool.shape.head_sharded else update.head_weight
+
+    def _keep_loss(self, pool: Pool) -> None:
+        """The others have losses of their own: their mean is known with the next reading."""
+        values: dict[str, Tensor] = {}
+        host: dict[str, float] = {}
+        self._take_loss(values, host)
+        loss = values.get("loss", host.get("loss"))
+        if loss is not None:
+            pool.keep_loss(self._step, loss)
+
+    def _receive(self, pool: Pool) -> None:
+        """Readings of all ranks that are due at this step: the same ones on each of them."""
+        try:
+            received = pool.receive(self._step)
+        except Exception as error:
+            self._apart(f"one of them is gone, or late ({type(error).__name__}: {error})")
+            return
+        for reduced in received:
+            if reduced.out_of_step:
+                where = ", ".join(str(pool.team.ranks[index]) for index in reduced.out_of_step)
+                self._apart(f"rank {where} is at another optimizer step than rank {distributed.rank()}")
+                return
+            if reduced.single_output:
+                self._rows.single_output = True
+            if reduced.failed:
+                where = ", ".join(str(pool.team.ranks[index]) for index in reduced.failed)
+                self._notes.note(
+                    "failed_rank",
+                    f"A part of the monitor failed on rank {where} and is off there; the other ranks are "
+                    "still read, and training is not affected.",
+                    reduced.step,
+                )
+            for step, loss in reduced.losses:
+                self._judge(Reading(step, {"loss": loss}), full=False)
+            if reduced.skipped:
+                self._notes.skipped_step(reduced.step)
+            else:
+                self._judge(Reading(reduced.step, with_non_finite(reduced.values)), full=True)
+            if reduced.left:
+                where = ", ".join(str(pool.team.ranks[index]) for index in reduced.left)
+                self._apart(f"the monitor of rank {where} was closed")
+                return
+
+    def _leave(self) -> None:
+        """Tell the other ranks, with the next reading, that this one takes no part any more."""
+        pool, self._pool = self._pool, None
+        if pool is not None and pool.team.leave():
+            Leaver(pool, self._optimizer, self._step, self._detector, self._every)
+
     # --- detect and report -----------------------------------------------------------------------
 
     def _drain(self, *, everything: bool = False) -> None:
+        if self._pool is not None:
+            return  # what is due is received once a step, by all ranks alike
         for label, numbers in self._outbox.take(everything=everything):
             if isinstance(label, list):
                 for step, loss in zip(label, numbers, strict=True):
@@ -590,12 +832,10 @@ class Monitor:
                 values |= finish(sums, maxima, single_output=single_output)
                 numbers = numbers[_ROW_WIDTH:]
             values |= dict(zip(names, numbers, strict=True))
-            if "gradient_norm" in values:
-                values["non_finite_gradients"] = float(not math.isfinite(values["gradient_norm"]))
             if values.pop(SKIPPED, 0.0) > 0:
                 self._notes.skipped_step(step)
                 continue
-            self._judge(Reading(step, values), full=True)
+            self._judge(Reading(step, with_non_finite(values)), full=True)
 
     def _judge(self, reading: Reading, *, full: bool) -> None:
         verdict = Verdict(self._detector.phase)
@@ -633,18 +873,7 @@ class Monitor:
                 self._failed("on_alert", error)
 
     def _next_wanted(self) -> int | None:
-        following = self._step + 1
-        if isinstance(self._every, int):
-            return following if following % self._every == 0 or self._every == 1 else None
-        # The first steps are read in full: they show whether anything can be seen at all.
-        attention = self._detector.attention
-        if attention is Attention.ALWAYS or following <= 8:
-            return following
-        tau = self._detector.context.tau
-        if attention is Attention.OFTEN:
-            return following if following % auto_interval(tau, at_risk=True) == 0 else None
-        # Two neighbours and a longer pause: curvature, alignment and swing need the step before as well.
-        return following if following % (2 * auto_interval(tau)) <= 1 else None
+        return next_wanted(self._step, self._every, self._detector)
 
     def _read_context(self) -> Context:
         betas = self._reader.betas()
@@ -666,7 +895,9 @@ class Monitor:
         if part in self._quiet:
             return
         self._quiet.add(part)
-        self._notes.failed(part, error, self._step)
+        # Saying so may fail as well (a console that is gone): then there is nothing left to tell it to.
+        with suppress(Exception):
+            self._notes.failed(part, error, self._step)
 
     def _absorbing_classes(self, limit: int | None = 10) -> list[list[float]]:
         return [[float(k), count] for k, count in self._rows.most_absorbed(limit)]

@@ -52,7 +52,8 @@ class NoteTaker:
             self.note(
                 "optimizer_without_head",
                 f"The head {head.name!r} {why}: its second moment and displacement cannot be read. "
-                "Rows are still watched. If another optimizer trains it, pass that one to Monitor.",
+                "Rows are still watched. If another optimizer trains it, pass that one to Monitor; one that "
+                "trains flat copies of the parameters (DeepSpeed ZeRO, master weights) cannot be read so.",
                 0,
             )
         if head.tied:
@@ -152,7 +153,10 @@ class NoteTaker:
             )
 
     def _no_rows(self, step: int, probe: HeadProbe, weight_seen: bool) -> None:
-        if probe.traced:
+        if probe.sharded:
+            cause = "each rank holds the logits of some classes only (a vocabulary-parallel head)"
+            cure = "For rows, let the head gather its logits: ColwiseParallel(output_layouts=Replicate())."
+        elif probe.traced:
             cause = "the head runs inside torch.compile, where a hook would break the graph"
             cure = "For rows, tap the compiled model's output: logits = monitor.tap(model(x))."
         elif probe.fired:

@@ -10,6 +10,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.spiking import Recorded, record
 
+pytest_plugins = ["tests.compatibility"]
+
 # A deadline measures the machine, not the code.  print_blob: a failure can be replayed from the log.
 settings.register_profile(
     "nfi-monitor", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow]

@@ -219,6 +219,8 @@ class HeadProbe:
         self.traced = 0
         self.tapped = False
         self.without_features = 0
+        self.outputs: int | None = None  # K, where the head's own weight holds a part of the classes
+        self.sharded = 0  # logits of which each rank holds some classes only
         self._features: Tensor | None = None
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
@@ -269,8 +271,13 @@ class HeadProbe:
     def _watch(self, logits: Tensor, features: Tensor | None, step: int, *, tapped: bool) -> None:
         """Register the gradient hook on ``logits`` [..., K]; ``features`` [..., d] feed them."""
         self.fired += 1
-        classes = logits.shape[-1] if logits.dim() else 0
-        total = logits.numel() // classes if classes else 0
+        shown = whole_rows(logits)
+        if shown is None or (not tapped and self.outputs is not None and shown.shape[-1:] != (self.outputs,)):
+            self.sharded += 1
+            return
+        features = None if features is None else whole_rows(features)
+        classes = shown.shape[-1] if shown.dim() else 0
+        total = shown.numel() // classes if classes else 0
         if total == 0:
             return  # an empty batch shows nothing
         stride = row_stride(total, classes)
@@ -281,8 +288,8 @@ class HeadProbe:
 
         # Copies: some losses write their gradient over the logits, and a strided view would keep the whole
         # [N, K] and [N, d] storages alive.  All rows of the features are autograd's own and are shared.
-        kept = [sample(logits).clone()]
-        if features is not None and features.shape[:-1] == logits.shape[:-1]:
+        kept = [sample(shown).clone()]
+        if features is not None and features.shape[:-1] == shown.shape[:-1]:
             kept.append(sample(features).clone() if stride > 1 else sample(features))
         else:
             self.without_features += 1
@@ -292,11 +299,15 @@ class HeadProbe:
             # tapped tensor reports the rows.
             if grad is None or self.tapped is not tapped:
                 return
+            grad = whole_rows(grad)
+            if grad is None:
+                self.sharded += 1
+                return
             try:
                 self.delivered += 1
                 if kept:  # a second backward through the same graph shows the same rows again
                     features = kept[1] if len(kept) > 1 else None
-                    self._deliver(Rows(sample(local(grad)), kept[0], features, total))
+                    self._deliver(Rows(sample(grad), kept[0], features, total))
                     kept.clear()  # the graph may outlive its backward
             except Exception as error:
                 self._failed("rows", error)
@@ -319,6 +330,18 @@ class InertProbe:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         return None
+
+
+def whole_rows(tensor: Any) -> Tensor | None:
+    """This rank's rows of a DTensor, detached, where they hold all classes (or features); None where they do
+    not. Any other tensor itself."""
+    if not hasattr(tensor, "to_local"):
+        return tensor  # type: ignore[no-any-return]
+    cut = {getattr(placement, "dim", None) for placement in tensor.placements}
+    partial = any(placement.is_partial() for placement in tensor.placements)
+    if partial or not cut.isdisjoint({-1, tensor.dim() - 1}):
+        return None
+    return local(tensor.detach())
 
 
 def _inside_functorch(tensor: Tensor) -> bool:

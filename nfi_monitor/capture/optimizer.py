@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.quantized import Quantized, quantized_moment
 from nfi_monitor.capture.sampling import CoordinateSample, local
 
 HEAD_ELEMENTS = 1 << 18
@@ -25,8 +26,9 @@ HEAD_ELEMENTS = 1 << 18
 MEAN_ELEMENTS = 1 << 20
 """Head weights read for W_G and for the batch-level zero-sum per step; larger heads are read less often."""
 
-SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq")
-"""Names of the second moment in an optimizer's state; with amsgrad the maximum is what divides."""
+SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2")
+"""Names of the second moment in an optimizer's state; with amsgrad the maximum is what divides; the last is
+bitsandbytes'."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,7 @@ class Update:
     """One optimizer step as tensors: [C] over sampled coordinates, head tensors classes first."""
 
     sample: CoordinateSample
+    params: tuple[nn.Parameter, ...]  # whose coordinates they are
     grad: Tensor  # [C]
     before: Tensor  # [C]
     after: Tensor  # [C]
@@ -82,12 +85,32 @@ def unwrap(optimizer: Any) -> Optimizer:
     return unwrap(inner) if isinstance(inner, Optimizer) else seen
 
 
+def choose(optimizer: Any, head: Head | None) -> Optimizer:
+    """The optimizer of a monitor: the one given, or of several the one that trains the head.
+
+    Raises TypeError as :func:`unwrap`; the first of several is taken where none or no head is found.
+    """
+    if not isinstance(optimizer, (list, tuple)):
+        return unwrap(optimizer)
+    if not optimizer:
+        raise TypeError("Monitor needs an optimizer, got an empty list. Pass the one that trains the head.")
+    several = [unwrap(one) for one in optimizer]
+    weight = head.weight if head is not None else None
+    trains = [
+        one
+        for one in several
+        if weight is not None and any(p is weight for group in one.param_groups for p in group["params"])
+    ]
+    return (trains or several)[0]
+
+
 class OptimizerReader:
     """Gathers an :class:`Update` for the steps that are measured."""
 
     def __init__(self, optimizer: Optimizer, head: Head | None) -> None:
         self.optimizer = optimizer
         self.head = head
+        self.pooled = False  # what is read of a sharded head is added up over its shards
         self.unreadable: set[str] = set()  # state of a kind that cannot be sampled, for a note
         self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
         self._groups: dict[int, dict[str, Any]] = {}
@@ -171,12 +194,16 @@ class OptimizerReader:
         eps: Tensor | float = 0.0
         if all(isinstance(moment, Tensor) for moment in moments):
             exp_avg_sq = self._packed("moments", start.sample, moments)  # type: ignore[arg-type]
+        elif all(moment is not None for moment in moments):
+            exp_avg_sq = start.sample.pack(_in_bits(start.sample, moments))
+        if exp_avg_sq is not None:
             correction, eps = self._constants(start, states)
         weight, bias = self._head_rows()
         full = self.head.weight if self.head is not None else None
         position = next((i for i, param in enumerate(start.params) if param is full), None)
         return Update(
             sample=start.sample,
+            params=start.params,
             grad=grad,
             before=start.before,
             after=self._packed("params", start.sample, start.params),
@@ -249,7 +276,12 @@ class OptimizerReader:
             moment = _second_moment(self.optimizer.state.get(param, {}))
             if moment is None:
                 continue
-            if (
+            if isinstance(moment, Quantized):
+                if moment.codes.numel() == local(param).numel():
+                    with_moment.append(param)
+                else:
+                    self.unreadable.add("8-bit optimizer state of another shape than its parameter")
+            elif (
                 moment.is_floating_point()
                 and moment.shape == param.shape
                 and type(moment)
@@ -301,8 +333,9 @@ class OptimizerReader:
     # --- the head --------------------------------------------------------------------------------
 
     def _readable_head(self) -> Head | None:
-        """The head, unless its weight is sharded: sums over a part of the classes mean nothing."""
-        if self.head is not None and hasattr(self.head.weight, "to_local"):
+        """The head, unless its weight is sharded and nobody adds up the shards: a part of the classes alone
+        means nothing."""
+        if self.head is not None and not self.pooled and hasattr(self.head.weight, "to_local"):
             self.unreadable.add("the head's weight, which is sharded over ranks")
             return None
         return self.head
@@ -336,24 +369,37 @@ class OptimizerReader:
         grad = head.classes_first(grad.detach())
         # The sum over classes has to be complete; the features may be sampled: neighbouring columns,
         # because they share cache lines.
-        columns = max(1, min(grad.shape[1], MEAN_ELEMENTS // 4 // grad.shape[0]))
+        columns = gradient_columns(grad.shape[1], head.outputs or 1)
         first = (step * columns) % (grad.shape[1] - columns + 1)
         return grad[:, first : first + columns], bias_grad
 
 
 class StepHooks:
-    """The pair of hooks around ``optimizer.step()``, with their handles."""
+    """The pair of hooks around ``optimizer.step()``, with their handles.
+
+    The last guard of a training: whatever ``before`` and ``after`` raise goes to ``failed("step", error)``.
+    """
 
     def __init__(
-        self, optimizer: Optimizer, before: Callable[[bool], None], after: Callable[[], None]
+        self,
+        optimizer: Optimizer,
+        before: Callable[[bool], None],
+        after: Callable[[], None],
+        failed: Callable[[str, BaseException], None],
     ) -> None:
         def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # Bound as an instance method: args may begin with the optimizer itself.
-            given = [*args, *kwargs.values()]
-            before(any(callable(value) and not isinstance(value, Optimizer) for value in given))
+            try:
+                # Bound as an instance method: args may begin with the optimizer itself.
+                given = [*args, *kwargs.values()]
+                before(any(callable(value) and not isinstance(value, Optimizer) for value in given))
+            except Exception as error:
+                failed("step", error)
 
         def post(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            after()
+            try:
+                after()
+            except Exception as error:
+                failed("step", error)
 
         if "torch._dynamo" in sys.modules:
             # A compiled step must not trace the monitor.  (Importing dynamo for a run that does not compile
@@ -370,11 +416,30 @@ class StepHooks:
             handle.remove()
 
 
-def _second_moment(state: Mapping[str, Any]) -> Tensor | None:
+def gradient_columns(features: int, outputs: int) -> int:
+    """How many columns of the head's gradient [K, d] are read per step."""
+    return max(1, min(features, MEAN_ELEMENTS // 4 // outputs))
+
+
+def _second_moment(state: Mapping[str, Any]) -> Tensor | Quantized | None:
+    in_bits = quantized_moment(state)
+    if in_bits is not None:
+        return in_bits
     for name in SECOND_MOMENTS:
         if isinstance(state.get(name), Tensor):
             return state[name]  # type: ignore[no-any-return]
     return None
+
+
+def _in_bits(sample: CoordinateSample, moments: Sequence[Tensor | Quantized | None]) -> list[Tensor]:
+    """The sampled coordinates of moments of which some are kept in 8 bits; small tensors are not."""
+    values = []
+    for moment, stride in zip(moments, sample.strides, strict=True):
+        if isinstance(moment, Quantized):
+            values.append(moment.sample(stride))
+        elif moment is not None:
+            values.append(local(moment).detach().reshape(-1)[::stride].float())
+    return values
 
 
 def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:

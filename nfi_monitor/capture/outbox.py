@@ -8,6 +8,7 @@ monitor, and the monitor speaks a step or two late.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,13 +37,20 @@ class Outbox:
             return
         self._pending.append((label, packed, None))  # no events to ask: read when it is taken
 
-    def take(self, *, everything: bool = False) -> list[tuple[Any, list[float]]]:
-        """What has arrived, oldest first; with ``everything``, wait for the rest."""
+    def take(
+        self, *, everything: bool = False, due: Callable[[Any], bool] | None = None
+    ) -> list[tuple[Any, list[float]]]:
+        """What has arrived, oldest first; with ``everything``, wait for the rest.
+
+        ``due(label)``: wait for these, and leave the others even where they have arrived.
+        """
         arrived = []
         while self._pending:
             label, host, event = self._pending[0]
-            if event is not None and not event.query():
-                if not everything and len(self._pending) <= PENDING:
+            if due is not None and not due(label):
+                break
+            if event is not None and (due is not None or not event.query()):
+                if due is None and not everything and len(self._pending) <= PENDING:
                     break
                 event.synchronize()
             self._pending.popleft()

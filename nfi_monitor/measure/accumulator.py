@@ -77,11 +77,17 @@ class RowAccumulator:
                 self._feature_count = self._feature_count + count
 
     @property
-    def feature_mean(self) -> Tensor | None:
-        """μ_G [d] over the rows that count; NaN where none does."""
+    def feature_total(self) -> tuple[Tensor, Tensor] | None:
+        """Σ h [d] over the rows that count, and their number; None without features."""
         if self._feature_sum is None or self._feature_count is None:
             return None
-        return self._feature_sum / self._feature_count
+        return self._feature_sum, self._feature_count
+
+    @property
+    def feature_mean(self) -> Tensor | None:
+        """μ_G [d] over the rows that count; NaN where none does."""
+        total = self.feature_total
+        return None if total is None else total[0] / total[1]
 
     def most_absorbed(self, limit: int | None) -> list[tuple[int, float]]:
         """(class, absorbed rows seen), most first. Reads the counts from the device: not for a hot path."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -93,21 +95,12 @@ def step_statistics(
         values["head_weight_norm"] = torch.linalg.vector_norm(
             update.head_weight, dtype=zero_sum.accumulation_dtype(update.head_weight.dtype)
         )
-        several = update.head_weight.shape[0] > 1
-        classifier_mean = global_means.classifier_mean(update.head_weight) if several else None
-        if classifier_mean is not None:
-            values["classifier_mean_norm"] = torch.linalg.vector_norm(classifier_mean)
-        if feature_mean is not None and len(feature_mean) == update.head_weight.shape[1]:
-            if classifier_mean is not None:
-                values["mean_alignment"] = global_means.cosine(
-                    classifier_mean, feature_mean.to(classifier_mean.dtype)
-                )
-            if previous is not None and previous.step == step - 1 and previous.feature_mean is not None:
-                values["feature_displacement"] = displacement.feature_displacement(
-                    update.head_weight, classifier_mean, feature_mean - previous.feature_mean
-                )
-    if feature_mean is not None:
-        values["feature_mean_norm"] = torch.linalg.vector_norm(feature_mean)
+    consecutive = previous is not None and previous.step == step - 1
+    values |= mean_statistics(
+        update.head_weight,
+        feature_mean,
+        previous.feature_mean if previous is not None and consecutive else None,
+    )
     if update.head_weight_grad is not None:
         values["zero_sum_violation_weight"] = zero_sum.weight_violation(update.head_weight_grad)
     if update.head_bias_grad is not None:
@@ -117,5 +110,37 @@ def step_statistics(
     return values, memory
 
 
+def mean_statistics(
+    head_weight: Tensor | None, feature_mean: Tensor | None, previous_mean: Tensor | None
+) -> dict[str, Tensor]:
+    """The quantities of W_G and μ_G. ``head_weight`` [K, d] or None, ``feature_mean`` μ_G [d] or None,
+    ``previous_mean`` that of the step before, or None."""
+    values: dict[str, Tensor] = {}
+    if head_weight is not None:
+        several = head_weight.shape[0] > 1
+        classifier_mean = global_means.classifier_mean(head_weight) if several else None
+        if classifier_mean is not None:
+            values["classifier_mean_norm"] = torch.linalg.vector_norm(classifier_mean)
+        if feature_mean is not None and len(feature_mean) == head_weight.shape[1]:
+            if classifier_mean is not None:
+                values["mean_alignment"] = global_means.cosine(
+                    classifier_mean, feature_mean.to(classifier_mean.dtype)
+                )
+            if previous_mean is not None:
+                values["feature_displacement"] = displacement.feature_displacement(
+                    head_weight, classifier_mean, feature_mean - previous_mean
+                )
+    if feature_mean is not None:
+        values["feature_mean_norm"] = torch.linalg.vector_norm(feature_mean)
+    return values
+
+
 SKIPPED = "_found_inf"
 """Not a quantity: > 0 marks a step that a gradient scaler made the fused optimizer skip."""
+
+
+def with_non_finite(values: dict[str, float]) -> dict[str, float]:
+    """``values`` and, where gradients were read, whether they were finite."""
+    if "gradient_norm" not in values:
+        return values
+    return {**values, "non_finite_gradients": float(not math.isfinite(values["gradient_norm"]))}

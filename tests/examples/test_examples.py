@@ -63,6 +63,7 @@ def lines(path: Path) -> list[dict[str, object]]:
         ("01_plain_loop", "--steps --run-dir --loss-dtype"),
         ("02_modular_division", "--p --width --depth --beta2 --seed --steps --slingshots --out --no-live"),
         ("03_sparse_parity", "--loss --loss-dtype --steps --seed --run-dir"),
+        ("06_tensorboard", "--out --steps --seed --serve --port"),
     ],
 )
 def test_help_names_every_option(name: str, options: str, tmp_path: Path) -> None:

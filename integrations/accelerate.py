@@ -1,0 +1,72 @@
+"""Accelerate: ``with watch(accelerator, model, optimizer) as monitor:`` around the loop, after prepare."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from nfi_monitor.attach import Attachment
+from nfi_monitor.monitor import Monitor
+from nfi_monitor.report.loggers import ScalarLog, notifiers
+
+try:
+    from accelerate import Accelerator
+except ImportError as missing:
+    raise ImportError(
+        'The Accelerate adapter needs accelerate: pip install "nfi-monitor[accelerate]"'
+    ) from missing
+
+STATE = "nfi_monitor.json"
+"""The monitor's file in a directory of ``accelerator.save_state``."""
+
+
+def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) -> Monitor:
+    """Watch what ``accelerator.prepare`` returned. Close the monitor after the loop, or use ``with``.
+
+    The loss of a model that returns it (as HuggingFace's do) is read from its output; otherwise call
+    ``monitor.observe_loss(loss)`` before ``accelerator.backward(loss)``. Scalars go to the accelerator's
+    trackers, alerts to those that notify people (wandb, trackio). ``accelerator.save_state`` saves the
+    monitor, too, and ``load_state`` goes on with its alerts; a checkpoint without them is no error.
+
+    Args:
+        options: as for :class:`nfi_monitor.Monitor`. ``run_dir`` is ``nfi`` in the accelerator's project
+            directory, or ``nfi-2`` … where that holds an earlier run; without a project directory, or with
+            None, nothing is written.
+
+    Raises as ``Monitor``.
+    """
+
+    def log(values: dict[str, float], step: int) -> None:
+        for tracker in accelerator.trackers:  # looked up late: init_trackers may come after this
+            # wandb drops what comes with a smaller step than the last: ours would fight with the loop's own.
+            tracker.log({**values, "nfi/step": step}, step=None if tracker.name == "wandb" else step)
+
+    if accelerator.project_dir is None:
+        options.setdefault("run_dir", None)
+    names = [getattr(kind, "value", getattr(kind, "name", "")) for kind in accelerator.log_with]
+    attachment = Attachment(**options)
+    monitor = attachment.open(
+        model,
+        optimizer,
+        directory=Path(accelerator.project_dir or "") / "nfi",
+        scaler=getattr(optimizer, "scaler", None),
+        sinks=[ScalarLog(log), *notifiers(names)],
+    )
+    monitor.observe_outputs()
+
+    # Not register_for_checkpointing: load_state then refuses a checkpoint that was saved without the monitor.
+    def save(models: Any, weights: Any, folder: str) -> None:
+        if accelerator.is_main_process and not monitor.closed:
+            with monitor.guarded("save_state"):
+                (Path(folder) / STATE).write_text(json.dumps(attachment.state()), encoding="utf-8")
+
+    def load(models: Any, folder: str) -> None:
+        if not monitor.closed and (Path(folder) / STATE).is_file():
+            with monitor.guarded("load_state"):
+                saved = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
+                monitor.load_state_dict(saved["monitor"])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)
+    return monitor

@@ -1,0 +1,99 @@
+"""Lightning: ``Trainer(callbacks=[NFICallback()])``.
+
+Attaches when training begins, after a checkpoint is loaded and the sanity check is over, and detaches when it
+ends, an exception included.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from nfi_monitor.attach import Attachment
+from nfi_monitor.monitor import Monitor
+from nfi_monitor.report.loggers import AlertLog, ScalarLog, notifiers
+from nfi_monitor.types import Alert, Change
+
+try:
+    from lightning.pytorch.callbacks import Callback
+except ImportError as missing:
+    raise ImportError(
+        'The Lightning adapter needs lightning: pip install "nfi-monitor[lightning]"'
+    ) from missing
+
+
+class NFICallback(Callback):
+    """Watch a ``Trainer``'s fits for slingshots.
+
+    Args:
+        options: ``save_on``, ``stop_on`` and ``remedy`` of :class:`nfi_monitor.attach.Attachment`, and those
+            of :class:`nfi_monitor.Monitor` (head, console, on_alert, probe, thresholds, every …). ``run_dir``
+            is ``nfi`` in the trainer's log directory, or ``nfi-2`` … where that holds an earlier run; a
+            resumed fit goes on in its own. None writes nothing.
+
+    Of several optimizers the one that trains the head is watched. Scalars go to the trainer's loggers every
+    ``log_every_n_steps`` and where the phase changes, alerts to those that take text or notify people.
+    ``callback.monitor`` is the monitor. Checkpoints hold its state: a resumed fit goes on with its alerts.
+
+    Raises TypeError or ValueError for wrong options when made, and as ``Monitor`` when training begins.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        self._attachment = Attachment(**options)
+        self._resumed: dict[str, Any] = {}
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The monitor of this fit, or of the last one; None before the first."""
+        return self._attachment.monitor
+
+    def state_dict(self) -> dict[str, Any]:
+        return self._attachment.state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._resumed = state_dict
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        def log(values: dict[str, float], step: int) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics(values, step)
+
+        def tell(alert: Alert, change: Change) -> None:
+            from nfi_monitor.report.tensorboard import alert_markdown
+
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_text"):
+                    text = alert_markdown(alert)
+                    logger.experiment.add_text(f"nfi/alerts/{alert.id}", text, alert.last_step)
+
+        names = [type(logger).__name__.removesuffix("Logger").lower() for logger in trainer.loggers]
+        self._attachment.open(
+            pl_module,
+            trainer.optimizers,
+            directory=Path(trainer.log_dir or trainer.default_root_dir) / "nfi",
+            schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            sinks=[ScalarLog(log, trainer.log_every_n_steps), AlertLog(tell), *notifiers(names)],
+            state=self._resumed,
+            native={"trainer": trainer, "pl_module": pl_module},
+        )
+        self._resumed = {}
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
+        if self.monitor is not None:  # Lightning has divided it by the number of micro-batches
+            self.monitor.observe_loss(loss.detach() * trainer.accumulate_grad_batches)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
+        due = self._attachment.act()
+        if due.save:
+            checkpoints = trainer.checkpoint_callback
+            folder = getattr(checkpoints, "dirpath", None) or Path(trainer.log_dir) / "checkpoints"
+            trainer.save_checkpoint(Path(folder) / f"nfi-step={trainer.global_step}.ckpt")
+        if due.stop:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        self._attachment.close()
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        self._attachment.close()

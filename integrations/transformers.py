@@ -1,0 +1,114 @@
+"""HuggingFace ``Trainer``: ``Trainer(..., callbacks=[NFICallback()])``.
+
+Attaches when training begins, after the model is wrapped and the optimizer made, and detaches when it ends.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any, ClassVar
+
+from nfi_monitor.attach import Attachment
+from nfi_monitor.monitor import Monitor
+from nfi_monitor.report.loggers import AlertLog, notifiers
+from nfi_monitor.types import Alert, Change
+
+try:
+    from transformers import TrainerCallback
+    from transformers.trainer_callback import ExportableState
+except ImportError as missing:
+    raise ImportError(
+        'The HuggingFace adapter needs transformers and accelerate: pip install "nfi-monitor[transformers]"'
+    ) from missing
+
+
+class NFICallback(TrainerCallback, ExportableState):
+    """Watch a ``Trainer``'s runs for slingshots.
+
+    Args:
+        save_on: kinds of alert that save a checkpoint at once, such as "imminent".
+        stop_on: kinds of alert that stop the training, such as "slingshot".
+        remedy: ``remedy(alert, context)``, called after the step at which an alert begins
+            (:class:`nfi_monitor.attach.TrainerContext`). It may change the training; nothing else here does.
+        run_dir: default ``<output_dir>/nfi``, or ``nfi-2`` … where that holds an earlier run; a resumed run
+            goes on in its own. None writes nothing.
+        options: as for :class:`nfi_monitor.Monitor` (head, console, on_alert, probe, thresholds, every …).
+
+    Alerts also go to ``trainer.state.log_history`` (key ``nfi_alert``) and, where ``report_to`` names them,
+    to wandb and trackio. ``callback.monitor`` is the monitor. Checkpoints hold its state, and a resumed run
+    goes on with its alerts.
+
+    Raises TypeError or ValueError for wrong options when made, and as ``Monitor`` when training begins.
+    """
+
+    _made: ClassVar[weakref.WeakValueDictionary[int, NFICallback]] = weakref.WeakValueDictionary()
+
+    def __new__(cls, *, restored: bool = False, **options: Any) -> NFICallback:
+        # With restore_callback_states_from_checkpoint=True the Trainer replaces callbacks by new ones, made
+        # from JSON: a remedy, an on_alert or the user's hold on the monitor would be lost. So the callback
+        # that is there is handed back instead (of several the newest that is not training).
+        if restored:
+            idle = [made for made in cls._made.values() if not made._training()]
+            if idle:
+                return idle[-1]
+        made: NFICallback = super().__new__(cls)
+        return made
+
+    def __init__(self, *, restored: bool = False, **options: Any) -> None:
+        if restored and self in self._made.values():
+            return
+        self._attachment = Attachment(**options)
+        self._made[max(self._made, default=0) + 1] = self
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """The monitor of this run, or of the last one; None before the first."""
+        return self._attachment.monitor
+
+    def _training(self) -> bool:
+        return self.monitor is not None and not self.monitor.closed
+
+    def state(self) -> dict[str, Any]:
+        """For the Trainer's checkpoint; read again when training begins."""
+        return {"args": {"restored": True}, "attributes": {}, "nfi_monitor": self._attachment.state()}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        # A checkpoint of before this callback was added has no such key, and the next save would ask for it.
+        state.stateful_callbacks[type(self).__name__] = self.state()
+        saved = saved[-1] if isinstance(saved, list) and saved else saved
+
+        def log(alert: Alert, change: Change) -> None:
+            entry = {"nfi_alert": alert.to_json(), "nfi_change": change.value, "step": state.global_step}
+            last = len(state.log_history)
+            if last and "train_runtime" in state.log_history[-1]:
+                last -= 1  # people read the last entry for the run's totals
+            state.log_history.insert(last, entry)
+
+        monitor = self._attachment.open(
+            kwargs["model"],
+            kwargs["optimizer"],
+            directory=f"{args.output_dir}/nfi",
+            schedulers=[kwargs["lr_scheduler"]],
+            scaler=getattr(kwargs["optimizer"], "scaler", None),
+            sinks=[AlertLog(log), *notifiers(args.report_to)],
+            state=saved.get("nfi_monitor") if state.global_step and isinstance(saved, dict) else None,
+            native={"args": args, "state": state, "control": control},
+        )
+        monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.begin_step()
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.monitor is not None:
+            self.monitor.end_micro_batch()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        due = self._attachment.act()
+        control.should_save |= due.save
+        control.should_training_stop |= due.stop
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._attachment.close()

@@ -1,0 +1,191 @@
+"""What every adapter of a training framework needs, so that the adapters themselves only translate events.
+
+A framework's callback outlives its runs: it is made before a model is wrapped, started again after an
+out-of-memory error, and resumed in another process.  An :class:`Attachment` holds the user's options all that
+time and one open :class:`Monitor` while a run trains.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nfi_monitor.monitor import Monitor, open_monitors
+from nfi_monitor.report.sink import Sink
+from nfi_monitor.types import Alert, AlertKind, AlertState
+
+_ATTACHED: weakref.WeakSet[Monitor] = weakref.WeakSet()
+Kinds = AlertKind | str | Iterable[AlertKind | str] | None
+
+
+@dataclass(frozen=True)
+class TrainerContext:
+    """What a remedy may change, on the side of the training framework."""
+
+    monitor: Monitor
+    model: nn.Module
+    optimizer: Optimizer
+    """The one that is watched, without the framework's wrapper."""
+    schedulers: tuple[Any, ...]
+    native: Mapping[str, Any]
+    """The framework's own objects: args, state, control (transformers); trainer, pl_module (Lightning)."""
+
+
+Remedy = Callable[[Alert, TrainerContext], object]
+
+
+@dataclass(frozen=True)
+class Due:
+    """What the alerts that began since the last time ask of the framework."""
+
+    save: bool
+    stop: bool
+
+
+class Attachment:
+    """The monitors of a callback, one at a time.
+
+    Args:
+        save_on, stop_on: kinds of alert ("imminent", ``AlertKind.SLINGSHOT``, or several) that have the
+            framework save a checkpoint, or stop, after the optimizer step at which one begins.
+        remedy: called as ``remedy(alert, context)`` after the step at which an alert begins, of every kind.
+            This alone changes the training, because you ask it to.
+        on_alert, run_dir and options: as for :class:`Monitor`; ``run_dir="auto"`` is the adapter's choice.
+
+    Raises:
+        TypeError, ValueError: at once for an unknown option, kind or a remedy that cannot be called, not
+        when a queued job starts at last.
+    """
+
+    def __init__(
+        self,
+        *,
+        save_on: Kinds = None,
+        stop_on: Kinds = None,
+        remedy: Remedy | None = None,
+        on_alert: Callable[[Alert], None] | None = None,
+        run_dir: str | os.PathLike[str] | None = "auto",
+        **options: Any,
+    ) -> None:
+        inspect.signature(Monitor).bind(None, None, **options)
+        if remedy is not None and not callable(remedy):
+            raise TypeError(
+                f"remedy must be callable as remedy(alert, context), got {type(remedy).__name__}."
+            )
+        self._save_on, self._stop_on = _kinds("save_on", save_on), _kinds("stop_on", stop_on)
+        self._remedy, self._on_alert = remedy, on_alert
+        self._run_dir = run_dir
+        self._options = options
+        self._seen: set[str] = set()
+        self._begun: list[Alert] = []
+        self._context: TrainerContext | None = None  # while a run trains
+        self.monitor: Monitor | None = None
+        """The monitor of this run, or of the last one; None before the first."""
+
+    def open(
+        self,
+        model: nn.Module,
+        optimizer: Any,
+        *,
+        directory: str | os.PathLike[str],
+        schedulers: Sequence[Any] = (),
+        scaler: Any = None,
+        sinks: Sequence[Sink] = (),
+        state: Mapping[str, Any] | None = None,
+        native: Mapping[str, Any] | None = None,
+    ) -> Monitor:
+        """Attach to a run that is about to train; ``state`` (of :meth:`state`) continues an earlier one.
+
+        ``directory``: where "auto" makes its run directory. ``native``: for the remedy's context.  A monitor
+        that was never closed, because its run was interrupted, and watches the same model is closed first.
+        Raises as :class:`Monitor`.
+        """
+        self.close()
+        for left in open_monitors(model, optimizer):
+            if left in _ATTACHED:
+                left.close()
+        state = state or {}
+        run_dir = self._run_dir
+        if run_dir == "auto":
+            earlier = state.get("run_dir")
+            run_dir = earlier if earlier and Path(earlier).is_dir() else free_directory(directory)
+        options = dict(self._options)
+        extras = [*schedulers, scaler]
+        options["extras"] = [*options.get("extras", ()), *(one for one in extras if one is not None)]
+        options["sinks"] = [*options.get("sinks", ()), *sinks]
+        monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._heard, **options)
+        self.monitor = monitor
+        self._context = TrainerContext(monitor, model, monitor.optimizer, tuple(schedulers), native or {})
+        _ATTACHED.add(monitor)
+        if state.get("monitor"):
+            with monitor.guarded("resume"):
+                monitor.load_state_dict(state["monitor"])
+        self._seen = {alert.id for alert in monitor.alerts}
+        self._begun.clear()
+        return monitor
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`open` needs to continue this run, in types that survive JSON; empty without a run."""
+        monitor = self.monitor
+        if monitor is None or monitor.closed:
+            return {}
+        state: dict[str, Any] = {}
+        with monitor.guarded("state"):
+            state = {
+                "monitor": monitor.state_dict(),
+                "run_dir": None if monitor.run_dir is None else os.fspath(monitor.run_dir),
+            }
+        return state
+
+    def act(self) -> Due:
+        """Call after each optimizer step: remedies are applied, the rest is the framework's to do."""
+        context, begun = self._context, self._begun
+        if context is None or not begun:
+            return Due(False, False)
+        self._begun = []
+        if self._remedy is not None:
+            with context.monitor.guarded("remedy"):
+                for alert in begun:
+                    self._remedy(alert, context)
+        kinds = {alert.kind for alert in begun}
+        return Due(bool(kinds & self._save_on), bool(kinds & self._stop_on))
+
+    def close(self) -> None:
+        """Detach. The monitor stays, for its history; the run's model and optimizer are let go."""
+        self._context = None
+        if self.monitor is not None:
+            self.monitor.close()
+
+    def _heard(self, alert: Alert) -> None:
+        if alert.state is AlertState.FIRING and alert.id not in self._seen:
+            self._seen.add(alert.id)
+            self._begun.append(alert)
+        if self._on_alert is not None:
+            self._on_alert(alert)
+
+
+def free_directory(wanted: str | os.PathLike[str]) -> Path:
+    """``wanted``, or ``wanted-2``, ``wanted-3`` …: a new run is not appended to one that is there."""
+    path, number = Path(wanted), 2
+    while path.exists():
+        path = Path(f"{os.fspath(wanted)}-{number}")
+        number += 1
+    return path
+
+
+def _kinds(option: str, kinds: Kinds) -> frozenset[AlertKind]:
+    given = () if kinds is None else (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    try:
+        return frozenset(AlertKind(kind) for kind in given)
+    except ValueError as unknown:
+        raise ValueError(
+            f"{option}={kinds!r}: use any of {', '.join(repr(kind.value) for kind in AlertKind)}."
+        ) from unknown

@@ -1,0 +1,71 @@
+"""Read the loss that a model returns with its output, as HuggingFace models do.
+
+A framework's callbacks are not told the loss of a step, only an average over its logging interval, which
+hides a spike.  A forward hook on the whole model sees it every time, at no cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor.capture.head import InertProbe
+
+COUNT = "num_items_in_batch"
+"""Keyword under which a HuggingFace trainer tells the model how many items all micro-batches of a step hold:
+the model's loss is then its share of the step's, to be added up, and not a mean of its own."""
+
+
+class LossProbe:
+    """Forward hook of the model. ``deliver(loss, share)`` gets each training loss, a 0-d tensor."""
+
+    def __init__(
+        self, deliver: Callable[[Tensor, bool], None], failed: Callable[[str, BaseException], None]
+    ) -> None:
+        self._deliver = deliver
+        self._failed = failed
+        self._compiled: tuple[Tensor, bool] | None = None
+        self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if not (module.training and torch.is_grad_enabled()):
+            return
+        if torch.compiler.is_compiling():
+            # An output of the graph, put down when the graph has run: no graph break, no change to the graph.
+            # (Appending to a list would do too, but its length is guarded: one compilation a step.)
+            loss = loss_of(output)
+            if loss is not None:
+                self._compiled = (loss, kwargs.get(COUNT) is not None)
+            return
+        try:
+            loss = loss_of(output)
+            if loss is not None:
+                self._deliver(loss, kwargs.get(COUNT) is not None)
+        except Exception as error:
+            self._failed("loss", error)
+
+    def collect(self) -> None:
+        """Deliver what a compiled forward has left; call it after each micro-batch, outside the model."""
+        left, self._compiled = self._compiled, None
+        if left is not None:
+            self._deliver(*left)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InertProbe:
+        return InertProbe()
+
+    def __reduce__(self) -> tuple[type[InertProbe], tuple[()]]:
+        return InertProbe, ()
+
+
+def loss_of(output: Any) -> Tensor | None:
+    """The 0-d loss in a model's output (``output["loss"]``, ``output[0]`` or the output), or None."""
+    if isinstance(output, Mapping):
+        output = output.get("loss")
+    elif isinstance(output, (tuple, list)):
+        output = output[0] if len(output) else None
+    if isinstance(output, Tensor) and output.dim() == 0 and output.requires_grad:
+        return output
+    return None

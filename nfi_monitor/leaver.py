@@ -1,0 +1,67 @@
+"""Which steps are read, and what a closed monitor still owes the other ranks.
+
+The ranks of a team read the same steps because they conclude the same from the same numbers.  One that closes
+its monitor may not just stay away from the next exchange: the others would wait for it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from torch.optim import Optimizer
+
+from nfi_monitor.capture.optimizer import StepHooks
+from nfi_monitor.capture.sampling import auto_interval
+from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.measure.step import with_non_finite
+from nfi_monitor.pool import Pool
+from nfi_monitor.types import Reading
+
+
+def next_wanted(step: int, every: int | str, detector: Detector) -> int | None:
+    """The step after ``step``, if it is to be read; None if not."""
+    following = step + 1
+    if isinstance(every, int):
+        return following if following % every == 0 or every == 1 else None
+    # The first steps are read in full: they show whether anything can be seen at all.
+    attention = detector.attention
+    if attention is Attention.ALWAYS or following <= 8:
+        return following
+    tau = detector.context.tau
+    if attention is Attention.OFTEN:
+        return following if following % auto_interval(tau, at_risk=True) == 0 else None
+    # Two neighbours and a longer pause: curvature, alignment and swing need the step before as well.
+    return following if following % (2 * auto_interval(tau)) <= 1 else None
+
+
+class Leaver:
+    """Stays on the optimizer of a closed monitor until the other ranks have heard that it is gone.
+
+    They count on an answer at the next step that is read, and on an accelerator, where they hear late, at
+    those right after it.  Takes itself off.
+    """
+
+    def __init__(
+        self, pool: Pool, optimizer: Optimizer, step: int, detector: Detector, every: int | str
+    ) -> None:
+        self._pool, self._step, self._every = pool, step, every
+        self._detector = copy.deepcopy(detector)  # the closed monitor's alerts stay as they are
+        self._wanted = next_wanted(step, every, self._detector)
+        self._hooks = StepHooks(optimizer, lambda closure: None, self._after_step, lambda part, error: None)
+
+    def _after_step(self) -> None:
+        self._step += 1
+        try:
+            if self._wanted is not None:
+                self._pool.send(self._pool.nothing(self._step, left=True), self._step)
+            for reduced in self._pool.receive(self._step):
+                if reduced.left or reduced.out_of_step:
+                    self._hooks.remove()
+                    return
+                for step, loss in reduced.losses:
+                    self._detector.update(Reading(step, {"loss": loss}))
+                if not reduced.skipped:
+                    self._detector.update(Reading(reduced.step, with_non_finite(reduced.values)))
+            self._wanted = next_wanted(self._step, self._every, self._detector)
+        except Exception:  # the others are gone: nobody is left to tell
+            self._hooks.remove()

@@ -1,0 +1,100 @@
+"""Hand readings and alerts to the loggers of a framework, and alerts to services that notify people.
+
+A run directory keeps everything; these keep what someone looks at during training: scalars now and then, and
+an alert when it begins, becomes more severe, or ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from nfi_monitor.detect.causal import ReplayVerdict
+from nfi_monitor.report import words
+from nfi_monitor.report.sink import Sink
+from nfi_monitor.types import Alert, Change, Note, Phase, Reading, Severity
+
+if TYPE_CHECKING:
+    from nfi_monitor.report.summary import Summary
+
+TITLE = 63  # characters; wandb refuses longer titles
+_PHASES = {phase: index for index, phase in enumerate(Phase)}
+
+
+class _Quiet:
+    """A sink that lets everything pass; the others override what they are for."""
+
+    def start(self, info: Mapping[str, Any]) -> None: ...
+    def reading(self, reading: Reading, phase: Phase) -> None: ...
+    def alert(self, alert: Alert, change: Change) -> None: ...
+    def note(self, note: Note) -> None: ...
+    def replay(self, verdict: ReplayVerdict) -> None: ...
+    def close(self, info: Mapping[str, Any], summary: Summary) -> None: ...
+
+
+class ScalarLog(_Quiet):
+    """Calls ``log({"nfi/<quantity>": value, "nfi/phase": 0 … 5}, step)`` at most every ``every`` steps.
+
+    Where the phase changes it is called at once: a curve must not miss the beginning of what it is for.
+    """
+
+    def __init__(self, log: Callable[[dict[str, float], int], None], every: int = 1) -> None:
+        self._log = log
+        self._every = every
+        self._last: tuple[int, Phase] | None = None
+
+    def reading(self, reading: Reading, phase: Phase) -> None:
+        if self._last is not None and phase is self._last[1] and reading.step - self._last[0] < self._every:
+            return
+        self._last = (reading.step, phase)
+        values = {f"nfi/{name}": value for name, value in reading.values.items()}
+        self._log({**values, "nfi/phase": float(_PHASES[phase])}, reading.step)
+
+
+class AlertLog(_Quiet):
+    """Calls ``tell(alert, change)`` when an alert begins, becomes more severe, or ends."""
+
+    def __init__(self, tell: Callable[[Alert, Change], None]) -> None:
+        self._tell = tell
+        self._told: dict[str, int] = {}
+
+    def alert(self, alert: Alert, change: Change) -> None:
+        if change is Change.UPDATE and alert.severity.rank <= self._told.get(alert.id, -1):
+            return
+        self._told[alert.id] = alert.severity.rank
+        self._tell(alert, change)
+
+
+def notifiers(services: Iterable[str]) -> list[Sink]:
+    """A sink for each of these services that can notify people ("wandb", "trackio"); others have none.
+
+    One sink each: a service that fails is dropped by itself.
+    """
+    return [AlertLog(_NOTIFY[name]) for name in dict.fromkeys(services) if name in _NOTIFY]
+
+
+def _wandb(alert: Alert, change: Change) -> None:
+    import wandb
+
+    if change is not Change.END and wandb.run is not None:  # no run: its project is switched off
+        level = {Severity.INFO: "INFO", Severity.WARNING: "WARN", Severity.CRITICAL: "ERROR"}
+        wandb.run.alert(title=_title(alert), text=_text(alert), level=level[alert.severity])
+
+
+def _trackio(alert: Alert, change: Change) -> None:
+    import trackio
+
+    if change is not Change.END:
+        level = {Severity.INFO: "info", Severity.WARNING: "warn", Severity.CRITICAL: "error"}
+        trackio.alert(title=_title(alert), text=_text(alert), level=trackio.AlertLevel(level[alert.severity]))
+
+
+_NOTIFY = {"wandb": _wandb, "trackio": _trackio}
+
+
+def _title(alert: Alert) -> str:
+    return f"nfi step {alert.last_step:,} {alert.id}: {words.kind_in_words(alert.kind)}"[:TITLE]
+
+
+def _text(alert: Alert) -> str:
+    return "\n".join([words.alert_in_words(alert), *alert.advice])

@@ -1,0 +1,108 @@
+"""The loss that a model returns with its output, read by a hook on the model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nfi_monitor import Monitor
+from nfi_monitor.capture.loss import loss_of
+from tests.runs import batch, mlp
+
+
+class Returning(nn.Module):
+    """Returns what ``form`` makes of loss and logits; told ``num_items_in_batch``, the loss is a share."""
+
+    def __init__(self, form: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.net = mlp()
+        self.form = form
+
+    def forward(self, x: Tensor, y: Tensor, num_items_in_batch: int | None = None) -> Any:
+        logits = self.net(x)
+        if num_items_in_batch is None:
+            return self.form(F.cross_entropy(logits, y), logits)
+        return self.form(F.cross_entropy(logits, y, reduction="sum") / num_items_in_batch, logits)
+
+
+FORMS: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "dict": lambda loss, logits: {"loss": loss, "logits": logits},
+    "tuple": lambda loss, logits: (loss, logits),
+    "tensor": lambda loss, logits: loss,
+}
+
+
+def train(form: str, micro_batches: int, told: bool, scale: float = 1.0) -> tuple[Monitor, list[float]]:
+    """Three steps of 24 rows in unequal micro-batches: (monitor, the steps' true mean losses)."""
+    model = Returning(FORMS[form])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    expected = []
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        monitor.observe_outputs(scale)
+        x, y = batch()
+        for _ in range(3):
+            model.eval()
+            expected.append(F.cross_entropy(model.net(x), y).item())
+            model(x, y)  # an evaluation, gradients or not: no loss of the run's
+            model.train()
+            cuts = [24] if micro_batches == 1 else [16, 8]
+            for part_x, part_y in zip(x.split(cuts), y.split(cuts), strict=True):
+                output = model(part_x, part_y, num_items_in_batch=24 if told else None)
+                loss = loss_of(output)
+                assert loss is not None
+                (loss if told else loss * len(part_x) / 24).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return monitor, expected
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_loss_is_read_from_every_form_of_output_and_only_in_training(form: str) -> None:
+    monitor, expected = train(form, 1, told=False)
+    assert monitor.history["loss"][1] == pytest.approx(expected, rel=1e-6)
+
+
+def test_shares_of_a_steps_loss_are_added_up_and_scaled() -> None:
+    monitor, expected = train("dict", 2, told=True)
+    assert monitor.history["loss"][1] == pytest.approx(expected, rel=1e-6)
+    monitor, expected = train("dict", 2, told=True, scale=4.0)
+    assert monitor.history["loss"][1] == pytest.approx([4 * loss for loss in expected], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    "output",
+    [None, (), {}, {"loss": None}, SimpleNamespace(), torch.ones(3, requires_grad=True), torch.tensor(1.0)],
+    ids=repr,
+)
+def test_what_is_no_loss_is_not_taken_for_one(output: Any) -> None:
+    """Rows of logits, nothing, or a scalar that nothing can be learned from."""
+    assert loss_of(output) is None
+
+
+def plain(loss: Tensor, logits: Tensor) -> dict[str, Tensor]:
+    """A form that can be copied along with its model."""
+    return {"loss": loss}
+
+
+def test_a_copy_of_the_model_reports_no_loss_and_closing_leaves_no_hook() -> None:
+    model = Returning(plain)
+    optimizer = torch.optim.Adam(model.parameters())
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        monitor.observe_outputs()
+        monitor.observe_outputs()  # asking twice is asking once
+        assert len(model._forward_hooks) == 1
+        loss = model(*batch())["loss"]
+        averaged = copy.deepcopy(model)
+        nn.init.zeros_(averaged.net[-1].weight)
+        assert averaged(*batch())["loss"].item() != loss.item()
+        loss.backward()
+        optimizer.step()
+        assert monitor.history["loss"][1].tolist() == [pytest.approx(loss.item())]
+    assert len(model._forward_hooks) == 0

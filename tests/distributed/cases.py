@@ -1,0 +1,431 @@
+"""What runs on every rank: small trainings that return what they saw and what became of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    loss_parallel,
+    parallelize_module,
+)
+from torch.nn.parallel import DistributedDataParallel as DDP
+
+from nfi_monitor import AlertKind, Monitor, distributed
+from tests.runs import differences, snapshot
+from tests.spiking import LR, P, division, division_data
+
+SEED = 2  # slingshots at about step 570
+
+
+def seen(monitor: Monitor) -> dict[str, Any]:
+    """What a monitor has to say, in plain types."""
+    return {
+        "alerts": [alert.to_json() for alert in monitor.alerts],
+        "phases": [(step, phase.value) for step, phase in monitor.phases],
+        "history": {name: [column.tolist() for column in monitor.history[name]] for name in monitor.history},
+        "notes": {note.code: note.message for note in monitor.notes},
+        "step": monitor.step,
+    }
+
+
+WARM_UP = 10
+
+
+def learn(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    steps: int,
+    monitor: Monitor | None = None,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+) -> None:
+    """The plain loop of :mod:`tests.spiking`, ten steps of warm-up included."""
+    for _ in range(steps):
+        taken = max((float(state["step"]) for state in optimizer.state.values()), default=0.0)
+        for group in optimizer.param_groups:
+            group["lr"] = LR * min((taken + 1) / WARM_UP, 1.0)
+        loss = loss_of(model(inputs), targets)
+        if monitor is not None:
+            monitor.observe_loss(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def ddp_slingshot(rank: int, world: int) -> dict[str, Any]:
+    """The same spiking run that one process makes of as many micro-batches."""
+    return spiking(DDP, rank, world)
+
+
+def ddp_slingshot_4(rank: int, world: int) -> dict[str, Any]:
+    return spiking(DDP, rank, world)
+
+
+def fsdp_slingshot(rank: int, world: int) -> dict[str, Any]:
+    return spiking(sharded((world,)), rank, world)
+
+
+def spiking(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
+    """Until a few steps after a slingshot has begun: all ranks see it at the same step."""
+    inputs, targets = division_data(SEED)
+    bare, _, _ = division(SEED)
+    model = wrap(bare)
+    optimizer = adam(model)
+    with Monitor(model, optimizer, console=False) as monitor:
+        while not begun(monitor) and monitor.step < 1000:
+            learn(model, optimizer, inputs[rank::world], targets[rank::world], 10, monitor)
+    return {"seen": seen(monitor), "state": whole(bare, optimizer)}
+
+
+def accumulated(rank: int, world: int) -> dict[str, Any]:
+    """One process, two micro-batches a step: what each of two ranks has."""
+    inputs, targets = division_data(SEED)
+    model, _, _ = division(SEED)
+    optimizer = adam(model)
+    with Monitor(model, optimizer, console=False) as monitor:
+        while not begun(monitor) and monitor.step < 1000:
+            for _ in range(10):
+                for group in optimizer.param_groups:
+                    group["lr"] = LR * min((monitor.step + 1) / WARM_UP, 1.0)
+                for part in range(2):
+                    loss = F.cross_entropy(model(inputs[part::2]), targets[part::2])
+                    monitor.observe_loss(loss)
+                    (loss / 2).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+    return {"seen": seen(monitor), "state": whole(model, optimizer)}
+
+
+def adam(model: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(model.parameters(), lr=LR, betas=(0.9, 0.95))
+
+
+def begun(monitor: Monitor) -> bool:
+    return any(alert.kind is AlertKind.SLINGSHOT for alert in monitor.alerts)
+
+
+def compared(
+    wrap: Callable[[nn.Module], nn.Module],
+    data: tuple[Tensor, Tensor],
+    steps: int = 30,
+    loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
+    prepare: Callable[[nn.Module, torch.optim.Optimizer], Any] = lambda model, optimizer: None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Train without and with the monitor: what it saw, and where the two differ in any bit."""
+    states, out = [], {}
+    for monitored in (False, True):
+        torch.manual_seed(0)
+        model = wrap(division()[0])
+        optimizer = adam(model)
+        if monitored:
+            with Monitor(model, optimizer, console=False, **options) as monitor:
+                learn(model, optimizer, *data, steps, monitor, loss_of)
+            out = seen(monitor)
+        else:
+            learn(model, optimizer, *data, steps, None, loss_of)
+        states.append(whole(model, optimizer))
+    return {"seen": out, "differences": differences(*states), "state": states[1]}
+
+
+def whole(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """A snapshot in which sharded tensors are put together."""
+
+    def full(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: full(one) for key, one in value.items()}
+        return value.full_tensor() if isinstance(value, DTensor) else value
+
+    return full(snapshot(model, optimizer))
+
+
+def part(rank: int, world: int) -> tuple[Tensor, Tensor]:
+    """This rank's rows of the first 76."""
+    inputs, targets = division_data()
+    return inputs[:76][rank::world], targets[:76][rank::world]
+
+
+def ddp(rank: int, world: int) -> dict[str, Any]:
+    return compared(DDP, part(rank, world), every=1)
+
+
+def fsdp(rank: int, world: int) -> dict[str, Any]:
+    return compared(sharded((world,)), part(rank, world), every=1)
+
+
+def hsdp(rank: int, world: int) -> dict[str, Any]:
+    return compared(sharded((2, world // 2)), part(rank, world), every=1)
+
+
+def sharded(shape: tuple[int, ...]) -> Callable[[nn.Module], nn.Module]:
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicate", "shard")[-len(shape) :])
+
+    def wrap(model: nn.Module) -> nn.Module:
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh)
+        return fully_shard(model, mesh=mesh)
+
+    return wrap
+
+
+def fsdp1(rank: int, world: int) -> dict[str, Any]:
+    """The older FullyShardedDataParallel, whose parameters are flat pieces."""
+
+    def wrap(model: nn.Module) -> nn.Module:
+        return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+    return compared(wrap, part(rank, world), every=1)
+
+
+def tensor_parallel(rank: int, world: int) -> dict[str, Any]:
+    """The head cut along its classes, its logits put together again; every rank has all rows."""
+    inputs, targets = division_data()
+    return compared(parallel(world, gathered=True), (inputs[:76], targets[:76]), every=1)
+
+
+def vocabulary_parallel(rank: int, world: int) -> dict[str, Any]:
+    """The logits stay cut along the classes, and so does the loss."""
+    inputs, targets = division_data()
+    with loss_parallel():
+        return compared(parallel(world, gathered=False), (inputs[:76], targets[:76]), every=1)
+
+
+def parallel(world: int, *, gathered: bool) -> Callable[[nn.Module], nn.Module]:
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    head = ColwiseParallel(output_layouts=Replicate() if gathered else Shard(-1), use_local_output=gathered)
+
+    def wrap(model: nn.Module) -> nn.Module:
+        return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel(), "6": head})
+
+    return wrap
+
+
+# --- what may go wrong --------------------------------------------------------------------------------
+
+
+def half(rank: int, world: int) -> tuple[nn.Module, torch.optim.Optimizer, Tensor, Tensor]:
+    model, optimizer, _ = division()
+    return DDP(model), optimizer, *part(rank, world)
+
+
+def rank_0_only(rank: int, world: int) -> dict[str, Any]:
+    distributed.WAIT = 1.0
+    model, optimizer, *data = half(rank, world)
+    monitor = Monitor(model, optimizer, console=False, every=1) if rank == 0 else None
+    started = time.monotonic()
+    learn(model, optimizer, *data, 20, monitor)
+    if monitor is not None:
+        monitor.close()
+    return {"seen": monitor and seen(monitor), "seconds": time.monotonic() - started}
+
+
+def closed_on_rank_1(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1 closes its monitor after 10 steps and trains on."""
+    model, optimizer, *data = half(rank, world)
+    monitor = Monitor(model, optimizer, console=False, every=2)
+    learn(model, optimizer, *data, 10, monitor)
+    if rank == 1:
+        monitor.close()
+    started = time.monotonic()
+    learn(model, optimizer, *data, 20, monitor)
+    seconds = time.monotonic() - started
+    monitor.close()
+    hooks = len(optimizer._optimizer_step_post_hooks)
+    return {"seen": seen(monitor), "seconds": seconds, "hooks": hooks, "state": whole(model, optimizer)}
+
+
+def late(rank: int, world: int) -> dict[str, Any]:
+    """Numbers that are taken up some steps later, as on an accelerator; rank 1 leaves in the middle."""
+    distributed.any_accelerator = lambda model: True
+    model, optimizer, *data = half(rank, world)
+    monitor = Monitor(model, optimizer, console=False, every="auto")
+    learn(model, optimizer, *data, 30, monitor)
+    before = seen(monitor)
+    if rank == 1:
+        monitor.close()
+    started = time.monotonic()
+    learn(model, optimizer, *data, 20, monitor)
+    seconds = time.monotonic() - started
+    monitor.close()
+    hooks = len(optimizer._optimizer_step_post_hooks)
+    return {"before": before, "seen": seen(monitor), "seconds": seconds, "hooks": hooks}
+
+
+def exception_on_rank_1(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1's loop leaves the with block by an exception, and trains on without the monitor."""
+    model, optimizer, *data = half(rank, world)
+    monitor = Monitor(model, optimizer, console=False, every=1)
+    try:
+        with monitor:
+            learn(model, optimizer, *data, 10, monitor)
+            if rank == 1:
+                raise KeyError("the user's own")
+            learn(model, optimizer, *data, 10, monitor)
+    except KeyError:
+        learn(model, optimizer, *data, 10)
+    return {"seen": seen(monitor), "state": whole(model, optimizer)}
+
+
+def broken_on_rank_1(rank: int, world: int) -> dict[str, Any]:
+    """The monitor's own code fails on one rank, at its rows first and in its optimizer later."""
+    model, optimizer, *data = half(rank, world)
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        learn(model, optimizer, *data, 5, monitor)
+        if rank == 1:
+            monitor._rows.add = broken
+        learn(model, optimizer, *data, 5, monitor)
+        if rank == 1:
+            monitor._reader.after = broken
+        learn(model, optimizer, *data, 5, monitor)
+    return {"seen": seen(monitor), "state": whole(model, optimizer)}
+
+
+def broken(*args: object) -> None:
+    raise ArithmeticError("broken on purpose")
+
+
+def dies(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1 is gone in the middle of a run: what the others hear, with and without the monitor."""
+    model, optimizer, *data = half(rank, world)
+    monitor = Monitor(model, optimizer, console=False, every=1)
+    learn(model, optimizer, *data, 10, monitor)
+    if rank == 1:
+        os._exit(0)
+    started = time.monotonic()
+    try:
+        learn(model, optimizer, *data, 10, monitor)
+        error = ""
+    except RuntimeError as raised:
+        error = str(raised)
+    monitor.close()
+    return {"seen": seen(monitor), "seconds": time.monotonic() - started, "error": error}
+
+
+def dies_in_step(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1 dies between the training's collective and the monitor's."""
+    model, optimizer, *data = half(rank, world)
+    monitor = Monitor(model, optimizer, console=False, every=1)
+    learn(model, optimizer, *data, 10, monitor)
+    if rank == 1:
+        optimizer.register_step_pre_hook(lambda *_: os._exit(0))
+    started = time.monotonic()
+    learn(model, optimizer, *data, 1, monitor)
+    seconds = time.monotonic() - started
+    monitor.close()
+    return {"seen": seen(monitor), "seconds": seconds}
+
+
+def skips_a_step(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1 leaves an optimizer step out: a mistake that DDP itself does not notice."""
+    distributed.TIMEOUT = 2.0
+    model, optimizer, *data = half(rank, world)
+    monitor = Monitor(model, optimizer, console=False, every=1)
+    learn(model, optimizer, *data, 5, monitor)
+    F.cross_entropy(model(data[0]), data[1]).backward()
+    if rank != 1:
+        optimizer.step()
+    optimizer.zero_grad()
+    learn(model, optimizer, *data, 5, monitor)
+    monitor.close()
+    return {"seen": seen(monitor)}
+
+
+def uneven(rank: int, world: int) -> dict[str, Any]:
+    """Rank 1 has a shorter batch, then one that is ignored as a whole."""
+    model, optimizer, inputs, targets = half(rank, world)
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        learn(model, optimizer, inputs, targets, 3, monitor)
+        short = 5 if rank == 1 else len(inputs)
+        learn(model, optimizer, inputs[:short], targets[:short], 1, monitor)
+        nothing = torch.full_like(targets, -100) if rank == 1 else targets
+
+        def loss_of(logits: Tensor, wanted: Tensor) -> Tensor:
+            return F.cross_entropy(logits, wanted, reduction="sum")
+
+        learn(model, optimizer, inputs, nothing, 1, monitor, loss_of)
+    return {"seen": seen(monitor), "rows": short}
+
+
+def joined(rank: int, world: int) -> dict[str, Any]:
+    """DDP's join(): rank 1 runs out of batches early, and both go on to another epoch."""
+    out = []
+    for monitored in (False, True):
+        model, optimizer, *data = half(rank, world)
+        monitor = Monitor(model, optimizer, console=False, every=1) if monitored else None
+        learn(model, optimizer, *data, 5, monitor)
+        with model.join():
+            learn(model, optimizer, *data, 6 - 2 * rank, monitor)
+        learn(model, optimizer, *data, 5, monitor)
+        out.append(whole(model, optimizer))
+        if monitor is not None:
+            monitor.close()
+    return {"seen": seen(monitor), "differences": differences(*out)}
+
+
+def several(rank: int, world: int) -> dict[str, Any]:
+    """Two models, their monitors attached in another order on each rank."""
+    pairs = []
+    for width in (8, 12):
+        torch.manual_seed(0)
+        model = DDP(nn.Sequential(nn.Linear(2 * P, width), nn.ReLU(), nn.Linear(width, P)))
+        pairs.append((model, torch.optim.Adam(model.parameters(), lr=LR)))
+    monitors = {}
+    for place in (0, 1) if rank == 0 else (1, 0):
+        monitors[place] = Monitor(*pairs[place], console=False, every=1)
+    for _ in range(3):
+        for place, (model, optimizer) in enumerate(pairs):
+            learn(model, optimizer, *part(rank, world), 2, monitors[place])
+    for monitor in monitors.values():
+        monitor.close()
+    return {"seen": seen(monitors[0]), "other": seen(monitors[1])}
+
+
+def sweep(rank: int, world: int) -> dict[str, Any]:
+    """Runs of their own that torchrun merely started together: nobody waits for anybody."""
+    out = {}
+    for name, group in (("found", None), ("false", False)):
+        model, optimizer, _ = division()
+        stream = io.StringIO()
+        monitor = Monitor(model, optimizer, console=Console(file=stream), every=1, group=group)
+        learn(model, optimizer, *division_data(), 3 + rank, monitor)
+        monitor.close()
+        out[name] = {"seen": seen(monitor), "said": stream.getvalue()}
+    return out
+
+
+def given_group(rank: int, world: int) -> dict[str, Any]:
+    """Gradients averaged by hand, the monitor told who belongs together; and a bare model that DDP trains."""
+    model, optimizer, _ = division()
+    inputs, targets = part(rank, world)
+    for name in ("plain", "unwrapped"):
+        model, optimizer, _ = division()
+        trained = model if name == "plain" else DDP(model)
+        group = dist.group.WORLD if name == "plain" else None
+        with Monitor(model, optimizer, console=False, every=1, group=group) as monitor:
+            for _ in range(3):
+                F.cross_entropy(trained(inputs), targets).backward()
+                if name == "plain":
+                    for param in model.parameters():
+                        dist.all_reduce(param.grad)
+                        param.grad /= world
+                optimizer.step()
+                optimizer.zero_grad()
+        if name == "plain":
+            first = seen(monitor)
+    return {"seen": first, "other": seen(monitor)}

@@ -1,0 +1,80 @@
+"""Run cases in several processes: ``python -m tests.distributed.launch FOLDER CASE:WORLD [CASE:WORLD ...]``.
+
+A case is a function of :mod:`tests.distributed.cases`, called as ``case(rank, world)`` on every rank; what it
+returns is pickled to ``FOLDER/CASE.RANK``, and so is the exception it raises.  The processes are forked from
+one that has imported torch and run nothing: an import for each process would be most of the time.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo  # an optimizer imports it: once here, not once in every process
+import torch.distributed as dist
+
+from tests.distributed import cases
+
+LIMIT = 60.0
+"""Seconds for one case; a process that takes longer is ended and has no result."""
+
+
+def work(case: Callable[[int, int], Any], rank: int, world: int, port: int, out: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    result: Any
+    try:
+        torch.set_num_threads(1)
+        torch.manual_seed(0)
+        # The store lives in the parent, as it lives in the agent under torchrun: it outlasts every rank.
+        store = dist.TCPStore("127.0.0.1", port, is_master=False)
+        dist.init_process_group(
+            "gloo", store=dist.PrefixStore(case.__name__, store), rank=rank, world_size=world
+        )
+        result = case(rank, world)
+    except BaseException as error:
+        traceback.print_exc()
+        result = error
+    try:
+        data = pickle.dumps(result)
+    except Exception:
+        data = pickle.dumps(RuntimeError(repr(result)))
+    part = out.with_name(f"{out.name}.part")
+    part.write_bytes(data)
+    part.rename(out)
+
+
+def main(folder: Path, wanted: list[str]) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    for one in wanted:
+        name, _, size = one.partition(":")
+        world = int(size)
+        children: dict[int, int] = {}
+        for rank in range(world):
+            child = os.fork()
+            if child == 0:
+                work(getattr(cases, name), rank, world, store.port, folder / f"{name}.{rank}")
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(0)
+            children[child] = rank
+        started = time.monotonic()
+        while children:
+            ended, _ = os.waitpid(-1, os.WNOHANG)
+            children.pop(ended, None)
+            if time.monotonic() - started > LIMIT:
+                for child in children:
+                    os.kill(child, signal.SIGKILL)
+            time.sleep(0.02)
+        print(f"{name}: {time.monotonic() - started:.1f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), sys.argv[2:])

@@ -1,0 +1,331 @@
+"""Many processes: real DDP, FSDP2, HSDP and tensor parallel trainings over gloo, and what goes wrong in them.
+
+All cases of a speed are run by one launch (:mod:`tests.distributed.launch`); tests look at what they left.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nfi_monitor.pool import LAG
+from tests.compatibility import Recorder
+from tests.runs import differences
+
+ROOT = Path(__file__).resolve().parents[2]
+FAST = {
+    "accumulated": 1, "ddp_slingshot": 2, "ddp": 2, "fsdp": 2, "fsdp1": 2, "tensor_parallel": 2,
+    "vocabulary_parallel": 2, "rank_0_only": 2, "closed_on_rank_1": 2, "exception_on_rank_1": 2,
+    "broken_on_rank_1": 2, "dies": 2, "dies_in_step": 2, "skips_a_step": 2, "uneven": 2, "joined": 2,
+    "several": 2, "sweep": 2, "given_group": 2, "late": 2,
+}  # fmt: skip
+SLOW = {"hsdp": 4, "ddp_slingshot_4": 4, "fsdp_slingshot": 2}
+
+Outcome = list[Any]
+"""What a case returned, by rank; None for a rank that was killed."""
+
+
+def launched(folder: Path, cases: dict[str, int]) -> Callable[[str], Outcome]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    wanted = [f"{name}:{world}" for name, world in cases.items()]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.distributed.launch", str(folder), *wanted],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=900,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+
+    def outcome(case: str) -> Outcome:
+        results = []
+        for rank in range(cases[case]):
+            file = folder / f"{case}.{rank}"
+            result = pickle.loads(file.read_bytes()) if file.exists() else None
+            assert not isinstance(result, BaseException), f"{case}, rank {rank}: {result!r}\n{done.stderr}"
+            results.append(result)
+        return results
+
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def fast(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+    return launched(tmp_path_factory.mktemp("fast"), FAST)
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
+    return launched(tmp_path_factory.mktemp("slow"), SLOW)
+
+
+def column(outcome: dict[str, Any], name: str) -> dict[int, float]:
+    """Step → value of one quantity that a rank's monitor recorded."""
+    return dict(zip(*outcome["seen"]["history"].get(name, [[], []]), strict=True))
+
+
+# --- the numbers --------------------------------------------------------------------------------------
+
+
+def test_two_processes_say_what_one_says_of_the_same_data_to_the_last_bit(
+    fast: Callable[[str], Outcome],
+) -> None:
+    """One process that makes two micro-batches of the two ranks' rows trains the same run, bit for bit."""
+    (one,), (two, _) = fast("accumulated"), fast("ddp_slingshot")
+    assert differences(one["state"], two["state"]) == [], "not the same run: nothing to compare"
+    kinds = {alert["kind"] for alert in one["seen"]["alerts"]}
+    assert {"at_risk", "imminent", "slingshot"} <= kinds, "the run has to have something to say"
+    assert two["seen"]["alerts"] == one["seen"]["alerts"]
+    assert two["seen"]["phases"] == one["seen"]["phases"]
+    assert two["seen"]["history"] == one["seen"]["history"]
+
+
+@pytest.mark.parametrize("case", ["ddp_slingshot", "ddp", "fsdp", "tensor_parallel", "vocabulary_parallel"])
+def test_all_ranks_agree_bit_for_bit(case: str, fast: Callable[[str], Outcome]) -> None:
+    first, *others = fast(case)
+    assert len(first["seen"]["history"]) > 10
+    for other in others:
+        for what in ("alerts", "phases", "history", "step"):
+            assert other["seen"][what] == first["seen"][what], what
+
+
+MODES = {
+    "ddp": "DistributedDataParallel, 2 processes",
+    "fsdp": "FSDP2 (fully_shard), 2 processes",
+    "fsdp1": "FSDP (FullyShardedDataParallel), 2 processes",
+    "tensor_parallel": "tensor parallel, logits gathered, 2 processes",
+    "vocabulary_parallel": "tensor parallel, logits cut along the classes, 2 processes",
+}
+
+
+@pytest.mark.parametrize("case", MODES)
+def test_training_is_bitwise_equal_with_and_without_the_monitor_on_every_rank(
+    case: str, fast: Callable[[str], Outcome], compatibility: Recorder
+) -> None:
+    for rank in fast(case):
+        assert rank["differences"] == []
+        assert [code for code in rank["seen"]["notes"] if code.startswith(("failed", "ranks_apart"))] == []
+    history = dict(fast(case)[0]["seen"]["history"])
+    history.pop("loss")  # these loops call observe_loss themselves
+    compatibility("PyTorch", MODES[case], history)
+
+
+EXACT = (
+    "gradient_norm", "update_rms", "weight_norm", "relative_update", "rms_t_max", "rms_t_head",
+    "sqrt_exp_avg_sq_mean", "head_sqrt_exp_avg_sq_mean", "head_weight_norm", "classifier_mean_norm",
+    "feature_mean_norm", "mean_alignment", "loss", "head_loss", "residual_mass", "live_fraction",
+    "gradient_alignment", "secant_curvature", "learning_rate", "margin_min",
+)  # fmt: skip
+"""What shards give exactly; medians and the displacements are near what one process measures."""
+
+
+def assert_measured_alike(sharded: dict[str, Any], ddp: dict[str, Any], names: tuple[str, ...]) -> None:
+    for name in names:
+        expected, got = column(ddp, name), column(sharded, name)
+        assert got.keys() == expected.keys() and expected, name
+        for step in expected:
+            assert math.isclose(got[step], expected[step], rel_tol=5e-4, abs_tol=1e-5), (name, step)
+        if name != "secant_curvature":  # before the two trainings' own rounding parts them
+            for step in range(1, 4):
+                assert math.isclose(
+                    got.get(step, 0.0), expected.get(step, 0.0), rel_tol=5e-6, abs_tol=1e-7
+                ), (name, step)
+
+
+@pytest.mark.parametrize("case", ["fsdp", "tensor_parallel"])
+def test_shards_add_up_to_what_whole_tensors_show(case: str, fast: Callable[[str], Outcome]) -> None:
+    sharded, ddp = fast(case)[0], fast("ddp")[0]
+    assert_measured_alike(sharded, ddp, EXACT)
+    for name, factor in (("logit_displacement", 1.5), ("sqrt_exp_avg_sq_median", 1.3)):
+        expected, got = column(ddp, name), column(sharded, name)
+        late = [step for step in got if step > 10]
+        assert len(late) == 20, name
+        assert all(expected[step] / factor < got[step] < expected[step] * factor for step in late), name
+
+
+def test_the_flat_pieces_of_the_older_fsdp_add_up_too(fast: Callable[[str], Outcome]) -> None:
+    names = ("gradient_norm", "update_rms", "weight_norm", "rms_t_max", "sqrt_exp_avg_sq_mean", "head_loss")
+    assert_measured_alike(fast("fsdp1")[0], fast("ddp")[0], names)
+    assert fast("fsdp1")[0]["seen"]["notes"].keys() == {"head_without_weight"}
+
+
+def test_a_vocabulary_parallel_head_is_read_by_its_weight_gradient_and_says_so(
+    fast: Callable[[str], Outcome],
+) -> None:
+    cut, ddp = fast("vocabulary_parallel")[0], fast("ddp")[0]
+    assert "vocabulary-parallel head" in cut["seen"]["notes"]["head_never_fired"]
+    assert "live_fraction" not in cut["seen"]["history"]
+    assert_measured_alike(
+        cut, ddp, ("gradient_norm", "head_weight_norm", "classifier_mean_norm", "rms_t_max")
+    )
+    # Completed over the shards the gradient sums to zero but for rounding; one shard's does not.
+    violations = column(cut, "zero_sum_violation_weight")
+    assert len(violations) == 30 and max(violations.values()) < 1e-5
+
+
+def test_a_short_batch_and_one_without_rows_that_count_are_added_as_they_are(
+    fast: Callable[[str], Outcome],
+) -> None:
+    for rank in fast("uneven"):
+        assert rank["seen"]["notes"] == {}
+        assert column(rank, "live_fraction") == {1: 1.0, 2: 1.0, 3: 1.0, 4: 1.0, 5: 0.5}
+        assert column(rank, "ignored_fraction")[5] == 0.5
+        assert column(rank, "weight_norm").keys() == {1, 2, 3, 4, 5}
+    assert [rank["rows"] for rank in fast("uneven")] == [38, 5]
+
+
+def test_a_hand_made_data_parallel_run_and_a_bare_model_inside_ddp_are_read_together(
+    fast: Callable[[str], Outcome],
+) -> None:
+    for rank in fast("given_group"):
+        for seen in (rank["seen"], rank["other"]):
+            assert "ranks_apart" not in seen["notes"]
+            assert seen["history"]["live_fraction"][0] == [1, 2, 3]
+    one, two = fast("given_group")
+    assert one["seen"]["history"] == two["seen"]["history"]
+    assert one["other"]["history"] == two["other"]["history"]
+
+
+def test_monitors_attached_in_another_order_find_their_own(fast: Callable[[str], Outcome]) -> None:
+    one, two = fast("several")
+    assert one["seen"]["history"] == two["seen"]["history"]
+    assert one["other"]["history"] == two["other"]["history"]
+    assert one["seen"]["history"]["weight_norm"] != one["other"]["history"]["weight_norm"]
+    assert one["seen"]["notes"] == one["other"]["notes"] == {}
+
+
+def test_runs_that_were_only_started_together_stay_apart(fast: Callable[[str], Outcome]) -> None:
+    for index, rank in enumerate(fast("sweep")):
+        for mode in ("found", "false"):
+            assert rank[mode]["seen"]["notes"] == {}
+            assert rank[mode]["seen"]["step"] == 3 + index
+        assert "watching" in rank["false"]["said"], "group=False: a run of its own reports itself"
+    assert "watching" in fast("sweep")[0]["found"]["said"]
+    assert fast("sweep")[1]["found"]["said"] == "", "nothing is known of it: rank 0 alone speaks"
+
+
+# --- what may go wrong ----------------------------------------------------------------------------------
+
+
+def test_a_monitor_on_rank_0_alone_waits_once_and_reads_its_own_rows(fast: Callable[[str], Outcome]) -> None:
+    one, two = fast("rank_0_only")
+    assert "only 1 of 2 had attached a monitor" in one["seen"]["notes"]["ranks_apart"]
+    assert "pass group=False, and nobody waits" in one["seen"]["notes"]["ranks_apart"]
+    assert list(column(one, "live_fraction")) == list(range(1, 21))
+    assert max(one["seconds"], two["seconds"]) < 20
+
+
+def test_a_rank_that_closes_its_monitor_tells_the_others_and_trains_on(
+    fast: Callable[[str], Outcome],
+) -> None:
+    stayed, left = fast("closed_on_rank_1")
+    assert "the monitor of rank 1 was closed" in stayed["seen"]["notes"]["ranks_apart"]
+    assert list(column(stayed, "loss")) == list(range(1, 31))
+    assert list(column(left, "loss")) == list(range(1, 11)), "a closed monitor stays as it was"
+    assert left["hooks"] == 0 and left["seconds"] < 20
+    assert differences(stayed["state"]["model"], left["state"]["model"]) == []
+
+
+def test_an_exception_that_leaves_the_with_block_on_one_rank_holds_nobody(
+    fast: Callable[[str], Outcome],
+) -> None:
+    stayed, left = fast("exception_on_rank_1")
+    assert "the monitor of rank 1 was closed" in stayed["seen"]["notes"]["ranks_apart"]
+    assert stayed["seen"]["step"] == 20 and left["seen"]["step"] == 10
+    assert differences(stayed["state"]["model"], left["state"]["model"]) == []
+
+
+def test_a_monitor_that_breaks_on_one_rank_still_takes_part_and_rank_0_says_so(
+    fast: Callable[[str], Outcome],
+) -> None:
+    one, two = fast("broken_on_rank_1")
+    assert one["seen"]["history"] == two["seen"]["history"]
+    assert list(column(one, "live_fraction")) == list(column(one, "weight_norm")) == list(range(1, 16))
+    assert one["seen"]["notes"].keys() == {"failed_rank"}
+    assert "failed on rank 1" in one["seen"]["notes"]["failed_rank"]
+    assert "broken on purpose" in two["seen"]["notes"]["failed_rows"]
+    assert differences(one["state"], two["state"]) == []
+
+
+def test_when_a_rank_dies_the_others_hear_torchs_own_error(fast: Callable[[str], Outcome]) -> None:
+    survivor, dead = fast("dies")
+    assert dead is None
+    assert survivor["error"] and survivor["seconds"] < 20
+    assert list(column(survivor, "loss"))[:10] == list(range(1, 11))
+
+
+def test_a_rank_that_dies_inside_the_optimizer_step_stops_only_the_reading(
+    fast: Callable[[str], Outcome],
+) -> None:
+    survivor, dead = fast("dies_in_step")
+    assert dead is None
+    assert "one of them is gone, or late" in survivor["seen"]["notes"]["ranks_apart"]
+    assert survivor["seen"]["step"] == 11 and survivor["seconds"] < 20
+
+
+def test_a_step_that_one_rank_leaves_out_costs_a_bounded_wait(fast: Callable[[str], Outcome]) -> None:
+    one, two = fast("skips_a_step")
+    assert "ranks_apart" in one["seen"]["notes"] and "ranks_apart" in two["seen"]["notes"]
+    assert (one["seen"]["step"], two["seen"]["step"]) == (11, 10), "both trained to the end"
+
+
+def test_under_ddps_join_each_rank_is_read_alone_and_training_is_the_same(
+    fast: Callable[[str], Outcome],
+) -> None:
+    for rank in fast("joined"):
+        assert rank["differences"] == []
+        assert "DDP's join()" in rank["seen"]["notes"]["ranks_apart"]
+    assert [rank["seen"]["step"] for rank in fast("joined")] == [16, 14]
+
+
+def test_numbers_that_arrive_late_are_taken_up_at_the_same_step_everywhere(
+    fast: Callable[[str], Outcome],
+) -> None:
+    one, two = fast("late")
+    assert one["before"]["history"] == two["before"]["history"]
+    assert one["before"]["history"]["live_fraction"][0][-1] <= 30 - LAG - 1
+    for name in ("feature_mean_norm", "mean_alignment", "logit_displacement", "rms_t_max", "loss"):
+        assert len(one["before"]["history"][name][0]) > 8, name
+    # Known Δμ_G comes with the exchange before: the displacement by it is of some steps ago.
+    expected, got = column(fast("ddp")[0], "feature_displacement"), column(one, "feature_displacement")
+    assert math.isclose(got[8], expected[8 - LAG - 2], rel_tol=0.1)
+    assert "the monitor of rank 1 was closed" in one["seen"]["notes"]["ranks_apart"]
+    assert two["hooks"] == 0 and two["seconds"] < 20
+    assert one["seen"]["step"] == 50 and max(column(one, "live_fraction")) > 45
+
+
+# --- slower --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_hsdp_on_four_ranks_measures_and_trains_alike(
+    slow: Callable[[str], Outcome], fast: Callable[[str], Outcome], compatibility: Recorder
+) -> None:
+    ranks = slow("hsdp")
+    assert all(rank["differences"] == [] for rank in ranks)
+    assert all(rank["seen"]["history"] == ranks[0]["seen"]["history"] for rank in ranks)
+    assert_measured_alike(ranks[0], fast("ddp")[0], EXACT)
+    history = dict(ranks[0]["seen"]["history"])
+    history.pop("loss")
+    compatibility("PyTorch", "HSDP (fully_shard on a 2-D mesh), 4 processes", history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["ddp_slingshot_4", "fsdp_slingshot"])
+def test_a_slingshot_is_warned_of_on_four_ranks_and_on_shards(
+    case: str, slow: Callable[[str], Outcome]
+) -> None:
+    ranks = slow(case)
+    assert all(rank["seen"]["alerts"] == ranks[0]["seen"]["alerts"] for rank in ranks)
+    first = {alert["kind"]: alert for alert in reversed(ranks[0]["seen"]["alerts"])}
+    assert first["at_risk"]["first_step"] < first["imminent"]["first_step"] < first["slingshot"]["first_step"]
+    assert first["slingshot"]["mechanism"] == "numerical_feature_inflation"
