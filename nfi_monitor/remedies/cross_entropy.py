@@ -56,10 +56,11 @@ def zero_sum_cross_entropy(
         ValueError, TypeError: shapes, dtypes or options that ``F.cross_entropy`` refuses as well.
         RuntimeError: on a second derivative (use ``F.cross_entropy`` in float64 there).
 
-    In float32 the loss is within (|margin| + 8)·2⁻²⁴ of the exact one, relatively, and a row's gradient sums
-    to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  It costs less than
-    ``F.cross_entropy`` but for very small batches of few classes.  When not to use it: for other losses, and
-    where second derivatives are needed.  Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism is Liu et al. 2026.
+    In float32 the loss is within (|margin| + 8)·2⁻²⁴ of the exact one, relatively (and K·2⁻¹⁵⁰), and a row's
+    gradient sums to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  It
+    costs less than ``F.cross_entropy`` but for very small batches of few classes.  When not to use it: for
+    other losses, and where second derivatives are needed.  Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism is
+    Liu et al. 2026.
     """
     axis = _check(input, target, weight, reduction, label_smoothing)
     rows, lead = input, input.shape[:-1]

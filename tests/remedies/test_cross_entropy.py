@@ -55,7 +55,8 @@ def test_loss_and_gradient_of_float32_logits_are_exact_to_the_conditioning_of_ex
     found.backward()
     assert found.dtype is torch.float32 and logits.grad is not None
     if loss > torch.finfo(torch.float32).smallest_normal:
-        assert abs(found.item() - loss) <= (abs(margin) + 8) * ULP * loss
+        # Terms below the smallest normal number are off by half of the smallest subnormal, each.
+        assert abs(found.item() - loss) <= (abs(margin) + 8) * ULP * loss + classes * 2.0**-150
     said = logits.grad.double().numpy()
     normal = np.abs(gradient) > torch.finfo(torch.float32).smallest_normal
     spread = float(logits.detach().max() - logits.detach().min())

@@ -47,6 +47,7 @@ def broken(code: types.CodeType) -> Iterator[list[int]]:
     """Every function with this code raises :class:`InjectedFault`; the list grows by one a raise."""
     raised: list[int] = []
     exchanged = _raising(code, raised)
+    gc.unfreeze()  # what somebody froze is not listed
     changed: list[tuple[types.FunctionType, types.CodeType]] = []
     for function in [item for item in gc.get_objects() if isinstance(item, types.FunctionType)]:
         new = _exchange(function.__code__, code, exchanged)
