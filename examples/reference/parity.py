@@ -1,0 +1,247 @@
+"""k-sparse parity, where hinge loss and cross-entropy slingshot for different reasons (W. Wu 2024).
+
+40 random bits, the label is the parity of 3 of them, one hidden ReLU layer of width 128, AdamW at lr 1e-2 and
+otherwise as it comes.  Under hinge loss the gradient vanishes, weight decay pulls the weights back over the
+margin, and what meets them there is a second moment that has let go: precision plays no part.  Under
+cross-entropy it is rounding.
+
+    python -m examples.reference.parity
+    python -m examples.reference.parity --preset paper --jobs 16       # 100 runs of each loss
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+if not __package__:  # run as a script: imports start at the root of the checkout
+    sys.path[0] = str(Path(__file__).resolve().parents[2])
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from examples.reference import parity_claims as claims
+from examples.reference.local_learning import Sampler, calibration
+from examples.reference.parity_after import Task, after
+from examples.reference.slingshot_log import SlingshotLog
+from examples.reference.study import Arm, Plan, Preset, Study, command
+from examples.reference.training import Training
+from nfi_monitor import Monitor
+
+
+def parity(rows: int, bits: int, relevant: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """``(bits [rows, bits] as 0.0/1.0, XOR of the first ``relevant`` [rows])``; whichever those are."""
+    values = torch.randint(0, 2, (rows, bits), generator=generator)
+    return values.float(), values[:, :relevant].sum(1) % 2
+
+
+def hinge(output: Tensor, label: Tensor) -> Tensor:
+    """max(0, 1 − y·ŷ) with y = ±1: exactly 0, gradient and all, past the margin."""
+    return F.relu(1 - (2 * label - 1) * output.squeeze(-1)).mean()
+
+
+class Net(nn.Sequential):
+    """bits → width, ReLU → 1 or 2 columns."""
+
+    def __init__(self, bits: int, width: int, columns: int) -> None:
+        super().__init__()
+        self.add_module("hidden", nn.Linear(bits, width))
+        self.add_module("relu", nn.ReLU())
+        self.add_module("head", nn.Linear(width, columns))
+
+
+def loss_of(config: Mapping[str, Any], output: Tensor, label: Tensor) -> Tensor:
+    if config.get("zero_sum"):
+        output.register_hook(lambda grad: grad - grad.mean(-1, keepdim=True))
+    if config.get("loss_dtype"):
+        output = output.to(getattr(torch, config["loss_dtype"]))
+    return hinge(output, label) if config["loss"] == "hinge" else F.cross_entropy(output, label)
+
+
+def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> torch.optim.Optimizer:
+    """``weight_decay`` 0 is Adam: AdamW without decay is the same algorithm."""
+    # Fused: a step this small is mostly the overhead of a dozen kernels.
+    return torch.optim.AdamW(
+        model.parameters(), lr=config["lr"], betas=(0.9, config["beta2"]),
+        weight_decay=config["weight_decay"], fused=True,
+    )  # fmt: skip
+
+
+def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Training:
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (config["bits"], config["relevant"])
+    x, y = (t.to(device) for t in parity(config["rows"], *sizes, generator))
+    test_x, test_y = (t.to(device) for t in parity(config["test_rows"], *sizes, generator))
+    data = (x, y, test_x)
+    model = Net(config["bits"], config["width"], 1 if config["loss"] == "hinge" else 2).to(device)
+    if config.get("dtype") == "float64":
+        model.double()
+        x, test_x = x.double(), test_x.double()
+    optimizer = make_optimizer(config, model)
+    log = SlingshotLog(model, optimizer, limit=config["kept"])
+    every, reset = config.get("reset_every", 0), config.get("reset", "")
+
+    def step(number: int, monitor: Monitor) -> Tensor:
+        if every and number % every == 0:
+            forget(optimizer, reset)
+        loss = loss_of(config, model(x), y)
+        monitor.observe_loss(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        log.add(number, float(loss.detach()))
+        return loss.detach()
+
+    def test_loss(network: nn.Module) -> Tensor:
+        # In float64 from the logits on: near 0 a float32 cross-entropy is as coarse as what is looked for.
+        return loss_of({"loss": config["loss"]}, network(test_x).double(), test_y)
+
+    def measure(step: int) -> dict[str, float]:
+        return {"test_loss": float(test_loss(model))}
+
+    task = Task(
+        loss=lambda network: loss_of(config, network(x), y),
+        test_loss=test_loss,
+        make_optimizer=partial(make_optimizer, config),
+        log=log,
+        rows=(x, y),
+        lr=config["lr"],
+        decay=config["weight_decay"],
+        samplers=samplers(config) if "samplers" in config else {},
+        jumps=config["jumps"],
+    )
+    return Training(
+        model, optimizer, step, data=data, extras=[log], watch={"head": "head", "every": config["every"]},
+        measure=measure, measure_every=10, finish=partial(after, task),
+    )  # fmt: skip
+
+
+def forget(optimizer: torch.optim.Optimizer, what: str) -> None:
+    """Reset AdamW: "state" forgets both moments, "count" only the number of steps of the bias correction."""
+    if what == "state":
+        optimizer.state.clear()
+        return
+    for state in optimizer.state.values():
+        state["step"].zero_()
+
+
+# --- what is no training ------------------------------------------------------------------------------
+
+
+def samplers(config: Mapping[str, Any]) -> dict[str, Sampler]:
+    """By their step and pull, since what they find depends on both; the first is the one to go by."""
+    return {
+        f"step {step:g}, pull {pull:g}": Sampler(step=step, pull=pull, **config["chains"])
+        for step, pull in config["samplers"]
+    }
+
+
+def calibrate(config: Mapping[str, Any], seed: int, device: torch.device, run_dir: Path) -> dict[str, Any]:
+    """Each sampler on models whose coefficient is known."""
+    return {name: calibration(sampler, config["rows"], seed) for name, sampler in samplers(config).items()}
+
+
+def kick(config: Mapping[str, Any], seed: int, device: torch.device, run_dir: Path) -> dict[str, Any]:
+    """torch's own AdamW on one weight: a gradient that stays the same after ``silence`` steps without any."""
+    found = {}
+    for beta2 in (0.999, 0.99):
+        weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+        optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, beta2), eps=1e-30, weight_decay=0.0)
+        weight.grad = torch.zeros_like(weight)
+        optimizer.step()
+        # Steps with a gradient of 0 leave both moments at 0: only their count has to be made up.
+        optimizer.state[weight]["step"].fill_(config["silence"])
+        sizes = []
+        for _ in range(config["aligned"]):
+            weight.grad = torch.ones_like(weight)
+            before = weight.detach().clone()
+            optimizer.step()
+            sizes.append(float((before - weight.detach()).abs()))
+        found[f"{beta2:g}"] = sizes
+    return {"kicks": found}
+
+
+# --- the arms ------------------------------------------------------------------------------------------
+
+HINGE, CE = {"loss": "hinge"}, {"loss": "cross_entropy"}
+ARMS = (
+    # Looking at what lies around its slingshots is no part of the training: "kept" makes no other arm.
+    Arm("hinge-float32", "hinge loss, AdamW, float32", "hinge", {"kept": 4}),
+    Arm("hinge-float64-model", "parameters and loss in float64", "hinge", {"dtype": "float64"}),
+    Arm("hinge-float64-loss", "float64 from the output to the loss", "hinge", {"loss_dtype": "float64"}),
+    Arm("hinge-adam", "Adam without decay", "hinge", {"weight_decay": 0.0}),
+    Arm("hinge-beta2-.99", "β = (.9, .99)", "hinge", {"beta2": 0.99}),
+    Arm("hinge-reset-state", "AdamW's state forgotten every 500 steps", "hinge",
+        {"reset_every": 500, "reset": "state"}),
+    Arm("hinge-reset-count", "AdamW's step count set to 0 every 500 steps", "hinge",
+        {"reset_every": 500, "reset": "count"}),
+    Arm("ce-float32", "cross-entropy, AdamW, float32", "ce", {"kept": 1}),
+    Arm("ce-float64-model", "parameters and loss in float64", "ce", {"dtype": "float64"}),
+    Arm("ce-float64-loss", "float64 from the logits to the loss", "ce", {"loss_dtype": "float64"}),
+    Arm("ce-zero-sum", "logit gradient minus its mean over classes", "ce", {"zero_sum": True}),
+    Arm("ce-adam", "Adam without decay", "ce", {"weight_decay": 0.0}),
+    Arm("calibration", "local learning coefficients known in closed form", compute=calibrate),
+    Arm("kick", "AdamW on one weight after a long silence", compute=kick),
+)  # fmt: skip
+
+_WU = {"bits": 40, "relevant": 3, "rows": 1_000, "test_rows": 2_000, "width": 128, "lr": 1e-2, "beta2": 0.999,
+       "weight_decay": 1e-2, "kept": 0, "jumps": 4, "every": "auto"}  # fmt: skip
+# Steps are as long as stay stable, pulls from one that hardly confines to one that hides what is flat.
+_SAMPLERS = {"samplers": [[0.03, 1.0], [0.003, 1.0], [0.03, 100.0], [0.01, 1_000.0]]}
+_SHORT = {**_SAMPLERS, "chains": {"draws": 200, "burn_in": 100, "chains": 2}}
+_CHAINS = {**_SAMPLERS, "chains": {"draws": 600, "burn_in": 300, "chains": 4}}
+_SEEDS = tuple(range(100))
+_QUICK, _REST, _LONG = 4_000, 3_000, 20_000
+PRESETS = (
+    Preset(
+        "quick",
+        {
+            "hinge": {**_WU, **HINGE},
+            "ce": {**_WU, **CE, "every": 10, **_SHORT},
+            "calibration": {**_CHAINS, "rows": 1_000},
+            "kick": {"silence": 1_000_000, "aligned": 30},
+        },
+        {
+            "hinge-float32": Plan(_QUICK, (0, 1, 2, 3)),
+            "hinge-float64-model": Plan(_REST, (0, 1)),
+            "hinge-float64-loss": Plan(_REST, (0, 1)),
+            "hinge-adam": Plan(_REST, (0, 1)),
+            "hinge-beta2-.99": Plan(_REST, (0, 1)),
+            "hinge-reset-state": Plan(_REST, (0, 1)),
+            "hinge-reset-count": Plan(_REST, (0, 1)),
+            "ce-float32": Plan(_LONG, (0,)),
+            "ce-float64-loss": Plan(_LONG, (0,)),
+            "ce-zero-sum": Plan(_LONG, (0,)),
+            "ce-adam": Plan(_LONG, (0,)),
+            "calibration": Plan(0, (0,)),
+            "kick": Plan(0, (0,)),
+        },
+    ),
+    Preset(
+        "paper",
+        {
+            "hinge": {**_WU, **HINGE, "test_rows": 10_000},
+            "ce": {**_WU, **CE, "every": 10, "test_rows": 10_000, **_CHAINS},
+            "calibration": {**_CHAINS, "rows": 1_000},
+            "kick": {"silence": 1_000_000, "aligned": 30},
+        },
+        {
+            **{arm.name: Plan(25_000, _SEEDS[:20]) for arm in ARMS if arm.compute is None},
+            "hinge-float32": Plan(25_000, _SEEDS),
+            "ce-float32": Plan(25_000, _SEEDS),
+            "calibration": Plan(0, _SEEDS[:10]),
+            "kick": Plan(0, (0,)),
+        },
+    ),
+)  # fmt: skip
+
+STUDY = Study(
+    "parity", "Sparse parity", build, ARMS, PRESETS, claims.CLAIMS, claims.figure, claims.SERIES, claims.DRAWN
+)
+
+if __name__ == "__main__":
+    raise SystemExit(command("parity"))

@@ -1,0 +1,436 @@
+"""One run of one arm under the monitor: its loop, its checkpoints, and what it leaves behind.
+
+A run is made of segments.  Between two the whole state goes through a checkpoint and a monitor is attached
+anew, *whether or not the run was interrupted there*: a fresh monitor has no previous step to compare with, so
+a run that was resumed could otherwise differ in an alert from one that was not.  With it, both are the same
+run to the last bit.
+"""
+
+from __future__ import annotations
+
+import platform
+import random
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import nfi_monitor
+from examples.reference.results import (
+    RESULTS,
+    RUNS,
+    Result,
+    atomically,
+    digest,
+    episodes,
+    fingerprint,
+    write,
+)
+from nfi_monitor import Alert, Monitor
+from nfi_monitor.history import History
+from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.report.plain import plain
+from nfi_monitor.report.summary import slingshots
+
+if TYPE_CHECKING:
+    from examples.reference.study import Arm, Preset, Study
+
+CHECKPOINT = "checkpoint.pt"
+_FLUSH = 256
+"""Losses that are kept on the device before they are read in one copy."""
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass
+class Training:
+    """Everything that one run needs; a study's ``build`` returns it."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    step: Callable[[int, Monitor], Tensor | float]
+    """The body of the training loop for optimizer step ``number`` ≥ 1, ``monitor.observe_loss`` included;
+    returns the loss."""
+    data: Sequence[Tensor] = ()
+    """What the arms of a pair have to have in common besides the initial weights."""
+    extras: Sequence[Any] = ()
+    """What else belongs to the state: ``torch.Generator`` objects, and things with ``load_state_dict`` and a
+    ``state_dict`` in plain types and tensors (scheduler, scaler, what closures carry from step to step)."""
+    watch: Mapping[str, Any] = field(default_factory=dict)
+    """What Monitor is given besides the model and the optimizer."""
+    measure: Callable[[int], Mapping[str, float]] | None = None
+    """Own series at steps completed; must draw no random number."""
+    measure_every: int = 100
+    finish: Callable[[Record], Mapping[str, Any]] | None = None
+    """What the run is to be remembered by: plain values."""
+    start: Mapping[str, str] | None = None
+    """Fingerprint of the model at its very beginning, where ``build`` has already trained it."""
+
+
+@dataclass
+class Record:
+    """A run while it is made, and what ``finish`` is given when it is over."""
+
+    training: Training
+    config: Mapping[str, Any]
+    seed: int
+    device: torch.device
+    run_dir: Path
+    history: History
+    """The monitor's readings, of all segments."""
+    monitor: Monitor | None = None
+    steps: int = 0
+    measured: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
+    _losses: list[Tensor] = field(default_factory=list)
+    _pending: list[Tensor] = field(default_factory=list)
+
+    @property
+    def loss(self) -> Array:
+        """Of steps 1, 2, …, float64 [steps]."""
+        self._flush()
+        return torch.cat(self._losses).numpy() if self._losses else np.empty(0)
+
+    @property
+    def series(self) -> dict[str, tuple[Array, Array]]:
+        """What ``measure`` returned: name → (steps, values)."""
+        return {name: (np.array(s), np.array(v)) for name, (s, v) in self.measured.items()}
+
+    def column(self, name: str) -> tuple[Array, Array]:
+        """(steps, values) of a measured series, of the loss, or of one of the monitor's quantities."""
+        if name in self.measured:
+            return self.series[name]
+        if name == "loss":
+            return np.arange(1, self.steps + 1), self.loss
+        return self.history[name]
+
+    def took(self, loss: Tensor | float) -> None:
+        self.steps += 1
+        self._pending.append(torch.as_tensor(loss, dtype=torch.float64).detach().reshape(()))
+        if len(self._pending) >= _FLUSH:
+            self._flush()
+
+    def measure(self) -> None:
+        if self.training.measure is None:
+            return
+        with torch.no_grad():
+            found = self.training.measure(self.steps)
+        for name, value in found.items():
+            steps, values = self.measured.setdefault(name, ([], []))
+            steps.append(self.steps)
+            values.append(float(value))
+
+    def _flush(self) -> None:
+        if self._pending:
+            self._losses.append(torch.stack(self._pending).cpu())
+            self._pending.clear()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``torch.load(weights_only=True)`` reads back."""
+        names = self.history.names()
+        return {
+            "steps": self.steps,
+            "loss": torch.from_numpy(self.loss),
+            "measured": {name: (list(s), list(v)) for name, (s, v) in self.measured.items()},
+            "history": {name: tuple(map(torch.from_numpy, self.history[name])) for name in names},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+        self._losses, self._pending = [state["loss"]], []
+        self.measured = {name: (list(s), list(v)) for name, (s, v) in state["measured"].items()}
+        for name, (steps, values) in state["history"].items():
+            for step, value in zip(steps.tolist(), values.tolist(), strict=True):
+                self.history.append(step, {name: value})
+
+
+# --- one run --------------------------------------------------------------------------------------------
+
+
+def run_one(
+    study: Study,
+    preset: Preset,
+    arm: str,
+    seed: int,
+    *,
+    results: Path = RESULTS,
+    runs: Path = RUNS,
+    device: str = "cpu",
+    steps: int | None = None,
+    refresh: bool = False,
+    options: Mapping[str, Any] | None = None,
+    told: Callable[[int], None] | None = None,
+) -> Result:
+    """The result of one arm and seed: from its file where the same was run before, else made now.
+
+    ``steps``: default the preset's. ``options`` go on top of the arm's configuration. ``told`` is called with
+    the number of steps completed now and then.  A run that was interrupted goes on from its checkpoint.
+    """
+    chosen = study.arm(arm)
+    config = study.config(preset, chosen, options)
+    total = preset.plans[arm].steps if steps is None else steps
+    directory = results / study.name / preset.name
+    path = directory / f"{arm}-{seed}.json"
+    if not refresh and (found := finished(path, config, total)) is not None:
+        return found
+    run_dir = runs / study.name / preset.name / f"{arm}-{seed}"
+    with _one_thread():
+        _seed(seed)
+        if chosen.compute is not None:
+            result, series = _computed(study, preset, chosen, seed, config, torch.device(device), run_dir)
+        else:
+            job = _Job(study, preset, chosen, seed, config, total, torch.device(device), run_dir, told)
+            result, series = job.run()
+    drawn = arm in study.drawn and seed == preset.plans[arm].seeds[0]
+    write(result, directory, series if drawn else None)
+    (run_dir / CHECKPOINT).unlink(missing_ok=True)
+    return Result.read(path)
+
+
+def finished(path: Path, config: Mapping[str, Any], steps: int) -> Result | None:
+    """The result in this file if it is whole and of this configuration and length."""
+    try:
+        result = Result.read(path)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    same = result.config == plain(config) and result.steps == steps
+    return result if same else None
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """At these sizes a second thread costs more than it brings; several runs at once bring it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % (1 << 32))
+
+
+class _Job:
+    """A run on its way."""
+
+    def __init__(
+        self,
+        study: Study,
+        preset: Preset,
+        arm: Arm,
+        seed: int,
+        config: dict[str, Any],
+        total: int,
+        device: torch.device,
+        run_dir: Path,
+        told: Callable[[int], None] | None,
+    ) -> None:
+        self.study, self.preset, self.arm, self.seed = study, preset, arm, seed
+        self.config, self.total, self.device, self.run_dir = config, total, device, run_dir
+        self.told = told
+        self.seconds = 0.0
+
+    def run(self) -> tuple[Result, dict[str, tuple[Array, Array]]]:
+        started = time.perf_counter()
+        training = self.study.build(self.config, self.seed, self.device)
+        begun = dict(training.start or fingerprint(training.model))
+        data = digest(*training.data) if training.data else ""
+        history = History(max_rows=1 << 18)
+        record = Record(training, self.config, self.seed, self.device, self.run_dir, history)
+        state = self._checkpoint()
+        if state is None:
+            shutil.rmtree(self.run_dir, ignore_errors=True)
+            record.measure()
+            self._open(record, None)
+        else:
+            self._restore(record, state)
+        while record.steps < self.total:
+            self._step(record)
+            if record.steps % self.preset.checkpoint_every == 0 and record.steps < self.total:
+                self.seconds += time.perf_counter() - started
+                started = time.perf_counter()
+                self._save(record)
+        assert record.monitor is not None
+        record.monitor.close()
+        values = {} if training.finish is None else dict(training.finish(record))
+        alerts = record.monitor.alerts
+        loss = record.loss
+        self.seconds += time.perf_counter() - started
+        result = Result(
+            study=self.study.name,
+            preset=self.preset.name,
+            arm=self.arm.name,
+            seed=self.seed,
+            pair=self.arm.pair,
+            config=self.config,
+            steps=record.steps,
+            slingshots=slingshots(alerts),
+            episodes=episodes(loss),
+            alerts=alerts,
+            loss_final=float(loss[-1]) if len(loss) else None,
+            values=values,
+            start=begun,
+            data=data,
+            made=made(self.device, self.seconds),
+        )
+        series = {name: record.column(name) for name in self.study.series if name in _known(record)}
+        return result, {name: column for name, column in series.items() if len(column[0])}
+
+    def _step(self, record: Record) -> None:
+        assert record.monitor is not None
+        record.took(record.training.step(record.steps + 1, record.monitor))
+        done = record.steps
+        if done % record.training.measure_every == 0 or done == self.total:
+            record.measure()
+        if self.told is not None and done % 50 == 0:
+            self.told(done)
+
+    def _open(self, record: Record, state: Mapping[str, Any] | None) -> None:
+        """A monitor for the next segment."""
+        training = record.training
+        watch: dict[str, Any] = {"console": False, "snapshots": False, "run_dir": self.run_dir}
+        record.monitor = Monitor(training.model, training.optimizer, **(watch | dict(training.watch)))
+        record.monitor.history = record.history
+        if state is not None:
+            record.monitor.load_state_dict(state)
+
+    def _save(self, record: Record) -> None:
+        assert record.monitor is not None
+        monitor = record.monitor.state_dict()
+        record.monitor.close()
+        training = record.training
+        state = {
+            "config": plain(self.config),
+            "seconds": self.seconds,
+            "record": record.state_dict(),
+            "model": training.model.state_dict(),
+            "optimizer": training.optimizer.state_dict(),
+            "extras": [_state_of(extra) for extra in training.extras],
+            "monitor": monitor,
+            "random": _random_state(),
+        }
+        atomically(self.run_dir / CHECKPOINT, lambda file: torch.save(state, file))
+        self._open(record, monitor)
+
+    def _checkpoint(self) -> dict[str, Any] | None:
+        """The checkpoint of an interrupted run of the same configuration."""
+        path = self.run_dir / CHECKPOINT
+        if not path.exists():
+            return None
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception:  # written by another torch, or damaged: then the run starts anew
+            return None
+        same = state["config"] == plain(self.config) and state["record"]["steps"] < self.total
+        return state if same else None
+
+    def _restore(self, record: Record, state: Mapping[str, Any]) -> None:
+        training = record.training
+        training.model.load_state_dict(state["model"])
+        training.optimizer.load_state_dict(state["optimizer"])
+        for extra, saved in zip(training.extras, state["extras"], strict=True):
+            if isinstance(extra, torch.Generator):
+                extra.set_state(saved)
+            else:
+                extra.load_state_dict(saved)
+        record.load_state_dict(state["record"])
+        self.seconds = state["seconds"]
+        self._open(record, state["monitor"])
+        _set_random_state(state["random"])
+
+
+def _known(record: Record) -> set[str]:
+    return {"loss", *record.measured, *QUANTITIES}
+
+
+def _state_of(extra: Any) -> Any:
+    return extra.get_state() if isinstance(extra, torch.Generator) else extra.state_dict()
+
+
+def _random_state() -> dict[str, Any]:
+    kind, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
+    version, words, spare = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+        "python": [version, list(words), spare],
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    kind, keys, position, has_gauss, gauss = state["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, gauss))
+    version, words, spare = state["python"]
+    random.setstate((version, tuple(words), spare))
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+# --- what does not fit the loop -----------------------------------------------------------------------
+
+
+def _computed(
+    study: Study,
+    preset: Preset,
+    arm: Arm,
+    seed: int,
+    config: dict[str, Any],
+    device: torch.device,
+    run_dir: Path,
+) -> tuple[Result, dict[str, tuple[Array, Array]]]:
+    assert arm.compute is not None
+    started = time.perf_counter()
+    shutil.rmtree(run_dir, ignore_errors=True)
+    values = dict(arm.compute(config, seed, device, run_dir))
+    alerts: list[Alert] = list(values.pop("alerts", []))
+    loss = np.asarray(values.pop("loss", []), float)
+    series = {name: (np.asarray(s), np.asarray(v)) for name, (s, v) in values.pop("series", {}).items()}
+    result = Result(
+        study=study.name,
+        preset=preset.name,
+        arm=arm.name,
+        seed=seed,
+        pair=arm.pair,
+        config=config,
+        steps=preset.plans[arm.name].steps,
+        slingshots=list(values.pop("slingshots", slingshots(alerts))),
+        episodes=episodes(loss),
+        alerts=alerts,
+        loss_final=float(loss[-1]) if len(loss) else None,
+        values=values,
+        made=made(device, time.perf_counter() - started),
+    )
+    if len(loss) and "loss" in study.series:
+        series.setdefault("loss", (np.arange(1, len(loss) + 1), loss))
+    return result, series
+
+
+def made(device: torch.device, seconds: float) -> dict[str, Any]:
+    """When, where and with what, so that a number can be traced; nothing of the machine but its kind."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "date": datetime.now(timezone.utc).date().isoformat(),
+        "seconds": round(seconds, 1),
+        "device": f"{device.type} ({name})",
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "nfi_monitor": nfi_monitor.__version__,
+        },
+    }
