@@ -39,11 +39,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(DEMO_STAMP)
 	$(BIN)/nfi-monitor demo $(DEMO_ARGS)
 
+# A process a core, one thread each: the tests' models are too small for more.
 test: lint
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow" $(PYTEST_ARGS)
 
 test-full: lint
-	$(BIN)/python -m pytest -m "slow or not slow" $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "slow or not slow" $(PYTEST_ARGS)
 
 # REFERENCE_ARGS="--preset paper --jobs 8" for the papers' own sizes.
 reference: $(STAMP)
