@@ -138,11 +138,15 @@ def median(values: Sequence[float], unit: str = "") -> Estimate:
 def grouped_median(groups: Sequence[Sequence[float]], unit: str = "") -> Estimate:
     """Median of values nested in runs: the bootstrap draws whole runs, whose values belong together.
 
+    Of a single run it draws the values: the interval then says nothing of other runs.
     Raises NotTested if there is no value.
     """
     filled = [np.asarray(group, float) for group in groups if len(group)]
     if not filled:
         raise NotTested("nothing was measured")
+    if len(filled) == 1:
+        alone = median(filled[0].tolist(), unit)
+        return replace(alone, ours=f"{alone.ours} in 1 run")
     generator = np.random.default_rng(0)
     drawn = [
         float(
