@@ -238,16 +238,17 @@ def test_cross_entropy_parity_is_armed_a_thousand_steps_before_its_slingshot(tmp
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", ["0", "1"])
-def test_every_hinge_parity_slingshot_is_named_second_moment_and_was_at_risk(
-    seed: str, tmp_path: Path
-) -> None:
+def test_no_hinge_parity_slingshot_is_named_numerical_and_each_was_at_risk(seed: str, tmp_path: Path) -> None:
     example("03_sparse_parity", "--loss", "hinge", "--seed", seed, "--run-dir", "run", cwd=tmp_path)
     alerts = read_run(tmp_path / "run").alerts
     assert not any(alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION for alert in alerts)
     # A spike in the first steps of training has no forgotten second moment behind it.
     slingshots = [a for a in alerts if a.kind is AlertKind.SLINGSHOT and a.first_step > 250]
     assert len(slingshots) >= 3
-    assert {alert.mechanism for alert in slingshots} == {Mechanism.SECOND_MOMENT}
+    # Where gradients oppose each other on the way, it is an oscillation on a second moment that has let go.
+    mechanisms = {alert.mechanism for alert in slingshots}
+    assert Mechanism.SECOND_MOMENT in mechanisms
+    assert mechanisms <= {Mechanism.SECOND_MOMENT, Mechanism.EDGE_OF_STABILITY}
     at_risk = [alert for alert in alerts if alert.kind is AlertKind.AT_RISK]
     for slingshot in slingshots:
         assert any(a.first_step < slingshot.first_step <= a.last_step for a in at_risk), slingshot.first_step
