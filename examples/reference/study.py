@@ -23,6 +23,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 from examples.reference.judge import Claim, Judgement, Verdict
+from examples.reference.parallel import BackendError, as_completed
 from examples.reference.results import RESULTS, RUNS, NotTested, Result, Results, StudyError
 from examples.reference.training import Training, finished, run_one
 
@@ -51,6 +52,8 @@ class Plan:
 
     steps: int
     seeds: tuple[int, ...] = (0,)
+    weight: float = 1.0
+    """How long a step takes, beside one of the other arms: those that last longest begin first."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +210,7 @@ def _run_all(study: Study, args: argparse.Namespace, console: Console) -> int:
             highlight=False,
         )
     # Long runs first: the last one to begin should not be the one to end.
-    missing.sort(key=lambda item: -preset.plans[item[0]].steps)
+    missing.sort(key=lambda item: -preset.plans[item[0]].steps * preset.plans[item[0]].weight)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -235,15 +238,9 @@ def _made(
     study: Study, args: argparse.Namespace, missing: Sequence[tuple[str, int]]
 ) -> Iterator[tuple[str, int, float]]:
     try:
-        from joblib import Parallel, delayed, parallel_config
+        from joblib import delayed
     except ImportError as error:
         raise StudyError('studies need joblib: pip install "nfi-monitor[examples]"') from error
-    if args.backend == "ray":  # Ray brings a joblib backend of its own; it is registered by name
-        try:
-            from ray.util.joblib import register_ray
-        except ImportError as error:
-            raise StudyError('--backend ray needs Ray: pip install "ray[default]"') from error
-        register_ray()
     common = {
         "results": args.results.resolve(),
         "runs": args.runs.resolve(),
@@ -251,10 +248,11 @@ def _made(
         "refresh": args.refresh,
         "options": args.options,
     }
-    with parallel_config(backend=args.backend, n_jobs=args.jobs):
-        yield from Parallel(return_as="generator_unordered")(
-            delayed(_job)(study.name, args.chosen.name, arm, seed, common) for arm, seed in missing
-        )
+    calls = (delayed(_job)(study.name, args.chosen.name, arm, seed, common) for arm, seed in missing)
+    try:
+        yield from as_completed(calls, jobs=args.jobs, backend=args.backend)
+    except BackendError as error:
+        raise StudyError(str(error)) from error
 
 
 def _job(study: str, preset: str, arm: str, seed: int, common: Mapping[str, Any]) -> tuple[str, int, float]:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 import nfi_monitor
+from examples.reference.parallel import as_completed
 from nfi_monitor import Alert, Monitor
 from nfi_monitor.detect.detector import Context
 from nfi_monitor.history import History
@@ -248,19 +249,12 @@ def generate(
     refresh: bool = False,
 ) -> Iterator[tuple[Family, int, Path]]:
     """Make what is missing; yields each run's path as it is there, in any order."""
-    from joblib import Parallel, delayed, parallel_config
+    from joblib import delayed
 
     wanted = [(family, seed) for family in families for seed in family.seeds]
-    if backend == "ray":  # Ray brings a joblib backend of its own; it is registered by name
-        from ray.util.joblib import register_ray
-
-        register_ray()
     longest_first = sorted(wanted, key=lambda item: -item[0].steps)
-    with parallel_config(backend=backend, n_jobs=jobs):
-        made = Parallel(return_as="generator_unordered")(
-            delayed(_ensure)(family, seed, directory, refresh) for family, seed in longest_first
-        )
-        yield from made
+    calls = (delayed(_ensure)(family, seed, directory, refresh) for family, seed in longest_first)
+    yield from as_completed(calls, jobs=jobs, backend=backend)
 
 
 def _ensure(family: Family, seed: int, directory: Path, refresh: bool) -> tuple[Family, int, Path]:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from examples.reference.parallel import as_completed
 from tests.benchmarks.detection import generate
 from tests.benchmarks.detection.experiments import cadence
 from tests.benchmarks.detection.experiments.results import Job, merge
@@ -77,16 +78,12 @@ def jobs_of(args: argparse.Namespace, console: Console) -> list[Job]:
 
 def results_of(jobs: Sequence[Job], console: Console, *, processes: int, backend: str) -> Iterator[Done]:
     """In any order; what is cached is read, not made again."""
-    from joblib import Parallel, delayed, parallel_config
+    from joblib import delayed
 
     wanted = sorted(jobs, key=lambda job: -job.weight)
-    if backend == "ray":
-        from ray.util.joblib import register_ray
-
-        register_ray()
-    with Progress(console=console) as progress, parallel_config(backend=backend, n_jobs=processes):
+    with Progress(console=console) as progress:
         task = progress.add_task("experiments", total=len(wanted))
-        for done in Parallel(return_as="generator_unordered")(delayed(_do)(job) for job in wanted):
+        for done in as_completed((delayed(_do)(job) for job in wanted), jobs=processes, backend=backend):
             progress.advance(task)
             yield done
 
