@@ -62,15 +62,16 @@ class NFICallback(Callback):
             from nfi_monitor.report.tensorboard import alert_markdown
 
             for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_text"):
+                experiment = getattr(logger, "experiment", None)  # a logger of the user's own has none
+                if experiment is not None and hasattr(experiment, "add_text"):
                     text = alert_markdown(alert)
-                    logger.experiment.add_text(f"nfi/alerts/{alert.id}", text, alert.last_step)
+                    experiment.add_text(f"nfi/alerts/{alert.id}", text, alert.last_step)
 
         names = [type(logger).__name__.removesuffix("Logger").lower() for logger in trainer.loggers]
         self._attachment.open(
             pl_module,
             trainer.optimizers,
-            directory=Path(trainer.log_dir or trainer.default_root_dir) / "nfi",
+            directory=_folder(trainer) / "nfi",
             schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
             scaler=getattr(trainer.precision_plugin, "scaler", None),
             sinks=[ScalarLog(log, trainer.log_every_n_steps), AlertLog(tell), *notifiers(names)],
@@ -87,7 +88,7 @@ class NFICallback(Callback):
         due = self._attachment.act()
         if due.save:
             checkpoints = trainer.checkpoint_callback
-            folder = getattr(checkpoints, "dirpath", None) or Path(trainer.log_dir) / "checkpoints"
+            folder = getattr(checkpoints, "dirpath", None) or _folder(trainer) / "checkpoints"
             trainer.save_checkpoint(Path(folder) / f"nfi-step={trainer.global_step}.ckpt")
         if due.stop:
             trainer.should_stop = True
@@ -97,3 +98,8 @@ class NFICallback(Callback):
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         self._attachment.close()
+
+
+def _folder(trainer: Any) -> Path:
+    # Asked for on all ranks alike: log_dir is a broadcast. It is None with a logger that keeps no files.
+    return Path(trainer.log_dir or trainer.default_root_dir)

@@ -122,12 +122,17 @@ class Attachment:
         options["extras"] = [*options.get("extras", ()), *(one for one in extras if one is not None)]
         options["sinks"] = [*options.get("sinks", ()), *sinks]
         monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._heard, **options)
+        pilot: Any = self._on_alert if hasattr(self._on_alert, "attach_monitor") else None
+        if pilot is not None:
+            pilot.attach_monitor(monitor)
         self.monitor = monitor
         self._context = TrainerContext(monitor, model, monitor.optimizer, tuple(schedulers), native or {})
         _ATTACHED.add(monitor)
         if state.get("monitor"):
             with monitor.guarded("resume"):
                 monitor.load_state_dict(state["monitor"])
+                if pilot is not None and state.get("on_alert"):
+                    pilot.load_state_dict(state["on_alert"])
         self._seen = {alert.id for alert in monitor.alerts}
         self._begun.clear()
         return monitor
@@ -143,20 +148,24 @@ class Attachment:
                 "monitor": monitor.state_dict(),
                 "run_dir": None if monitor.run_dir is None else os.fspath(monitor.run_dir),
             }
+            pilot: Any = self._on_alert
+            if hasattr(pilot, "attach_monitor"):  # an Autopilot goes on where it was
+                state["on_alert"] = pilot.state_dict()
         return state
 
     def act(self) -> Due:
         """Call after each optimizer step: remedies are applied, the rest is the framework's to do."""
         context, begun = self._context, self._begun
+        asked = bool(getattr(self._on_alert, "should_stop", False))  # by an Autopilot
         if context is None or not begun:
-            return Due(False, False)
+            return Due(False, asked)
         self._begun = []
         if self._remedy is not None:
             with context.monitor.guarded("remedy"):
                 for alert in begun:
                     self._remedy(alert, context)
         kinds = {alert.kind for alert in begun}
-        return Due(bool(kinds & self._save_on), bool(kinds & self._stop_on))
+        return Due(bool(kinds & self._save_on), asked or bool(kinds & self._stop_on))
 
     def close(self) -> None:
         """Detach. The monitor stays, for its history; the run's model and optimizer are let go."""

@@ -16,6 +16,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -111,6 +112,41 @@ def flat_shards(wrapper: nn.Module | None) -> int:
         return 1
     strategy = getattr(getattr(wrapper, "sharding_strategy", None), "name", "")
     return 1 if strategy == "NO_SHARD" else len(_ranks_of(getattr(wrapper, "process_group", None)) or ())
+
+
+@dataclass(frozen=True)
+class ClassShard:
+    """Which classes of a row this rank holds: ``classes`` of ``outputs`` from ``first`` on. The others are on
+    the ranks of the same ``group``, whose number is its lowest global rank."""
+
+    first: int
+    classes: int
+    outputs: int
+    group: int
+
+
+def class_shard(tensor: Any, axis: int) -> ClassShard | None:
+    """How a DTensor of logits (or the head's weight) is cut along its class axis; None where it is not, or in
+    pieces that are no range of classes, or where parts of it have still to be added up."""
+    if not is_sharded(tensor):
+        return None
+    placements, axis = tensor.placements, axis % tensor.dim()
+    cut = [at for at, one in enumerate(placements) if getattr(one, "dim", None) == axis]
+    if len(cut) != 1 or not placements[cut[0]].is_shard() or any(one.is_partial() for one in placements):
+        return None
+    mesh, outputs = tensor.device_mesh, tensor.shape[axis]
+    each = -(-outputs // mesh.size(cut[0]))  # Shard cuts as torch.chunk does
+    first = min(mesh.get_local_rank(cut[0]) * each, outputs)
+    group = dist.get_process_group_ranks(mesh.get_group(cut[0]))
+    return ClassShard(first, min(each, outputs - first), outputs, min(group))
+
+
+def rows_alike(model: nn.Module, world: int) -> bool:
+    """Whether all ``world`` ranks read the same rows: tensor parallelism over all of them, nothing else."""
+    sharded: list[Any] = [param for param in model.parameters() if is_sharded(param)]
+    meshes = {param.device_mesh for param in sharded}
+    flat = all(mesh.ndim == 1 and mesh.size() == world for mesh in meshes)
+    return bool(meshes) and flat and data_ranks(model, world) == 1
 
 
 def data_ranks(model: nn.Module, world: int) -> int:

@@ -1,4 +1,4 @@
-"""Which steps are read, and what a closed monitor still owes the other ranks.
+"""What a closed monitor still owes the other ranks.
 
 The ranks of a team read the same steps because they conclude the same from the same numbers.  One that closes
 its monitor may not just stay away from the next exchange: the others would wait for it.
@@ -8,30 +8,12 @@ from __future__ import annotations
 
 import copy
 
-from torch.optim import Optimizer
-
+from nfi_monitor.cadence import next_wanted
 from nfi_monitor.capture.optimizer import StepHooks
-from nfi_monitor.capture.sampling import auto_interval
-from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.detector import Detector
 from nfi_monitor.measure.step import with_non_finite
 from nfi_monitor.pool import Pool
 from nfi_monitor.types import Reading
-
-
-def next_wanted(step: int, every: int | str, detector: Detector) -> int | None:
-    """The step after ``step``, if it is to be read; None if not."""
-    following = step + 1
-    if isinstance(every, int):
-        return following if following % every == 0 or every == 1 else None
-    # The first steps are read in full: they show whether anything can be seen at all.
-    attention = detector.attention
-    if attention is Attention.ALWAYS or following <= 8:
-        return following
-    tau = detector.context.tau
-    if attention is Attention.OFTEN:
-        return following if following % auto_interval(tau, at_risk=True) == 0 else None
-    # Two neighbours and a longer pause: curvature, alignment and swing need the step before as well.
-    return following if following % (2 * auto_interval(tau)) <= 1 else None
 
 
 class Leaver:
@@ -41,13 +23,13 @@ class Leaver:
     those right after it.  Takes itself off.
     """
 
-    def __init__(
-        self, pool: Pool, optimizer: Optimizer, step: int, detector: Detector, every: int | str
-    ) -> None:
+    def __init__(self, pool: Pool, hooks: StepHooks, step: int, detector: Detector, every: int | str) -> None:
+        """``hooks``: the closed monitor's, which are taken over: it may be closed from inside one of them."""
         self._pool, self._step, self._every = pool, step, every
         self._detector = copy.deepcopy(detector)  # the closed monitor's alerts stay as they are
         self._wanted = next_wanted(step, every, self._detector)
-        self._hooks = StepHooks(optimizer, lambda closure: None, self._after_step, lambda part, error: None)
+        self._hooks = hooks
+        hooks.serve(lambda closure: None, self._after_step, lambda part, error: None)
 
     def _after_step(self) -> None:
         self._step += 1

@@ -28,8 +28,9 @@ from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import Update, gradient_columns
 from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.distributed import Team
-from nfi_monitor.measure.accumulator import FEATURE_ROWS, RowAccumulator
-from nfi_monitor.measure.rows import MAXIMA, SUMS, finish
+from nfi_monitor.measure.accumulator import FEATURE_ROWS, RowAccumulator, looks
+from nfi_monitor.measure.class_shards import FIELDS, HEADER, SHOWN, Together, merged, together
+from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.shards import (
     HEAD_RANKS,
     HEAD_SUMS,
@@ -48,6 +49,10 @@ LAG = 2
 """Steps after which an accelerator's numbers are waited for: so far the host may run ahead of the device."""
 PROBE_ELEMENTS = 1 << 15
 """Feature rows made known to all ranks for the displacement of a sharded head: as many as fit in here."""
+ROW_SLOTS = 512
+"""Rows a step of which ranks tell each other what their classes show, where logits are cut along them ..."""
+ROW_NUMBERS = 1 << 18
+"""... and fewer where many ranks do: all of that together takes at most 2 MiB, but for 8 rows of each."""
 FLAGS = ("step", "left", "failed", "single_output", "wide_rows", "wide_loss")
 """The step's number; 1 for a closed monitor's last words, where a part of it has failed, for a head with one
 output, for rows and for losses that are not float32."""
@@ -70,6 +75,8 @@ class Shape:
     read; ``matrices``: which of the optimizer's tensors have two dimensions or more, ``head``: which is the
     head's weight, or None.  ``sharded``: some tensor is cut over the ranks; ``head_sharded``: the head is,
     along its classes.  ``late``: numbers come from an accelerator.  ``slots``: losses between two readings.
+    ``alike``: all ranks have the same rows, and the head is pooled.  ``row_slots``: rows told of where logits
+    may be cut, else 0.
     """
 
     features: int
@@ -82,6 +89,8 @@ class Shape:
     head_sharded: bool
     late: bool
     slots: int
+    alike: bool
+    row_slots: int
 
     @property
     def tensors(self) -> int:
@@ -123,6 +132,9 @@ def survey(
         # Cut along its features, too, a head would need another exchange for every row.
         along_classes = distributed.shards(weight, head.class_axis)
         head_sharded = distributed.is_sharded(weight) and along_classes == of_weight
+    data_ranks = distributed.data_ranks(model, world)
+    parallel = head_sharded and outputs > 1 and data_ranks < world  # the rest is tensor parallel
+    late = distributed.any_accelerator(model)
     shape = Shape(
         features=features,
         outputs=outputs,
@@ -132,13 +144,15 @@ def survey(
         tied=head.tied if head is not None else False,
         sharded=flat > 1 or any(distributed.is_sharded(param) for param in params),
         head_sharded=head_sharded,
-        late=distributed.any_accelerator(model),
+        late=late,
         slots=slots,
+        alike=bool(features) and (head_sharded or late) and distributed.rows_alike(model, world),
+        row_slots=max(8, min(ROW_SLOTS, ROW_NUMBERS // (len(FIELDS) * world))) if parallel else 0,
     )
     shares = Shares(
         tensors=tuple(max(flat, distributed.shards(param)) / world for param in params),
         head=of_weight / world,
-        rows=distributed.data_ranks(model, world) / world,
+        rows=data_ranks / world,
     )
     return shape, shares
 
@@ -148,6 +162,7 @@ class Layout:
 
     def __init__(self, shape: Shape, world: int) -> None:
         self.line = len(_LINE) + (2 * (shape.probe_rows + 1) if shape.pooled_head else 0)
+        self.block = len(HEADER) + len(FIELDS) * shape.row_slots if shape.row_slots else 0
         fields = {
             "rows": len(SUMS),
             "features": shape.features,
@@ -164,7 +179,8 @@ class Layout:
             "classifier": shape.features if shape.pooled_head else 0,
             "columns": shape.columns if shape.pooled_head else 0,
             "displaced": 2 * shape.probe_rows,
-            "probe_rows": shape.probe_rows * shape.features,
+            "probe_rows": 0 if shape.alike else shape.probe_rows * shape.features,
+            "shards": world * self.block,
             "lines": world * self.line,
         }
         self.fields: dict[str, tuple[int, int]] = {}
@@ -195,6 +211,8 @@ class Reduced:
     """Ranks on which a part of the monitor failed: their share is missing."""
     left: list[int] = field(default_factory=list)
     """Ranks (of the team) that take part for the last time."""
+    together: Together | None = None
+    """Rows whose classes are on several ranks, if there are any."""
     out_of_step: list[int] = field(default_factory=list)
     """Ranks that are at another step than this one: they cannot be read together."""
 
@@ -252,6 +270,8 @@ class Pool:
         self._losses: dict[int, Tensor | float] = {}
         self._means: deque[tuple[int, Tensor]] = deque(maxlen=2)
         self._probe_rows: Tensor | None = None
+        self._own_mean: Tensor | None = None  # μ_G of this step, where all ranks have the same rows
+        self._loss_kind: LossKind | None = None
         self._probed: deque[tuple[int, int, bool]] = deque()  # per step: probe rows used, Δμ_G used
         self._memory: Memory | None = None
         self._wrapper: weakref.ref[nn.Module] | None = None
@@ -300,19 +320,33 @@ class Pool:
 
     def add_rows(self, message: Message, rows: RowAccumulator) -> None:
         """Row statistics and features of this rank's micro-batches, if it has seen any."""
-        if rows.sums is None or rows.maxima is None:
-            return
         share = self._shares.rows
-        message.add("rows", rows.sums if share == 1 else rows.sums * share)
-        message.own(len(FLAGS), rows.maxima)
-        message.own(FLAGS.index("wide_rows"), float(rows.sums.dtype is torch.float64))
-        message.own(FLAGS.index("single_output"), float(bool(rows.single_output)))
-        total = rows.feature_total
-        if total is not None and len(total[0]) == self.shape.features:
-            message.add("features", total[0] if share == 1 else total[0] * share)
-            message.add("feature_count", total[1] if share == 1 else total[1] * share)
-        features = rows.features if self.shape.probe_rows and self.team.index == 0 else None
-        if features is not None and features.shape[1] == self.shape.features:
+        if rows.sums is not None and rows.maxima is not None:
+            message.add("rows", rows.sums if share == 1 else rows.sums * share)
+            message.own(len(FLAGS), rows.maxima)
+            message.own(FLAGS.index("wide_rows"), float(rows.sums.dtype is torch.float64))
+            message.own(FLAGS.index("single_output"), float(bool(rows.single_output)))
+        if rows.shards and rows.shard is not None:
+            shard = rows.shard
+            sent = merged(rows.shards, shard.first, shard.classes, shard.group, self.shape.row_slots)
+            place = self.team.index * self._layout.block
+            for at, number in enumerate(sent.header):
+                message.add("shards", number, place + at)
+            message.add("shards", sent.shown, place + SHOWN)
+            message.add("shards", sent.numbers, place + len(HEADER))
+            message.own(FLAGS.index("wide_rows"), float(sent.numbers.dtype is torch.float64))
+            if self._loss_kind is None and rows.loss_kind is not None:  # a resumed run's
+                self._loss_kind = LossKind(*(known.cpu() for known in rows.loss_kind))
+        total, features = rows.feature_total, rows.features
+        if self.shape.alike:
+            self._own_mean = self._probe_rows = None
+        if total is None or features is None or len(total[0]) != self.shape.features:
+            return
+        message.add("features", total[0] if share == 1 else total[0] * share)
+        message.add("feature_count", total[1] if share == 1 else total[1] * share)
+        if self.shape.alike:
+            self._own_mean, self._probe_rows = total[0] / total[1], features[: self.shape.probe_rows]
+        elif self.shape.probe_rows and self.team.index == 0:
             message.add("probe_rows", features[: self.shape.probe_rows])
 
     def add_values(self, message: Message, values: Mapping[str, Tensor | float]) -> None:
@@ -348,6 +382,8 @@ class Pool:
         """This rank's classes of the head; ``update`` None: it holds none."""
         if not self.shape.pooled_head:
             return
+        if self.shape.alike:
+            self._keep_mean(step, self._own_mean)
         if update is None:
             for name in HEAD_RANKS:
                 message.add("head", 1.0, HEAD_SUMS.index(name))
@@ -361,6 +397,12 @@ class Pool:
             message.add(name, getattr(parts, name))
         message.add("head", parts.sums)
         message.own(len(_LINE), parts.extremes)
+
+    def _keep_mean(self, step: int, mean: Tensor | None) -> None:
+        if mean is None:
+            self._means.clear()
+        else:
+            self._means.append((step, mean))
 
     def _moved_mean(self) -> Tensor | None:
         """Δμ_G of the newest two neighbouring steps that all ranks know."""
@@ -431,7 +473,14 @@ class Pool:
         values: dict[str, float] = {}
         single_output = bool(line["single_output"].any())
         maxima = [float(line[name].amax()) for name in MAXIMA]
-        values |= finish(cut(vector, "rows").to(dtype).tolist(), maxima, single_output=single_output)
+        sums = cut(vector, "rows")
+        joined = self._join_rows(step, vector, dtype) if self.shape.row_slots else None
+        if joined is not None:
+            # Each set of ranks that completes a row counts once, and as often as its rows are the run's.
+            share = self._shares.rows * self.team.world / joined.groups
+            sums = sums + joined.sums * share
+            maxima = [max(one, float(two)) for one, two in zip(maxima, joined.maxima, strict=True)]
+        values |= finish(sums.to(dtype).tolist(), maxima, single_output=single_output)
         counts = cut(vector, "mean_counts").tolist()
         for name, total, count in zip(_MEAN, cut(vector, "means").tolist(), counts, strict=True):
             if count > 0:
@@ -453,10 +502,11 @@ class Pool:
             values["feature_mean_norm"] = float(torch.linalg.vector_norm(mean))
         if self.shape.pooled_head:
             values |= self._finish_head(vector, lines[:, len(_LINE) :], mean, probed, moved)
-        rows = cut(vector, "probe_rows").reshape(-1, max(self.shape.features, 1))
-        shown = rows.any(1)
-        if shown.any():
-            self._probe_rows = rows[shown]
+        if not self.shape.alike:
+            rows = cut(vector, "probe_rows").reshape(-1, max(self.shape.features, 1))
+            shown = rows.any(1)
+            if shown.any():
+                self._probe_rows = rows[shown]
         # As above: the mean of float32 losses is a float32.
         counted = cut(vector, "loss_counts")
         means = cut(vector, "losses") / counted
@@ -476,15 +526,25 @@ class Pool:
             single_output,
             failed=_where(line["failed"] > 0),
             left=_where(line["left"] > 0),
+            together=joined,
             out_of_step=_where(line["step"] != step),
         )
+
+    def _join_rows(self, step: int, vector: Tensor, dtype: torch.dtype) -> Together | None:
+        blocks = self._layout.cut(vector, "shards").reshape(self.team.world, self._layout.block)
+        known, outputs = self._loss_kind, self.shape.outputs
+        joined = together(blocks, outputs, known, look=looks(step), dtype=dtype)
+        if joined is not None:
+            self._loss_kind = joined.loss_kind
+        return joined
 
     def _mean_features(self, step: int, vector: Tensor, dtype: torch.dtype) -> Tensor | None:
         count = self._layout.cut(vector, "feature_count").to(dtype)
         if not self.shape.features or not float(count) > 0:
             return None
         mean = self._layout.cut(vector, "features").to(dtype) / count
-        self._means.append((step, mean))
+        if not self.shape.alike:
+            self._means.append((step, mean))
         return mean
 
     def _finish_head(

@@ -79,26 +79,29 @@ class NFIPlugin(base_plugin.TBPlugin):
 
     def _serve_run(self, environ: dict[str, Any], query: Query) -> Any:
         run = self._find(environ, query)
-        if query.get("version") == run.version:
-            # Who polls a run that rests gets a few bytes.
-            return {"version": run.version, "unchanged": True, "seconds_ago": _ago(run)}
-        chunks = run.chunks
-        return {
-            "name": run.name,
-            "version": run.version,
-            "seconds_ago": _ago(run),
-            "record": run.record,
-            "phases": run.phases(),
-            "alerts": [{key: alert.get(key) for key in _ROW} for alert in run.alerts],
-            "extent": [int(chunks[0].first), int(chunks[-1].last)] if chunks else None,
-            "readings": sum(len(chunk.array) for chunk in chunks),
-            "problems": run.problems,
-        }
+        with run.lock:
+            if query.get("version") == run.version:
+                # Who polls a run that rests gets a few bytes.
+                return {"version": run.version, "unchanged": True, "seconds_ago": _ago(run)}
+            chunks = run.chunks
+            return {
+                "name": run.name,
+                "version": run.version,
+                "seconds_ago": _ago(run),
+                "record": run.record,
+                "phases": run.phases(),
+                "alerts": [{key: alert.get(key) for key in _ROW} for alert in run.alerts],
+                "extent": [int(chunks[0].first), int(chunks[-1].last)] if chunks else None,
+                "readings": sum(len(chunk.array) for chunk in chunks),
+                "problems": run.problems,
+            }
 
     def _serve_alert(self, environ: dict[str, Any], query: Query) -> Any:
         run = self._find(environ, query)
         first = int(_number(query, "first", 0))
-        for alert in run.alerts:
+        with run.lock:
+            alerts = run.alerts
+        for alert in alerts:
             if alert.get("id") == query.get("id") and alert["first_step"] == first:
                 return alert
         raise _NotFound("This alert is not in the run any more: the run was resumed from before it.")
@@ -108,8 +111,9 @@ class NFIPlugin(base_plugin.TBPlugin):
         fewest, default, most = _POINTS
         points = int(min(max(_number(query, "points", default), fewest), most))
         low, high = _number(query, "from", float("-inf")), _number(query, "to", float("inf"))
-        names = query["names"].split(",") if query.get("names") else run.key_quantities()
-        return {"version": run.version, **run.series(low, high, points, names)}
+        with run.lock:
+            names = query["names"].split(",") if query.get("names") else run.key_quantities()
+            return {"version": run.version, **run.series(low, high, points, names)}
 
 
 class _NotFound(LookupError):

@@ -38,6 +38,7 @@ class Chunk:
         self.array = array.astype("float64")
         self.array[:, 0] += float(content["first"])
         self._blocks: dict[int, list[list[list[float]]]] = {}
+        self._edges: list[list[int]] | None = None
 
     @property
     def first(self) -> float:
@@ -46,6 +47,15 @@ class Chunk:
     @property
     def last(self) -> float:
         return float(self.array[-1, 0])
+
+    @property
+    def edges(self) -> list[list[int]]:
+        """``[step, index of the phase]`` of the first reading and wherever the phase changes."""
+        if self._edges is None:
+            phases = self.array[:, 1]
+            changed = [0, *((phases[1:] != phases[:-1]).nonzero()[0] + 1).tolist()]
+            self._edges = [[int(step), int(phase)] for step, phase in self.array[changed, :2].tolist()]
+        return self._edges
 
     def before(self, step: float) -> Chunk | None:
         """The readings before ``step``; None where there are none."""
@@ -117,20 +127,34 @@ class Session:
         return min((chunk.first for chunk in self.chunks.values()), default=float("inf"))
 
 
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")  # the browser would not read the whole answer
+
+
 class Run:
-    """One run, its sessions put together: what was measured again after a resume replaces the first time."""
+    """One run, its sessions put together: what was measured again after a resume replaces the first time.
+
+    Requests come in threads: hold ``lock`` while reading, as :meth:`update` does while it changes the run.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.lock = threading.RLock()
         self.version = ""
         self.wall_time = 0.0
         self._seen: dict[str, tuple[float, int]] = {}
         self._sessions: dict[str, Session] = {}
         self._problems: dict[str, str] = {}
         self._chunks: list[Chunk] | None = None
+        self._alerts: list[dict[str, Any]] | None = None
+        self._phases: list[list[int]] | None = None
 
     def update(self, listed: Mapping[str, Any], read: Read) -> None:
         """Read the tags of ``listed`` ({tag: TensorTimeSeries}) that are new or have changed."""
+        with self.lock:
+            self._update(listed, read)
+
+    def _update(self, listed: Mapping[str, Any], read: Read) -> None:
         now = {tag: (series.max_wall_time, series.max_step) for tag, series in listed.items()}
         changed = [tag for tag, mark in now.items() if self._seen.get(tag) != mark]
         if not changed and len(now) == len(self._seen):
@@ -143,7 +167,8 @@ class Run:
             if data.get(tag):
                 latest = max(data[tag], key=lambda datum: datum.wall_time)
                 self._take(tag, listed[tag].plugin_content, latest.numpy)
-        self._seen, self._chunks = now, None
+        self._seen = now
+        self._chunks = self._alerts = self._phases = None
         self.wall_time = max(mark[0] for mark in now.values())
         self.version = f"{len(now)}-{self.wall_time!r}"
 
@@ -162,7 +187,7 @@ class Run:
             if kind == "readings":
                 session.chunks[rest[0]] = Chunk(described, array)
                 return
-            record = json.loads(array.item())
+            record = json.loads(array.item(), parse_constant=_refuse)
             if not isinstance(record, dict):
                 raise ValueError("no object")
             if kind == "run":
@@ -221,22 +246,26 @@ class Run:
     @property
     def alerts(self) -> list[dict[str, Any]]:
         """The last state of each alert, oldest first."""
-        # Not by id alone: a run that was resumed without the monitor's state counts its alerts anew.
-        kept: dict[tuple[str, int], dict[str, Any]] = {}
-        for session, cut in self._in_order():
-            for alert in session.alerts.values():
-                if alert["first_step"] < cut:
-                    kept[str(alert.get("id")), alert["first_step"]] = alert
-        return sorted(kept.values(), key=lambda alert: (alert["first_step"], alert["last_step"]))
+        if self._alerts is None:
+            # Not by id alone: a run that was resumed without the monitor's state counts its alerts anew.
+            kept: dict[tuple[str, int], dict[str, Any]] = {}
+            for session, cut in self._in_order():
+                for alert in session.alerts.values():
+                    if alert["first_step"] < cut:
+                        kept[str(alert.get("id")), alert["first_step"]] = alert
+            self._alerts = sorted(kept.values(), key=lambda alert: (alert["first_step"], alert["last_step"]))
+        return self._alerts
 
     def phases(self) -> list[list[int]]:
         """``[step, index of the phase entered there]``; the first one at the first reading."""
-        edges: list[list[int]] = []
-        for chunk in self.chunks:
-            for step, phase in chunk.array[:, :2].tolist():
-                if not edges or edges[-1][1] != phase:
-                    edges.append([int(step), int(phase)])
-        return edges
+        if self._phases is None:
+            edges: list[list[int]] = []
+            for chunk in self.chunks:
+                for step, phase in chunk.edges:
+                    if not edges or edges[-1][1] != phase:
+                        edges.append([step, phase])
+            self._phases = edges
+        return self._phases
 
     def series(
         self, low: float, high: float, points: int, wanted: Collection[str] | None = None

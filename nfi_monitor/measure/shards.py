@@ -9,7 +9,7 @@ Two things cannot be had from one exchange and are taken otherwise, close to wha
 * Medians over coordinates are averages of the ranks' medians, weighted by coordinates.
 * The logit displacement needs rows and classes together, and a rank has some of either: it is taken at
   feature rows that the last exchange made known to all (``probe rows``), and so is Δμ_G for the feature
-  displacement.
+  displacement.  Where all ranks have the same rows (tensor parallel) both are of the step itself.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ STEP_SUMS = (
 """Sums over coordinates; medians and ε_A are weighted by the coordinates they speak for."""
 TENSOR_SUMS = ("ratio", "sampled", "moved", "weight")
 """Sums over the coordinates of each tensor: Σ g²/max(v̂, ε_A²), their number, Σ Δw², Σ w²."""
-HEAD_RANKS = ("weight_ranks", "grad_ranks", "bias_ranks", "update_ranks")
-"""How many ranks have measured the head's weight, its gradient, the bias's, the update: of fewer than all of
-them nothing can be said."""
+HEAD_RANKS = ("weight_ranks", "grad_ranks", "bias_ranks", "update_ranks", "moved_ranks")
+"""How many ranks have measured the head's weight, its gradient, the bias's, the update, and what Δμ_G does to
+it: of fewer than all of them nothing can be said."""
 HEAD_SUMS = (*HEAD_RANKS, "squares", "absolute", "bias_signed", "bias_absolute", "moved", "classes")
 """Those, and sums over the classes of a rank; ``classes`` are those sampled for the displacement."""
 
@@ -198,10 +198,12 @@ def head_parts(
         sums["weight_ranks"] = one
         sums["squares"] = weight.square().sum() * share
         classifier = weight.sum(0) * share
-        if moved_mean is not None and len(weight):
+        if moved_mean is not None:
+            sums["moved_ranks"] = one
             logits = weight @ moved_mean.to(weight)
             sums["moved"] = logits.sum() * share
-            extremes[:, m] = torch.stack([logits.amax(), (-logits).amax()])
+            if len(weight):
+                extremes[:, m] = torch.stack([logits.amax(), (-logits).amax()])
     if update.head_weight_grad is not None:
         grad = update.head_weight_grad
         sums["grad_ranks"] = one
@@ -254,7 +256,7 @@ def finish_head(
             if feature_mean is not None:
                 norms = torch.linalg.vector_norm(mean) * torch.linalg.vector_norm(feature_mean)
                 values["mean_alignment"] = float(torch.dot(mean, feature_mean.to(mean)) / norms)
-        if moved:
+        if moved and s["moved_ranks"] == world:
             centre = s["moved"] / outputs if several else 0.0
             largest, smallest = parts.extremes[:, m].tolist()
             values["feature_displacement"] = max(largest - centre, smallest + centre)

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     RowwiseParallel,
@@ -206,6 +206,145 @@ def vocabulary_parallel(rank: int, world: int) -> dict[str, Any]:
         return compared(parallel(world, gathered=False), (inputs[:76], targets[:76]), every=1)
 
 
+def vocabulary_parallel_4(rank: int, world: int) -> dict[str, Any]:
+    """13 classes on four ranks: 4, 4, 4 and a single one."""
+    inputs, targets = division_data()
+    with loss_parallel():
+        return compared(parallel(world, gathered=False), (inputs[:76], targets[:76]), 4, every=1)
+
+
+def vocabulary_local(rank: int, world: int) -> dict[str, Any]:
+    """Logits as plain tensors of some classes, for a loss of the user's own that knows it."""
+    inputs, targets = division_data()
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=True)
+    plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "6": head}
+
+    def loss_of(logits: Tensor, wanted: Tensor) -> Tensor:
+        return whole_loss(DTensor.from_local(logits, mesh, [Shard(-1)], shape=(76, P), stride=(P, 1)), wanted)
+
+    def wrap(model: nn.Module) -> nn.Module:
+        return parallelize_module(model, mesh, plan)
+
+    seen_by_one = compared(wrap, (inputs[:76], targets[:76]), 6, loss_of, every=1, group=False)
+    return compared(wrap, (inputs[:76], targets[:76]), 6, loss_of, every=1) | {"alone": seen_by_one}
+
+
+def vocabulary_accumulated(rank: int, world: int) -> dict[str, Any]:
+    """Two micro-batches a step, an ignored row in each, bfloat16 logits; what is saved goes on elsewhere."""
+    inputs, targets = division_data()
+    targets = targets.clone()
+    targets[::20] = -100
+    model = parallel(world, gathered=False)(division()[0]).bfloat16()
+    optimizer = adam(model)
+    states = []
+    monitor = Monitor(model, optimizer, console=False, every=1)
+    for step in range(6):
+        for part in range(2):
+            with loss_parallel():
+                F.cross_entropy(model(inputs[part::2].bfloat16()), targets[part::2]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            states.append(monitor.state_dict())
+            monitor.close()
+            monitor = Monitor(model, optimizer, console=False, every=1)
+            monitor.load_state_dict(states[0])
+    states.append(monitor.state_dict())
+    monitor.close()
+    return {"seen": seen(monitor), "kinds": [state["loss_kind"] for state in states]}
+
+
+RESUMED = 480  # at risk by then, and not yet imminent; learned ten steps at a time, as by one process
+
+
+def vocabulary_slingshot(rank: int, world: int) -> dict[str, Any]:
+    """The last hundred steps before a slingshot, as ranks that share the head's classes."""
+    return vocabulary_slung(world, RESUMED)
+
+
+def vocabulary_slingshot_whole(rank: int, world: int) -> dict[str, Any]:
+    return vocabulary_slung(world, 0)
+
+
+def vocabulary_slung(world: int, resumed: int) -> dict[str, Any]:
+    """Only the head is cut, and the loss is that of whole logits: the same run as :func:`one_head`'s."""
+    inputs, targets = division_data(SEED)
+    model, _, _ = division(SEED)
+    model[6].__class__ = Halves
+    alone = adam(model)
+    with Monitor(model, alone, console=False, group=False) as monitor:
+        learn(model, alone, inputs, targets, resumed, monitor)
+        checkpoint = [monitor.state_dict()]
+    dist.broadcast_object_list(checkpoint)  # the first rank's, as a checkpoint's
+    model[6].__class__ = nn.Linear
+    before = [alone.state.get(param, {}) for param in model.parameters()]
+    mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
+    head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+    parallelize_module(model, mesh, {"6": head})
+    optimizer = adam(model)
+    for param, held in zip(model.parameters(), before, strict=True):
+        optimizer.state[param] = {
+            name: distribute_tensor(value, mesh, param.placements)
+            if isinstance(param, DTensor) and value.dim()
+            else value
+            for name, value in held.items()
+        }
+    return slung(model, optimizer, inputs, targets, whole_loss, checkpoint[0])
+
+
+def one_head(rank: int, world: int) -> dict[str, Any]:
+    """One process that multiplies with each half of the head's classes apart, as two ranks do."""
+    inputs, targets = division_data(SEED)
+    model, _, _ = division(SEED)
+    model[6].__class__ = Halves
+    return slung(model, adam(model), inputs, targets, F.cross_entropy)
+
+
+class Halves(nn.Linear):
+    def forward(self, features: Tensor) -> Tensor:
+        halves = zip(self.weight.chunk(2), self.bias.chunk(2), strict=True)
+        return torch.cat([F.linear(features, weight, bias) for weight, bias in halves], -1)
+
+
+def whole_loss(logits: DTensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.full_tensor(), targets)
+
+
+def slung(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    targets: Tensor,
+    loss_of: Callable[[Tensor, Tensor], Tensor],
+    state: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    with Monitor(model, optimizer, console=False) as monitor:
+        if state is not None:
+            monitor.load_state_dict(state)
+        while not begun(monitor) and monitor.step < 1000:
+            learn(model, optimizer, inputs, targets, 10, monitor, loss_of)
+        absorbing = monitor.state_dict()["absorbing_classes"]
+    return {"seen": seen(monitor), "state": whole(model, optimizer), "absorbing": absorbing}
+
+
+def fsdp_vocabulary_parallel(rank: int, world: int) -> dict[str, Any]:
+    """Two replicas of two ranks that share the head: rows by replica, classes by rank."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+    head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
+
+    def wrap(model: nn.Module) -> nn.Module:
+        plan = {"0": ColwiseParallel(), "2": RowwiseParallel(), "6": head}
+        parallelize_module(model, mesh["tp"], plan)
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, mesh=mesh["dp"])
+        return fully_shard(model, mesh=mesh["dp"])
+
+    with loss_parallel():
+        return compared(wrap, part(mesh["dp"].get_local_rank(), 2), every=1)
+
+
 def parallel(world: int, *, gathered: bool) -> Callable[[nn.Module], nn.Module]:
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     head = ColwiseParallel(output_layouts=Replicate() if gathered else Shard(-1), use_local_output=gathered)
@@ -248,6 +387,20 @@ def closed_on_rank_1(rank: int, world: int) -> dict[str, Any]:
     monitor.close()
     hooks = len(optimizer._optimizer_step_post_hooks)
     return {"seen": seen(monitor), "seconds": seconds, "hooks": hooks, "state": whole(model, optimizer)}
+
+
+def closed_and_opened(rank: int, world: int) -> dict[str, Any]:
+    """All ranks close their monitors and attach new ones before the next step."""
+    model, optimizer, *data = half(rank, world)
+    first = Monitor(model, optimizer, console=False, every=1)
+    learn(model, optimizer, *data, 4, first)
+    first.close()
+    second = Monitor(model, optimizer, console=False, every=1)
+    learn(model, optimizer, *data, 6, second)
+    second.close()
+    learn(model, optimizer, *data, 3)
+    hooks = [len(optimizer._optimizer_step_pre_hooks), len(optimizer._optimizer_step_post_hooks)]
+    return {"first": seen(first), "second": seen(second), "hooks": hooks}
 
 
 def late(rank: int, world: int) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Run cases in several processes: ``python -m tests.distributed.launch FOLDER CASE:WORLD [CASE:WORLD ...]``.
 
-A case is a function of :mod:`tests.distributed.cases`, called as ``case(rank, world)`` on every rank; what it
-returns is pickled to ``FOLDER/CASE.RANK``, and so is the exception it raises.  The processes are forked from
-one that has imported torch and run nothing: an import for each process would be most of the time.
+A case is a function of :mod:`tests.distributed.cases` (or, as ``frameworks.CASE``, of another module beside
+it), called as ``case(rank, world)`` on every rank; what it returns is pickled to ``FOLDER/CASE.RANK``, and so
+is the exception it raises.  Files of its own go to ``$CASE_FOLDER``.  The processes are forked from one that
+has imported torch and run nothing: an import for each process would be most of the time.
 """
 
 from __future__ import annotations
 
+import importlib
 import os
 import pickle
 import signal
@@ -21,14 +23,15 @@ import torch
 import torch._dynamo  # an optimizer imports it: once here, not once in every process
 import torch.distributed as dist
 
-from tests.distributed import cases
-
 LIMIT = 60.0
 """Seconds for one case; a process that takes longer is ended and has no result."""
 
 
 def work(case: Callable[[int, int], Any], rank: int, world: int, port: int, out: Path) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world}
+    files = out.with_name(f"{case.__name__}.files")
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CASE_FOLDER": str(files)}
+    os.environ |= {name: str(number) for name, number in ranks.items()} | address
     result: Any
     try:
         torch.set_num_threads(1)
@@ -55,12 +58,14 @@ def main(folder: Path, wanted: list[str]) -> None:
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for one in wanted:
         name, _, size = one.partition(":")
+        module, _, function = name.rpartition(".")
+        case = getattr(importlib.import_module(f"tests.distributed.{module or 'cases'}"), function)
         world = int(size)
         children: dict[int, int] = {}
         for rank in range(world):
             child = os.fork()
             if child == 0:
-                work(getattr(cases, name), rank, world, store.port, folder / f"{name}.{rank}")
+                work(case, rank, world, store.port, folder / f"{name}.{rank}")
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(0)

@@ -23,11 +23,15 @@ from tests.runs import differences
 ROOT = Path(__file__).resolve().parents[2]
 FAST = {
     "accumulated": 1, "ddp_slingshot": 2, "ddp": 2, "fsdp": 2, "fsdp1": 2, "tensor_parallel": 2,
-    "vocabulary_parallel": 2, "rank_0_only": 2, "closed_on_rank_1": 2, "exception_on_rank_1": 2,
-    "broken_on_rank_1": 2, "dies": 2, "dies_in_step": 2, "skips_a_step": 2, "uneven": 2, "joined": 2,
-    "several": 2, "sweep": 2, "given_group": 2, "late": 2,
+    "vocabulary_parallel": 2, "vocabulary_parallel_4": 4, "vocabulary_local": 2, "vocabulary_accumulated": 2,
+    "one_head": 1, "vocabulary_slingshot": 2, "closed_and_opened": 2, "rank_0_only": 2,
+    "closed_on_rank_1": 2, "exception_on_rank_1": 2, "broken_on_rank_1": 2, "dies": 2, "dies_in_step": 2,
+    "skips_a_step": 2, "uneven": 2, "joined": 2, "several": 2, "sweep": 2, "given_group": 2, "late": 2,
 }  # fmt: skip
-SLOW = {"hsdp": 4, "ddp_slingshot_4": 4, "fsdp_slingshot": 2}
+SLOW = {
+    "hsdp": 4, "ddp_slingshot_4": 4, "fsdp_slingshot": 2, "fsdp_vocabulary_parallel": 4, "one_head": 1,
+    "vocabulary_slingshot_whole": 2,
+}  # fmt: skip
 
 Outcome = list[Any]
 """What a case returned, by rank; None for a rank that was killed."""
@@ -89,7 +93,13 @@ def test_two_processes_say_what_one_says_of_the_same_data_to_the_last_bit(
     assert two["seen"]["history"] == one["seen"]["history"]
 
 
-@pytest.mark.parametrize("case", ["ddp_slingshot", "ddp", "fsdp", "tensor_parallel", "vocabulary_parallel"])
+AGREEING = (
+    "ddp_slingshot", "ddp", "fsdp", "tensor_parallel", "vocabulary_parallel", "vocabulary_parallel_4",
+    "vocabulary_accumulated", "vocabulary_slingshot",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", AGREEING)
 def test_all_ranks_agree_bit_for_bit(case: str, fast: Callable[[str], Outcome]) -> None:
     first, *others = fast(case)
     assert len(first["seen"]["history"]) > 10
@@ -104,6 +114,7 @@ MODES = {
     "fsdp1": "FSDP (FullyShardedDataParallel), 2 processes",
     "tensor_parallel": "tensor parallel, logits gathered, 2 processes",
     "vocabulary_parallel": "tensor parallel, logits cut along the classes, 2 processes",
+    "vocabulary_parallel_4": "tensor parallel, logits cut along the classes, 4 processes",
 }
 
 
@@ -141,7 +152,7 @@ def assert_measured_alike(sharded: dict[str, Any], ddp: dict[str, Any], names: t
                 ), (name, step)
 
 
-@pytest.mark.parametrize("case", ["fsdp", "tensor_parallel"])
+@pytest.mark.parametrize("case", ["fsdp", "tensor_parallel", "vocabulary_parallel"])
 def test_shards_add_up_to_what_whole_tensors_show(case: str, fast: Callable[[str], Outcome]) -> None:
     sharded, ddp = fast(case)[0], fast("ddp")[0]
     assert_measured_alike(sharded, ddp, EXACT)
@@ -158,18 +169,101 @@ def test_the_flat_pieces_of_the_older_fsdp_add_up_too(fast: Callable[[str], Outc
     assert fast("fsdp1")[0]["seen"]["notes"].keys() == {"head_without_weight"}
 
 
-def test_a_vocabulary_parallel_head_is_read_by_its_weight_gradient_and_says_so(
+ROWS = (
+    "live_fraction", "ignored_fraction", "non_finite_rows", "absorbed_fraction", "underflowed_fraction",
+    "head_loss", "residual_mass", "max_probability", "mean_logit", "margin_min", "soft_target_fraction",
+    "unexplained_violation_fraction", "partially_absorbed_fraction",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("case", ["vocabulary_parallel", "vocabulary_parallel_4", "vocabulary_local"])
+def test_rows_cut_along_the_classes_are_put_together(case: str, fast: Callable[[str], Outcome]) -> None:
+    """Against data parallel ranks with the same rows and whole logits; their products round differently."""
+    cut, ddp = fast(case)[0], fast("ddp")[0]
+    assert cut["seen"]["notes"] == {}
+    for name in (*ROWS, "feature_mean_norm", "mean_alignment", "classifier_mean_norm", "gradient_norm"):
+        expected, got = column(ddp, name), column(cut, name)
+        assert set(got) >= {1, 2, 3, 4}, name
+        for step in range(1, 5):
+            assert math.isclose(got[step], expected[step], rel_tol=5e-6, abs_tol=1e-6), (name, step)
+    for name in ("zero_sum_violation", "zero_sum_violation_max"):
+        # One shard's would be near 1.
+        assert len(column(cut, name)) >= 4 and max(column(cut, name).values()) < 1e-5, name
+
+
+TOLD = ("id", "kind", "severity", "state", "phase", "first_step", "last_step", "mechanism", "advice")
+
+
+def assert_told_alike(cut: dict[str, Any], one: dict[str, Any]) -> None:
+    """What the ranks that share a head said, and what one process said of the same steps."""
+    assert differences(one["state"], cut["state"]) == [], "not the same run: nothing to compare"
+    assert {"at_risk", "imminent", "slingshot"} <= {alert["kind"] for alert in one["seen"]["alerts"]}
+    assert len(cut["seen"]["alerts"]) == len(one["seen"]["alerts"])
+    for got, expected in zip(cut["seen"]["alerts"], one["seen"]["alerts"], strict=True):
+        for key in (
+            "id",
+            "kind",
+            "severity",
+            "state",
+            "phase",
+            "first_step",
+            "last_step",
+            "mechanism",
+            "advice",
+        ):
+            assert got[key] == expected[key], (expected["id"], key)
+        for name, item in expected["evidence"].items():
+            close = math.isclose(got["evidence"][name]["value"], item["value"], rel_tol=1e-6, abs_tol=1e-9)
+            assert close or name in MEDIANS, (expected["id"], name)
+    assert cut["seen"]["phases"] == one["seen"]["phases"]
+    assert cut["absorbing"] == one["absorbing"]
+    for name in one["seen"]["history"]:
+        expected, got = column(one, name), column(cut, name)
+        first = min(got)
+        assert got.keys() == {step for step in expected if step >= first}, name
+        for step, value in got.items():
+            if name not in MEDIANS:
+                assert math.isclose(value, expected[step], rel_tol=1e-6, abs_tol=1e-6), (name, step)
+
+
+MEDIANS = (
+    "sqrt_exp_avg_sq_median", "head_sqrt_exp_avg_sq_median", "effective_learning_rate", "second_moment_decay",
+)  # fmt: skip
+"""Averages of the ranks' medians, and what is made of them."""
+
+
+def test_ranks_that_share_a_head_say_what_one_process_says_up_to_a_slingshot(
     fast: Callable[[str], Outcome],
 ) -> None:
-    cut, ddp = fast("vocabulary_parallel")[0], fast("ddp")[0]
-    assert "vocabulary-parallel head" in cut["seen"]["notes"]["head_never_fired"]
-    assert "live_fraction" not in cut["seen"]["history"]
-    assert_measured_alike(
-        cut, ddp, ("gradient_norm", "head_weight_norm", "classifier_mean_norm", "rms_t_max")
-    )
-    # Completed over the shards the gradient sums to zero but for rounding; one shard's does not.
-    violations = column(cut, "zero_sum_violation_weight")
-    assert len(violations) == 30 and max(violations.values()) < 1e-5
+    assert_told_alike(fast("vocabulary_slingshot")[0], fast("one_head")[0])
+
+
+def test_plain_logits_of_some_classes_are_no_rows_of_their_own(fast: Callable[[str], Outcome]) -> None:
+    """A monitor that is told to watch this process alone sees half of each row: none."""
+    alone = fast("vocabulary_local")[0]["alone"]
+    assert alone["differences"] == fast("vocabulary_local")[0]["differences"] == []
+    assert "vocabulary-parallel head" in alone["seen"]["notes"]["head_never_fired"]
+    assert not column(alone, "zero_sum_violation") and not column(alone, "live_fraction")
+
+
+def test_micro_batches_ignored_rows_and_a_resume_under_a_shared_head(fast: Callable[[str], Outcome]) -> None:
+    for rank in fast("vocabulary_accumulated"):
+        assert rank["seen"]["notes"] == {}
+        assert column(rank, "ignored_fraction") == dict.fromkeys((4, 5, 6), 4 / 78)
+        assert max(column(rank, "zero_sum_violation").values()) < 0.01
+        (eps, _, _, scale), (eps_later, _, _, scale_later) = rank["kinds"]
+        assert eps == eps_later == 2.0**-7, "logits are bfloat16"
+        assert scale_later >= scale > 0, "what was learned of the loss goes on"
+
+
+def test_a_monitor_closed_and_another_opened_at_the_same_step_do_not_meet(
+    fast: Callable[[str], Outcome],
+) -> None:
+    """What the first still owes the others is sent from hooks beside the second's."""
+    for rank in fast("closed_and_opened"):
+        assert "ranks_apart" not in rank["second"]["notes"]
+        assert list(column({"seen": rank["second"]}, "live_fraction")) == list(range(1, 7))
+        assert rank["hooks"] == [0, 0]
 
 
 def test_a_short_batch_and_one_without_rows_that_count_are_added_as_they_are(
@@ -317,6 +411,30 @@ def test_hsdp_on_four_ranks_measures_and_trains_alike(
     history = dict(ranks[0]["seen"]["history"])
     history.pop("loss")
     compatibility("PyTorch", "HSDP (fully_shard on a 2-D mesh), 4 processes", history)
+
+
+@pytest.mark.slow
+def test_replicas_of_ranks_that_share_a_head_measure_alike(
+    slow: Callable[[str], Outcome], fast: Callable[[str], Outcome], compatibility: Recorder
+) -> None:
+    ranks, ddp = slow("fsdp_vocabulary_parallel"), fast("ddp")[0]
+    assert all(rank["differences"] == [] and rank["seen"]["notes"] == {} for rank in ranks)
+    assert all(rank["seen"]["history"] == ranks[0]["seen"]["history"] for rank in ranks)
+    for name in ROWS:
+        expected, got = column(ddp, name), column(ranks[0], name)
+        assert all(math.isclose(got[s], expected[s], rel_tol=5e-6, abs_tol=1e-6) for s in range(1, 5)), name
+    # As many medians over as many rows as data parallel ranks take.
+    assert math.isclose(column(ranks[0], "margin_median")[1], column(ddp, "margin_median")[1], rel_tol=1e-5)
+    history = dict(ranks[0]["seen"]["history"])
+    history.pop("loss")
+    compatibility("PyTorch", "FSDP2 with tensor parallel, logits cut along the classes, 4 processes", history)
+
+
+@pytest.mark.slow
+def test_a_whole_run_under_a_shared_head_is_told_as_one_process_tells_it(
+    slow: Callable[[str], Outcome],
+) -> None:
+    assert_told_alike(slow("vocabulary_slingshot_whole")[0], slow("one_head")[0])
 
 
 @pytest.mark.slow

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 lightning = pytest.importorskip("lightning", reason='pip install "nfi-monitor[lightning]"')
 from lightning.pytorch import LightningModule, Trainer, seed_everything  # noqa: E402
 from lightning.pytorch.callbacks import ModelCheckpoint  # noqa: E402
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger  # noqa: E402
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger  # noqa: E402
 
 from nfi_monitor import Alert, AlertKind, Monitor, Thresholds  # noqa: E402
 from nfi_monitor.attach import TrainerContext  # noqa: E402
@@ -255,6 +255,28 @@ def test_save_on_and_stop_on_act_at_the_step_of_the_alert(tmp_path: Path) -> Non
     first = watched(callback).alerts[0].first_step
     assert trainer.global_step == first < STEPS
     assert (tmp_path / "kept" / f"nfi-step={first}.ckpt").is_file()
+
+
+class Numbers(Logger):
+    """A logger that keeps no files and has no experiment."""
+
+    name, version = "numbers", 0
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        return None
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        return None
+
+
+def test_a_logger_without_files_or_experiment_takes_nothing_from_save_on(tmp_path: Path) -> None:
+    callback = at_risk(save_on="at_risk", run_dir="auto")
+    trainer = fit(tmp_path, [callback], logger=Numbers())
+    assert trainer.log_dir is None
+    monitor = watched(callback)
+    assert [note.code for note in monitor.notes if note.code.startswith("failed")] == []
+    assert (tmp_path / "checkpoints" / f"nfi-step={monitor.alerts[0].first_step}.ckpt").is_file()
+    assert read_run(tmp_path / "nfi").alerts
 
 
 def test_a_remedy_gets_the_alert_and_the_trainer(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import random
 import re
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -323,9 +324,33 @@ def test_a_damaged_record_costs_itself_and_is_said(tmp_path: Path) -> None:
     damage(tmp_path / "run", "nfi-tab/alerts/00000000000001/at_risk-1", b'{"id": "at_ri')
     damage(tmp_path / "run", "nfi-tab/readings/00000000000001/000000", b"", b'{"first": 1, "columns": []}')
     damage(tmp_path / "run", "nfi-tab/what", b"{}")
-    answer = Server(tmp_path).get("run", run="run")
-    assert len(answer["problems"]) == 3 and answer["readings"] == 10
+    # Python reads NaN where JSON has none; a browser would not read an answer with it at all.
+    damage(
+        tmp_path / "run", "nfi-tab/alerts/00000000000001/a", b'{"first_step": 1, "last_step": 2, "what": NaN}'
+    )
+    server = Server(tmp_path)
+    assert b"NaN," not in server.bytes("run", run="run")
+    answer = server.get("run", run="run")
+    assert len(answer["problems"]) == 4 and answer["readings"] == 10
+    assert any("NaN is not JSON" in said for said in answer["problems"])
     assert any("alerts/00000000000001/at_risk-1 could not be read" in said for said in answer["problems"])
+
+
+def test_a_run_does_not_change_while_a_request_reads_it(tmp_path: Path) -> None:
+    """TensorBoard answers each request in a thread of its own."""
+    write(tmp_path / "run", spiky(10, {}))
+    server = Server(tmp_path)
+    before = server.get("run", run="run")
+    (run,) = server.plugin._runs._runs[""].values()
+    damage(tmp_path / "run", "nfi-tab/alerts/00000000000001/a", b'{"first_step": 0, "last_step": 2}')
+    server.load()
+    with run.lock:
+        asked = threading.Thread(target=server.get, args=("runs",))
+        asked.start()
+        asked.join(timeout=0.3)
+        assert asked.is_alive() and run.version == before["version"] and run.alerts == []
+    asked.join(timeout=20)
+    assert run.version != before["version"] and len(run.alerts) == 1
 
 
 def test_a_newer_writer_is_told_from_damage(tmp_path: Path) -> None:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import shutil
 import time
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -19,18 +15,24 @@ import pytest
 
 from nfi_monitor.report.summary import Summary
 from nfi_monitor.report.tensorboard import TensorBoardSink
-from nfi_monitor.types import Alert, AlertKind, Change, Note, Phase, Reading, Severity
+from nfi_monitor.types import Alert, AlertKind, Change, Note, Phase, Reading
 from tests.integrations.browser import (
+    LARGE_ALERTS,
+    LARGE_STEPS,
     NAMES,
+    ask,
     browsing,
     drawn,
     find_browser,
+    load_large,
     open_tab,
     serving,
     train_the_example,
+    until_loaded,
+    write_large,
 )
 from tests.integrations.test_tensorboard_plugin import damage
-from tests.report.builders import AT_RISK, INFO, event
+from tests.report.builders import AT_RISK, INFO
 from tests.spiking import Recorded
 
 pytest.importorskip("tensorboard")
@@ -45,8 +47,6 @@ SCRIPT = "<script>window.hacked=1</script><img src=x onerror='window.hacked=1'>"
 HOSTILE = f"{SCRIPT}\"'&amp;\u202eright to left\u202c " + "layer." * 1700 + "END"
 assert len(HOSTILE) > 10_000
 HOSTILE_RUN = "x<img src=x onerror='window.hacked=1'>\"\u202eabc"
-LARGE_STEPS, LARGE_ALERTS = 100_000, 2_000
-SPIKE = 77_777
 
 
 def write_hostile(directory: Path) -> None:
@@ -59,30 +59,6 @@ def write_hostile(directory: Path) -> None:
     sink.alert(replace(AT_RISK, layer=HOSTILE, advice=(HOSTILE,)), Change.BEGIN)
     sink.note(Note("hostile", HOSTILE, 3))
     sink.close(info, Summary())
-
-
-def write_large(directory: Path) -> None:
-    """Through the sink itself; the stock panels' records are left out, they are not what is measured."""
-    sink = TensorBoardSink(directory, min_seconds=1e9)
-    sink.start(INFO)
-    writer = sink._open()
-    writer.flush = lambda: None  # type: ignore[method-assign]
-    writer.add_text = lambda *_: None  # type: ignore[method-assign]
-    every, phases, kinds = LARGE_STEPS // LARGE_ALERTS, list(Phase), list(AlertKind)
-    names = (
-        "loss", "zero_sum_violation", "absorbed_fraction", "feature_mean_norm", "classifier_mean_norm",
-        "logit_displacement", "rms_t_max", "margin_median", "sqrt_exp_avg_sq_median",
-    )  # fmt: skip
-    for step in range(1, LARGE_STEPS + 1):
-        values = dict.fromkeys(names, 0.1 + abs(math.sin(step / 4000)))
-        values["loss"] = 9_999.0 if step == SPIKE else 0.1 + (step % 97) / 100
-        number, late = divmod(step, every)
-        sink.reading(Reading(step, values), phases[1 + number % 5] if late < 9 else Phase.HEALTHY)
-        if late == 0:
-            alert = event(kinds[number % 4], step - 10, step - 5, number)
-            severity = list(Severity)[number % 3]
-            sink.alert(replace(alert, severity=severity), Change.UPDATE)
-    sink.close(INFO, Summary())
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +77,7 @@ def logdir(tmp_path_factory: pytest.TempPathFactory, spiking_run: Recorded) -> P
 @pytest.fixture(scope="module")
 def address(logdir: Path) -> Iterator[str]:
     with serving(logdir) as where:
-        until = time.monotonic() + 60
-        while ask(where, "run", run="large").get("readings") != LARGE_STEPS:
-            assert time.monotonic() < until, "TensorBoard did not load the large run"
-            time.sleep(0.3)
+        until_loaded(where)
         yield where
 
 
@@ -119,15 +92,6 @@ def browser() -> Iterator[Any]:
 def told(spiking_run: Recorded) -> list[Alert]:
     """The alerts of the run ``division``, as the tab lists them: newest first."""
     return sorted(spiking_run.monitor.alerts, key=lambda alert: (-alert.first_step, -alert.last_step))
-
-
-def ask(address: str, route: str, **query: str) -> Any:
-    url = f"{address}/data/plugin/nfi/{route}?{urllib.parse.urlencode(query)}"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as answer:
-            return json.load(answer)
-    except urllib.error.HTTPError as error:
-        return json.load(error)
 
 
 class Pages:
@@ -276,6 +240,72 @@ def test_everything_is_reached_by_keyboard(pages: Pages) -> None:
     wait_for_window(page, lambda now: now == full)
 
 
+def test_the_phase_strip_is_walked_by_keyboard(pages: Pages, told: list[Alert]) -> None:
+    page = pages.tab()
+    full, strip = window(page), ".run[data-run='division'] .strip .plot"
+    run = ask(pages.address, "run", run="division")
+    steps = [step for step, _ in run["phases"]]
+    names = [run["record"]["phases"][phase] for _, phase in run["phases"]]
+    ends = [*steps[1:], run["extent"][1]]
+    phases = [f"{name}, {between(*ends)}" for name, *ends in zip(names, steps, ends, strict=True)]
+    assert len(phases) > 4 and "slingshot" in names
+
+    def says(text: str) -> None:
+        page.wait_for_function(
+            "([at, text]) => document.querySelector(at).getAttribute('aria-valuetext') === text",
+            arg=[strip, text],
+        )
+
+    def press(key: str, says_then: str) -> None:
+        page.keyboard.press(key)
+        says(says_then)
+
+    page.focus("select[aria-label='Compare with']")
+    for _ in range(4):
+        page.keyboard.press("Tab")
+        if page.evaluate("at => document.activeElement === document.querySelector(at)", strip):
+            break
+    plot = page.query_selector(strip)
+    assert page.evaluate("node => document.activeElement === node", plot), "Tab does not come to the strip"
+    assert page.evaluate("node => getComputedStyle(node).outlineStyle", plot) == "solid", "no visible focus"
+    assert plot.get_attribute("role") == "slider" and "division" in plot.get_attribute("aria-label")
+    says(f"now {phases[-1]}")
+    plain = page.evaluate("node => node.querySelector('canvas').toDataURL()", plot)
+    for phase in phases:
+        press("ArrowRight", phase)
+    assert page.evaluate("node => node.querySelector('canvas').toDataURL()", plot) != plain, (
+        "no mark is drawn"
+    )
+    press("ArrowRight", phases[-1])  # the last one is the last one
+    press("Home", phases[0])
+    assert plot.get_attribute("aria-valuenow") == str(steps[0])
+    press("End", phases[-1])
+    place = names.index("slingshot")
+    for phase in phases[place:-1][::-1]:
+        press("ArrowLeft", phase)
+    page.keyboard.press("Enter")
+    low, high = wait_for_window(page, lambda now: now != full)
+    assert full[0] < low <= steps[place] and ends[place] <= high and high - low < (full[1] - full[0]) / 4
+    page.keyboard.press("Escape")
+    wait_for_window(page, lambda now: now == full)
+
+    press("Home", phases[0])
+    in_time = sorted(told, key=lambda alert: (alert.first_step, alert.last_step))
+    for alert in in_time:
+        kind = str(alert.kind).replace("_", " ")
+        press("ArrowDown", f"{alert.severity} alert, {kind}, {between(alert.first_step, alert.last_step)}")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".alert.open .detail table")
+    assert f"/{in_time[-1].id}/" in page.get_attribute(".alert.open", "data-key")
+    low, high = wait_for_window(page, lambda now: now != full)
+    assert low < in_time[-1].first_step and in_time[-1].last_step < high <= full[1]
+    assert page.evaluate("node => document.activeElement === node", plot), "the focus went elsewhere"
+
+
+def between(first: int, last: int) -> str:
+    return f"step {first:,}" if first == last else f"steps {first:,} to {last:,}"
+
+
 def test_filters_say_how_much_they_leave(pages: Pages) -> None:
     page = pages.tab()
     page.click("[data-severity='critical']")
@@ -369,7 +399,11 @@ def test_a_run_appears_and_moves_while_it_is_written(pages: Pages, logdir: Path)
     page = pages.tab()
     sink = TensorBoardSink(logdir / "live", min_seconds=0)
     sink.start(INFO)
-    sink._opened_tab()._seconds = 0.0
+
+    def read(steps: range, phase: Phase) -> None:
+        for step in steps:
+            sink._opened_tab()._written = -math.inf  # due at once: it writes ever seldomer
+            sink.reading(Reading(step, {"loss": 1.0 / step, "zero_sum_violation": 0.2}), phase)
 
     def until(condition: str) -> None:
         end = time.monotonic() + 30
@@ -382,17 +416,18 @@ def test_a_run_appears_and_moves_while_it_is_written(pages: Pages, logdir: Path)
         until("[...document.querySelectorAll('option')].some((option) => option.value === 'live')")
         page.select_option("select[aria-label='Run']", "live")
         page.wait_for_selector("text=The first measured step appears here by itself")
-        for step in (1, 2, 3):
-            sink.reading(Reading(step, {"loss": 1.0 / step, "zero_sum_violation": 0.2}), Phase.HEALTHY)
+        read(range(1, 4), Phase.HEALTHY)
         until("document.querySelector('.run').textContent.includes('live · step 3')")
         sink.alert(replace(AT_RISK, first_step=3, last_step=3), Change.BEGIN)
         until("document.querySelector('.alert .firing') !== null")
         page.click(".alert > button")
         page.wait_for_selector(".detail table")
-        for step in range(4, 60):
-            sink.reading(Reading(step, {"loss": 1.0 / step, "zero_sum_violation": 0.2}), Phase.ABSORBING)
+        page.evaluate("document.querySelector('.alert > button').dataset.same = 'yes'")
+        read(range(4, 60), Phase.ABSORBING)
         until("document.querySelector('.run').textContent.includes('live · step 59')")
         assert page.query_selector(".detail table") is not None  # what was open stays open
+        same = "document.activeElement.dataset.same"  # new readings leave the list and its focus alone
+        assert page.evaluate(same) == "yes"
     finally:
         sink.close(INFO, Summary())
     until("document.querySelector('.run').textContent.includes('finished · step 59')")
@@ -434,22 +469,18 @@ def test_it_fits_the_width_and_contrasts_in_both_modes(pages: Pages, width: int,
 def test_a_hundred_thousand_steps_and_two_thousand_alerts_are_drawn_at_once(
     pages: Pages, record_property: Callable[[str, object], None]
 ) -> None:
-    """Less than a second where it has a core to itself; the bound leaves room for one that has not."""
-    names = {"runs": [{"name": "large", "version": ""}]}  # the first run in the list is drawn first
+    """``python -m tests.integrations.browser --time`` prints what a machine to itself takes: well below 1 s.
+    The bound leaves room for one that is busy, and so does the best of three."""
+    names = {"runs": [{"name": "large", "version": ""}]}
     seconds = []
     for _ in range(3):
         page = pages.page()
         page.route("**/plugin/nfi/runs*", lambda route: route.fulfill(json=names))
-        page.goto(f"{pages.address}/data/plugin_entry.html?name=nfi")
-        page.wait_for_selector("h1")
-        drawn(page)
-        mark = "performance.getEntriesByName('nfi-{}')[0].startTime"
-        seconds.append(page.evaluate(f"{mark.format('painted')} - {mark.format('start')}") / 1000)
+        seconds.append(load_large(page, pages.address))
         if seconds[-1] < 1.0:
             break
     record_property("seconds_to_charts", min(seconds))
-    print(f"seconds from the tab's start to its charts: {', '.join(f'{s:.2f}' for s in seconds)}")
-    assert min(seconds) < 3.0
+    assert min(seconds) < 2.0, seconds
     page.wait_for_function(f"document.querySelectorAll('.alert').length === {LARGE_ALERTS}")
     assert page.inner_text(".filters header .quiet") == f"{LARGE_ALERTS:,}"
     assert window(page) == (1, LARGE_STEPS)

@@ -2,8 +2,12 @@
 
 import { SEVERITIES, el, said, severityIcon, whole } from "./dom.js";
 
-const AT_ONCE = 60; // rows before the first paint; the others follow in idle time, none is left out
-const BATCH = 200;
+const AT_ONCE = 40; // rows before the first paint; the others follow in idle time, none is left out
+const BATCH = 50;
+const ROW = 45; // pixels, as in style.css
+const idle = window.requestIdleCallback
+  ? (work) => requestIdleCallback(work, { timeout: 500 })
+  : (work) => setTimeout(work, 30, { timeRemaining: () => 8 });
 
 export class Alerts {
   // actions: choose(alert or null), detail(alert) → promise of the whole record
@@ -65,15 +69,15 @@ export class Alerts {
   clear() {
     this.job++;
     this.all = [];
-    this.open = this.signature = null;
+    this.open = this.version = null;
     this.count.replaceChildren();
     this.list.replaceChildren();
   }
 
-  set(alerts, finished) {
-    const signature = JSON.stringify(alerts);
-    if (signature === this.signature && finished === this.finished) return;
-    this.signature = signature;
+  // ``version`` is another one where an alert is: what is listed stays in place as long as it can.
+  set(alerts, finished, version) {
+    if (version === this.version && finished === this.finished) return;
+    this.version = version;
     this.finished = finished;
     this.all = [...alerts].sort((a, b) => b.first_step - a.first_step || b.last_step - a.last_step);
     if (this.open) this.open = this.all.find((alert) => alert.key === this.open.key) ?? null;
@@ -108,19 +112,21 @@ export class Alerts {
     }
     const top = this.list.scrollTop;
     const focused = document.activeElement?.closest?.(".alert")?.dataset.key;
-    this.list.replaceChildren(...shown.slice(0, AT_ONCE).map((alert) => this.row(alert)));
-    const restore = () => {
-      this.list.scrollTop = top;
-      if (focused) this.list.querySelector(`[data-key="${CSS.escape(focused)}"] > button`)?.focus({ preventScroll: true });
+    // At once also what was scrolled to, and what has the focus.
+    const seen = top ? Math.ceil((top + this.list.clientHeight) / ROW) : 0;
+    let from = Math.max(AT_ONCE, seen, focused ? shown.findIndex(({ key }) => key === focused) + 1 : 0);
+    this.list.replaceChildren(...shown.slice(0, from).map((alert) => this.row(alert)));
+    if (top) this.list.scrollTop = top; // asks for a layout
+    if (focused) this.list.querySelector(`[data-key="${CSS.escape(focused)}"] > button`)?.focus({ preventScroll: true });
+    const rest = (deadline) => {
+      do {
+        if (job !== this.job || from >= shown.length) return;
+        this.list.append(...shown.slice(from, from + BATCH).map((alert) => this.row(alert)));
+        from += BATCH;
+      } while (deadline.timeRemaining() > 4);
+      idle(rest);
     };
-    restore();
-    const rest = (from) => {
-      if (job !== this.job || from >= shown.length) return;
-      this.list.append(...shown.slice(from, from + BATCH).map((alert) => this.row(alert)));
-      if (from < AT_ONCE + BATCH && top) restore();
-      setTimeout(rest, 0, from + BATCH);
-    };
-    setTimeout(rest, 30, AT_ONCE);
+    idle(rest);
   }
 
   row(alert) {

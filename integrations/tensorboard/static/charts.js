@@ -84,13 +84,15 @@ function stretches(run, range, width) {
   return found;
 }
 
-function follow(node, resize) {
-  let width = 0;
+// Keeps a chart (or strip) as wide as its place; one that was built to this width is not drawn again.
+function follow(chart, height) {
   const observer = new ResizeObserver(([entry]) => {
-    const now = Math.floor(entry.contentRect.width);
-    if (now > 0 && now !== width) resize((width = now));
+    const width = Math.floor(entry.contentRect.width);
+    if (width < 1 || chart.u?.width === width) return;
+    if (chart.u) chart.u.setSize({ width, height });
+    else chart.build(width);
   });
-  observer.observe(node);
+  observer.observe(chart.plot);
   return observer;
 }
 
@@ -157,7 +159,7 @@ export class Chart {
       this.values,
       this.plot,
     );
-    this.observer = follow(this.plot, (width) => (this.u ? this.u.setSize({ width, height: TALL }) : this.build(width)));
+    this.observer = follow(this, TALL);
   }
 
   shown() {
@@ -379,26 +381,33 @@ export class Chart {
   }
 }
 
+const MOVES = {
+  ArrowLeft: ["phase", -1], ArrowRight: ["phase", 1], ArrowUp: ["alert", -1], ArrowDown: ["alert", 1],
+  Home: ["phase", -Infinity], End: ["phase", Infinity],
+};
+
 // The whole run at a glance: phases by colour and height, alerts by shape, the window that the charts show.
+// By keyboard a slider over the run's steps that stops at phases and at alerts.
 export class Strip {
   constructor(owner, actions) {
     this.owner = owner;
     this.actions = actions;
-    this.plot = el("div", { class: "plot", role: "img" });
+    this.at = null; // where the keyboard is: {kind, key, from, to, text, alert}
+    const redraw = () => this.u?.redraw(false);
+    this.plot = el("div", {
+      class: "plot", role: "slider", tabindex: "0", "aria-orientation": "horizontal",
+      onkeydown: (event) => this.key(event), onfocus: redraw, onblur: redraw,
+    });
     this.node = el("div", { class: "strip" }, this.plot);
     this.extent = [0, 1];
     this.range = null;
-    this.observer = follow(this.plot, (width) => (this.u ? this.u.setSize({ width, height: STRIP }) : this.build(width)));
+    this.observer = follow(this, STRIP);
   }
 
   set(extent, range) {
     this.extent = extent;
     this.range = range;
-    const run = this.owner.run();
-    const names = run.record.phases ?? PHASES;
-    const last = run.phases.at(-1);
-    const spoken = run.phases.slice(-12).map(([step, phase]) => `${names[phase]} from step ${whole(step)}`);
-    this.plot.setAttribute("aria-label", last ? `Phases: ${spoken.join(", ")}` : "No reading yet");
+    this.describe();
     if (!this.u) return this.rebuild();
     this.u.setData([extent, [0, 0]], false);
     this.u.setScale("x", { min: extent[0], max: extent[1] });
@@ -409,6 +418,65 @@ export class Strip {
     this.u?.destroy();
     this.u = null;
     if (width > 0) this.build(width);
+  }
+
+  describe() {
+    const latest = this.stops("phase", -1).at(-1);
+    const now = this.at ?? latest;
+    const label = `Phases and alerts of ${this.owner.name.slice(0, 200)}. ` +
+      "Left and right go from phase to phase, up and down from alert to alert, Enter zooms there.";
+    const values = {
+      "aria-label": label,
+      "aria-valuemin": this.extent[0],
+      "aria-valuemax": this.extent[1],
+      "aria-valuenow": now?.from ?? this.extent[0],
+      "aria-valuetext": this.at?.text ?? (latest ? `now ${latest.text}` : "No reading yet"),
+    };
+    for (const [name, value] of Object.entries(values)) this.plot.setAttribute(name, value);
+  }
+
+  // Where the keyboard stops, in the order of the steps; those from index ``start`` on.
+  stops(kind, start = 0) {
+    const run = this.owner.run();
+    const between = (from, to) => (from === to ? `step ${whole(from)}` : `steps ${whole(from)} to ${whole(to)}`);
+    if (kind === "alert") {
+      return (run?.alerts ?? []).slice(start).map((alert) => ({
+        kind, alert, key: alert.key, from: alert.first_step, to: alert.last_step,
+        text: `${alert.severity} alert, ${alert.what ?? alert.kind}, ${between(alert.first_step, alert.last_step)}`,
+      }));
+    }
+    const edges = (run?.phases ?? []).slice(start), names = run?.record.phases ?? PHASES;
+    return edges.map(([from, phase], i) => {
+      const to = i + 1 < edges.length ? edges[i + 1][0] : run.extent[1];
+      return { kind, key: `${from}`, from, to, text: `${names[phase]}, ${between(from, to)}` };
+    });
+  }
+
+  key(event) {
+    if (event.key === "Enter" || event.key === " ") {
+      if (!this.at) return;
+      if (this.at.alert) this.actions.reveal(this.at.alert);
+      else {
+        const pad = Math.max(2, 0.1 * (this.at.to - this.at.from));
+        this.actions.zoom([this.at.from - pad, this.at.to + pad]);
+      }
+    } else if (event.key in MOVES && !event.ctrlKey && !event.metaKey && !event.altKey) {
+      const [kind, by] = MOVES[event.key];
+      const stops = this.stops(kind);
+      if (!stops.length) return;
+      const here = this.at?.kind === kind ? stops.findIndex(({ key }) => key === this.at.key) : -1;
+      let next;
+      if (Math.abs(by) > 1) next = by < 0 ? 0 : stops.length - 1;
+      else if (here >= 0) next = here + by;
+      else if (!this.at) next = by < 0 ? stops.length - 1 : 0;
+      else if (by > 0) next = stops.findIndex(({ from }) => from >= this.at.from);
+      else next = stops.findLastIndex(({ from }) => from <= this.at.from);
+      if (next === -1 && by > 0) next = stops.length; // nothing later: stay at the last one
+      this.at = stops[Math.min(stops.length - 1, Math.max(0, next))];
+      this.describe();
+      this.u?.redraw(false);
+    } else return;
+    event.preventDefault();
   }
 
   build(width) {
@@ -452,6 +520,12 @@ export class Strip {
       ctx.strokeRect(left, bbox.top, Math.max(2 * ratio(), Math.min(right, to) - left), bbox.height);
     }
     this.marks(u);
+    if (this.at && this.plot.matches(":focus")) {
+      const [from, to] = [this.at.from, this.at.to].map((step) => u.valToPos(step, "x", true));
+      ctx.strokeStyle = colour("text");
+      ctx.lineWidth = 2 * ratio();
+      ctx.strokeRect(from - 2 * ratio(), ratio(), Math.max(4 * ratio(), to - from + 4 * ratio()), bbox.top + bbox.height - ratio());
+    }
     ctx.restore();
   }
 

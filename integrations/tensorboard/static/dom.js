@@ -24,7 +24,13 @@ const SHAPES = {
   info: "M7 2a5 5 0 1 0 .01 0Z", // a circle
 };
 
+const icons = new Map();
 export function severityIcon(severity) {
+  if (!icons.has(severity)) icons.set(severity, drawnIcon(severity));
+  return icons.get(severity).cloneNode(true); // of two thousand rows, each has one
+}
+
+function drawnIcon(severity) {
   const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
   svg.setAttribute("width", "14");
   svg.setAttribute("height", "14");
@@ -39,7 +45,8 @@ export function severityIcon(severity) {
   return svg;
 }
 
-export const whole = (step) => Math.round(step).toLocaleString("en-US");
+const grouped = new Intl.NumberFormat("en-US"); // made once: toLocaleString makes one a call, .2 ms each
+export const whole = (step) => grouped.format(Math.round(step));
 
 export function number(value, unit = "") {
   if (value === null || value === undefined) return "–";
@@ -53,7 +60,12 @@ export function number(value, unit = "") {
 
 const trim = (text) => (text.includes(".") ? text.replace(/\.?0+$/, "") : text);
 
-export const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
+const colours = new Map();
+export function colour(name) {
+  if (!colours.has(name)) colours.set(name, getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim());
+  return colours.get(name);
+}
+export const forgetColours = () => colours.clear(); // the theme has changed
 
 export function ago(seconds) {
   if (seconds < 90) return `${Math.round(seconds)} s ago`;

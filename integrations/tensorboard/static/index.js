@@ -5,7 +5,7 @@
 
 import { Alerts } from "./alerts.js";
 import { Chart, PHASES, Strip, sharedRange } from "./charts.js";
-import { ago, el, said, severityIcon, whole } from "./dom.js";
+import { ago, el, forgetColours, said, severityIcon, whole } from "./dom.js";
 
 const POLL = 5000;
 const FRESH = 90; // seconds without news after which a run that was not closed no longer counts as live
@@ -17,6 +17,8 @@ const state = {
   range: null, // [first, last] step of the charts; null: everything
   logs: new Map(), // title → whether the user wants it logarithmic
   more: false,
+  told: 0, // counts the lists of alerts that differ
+  met: null, // the first run, asked for while the page was loading: {name, run, series}
 };
 const ui = {};
 
@@ -57,10 +59,21 @@ async function poll(asked) {
   }
 }
 
+// Of a run not seen before both questions are asked at once.
+function meet(name, shown = {}) {
+  const met = { name, run: get("run", { run: name, version: "" }), series: ask({ ...shown, name }) };
+  for (const answer of [met.run, met.series]) answer.catch(() => {}); // awaited later, unless the other one fails
+  return met;
+}
+
 async function update(shown) {
-  const early = shown.data ? null : ask(shown); // of a run not seen before: both questions at once
-  early?.catch(() => {}); // it is awaited below, unless the other one fails first
-  const answer = await get("run", { run: shown.name, version: shown.data?.version ?? "" });
+  let met = null;
+  if (!shown.data) {
+    met = state.met?.name === shown.name ? state.met : meet(shown.name, shown);
+    state.met = null;
+  }
+  const early = met?.series ?? null;
+  const answer = await (met?.run ?? get("run", { run: shown.name, version: shown.data.version }));
   if (!state.shown.includes(shown)) return;
   if (answer.unchanged) {
     shown.data.seconds_ago = answer.seconds_ago;
@@ -68,6 +81,8 @@ async function update(shown) {
     return;
   }
   shown.data = answer;
+  const mark = JSON.stringify(answer.alerts);
+  if (mark !== shown.mark) Object.assign(shown, { mark, told: ++state.told });
   for (const alert of answer.alerts) {
     alert.run = shown.name;
     alert.key = `${shown.letter}/${alert.id}/${alert.first_step}`;
@@ -193,6 +208,9 @@ const actions = {
       .sort((a, b) => Math.abs(a.first_step - step) - Math.abs(b.first_step - step))[0];
     if (near) ui.alerts.choose(near, true);
   },
+  reveal(alert) {
+    ui.alerts.choose(alert, true);
+  },
   choose(alert) {
     if (!alert) return actions.zoom(null);
     const shown = state.shown.find(({ name }) => name === alert.run);
@@ -234,7 +252,8 @@ function draw() {
   }
   const all = known.flatMap(({ data, letter }) =>
     data.alerts.map((alert) => Object.assign(alert, { letter: several ? letter : null, letter0: letter })));
-  ui.alerts.set(all, known.every(({ data }) => data.record.closed));
+  const version = JSON.stringify([several, known.map(({ told }) => told)]);
+  ui.alerts.set(all, known.every(({ data }) => data.record.closed), version);
 
   const ready = known.filter(({ series }) => series);
   if (!ready.length) return; // the curves come next
@@ -357,7 +376,7 @@ function build() {
   ui.more = el("button", { class: "more", onclick: more });
   const key = (text) => el("kbd", {}, text);
   ui.keys = el("p", { class: "keys" }, "Drag to zoom, double-click for all steps. Keys: ", key("/"), " filter, ", key("↑"), " ", key("↓"),
-    " alerts, ", key("←"), " ", key("→"), " cursor, ", key("Shift"), " ", key("←"), " ", key("→"), " move, ", key("+"), " ", key("−"), " zoom, ", key("Esc"), " all steps");
+    " alerts, ", key("←"), " ", key("→"), " phases or cursor, ", key("Shift"), " ", key("←"), " ", key("→"), " move, ", key("+"), " ", key("−"), " zoom, ", key("Esc"), " all steps");
   ui.page = el("main", { class: "page hidden" }, ui.runs, ui.alerts.node, ui.charts);
   ui.empty = el("main", { class: "card empty hidden" },
     el("h2", {}, "No monitored run in this log directory"),
@@ -393,6 +412,7 @@ function theme() {
     const dark = host ? host.classList.contains("dark-mode") : system.matches;
     if (dark === document.documentElement.classList.contains("dark")) return;
     document.documentElement.classList.toggle("dark", dark);
+    forgetColours();
     for (const shown of state.shown) {
       shown.strip.rebuild();
       shown.charts.forEach((chart) => chart.rebuild());
@@ -418,7 +438,8 @@ export async function render() {
   document.head.append(el("meta", { name: "viewport", content: "width=device-width" }));
   const file = (name) => new URL(name, import.meta.url).href;
   const asked = get("runs"); // the server looks while the styles load
-  asked.catch(() => {}); // poll() says what went wrong
+  const first = asked.then(({ runs }) => (state.met = runs.length ? meet(runs[0].name) : null));
+  first.catch(() => {}); // poll() says what went wrong
   try {
     await Promise.all([
       loaded("link", { rel: "stylesheet", href: file("uPlot.min.css") }),

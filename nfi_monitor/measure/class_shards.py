@@ -1,0 +1,308 @@
+"""Rows whose logits are cut along the classes: what one rank sees of them, and what all see together.
+
+Under a vocabulary-parallel head each rank holds [N, K/ranks] of the logits.  Sums over classes add up, but
+what a row is called (absorbed, underflowed, how large its violation) depends on the whole row, so the ranks
+tell each other a few numbers of each sampled row and put the rows together themselves.  No logits are
+gathered.  Nothing here knows what a rank is.
+
+:func:`together` says of whole rows what :func:`nfi_monitor.measure.rows.row_statistics` says, from these
+numbers instead of [N, K]; a test holds the one against the other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nfi_monitor.measure import absorption, margins, shift_invariance, zero_sum
+from nfi_monitor.measure.rows import LOOK_SUMS, MAXIMA, SUMS, LossKind
+
+FIELDS = (
+    "signed", "absolute", "lowest", "lowest_class", "lowest_logit",
+    "largest", "winner", "winner_grad", "runner_up", "log_rest",
+    "negatives", "logit_sum", "logit_count",
+)  # fmt: skip
+"""Of one row's classes here: Σ g, Σ |g|, the smallest g with its class and logit, the largest logit with its
+class and g, the second largest, ln of the rest over the largest; how many g < 0, Σ z and number of unmasked
+z. The last three only in passes that look at the kind of loss."""
+HEADER = (
+    "rows", "first", "classes", "group", "batch_rows", "batches", "eps",
+    "wider_than_float32", "wider_than_float16", "wider_than_bfloat16", "nonzero",
+)  # fmt: skip
+"""Of one rank's rows: their number, the first class held and how many, which ranks complete them; rows of the
+whole batch over all micro-batches, and those; the gradient dtype's epsilon, whether some gradient does not
+fit a narrower dtype, and whether one is not 0."""
+SHOWN = HEADER.index("wider_than_float32")
+_NARROW = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class ShardRows(NamedTuple):
+    """``numbers`` [len(FIELDS), N], ``shown`` [4] (the end of ``HEADER``), ``counts`` [N]: 1.0 where this
+    rank's classes show that the row counts, so that several ranks say so of most rows; ``batch_rows``."""
+
+    numbers: Tensor
+    shown: Tensor
+    counts: Tensor
+    batch_rows: int
+    eps: float
+
+
+def shard_rows(
+    grad: Tensor, logits: Tensor, first: int, rows: int, level: Tensor | float | None, *, look: bool
+) -> ShardRows:
+    """Measure this rank's classes of the sampled rows.
+
+    Args:
+        grad: ∂L/∂z [N, k] of classes ``first`` … ``first + k − 1``, k ≥ 1, in the run's own dtype.
+        logits: z [N, k] of the same.
+        rows: rows of the whole batch, which a mean reduction divides by.
+        level: underflow level of the loss (:class:`LossKind`), if known.
+        look: look at the kind of loss again.
+    """
+    dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
+    top = margins.top_logits(logits.to(dtype))
+    signed, absolute = zero_sum.row_sums(grad)
+    lowest, argmin = grad.min(-1)
+    numbers = {
+        "signed": signed,
+        "absolute": absolute,
+        "lowest": lowest,
+        "lowest_class": argmin + first,
+        "lowest_logit": _pick(logits, argmin),
+        "largest": top.largest,
+        "winner": top.winner + first,
+        "winner_grad": _pick(grad, top.winner),
+        "runner_up": top.runner_up,
+        "log_rest": top.log_rest,
+    }
+    shown = torch.zeros(len(HEADER) - SHOWN, dtype=dtype, device=grad.device)
+    if look:
+        numbers["negatives"] = (grad < 0).sum(-1)
+        unmasked = logits != -torch.inf
+        numbers["logit_sum"] = logits.masked_fill(~unmasked, 0.0).sum(-1, dtype=dtype)
+        numbers["logit_count"] = unmasked.sum(-1)
+        wider = [(grad.to(narrow).to(grad.dtype) != grad).any() for narrow in _NARROW]
+        shown = torch.stack([*wider, (grad != 0).any()]).to(dtype)
+    nothing = torch.zeros_like(absolute)
+    # Each rank counts what its own classes show, and features are averaged over all of them: exact where a
+    # row's gradient vanishes on every rank or on none (float32, bfloat16); where it underflows on some
+    # (float16), confident rows weigh less. The exact mask is known only after the exchange, and features in
+    # their own right would need another one.
+    finite = torch.isfinite(absolute + top.largest)
+    counts = (absolute > 0) & finite
+    if logits.shape[-1] > 1:
+        silent = (absolute == 0) & finite
+        known = absorption.underflow_level(grad.dtype) if level is None else level
+        counts = counts | absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, known)
+    return ShardRows(
+        torch.stack([numbers.get(name, nothing).to(dtype) for name in FIELDS]),
+        shown,
+        counts.to(dtype),
+        rows,
+        torch.finfo(grad.dtype).eps,
+    )
+
+
+class Sent(NamedTuple):
+    """What a rank sends: ``header`` [:SHOWN] numbers, ``shown`` [4], ``numbers`` [len(FIELDS), ≤ slots]."""
+
+    header: list[float]
+    shown: Tensor
+    numbers: Tensor
+
+
+def merged(parts: Sequence[ShardRows], first: int, classes: int, group: int, slots: int) -> Sent:
+    """The micro-batches of one step as one message of at most ``slots`` rows: every n-th of more."""
+    numbers = torch.cat([part.numbers for part in parts], dim=1)
+    numbers = numbers[:, :: max(1, -(-numbers.shape[1] // slots))]
+    shown = torch.stack([part.shown for part in parts]).amax(0)
+    batch_rows = sum(part.batch_rows for part in parts)
+    eps = max(part.eps for part in parts)
+    header = [numbers.shape[1], first, classes, group, batch_rows, len(parts), eps]
+    return Sent([float(x) for x in header], shown, numbers)
+
+
+class Together(NamedTuple):
+    """``sums`` and ``maxima`` as of :class:`nfi_monitor.measure.rows.RowStatistics`; ``absorbed`` rows by
+    class; what is known of the loss now; ``groups``: how many sets of ranks were complete."""
+
+    sums: Tensor
+    maxima: Tensor
+    absorbed: Counter[int]
+    loss_kind: LossKind
+    groups: int
+
+
+def together(
+    blocks: Tensor, outputs: int, known: LossKind | None, *, look: bool, dtype: torch.dtype
+) -> Together | None:
+    """Put the rows of all ranks together; None where no set of ranks holds all classes of its rows.
+
+    Args:
+        blocks: [ranks, len(HEADER) + len(FIELDS)·slots] float64, header then numbers, zeros of ranks that
+            have sent nothing.
+        outputs: K.
+        known: what earlier steps learned of the loss.
+        look: look at the kind of loss again.
+        dtype: float64 if a rank's numbers were, else float32, which one process would have computed in.
+    """
+    headers = [dict(zip(HEADER, row, strict=True)) for row in blocks[:, : len(HEADER)].tolist()]
+    groups: dict[int, list[int]] = {}
+    for rank, header in enumerate(headers):
+        if header["rows"]:
+            groups.setdefault(int(header["group"]), []).append(rank)
+    complete = []
+    for ranks in groups.values():
+        ranks.sort(key=lambda rank: headers[rank]["first"])
+        start, same = 0.0, {headers[rank]["rows"] for rank in ranks}
+        for rank in ranks:
+            start = start + headers[rank]["classes"] if headers[rank]["first"] == start else -1.0
+        if start == outputs and len(same) == 1:
+            complete.append(ranks)
+    if not complete:
+        return None
+    members = [rank for ranks in complete for rank in ranks]
+    look = look or known is None
+    kind = known
+    if look or kind is None:
+        kind = _shown_precision([headers[rank] for rank in members], known, outputs, dtype)
+    sums = torch.zeros(len(SUMS), dtype=torch.float64)
+    maxima = torch.full((len(MAXIMA),), -torch.inf, dtype=torch.float64)
+    absorbed: Counter[int] = Counter()
+    for ranks in complete:
+        header = headers[ranks[0]]
+        rows = int(header["rows"])
+        numbers = blocks[ranks, len(HEADER) :][:, : len(FIELDS) * rows].reshape(len(ranks), len(FIELDS), rows)
+        values, largest, classes, kind = _whole_rows(numbers, header, outputs, kind, dtype, look=look)
+        sums += values
+        maxima = torch.maximum(maxima, largest)
+        absorbed.update(classes)
+    return Together(sums, maxima, absorbed, kind, len(complete))
+
+
+def _whole_rows(
+    numbers: Tensor,
+    header: dict[str, float],
+    outputs: int,
+    kind: LossKind,
+    dtype: torch.dtype,
+    *,
+    look: bool,
+) -> tuple[Tensor, Tensor, list[int], LossKind]:
+    """``numbers`` [shards, len(FIELDS), N], shards in the order of their classes."""
+    part = dict(zip(FIELDS, numbers.unbind(1), strict=True))  # [shards, N] each
+    whole, top, target = _joined(part, dtype)
+    signed, absolute, own, target_logit = (
+        whole[name] for name in ("signed", "absolute", "own", "target_logit")
+    )
+    violation = zero_sum.row_violation(signed, absolute)
+    finite = torch.isfinite(absolute + top.largest)
+    live = (absolute > 0) & finite
+    silent = (absolute == 0) & finite
+    above = live & (violation > kind.floor)
+    batch = round(header["batch_rows"] / header["batches"])
+    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, batch, kind.level)
+    counts = live | underflowed
+    absorbed = absorption.absorbed_rows(own, live)
+    loss = margins.row_loss(top, target_logit)
+    residual = margins.residual_mass(loss)
+    margin = margins.margin(top, target, target_logit)
+
+    def total(values: Tensor, of: Tensor) -> float:
+        return float(torch.where(of, values.double(), 0.0).sum())
+
+    sums: dict[str, float] = dict.fromkeys(LOOK_SUMS, float("nan"))
+    if look:
+        of_live = torch.where(live, absolute, torch.zeros_like(absolute))
+        scale = shift_invariance.gradient_scale(of_live, residual, live)
+        kind = kind._replace(scale=torch.maximum(scale, kind.scale.to(dtype)))
+        told = shift_invariance.gradient_residual(residual, of_live, kind.scale)
+        strange = shift_invariance.unexplained(violation, told, top.largest, kind.eps, outputs)
+        sums["unexplained"] = float((live & strange).sum())
+        sums["soft"] = float((live & (part["negatives"].sum(0) > 1)).sum())
+        sums["mean_logit"] = total(part["logit_sum"].sum(0) / part["logit_count"].sum(0), counts)
+    masks = (
+        ("live", live), ("absorbed", absorbed), ("above_floor", above),
+        ("underflowed", underflowed), ("silent", silent), ("finite", finite), ("counted", counts),
+    )  # fmt: skip
+    sums |= {name: float(mask.sum()) for name, mask in masks}
+    summed = (("violation", violation), ("signed", signed), ("absolute", absolute), ("residual", residual))
+    sums |= {name: total(values, live) for name, values in summed}
+    sums |= {"loss": total(loss, counts), "max_probability": total(torch.sigmoid(-top.log_rest), counts)}
+    median = torch.where(counts, margin, torch.nan).nanmedian().nan_to_num(0.0)
+    sums |= {
+        "rows": header["batch_rows"],
+        "sampled": header["rows"],
+        "margin_median_rows": float(median) * sums["counted"],
+    }
+    maxima = {
+        "violation_max": torch.where(live, violation, 0.0).amax(),
+        "negative_margin_min": torch.where(counts, -margin, -torch.inf).amax(),
+    }
+    return (
+        torch.tensor([sums[name] for name in SUMS], dtype=torch.float64),
+        torch.stack([maxima[name].double() for name in MAXIMA]),
+        [int(index) for index in top.winner[absorbed].tolist()],
+        kind,
+    )
+
+
+def _joined(
+    part: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[dict[str, Tensor], margins.TopLogits, Tensor]:
+    """Of whole rows [N]: sums and the target's gradient and logit; largest logits; the target's class."""
+    owner = part["largest"].argmax(0)
+    lowest, where = part["lowest"].min(0)
+
+    def of(name: str, shard: Tensor) -> Tensor:
+        return part[name].gather(0, shard.unsqueeze(0)).squeeze(0)
+
+    owns = torch.arange(len(part["largest"])).unsqueeze(-1) == owner
+    largest = of("largest", owner)
+    rest = torch.where(owns, part["log_rest"], torch.log1p(part["log_rest"].exp())) + part["largest"]
+    # A shard whose classes are all masked with −inf has none that could compete.
+    rest = torch.where(part["largest"] == -torch.inf, -torch.inf, rest)
+    top = margins.TopLogits(
+        largest.to(dtype),
+        of("winner", owner).long(),
+        torch.where(owns, part["runner_up"], part["largest"]).amax(0).to(dtype),
+        (rest.logsumexp(0) - largest).to(dtype),
+    )
+    lowest_class, winner_grad = of("lowest_class", where).long(), of("winner_grad", owner)
+    target = margins.target_class(lowest, lowest_class, winner_grad, top.winner)
+    won = target == top.winner
+    whole = {
+        "signed": part["signed"].sum(0),
+        "absolute": part["absolute"].sum(0),
+        "own": torch.where(won, winner_grad, lowest),
+        "target_logit": torch.where(won, largest, of("lowest_logit", where)),
+    }
+    return {name: values.to(dtype) for name, values in whole.items()}, top, target
+
+
+def _shown_precision(
+    headers: Sequence[dict[str, float]], known: LossKind | None, outputs: int, dtype: torch.dtype
+) -> LossKind:
+    """As :func:`nfi_monitor.measure.rows.shown_precision`, from what each rank's gradients show."""
+    own = max(header["eps"] for header in headers)
+    eps, half = own, torch.finfo(torch.float16).eps
+    nonzero = any(header["nonzero"] for header in headers)
+    for narrow, name in zip(_NARROW, HEADER[SHOWN:], strict=False):
+        fits = nonzero and not any(header[name] for header in headers)
+        if fits and own < torch.finfo(narrow).eps and own <= torch.finfo(torch.float32).eps:
+            eps = torch.finfo(narrow).eps
+    if not nonzero and known is not None:
+        eps = float(known.eps)
+    of_gradient = {torch.finfo(one).eps: one for one in (torch.float64, *_NARROW)}[own]
+    level = absorption.underflow_level(torch.float16 if eps == half else of_gradient)
+    scale = torch.zeros((), dtype=dtype) if known is None else known.scale.to("cpu", dtype)
+    floor = zero_sum.floor_of(torch.tensor(eps), dtype, outputs)
+    return LossKind(torch.tensor(eps), floor, torch.tensor(level), scale)
+
+
+def _pick(values: Tensor, classes: Tensor) -> Tensor:
+    return values.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
