@@ -304,6 +304,11 @@ CLAIMS = (
         numeric_gone("mlp-zero-sum", "vgg11-zero-sum", "vit-zero-sum"),
     ),
     Claim(
+        "VGG11: the exact zero-sum loss, in float32, removes what the projection leaves",
+        "this project",
+        numeric_gone("vgg11-exact"),
+    ),
+    Claim(
         "All of the vision transformer's slingshots are made by rounding", f"{LIU}, table 1", first_survives
     ),
     Claim("Minibatches absorb about half of the rows", f"{LIU}, section 5", minibatch_absorbs),

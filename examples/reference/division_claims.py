@@ -296,6 +296,8 @@ CLAIMS = (
           without("transformer2-float64-loss", _T2)),
     Claim("Two layers: projecting the logit gradient removes all", f"{_LIU}, section 3",
           without("transformer2-zero-sum", _T2)),
+    Claim("Two layers: the exact zero-sum loss, in float32, removes all", "this project",
+          without("transformer2-exact", _T2)),
     Claim("Two layers: ‖μ_G‖ has grown by half before the first slingshot", f"{_LIU}, Theorem 3.7",
           inflated(_T2)),
     Claim("Subtracting W_G from the head removes all", f"{_LIU}, section 3",

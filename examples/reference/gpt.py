@@ -36,6 +36,7 @@ from examples.reference.text_data import Excerpt, TokenStream, excerpt, fineweb
 from examples.reference.tokens import Tally
 from examples.reference.training import Record, Training
 from nfi_monitor import Monitor
+from nfi_monitor.remedies import zero_sum_cross_entropy
 
 SOURCES = ("python", "fineweb")
 
@@ -54,7 +55,7 @@ def text(config: Mapping[str, Any], seed: int) -> tuple[Excerpt | TokenStream, A
 
 def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Training:
     """Keys of ``config``: data, data_dir, tokens, vocabulary, length, rows, micro, width, layers, heads, lr,
-    lr_end, warm_up, steps, autocast, loss_dtype, centred, z_loss."""
+    lr_end, warm_up, steps, autocast, loss_dtype, exact, centred, z_loss."""
     data, tokenizer = text(config, seed)
     fixed = data.fixed()
     model = GPT(config["vocabulary"], width=config["width"], layers=config["layers"], heads=config["heads"])
@@ -62,6 +63,7 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
     optimizer = torch.optim.AdamW(model.parameters(), lr=config["lr"], betas=(0.9, 0.95), weight_decay=0.0)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: learning_rate(done, config))
     loss_dtype = getattr(torch, config.get("loss_dtype", "float32"))
+    cross_entropy = zero_sum_cross_entropy if config.get("exact") else F.cross_entropy
     tally = Tally(config["vocabulary"], device)
 
     def logits_of(tokens: Tensor) -> Tensor:
@@ -73,7 +75,7 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
         total = torch.zeros((), dtype=torch.float64, device=device)
         for part, target in zip(inputs.split(config["micro"]), targets.split(config["micro"]), strict=True):
             logits = logits_of(part).flatten(0, 1).to(loss_dtype)
-            each = F.cross_entropy(logits, target.flatten(), reduction="none")
+            each = cross_entropy(logits, target.flatten(), reduction="none")
             tally.add(target, each)
             share = len(part) / len(inputs)
             loss = each.mean()
@@ -101,7 +103,7 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
             with torch.autocast(device.type, torch.bfloat16, enabled=config["autocast"]):
                 features = model.features(part.to(device)).flatten(0, 1)
                 logits = F.linear(features, weight)
-            each = F.cross_entropy(logits.to(loss_dtype), target.flatten().to(device), reduction="none")
+            each = cross_entropy(logits.to(loss_dtype), target.flatten().to(device), reduction="none")
             zero += (each == 0).sum()
             sums += torch.stack([logits.double().mean(-1).sum(), logits.double().logsumexp(-1).sum()])
             mean += features.double().sum(0)
@@ -155,6 +157,7 @@ ARMS = (
     Arm("float32-loss", "bfloat16 autocast, loss in float32", pair="gpt"),
     Arm("float64-loss", "the same, loss in float64", pair="gpt", options={"loss_dtype": "float64"}),
     Arm("bfloat16-loss", "the same, loss in bfloat16", pair="gpt", options={"loss_dtype": "bfloat16"}),
+    Arm("exact-loss", "exact zero-sum cross-entropy in float32", pair="gpt", options={"exact": True}),
     Arm(
         "centred-head", "W_G subtracted from the head after every step", pair="gpt", options={"centred": True}
     ),
@@ -204,7 +207,7 @@ def figure(results: Results, path: Path) -> None:
     names = ("loss", "zero_loss_tokens", "mean_logit", "classifier_mean", "alignment")
     groups = [
         ("precision of the loss", ["float32-loss", "float64-loss", "bfloat16-loss"]),
-        ("what holds the logits", ["float32-loss", "centred-head", "z-loss"]),
+        ("what holds the logits", ["float32-loss", "exact-loss", "centred-head", "z-loss"]),
     ]
     loss_figure(results, path, "A small GPT", groups, names)
 

@@ -30,6 +30,7 @@ from examples.reference.study import Arm, Plan, Preset, Study, command
 from examples.reference.training import Record, Training
 from examples.reference.update_log import UpdateLog
 from nfi_monitor import Monitor
+from nfi_monitor.remedies import zero_sum_cross_entropy
 
 WARM_UP = 10
 ADAM_STEPS = 100_000
@@ -118,6 +119,7 @@ class Loss:
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.dtype = getattr(torch, config.get("loss_dtype", "float32"))
         self.project = config.get("zero_sum", False)
+        self.cross_entropy = zero_sum_cross_entropy if config.get("exact") else F.cross_entropy
         self.clamp = config.get("clamp")
         self.smoothing = config.get("label_smoothing", 0.0)
         self.z_loss = config.get("z_loss", 0.0)
@@ -129,7 +131,7 @@ class Loss:
             logits = torch.maximum(logits, logits.detach().amax(-1, keepdim=True) - self.clamp)
         if logits.dtype is not torch.float64:
             logits = logits.to(self.dtype)
-        loss = F.cross_entropy(logits, target, label_smoothing=self.smoothing)
+        loss = self.cross_entropy(logits, target, label_smoothing=self.smoothing)
         if self.z_loss:
             loss = loss + self.z_loss * logits.logsumexp(-1).square().mean()
         return loss
@@ -216,6 +218,7 @@ ARMS = (
         {"loss_dtype": "float64"}),
     Arm("transformer2-zero-sum", "logit gradient minus its mean over classes", "transformer2",
         {"zero_sum": True}),
+    Arm("transformer2-exact", "exact zero-sum cross-entropy, in float32", "transformer2", {"exact": True}),
 )  # fmt: skip
 
 _SEEDS = (0, 1, 2)
@@ -257,6 +260,7 @@ PRESETS = (
             "transformer2-float32": _TWO_LAYERS,
             "transformer2-float64-loss": _TWO_LAYERS,
             "transformer2-zero-sum": _TWO_LAYERS,
+            "transformer2-exact": _TWO_LAYERS,
         },
     ),
     Preset(

@@ -111,6 +111,14 @@ def test_arms_begin_alike_and_their_first_losses_differ_by_the_arm_alone(model: 
     assert not np.array_equal(losses["float64-loss"], losses["float32"])
 
 
+def test_the_exact_loss_is_another_way_to_the_same_numbers(tmp_path: Path) -> None:
+    base, exact = short("vgg11-float32", tmp_path), short("vgg11-exact", tmp_path)
+    assert exact.start == base.start and exact.data == base.data
+    losses, usual = exact.series["loss"][1], base.series["loss"][1]
+    assert losses[0] == pytest.approx(usual[0], rel=1e-6)
+    assert not np.array_equal(losses, usual)
+
+
 @pytest.mark.parametrize(
     ("arm", "violation"), [("mlp-float32", 1.0), ("mlp-zero-sum", 0.0), ("mlp-float64-loss", 0.0)]
 )

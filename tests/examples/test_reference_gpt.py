@@ -306,6 +306,7 @@ def test_arms_begin_alike_and_their_first_losses_differ_by_the_arm_alone(tmp_pat
     # What acts on the gradient or after the step leaves the first loss alone, to the last bit.
     assert losses["centred-head"][0] == first and losses["z-loss"][0] == first
     assert losses["float64-loss"][0] == pytest.approx(first, rel=1e-6)
+    assert losses["exact-loss"][0] == pytest.approx(first, rel=1e-6)
     assert losses["bfloat16-loss"][0] == pytest.approx(first, rel=2**-8)
     for name in names[1:]:
         assert not np.array_equal(losses[name], losses["float32-loss"]), name
@@ -413,15 +414,25 @@ def test_float64_is_worse_only_if_it_drifts_up_and_faster() -> None:
     assert gpt_claims.float64_worse(Results([base, down])).verdict is Verdict.DISAGREES
 
 
+@pytest.mark.parametrize(("rate", "verdict"), [(0.0019, Verdict.AGREES), (0.0002, Verdict.DISAGREES)])
+def test_a_drift_that_the_exact_loss_keeps_is_not_made_by_rounding(rate: float, verdict: Verdict) -> None:
+    def rising(arm: str, rate: float) -> Result:
+        return result(arm, mean_logit=[rate * step for step in range(0, 1100, 100)])
+
+    both = Results([rising("float32-loss", 0.002), rising("exact-loss", rate)])
+    assert gpt_claims.not_from_rounding(both).verdict is verdict
+
+
 def test_zeros_are_compared_between_precisions_and_not_without_any() -> None:
     some, none = result("float32-loss", zero=20), result("float64-loss")
     assert gpt_claims.some_at_zero(Results([some])).verdict is Verdict.AGREES
-    assert gpt_claims.none_at_zero(Results([some, none])).verdict is Verdict.AGREES
+    assert gpt_claims.none_at_zero("float64-loss")(Results([some, none])).verdict is Verdict.AGREES
     assert (
-        gpt_claims.none_at_zero(Results([some, result("float64-loss", zero=1)])).verdict is Verdict.DISAGREES
+        gpt_claims.none_at_zero("float64-loss")(Results([some, result("float64-loss", zero=1)])).verdict
+        is Verdict.DISAGREES
     )
     with pytest.raises(NotTested):
-        gpt_claims.none_at_zero(Results([result("float32-loss"), none]))
+        gpt_claims.none_at_zero("float64-loss")(Results([result("float32-loss"), none]))
     many, few = result("bfloat16-loss", zero=300), result("bfloat16-loss", zero=25)
     assert gpt_claims.more_in_bfloat16(Results([some, many])).verdict is Verdict.AGREES
     assert gpt_claims.more_in_bfloat16(Results([some, few])).verdict is Verdict.DISAGREES
