@@ -6,6 +6,7 @@ capture → measure → detect → report: only this file knows all four.
 from __future__ import annotations
 
 import math
+import os
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,8 @@ from torch.optim import Optimizer
 
 from nfi_monitor import distributed
 from nfi_monitor._version import __version__
+from nfi_monitor.cadence import Clock, next_wanted
+from nfi_monitor.capture import placement
 from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
 from nfi_monitor.capture.loss import LossProbe
 from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, choose
@@ -34,7 +37,7 @@ from nfi_monitor.detect.detector import Context, Detector, Verdict
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.errors import AlreadyMonitoredError, MonitorError
 from nfi_monitor.history import History
-from nfi_monitor.leaver import Leaver, next_wanted
+from nfi_monitor.leaver import Leaver
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics, with_non_finite
@@ -70,7 +73,8 @@ class Monitor:
         run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, where tensorboard is
             installed, event files. None writes nothing.
         console: True prints a line when something begins or ends, False nothing; or a rich ``Console``.
-        on_alert: called with the :class:`Alert` whenever one begins, changes or ends.
+        on_alert: called with the :class:`Alert` whenever one begins, changes or ends. Where it has a method
+            ``attach_monitor(monitor)``, that is called once before (:class:`nfi_monitor.remedies.Autopilot`).
         probe: a fixed batch ``(inputs, targets)`` whose margins are compared between readings: sees
             displacement that the head alone does not show (a head fed by LayerNorm). One extra forward
             pass per reading. ``inputs`` is a tensor, a tuple of arguments or a dict of keywords;
@@ -78,6 +82,9 @@ class Monitor:
         thresholds: the constants of detection.
         every: "auto" reads sparsely while nothing is going on and every step once something is; an
             int reads the first optimizer step and those it divides.
+        overhead_budget: share of the training's own time that healthy steps may cost. Where τ leaves room,
+            ``every="auto"`` reads a small model less often for it, up to every τ/5 steps (said once); what is
+            at risk is read as closely as ever. None: the cadence depends on τ alone, never on the clock.
         snapshots: while *at risk*, keep the last four states of the run in host memory, one every 2 τ, for
             :meth:`replay`. "auto" does so on a CPU while one takes at most 16 MiB; an int is the bytes all
             may take together, on any device; False keeps none.
@@ -111,6 +118,7 @@ class Monitor:
         probe: tuple[Any, Tensor] | None = None,
         thresholds: Thresholds | None = None,
         every: int | str = "auto",
+        overhead_budget: float | None = 0.01,
         snapshots: int | str | bool = "auto",
         extras: Sequence[Any] = (),
         sinks: Sequence[Sink] = (),
@@ -120,6 +128,8 @@ class Monitor:
             raise TypeError(f"Monitor needs a torch.nn.Module, got {type(model).__name__}.")
         if not (every == "auto" or (isinstance(every, int) and not isinstance(every, bool) and every >= 1)):
             raise ValueError(f'every={every!r}: use "auto" or a number of optimizer steps ≥ 1.')
+        if overhead_budget is not None and not 0 < overhead_budget < math.inf:
+            raise ValueError(f"overhead_budget={overhead_budget!r}: use a share such as 0.01, or None.")
         if head is True:
             raise ValueError("head=True means nothing: name the module, or leave it out to have it found.")
         if thresholds is not None and not isinstance(thresholds, Thresholds):
@@ -155,6 +165,7 @@ class Monitor:
         self._thresholds = thresholds or Thresholds()
         self._rows = RowAccumulator()
         self._detector = Detector(self._thresholds, self._read_context())
+        self._clock = Clock(overhead_budget)
         apart = self._find_pool()
         self._outbox = Outbox()
         self._memory: Memory | None = None
@@ -176,10 +187,6 @@ class Monitor:
         self._late_losses: list[tuple[int, Tensor]] = []
         self._before: Any = None
         self._quiet: set[str] = set()  # parts that failed and went quiet
-        self._measured = 0
-        self._seconds = 0.0
-        self._started = time.perf_counter()
-        self._finished: float | None = None
         self._closed = False
         self._paused = 0
         self._final_info: dict[str, Any] | None = None
@@ -200,6 +207,13 @@ class Monitor:
             self._handles.append(self._head.module.register_forward_hook(self._probe, with_kwargs=True))
         _WATCHED.add(self._key)
         _OPEN.add(self)
+        attach = getattr(on_alert, "attach_monitor", None)
+        if attach is not None:
+            try:
+                attach(self)
+            except BaseException:
+                self.close()
+                raise
 
     # --- the user's side -------------------------------------------------------------------------
 
@@ -280,6 +294,33 @@ class Monitor:
         if self._closed:
             raise MonitorError("A closed monitor has let go of the optimizer.")
         return self._optimizer
+
+    @property
+    def head(self) -> Head | None:
+        """The classifier head that is watched; None where there is none, and once closed."""
+        return None if self._closed else self._head
+
+    @property
+    def tau(self) -> float:
+        """τ = 1/(1−β2) in optimizer steps."""
+        return self._detector.context.tau
+
+    @property
+    def extras(self) -> tuple[Any, ...]:
+        """What else belongs to a state of the run; nothing once closed."""
+        return () if self._closed else self._extras
+
+    def note(self, code: str, message: str) -> None:
+        """Say something of your own where the monitor's notes go; once for each ``code``."""
+        self._notes.note(code, message, self._step)
+
+    def take_snapshot(self) -> Snapshot:
+        """The run as it is after the last step, ``extras`` included. Raises MonitorError once closed."""
+        if self._closed:
+            raise MonitorError(
+                "A closed monitor has let go of the model. Use Snapshot.take(step, model, ...)."
+            )
+        return Snapshot.take(self._step, self._model, self._optimizer, self._extras)
 
     @contextmanager
     def guarded(self, part: str) -> Iterator[None]:
@@ -413,13 +454,15 @@ class Monitor:
         finally:
             self._paused -= 1
             if not self._paused:
-                self._started += time.perf_counter() - started  # no part of the training's own time
+                self._clock.leave_out(time.perf_counter() - started)
 
     def close(self) -> None:
         """Detach all hooks and finish the reports. Calling it again does nothing."""
         if self._closed:
             return
         self._closed = True
+        with self.guarded("close"):
+            self._leave()
         for handle in self._handles:
             with self.guarded("close"):
                 handle.remove()
@@ -427,13 +470,12 @@ class Monitor:
         _WATCHED.discard(self._key)
         _OPEN.discard(self)
         try:
-            self._leave()
             self._flush_losses()
             self._drain(everything=True)
             self._ring.close()
         except Exception as error:
             self._failed("close", error)
-        self._finished = time.perf_counter()
+        self._clock.finish()
         self._before, self._memory = None, None
         try:
             self._rows.clear(self._step + 1)
@@ -449,6 +491,15 @@ class Monitor:
         # The monitor may outlive the run for its history; the model and the optimizer must not for its sake.
         del self._model, self._optimizer, self._reader, self._probe_batch, self._head, self._key, self._extras
 
+    def _abandon(self) -> None:
+        """In a forked child: detach, and say nothing anywhere. Files, ranks and the run are the parent's."""
+        self._closed = True
+        for handle in self._handles:
+            with suppress(Exception):
+                handle.remove()
+        self._handles.clear()
+        self._reports.sinks.clear()
+
     def __enter__(self) -> Monitor:
         return self
 
@@ -461,15 +512,24 @@ class Monitor:
         self.close()
 
     def state_dict(self) -> dict[str, Any]:
-        """Detector, alerts and clock, in plain types, for the run's checkpoint. Readings are not in it."""
+        """Detector, alerts and clock, in plain types, for the run's checkpoint. Readings are not in it, but
+        what the next one is compared with is: a resumed run reads what the uninterrupted one would have."""
+        self._flush_losses()
         self._drain(everything=True)
+        memory = self._memory
         return {
             "version": __version__,
             "step": self._step,
             "detector": self._detector.state_dict(),
+            "interval": self._clock.healthy,
             "phases": [[step, phase.value] for step, phase in self.phases],
             "absorbing_classes": self._absorbing_classes(limit=None),
             "loss_kind": None if self._rows.loss_kind is None else [float(x) for x in self._rows.loss_kind],
+            "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in self._rows.loss_kind or ()],
+            "single_output": self._rows.single_output,
+            # Only the step right after it is compared with it.
+            "last_step": None if memory is None or memory.step != self._step else memory.state_dict(),
+            "probe": None if self._closed or self._probe_batch is None else self._probe_batch.state_dict(),
             "notes": [[note.code, note.message, note.step] for note in self.notes],
         }
 
@@ -481,13 +541,27 @@ class Monitor:
                 f"{sorted(map(str, state))[:8]}. Pass what monitor.state_dict() returned."
             )
         self._step = int(state["step"])
-        self._wanted_step = self._step + 1
-        self._rows.clear(self._wanted_step)
         self._detector.load_state_dict(state["detector"])
+        if self._clock.budget is not None:
+            self._clock.healthy = state.get("interval")
         self.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]
         self._rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
+        device = self._device()
         if state["loss_kind"] is not None:
-            self._rows.loss_kind = LossKind(*torch.tensor(state["loss_kind"], device=self._device()))
+            dtypes = [getattr(torch, name) for name in state.get("loss_kind_dtypes") or ["float32"] * 4]
+            self._rows.loss_kind = LossKind(
+                *(
+                    torch.tensor(x, dtype=t, device=device)
+                    for x, t in zip(state["loss_kind"], dtypes, strict=True)
+                )
+            )
+        self._rows.single_output = state.get("single_output")
+        if state.get("last_step") is not None:
+            self._memory = Memory.from_state(state["last_step"], device)
+        if self._probe_batch is not None and state.get("probe") is not None:
+            self._probe_batch.load_state_dict(state["probe"])
+        self._rows.clear(self._step + 1)
+        self._wanted_step = self._next_wanted()
         for code, message, step in state["notes"]:
             self._notes.said.setdefault(code, Note(code, message, int(step)))
 
@@ -511,7 +585,7 @@ class Monitor:
         started = time.perf_counter()
         with torch.no_grad(), _full_precision(rows.grad.device.type):
             self._rows.add(rows)
-        self._seconds += time.perf_counter() - started
+        self._clock.own += time.perf_counter() - started
 
     def _before_step(self, closure: bool) -> None:
         if self._paused:
@@ -526,7 +600,7 @@ class Monitor:
                 self._before = self._reader.before(self._wanted_step, closure=closure)
         except Exception as error:
             self._failed("optimizer", error)
-        self._seconds += time.perf_counter() - started
+        self._clock.own += time.perf_counter() - started
 
     def _after_step(self) -> None:
         if self._paused:
@@ -534,26 +608,29 @@ class Monitor:
         started = time.perf_counter()
         self._step += 1
         try:
-            with torch.no_grad():
-                if self._wanted_step is not None:
+            if self._wanted_step is not None:
+                with torch.no_grad():
                     self._measure()
-                elif self._losses and self._pool is not None:
-                    self._keep_loss(self._pool)
-                elif self._losses:
-                    self._loss_only()
+            elif self._losses:
+                self._loss_only()
             if self._pool is not None:
                 self._receive(self._pool)
             self._drain()
         except Exception as error:
             self._failed("step", error)
+        if self._let_go():
+            return
         self._take_snapshot()
         self._losses.clear()
         self._loss_share = None
         self._before = None
         self._rows.clear(self._step + 1)
         self._probe.forget()
+        read = self._wanted_step is not None
         self._wanted_step = self._next_wanted()
-        self._seconds += time.perf_counter() - started
+        now = time.perf_counter()
+        self._clock.own += now - started
+        self._clock.step_done(read, now)
 
     def _take_snapshot(self) -> None:
         """At risk, now and then; from a slingshot's first unusual loss until its end, never."""
@@ -576,13 +653,12 @@ class Monitor:
                 self._ring.complete()
             except Exception as error:
                 self._failed("snapshots", error)
-            self._seconds += time.perf_counter() - started
+            self._clock.own += time.perf_counter() - started
 
     # --- measure ---------------------------------------------------------------------------------
 
     def _measure(self) -> None:
         """One packed vector for this step: row sums, row maxima, step quantities, loss."""
-        self._measured += 1
         if self._pool is not None and self._meet(self._pool):
             self._measure_together(self._pool)
             return
@@ -598,7 +674,11 @@ class Monitor:
             except Exception as error:
                 self._failed("optimizer", error)
         self._measure_probe(values)
-        self._take_loss(values, host)
+        loss = self._step_loss()
+        if isinstance(loss, Tensor):
+            values["loss"] = loss
+        elif loss is not None:
+            host["loss"] = loss
         if values:
             packed.append(torch.stack([*values.values()]))
         label = (self._step, has_rows, tuple(values), host, bool(self._rows.single_output))
@@ -629,37 +709,37 @@ class Monitor:
             return values, {"learning_rate": update.lr}
         return values, {}
 
-    def _take_loss(self, values: dict[str, Tensor], host: dict[str, float]) -> None:
-        """Mean over the micro-batches, in the widest precision given.
+    def _step_loss(self) -> Tensor | float | None:
+        """Mean over the micro-batches, in the widest precision given; a 0-d tensor or a number.
 
         A micro-batch whose loss is NaN or Inf counts only if all are: a gradient scaler that skipped a step
         leaves that step's loss behind.
         """
-        tensors = [loss.mean(dtype=_mean_dtype(loss)) for loss in self._losses if isinstance(loss, Tensor)]
-        numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
-        if numbers:
-            finite = [number for number in numbers if math.isfinite(number)] or numbers
-            host["loss"] = sum(finite) / len(finite)
-        elif len(tensors) == 1:
-            values["loss"] = tensors[0]
-        elif tensors:
+        if not self._losses:
+            return None
+        if len(self._losses) == 1 and self._loss_share is None and getattr(self._losses[0], "ndim", 0) == 0:
+            return self._losses[0]  # the usual case, and one that every step passes through: no kernel
+        with torch.no_grad():
+            tensors = [x.mean(dtype=_mean_dtype(x)) for x in self._losses if isinstance(x, Tensor)]
+            numbers = [loss for loss in self._losses if not isinstance(loss, Tensor)]
+            if numbers:
+                finite = [number for number in numbers if math.isfinite(number)] or numbers
+                return sum(finite) / len(finite)
             losses = torch.stack(tensors)
-            values["loss"] = torch.where(torch.isfinite(losses), losses, torch.nan).nanmean()
-        if "loss" in values and self._loss_share is not None:
-            values["loss"] = values["loss"] * (len(tensors) * self._loss_share)
+            mean = torch.where(torch.isfinite(losses), losses, torch.nan).nanmean()
+            return mean if self._loss_share is None else mean * (len(tensors) * self._loss_share)
 
     def _loss_only(self) -> None:
         """Between readings the loss alone: at once on a CPU, a batch of late ones on an accelerator."""
-        values: dict[str, Tensor] = {}
-        host: dict[str, float] = {}
-        self._take_loss(values, host)
-        loss = values.get("loss")
-        if loss is None or loss.device.type == "cpu":
-            self._judge(
-                Reading(self._step, {"loss": host["loss"] if loss is None else float(loss)}), full=False
-            )
-        else:
+        loss = self._step_loss()
+        if loss is None:
+            return
+        if self._pool is not None:
+            self._pool.keep_loss(self._step, loss)
+        elif isinstance(loss, Tensor) and not placement.on_host(loss):
             self._late_losses.append((self._step, loss))
+        else:
+            self._judge(Reading(self._step, {"loss": float(loss)}), full=False)
 
     def _flush_losses(self) -> None:
         if self._late_losses:
@@ -679,14 +759,19 @@ class Monitor:
             if ranks is not None:
                 slots = min(self._every, 256) if isinstance(self._every, int) else 32
                 self._pool = Pool.form(self._model, self._optimizer, self._head, ranks, slots=slots)
+                # Ranks have to agree on the cadence, and no two clocks do.
+                self._clock.budget = self._clock.healthy = None
         except Exception as error:
             return f"their store cannot be reached ({type(error).__name__}: {error})"
         return None
 
     def _share_head(self, apart: str | None) -> None:
         """Read a part of the head's classes where the other ranks hold the rest."""
+        head = self._head
+        if head is not None and distributed.is_sharded(head.weight):
+            self._probe.outputs = head.outputs  # logits of fewer classes are a part of them
         if self._pool is not None and self._pool.shape.head_sharded:
-            self._reader.pooled, self._probe.outputs = True, self._pool.shape.outputs
+            self._reader.pooled, self._probe.row_slots = True, self._pool.shape.row_slots
         if apart is not None:
             self._looking = False
             self._apart(apart)
@@ -718,6 +803,7 @@ class Monitor:
             self._pool.team.disband()
             self._looking = False
             self._pool, self._memory, self._reader.pooled = None, None, False
+            self._probe.row_slots = 0
         self._notes.note(
             "ranks_apart",
             f"The ranks are not read together: {why}. Each watches its own rows (and only whole tensors), "
@@ -748,7 +834,9 @@ class Monitor:
                 self._failed("optimizer", error)
         self._measure_probe(values)
         pool.add_values(message, values)
-        self._keep_loss(pool)
+        loss = self._step_loss()
+        if loss is not None:
+            pool.keep_loss(self._step, loss)
         return weight
 
     def _fill_step(self, pool: Pool, message: Message) -> Tensor | None:
@@ -767,15 +855,6 @@ class Monitor:
         pool.add_head(message, update, self._step)
         return None if update is None or pool.shape.head_sharded else update.head_weight
 
-    def _keep_loss(self, pool: Pool) -> None:
-        """The others have losses of their own: their mean is known with the next reading."""
-        values: dict[str, Tensor] = {}
-        host: dict[str, float] = {}
-        self._take_loss(values, host)
-        loss = values.get("loss", host.get("loss"))
-        if loss is not None:
-            pool.keep_loss(self._step, loss)
-
     def _receive(self, pool: Pool) -> None:
         """Readings of all ranks that are due at this step: the same ones on each of them."""
         try:
@@ -790,6 +869,8 @@ class Monitor:
                 return
             if reduced.single_output:
                 self._rows.single_output = True
+            if reduced.together is not None:
+                self._rows.learn(reduced.together.loss_kind, reduced.together.absorbed)
             if reduced.failed:
                 where = ", ".join(str(pool.team.ranks[index]) for index in reduced.failed)
                 self._notes.note(
@@ -813,7 +894,7 @@ class Monitor:
         """Tell the other ranks, with the next reading, that this one takes no part any more."""
         pool, self._pool = self._pool, None
         if pool is not None and pool.team.leave():
-            Leaver(pool, self._optimizer, self._step, self._detector, self._every)
+            Leaver(pool, self._handles.pop(0), self._step, self._detector, self._every)
 
     # --- detect and report -----------------------------------------------------------------------
 
@@ -837,7 +918,13 @@ class Monitor:
                 continue
             self._judge(Reading(step, with_non_finite(values)), full=True)
 
+    def _let_go(self) -> bool:
+        """Whether a close() from inside on_alert has just come back to here."""
+        return not hasattr(self, "_reader")
+
     def _judge(self, reading: Reading, *, full: bool) -> None:
+        if self._let_go():
+            return
         verdict = Verdict(self._detector.phase)
         if "detector" not in self._quiet:
             try:
@@ -854,13 +941,15 @@ class Monitor:
         self._reports.reading(reading, verdict.phase)
         for change, alert in verdict.changes:
             self._report(change, alert)
+            if self._let_go():
+                return
         if full:
             self._notes.read(
                 reading,
                 self._detector.signals,
                 self._probe,
                 self._rows.single_output,
-                self._measured,
+                self._clock.readings,
                 self._reader,
             )
 
@@ -873,7 +962,10 @@ class Monitor:
                 self._failed("on_alert", error)
 
     def _next_wanted(self) -> int | None:
-        return next_wanted(self._step, self._every, self._detector)
+        tau = self._detector.context.tau
+        if self._clock.decide(self._step, tau):
+            self._notes.slowed(self._clock, tau, self._step)
+        return next_wanted(self._step, self._every, self._detector, self._clock.healthy)
 
     def _read_context(self) -> Context:
         betas = self._reader.betas()
@@ -907,9 +999,9 @@ class Monitor:
         if self._final_info is not None:
             notes = [asdict(note) for note in self.notes]
             return {**self._final_info, "notes": notes}
-        every = self._every if isinstance(self._every, int) else auto_interval(self._detector.context.tau)
-        end = self._finished if self._finished is not None else time.perf_counter()
-        training = end - self._started - self._seconds
+        auto = self._clock.healthy or auto_interval(self._detector.context.tau)
+        every = self._every if isinstance(self._every, int) else auto
+        clock, training = self._clock, self._clock.training
         return {
             **describe_run(self._model, self._head, self._reader),
             "level": self._probe.level,
@@ -921,12 +1013,24 @@ class Monitor:
             "absorbing_classes": self._absorbing_classes(),
             "notes": [asdict(note) for note in self.notes],
             "overhead": {
-                "seconds": self._seconds,
-                "share": self._seconds / training if training > 0 else None,
-                "measured_steps": self._measured,
+                "seconds": clock.own,
+                "share": clock.own / training if training > 0 else None,
+                "measured_steps": clock.readings,
             },
             "run_dir": None if self.run_dir is None else str(self.run_dir),
         }
+
+
+def _after_fork() -> None:
+    """A worker that was forked has inherited the hooks, but what it runs is not this run."""
+    for monitor in list(_OPEN):
+        monitor._abandon()
+    _OPEN.clear()
+    _WATCHED.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def open_monitors(model: nn.Module, optimizer: Any) -> list[Monitor]:

@@ -6,9 +6,11 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from nfi_monitor.capture.sampling import auto_interval
 from nfi_monitor.types import Note, Reading
 
 if TYPE_CHECKING:
+    from nfi_monitor.cadence import Clock
     from nfi_monitor.capture.head import Head, HeadProbe
     from nfi_monitor.capture.optimizer import OptimizerReader
     from nfi_monitor.detect.signals import Signals
@@ -114,8 +116,8 @@ class NoteTaker:
             self.note(
                 "soft_targets",
                 "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-                "distillation, mixup). Absorption in the sense of a single correct class is not defined; "
-                "the zero-sum violation is.",
+                "distillation, mixup), or the gradient is projected. Absorption in the sense of a single "
+                "correct class is not defined; the zero-sum violation is.",
                 step,
             )
         absorbed = values.get("absorbed_fraction", 0.0) * values.get("live_fraction", 0.0)
@@ -183,6 +185,19 @@ class NoteTaker:
             "skipped_step",
             "The gradient scaler skipped an optimizer step (Inf in scaled gradients): such steps are not "
             "judged. A few at the start are normal.",
+            step,
+        )
+
+    def slowed(self, clock: Clock, tau: float, step: int) -> None:
+        """The interval between readings was made longer, to keep within the budget."""
+        share = clock.expected(tau)
+        still = f"; a healthy step still costs {share:.1%}" if share > (clock.budget or math.inf) else ""
+        self.note(
+            "overhead_budget",
+            f"A reading takes {1e3 * clock.reading_seconds():.1f} ms, much for so small a model: while "
+            f"nothing is going on, one step in {clock.healthy} is read instead of one in "
+            f"{auto_interval(tau)}, for overhead_budget={clock.budget:g}{still}. Any sign of a slingshot is "
+            "read as closely as ever. overhead_budget=None or every=... decide otherwise.",
             step,
         )
 

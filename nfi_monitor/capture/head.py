@@ -8,6 +8,7 @@ run's own precision, without labels and without a second backward.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.sampling import local, offset, row_stride
+from nfi_monitor.distributed import ClassShard, class_shard
 from nfi_monitor.errors import HeadNotFoundError
 
 HEAD_NAMES = {
@@ -195,6 +197,7 @@ class Rows:
     logits: Tensor
     features: Tensor | None
     total: int  # rows of the whole batch
+    shard: ClassShard | None = None  # the K are some of the classes, other ranks hold the rest
 
 
 class HeadProbe:
@@ -220,7 +223,8 @@ class HeadProbe:
         self.tapped = False
         self.without_features = 0
         self.outputs: int | None = None  # K, where the head's own weight holds a part of the classes
-        self.sharded = 0  # logits of which each rank holds some classes only
+        self.sharded = 0  # logits of which each rank holds some classes only, and nobody puts them together
+        self.row_slots = 0  # rows of such logits that the ranks put together
         self._features: Tensor | None = None
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
@@ -251,7 +255,8 @@ class HeadProbe:
                     None if features is None else features.detach()
                 )  # the tapped tensor comes later; these may be its features
             else:
-                self._watch(output, features, step, tapped=False)
+                weight = _own_parameter(module, "weight")
+                self._watch(output, features, step, tapped=False, weight=weight)
         except Exception as error:
             self._failed("rows", error)
 
@@ -268,19 +273,32 @@ class HeadProbe:
         except Exception as error:
             self._failed("rows", error)
 
-    def _watch(self, logits: Tensor, features: Tensor | None, step: int, *, tapped: bool) -> None:
+    def _watch(
+        self,
+        logits: Tensor,
+        features: Tensor | None,
+        step: int,
+        *,
+        tapped: bool,
+        weight: Tensor | None = None,
+    ) -> None:
         """Register the gradient hook on ``logits`` [..., K]; ``features`` [..., d] feed them."""
         self.fired += 1
-        shown = whole_rows(logits)
+        shard, shown = None, whole_rows(logits)
         if shown is None or (not tapped and self.outputs is not None and shown.shape[-1:] != (self.outputs,)):
-            self.sharded += 1
-            return
+            shard = class_shard(logits if shown is None else weight, -1 if shown is None else 0)
+            shown = local(logits.detach())
+            if shard is None or not self.row_slots or shown.shape[-1] != shard.classes:
+                self.sharded += 1
+                return
         features = None if features is None else whole_rows(features)
         classes = shown.shape[-1] if shown.dim() else 0
         total = shown.numel() // classes if classes else 0
         if total == 0:
             return  # an empty batch shows nothing
-        stride = row_stride(total, classes)
+        stride = row_stride(total, shard.outputs if shard else classes)
+        if shard is not None:
+            stride = max(stride, -(-total // self.row_slots))
         first = offset(step, stride)
 
         def sample(tensor: Tensor) -> Tensor:
@@ -299,7 +317,7 @@ class HeadProbe:
             # tapped tensor reports the rows.
             if grad is None or self.tapped is not tapped:
                 return
-            grad = whole_rows(grad)
+            grad = whole_rows(grad) if shard is None else classes_of(grad, shard)
             if grad is None:
                 self.sharded += 1
                 return
@@ -307,7 +325,7 @@ class HeadProbe:
                 self.delivered += 1
                 if kept:  # a second backward through the same graph shows the same rows again
                     features = kept[1] if len(kept) > 1 else None
-                    self._deliver(Rows(sample(grad), kept[0], features, total))
+                    self._deliver(Rows(sample(grad), kept[0], features, total, shard))
                     kept.clear()  # the graph may outlive its backward
             except Exception as error:
                 self._failed("rows", error)
@@ -318,18 +336,16 @@ class HeadProbe:
         """Let go of features whose logits were never tapped."""
         self._features = None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InertProbe:
-        return InertProbe()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return INERT[0](*INERT[1])  # type: ignore[no-any-return]
 
-    def __reduce__(self) -> tuple[type[InertProbe], tuple[()]]:
-        return InertProbe, ()
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return INERT
 
 
-class InertProbe:
-    """What a copied or unpickled model carries in the place of a :class:`HeadProbe`."""
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        return None
+INERT: tuple[Callable[..., Any], tuple[Any, ...]] = (getattr, (nullcontext(), "__exit__"))
+"""What a copied or unpickled model carries in the place of a probe, as (function, arguments): a hook that
+returns None whatever it is given. Of the standard library: a saved model opens where this package is not."""
 
 
 def whole_rows(tensor: Any) -> Tensor | None:
@@ -342,6 +358,16 @@ def whole_rows(tensor: Any) -> Tensor | None:
     if partial or not cut.isdisjoint({-1, tensor.dim() - 1}):
         return None
     return local(tensor.detach())
+
+
+def classes_of(tensor: Any, shard: ClassShard) -> Tensor | None:
+    """This rank's classes of a gradient at logits that are cut like ``shard``; None where it has others."""
+    whole = whole_rows(tensor)
+    if whole is None:
+        return local(tensor.detach()) if class_shard(tensor, -1) == shard else None
+    if whole.shape[-1] == shard.outputs:
+        return whole.narrow(-1, shard.first, shard.classes)
+    return whole if whole.shape[-1] == shard.classes else None
 
 
 def _inside_functorch(tensor: Tensor) -> bool:

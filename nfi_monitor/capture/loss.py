@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture.head import InertProbe
+from nfi_monitor.capture.head import INERT
 
 COUNT = "num_items_in_batch"
 """Keyword under which a HuggingFace trainer tells the model how many items all micro-batches of a step hold:
@@ -53,11 +53,11 @@ class LossProbe:
         if left is not None:
             self._deliver(*left)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> InertProbe:
-        return InertProbe()
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return INERT[0](*INERT[1])  # type: ignore[no-any-return]
 
-    def __reduce__(self) -> tuple[type[InertProbe], tuple[()]]:
-        return InertProbe, ()
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return INERT
 
 
 def loss_of(output: Any) -> Tensor | None:

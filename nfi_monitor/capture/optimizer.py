@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nfi_monitor.capture import placement
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.quantized import Quantized, quantized_moment
 from nfi_monitor.capture.sampling import CoordinateSample, local
@@ -378,6 +379,7 @@ class StepHooks:
     """The pair of hooks around ``optimizer.step()``, with their handles.
 
     The last guard of a training: whatever ``before`` and ``after`` raise goes to ``failed("step", error)``.
+    ``remove`` and ``serve`` may be called from inside them: an ``on_alert`` that closes its monitor.
     """
 
     def __init__(
@@ -387,19 +389,31 @@ class StepHooks:
         after: Callable[[], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
+        self._before, self._after, self._failed = before, after, failed
+        self._inside: int | None = None  # which of the two hooks is running
+        self._removed = False
+
         def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inside = 0
             try:
-                # Bound as an instance method: args may begin with the optimizer itself.
-                given = [*args, *kwargs.values()]
-                before(any(callable(value) and not isinstance(value, Optimizer) for value in given))
+                try:
+                    # Bound as an instance method: args may begin with the optimizer itself.
+                    given = [*args, *kwargs.values()]
+                    self._before(any(callable(value) and not isinstance(value, Optimizer) for value in given))
+                finally:
+                    self._leave_hook()
             except Exception as error:
-                failed("step", error)
+                self._failed("step", error)
 
         def post(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inside = 1
             try:
-                after()
+                try:
+                    self._after()
+                finally:
+                    self._leave_hook()
             except Exception as error:
-                failed("step", error)
+                self._failed("step", error)
 
         if "torch._dynamo" in sys.modules:
             # A compiled step must not trace the monitor.  (Importing dynamo for a run that does not compile
@@ -411,9 +425,37 @@ class StepHooks:
             optimizer.register_step_post_hook(post),
         ]
 
+    def serve(
+        self,
+        before: Callable[[bool], None],
+        after: Callable[[], None],
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        """The hooks stay where they are and call these from now on."""
+        self._before, self._after, self._failed = before, after, failed
+
     def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self.serve(lambda closure: None, lambda: None, lambda part, error: None)
+        self._removed = True
+        if self._inside is None:
+            for handle in self._handles:
+                handle.remove()
+
+    def _leave_hook(self) -> None:
+        """The end of a hook in which, or before which, ``remove`` was called.
+
+        Torch iterates over its hooks and raises into the training if one goes meanwhile, unless that one is
+        the last.  So a hook that is not the last goes when the other one is run; at worst one stays that
+        does nothing.
+        """
+        inside, self._inside = self._inside, None
+        if not self._removed or inside is None:
+            return
+        hooks, own = self._handles[inside].hooks_dict_ref(), self._handles[inside].id
+        if inside == 0 or (hooks and next(reversed(hooks)) == own):
+            self._handles[1 - inside].remove()
+        if hooks and own in hooks and next(reversed(hooks)) == own:
+            self._handles[inside].remove()
 
 
 def gradient_columns(features: int, outputs: int) -> int:
@@ -448,6 +490,6 @@ def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
 
 def _host(value: Any) -> Any:
     """A float where that costs no synchronisation, else the tensor; NaN for None (self-scheduled rates)."""
-    if isinstance(value, Tensor) and value.device.type != "cpu":
+    if isinstance(value, Tensor) and not placement.on_host(value):
         return value
     return math.nan if value is None else float(value)

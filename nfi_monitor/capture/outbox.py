@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nfi_monitor.capture import placement
+
 PENDING = 64
 """Copies in flight before the oldest is waited for: bounds memory if nobody ever synchronises."""
 
@@ -25,7 +27,7 @@ class Outbox:
         self._pending: deque[tuple[Any, Tensor, Any]] = deque()
 
     def put(self, label: Any, packed: Tensor) -> None:
-        if packed.device.type == "cpu":
+        if placement.on_host(packed):
             self._pending.append((label, packed, None))
             return
         if packed.device.type == "cuda":

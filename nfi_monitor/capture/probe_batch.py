@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfi_monitor.capture.texts import from_text, to_text
 from nfi_monitor.measure.displacement import margin_displacement, probe_margins
 
 
@@ -41,6 +42,15 @@ class ProbeBatch:
         before, last = self._margins, self._step
         self._margins, self._step = margins, step
         return None if before is None else margin_displacement(before, margins, step - last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next displacement is measured from, in plain types."""
+        return {"step": self._step, "margins": None if self._margins is None else to_text(self._margins)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        margins = state["margins"]
+        self._step = int(state["step"])
+        self._margins = None if margins is None else from_text(margins, self._targets.device)
 
     def _measure(self) -> Tensor:
         """Forward in eval mode (no dropout, no running statistics moved), random state kept."""

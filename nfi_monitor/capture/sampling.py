@@ -8,8 +8,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from nfi_monitor.capture import placement
 
 ROW_ELEMENTS = 1 << 18
 """Logits read per backward pass at least (256 Ki elements, 1 MiB in float32)."""
@@ -95,6 +98,7 @@ class CoordinateSample:
             self.weights = rates[self.segments]
         self.matrices = torch.tensor([local(tensor).ndim > 1 for tensor in tensors], device=device)
         self.total = float(total)
+        self._starts = np.cumsum([0, *counts[:-1]])
         self.spans = []
         start = 0
         for count in counts:
@@ -112,6 +116,14 @@ class CoordinateSample:
         """
         flat = [local(tensor).detach().reshape(-1) for tensor in tensors]
         return [view if step == 1 else view[::step] for view, step in zip(flat, self.strides, strict=True)]
+
+    def per_tensor(self, values: Tensor) -> Tensor:
+        """Sums over the sampled coordinates of each tensor. ``values`` [..., C] → [..., T]."""
+        if placement.on_host(values):
+            # Segments lie one behind the other: a single pass, pairwise, in a quarter of index_add_'s time.
+            return torch.from_numpy(np.add.reduceat(values.numpy(), self._starts, axis=-1))
+        sums = values.new_zeros(*values.shape[:-1], len(self.counts))
+        return sums.index_add_(-1, self.segments, values)
 
     @staticmethod
     def pack(views: Sequence[Tensor]) -> Tensor:

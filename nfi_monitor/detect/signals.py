@@ -103,7 +103,7 @@ class Signals(Stateful):
 
         gap = max(step - self.last_step, 1)
         delta = get("margin_displacement", get("logit_displacement"))
-        level = self._displacement.update(step, _log(delta), short)
+        level = self._displacement.update(step, _log(delta), short, wary=True)
         self._displacement_lowest = _lowest(self._displacement_lowest, level, gap / (10.0 * tau))
         self.displacement = math.exp(level)
         by_head = self._head_displacement.update(step, _log(get("logit_displacement")), short)

@@ -28,14 +28,19 @@ class Ema(Stateful):
         self.value = math.nan
         self.step = 0
 
-    def update(self, step: int, x: float, time_constant: float) -> float:
-        """Add a reading; NaN is skipped. Starts at the first value."""
+    def update(self, step: int, x: float, time_constant: float, *, wary: bool = False) -> float:
+        """Add a reading; NaN is skipped. Starts at the first value.
+
+        ``wary``: after a long pause, too, one reading is one reading, and takes the place of no average.
+        """
         if not math.isfinite(x):
             return self.value
         if math.isnan(self.value):
             self.value = x
         else:
             gap = max(step - self.step, 1)
+            if wary:
+                gap = min(gap, max(time_constant, 1.0))
             self.value += (1.0 - math.exp(-gap / max(time_constant, 1e-9))) * (x - self.value)
         self.step = step
         return self.value

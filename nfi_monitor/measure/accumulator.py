@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from nfi_monitor.capture.head import Rows
+from nfi_monitor.distributed import ClassShard
 from nfi_monitor.measure import global_means
+from nfi_monitor.measure.class_shards import ShardRows, shard_rows
 from nfi_monitor.measure.rows import (
     LossKind,
     RowStatistics,
@@ -20,6 +24,11 @@ LOOK_EVERY = 64
 """... and then one in so many: it rarely changes, and looking doubles the work."""
 FEATURE_ROWS = 64
 """Rows of features kept until the step, for the logit displacement."""
+
+
+def looks(step: int) -> bool:
+    """Whether the kind of loss is looked at in optimizer step ``step``."""
+    return step <= LOOK_FIRST or step % LOOK_EVERY == 0
 
 
 class RowAccumulator:
@@ -37,19 +46,38 @@ class RowAccumulator:
         self._step = step
         self.sums: Tensor | None = None
         self.maxima: Tensor | None = None
+        self.shards: list[ShardRows] = []  # of rows of which other ranks hold the rest
+        self.shard: ClassShard | None = None
         self.features: Tensor | None = None
         self._feature_sum: Tensor | None = None
         self._feature_count: Tensor | None = None
 
     def add(self, rows: Rows) -> None:
-        self.single_output = rows.logits.shape[-1] == 1
+        self.single_output = rows.shard is None and rows.logits.shape[-1] == 1
         if self.single_output:
             self._merge(rows, single_output_statistics(rows.grad, rows.logits, rows.total))
             return
-        look = self._step <= LOOK_FIRST or self._step % LOOK_EVERY == 0
+        if rows.shard is not None:
+            self._add_shard(rows, rows.shard)
+            return
+        look = looks(self._step)
         statistics = row_statistics(rows.grad, rows.logits, rows.total, self.loss_kind, look=look)
         self.loss_kind = statistics.loss_kind
         self._merge(rows, statistics)
+
+    def _add_shard(self, rows: Rows, shard: ClassShard) -> None:
+        look = looks(self._step) or self.loss_kind is None
+        level = None if self.loss_kind is None else self.loss_kind.level
+        part = shard_rows(rows.grad, rows.logits, shard.first, rows.total, level, look=look)
+        self.shards.append(part)
+        self.shard = shard
+        self._add_features(rows, part.counts)
+
+    def learn(self, loss_kind: LossKind, absorbed: Mapping[int, int]) -> None:
+        """What the ranks have found in rows that they put together."""
+        self.loss_kind = loss_kind
+        for index, count in absorbed.items():
+            self.earlier_classes[index] = self.earlier_classes.get(index, 0.0) + count
 
     def _merge(self, rows: Rows, statistics: RowStatistics) -> None:
         if self.sums is None or self.maxima is None:
@@ -62,12 +90,15 @@ class RowAccumulator:
                 classes = rows.logits.shape[-1]
                 self.absorbed_classes = torch.zeros(classes, dtype=torch.int64, device=rows.logits.device)
             self.absorbed_classes.index_add_(0, statistics.winner, statistics.absorbed.long())
+        self._add_features(rows, statistics.counts)
+
+    def _add_features(self, rows: Rows, counts: Tensor) -> None:
         if rows.features is not None:
             features = rows.features
             if features.dtype not in (torch.float32, torch.float64):
                 features = features.float()
-            total = global_means.feature_sum(features, statistics.counts)
-            count = statistics.counts.sum()
+            total = global_means.feature_sum(features, counts)
+            count = counts.sum()
             if self._feature_sum is None or self._feature_count is None:
                 self._feature_sum, self._feature_count = total, count
                 # A copy: the rows must not keep the whole batch's features alive until the step.

@@ -46,9 +46,8 @@ def relative_update(moved: Tensor, after: Tensor, sample: CoordinateSample) -> T
     ``moved`` and ``after`` are [C] over sampled coordinates.  A bound, not an estimate, of how much of their
     size the logits move; it sees the layers below a LayerNorm, which the head's own update does not.
     """
-    squares = torch.stack([moved, after]).square_()
-    sums = squares.new_zeros(2, len(sample.counts)).index_add_(1, sample.segments, squares)
-    ratios = (sums[0] / sums[1].clamp_min(1e-30)).sqrt_()
+    moved_squares, squares = sample.per_tensor(torch.stack([moved, after]).square_())
+    ratios = (moved_squares / squares.clamp_min(1e-30)).sqrt_()
     return torch.where(sample.matrices, ratios, torch.zeros_like(ratios)).amax()
 
 

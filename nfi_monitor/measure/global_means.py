@@ -26,6 +26,6 @@ def feature_sum(features: Tensor, counts: Tensor) -> Tensor:
 
 
 def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """cos(a, b) of two vectors [d] → scalar tensor; NaN if either is zero."""
-    norms: Tensor = torch.linalg.vector_norm(a) * torch.linalg.vector_norm(b)
-    return torch.dot(a, b) / norms
+    """cos(a, b) of two vectors [d] → scalar tensor, to rounding in [−1, 1]; NaN if either is zero."""
+    # Divided one by one: the product of two small norms may underflow.
+    return torch.dot(a / torch.linalg.vector_norm(a), b / torch.linalg.vector_norm(b))

@@ -6,8 +6,9 @@ All functions take the packed coordinate sample of :class:`nfi_monitor.capture.s
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from nfi_monitor.capture.sampling import CoordinateSample
 
 
 def root(exp_avg_sq: Tensor, correction: Tensor | float) -> Tensor:
@@ -15,18 +16,15 @@ def root(exp_avg_sq: Tensor, correction: Tensor | float) -> Tensor:
     return (exp_avg_sq / correction).sqrt()
 
 
-def rms_t(
-    grad: Tensor, root_exp_avg_sq: Tensor, eps: Tensor | float, segments: Tensor, counts: Tensor
-) -> Tensor:
+def rms_t(grad: Tensor, root_exp_avg_sq: Tensor, eps: Tensor | float, sample: CoordinateSample) -> Tensor:
     """RMS_t of each tensor: sqrt(mean(g² / max(v̂, ε_A²))), dimensionless → [T].
 
     Wortsman et al. 2023 (arXiv 2304.13013): 1 where the second moment describes the gradient; a value
     above 2.3 preceded 28 of 30 loss spikes by 1–8 steps.  ``grad`` and ``root_exp_avg_sq`` [C] over
-    coordinates, ``segments`` int64 [C] the tensor of each, ``counts`` [T].
+    the coordinates of ``sample``.
     """
     ratio = grad / root_exp_avg_sq.clamp_min(eps)
-    sums = torch.zeros(len(counts), dtype=ratio.dtype, device=ratio.device)
-    return (sums.index_add_(0, segments, ratio * ratio) / counts).sqrt()
+    return (sample.per_tensor(ratio * ratio) / sample.counts).sqrt()
 
 
 def median(values: Tensor, most: int = 4096) -> Tensor:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nfi_monitor.capture.optimizer import Update
+from nfi_monitor.capture.texts import from_text, to_text
 from nfi_monitor.measure import curvature, displacement, global_means, second_moment, weight_norm, zero_sum
 
 
@@ -29,6 +32,23 @@ class Memory:
         self.grad = grad
         self.preconditioner = preconditioner
         self.feature_mean = feature_mean
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types, every bit kept. Reads the tensors from their device: not for a hot path."""
+        return {"step": self.step} | {
+            name: None if (tensor := getattr(self, name)) is None else to_text(tensor)
+            for name in self.__slots__
+            if name != "step"
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Memory:
+        tensors = {
+            name: None if text is None else from_text(text, device)
+            for name, text in state.items()
+            if name != "step"
+        }
+        return cls(int(state["step"]), **tensors)  # type: ignore[arg-type]
 
 
 def step_statistics(
@@ -61,7 +81,7 @@ def step_statistics(
     memory = None
     if update.exp_avg_sq is not None:
         root = second_moment.root(update.exp_avg_sq, update.correction)
-        per_tensor = second_moment.rms_t(grad, root, update.eps, sample.segments, sample.counts)
+        per_tensor = second_moment.rms_t(grad, root, update.eps, sample)
         values["rms_t_max"] = per_tensor.amax()
         median = values["sqrt_exp_avg_sq_median"] = second_moment.median(root)
         values["sqrt_exp_avg_sq_mean"] = weight_norm.stratified_sum(root, sample.weights) / sample.total
@@ -140,7 +160,11 @@ SKIPPED = "_found_inf"
 
 
 def with_non_finite(values: dict[str, float]) -> dict[str, float]:
-    """``values`` and, where gradients were read, whether they were finite."""
+    """``values``, cosines without their rounding and, where gradients were read, whether they were finite."""
     if "gradient_norm" not in values:
         return values
-    return {**values, "non_finite_gradients": float(not math.isfinite(values["gradient_norm"]))}
+    values = {**values, "non_finite_gradients": float(not math.isfinite(values["gradient_norm"]))}
+    for name in ("mean_alignment", "gradient_alignment"):
+        if name in values:
+            values[name] = max(min(values[name], 1.0), -1.0)  # in this order NaN stays NaN
+    return values

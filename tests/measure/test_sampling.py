@@ -9,7 +9,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfi_monitor.capture.sampling import ROW_ELEMENTS, ROW_SHARE, auto_interval, offset, row_stride
+from nfi_monitor.capture.sampling import (
+    ROW_ELEMENTS,
+    ROW_SHARE,
+    CoordinateSample,
+    auto_interval,
+    offset,
+    row_stride,
+)
 from nfi_monitor.measure import zero_sum
 from tests.measure import reference as ref
 
@@ -85,3 +92,18 @@ def test_an_order_of_rows_with_the_period_of_the_stride_averages_out_over_steps(
     readings = [violation[offset(step, stride) :: stride].mean().item() for step in range(1, 8 * stride + 1)]
     assert set(readings) == {0.0, 1.0}
     assert sum(readings) / len(readings) == pytest.approx(1 / stride, abs=0.03)
+
+
+@FAST
+@given(
+    sizes=st.lists(st.integers(1, 3_000), min_size=1, max_size=40),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_sums_of_each_tensor_are_those_of_its_coordinates_and_of_no_other(sizes, dtype):
+    sample = CoordinateSample([torch.empty(size) for size in sizes])
+    values = torch.arange(2 * len(sample.segments), dtype=dtype).reshape(2, -1).sin()
+    expected = torch.stack([values[:, start:end].double().sum(-1) for start, end in sample.spans], -1)
+    torch.testing.assert_close(sample.per_tensor(values).double(), expected, rtol=1e-5, atol=1e-4)
+    one = sample.per_tensor(values[0])
+    assert one.shape == (len(sizes),) and one.dtype is dtype
+    assert torch.equal(one, sample.per_tensor(values)[0])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nfi_monitor.capture.sampling import CoordinateSample
 from nfi_monitor.measure import second_moment
 from tests.measure import reference as ref
 
@@ -58,10 +59,9 @@ def test_rms_t_of_each_tensor_equals_a_loop(seed, sizes, eps, per_coordinate, dt
     roots = [np.abs(random.standard_normal(size)) * 10.0 ** random.integers(-6, 2) for size in sizes]
     packed_grad = torch.from_numpy(np.concatenate(grads)).to(dtype)
     packed_root = torch.from_numpy(np.concatenate(roots)).to(dtype)
-    segments = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-    counts = torch.tensor(sizes, dtype=torch.float32)
+    sample = CoordinateSample([torch.empty(size) for size in sizes])
     given_eps = torch.full_like(packed_root, eps) if per_coordinate else eps
-    found = second_moment.rms_t(packed_grad, packed_root, given_eps, segments, counts)
+    found = second_moment.rms_t(packed_grad, packed_root, given_eps, sample)
     expected = []
     for grad, root in zip(packed_grad.split(sizes), packed_root.split(sizes), strict=True):
         terms = [g * g / max(r * r, eps * eps) for g, r in zip(grad.tolist(), root.tolist(), strict=True)]
@@ -71,8 +71,8 @@ def test_rms_t_of_each_tensor_equals_a_loop(seed, sizes, eps, per_coordinate, dt
 
 def test_rms_t_is_1_where_the_second_moment_describes_the_gradient():
     grad = torch.randn(50)
-    segments, counts = torch.zeros(50, dtype=torch.long), torch.tensor([50.0])
-    assert second_moment.rms_t(grad, grad.abs(), 1e-12, segments, counts).item() == pytest.approx(1, rel=1e-6)
+    sample = CoordinateSample([grad])
+    assert second_moment.rms_t(grad, grad.abs(), 1e-12, sample).item() == pytest.approx(1, rel=1e-6)
 
 
 @FAST

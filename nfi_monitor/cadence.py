@@ -1,0 +1,113 @@
+"""Which optimizer steps are read in full, and what that costs.
+
+Reading costs the same few hundred small kernels whatever the model, so a small model feels it and a large
+one does not.  Where τ leaves room, the monitor reads a small healthy model less often.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import deque
+
+from nfi_monitor.capture.sampling import auto_interval
+from nfi_monitor.detect.detector import Attention, Detector
+
+SAMPLES = 32
+"""Steps and readings whose medians are taken: one slow step (a checkpoint, a compilation) is no cost."""
+FIRST_CHANGE = 64
+"""Optimizer step at which the interval is first decided on; again at each doubling."""
+ALL_READ = 8
+"""The first steps are read in full: they show whether anything can be seen at all."""
+
+
+def next_wanted(step: int, every: int | str, detector: Detector, healthy: int | None = None) -> int | None:
+    """The step after ``step``, if it is to be read; None if not. ``healthy``: steps between readings while
+    nothing is going on, default :func:`nfi_monitor.capture.sampling.auto_interval`."""
+    following = step + 1
+    if isinstance(every, int):
+        return following if following % every == 0 or every == 1 else None
+    attention = detector.attention
+    if attention is Attention.ALWAYS or following <= ALL_READ:
+        return following
+    tau = detector.context.tau
+    if attention is Attention.OFTEN:
+        return following if following % auto_interval(tau, at_risk=True) == 0 else None
+    # Two neighbours and a longer pause: curvature, alignment and swing need the step before as well.
+    return following if following % (2 * (healthy or auto_interval(tau))) <= 1 else None
+
+
+class Clock:
+    """The monitor's own seconds beside the training's, and the longest pause between readings they call for.
+
+    ``budget`` is the share of the training's own time that healthy steps may cost; None: no matter.
+    """
+
+    def __init__(self, budget: float | None) -> None:
+        self.budget = budget
+        self.own = 0.0  # seconds
+        self.readings = 0
+        self.healthy: int | None = None
+        """Steps between readings while nothing is going on; None: τ alone decides."""
+        self._started = self._last = time.perf_counter()
+        self._own_before = 0.0
+        self._finished: float | None = None
+        self._training: deque[float] = deque(maxlen=SAMPLES)
+        self._reading: deque[float] = deque(maxlen=SAMPLES)
+        self._passing: deque[float] = deque(maxlen=SAMPLES)
+
+    @property
+    def training(self) -> float:
+        """Seconds since the beginning that were not the monitor's."""
+        end = self._finished if self._finished is not None else time.perf_counter()
+        return end - self._started - self.own
+
+    def step_done(self, read: bool, now: float) -> None:
+        """An optimizer step is over, and all that the monitor had to do for it."""
+        own = self.own - self._own_before
+        self._training.append(now - self._last - own)
+        if read:
+            self.readings += 1
+            self._reading.append(own)
+        else:
+            self._passing.append(own)
+        self._last, self._own_before = now, self.own
+
+    def leave_out(self, seconds: float) -> None:
+        """Time in which nothing was trained or watched."""
+        self._started += seconds
+        self._last += seconds
+
+    def finish(self) -> None:
+        self._finished = time.perf_counter()
+
+    def decide(self, step: int, tau: float) -> bool:
+        """At a few steps of a run: fit the interval to the budget, between the one of τ and τ/5.
+
+        Only so far: what precedes a slingshot lasts for some τ, and must still be seen.  Seldom, so that the
+        cadence does not follow every mood of the machine.  True if the interval is now longer than before.
+        """
+        if self.budget is None or step < FIRST_CHANGE or step & (step - 1):
+            return False
+        if not (self._reading and self._passing):
+            return False
+        shortest, longest = auto_interval(tau), round(tau / 5)
+        if longest <= shortest:
+            return False
+        left = self.budget * statistics.median(self._training) - statistics.median(self._passing)
+        reading = statistics.median(self._reading)
+        interval = shortest
+        while interval < longest and reading > left * interval:
+            interval = min(2 * interval, longest)
+        before, self.healthy = self.healthy or shortest, interval if interval > shortest else None
+        return interval > before
+
+    def expected(self, tau: float) -> float:
+        """Share of the training's own time that a healthy step costs at the present interval."""
+        interval = self.healthy or auto_interval(tau)
+        cost = statistics.median(self._passing) + statistics.median(self._reading) / interval
+        return cost / max(statistics.median(self._training), 1e-9)
+
+    def reading_seconds(self) -> float:
+        """Median seconds of a reading."""
+        return statistics.median(self._reading)

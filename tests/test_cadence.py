@@ -1,0 +1,147 @@
+"""How often a healthy run is read: within its budget, never so seldom that a slingshot could hide."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nfi_monitor import Monitor
+from nfi_monitor.cadence import FIRST_CHANGE, Clock, next_wanted
+from nfi_monitor.capture.sampling import auto_interval
+from nfi_monitor.detect.detector import Context, Detector
+
+
+def clock_of(training: float, passing: float, reading: float, budget: float | None = 0.01) -> Clock:
+    """A clock that has seen 64 steps of these costs in seconds, every fourth of them read."""
+    clock = Clock(budget)
+    now = clock._last
+    for step in range(64):
+        own = passing if step % 4 else reading
+        now += training + own
+        clock.own += own
+        clock.step_done(step % 4 == 0, now)
+    return clock
+
+
+def test_a_reading_that_is_cheap_beside_the_step_leaves_the_interval_alone():
+    clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
+    assert not clock.decide(64, tau=1000)
+    assert clock.healthy is None
+
+
+def test_the_interval_grows_until_a_healthy_step_keeps_within_the_budget():
+    clock = clock_of(training=10e-3, passing=1e-5, reading=5e-3)
+    assert clock.decide(64, tau=1000)
+    assert clock.healthy == 64  # 16 costs 3.2%, 32 1.7%, 64 0.9%
+    assert clock.expected(1000) <= clock.budget
+
+
+def test_no_budget_makes_the_interval_longer_than_a_fifth_of_tau():
+    clock = clock_of(training=1e-3, passing=1e-3, reading=1.0)
+    clock.decide(64, tau=1000)
+    assert clock.healthy == 200
+    assert clock.expected(1000) > clock.budget
+
+
+@pytest.mark.parametrize("tau", [1, 20, 80])
+def test_where_tau_is_short_nothing_is_lowered(tau):
+    clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
+    assert not clock.decide(64, tau=tau)
+    assert clock.healthy is None
+
+
+def test_without_a_budget_the_clock_decides_nothing():
+    assert not clock_of(1e-3, 1e-5, 1.0, budget=None).decide(64, tau=1000)
+
+
+def test_the_interval_changes_at_powers_of_two_only_and_shrinks_when_steps_become_dear():
+    clock = clock_of(training=1e-3, passing=1e-6, reading=5e-3)
+    assert not any(clock.decide(step, tau=1000) for step in (1, 8, FIRST_CHANGE - 1, 65, 100))
+    assert clock.decide(FIRST_CHANGE, tau=1000)
+    now = clock._last
+    for _ in range(64):  # the batch became larger
+        now += 10.0
+        clock.step_done(False, now)
+    assert not clock.decide(127, tau=1000)
+    assert clock.healthy == 200
+    assert not clock.decide(128, tau=1000)
+    assert clock.healthy is None
+
+
+def test_one_slow_step_is_no_cost():
+    clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
+    clock.own += 30.0
+    clock.step_done(True, clock._last + 31.0)
+    assert not clock.decide(64, tau=1000)
+
+
+def test_time_left_out_belongs_to_nobody():
+    clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
+    before = clock._last
+    clock.leave_out(100.0)
+    assert clock._last == before + 100.0
+
+
+@pytest.mark.parametrize("healthy", [None, 64])
+def test_a_healthy_run_is_read_in_pairs_of_neighbours(healthy):
+    detector = Detector(context=Context(beta2=0.999))
+    interval = healthy or auto_interval(1000)
+    read = [step for step in range(9, 2000) if next_wanted(step - 1, "auto", detector, healthy)]
+    assert [step for step in read if step + 1 in read] == list(range(2 * interval, 2000, 2 * interval))
+    assert len(read) == 2 * len(range(2 * interval, 2000, 2 * interval))
+
+
+def train(monitor: Monitor, steps: int) -> None:
+    torch.manual_seed(1)
+    inputs, targets = torch.randn(16, 8), torch.randint(4, (16,))
+    for _ in range(steps):
+        loss = F.cross_entropy(monitor._model(inputs), targets)
+        monitor.observe_loss(loss)
+        monitor.optimizer.zero_grad()
+        loss.backward()
+        monitor.optimizer.step()
+
+
+def small(**arguments) -> Monitor:
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999))
+    return Monitor(model, optimizer, console=False, **arguments)
+
+
+def test_a_model_smaller_than_its_reading_is_read_seldom_and_told_so_once():
+    with small() as monitor:
+        train(monitor, 600)
+    (note,) = [note for note in monitor.notes if note.code == "overhead_budget"]
+    assert "one step in 200 is read instead of one in 16" in note.message
+    assert "overhead_budget=0.01" in note.message
+    assert monitor.summary()["overhead"]["measured_steps"] < 25
+
+
+def test_without_a_budget_the_cadence_never_depends_on_the_clock():
+    with small(overhead_budget=None) as monitor:
+        train(monitor, 200)
+    assert not [note for note in monitor.notes if note.code == "overhead_budget"]
+    assert monitor.summary()["overhead"]["measured_steps"] == 1 + len(
+        [step for step in range(2, 201) if step <= 8 or step % 32 <= 1]
+    )
+
+
+def test_the_interval_survives_a_resume():
+    with small() as first:
+        train(first, 64)
+        state = first.state_dict()
+    assert state["interval"] == 200
+    with small() as second:
+        second.load_state_dict(state)
+        train(second, 60)
+        assert "loss" in second.history
+        assert "rms_t_max" not in second.history  # at one step in 16 there would be some
+
+
+@pytest.mark.parametrize("budget", [0, -0.1, float("nan"), float("inf")])
+def test_a_budget_that_is_no_share_is_refused(budget):
+    with pytest.raises(ValueError, match=r"use a share such as 0\.01, or None"):
+        small(overhead_budget=budget)
