@@ -1,0 +1,308 @@
+"""The record of what was timed, and the page made of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from tests.benchmarks.detection.sheet import NOTHING, Sheet
+from tests.benchmarks.overhead import costs
+from tests.benchmarks.overhead.arms import (
+    NULL,
+    OTHERS,
+    OURS,
+    Default,
+    EveryStep,
+    Everything,
+    version,
+)
+from tests.benchmarks.overhead.cases import CASES
+from tests.benchmarks.overhead.timing import Result, Spread
+
+
+@dataclass
+class Costs:
+    """What :mod:`tests.benchmarks.overhead.costs` found."""
+
+    bandwidth: float
+    readings: list[costs.Reading]
+    sizes: list[costs.Reading]
+    vocabularies: list[costs.Reading]
+    peaks: list[costs.Peak]
+    imports: dict[str, float]
+
+    @classmethod
+    def measured(cls, names: list[str], console: Console) -> Costs:
+        with console.status("memory bandwidth, readings, memory, imports"):
+            speed = costs.bandwidth()
+            return cls(
+                bandwidth=speed,
+                readings=costs.readings({name: CASES[name] for name in names}, speed),
+                sizes=costs.readings(costs.by_size(), speed),
+                vocabularies=costs.readings(costs.by_vocabulary(), speed),
+                peaks=costs.peaks(names),
+                imports={
+                    "nfi_monitor": costs.import_seconds("import nfi_monitor"),
+                    "the TensorBoard plugin, above tensorboard's own": costs.import_seconds(PLUGIN)
+                    - costs.import_seconds(TENSORBOARD),
+                },
+            )
+
+
+TENSORBOARD = "import tensorboard.plugin_util, tensorboard.plugins.base_plugin"
+PLUGIN = f"{TENSORBOARD}; import nfi_monitor.integrations.tensorboard.plugin"
+
+
+@dataclass
+class Record:
+    environment: dict[str, str] = field(default_factory=dict)
+    results: list[tuple[str, Result]] = field(default_factory=list)
+    """(device, result)"""
+    costs: Costs | None = None
+
+    def has(self, case: str, threads: int, device: str, arm: str) -> bool:
+        return any(
+            (where, result.case, result.threads, result.arm) == (device, case, threads, arm)
+            for where, result in self.results
+        )
+
+    def add(self, result: Result, device: str) -> None:
+        key = (device, result.case, result.threads, result.arm)
+        self.results = [
+            (where, known)
+            for where, known in self.results
+            if (where, known.case, known.threads, known.arm) != key
+        ]
+        self.results.append((device, result))
+        self.environment = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "cores": str(os.cpu_count()),
+            **{arm.package: version(arm.package) or "not installed" for arm in OTHERS},
+        }
+
+
+def save(record: Record, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(asdict(record), indent=1) + "\n", encoding="utf-8")
+
+
+def load(path: Path) -> Record:
+    if not path.exists():
+        return Record()
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    results = [
+        (where, Result(**{**result, "wall": Spread(**result["wall"]), "cpu": Spread(**result["cpu"])}))
+        for where, result in found["results"]
+    ]
+    told = found["costs"]
+    known = None
+    if told is not None:
+        known = Costs(
+            bandwidth=told["bandwidth"],
+            readings=[costs.Reading(**item) for item in told["readings"]],
+            sizes=[costs.Reading(**item) for item in told["sizes"]],
+            vocabularies=[costs.Reading(**item) for item in told["vocabularies"]],
+            peaks=[costs.Peak(**item) for item in told["peaks"]],
+            imports=told["imports"],
+        )
+    return Record(found["environment"], results, known)
+
+
+# --- the page ---------------------------------------------------------------------------------------------
+
+_ORDER = [NULL, *(arm.name for arm in (*OURS, *OTHERS))]
+
+
+def _spread(spread: Spread) -> str:
+    return f"{spread.median:.3f} ({spread.low:.3f}–{spread.high:.3f})"
+
+
+def _times(record: Record, device: str, threads: int, case: str) -> Sheet | None:
+    found = [
+        result
+        for where, result in record.results
+        if (where, result.threads, result.case) == (device, threads, case) and result.arm in _ORDER
+    ]
+    if not found:
+        return None
+    found.sort(key=lambda result: _ORDER.index(result.arm))
+    rows = [
+        [
+            result.arm,
+            _spread(result.wall),
+            _spread(result.cpu),
+            NOTHING if result.read is None else f"{result.read:.1%}",
+            NOTHING if result.own is None else f"{result.own:.2%}",
+        ]
+        for result in found
+    ]
+    where = f"{threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
+    what = CASES[case].what
+    title = f"{case}, {where}"
+    note = (
+        f"{what}; {found[0].parameters:,} parameters; a bare step takes {found[0].bare_ms:.3g} ms; "
+        f"{found[0].rounds} rounds of {min(r.block for r in found)}–{max(r.block for r in found)} steps."
+    )
+    return Sheet(title, note, ("arm", "wall", "CPU", "steps read", "own clock"), rows)
+
+
+def _verdict(measured: Spread, own: float | None, limit: float, null: Spread | None) -> str:
+    """Reached by the paired ratio, by the monitor's own clock where noise hides what is asked, or missed."""
+    if measured.median <= 1.0 + limit:
+        return "reached"
+    noise = 0.0 if null is None else max(abs(null.high - 1.0), abs(1.0 - null.low))
+    if own is not None and own <= limit and measured.low - 1.0 <= max(noise, limit):
+        return "reached by its own clock; the ratio cannot be told from a bare copy's"
+    return "missed"
+
+
+def _targets(record: Record) -> Sheet:
+    rows = []
+    for where, result in record.results:
+        case = CASES.get(result.case)
+        limits = {} if case is None else {Default.name: case.default, EveryStep.name: case.every_step}
+        limits = {**limits, Everything.name: limits.get(EveryStep.name)}
+        limit = limits.get(result.arm)
+        if limit is None:
+            continue
+        null = next(
+            (
+                other.wall
+                for place, other in record.results
+                if (place, other.case, other.threads, other.arm) == (where, result.case, result.threads, NULL)
+            ),
+            None,
+        )
+        rows.append(
+            [
+                f"{result.case}, {result.arm}, {result.threads} thread{'s' if result.threads > 1 else ''}",
+                f"≤ {1 + limit:.3f}",
+                _spread(result.wall),
+                NOTHING if result.own is None else f"{result.own:.2%}",
+                _verdict(result.wall, result.own, limit, null),
+            ]
+        )
+    told = record.costs
+    if told is not None:
+        worst = max(told.peaks, key=lambda peak: peak.extra)
+        rows.append(
+            [
+                f"extra peak memory ({worst.case}, the worst)",
+                "≤ 1%",
+                f"{worst.extra:.2%}",
+                NOTHING,
+                "reached" if worst.extra <= 0.01 else "missed",
+            ]
+        )
+        growth = told.sizes[-1].milliseconds / told.sizes[0].milliseconds
+        rows.append(
+            [
+                "a reading at 50M parameters, over one at 1M",
+                "< 1.5",
+                f"{growth:.2f}",
+                NOTHING,
+                "reached" if growth < 1.5 else "missed",
+            ]
+        )
+        for what, limit in zip(told.imports, (0.030, 0.100), strict=True):
+            seconds = told.imports[what]
+            rows.append(
+                [
+                    f"import of {what}",
+                    f"≤ {1e3 * limit:.0f} ms",
+                    f"{1e3 * seconds:.0f} ms",
+                    NOTHING,
+                    "reached" if seconds <= limit else "missed",
+                ]
+            )
+    return Sheet(
+        "Targets",
+        "Wall time over a bare step's: median over rounds (quartiles). Own clock: the monitor's seconds over "
+        "the training's.",
+        ("what", "target", "measured", "own clock", ""),
+        rows,
+    )
+
+
+def _costs(told: Costs) -> list[Sheet]:
+    header = ("", "parameters", "classes", "a reading", "the least it could be", "ratio")
+
+    def lines(items: list[costs.Reading]) -> list[list[str]]:
+        return [
+            [
+                item.case,
+                f"{item.parameters:,}",
+                f"{item.classes:,}",
+                f"{item.milliseconds:.2f} ms",
+                f"{item.floor:.3f} ms",
+                f"{item.milliseconds / item.floor:.0f}",
+            ]
+            for item in items
+        ]
+
+    floor = (
+        "The least: the bytes of sampled logits, their gradient, features and optimizer coordinates, read "
+        f"once at {told.bandwidth / 1e9:.1f} GB/s (measured, one thread). What is above it are small kernels "
+        "and Python."
+    )
+    first, last = told.vocabularies[0], told.vocabularies[-1]
+    slope = (last.milliseconds - first.milliseconds) / (last.classes - first.classes) * 1e3
+    peaks = [
+        [peak.case, f"{peak.bare:.1f} MiB", f"{peak.watched:.1f} MiB", f"{peak.extra:.2%}"]
+        for peak in told.peaks
+    ]
+    return [
+        Sheet("A reading beside the physical floor", floor, header, lines(told.readings)),
+        Sheet("A reading against the size of the model", "", header, lines(told.sizes)),
+        Sheet(
+            "A reading against the vocabulary",
+            f"512 rows; {slope:.3f} ms for each further 1,000 classes.",
+            header,
+            lines(told.vocabularies),
+        ),
+        Sheet(
+            "Peak memory of tensors in a step",
+            "Every allocation counted by torch's profiler; the watched step is read in full.",
+            ("", "bare", "watched", "more"),
+            peaks,
+        ),
+    ]
+
+
+def sheets(record: Record) -> list[Sheet]:
+    places = dict.fromkeys((where, result.threads) for where, result in record.results)
+    times = [
+        sheet
+        for where, threads in places
+        for case in CASES
+        if (sheet := _times(record, where, threads, case)) is not None
+    ]
+    return [_targets(record), *times, *([] if record.costs is None else _costs(record.costs))]
+
+
+def show(record: Record, console: Console) -> None:
+    for sheet in sheets(record):
+        console.print(sheet.rich())
+
+
+def page(record: Record) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in record.environment.items())
+    head = (
+        "# What the monitor costs\n\n"
+        "Written by `python -m tests.benchmarks.overhead`; how it is measured stands in\n"
+        "`tests/benchmarks/overhead/__init__.py`. `bare, again` is a second bare copy: what it is off 1 is\n"
+        "noise. "
+        "AdamW with torch's default β2 = .999 (τ = 1000).\n\n"
+        f"{facts}\n\n"
+    )
+    return head + "\n".join(sheet.markdown() for sheet in sheets(record))

@@ -1,0 +1,104 @@
+"""The overhead benchmark times what it says, and calls a target reached only where it is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from nfi_monitor.capture.sampling import COORDINATES
+from tests.benchmarks.overhead import costs, report, timing
+from tests.benchmarks.overhead.__main__ import main
+from tests.benchmarks.overhead.arms import NULL, OURS, Default, EveryStep, WeightGradient
+from tests.benchmarks.overhead.cases import CASES, Case, Classifier, rows
+from tests.benchmarks.overhead.timing import Result, Spread, measure
+
+TINY = Case("tiny", lambda: Classifier(4, 4, 3), lambda: rows(8, 4, 3), 0.05, 0.25)
+
+
+def result(arm: str, ratio: float, *, case: str = "mlp-2.6M", own: float | None = None, width: float = 0.0):
+    spread = Spread(ratio, ratio - width, ratio + width)
+    return Result(case, 1, arm, 10, 1.0, spread, spread, 32, 9, 0.06, own)
+
+
+def verdict_of(*results: Result) -> str:
+    record = report.Record()
+    for found in results:
+        record.add(found, "cpu")
+    rows = [row for row in report._targets(record).rows if "default" in row[0]]
+    assert len(rows) == 1
+    return rows[0][-1]
+
+
+def test_a_target_is_reached_by_the_ratio() -> None:
+    assert verdict_of(result(NULL, 1.0), result("default", 1.009, own=0.02)) == "reached"
+
+
+def test_a_target_is_missed_where_the_monitors_own_clock_says_so() -> None:
+    assert verdict_of(result(NULL, 1.0, width=0.1), result("default", 1.02, own=0.015)) == "missed"
+
+
+def test_a_target_is_missed_where_the_ratio_stands_out_of_the_noise() -> None:
+    assert verdict_of(result(NULL, 1.0, width=0.01), result("default", 1.05, own=0.001)) == "missed"
+
+
+def test_within_the_noise_of_a_bare_copy_the_own_clock_decides() -> None:
+    told = verdict_of(result(NULL, 1.0, width=0.05), result("default", 1.02, own=0.005))
+    assert told.startswith("reached by its own clock")
+
+
+@pytest.mark.parametrize("kind", OURS)
+def test_each_arm_trains_the_same_weights_as_nobody_watching(kind, tmp_path: Path) -> None:
+    from tests.benchmarks.overhead.arms import Arm, FusedBare
+
+    torch.manual_seed(0)
+    data = [TINY.batch() for _ in range(4)]
+    weights = []
+    for made in (FusedBare if kind is WeightGradient else Arm, kind):
+        torch.manual_seed(1)
+        arm = made(TINY.build(), data, tmp_path)
+        arm.run(12)
+        arm.close()
+        weights.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
+    assert torch.equal(*weights)
+
+
+def test_a_measurement_has_a_bare_copy_and_counts_what_was_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "WARM_UP_STEPS", 20)
+    null, default, every = measure("tiny", TINY, [Default, EveryStep], rounds=2, console=Console(quiet=True))
+    assert (null.arm, default.arm, every.arm) == (NULL, "default", "every step")
+    assert null.read is None and every.read == 1.0 and 0.0 <= default.read < 0.2
+    assert every.own > 1.0  # a reading takes longer than a step of 27 weights
+    assert default.own < every.own / 3
+
+
+def test_the_record_survives_its_file(tmp_path: Path) -> None:
+    record = report.Record()
+    record.add(result("default", 1.1), "cpu")
+    record.add(result("default", 1.2), "cpu")
+    report.save(record, tmp_path / "record.json")
+    again = report.load(tmp_path / "record.json")
+    assert again == record
+    assert [item.wall.median for _, item in again.results] == [1.2]
+    assert "1.200 (1.200–1.200)" in report.page(again)
+
+
+def test_the_least_that_a_reading_has_to_read_is_counted_from_its_budgets() -> None:
+    assert costs.bytes_read(TINY) == 4 * (8 * (2 * 3 + 4) + 4 * 35)
+    big = replace(TINY, build=lambda: Classifier(256, 512, 10), batch=lambda: rows(8, 256, 10))
+    assert costs.bytes_read(big) == 4 * (8 * (2 * 10 + 512) + 4 * COORDINATES)
+
+
+def test_peak_memory_counts_what_a_step_allocates(tmp_path: Path) -> None:
+    found = costs.peak("tiny", TINY, tmp_path)
+    assert 0 < found.bare < found.watched < 1.0  # MiB
+
+
+def test_an_unknown_case_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--cases", "nothing"])
+    said = capsys.readouterr().err
+    assert all(name in said for name in CASES)
