@@ -9,12 +9,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import mmap
 import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from nfi_monitor._version import __version__
 from nfi_monitor.types import Alert
@@ -86,7 +87,9 @@ def _count(text: str) -> int:
 
 
 def _fail(message: object) -> int:
-    print(f"nfi-monitor: {message}", file=sys.stderr)
+    from nfi_monitor.report.plain import visible
+
+    print(f"nfi-monitor: {visible(str(message))}", file=sys.stderr)
     return 2
 
 
@@ -213,9 +216,9 @@ def _console(stderr: bool = False) -> Console:
 def _say(console: Console, text: str, style: str = "") -> None:
     from rich.text import Text
 
-    from nfi_monitor.report.words import to_ascii
+    from nfi_monitor.report.words import shown
 
-    text = to_ascii(text) if console.options.ascii_only else text
+    text = shown(console.options.ascii_only)(text)
     console.print(Text(text, style=style), soft_wrap=True, highlight=False)
 
 
@@ -265,11 +268,14 @@ class _Tail:
         self._path = path
         self._offset = 0
         self._rest = b""
+        self._seen = b""  # the last line of all, to be found again in a file that was thinned
+        self._file: tuple[int, int] | None = None
 
     def last(self, count: int) -> list[dict[str, Any]]:
         """The last ``count`` records, read backwards: the file may be gigabytes long."""
         try:
             with open(self._path, "rb") as file:
+                self._file = _identity(file)
                 position = file.seek(0, os.SEEK_END)
                 blocks: list[bytes] = []
                 newlines = 0
@@ -286,6 +292,7 @@ class _Tail:
         data = b"".join(reversed(blocks))
         self._offset = position + len(data)
         *lines, self._rest = data.split(b"\n")
+        self._seen = lines[-1] if lines else b""
         records = list(_parsed(lines[1:] if position else lines))
         return records[len(records) - count :] if count < len(records) else records
 
@@ -293,13 +300,33 @@ class _Tail:
         """What was appended since."""
         try:
             with open(self._path, "rb") as file:
+                if (now := _identity(file)) != self._file:
+                    if self._file is not None:
+                        self._offset, self._rest = _end_of(self._seen, file), b""
+                    self._file = now
                 file.seek(self._offset)
                 data = file.read()
         except FileNotFoundError:
             return []
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
+        self._seen = lines[-1] if lines else self._seen
         return list(_parsed(lines))
+
+
+def _identity(file: BinaryIO) -> tuple[int, int]:
+    status = os.fstat(file.fileno())
+    return status.st_dev, status.st_ino
+
+
+def _end_of(line: bytes, file: BinaryIO) -> int:
+    """Where ``line`` ends in a file that took the place of another one; its end, if it is not there."""
+    size = os.fstat(file.fileno()).st_size
+    if not size:
+        return 0
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        found = content.rfind(line + b"\n")
+    return found + len(line) + 1 if found >= 0 else size
 
 
 def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
@@ -341,11 +368,11 @@ def _show(kind: str, record: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"type": kind, **record}, allow_nan=False))
     else:
-        from nfi_monitor.report.words import to_ascii
+        from nfi_monitor.report.words import shown
 
-        line = _line(kind, record)
         # A terminal that cannot show μ must not stop the tail.
-        print(line if (sys.stdout.encoding or "utf-8").lower().startswith("utf") else to_ascii(line))
+        ascii_only = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+        print(shown(ascii_only)(_line(kind, record)))
 
 
 def _line(kind: str, record: dict[str, Any]) -> str:

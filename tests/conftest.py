@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 
 from tests.spiking import Recorded, record
 
-pytest_plugins = ["tests.compatibility"]
+pytest_plugins = ["tests.compatibility", "tests.safety.table"]
 
 # A deadline measures the machine, not the code.  print_blob: a failure can be replayed from the log.
 settings.register_profile(

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from nfi_monitor import __version__
-from nfi_monitor.cli import main
+from nfi_monitor.cli import _Tail, main
 from nfi_monitor.report import figure
 from nfi_monitor.report.jsonl import RunDirectory
 from nfi_monitor.report.summary import Summary
+from nfi_monitor.report.thinning import thin
 from nfi_monitor.types import Change, Note, Phase, Reading
 from tests.report.builders import AT_RISK, INFO, SLINGSHOT, readings, resolved
 
@@ -152,8 +153,6 @@ def test_tail_reads_the_end_of_a_long_file_only(run: Path, capsys: pytest.Captur
         file.truncate(1 << 30)  # a gigabyte of holes before the last line
         file.seek(0, os.SEEK_END)
         file.write(b'\n{"step": 7, "phase": "healthy", "values": {}}\n' * 300)
-    from nfi_monitor.cli import _Tail
-
     assert [record["step"] for record in _Tail(run / "readings.jsonl").last(5)] == [7] * 5
     os.truncate(run / "readings.jsonl", 0)
 
@@ -250,3 +249,18 @@ def test_report_to_a_file_is_wide_enough_for_its_tables(run: Path, monkeypatch: 
     monkeypatch.setattr(sys, "stdout", file)
     assert main(["report", str(run), "--no-figure"]) == 0
     assert "numerical feature inflation         86%" in file.getvalue()
+
+
+def test_a_followed_tail_goes_on_where_it_was_when_readings_are_thinned(tmp_path: Path) -> None:
+    path = tmp_path / "readings.jsonl"
+    lines = [f'{{"step": {n}, "phase": "healthy", "values": {{"loss": 1.0}}}}\n' for n in range(1000, 1100)]
+    path.write_text("".join(lines[:90]))
+    tail = _Tail(path)
+    assert [record["step"] for record in tail.last(2)] == [1088, 1089]
+    with open(path, "a") as file:
+        file.writelines(lines[90:95])
+    thin(path)
+    with open(path, "a") as file:
+        file.writelines(lines[95:])
+    assert [record["step"] for record in tail.more()] == list(range(1090, 1100))
+    assert tail.more() == []

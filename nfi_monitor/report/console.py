@@ -7,7 +7,7 @@ so that ``grep nfi`` finds all of it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -89,9 +89,9 @@ class ConsoleSink:
 
     def _print(self, text: Text, indent: bool = False) -> None:
         console = self.console
+        shown = words.shown(console.options.ascii_only)
         prefix = Text(" " * _INDENT) if indent else Text("nfi  ", style="bold")
-        if console.options.ascii_only:
-            text = _ascii(text)
+        text = _each(text, lambda part: shown(part.replace("\n", " ")))
         if not console.is_terminal:
             console.print(prefix + text, soft_wrap=True, highlight=False)
             return
@@ -118,9 +118,9 @@ def watching(info: Mapping[str, Any]) -> str:
     return text
 
 
-def _ascii(text: Text) -> Text:
-    """The text in ASCII, with its styles: spans are re-made because some symbols grow when spelled out."""
+def _each(text: Text, change: Callable[[str], str]) -> Text:
+    """The text changed, with its styles: spans are re-made because some symbols grow when spelled out."""
     plain = Text(style=text.style)
     for segment in text.divide(sorted({edge for span in text.spans for edge in (span.start, span.end)})):
-        plain.append(words.to_ascii(segment.plain), style=segment.spans[0].style if segment.spans else None)
+        plain.append(change(segment.plain), style=segment.spans[0].style if segment.spans else None)
     return plain

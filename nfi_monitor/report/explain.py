@@ -153,7 +153,7 @@ class Explanation:
         return "\n".join([self.title() + ".", *(f"{what}: {text}" for what, text in self.lines())])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        say: Callable[[str], str] = words.to_ascii if options.ascii_only else str
+        say = words.shown(options.ascii_only)
         yield Text(say(self.title()), style="bold")
         for what, text in self.lines():
             yield Padding(Text.assemble((f"{what}: ", "dim"), say(text)), (0, 0, 0, 2))

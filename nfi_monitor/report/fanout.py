@@ -30,10 +30,12 @@ def open_sinks(
     if run_dir is not None:
         from nfi_monitor.report import tensorboard
         from nfi_monitor.report.jsonl import RunDirectory
+        from nfi_monitor.report.lock import DirectoryLock
 
         sinks.append(RunDirectory(run_dir))
         if tensorboard.available():
-            sinks.append(tensorboard.TensorBoardSink(run_dir, describe=describe))
+            lock = DirectoryLock(run_dir)
+            sinks.append(tensorboard.TensorBoardSink(run_dir, describe=describe, lock=lock))
     return sinks
 
 

@@ -1,18 +1,21 @@
 """The run directory: ``run.json``, ``readings.jsonl``, ``alerts.jsonl``, ``replays.jsonl``, written and read.
 
 Each line is one ``os.write`` of a complete line on a descriptor opened with ``O_APPEND``: no buffer
-that a ``kill -9`` could swallow, no lock that a network file system would not honour.  At worst the
-last line is torn; the reader skips it and says so, and a resumed run starts on a fresh line.
-``run.json`` changes rarely and is replaced atomically.
+that a ``kill -9`` could swallow.  At worst the last line is torn; the reader skips it and says so, and a
+resumed run starts on a fresh line.  ``run.json`` changes rarely and is replaced atomically.  One process
+writes (:mod:`nfi_monitor.report.lock`); ``readings.jsonl`` keeps to a budget
+(:mod:`nfi_monitor.report.thinning`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import math
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +24,9 @@ from typing import TYPE_CHECKING, Any
 from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.history import History
 from nfi_monitor.quantities import QUANTITIES
-from nfi_monitor.report.plain import plain
+from nfi_monitor.report.lock import DirectoryInUseError, DirectoryLock
+from nfi_monitor.report.plain import json_line, plain
+from nfi_monitor.report.thinning import READINGS_BYTES, remove_leftovers, thin
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading, finite_or_none
 
 if TYPE_CHECKING:
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
 
 RUN, READINGS, ALERTS = "run.json", "readings.jsonl", "alerts.jsonl"
 REPLAYS = "replays.jsonl"  # made by the first replay
+LOOK_SECONDS = 1.0
+"""Between two looks whether the file is still there: a look makes a network file system flush it."""
 
 
 class RunDirectoryError(ValueError):
@@ -41,12 +48,20 @@ class RunDirectoryError(ValueError):
 class RunDirectory:
     """A sink that writes a run into a directory (created at :meth:`start`, with its parents).
 
-    Starting in a directory that already holds a run appends to it: a resumed run is one run.  Raises
-    OSError, with the path and what to do, where the directory cannot be made or a line not written.
+    Starting in a directory that already holds a run appends to it: a resumed run is one run.  From
+    ``readings_bytes`` on, old readings are thinned.  Raises OSError, with the path and what to do, where the
+    directory cannot be made or a line not written, and DirectoryInUseError where another process writes to
+    it.  What has raised is closed: nothing is written after a gap.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], *, readings_bytes: int = READINGS_BYTES) -> None:
         self.path = Path(path)
+        self._lock = DirectoryLock(path)
+        self._budget = readings_bytes
+        self._thin_at = readings_bytes
+        self._size = 0  # of the readings
+        self._linked = False  # whether this file system counts links
+        self._looked = -math.inf
         self._info: dict[str, Any] = {}
         self._notes: list[dict[str, Any]] = []
         self._files: dict[str, int] = {}
@@ -55,6 +70,9 @@ class RunDirectory:
     def start(self, info: Mapping[str, Any]) -> None:
         with self._explained(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+            for name in (RUN, READINGS):
+                remove_leftovers(self.path, name)
         previous = self._previous_info()
         self._notes = _notes_of(previous)
         if previous or (self.path / READINGS).exists():
@@ -62,14 +80,20 @@ class RunDirectory:
         for name in (READINGS, ALERTS):
             with self._explained(self.path / name):
                 self._files[name] = _open_for_lines(self.path / name)
+        opened = os.fstat(self._files[READINGS])
+        self._size, self._linked = opened.st_size, opened.st_nlink > 0
         self._write_info(info)
 
     def reading(self, reading: Reading, phase: Phase) -> None:
         values = {name: finite_or_none(value) for name, value in reading.values.items()}
-        self._append(READINGS, {"step": reading.step, "phase": str(phase), "values": values, **self._session})
+        record = {"step": reading.step, "phase": str(phase), "values": values, **self._session}
+        # Names and numbers of our own: nothing in them has to be spelled out as in an alert.
+        self._size += self._append(READINGS, (json.dumps(record, allow_nan=False) + "\n").encode())
+        if self._size >= self._thin_at:
+            self._thin()
 
     def alert(self, alert: Alert, change: Change) -> None:
-        self._append(ALERTS, {"change": str(change), "alert": alert.to_json(), **self._session})
+        self._append(ALERTS, json_line({"change": str(change), "alert": alert.to_json(), **self._session}))
 
     def note(self, note: Note) -> None:
         self._write_info(self._info, [asdict(note)])
@@ -78,23 +102,48 @@ class RunDirectory:
         if self._files and REPLAYS not in self._files:
             with self._explained(self.path / REPLAYS):
                 self._files[REPLAYS] = _open_for_lines(self.path / REPLAYS)
-        self._append(REPLAYS, {**verdict.to_json(), **self._session})
+        self._append(REPLAYS, json_line({**verdict.to_json(), **self._session}))
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         try:
             self._write_info(info)
         finally:
-            files, self._files = self._files, {}
-            for descriptor in files.values():
-                os.close(descriptor)
+            self._let_go()
 
-    def _append(self, name: str, record: Mapping[str, Any]) -> None:
+    def _let_go(self) -> None:
+        files, self._files = self._files, {}
+        for descriptor in files.values():
+            with contextlib.suppress(OSError):  # a network file system may complain of what it wrote before
+                os.close(descriptor)
+        self._lock.release()
+
+    def _append(self, name: str, line: bytes) -> int:
+        """Write a line; returns its length in bytes."""
         if name not in self._files:
             raise OSError(f"{self.path / name} is not open: call start() first, and nothing after close().")
-        rest = (json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n").encode()
+        rest = line
         with self._explained(self.path / name):
+            now = time.monotonic()
+            if self._linked and now - self._looked >= LOOK_SECONDS:
+                self._looked = now
+                if (
+                    os.fstat(self._files[name]).st_nlink == 0
+                ):  # written on, it would be a file nobody can open
+                    raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
             while rest:  # a full disk may take a part of a line before it says no
                 rest = rest[os.write(self._files[name], rest) :]
+        return len(line)
+
+    def _thin(self) -> None:
+        # No room for the copy beside it is no reason to stop: the file stays as it is for now.
+        with contextlib.suppress(OSError):
+            thin(self.path / READINGS)
+        with self._explained(self.path / READINGS):
+            old, self._files[READINGS] = self._files[READINGS], _open_for_lines(self.path / READINGS)
+            os.close(old)
+            self._size = os.fstat(self._files[READINGS]).st_size
+        # Where little could go, the next pass waits until it is worth its while.
+        self._thin_at = max(self._budget, self._size + self._budget // 8)
 
     def _write_info(self, info: Mapping[str, Any], notes: list[dict[str, Any]] | None = None) -> None:
         """Replace run.json; notes are the union of all that were ever said, in their order."""
@@ -105,9 +154,8 @@ class RunDirectory:
         target, temporary = self.path / RUN, self.path / f".{RUN}.{os.getpid()}.tmp"
         with self._explained(target):
             try:
-                with open(temporary, "w", encoding="utf-8") as file:
-                    json.dump(self._info, file, ensure_ascii=False, allow_nan=False, indent=2)
-                    file.write("\n")
+                with open(temporary, "wb") as file:
+                    file.write(json_line(self._info, indent=2))
                     file.flush()
                     os.fsync(file.fileno())
                 os.replace(temporary, target)
@@ -126,10 +174,13 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def _explained(self, path: Path) -> Iterator[None]:
-        """Re-raise an OSError of the same errno whose message says what to do."""
+        """Re-raise an OSError of the same errno whose message says what to do; and write no more."""
         try:
             yield
+        except DirectoryInUseError:
+            raise
         except OSError as error:
+            self._let_go()
             reason = error.strerror or str(error)
             raise OSError(
                 error.errno,
@@ -346,7 +397,8 @@ def _read_alerts(path: Path, resumed_at: Mapping[int, int], problems: list[str])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             strange.add(str(error))
             continue
-        if not _replaced(alert.first_step, _as_int(record.get("session"), 1), resumed_at):
+        # By its last step: of an alert that the run went back into, what came after that has not happened.
+        if not _replaced(alert.last_step, _as_int(record.get("session"), 1), resumed_at):
             alerts[alert.id, alert.first_step] = alert
     if torn:
         problems.append(_torn(path.name, torn, torn_last))

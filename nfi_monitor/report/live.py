@@ -77,7 +77,7 @@ class LivePanel:
         self._title = title
         self._next = 0.0
         ascii_only = self.console.options.ascii_only
-        self._say = words.to_ascii if ascii_only else str
+        self._say = words.shown(ascii_only)
         self._box = ASCII if ascii_only else ROUNDED
         # rich's own ellipsis is not ASCII.
         self._overflow: Literal["crop", "ellipsis"] = "crop" if ascii_only else "ellipsis"

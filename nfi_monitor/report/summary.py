@@ -70,7 +70,7 @@ class Summary(dict[str, Any]):
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        say: Callable[[str], str] = words.to_ascii if options.ascii_only else str
+        say = words.shown(options.ascii_only)
         yield _render(self, say)
 
     def __str__(self) -> str:
@@ -414,7 +414,7 @@ def _event_table(summary: Summary, say: Callable[[str], str]) -> RenderableType:
             Text(str(severity), style=SEVERITY_STYLES[severity]),
             say(_steps(row["first_step"], end)),
             say(" ".join(_certain(row["mechanism"], row["confidence"])).strip()),
-            say(evidence),
+            Text(say(evidence)),  # names of quantities as the file has them, and no markup
         )
     return _with(table, _earlier(rows, say, "events"))
 

@@ -6,6 +6,7 @@ The tab's part is in :mod:`nfi_monitor.report.tensorboard_tab`.  What decides th
   writer computes its checksums in Python, 0.7 ms for forty scalars, and shows 1,000 points a curve.
 - TensorBoard keeps a sample of the text records of a tag, but always the last.  So each alert has a tag
   of its own, and the overview ``nfi/alerts`` is rewritten as a whole.
+- Files can only grow: of a long run, fewer and fewer readings are written.
 - A margin chart draws a band only where value, lower and upper edge have the same steps; thresholds are
   therefore written beside every value, not once.
 """
@@ -27,7 +28,13 @@ from nfi_monitor.types import Alert, AlertState, Change, Evidence, Note, Phase, 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
+    from nfi_monitor.report.lock import DirectoryLock
     from nfi_monitor.report.summary import Summary
+
+EVENTS = 2048
+"""Readings written as scalars before only every second one is, then every fourth, and so on."""
+SLINGSHOT_EVENTS = 256
+"""Readings from a slingshot's beginning on that are written in any case."""
 
 # quantity → the names in Thresholds where its state ends and begins
 _BANDS = {
@@ -50,9 +57,10 @@ class TensorBoardSink:
     """A sink that writes TensorBoard event files into ``log_dir`` (made if need be).
 
     Readings closer together than ``min_seconds`` are left out (0: none are), except where the phase
-    changes, during a slingshot, and the last; ``readings.jsonl`` and the tab have them all.  ``describe``
-    gives the run's description as it is now: asked when an alert begins or ends, for the classes that absorb.
-    Raises ImportError at :meth:`start`, with what to install, where tensorboard is missing.
+    changes, at the beginning of a slingshot, and the last; ``readings.jsonl`` and the tab have more of them.
+    ``describe`` gives the run's description as it is now: asked when an alert begins or ends, for the classes
+    that absorb.  ``lock``: held while files are open.  Raises ImportError at :meth:`start`, with what to
+    install, where tensorboard is missing, and DirectoryInUseError where another process writes there.
     """
 
     def __init__(
@@ -60,8 +68,10 @@ class TensorBoardSink:
         log_dir: str | os.PathLike[str],
         min_seconds: float = 0.03,
         describe: Callable[[], Mapping[str, Any]] | None = None,
+        lock: DirectoryLock | None = None,
     ) -> None:
         self.log_dir = os.fspath(log_dir)
+        self._lock = lock
         self._min_seconds = min_seconds
         self._describe = describe
         self._tab: TabWriter | None = None
@@ -69,6 +79,9 @@ class TensorBoardSink:
         self._proto: Any = None
         self._phase: Phase | None = None
         self._written = 0.0
+        self._events = 0
+        self._stride = self._skipped = 1
+        self._in_phase = 0  # readings since it changed
         self._pending: tuple[Reading, Phase] | None = None
         self._edges: dict[str, tuple[float, float]] = {}
         self._alerts: dict[str, Alert] = {}
@@ -91,6 +104,9 @@ class TensorBoardSink:
             for quantity, (low, high) in _BANDS.items()
             if low in thresholds and high in thresholds
         }
+        if self._lock is not None:
+            os.makedirs(self.log_dir, exist_ok=True)
+            self._lock.acquire()
         self._writer = SummaryWriter(self.log_dir)
         self._writer.add_custom_scalars(layout(self._edges))
         self._writer.add_text("nfi/run", info_markdown(info), 0)
@@ -101,16 +117,22 @@ class TensorBoardSink:
         self._step = reading.step
         self._opened_tab().reading(reading, phase)
         now = time.monotonic()
-        wanted = phase is not self._phase or phase is Phase.SLINGSHOT
+        self._in_phase = self._in_phase + 1 if phase is self._phase else 0
         self._phase = phase
-        if wanted or now - self._written >= self._min_seconds:
-            self._written = now
+        self._skipped += 1
+        due = now - self._written >= self._min_seconds and self._skipped >= self._stride
+        # A loss that never comes back makes a slingshot that never ends.
+        if due or self._in_phase == 0 or (phase is Phase.SLINGSHOT and self._in_phase < SLINGSHOT_EVENTS):
+            self._written, self._skipped = now, 0
             self._write(reading, phase)
         else:
             self._pending = (reading, phase)
 
     def _write(self, reading: Reading, phase: Phase) -> None:
         self._pending = None
+        self._events += 1
+        if self._events % EVENTS == 0:
+            self._stride *= 2
         scalars = {f"nfi/{name}": value for name, value in reading.values.items()}
         for name, (low, high) in self._edges.items():
             if name in reading.values:
@@ -154,6 +176,8 @@ class TensorBoardSink:
             self._opened_tab().close(info)
             self._writer.close()
             self._writer = None
+            if self._lock is not None:
+                self._lock.release()
 
     def _open(self) -> SummaryWriter:
         if self._writer is None:

@@ -33,6 +33,8 @@ FORMAT = 1
 """Raised when an old tab could no longer read a new run; it then says so instead of guessing."""
 ROWS = 128
 CHUNKS_PER_WIDTH = 1024
+UPDATES = 360
+"""The tab shows a run up to this share of its length ago, and at least ten seconds."""
 _PHASES = {phase: float(index) for index, phase in enumerate(Phase)}
 
 
@@ -142,6 +144,7 @@ class TabWriter:
         self._width = 1
         self._chunk = 0
         self._unwritten = False
+        self._started = time.monotonic()
         self._written = -math.inf
         self._step = 0
         self._write_run(closed=False)
@@ -160,7 +163,8 @@ class TabWriter:
         if self._width == 1:
             self._end_bucket()
         now = time.monotonic()
-        if now - self._written >= self._seconds:
+        # The last tag is written again as it grows, and files only grow: seldomer as the run gets longer.
+        if now - self._written >= max(self._seconds, (now - self._started) / UPDATES):
             self._written = now
             self._write_chunk()
             self._writer.flush()
@@ -259,7 +263,7 @@ class TabWriter:
 
     def _write_json(self, tag: str, record: Mapping[str, Any], step: int) -> None:
         _, tensor_pb2, tensor_shape_pb2, types_pb2 = self._protos
-        text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "replace")
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
         tensor = tensor_pb2.TensorProto(
             dtype=types_pb2.DT_STRING, tensor_shape=tensor_shape_pb2.TensorShapeProto(), string_val=[text]
         )

@@ -7,9 +7,11 @@ people read at a glance (fractions, nats) is written with it.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.report.plain import visible
 from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Phase
 
 _LABELS = {
@@ -213,3 +215,8 @@ _ASCII = str.maketrans(
 def to_ascii(text: str) -> str:
     """The same text for a terminal that cannot show it: symbols spelled out, anything else as ``?``."""
     return text.translate(_ASCII).encode("ascii", "replace").decode("ascii")
+
+
+def shown(ascii_only: bool) -> Callable[[str], str]:
+    """What every text goes through on its way to a terminal: control characters are spelled out."""
+    return (lambda text: to_ascii(visible(text))) if ascii_only else visible

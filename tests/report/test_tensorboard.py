@@ -138,3 +138,20 @@ def test_use_before_start_says_so(tmp_path: Path) -> None:
 def test_closing_without_start_is_harmless(tmp_path: Path) -> None:
     TensorBoardSink(tmp_path).close(INFO, Summary())
     assert not list(tmp_path.iterdir())
+
+
+def test_of_a_long_run_fewer_and_fewer_readings_are_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files can only grow; a slingshot's beginning and every change of phase are written all the same."""
+    monkeypatch.setattr(tensorboard, "EVENTS", 16)
+    monkeypatch.setattr(tensorboard, "SLINGSHOT_EVENTS", 5)
+    sink = TensorBoardSink(tmp_path, min_seconds=0)
+    sink.start(INFO)
+    for step in range(1, 201):
+        sink.reading(Reading(step, {"loss": 1.0}), Phase.SLINGSHOT if step > 150 else Phase.HEALTHY)
+    sink.close(INFO, Summary())
+    steps = [item.step for item in read(tmp_path).Scalars("nfi/loss")]
+    assert steps[:16] == list(range(1, 17)) and steps[16:32] == list(range(18, 50, 2))
+    assert steps[32:48] == list(range(52, 116, 4)) and set(range(151, 156)) <= set(steps)
+    assert len(steps) < 70 and steps[-1] == 200

@@ -20,6 +20,7 @@ from rich.console import Console
 from nfi_monitor import Monitor
 from tests.runs import batch, differences, mlp, snapshot
 from tests.safety.faults import broken, called_in
+from tests.safety.table import Shown
 
 STEPS, SPIKE = 70, 60
 CALLED_FROM_OUTSIDE = {
@@ -128,8 +129,8 @@ def test_a_fault_in_one_function_of_eight_changes_no_training_and_is_said(
 
 @pytest.mark.slow
 def test_a_fault_in_any_function_changes_no_training_and_is_said(
-    functions: dict[str, Any], bare: dict[str, Any], tmp_path: Path
+    functions: dict[str, Any], bare: dict[str, Any], tmp_path: Path, shown: Shown
 ) -> None:
     count = check(functions, bare, tmp_path, every=1)
-    print(f"{count} functions were made to raise, one at a time")
     assert count >= 180
+    shown("faults", count, "functions made to raise")

@@ -1,0 +1,89 @@
+"""Keep ``readings.jsonl`` within its budget: old readings get sparser.
+
+Of the older half about every second reading goes: what stays is the first of every so many steps, full
+readings and those of the loss alone counted apart.  So the recent past keeps its full resolution and all of
+the distant past the same, coarser one.  (Dropping every second line lost: pass after pass halves the oldest
+again, until nothing of a run's beginning is left.)  The first reading of a phase and of a session stays.
+They say when phases began and where a run was resumed.  Alerts have a file of their own: none is removed.
+
+The thinned file is written beside the old one and takes its place at once: a reader sees the one or the
+other, and a ``kill -9`` leaves the old one.  (Numbered segments lost: every reader would have to know them,
+and a reader that opens them one by one would mix two generations.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+from array import array
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+READINGS_BYTES = 64 << 20
+"""Size of ``readings.jsonl`` at which it is thinned, to about three quarters."""
+
+# Both ends of a line, as the writer makes them: what is between need not be looked at.
+_BEGIN = re.compile(rb'\{"step": (-?\d+), "phase": "(\w+)", "values": \{("loss": [^,}]*\})?')
+_END = re.compile(rb'\}(?:, "session": (\d+))?\}\s*$')
+
+
+def thin(path: Path) -> None:
+    """Replace the file of readings by a thinner one. Raises OSError, the file being as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(path, "rb") as old, open(temporary, "wb") as new:
+            half = os.fstat(old.fileno()).st_size // 2
+            every = [_interval(steps) for steps in _steps(old, half)]
+            old.seek(0)
+            done, last = 0, None
+            bucket: list[int | None] = [None, None]
+            while done < half and (line := old.readline()):
+                done += len(line)
+                begin, end = _BEGIN.match(line), _END.search(line, max(0, len(line) - 40))
+                if begin is None or end is None:  # torn, or a newer version's: not ours to judge
+                    new.write(line)
+                    continue
+                of, full = (begin[2], end[1]), begin[3] is None
+                now = int(begin[1]) // every[full]
+                if of != last or now != bucket[full]:
+                    new.write(line)
+                last, bucket[full] = of, now
+            shutil.copyfileobj(old, new, 1 << 20)
+            new.flush()
+            os.fsync(new.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _steps(file: BinaryIO, end: int) -> tuple[array[int], array[int]]:
+    """The steps of the readings of the loss alone, and of the full ones, up to byte ``end``."""
+    steps = (array("q"), array("q"))
+    done = 0
+    while done < end and (line := file.readline()):
+        done += len(line)
+        if begin := _BEGIN.match(line):
+            steps[begin[3] is None].append(int(begin[1]))
+    return steps
+
+
+def _interval(steps: array[int]) -> int:
+    """The smallest power of two such that about half of the readings are the first of so many steps."""
+    numbers = np.frombuffer(steps, dtype=np.int64) if steps else np.empty(0, np.int64)
+    every = 1
+    while every < 1 << 40 and 2 * (1 + np.count_nonzero(np.diff(numbers // every))) > len(numbers) + 2:
+        every *= 2
+    return every
+
+
+def remove_leftovers(directory: Path, name: str) -> None:
+    """What a process that was killed in the middle of :func:`thin`, or of replacing ``run.json``, left."""
+    for file in directory.glob(f".{name}.*.tmp"):
+        with contextlib.suppress(OSError):
+            file.unlink()

@@ -1,0 +1,206 @@
+"""docs/safety.md: what is shown of the monitor's safety, by which command, and how often it was tried.
+
+    python -m tests.safety.table            # run all of tests/safety, slow ones too, and write the page
+    python -m tests.safety.table --print    # print it instead
+    python -m tests.safety.table --found FILE ...   # of what `pytest --safety FILE` has counted before
+
+A test adds its count to a row with the ``shown`` fixture, after it has passed.  In an ordinary test run the
+fixture holds what it is given against the page: a page that claims more than was counted fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "safety.md"
+PROPERTY = "nfi_safety"
+
+
+class Row(NamedTuple):
+    shown: str
+    tests: tuple[str, ...]
+    """Files under tests/ that show it."""
+
+
+ROWS = {
+    "no interference": Row(
+        "weights, optimizer state and random state are bitwise those of the training without a monitor: "
+        "{float32, bf16 autocast, fp16 and GradScaler} × {plain, accumulation, checkpointing reentrant or "
+        "not, compile, tied head} × {AdamW default, foreach, fused, Adam amsgrad, SGD, Adafactor, Muon}",
+        ("safety/test_matrix.py", "test_bitwise.py"),
+    ),
+    "faults": Row(
+        "any function that runs inside a training may raise: the training's result is unchanged, the fault "
+        "is said once, the other parts go on",
+        ("safety/test_faults.py",),
+    ),
+    "storage": Row(
+        "disk full, directory removed or read-only, `kill -9` at random moments: all complete records are "
+        "read back, at most one is lost, none is wrong; a second process in the same directory is refused",
+        ("safety/test_storage.py",),
+    ),
+    "numbers": Row(
+        "random modules, K from 1 to 50,000, all dtypes, NaN, Inf, denormals, huge logits, empty and ragged "
+        "batches, ignored rows: nothing is raised, and no reading leaves the range documented for it "
+        "(`nfi_monitor/quantities.py`)",
+        ("safety/test_numbers.py",),
+    ),
+    "long runs": Row(
+        "memory stays flat, a step does not get slower, the run directory stays within its budget (old "
+        "readings are thinned, alerts never)",
+        ("safety/test_long_run.py",),
+    ),
+    "copies": Row(
+        "deepcopy, pickle, `torch.save`, AveragedModel, DataParallel replicas, forked and spawned workers: "
+        "nothing is counted twice, nothing breaks",
+        ("safety/test_copies.py",),
+    ),
+    "detach": Row(
+        "after `close()` no hook, no reference, no open file and no global state is left",
+        ("safety/test_detach.py",),
+    ),
+    "resume": Row(
+        "stopped at any step and resumed from a checkpoint, alerts and readings are bit for bit those of the "
+        "uninterrupted run (`overhead_budget=None`, or any run whose cadence the clock did not change)",
+        ("safety/test_resume.py", "test_resume.py"),
+    ),
+    "trust": Row(
+        "nothing is written outside the run directory, the tab serves its own files only, control characters "
+        "and markup are spelled out, nothing is unpickled, no connection is opened, what CI installs is "
+        "pinned by hash",
+        ("safety/test_trust.py",),
+    ),
+}
+
+Shown = Callable[[str, int, str], None]
+"""``shown(row, count, unit)``."""
+
+
+def line(name: str, counts: list[tuple[int, str]]) -> str:
+    row = ROWS[name]
+    told = "; ".join(f"{count:,} {unit}" for count, unit in counts)
+    files = " ".join(f"tests/{file}" for file in row.tests)
+    return f'| {name} | {row.shown} | `pytest -m "slow or not slow" {files}` | {told} |'
+
+
+def render(found: list[tuple[str, int, str]]) -> str:
+    """The page. Raises KeyError for a row that no test has counted."""
+    counts = {name: [(count, unit) for row, count, unit in found if row == name] for name in ROWS}
+    missing = [name for name, its in counts.items() if not its]
+    if missing:
+        raise KeyError(f"no passed test has shown: {', '.join(missing)}")
+    return "\n".join(
+        [
+            "# What is shown of the monitor's safety",
+            "",
+            "Made from the tests that passed (`python -m tests.safety.table`), with what they counted. A",
+            "short form of each runs in `make test`.",
+            "",
+            "| | what is shown | command | tried |",
+            "|---|---|---|---|",
+            *(line(name, its) for name, its in counts.items()),
+            "",
+            LIMITS,
+        ]
+    )
+
+
+LIMITS = """\
+## What is bounded, and by how much
+
+`readings.jsonl` is thinned at 64 MiB (`nfi_monitor/report/thinning.py`): of its older half about every
+second reading goes, evenly over the steps, but the first of each phase and of each resumed session stays.
+TensorBoard's files can only grow, and grow with the logarithm of the run's length: after 2,048 readings
+every second one is written as scalars, after as many again every fourth, and so on. Alerts are never
+thinned. In the program, `monitor.history` keeps at most 65,536 values of a quantity.
+
+## What is not shown
+
+A checkpoint of a run of many processes does not hold what the next step of *all* ranks would be compared
+with: curvature, alignment and feature displacement of the first reading after the resume are missing
+there. On accelerators, and with an `overhead_budget`, the cadence of readings depends on the clock, so
+that two runs may read different steps. torch is pinned by version, not by hash: which build it is depends
+on the machine. On Windows, a second process in the same directory is not refused.
+"""
+
+
+@pytest.fixture
+def shown(request: pytest.FixtureRequest, record_property: Callable[[str, object], None]) -> Shown:
+    """Call it last: a test that fails has shown nothing."""
+
+    def record(row: str, count: int, unit: str) -> None:
+        print(f"{row}: {count:,} {unit}")
+        assert row in ROWS
+        record_property(PROPERTY, [row, count, unit])
+        if request.config.getoption("--safety") is None and PAGE.exists():
+            page = PAGE.read_text(encoding="utf-8")
+            its = next((text for text in page.splitlines() if text.startswith(f"| {row} |")), "")
+            claimed = re.search(rf"([\d,]+) {re.escape(unit)}", its)
+            assert claimed and int(claimed[1].replace(",", "")) <= count, (
+                f"docs/safety.md claims {claimed[0] if claimed else 'nothing'} where {count:,} {unit} were "
+                f"counted ({row}). Renew it: python -m tests.safety.table"
+            )
+
+    return record
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--safety", metavar="FILE", help="write what the tests of tests/safety count to FILE")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    path = config.getoption("--safety")
+    if path is not None and not hasattr(config, "workerinput"):  # xdist's workers report to their controller
+        config.pluginmanager.register(_Collector(Path(path)))
+
+
+class _Collector:
+    """Keeps what passed tests have shown; it travels as user properties, also from xdist's workers."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._found: list[object] = []
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" and report.passed:
+            self._found += [value for name, value in report.user_properties if name == PROPERTY]
+
+    def pytest_sessionfinish(self) -> None:
+        self._path.write_text(json.dumps(self._found), encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--print", action="store_true", help="print the page, write nothing")
+    parser.add_argument("--found", nargs="+", type=Path, help="files of earlier runs, instead of a new one")
+    arguments = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory() as folder:
+        file, failed = Path(folder) / "shown.json", 0
+        if not arguments.found:
+            marks = ["-q", "-m", "slow or not slow", "--safety", str(file)]
+            failed = pytest.main([*marks, str(ROOT / "tests" / "safety")])
+        files = [one for one in arguments.found or [file] if one.exists()]
+        found = [item for one in files for item in json.loads(one.read_text(encoding="utf-8"))]
+    if failed or not found:
+        print("The page is left as it was: not all tests passed.", file=sys.stderr)
+        return 1
+    page = render([(row, count, unit) for row, count, unit in found])
+    if arguments.print:
+        print(page)
+    else:
+        PAGE.write_text(page, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
