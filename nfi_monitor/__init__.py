@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from nfi_monitor.capture.snapshots import Snapshot
     from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError, MonitorError
     from nfi_monitor.monitor import Monitor
+    from nfi_monitor.remedies.autopilot import Autopilot
     from nfi_monitor.types import (
         Alert,
         AlertKind,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
 
 _HOMES = {
+    "Autopilot": "nfi_monitor.remedies.autopilot",
     "Monitor": "nfi_monitor.monitor",
     "Snapshot": "nfi_monitor.capture.snapshots",
     **dict.fromkeys(("AlreadyMonitoredError", "HeadNotFoundError", "MonitorError"), "nfi_monitor.errors"),
@@ -45,9 +47,9 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "Alert", "AlertKind", "AlertState", "AlreadyMonitoredError", "Change", "Evidence", "HeadNotFoundError",
-    "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity", "Snapshot",
-    "Thresholds", "__version__",
+    "Alert", "AlertKind", "AlertState", "AlreadyMonitoredError", "Autopilot", "Change", "Evidence",
+    "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity",
+    "Snapshot", "Thresholds", "__version__",
 ]  # fmt: skip
 
 

@@ -1,29 +1,38 @@
 """What to do about an alert: one concrete next action first, then the alternatives.
 
-Measured on modular division (β2 = .95): moving the loss to float64 averts the slingshot when done
-1.25 τ ahead and not later; a tenfold smaller learning rate still does five steps ahead.
+Whatever is named here stands in ``tests/benchmarks/remedies/RESULTS.md`` as averting at least half of the
+slingshots of that mechanism from that moment on; ``tests/remedies/test_advice.py`` holds the two together.
 """
 
 from __future__ import annotations
 
 from nfi_monitor.types import AlertKind, Mechanism
 
-_FLOAT64 = "Compute the loss in float64: criterion(logits.double(), target). Parameters stay as they are."
-_PROJECT = (
-    "Or project the gradient: if logits.requires_grad: logits.register_hook(lambda g: g - g.mean(-1, "
-    "keepdim=True))."
+_LOSS = (
+    "Exchange the loss: nfi_monitor.remedies.zero_sum_cross_entropy(logits, target), or compute it in "
+    "float64: criterion(logits.double(), target). Parameters stay as they are."
 )
-_EPSILON = "Or raise Adam's eps to 1e-6 or more: for group in optimizer.param_groups: group['eps'] = 1e-6."
+_PROJECT = "Where the loss is out of reach: nfi_monitor.remedies.project_zero_sum(head)."
+_EPSILON = "Or raise Adam's eps: nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5)."
+_LAST_MOMENT = (
+    "With less than 1.25 τ left that comes too late: nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5), "
+    "and the loss besides. A smaller learning rate for a few τ only delays the slingshot."
+)
 _COOL = (
-    "Multiply the learning rate by 0.1 for about {steps} steps now; it works up to a few steps before the "
-    "spike."
+    "Multiply the learning rate by 0.1 for about {steps} steps now: "
+    "nfi_monitor.remedies.cool_down(optimizer, 0.1, {steps})."
 )
+_STAY_COOL = (
+    "Multiply the learning rate by 0.1 now and leave it there: "
+    "nfi_monitor.remedies.cool_down(optimizer, 0.1, None). A few τ of it only delay the slingshot."
+)
+_NOT_THE_LOSS = "Float64 does not help here: rounding is not the cause. Neither does a larger eps."
 _SAVE = "Save a checkpoint now: what follows may not be undone by training on."
 
 
 def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, ...]:
     """Advice in the order to try it; the first is the action to take."""
-    cool = _COOL.format(steps=max(10, round(2 * tau)))
+    steps = max(10, round(2 * tau))
     if kind is AlertKind.NON_FINITE:
         return (
             "Stop and go back to the last checkpoint: weights that took a NaN or Inf do not come back.",
@@ -31,33 +40,29 @@ def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, 
         )
     if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
         if kind is AlertKind.IMMINENT:
-            return (
-                cool + " And compute the loss in float64 from now on: criterion(logits.double(), target).",
-                "Float64 alone averts it if 1.25 τ or more are left; the smaller rate alone only delays it.",
-                _SAVE,
-            )
+            return (_LOSS.replace("Exchange the loss", "Exchange the loss now"), _LAST_MOMENT, _SAVE)
         if kind is AlertKind.SLINGSHOT:
-            return (_FLOAT64 + " It prevents the next one.", _PROJECT, _EPSILON)
-        return (_FLOAT64, _PROJECT, _EPSILON)
+            return (_LOSS + " It prevents the next one.", _PROJECT, _EPSILON)
+        return (_LOSS, _EPSILON)
     if mechanism is Mechanism.SECOND_MOMENT:
         if kind is AlertKind.SLINGSHOT:
             return (
-                "Lower β2 (0.99) or weight decay, or the learning rate, to make the next one smaller.",
-                "Float64 does not help here: rounding is not the cause.",
+                _STAY_COOL,
+                "A lower β2 (0.99) or less weight decay make the next one smaller.",
+                _NOT_THE_LOSS,
             )
         return (
-            cool,
-            "Float64 does not help here: rounding is not the cause. Weight decay pulls the weights back "
-            "onto a second moment that has forgotten their gradient.",
+            _STAY_COOL,
+            _NOT_THE_LOSS + " Weight decay pulls the weights back onto a second moment that has forgotten "
+            "their gradient; resetting it brings the slingshot sooner.",
             _SAVE,
         )
     if mechanism is Mechanism.EDGE_OF_STABILITY:
         if kind is AlertKind.IMMINENT:
-            return (cool, "Float64 does not help here: rounding is not the cause.", _SAVE)
+            return (_STAY_COOL, _NOT_THE_LOSS, _SAVE)
         return (
-            "Lower the learning rate, or warm it up more slowly: the curvature along the update is above "
-            "what Adam is stable at.",
-            "Float64 does not help here: rounding is not the cause.",
+            "The curvature along the update is above what Adam is stable at. " + _STAY_COOL,
+            _NOT_THE_LOSS,
         )
     if mechanism is Mechanism.EXTERNAL:
         return (
@@ -71,4 +76,4 @@ def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, 
             "schedule of this step.",
             "Attach with every=1 to see the steps before the next one in full.",
         )
-    return (cool, _SAVE)
+    return (_COOL.format(steps=steps), _SAVE)

@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nfi_monitor.remedies.autopilot import Action, Autopilot, AutopilotStop
     from nfi_monitor.remedies.centering import center_classifier, center_features
-    from nfi_monitor.remedies.cooling import cool_down
+    from nfi_monitor.remedies.cooling import CoolDown, cool_down
     from nfi_monitor.remedies.cross_entropy import (
         ZeroSumCrossEntropyLoss,
         float64_cross_entropy,
@@ -22,12 +23,18 @@ if TYPE_CHECKING:
     from nfi_monitor.remedies.huggingface import causal_lm_loss, classification_loss
     from nfi_monitor.remedies.linear import linear_zero_sum_cross_entropy
     from nfi_monitor.remedies.penalties import z_loss
+    from nfi_monitor.remedies.policy import Policy
     from nfi_monitor.remedies.prieto import orthogonal_gradients, stablemax_cross_entropy
     from nfi_monitor.remedies.projection import project_zero_sum
     from nfi_monitor.remedies.second_moment import reset_second_moment
     from nfi_monitor.remedies.update_clip import clip_update_rms
 
 _HOMES = {
+    "Action": "autopilot",
+    "Autopilot": "autopilot",
+    "AutopilotStop": "autopilot",
+    "CoolDown": "cooling",
+    "Policy": "policy",
     "causal_lm_loss": "huggingface",
     "center_classifier": "centering",
     "center_features": "centering",
@@ -48,7 +55,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "Action",
+    "Autopilot",
+    "AutopilotStop",
+    "CoolDown",
     "Handle",
+    "Policy",
     "ZeroSumCrossEntropyLoss",
     "causal_lm_loss",
     "center_classifier",

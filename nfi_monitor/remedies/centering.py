@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.optimizer import unwrap
 from nfi_monitor.remedies.handle import Handle
+from nfi_monitor.remedies.projection import classes_last
+from nfi_monitor.remedies.steps import around_steps
 
 _FEATURES = "_nfi_centered_features"
 
@@ -36,15 +38,14 @@ def center_classifier(model: nn.Module, optimizer: Any, head: nn.Module | str | 
     optimizer = unwrap(optimizer)
     axis = found.class_axis
 
-    def center(*_: Any) -> None:
+    def center(optimizer: torch.optim.Optimizer) -> None:
         with torch.no_grad():
             _take_mean_off(weight, axis, optimizer)
             if found.bias is not None:
                 _take_mean_off(found.bias, 0, optimizer)
 
-    center()
-    hook = optimizer.register_step_post_hook(center)
-    return Handle("centred classifier", hook.remove)
+    center(optimizer)
+    return Handle("centred classifier", around_steps(optimizer, after=center))
 
 
 def _centrable(head: Head) -> nn.Parameter:
@@ -88,10 +89,11 @@ def center_features(head: nn.Module, momentum: float = 0.1) -> Handle:
         head: the module that is given the features [..., d], uncompiled.
         momentum: share of the new mean in the running one.
 
-    Raises ValueError if it is applied to this head already.
+    Raises ValueError if it is applied to this head already, or for a convolution.
     """
     if not isinstance(head, nn.Module):
         raise TypeError(f"center_features needs the head, a torch.nn.Module, got {type(head).__name__}.")
+    classes_last("center_features", head)
     if _FEATURES in head._buffers:
         raise ValueError("The features of this head are centred already.")
     head.register_buffer(_FEATURES, None)

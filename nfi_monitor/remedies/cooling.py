@@ -10,87 +10,113 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture.optimizer import unwrap
 from nfi_monitor.remedies.handle import Handle
+from nfi_monitor.remedies.steps import around_steps
 
 _SCALED: weakref.WeakKeyDictionary[Optimizer, _Scaled] = weakref.WeakKeyDictionary()
 
 
-def cool_down(optimizer: Any, factor: float = 0.1, steps: int = 100, ramp: int | None = None) -> Handle:
-    """For every mechanism, at once: the one thing that still helps a few steps ahead.
+class CoolDown(Handle):
+    """``release()`` lets the rate come back from the next step on; ``undo()`` puts it back at once."""
 
-    For ``steps`` optimizer steps the learning rate is ``factor`` times what it would be; then it comes back
-    over ``ramp`` steps (default a quarter of them), by the same factor each step.  It takes effect inside
-    ``optimizer.step()`` alone: schedulers read and write the rate that they know.  Of several, the smallest
-    factor counts.  It costs nothing.
+    def __init__(self, what: str, undo: Callable[[], None], release: Callable[[], None]) -> None:
+        super().__init__(what, undo)
+        self._release = release
 
-    It delays a numeric slingshot and does not avert it: exchange the loss meanwhile.  When not to use it: for
-    good.  Source: measured, ``tests/benchmarks/detection/RESULTS.md``.
+    def release(self) -> None:
+        """Begin the way back now. Nothing where it has begun or ended already."""
+        self._release()
+
+
+def cool_down(
+    optimizer: Any, factor: float = 0.1, steps: int | None = 100, ramp: int | None = None
+) -> CoolDown:
+    """For second-moment slingshots and those at the edge of stability, where nothing else helps, at once.
+
+    For ``steps`` optimizer steps (None: until ``release()``) the learning rate is ``factor`` times what it
+    would be; then it comes back over ``ramp`` steps (default a quarter of them), by the same factor each
+    step.  It takes effect inside ``optimizer.step()`` alone: schedulers read and write the rate that they
+    know.  Of several, the smallest factor counts.  It costs nothing.
+
+    A few τ of it delay a slingshot of any mechanism and rarely avert it: before a numeric one exchange the
+    loss meanwhile, before the others leave the rate low (``steps=None``).  When not to use it: from the start
+    of a training, which then learns as much more slowly.  Source: measured,
+    ``tests/benchmarks/remedies/RESULTS.md``.
 
     Raises ValueError unless 0 < factor ≤ 1, steps ≥ 1 and ramp ≥ 0.
     """
     optimizer = unwrap(optimizer)
-    ramp = -(-steps // 4) if ramp is None else ramp
     if not 0.0 < factor <= 1.0:
         raise ValueError(f"factor must be in (0, 1], got {factor!r}.")
-    if steps < 1 or ramp < 0:
+    if (steps is not None and steps < 1) or (ramp is not None and ramp < 0):
         raise ValueError(f"steps must be ≥ 1 and ramp ≥ 0, got {steps!r} and {ramp!r}.")
     scaled = _SCALED.get(optimizer)
     if scaled is None:
         scaled = _SCALED[optimizer] = _Scaled(optimizer)
+    cooling = _Cooling(factor, steps, ramp)
+    remove = scaled.add(cooling)
+    lasts = "until it is released" if steps is None else f"for {steps:,} steps"
+    return CoolDown(f"learning rate × {factor:g} {lasts}", remove, cooling.release)
 
-    def now(done: int) -> float | None:
-        if done < steps:
-            return factor
-        left = 1.0 - (done - steps + 1) / (ramp + 1)
-        return factor**left if left > 0 else None
 
-    return Handle(f"learning rate × {factor:g} for {steps:,} steps", scaled.add(now))
+class _Cooling:
+    def __init__(self, factor: float, steps: int | None, ramp: int | None) -> None:
+        self.factor, self.steps, self.ramp = factor, steps, ramp
+        self.done = 0  # optimizer steps taken under it
+
+    def release(self) -> None:
+        if self.steps is None or self.done < self.steps:
+            self.steps = self.done
+
+    def now(self) -> float | None:
+        """What the rate is multiplied by in the next step; None once it is back."""
+        if self.steps is None or self.done < self.steps:
+            return self.factor
+        ramp = -(-self.steps // 4) if self.ramp is None else self.ramp
+        left = 1.0 - (self.done - self.steps + 1) / (ramp + 1)
+        return self.factor**left if left > 0 else None
 
 
 class _Scaled:
     """One pair of step hooks an optimizer: of two pairs, the second would put back what the first had set."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self._active: dict[object, list[Any]] = {}  # key → [factor as a function of steps done, steps done]
+        self._active: list[_Cooling] = []
         self._own: list[Any] = []  # the groups' rates while a step runs
         self._optimizer = weakref.ref(optimizer)
-        self._hooks = [
-            optimizer.register_step_pre_hook(self._before),
-            optimizer.register_step_post_hook(self._after),
-        ]
+        self._take_off = around_steps(optimizer, self._before, self._after)
 
-    def add(self, now: Callable[[int], float | None]) -> Callable[[], None]:
-        key = object()
-        self._active[key] = [now, 0]
-        return lambda: self._remove(key)
+    def add(self, cooling: _Cooling) -> Callable[[], None]:
+        self._active.append(cooling)
+        return lambda: self._remove(cooling)
 
-    def _remove(self, key: object) -> None:
-        self._active.pop(key, None)
-        if not self._active:
-            self._end()
+    def _remove(self, cooling: _Cooling) -> None:
+        if cooling in self._active:
+            self._active.remove(cooling)
+            if not self._active:
+                self._end()
 
     def _end(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+        self._take_off()
         optimizer = self._optimizer()
         if optimizer is not None:
             self._restore(optimizer)
             if _SCALED.get(optimizer) is self:
                 del _SCALED[optimizer]
 
-    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _before(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)  # a step that raised left the smaller rates behind
-        for key, (now, done) in list(self._active.items()):
-            if now(done) is None:
-                del self._active[key]
-        factor = min((now(done) for now, done in self._active.values()), default=1.0)
+        factors = [factor for cooling in self._active if (factor := cooling.now()) is not None]
+        if not factors:
+            return
         self._own = [group["lr"] for group in optimizer.param_groups]
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * factor
+            group["lr"] = group["lr"] * min(factors)
 
-    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def _after(self, optimizer: Optimizer) -> None:
         self._restore(optimizer)
-        for state in self._active.values():
-            state[1] += 1
+        for cooling in self._active:
+            cooling.done += 1
+        self._active = [cooling for cooling in self._active if cooling.now() is not None]
         if not self._active:
             self._end()
 

@@ -18,6 +18,7 @@ not what it is made of.  ``F.cross_entropy`` makes three.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -62,6 +63,11 @@ def zero_sum_cross_entropy(
     other losses, and where second derivatives are needed.  Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism is
     Liu et al. 2026.
     """
+    plain = weight is None and reduction == "mean" and label_smoothing == 0.0 and ignore_index < 0
+    if plain and _is_small(input, target):
+        small: Tensor = _SmallCrossEntropy.apply(input, target)
+        if math.isfinite(small.item()):
+            return small
     axis = _check(input, target, weight, reduction, label_smoothing)
     rows, lead = input, input.shape[:-1]
     if input.dim() != 2:
@@ -176,6 +182,49 @@ class _CrossEntropy(torch.autograd.Function):
         if ctx.reduced and _is_one(grad):
             return found.to(ctx.dtype), None, None, None, None
         return _times(found, grad if ctx.reduced else grad.unsqueeze(-1), ctx.dtype), None, None, None, None
+
+
+SMALL = 1 << 14
+"""Logits up to which an operation costs more than what it does: the fewest operations win."""
+
+
+def _is_small(logits: Tensor, target: Tensor) -> bool:
+    """Whether the short way may be tried: plain rows on a CPU, where a look at a number costs no waiting."""
+    return (
+        logits.is_cpu
+        and target.is_cpu
+        and 0 < logits.numel() <= SMALL
+        and logits.dim() == 2
+        and logits.dtype in (torch.float32, torch.float64)
+        and target.dtype is torch.int64
+        and target.dim() == 1
+        and len(target) == len(logits)
+        and not torch.compiler.is_compiling()
+        and target.min().item() >= 0  # no row is ignored
+    )
+
+
+class _SmallCrossEntropy(torch.autograd.Function):
+    """The mean loss of hard targets, everything relative to the target's own logit: e_k = e^(z_k − z_r).
+
+    loss = ln(1 + Σ_{k≠r} e_k): no maximum is looked for, so that a margin below −88 (float32) overflows; the
+    loss is then not finite, and the caller goes the long way.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor) -> Tensor:
+        column = target.unsqueeze(-1)
+        rest = logits - logits.gather(-1, column)
+        mass = rest.exp_().scatter_(-1, column, 0.0).sum(-1, keepdim=True)
+        if ctx.needs_input_grad[0]:
+            # Of the sum: divided by 1 + mass times the number of rows, some would overflow.
+            ctx.save_for_backward(rest.scatter_(-1, column, -mass).div_(1.0 + mass))
+            ctx.rows = len(target)
+        return mass.log1p().mean()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _gradient(ctx) * (grad.item() / ctx.rows), None
 
 
 class _SmoothCrossEntropy(torch.autograd.Function):

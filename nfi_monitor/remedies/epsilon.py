@@ -19,7 +19,8 @@ def raise_epsilon(optimizer: Any, eps: float = 1e-6) -> Handle:
     Every group's ``eps`` that is smaller becomes ``eps``; the largest of several that are active counts.
     It costs nothing, but it changes training for good while it is on: coordinates whose gradients are below
     ``eps`` hardly move.  When not to use it: where gradients are that small all along (large models with a
-    sum over many tokens, float16).
+    sum over many tokens, float16), or against slingshots of the other mechanisms, which it does not avert
+    (``tests/benchmarks/remedies/RESULTS.md``).
 
     Raises ValueError for an ``eps`` that is not positive, or an optimizer without one.
     """

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture.optimizer import unwrap
 from nfi_monitor.remedies.handle import Handle
+from nfi_monitor.remedies.steps import around_steps
 
 
 def stablemax_cross_entropy(
@@ -49,7 +50,7 @@ def orthogonal_gradients(optimizer: Any) -> Handle:
     """
     optimizer = unwrap(optimizer)
 
-    def project(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def project(optimizer: Optimizer) -> None:
         if getattr(optimizer, "grad_scale", None) is not None:
             raise RuntimeError(
                 "orthogonal_gradients under a gradient scaler needs scaler.unscale_(optimizer) before step()."
@@ -60,8 +61,7 @@ def orthogonal_gradients(optimizer: Any) -> Handle:
                     if weight.grad is not None and weight.grad.layout is torch.strided:
                         _orthogonal(weight, weight.grad)
 
-    hook = optimizer.register_step_pre_hook(project)
-    return Handle("orthogonal gradients", hook.remove)
+    return Handle("orthogonal gradients", around_steps(optimizer, before=project))
 
 
 def _orthogonal(weight: Tensor, grad: Tensor) -> None:

@@ -14,20 +14,34 @@ def project_zero_sum(head: nn.Module) -> Handle:
     """For numerical feature inflation where the loss cannot be exchanged: g ← g − mean_k g at the logits.
 
     The loss stays as it is, absorbed rows included; what they push the means by is gone (Liu et al. 2026,
-    section 5).  Costs one [N, K] tensor a backward pass.  Applied twice it does what it does once.
+    section 5).  Costs one [N, K] tensor a backward pass.  Applied twice it does what it does once.  A monitor
+    on the same head shows the projected gradient, however late this is applied.
 
     Args:
         head: the module whose output are the logits [..., K], K ≥ 2, uncompiled (a hook that is registered
             after the first compiled call never fires).
 
-    Raises TypeError for what is no module.  When not to use it: with losses whose gradient has no zero-sum
-    (z-loss, one-vs-rest, regression): it would take a part of them away.  It is less than a repaired loss: in
-    deep networks and transformers it averted fewer slingshots (``tests/benchmarks/detection/RESULTS.md``).
+    Raises TypeError for what is no module, ValueError for a convolution.  When not to use it: with losses
+    whose gradient has no zero-sum (z-loss, one-vs-rest, regression): it would take a part of them away.  It
+    is less than a repaired loss: in deep networks and transformers it averted fewer slingshots
+    (``tests/benchmarks/detection/RESULTS.md``).
     """
     if not isinstance(head, nn.Module):
         raise TypeError(f"project_zero_sum needs the head, a torch.nn.Module, got {type(head).__name__}.")
-    hook = head.register_forward_hook(_Project())
+    classes_last("project_zero_sum", head)
+    # First of the head's hooks: a monitor shows the gradient that the weights get, as it does for a repaired
+    # loss, and an alert that this answers ends.
+    hook = head.register_forward_hook(_Project(), prepend=True)
     return Handle("zero-sum projection", hook.remove)
+
+
+def classes_last(remedy: str, head: nn.Module) -> None:
+    """Raises ValueError for a head whose output, or input, has its channels in the middle."""
+    if isinstance(head, nn.modules.conv._ConvNd):
+        raise ValueError(
+            f"{remedy} needs a head with classes and features in the last axis, got {type(head).__name__}. "
+            "Use zero_sum_cross_entropy, which takes [N, K, d1, ...]."
+        )
 
 
 class _Project:

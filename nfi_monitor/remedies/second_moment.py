@@ -18,9 +18,9 @@ def reset_second_moment(optimizer: Any, params: Iterable[Tensor] | None = None) 
     All three, because a second moment of 0 under a step count of thousands is not corrected for its bias, and
     the next updates would be 1/√(1−β2) times too large.
 
-    W. Wu (2024) found that it suppresses second-moment slingshots.  We did not: hinge parity had more of them
-    after it, and cross-entropy parity got worse.  It is here to be compared with; no alert advises it.
-    ``undo()`` puts the moments of that time back, and keeps a copy of them until then.
+    W. Wu (2024) found that it suppresses second-moment slingshots.  We did not: it brought most of them
+    sooner, of every mechanism (``tests/benchmarks/remedies/RESULTS.md``).  It is here to be compared with; no
+    alert advises it.  ``undo()`` puts the moments of that time back, and keeps a copy of them until then.
 
     Raises ValueError where there is no second moment to reset.
     """
@@ -30,6 +30,8 @@ def reset_second_moment(optimizer: Any, params: Iterable[Tensor] | None = None) 
     counts: list[tuple[dict[str, Any], Any]] = []
     for param, state in optimizer.state.items():
         if wanted is not None and id(param) not in wanted:
+            continue
+        if not any(isinstance(state.get(name), Tensor) for name in SECOND_MOMENTS):
             continue
         tensors = [state.get(name) for name in ("exp_avg", *SECOND_MOMENTS)]
         saved += [(tensor, tensor.clone()) for tensor in tensors if isinstance(tensor, Tensor)]

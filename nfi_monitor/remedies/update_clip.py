@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture.optimizer import SECOND_MOMENTS, unwrap
 from nfi_monitor.remedies.handle import Handle
+from nfi_monitor.remedies.steps import around_steps
+
+_CLIPPED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
@@ -21,18 +25,22 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
     copy of the parameters and three passes over the gradient a step.  When not to use it: for numeric
     slingshots, whose updates are as large as their second moment says.
 
-    Raises ValueError for a limit that is not positive, or an optimizer without a second moment.
+    Raises ValueError for a limit that is not positive, for an optimizer without a second moment, or for one
+    whose updates are clipped already: the same step would be divided twice.
     """
     optimizer = unwrap(optimizer)
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit!r}.")
     if not any("betas" in group for group in optimizer.param_groups):
         raise ValueError(f"{type(optimizer).__name__} has no second moment to hold updates against.")
-    before: dict[
-        Tensor, tuple[Tensor, Tensor]
-    ] = {}  # parameter → (its values before the step, its gradient²)
+    if optimizer in _CLIPPED:
+        raise ValueError(
+            f"The updates of this {type(optimizer).__name__} are clipped already: undo that first."
+        )
+    # Parameter → (its values before the step, its gradient²).
+    before: dict[Tensor, tuple[Tensor, Tensor]] = {}
 
-    def pre(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def pre(optimizer: Optimizer) -> None:
         scale = getattr(optimizer, "grad_scale", None)
         for group in optimizer.param_groups:
             for param in group["params"]:
@@ -40,7 +48,8 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
                     grad = param.grad if scale is None else param.grad / scale
                     before[param] = param.detach().clone(), grad.detach().square()
 
-    def post(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    def post(optimizer: Optimizer) -> None:
+        skipped = getattr(optimizer, "found_inf", None)
         with torch.no_grad():
             for group in optimizer.param_groups:
                 beta2, eps = group["betas"][1], float(group.get("eps", 0.0))
@@ -51,19 +60,20 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
                         continue
                     values, square = before[param]
                     unbiased = moment / (1.0 - beta2 ** state["step"])
-                    rms = (
-                        (square / unbiased.clamp_min(eps * eps or torch.finfo(moment.dtype).tiny))
-                        .mean()
-                        .sqrt()
-                    )
+                    floor = eps * eps or torch.finfo(moment.dtype).tiny
+                    rms = (square / unbiased.clamp_min(floor)).mean().sqrt()
+                    share = (limit / rms).clamp_max(1.0)
+                    if skipped is not None:  # a fused step whose gradients overflowed has moved nothing
+                        share = torch.where(skipped > 0, 1.0, share)
                     # Interpolated from what it was: the optimizer knows one rate a group, not one a tensor.
-                    param.copy_(torch.lerp(values, param, (limit / rms).clamp_max(1.0).to(param.dtype)))
+                    param.copy_(torch.lerp(values, param, share.to(param.dtype)))
         before.clear()
 
-    hooks = [optimizer.register_step_pre_hook(pre), optimizer.register_step_post_hook(post)]
+    _CLIPPED.add(optimizer)
+    take_off = around_steps(optimizer, pre, post)
 
     def undo() -> None:
-        for hook in hooks:
-            hook.remove()
+        take_off()
+        _CLIPPED.discard(optimizer)
 
     return Handle(f"updates clipped at RMS_t {limit:g}", undo)

@@ -43,15 +43,21 @@ def row(margin: float, classes: int, ties: int, generator: torch.Generator) -> T
     ties=st.sampled_from([1, 2, 50]),
     shift=st.sampled_from([0.0, 30.0, -1000.0]),
     seed=st.integers(0, 2**16),
+    batched=st.booleans(),
 )
 def test_loss_and_gradient_of_float32_logits_are_exact_to_the_conditioning_of_exp(
-    margin: float, classes: int, ties: int, shift: float, seed: int
+    margin: float, classes: int, ties: int, shift: float, seed: int, batched: bool
 ) -> None:
+    """A row alone takes the long way, a small batch the short one."""
     logits = row(margin, classes, min(ties, classes - 1), torch.Generator().manual_seed(seed)) + shift
     margin = float(logits[0].double() - logits[1:].double().max())  # what the shift has left of it
     loss, gradient = exact(logits, 0)
     logits.requires_grad_()
-    found = zero_sum_cross_entropy(logits, torch.tensor(0))
+    found = (
+        zero_sum_cross_entropy(logits.unsqueeze(0), torch.tensor([0]))
+        if batched
+        else zero_sum_cross_entropy(logits, torch.tensor(0))
+    )
     found.backward()
     assert found.dtype is torch.float32 and logits.grad is not None
     if loss > torch.finfo(torch.float32).smallest_normal:
@@ -60,7 +66,9 @@ def test_loss_and_gradient_of_float32_logits_are_exact_to_the_conditioning_of_ex
     said = logits.grad.double().numpy()
     normal = np.abs(gradient) > torch.finfo(torch.float32).smallest_normal
     spread = float(logits.detach().max() - logits.detach().min())
-    assert np.all(np.abs(said - gradient)[normal] <= (spread + 8) * ULP * np.abs(gradient)[normal])
+    # Two differences are rounded where the target is not the largest: the entry's own and the margin.
+    bound = (spread + max(-margin, 0.0) + 8) * ULP
+    assert np.all(np.abs(said - gradient)[normal] <= bound * np.abs(gradient)[normal])
 
 
 @given(
@@ -86,6 +94,19 @@ def test_a_rows_gradient_sums_to_zero_in_the_inputs_own_precision(
     elif largest > smallest / EPS[dtype]:
         # An entry below the smallest normal number may be flushed; they add up to nothing here.
         assert abs(float(g.sum())) <= 4 * 2 * EPS[dtype] * largest + classes * smallest
+
+
+@pytest.mark.parametrize("margin", [-87.0, -88.7, -100.0, -1e4])
+def test_where_the_short_way_overflows_the_long_one_is_taken(margin: float) -> None:
+    logits = torch.zeros(300, 4)
+    logits[7, 0] = margin
+    logits.requires_grad_()
+    target = torch.zeros(300, dtype=torch.int64)
+    zero_sum_cross_entropy(logits, target).backward()
+    exact = logits.detach().double().requires_grad_()
+    F.cross_entropy(exact, target).backward()
+    assert logits.grad is not None and exact.grad is not None
+    torch.testing.assert_close(logits.grad, exact.grad.float(), rtol=1e-5, atol=1e-12)
 
 
 def test_the_correct_class_keeps_its_gradient_where_torch_loses_it() -> None:

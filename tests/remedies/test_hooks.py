@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfi_monitor import remedies
+from nfi_monitor.remedies.steps import hooks_on
 from tests.runs import batch, differences, mlp, snapshot, train
 
 
@@ -155,7 +156,7 @@ def test_the_rate_is_smaller_for_the_steps_and_comes_back_by_equal_factors() -> 
     moved = rates(optimizer, parameter, 8)
     expected = [0.1, 0.1, 0.1, 0.1**0.75, 0.1**0.5, 0.1**0.25, 1.0, 1.0]
     assert moved == pytest.approx(expected) and optimizer.param_groups[0]["lr"] == 1.0
-    assert not optimizer._optimizer_step_pre_hooks, "it has taken itself off"
+    assert hooks_on(optimizer) == 0, "it has taken itself off"
 
 
 def test_a_scheduler_does_not_notice() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -28,7 +29,9 @@ def called_in(work: Callable[[], Any]) -> dict[str, types.CodeType]:
 
     def profile(frame: types.FrameType, event: str, _: Any) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(PACKAGE):
+        # Bodies of classes and modules run when something is imported late; they are no functions.
+        function = code.co_flags & inspect.CO_OPTIMIZED
+        if event == "call" and function and code.co_filename.startswith(PACKAGE):
             name = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
             if not name.rpartition(".")[2].startswith("<"):
                 where = Path(code.co_filename).relative_to(PACKAGE).with_suffix("").as_posix()

@@ -1,0 +1,119 @@
+"""When the Autopilot does what: alerts in, rungs out. No torch, no state."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from enum import IntEnum
+
+from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
+
+FEWEST = 100
+"""Steps that a remedy is given at least before it counts as not enough, whatever τ."""
+
+
+class Rung(IntEnum):
+    """What there is to do, the mildest first."""
+
+    LOSS = 1  # a loss that cannot absorb; training is otherwise the same
+    COOL = 2  # a smaller learning rate for a while
+    STOP = 3  # a snapshot, and no more steps
+
+    def __str__(self) -> str:
+        return self.name.lower()
+
+
+_LOSS_AT = ("at_risk", "warning", "imminent", "slingshot", "never")
+_STOPS = ("never", "flag", "raise")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What an :class:`Autopilot` may do, and when. Times are in τ = 1/(1−β2) optimizer steps.
+
+    Raises ValueError for a value that means nothing.
+    """
+
+    loss_at: str = "warning"
+    """The first alert of numerical feature inflation at which the loss is exchanged: "at_risk" (rows absorb;
+    can last for ever without a slingshot), "warning" (and the feature mean grows), "imminent", "slingshot"
+    (only against the next one) or "never"."""
+    cool: bool = True
+    """Whether the learning rate may be lowered, at *imminent*. Before second-moment slingshots and at the
+    edge of stability nothing else helps."""
+    factor: float = 0.1
+    """What the learning rate is multiplied by. .3 delays; below .03 a run stands still."""
+    hold: float = 2.0
+    """τ that a cool-down lasts at least (and 10 steps). Twice as long each time the alarm comes back within
+    10 τ after one, up to eight times."""
+    calm: float = 1.0
+    """τ without that alarm before the rate comes back: the hysteresis."""
+    patience: float = 5.0
+    """τ (and 100 steps) that an alert may go on under a remedy before the next rung. Lower: a remedy that
+    works is taken for one that does not, because what the alert rests on is averaged over half a τ."""
+    stop: str = "flag"
+    """When nothing else is left, and at NaN or Inf: "flag" takes a snapshot and sets ``should_stop``, "raise"
+    also raises :class:`AutopilotStop` from ``optimizer.step()``, "never" does neither."""
+
+    def __post_init__(self) -> None:
+        if self.loss_at not in _LOSS_AT:
+            raise ValueError(f"loss_at={self.loss_at!r}: use one of {', '.join(map(repr, _LOSS_AT))}.")
+        if self.stop not in _STOPS:
+            raise ValueError(f"stop={self.stop!r}: use one of {', '.join(map(repr, _STOPS))}.")
+        if not 0.0 < self.factor < 1.0:
+            raise ValueError(f"factor must be between 0 and 1, got {self.factor!r}.")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, float) and not (math.isfinite(value) and value > 0):
+                raise ValueError(f"{item.name} must be a positive finite number, got {value!r}.")
+
+    def advised(self, alert: Alert) -> tuple[Rung, ...]:
+        """What to do about an alert at once, in this order; empty for one that is only to be watched."""
+        wanted: list[Rung] = []
+        if alert.state is AlertState.RESOLVED:
+            return ()
+        if alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION and self._loss_is_due(alert):
+            wanted.append(Rung.LOSS)
+        # What came from outside is over: a smaller rate now would only be late.
+        if alert.kind is AlertKind.IMMINENT and self.cool and alert.mechanism is not Mechanism.EXTERNAL:
+            wanted.append(Rung.COOL)
+        if alert.kind is AlertKind.NON_FINITE and self.stop != "never":
+            wanted.append(Rung.STOP)
+        return tuple(wanted)
+
+    def next_rung(self, alert: Alert, last: Rung | None, phase: Phase) -> Rung | None:
+        """What follows where ``alert`` has outlasted :attr:`patience` since ``last``; None: go on waiting.
+
+        ``phase`` is the run's own, now: an alert keeps the severity that it once had.
+        """
+        if alert.state is AlertState.RESOLVED:
+            return None
+        stop = Rung.STOP if self.stop != "never" and last is not Rung.STOP else None
+        if alert.kind is AlertKind.SLINGSHOT:
+            return stop  # the loss has not come back: no slingshot, but a divergence
+        if alert.kind is AlertKind.IMMINENT and last is Rung.COOL:
+            return stop
+        if alert.kind is AlertKind.AT_RISK and last is Rung.LOSS and self.cool:
+            return Rung.COOL if self.asks_to_cool(alert, phase) else None
+        return None
+
+    def asks_to_cool(self, alert: Alert, phase: Phase) -> bool:
+        """Whether an alert for which the rate was lowered still wants it low."""
+        return alert.kind is AlertKind.IMMINENT or phase in (Phase.INFLATING, Phase.IMMINENT)
+
+    def patience_in_steps(self, tau: float) -> int:
+        return max(round(self.patience * tau), FEWEST)
+
+    def hold_in_steps(self, tau: float, repeated: int) -> int:
+        """Of the cool-down that follows ``repeated`` others too soon."""
+        return max(round(self.hold * tau), 10) << min(repeated, 3)
+
+    def _loss_is_due(self, alert: Alert) -> bool:
+        if self.loss_at == "never":
+            return False
+        if alert.kind is AlertKind.AT_RISK:
+            rises = alert.severity.rank >= Severity.WARNING.rank
+            return self.loss_at == "at_risk" or (self.loss_at == "warning" and rises)
+        if alert.kind is AlertKind.IMMINENT:
+            return self.loss_at != "slingshot"
+        return alert.kind is AlertKind.SLINGSHOT

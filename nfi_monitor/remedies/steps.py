@@ -1,0 +1,67 @@
+"""Hooks around an optimizer's step that may come and go while a step is under way.
+
+torch walks an optimizer's own dictionary of hooks: to add one or to take one away from inside another (a
+cool-down that ends, a remedy that an alert switches on) makes ``optimizer.step()`` raise.  So one pair is
+registered for each optimizer, once, and stays; what it calls is walked in a copy.  A new dictionary for each
+change lost: torch's handles hold on to the old one, and removing through them would do nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+Hook = Callable[[Optimizer], None]
+_STEPS: weakref.WeakKeyDictionary[Optimizer, _Steps] = weakref.WeakKeyDictionary()
+
+
+def around_steps(
+    optimizer: Optimizer, before: Hook | None = None, after: Hook | None = None
+) -> Callable[[], None]:
+    """Call ``before(optimizer)`` and ``after(optimizer)`` around each step; returns what takes them off.
+
+    ``after`` in the opposite order: what was changed last is put back first.  Safe inside a step, but for the
+    very first pair on an optimizer that has hooks of others after the one that is running.
+    """
+    steps = _STEPS.get(optimizer)
+    if steps is None:
+        steps = _STEPS[optimizer] = _Steps(optimizer)
+    key = object()
+    steps.pairs[key] = before, after
+    return lambda: steps.take_off(key)
+
+
+def hooks_on(optimizer: Optimizer) -> int:
+    """How many pairs are on it now."""
+    steps = _STEPS.get(optimizer)
+    return 0 if steps is None else len(steps.pairs)
+
+
+class _Steps:
+    """Holds no reference to the optimizer, which holds this."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.pairs: dict[object, tuple[Hook | None, Hook | None]] = {}
+        before, after = self._before, self._after
+        if "torch._dynamo" in sys.modules:  # a compiled step must not trace what changes from step to step
+            before, after = torch.compiler.disable(before), torch.compiler.disable(after)
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
+
+    def take_off(self, key: object) -> None:
+        self.pairs.pop(key, None)
+
+    def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for before, _ in list(self.pairs.values()):
+            if before is not None:
+                before(optimizer)
+
+    def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        for _, after in reversed(list(self.pairs.values())):
+            if after is not None:
+                after(optimizer)
