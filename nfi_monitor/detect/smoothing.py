@@ -38,7 +38,7 @@ class Ema(Stateful):
         if math.isnan(self.value):
             self.value = x
         else:
-            gap = max(step - self.step, 1)
+            gap: float = max(step - self.step, 1)
             if wary:
                 gap = min(gap, max(time_constant, 1.0))
             self.value += (1.0 - math.exp(-gap / max(time_constant, 1e-9))) * (x - self.value)
