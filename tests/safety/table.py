@@ -82,23 +82,21 @@ ROWS = {
     ),
 }
 
+SHORT = "its short form only"
 Shown = Callable[[str, int, str], None]
 """``shown(row, count, unit)``."""
 
 
 def line(name: str, counts: list[tuple[int, str]]) -> str:
     row = ROWS[name]
-    told = "; ".join(f"{count:,} {unit}" for count, unit in counts)
+    told = "; ".join(f"{count:,} {unit}" for count, unit in counts) or SHORT
     files = " ".join(f"tests/{file}" for file in row.tests)
     return f'| {name} | {row.shown} | `pytest -m "slow or not slow" {files}` | {told} |'
 
 
 def render(found: list[tuple[str, int, str]]) -> str:
-    """The page. Raises KeyError for a row that no test has counted."""
+    """The page; a row that no test has counted says so."""
     counts = {name: [(count, unit) for row, count, unit in found if row == name] for name in ROWS}
-    missing = [name for name, its in counts.items() if not its]
-    if missing:
-        raise KeyError(f"no passed test has shown: {', '.join(missing)}")
     return "\n".join(
         [
             "# What is shown of the monitor's safety",
@@ -145,6 +143,8 @@ def shown(request: pytest.FixtureRequest, record_property: Callable[[str, object
         if request.config.getoption("--safety") is None and PAGE.exists():
             page = PAGE.read_text(encoding="utf-8")
             its = next((text for text in page.splitlines() if text.startswith(f"| {row} |")), "")
+            if SHORT in its:
+                return  # it claims nothing yet
             claimed = re.search(rf"([\d,]+) {re.escape(unit)}", its)
             assert claimed and int(claimed[1].replace(",", "")) <= count, (
                 f"docs/safety.md claims {claimed[0] if claimed else 'nothing'} where {count:,} {unit} were "
