@@ -82,16 +82,18 @@ class Clock:
         self._finished = time.perf_counter()
 
     def decide(self, step: int, tau: float) -> bool:
-        """At a few steps of a run: fit the interval to the budget, between the one of τ and τ/5.
+        """At a few steps of a run: fit the interval to the budget, between the one of τ and a tenth of τ.
 
-        Only so far: what precedes a slingshot lasts for some τ, and must still be seen.  Seldom, so that the
-        cadence does not follow every mood of the machine.  True if the interval is now longer than before.
+        Only so far: what precedes a slingshot lasts for some τ, and must still be seen.  In its first τ steps
+        a second moment remembers no more than those, and slingshots build up as fast: hence the 32nd part of
+        the steps done.  (τ/5 at once lost: hinge slingshots of the first τ came without a warning.)  Seldom,
+        so that the cadence does not follow every mood of the machine.  True if the interval has grown.
         """
         if self.budget is None or step < FIRST_CHANGE or step & (step - 1):
             return False
         if not (self._reading and self._passing):
             return False
-        shortest, longest = auto_interval(tau), round(tau / 5)
+        shortest, longest = auto_interval(tau), round(min(tau / 10, step / 32))
         if longest <= shortest:
             return False
         left = self.budget * statistics.median(self._training) - statistics.median(self._passing)

@@ -83,8 +83,8 @@ class Monitor:
         every: "auto" reads sparsely while nothing is going on and every step once something is; an
             int reads the first optimizer step and those it divides.
         overhead_budget: share of the training's own time that healthy steps may cost. Where τ leaves room,
-            ``every="auto"`` reads a small model less often for it, up to every τ/5 steps (said once); what is
-            at risk is read as closely as ever. None: the cadence depends on τ alone, never on the clock.
+            ``every="auto"`` reads a small model less often for it, up to every τ/10 steps (said once); what
+            is at risk is read as closely as ever. None: the cadence depends on τ alone, never on the clock.
         snapshots: while *at risk*, keep the last four states of the run in host memory, one every 2 τ, for
             :meth:`replay`. "auto" does so on a CPU while one takes at most 16 MiB; an int is the bytes all
             may take together, on any device; False keeps none.

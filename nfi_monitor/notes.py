@@ -194,10 +194,11 @@ class NoteTaker:
         still = f"; a healthy step still costs {share:.1%}" if share > (clock.budget or math.inf) else ""
         self.note(
             "overhead_budget",
-            f"A reading takes {1e3 * clock.reading_seconds():.1f} ms, much for so small a model: while "
-            f"nothing is going on, one step in {clock.healthy} is read instead of one in "
-            f"{auto_interval(tau)}, for overhead_budget={clock.budget:g}{still}. Any sign of a slingshot is "
-            "read as closely as ever. overhead_budget=None or every=... decide otherwise.",
+            f"A reading takes {1e3 * clock.reading_seconds():.1f} ms, much for so small a model: for "
+            f"overhead_budget={clock.budget:g}, while nothing is going on, fewer steps are read from now on: "
+            f"one in {clock.healthy} instead of one in {auto_interval(tau)}, later one in {round(tau / 10)} "
+            f"at most{still}. Any sign of a slingshot is read as closely as ever. overhead_budget=None or "
+            "every=... decide otherwise.",
             step,
         )
 

@@ -33,22 +33,30 @@ def test_a_reading_that_is_cheap_beside_the_step_leaves_the_interval_alone():
 
 def test_the_interval_grows_until_a_healthy_step_keeps_within_the_budget():
     clock = clock_of(training=10e-3, passing=1e-5, reading=5e-3)
-    assert clock.decide(64, tau=1000)
+    assert clock.decide(4096, tau=1000)
     assert clock.healthy == 64  # 16 costs 3.2%, 32 1.7%, 64 0.9%
     assert clock.expected(1000) <= clock.budget
 
 
-def test_no_budget_makes_the_interval_longer_than_a_fifth_of_tau():
+def test_no_budget_makes_the_interval_longer_than_a_tenth_of_tau():
     clock = clock_of(training=1e-3, passing=1e-3, reading=1.0)
-    clock.decide(64, tau=1000)
-    assert clock.healthy == 200
+    clock.decide(4096, tau=1000)
+    assert clock.healthy == 100
     assert clock.expected(1000) > clock.budget
 
 
-@pytest.mark.parametrize("tau", [1, 20, 80])
+@pytest.mark.parametrize(("step", "healthy"), [(64, None), (512, None), (1024, 32), (2048, 64), (4096, 100)])
+def test_early_on_the_interval_is_a_small_part_of_the_steps_done(step, healthy):
+    """In its first τ steps a second moment remembers no more than those."""
+    clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
+    assert clock.decide(step, tau=1000) is (healthy is not None)
+    assert clock.healthy == healthy
+
+
+@pytest.mark.parametrize("tau", [1, 20, 160])
 def test_where_tau_is_short_nothing_is_lowered(tau):
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
-    assert not clock.decide(64, tau=tau)
+    assert not clock.decide(4096, tau=tau)
     assert clock.healthy is None
 
 
@@ -58,15 +66,15 @@ def test_without_a_budget_the_clock_decides_nothing():
 
 def test_the_interval_changes_at_powers_of_two_only_and_shrinks_when_steps_become_dear():
     clock = clock_of(training=1e-3, passing=1e-6, reading=5e-3)
-    assert not any(clock.decide(step, tau=1000) for step in (1, 8, FIRST_CHANGE - 1, 65, 100))
-    assert clock.decide(FIRST_CHANGE, tau=1000)
+    assert not any(clock.decide(step, tau=1000) for step in (1, 8, FIRST_CHANGE, 1023, 1025, 3000))
+    assert clock.decide(1024, tau=1000)
     now = clock._last
     for _ in range(64):  # the batch became larger
         now += 10.0
         clock.step_done(False, now)
-    assert not clock.decide(127, tau=1000)
-    assert clock.healthy == 200
-    assert not clock.decide(128, tau=1000)
+    assert not clock.decide(2047, tau=1000)
+    assert clock.healthy == 32
+    assert not clock.decide(2048, tau=1000)
     assert clock.healthy is None
 
 
@@ -113,11 +121,13 @@ def small(**arguments) -> Monitor:
 
 def test_a_model_smaller_than_its_reading_is_read_seldom_and_told_so_once():
     with small() as monitor:
-        train(monitor, 600)
+        train(monitor, 2_200)
     (note,) = [note for note in monitor.notes if note.code == "overhead_budget"]
-    assert "one step in 200 is read instead of one in 16" in note.message
+    assert note.step == 1024
+    assert "one in 32 instead of one in 16, later one in 100 at most" in note.message
     assert "overhead_budget=0.01" in note.message
-    assert monitor.summary()["overhead"]["measured_steps"] < 25
+    read = monitor.history["rms_t_max"][0]
+    assert read[read > 2_048].tolist() == [2_049, 2_176, 2_177]
 
 
 def test_without_a_budget_the_cadence_never_depends_on_the_clock():
@@ -131,14 +141,13 @@ def test_without_a_budget_the_cadence_never_depends_on_the_clock():
 
 def test_the_interval_survives_a_resume():
     with small() as first:
-        train(first, 64)
+        train(first, 1_024)
         state = first.state_dict()
-    assert state["interval"] == 200
+    assert state["interval"] == 32
     with small() as second:
         second.load_state_dict(state)
         train(second, 60)
-        assert "loss" in second.history
-        assert "rms_t_max" not in second.history  # at one step in 16 there would be some
+        assert second.history["rms_t_max"][0].tolist() == [1_025]  # at one step in 16 there would be more
 
 
 @pytest.mark.parametrize("budget", [0, -0.1, float("nan"), float("inf")])
