@@ -193,7 +193,8 @@ class WandB(Arm):
     def attach(self, directory: Path) -> None:
         os.environ.setdefault("WANDB_SILENT", "true")
         wandb = importlib.import_module("wandb")
-        self.run_ = wandb.init(mode="offline", dir=str(directory), project="overhead", reinit="create_new")
+        # The global run: what wandb.watch logs goes to that one.
+        self.run_ = wandb.init(mode="offline", dir=str(directory), project="overhead")
         self.run_.watch(self.model)
 
     def before_step(self, loss: Tensor) -> None:

@@ -6,7 +6,7 @@ import gc
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,8 +94,8 @@ def measure(
     device: str = "cpu",
     seed: int = 0,
     console: Console,
-) -> list[Result]:
-    """Time each kind of arm on one case, against bare copies of it."""
+) -> Iterator[Result]:
+    """Time each kind of arm on one case, against bare copies of it; one after the other."""
 
     def wait() -> None:
         if device.startswith("cuda"):
@@ -114,7 +114,6 @@ def measure(
             arm.run(1)
         return arm
 
-    results = []
     for kind in (Arm, *kinds):
         # Event files may still be written while the directory goes.
         with (
@@ -127,8 +126,7 @@ def measure(
             longest = max(round(BLOCK_SECONDS / pace), SHORTEST_BLOCK)
             block = min(max(BLOCK_STEPS, arm.interval if isinstance(arm, Watched) else 0), longest)
             label = NULL if kind is Arm else kind.name
-            results.append(_paired(name, label, bare, arm, clock, rounds, block, console))
-    return results
+            yield _paired(name, label, bare, arm, clock, rounds, block, console)
 
 
 def _paired(
