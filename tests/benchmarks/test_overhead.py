@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from nfi_monitor.capture.sampling import COORDINATES
+from tests.benchmarks.overhead import __main__ as command
 from tests.benchmarks.overhead import costs, report, timing
 from tests.benchmarks.overhead.__main__ import main
 from tests.benchmarks.overhead.arms import NULL, OURS, Default, EveryStep, WeightGradient
@@ -73,6 +74,25 @@ def test_a_measurement_has_a_bare_copy_and_counts_what_was_read(monkeypatch: pyt
     assert null.read is None and every.read == 1.0 and 0.0 <= default.read < 0.2
     assert every.own > 1.0  # a reading takes longer than a step of 27 weights
     assert default.own < every.own / 3
+
+
+def test_the_command_prints_the_table_and_keeps_what_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(timing, "WARM_UP_STEPS", 10)
+    monkeypatch.setattr(timing, "BLOCK_STEPS", 3)
+    page = tmp_path / "OVERHEAD.md"
+    monkeypatch.setattr(command, "PAGE", page)
+    asked = ["--cases", "mlp-26k", "--arms", "default", "every step", "--rounds", "2", "--only", "times"]
+    assert main([*asked, "--cache", str(tmp_path / "record.json")]) == 0
+    assert "26,122 parameters" in capsys.readouterr().out
+    record = report.load(tmp_path / "record.json")
+    assert [found.arm for _, found in record.results] == [NULL, "default", "every step"]
+    assert all(found.wall.median > 0 and found.cpu.median > 0 for _, found in record.results)
+    assert "| mlp-26k, default, 1 thread | ≤ 1.050 |" in page.read_text(encoding="utf-8")
+    # What is on record is not timed again.
+    monkeypatch.setattr(timing, "_paired", None)
+    assert main([*asked, "--cache", str(tmp_path / "record.json")]) == 0
 
 
 def test_the_record_survives_its_file(tmp_path: Path) -> None:

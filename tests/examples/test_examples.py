@@ -252,24 +252,3 @@ def test_no_hinge_parity_slingshot_is_named_numerical_and_each_was_at_risk(seed:
     at_risk = [alert for alert in alerts if alert.kind is AlertKind.AT_RISK]
     for slingshot in slingshots:
         assert any(a.first_step < slingshot.first_step <= a.last_step for a in at_risk), slingshot.first_step
-
-
-# --- what it costs ----------------------------------------------------------------------------------
-
-
-def test_the_overhead_command_prints_a_table_and_writes_its_numbers(tmp_path: Path) -> None:
-    out = tmp_path / "overhead.json"
-    printed = run(
-        *("-m", "tests.benchmarks.overhead", "--models", "mlp-small"),
-        *("--rounds", "2", "--block", "3", "--json", str(out)),
-        cwd=ROOT,
-    )
-    assert "26,122 parameters" in printed
-    record = json.loads(out.read_text(encoding="utf-8"))
-    assert [result["arm"] for result in record["results"]] == [
-        "bare, again",
-        "default",
-        "every=1",
-        "default + run_dir",
-    ]
-    assert all(result["ratio"] > 0 for result in record["results"])
