@@ -18,7 +18,10 @@ from nfi_monitor import Monitor
 from nfi_monitor.report.jsonl import RunDirectory
 from tests.benchmarks.overhead.cases import fused_loss, plain_loss
 
-BARE, NULL = "bare", "bare, again"
+NULL = "bare, again"
+SETTLED = 4_096
+"""Optimizer step at which the interval between readings is decided on for the last time that matters: what is
+timed is a run from there on, which nobody wants to wait for."""
 
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
@@ -42,6 +45,9 @@ class Arm:
 
     def close(self) -> None:
         """After the last step."""
+
+    def settle(self) -> None:
+        """After the warm-up: as it is from here on."""
 
     def own(self) -> tuple[float, int]:
         """Seconds that a monitor of ours has taken so far, and the steps that it has read."""
@@ -74,6 +80,9 @@ class Watched(Arm):
 
     def close(self) -> None:
         self.monitor.close()
+
+    def settle(self) -> None:
+        self.monitor._clock.decide(SETTLED, self.monitor.tau)
 
     @property
     def interval(self) -> int:

@@ -19,11 +19,11 @@ from tests.benchmarks.overhead.arms import NULL, Arm, FusedBare, Watched, Weight
 from tests.benchmarks.overhead.cases import Case
 
 BATCHES = 64  # drawn at random, used in turn: enough that nothing is memorised while the clock runs
-WARM_UP_STEPS = 4_100  # the interval between readings is settled at the 4,096th
-WARM_UP_SECONDS = 6.0  # ... or stays as it is: where so few steps take so long, nothing has to be lowered
+WARM_UP_STEPS = 200  # the costs that the interval is fitted to are known then
+WARM_UP_SECONDS = 10.0
 LEAD_IN_STEPS = 2  # untimed, at the start of each block: the caches are this arm's own when the clock starts
 BLOCK_STEPS = 32  # at τ = 1000 two readings in 32 steps
-BLOCK_SECONDS = 4.0
+BLOCK_SECONDS = 8.0
 SHORTEST_BLOCK = 16
 
 
@@ -112,6 +112,7 @@ def measure(
         begun = time.perf_counter()
         while arm.step < WARM_UP_STEPS and time.perf_counter() - begun < WARM_UP_SECONDS:
             arm.run(1)
+        arm.settle()
         return arm
 
     for kind in (Arm, *kinds):
