@@ -475,7 +475,8 @@ class Monitor:
             self._ring.close()
         except Exception as error:
             self._failed("close", error)
-        self._clock.finish()
+        with self.guarded("close"):
+            self._clock.finish()
         self._before, self._memory = None, None
         try:
             self._rows.clear(self._step + 1)
