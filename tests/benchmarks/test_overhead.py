@@ -35,11 +35,12 @@ def verdict_of(*results: Result) -> str:
 
 
 def test_a_target_is_reached_by_the_ratio() -> None:
-    assert verdict_of(result(NULL, 1.0), result("default", 1.009, own=0.02)) == "reached"
+    assert verdict_of(result(NULL, 1.0), result("default", 1.009, own=0.009)) == "reached"
 
 
 def test_a_target_is_missed_where_the_monitors_own_clock_says_so() -> None:
     assert verdict_of(result(NULL, 1.0, width=0.1), result("default", 1.02, own=0.015)) == "missed"
+    assert verdict_of(result(NULL, 1.0, width=0.1), result("default", 1.001, own=0.015)) == "missed"
 
 
 def test_a_target_is_missed_where_the_ratio_stands_out_of_the_noise() -> None:
