@@ -52,7 +52,8 @@ def broken(code: types.CodeType) -> Iterator[list[int]]:
     exchanged = _raising(code, raised)
     gc.unfreeze()  # what somebody froze is not listed
     changed: list[tuple[types.FunctionType, types.CodeType]] = []
-    for function in [item for item in gc.get_objects() if isinstance(item, types.FunctionType)]:
+    # type(), not isinstance(): that asks the object itself, and a dead weak proxy raises.
+    for function in [item for item in gc.get_objects() if type(item) is types.FunctionType]:
         new = _exchange(function.__code__, code, exchanged)
         if new is not function.__code__:
             changed.append((function, function.__code__))
