@@ -11,30 +11,32 @@ import time
 from collections import deque
 
 from nfi_monitor.capture.sampling import auto_interval
-from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.detector import Attention
 
 SAMPLES = 32
 """Steps and readings whose medians are taken: one slow step (a checkpoint, a compilation) is no cost."""
 FIRST_CHANGE = 64
-"""Optimizer step at which the interval is first decided on; again at each doubling."""
+"""Optimizer step from which the interval is first decided on; again at each doubling."""
 ALL_READ = 8
 """The first steps are read in full: they show whether anything can be seen at all."""
 
 
-def next_wanted(step: int, every: int | str, detector: Detector, healthy: int | None = None) -> int | None:
-    """The step after ``step``, if it is to be read; None if not. ``healthy``: steps between readings while
-    nothing is going on, default :func:`nfi_monitor.capture.sampling.auto_interval`."""
+def next_read(
+    step: int, every: int | str, attention: Attention, tau: float, healthy: int | None = None
+) -> int:
+    """The first step after ``step`` that is to be read, while nothing changes. ``healthy``: steps between
+    readings while nothing is going on, default :func:`nfi_monitor.capture.sampling.auto_interval`."""
     following = step + 1
     if isinstance(every, int):
-        return following if following % every == 0 or every == 1 else None
-    attention = detector.attention
+        return -(-following // every) * every
     if attention is Attention.ALWAYS or following <= ALL_READ:
         return following
-    tau = detector.context.tau
     if attention is Attention.OFTEN:
-        return following if following % auto_interval(tau, at_risk=True) == 0 else None
+        often = auto_interval(tau, at_risk=True)
+        return -(-following // often) * often
     # Two neighbours and a longer pause: curvature, alignment and swing need the step before as well.
-    return following if following % (2 * (healthy or auto_interval(tau))) <= 1 else None
+    pair = 2 * (healthy or auto_interval(tau))
+    return following if following % pair <= 1 else -(-following // pair) * pair
 
 
 class Clock:
@@ -52,9 +54,10 @@ class Clock:
         self._started = self._last = time.perf_counter()
         self._own_before = 0.0
         self._finished: float | None = None
+        self._next_decision = FIRST_CHANGE
         self._training: deque[float] = deque(maxlen=SAMPLES)
         self._reading: deque[float] = deque(maxlen=SAMPLES)
-        self._passing: deque[float] = deque(maxlen=SAMPLES)
+        self._passing: deque[float] = deque(maxlen=4 * SAMPLES)
 
     @property
     def training(self) -> float:
@@ -82,21 +85,22 @@ class Clock:
         self._finished = time.perf_counter()
 
     def decide(self, step: int, tau: float) -> bool:
-        """At a few steps of a run: fit the interval to the budget, between the one of τ and a tenth of τ.
+        """A few times in a run: fit the interval to the budget, between the one of τ and a tenth of τ.
 
         Only so far: what precedes a slingshot lasts for some τ, and must still be seen.  In its first τ steps
         a second moment remembers no more than those, and slingshots build up as fast: hence the 32nd part of
         the steps done.  (τ/5 at once lost: hinge slingshots of the first τ came without a warning.)  Seldom,
         so that the cadence does not follow every mood of the machine.  True if the interval has grown.
         """
-        if self.budget is None or step < FIRST_CHANGE or step & (step - 1):
+        if self.budget is None or step < self._next_decision:
             return False
+        self._next_decision = 1 << step.bit_length()
         if not (self._reading and self._passing):
             return False
         shortest, longest = auto_interval(tau), round(min(tau / 10, step / 32))
         if longest <= shortest:
             return False
-        left = self.budget * statistics.median(self._training) - statistics.median(self._passing)
+        left = self.budget * statistics.median(self._training) - self._passing_seconds()
         reading = statistics.median(self._reading)
         interval = shortest
         while interval < longest and reading > left * interval:
@@ -107,8 +111,13 @@ class Clock:
     def expected(self, tau: float) -> float:
         """Share of the training's own time that a healthy step costs at the present interval."""
         interval = self.healthy or auto_interval(tau)
-        cost = statistics.median(self._passing) + statistics.median(self._reading) / interval
+        cost = self._passing_seconds() + statistics.median(self._reading) / interval
         return cost / max(statistics.median(self._training), 1e-9)
+
+    def _passing_seconds(self) -> float:
+        """Mean seconds of a step without a reading: losses are judged a few at a time, so no median; and
+        without the slowest, which may have been a garbage collection."""
+        return (sum(self._passing) - max(self._passing)) / max(len(self._passing) - 1, 1)
 
     def reading_seconds(self) -> float:
         """Median seconds of a reading."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 
-from nfi_monitor.cadence import next_wanted
+from nfi_monitor.cadence import next_read
 from nfi_monitor.capture.optimizer import StepHooks
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.measure.step import with_non_finite
@@ -27,14 +27,14 @@ class Leaver:
         """``hooks``: the closed monitor's, which are taken over: it may be closed from inside one of them."""
         self._pool, self._step, self._every = pool, step, every
         self._detector = copy.deepcopy(detector)  # the closed monitor's alerts stay as they are
-        self._wanted = next_wanted(step, every, self._detector)
+        self._next_read = self._look_ahead()
         self._hooks = hooks
-        hooks.serve(lambda closure: None, self._after_step, lambda part, error: None)
+        hooks.serve(lambda given: None, self._after_step, lambda part, error: None)
 
     def _after_step(self) -> None:
         self._step += 1
         try:
-            if self._wanted is not None:
+            if self._step == self._next_read:
                 self._pool.send(self._pool.nothing(self._step, left=True), self._step)
             for reduced in self._pool.receive(self._step):
                 if reduced.left or reduced.out_of_step:
@@ -44,6 +44,10 @@ class Leaver:
                     self._detector.update(Reading(step, {"loss": loss}))
                 if not reduced.skipped:
                     self._detector.update(Reading(reduced.step, with_non_finite(reduced.values)))
-            self._wanted = next_wanted(self._step, self._every, self._detector)
+            self._next_read = self._look_ahead()
         except Exception:  # the others are gone: nobody is left to tell
             self._hooks.remove()
+
+    def _look_ahead(self) -> int:
+        detector = self._detector
+        return next_read(self._step, self._every, detector.attention, detector.context.tau)

@@ -22,18 +22,18 @@ from torch.optim import Optimizer
 
 from nfi_monitor import distributed
 from nfi_monitor._version import __version__
-from nfi_monitor.cadence import Clock, next_wanted
+from nfi_monitor.cadence import Clock, next_read
 from nfi_monitor.capture import placement
 from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
 from nfi_monitor.capture.loss import LossProbe
-from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, choose
+from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, choose, has_closure
 from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.ring import SnapshotRing
 from nfi_monitor.capture.sampling import auto_interval, local
 from nfi_monitor.capture.snapshots import Snapshot, check_extra
 from nfi_monitor.detect.causal import ReplayVerdict
-from nfi_monitor.detect.detector import Context, Detector, Verdict
+from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.errors import AlreadyMonitoredError, MonitorError
 from nfi_monitor.history import History
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
 _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 _OPEN: weakref.WeakSet[Monitor] = weakref.WeakSet()
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
+_TOGETHER = 32  # losses judged at once: code that runs once a step finds none of itself in the CPU's caches
 
 
 class Monitor:
@@ -175,7 +176,7 @@ class Monitor:
         """What replays of this run's slingshots have shown, oldest first."""
         self._probe_batch = None if probe is None else ProbeBatch(model, *probe)
         self._on_alert = on_alert
-        self.history = History()
+        self._history = History()
         self.phases: list[tuple[int, Phase]] = [(0, Phase.HEALTHY)]
         """(step, phase) whenever the phase changes."""
         self.run_dir = run_dir
@@ -184,7 +185,11 @@ class Monitor:
         self._wanted_step: int | None = 1  # the step that is being captured, None between readings
         self._losses: list[Tensor | float] = []
         self._loss_share: float | None = None  # not None: losses, times this, add up to the step's
-        self._late_losses: list[tuple[int, Tensor]] = []
+        self._late_losses: list[tuple[int, Tensor]] = []  # on an accelerator: not copied yet
+        self._plain_losses: list[tuple[int, float]] = []  # on the host: not judged yet, see _is_plain
+        self._attention = self._detector.attention
+        self._usual_below = -math.inf
+        self._next_read = 1  # the next step to be read, as things stand
         self._before: Any = None
         self._quiet: set[str] = set()  # parts that failed and went quiet
         self._closed = False
@@ -266,6 +271,19 @@ class Monitor:
         return logits
 
     @property
+    def history(self) -> History:
+        """Everything measured so far: ``history["zero_sum_violation"]`` → (steps, values). Assign a longer
+        one (``History(max_rows=...)``) to have less of it thinned."""
+        if self._plain_losses:
+            with self.guarded("step"):
+                self._judge_plain_losses()
+        return self._history
+
+    @history.setter
+    def history(self, history: History) -> None:
+        self._history = history
+
+    @property
     def alerts(self) -> list[Alert]:
         """All alerts, oldest first; a firing one is replaced by its newer state as it develops."""
         return list(self._detector.alerts)
@@ -334,7 +352,7 @@ class Monitor:
         """Everything so far as one object: rich prints it, ``json.dumps`` writes it."""
         from nfi_monitor.report.summary import summarize
 
-        self._drain(everything=True)
+        self._settle()
         return summarize(self._info(), self.history, self.phases, self.alerts, self.notes, self.replays)
 
     def explain(self, alert: Alert | str) -> Explanation:
@@ -382,8 +400,7 @@ class Monitor:
             )
         if not callable(step_fn):
             raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
-        self._flush_losses()
-        self._drain(everything=True)
+        self._settle()
         tau = self._detector.context.tau
         slingshot = next((a for a in reversed(self.alerts) if a.kind is AlertKind.SLINGSHOT), None)
         if snapshot is None:
@@ -470,8 +487,7 @@ class Monitor:
         _WATCHED.discard(self._key)
         _OPEN.discard(self)
         try:
-            self._flush_losses()
-            self._drain(everything=True)
+            self._settle()
             self._ring.close()
         except Exception as error:
             self._failed("close", error)
@@ -515,6 +531,7 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Detector, alerts and clock, in plain types, for the run's checkpoint. Readings are not in it, but
         what the next one is compared with is: a resumed run reads what the uninterrupted one would have."""
+        # Losses that wait to be judged are a part of the state: judged here, a resumed run would differ.
         self._flush_losses()
         self._drain(everything=True)
         memory = self._memory
@@ -529,6 +546,7 @@ class Monitor:
             "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in self._rows.loss_kind or ()],
             "single_output": self._rows.single_output,
             # Only the step right after it is compared with it.
+            "plain_losses": [[step, loss] for step, loss in self._plain_losses],
             "last_step": None if memory is None or memory.step != self._step else memory.state_dict(),
             "probe": None if self._closed or self._probe_batch is None else self._probe_batch.state_dict(),
             "notes": [[note.code, note.message, note.step] for note in self.notes],
@@ -561,8 +579,9 @@ class Monitor:
             self._memory = Memory.from_state(state["last_step"], device)
         if self._probe_batch is not None and state.get("probe") is not None:
             self._probe_batch.load_state_dict(state["probe"])
+        self._plain_losses[:] = [(int(step), float(loss)) for step, loss in state.get("plain_losses", [])]
         self._rows.clear(self._step + 1)
-        self._wanted_step = self._next_wanted()
+        self._look_ahead()
         for code, message, step in state["notes"]:
             self._notes.said.setdefault(code, Note(code, message, int(step)))
 
@@ -588,17 +607,19 @@ class Monitor:
             self._rows.add(rows)
         self._clock.own += time.perf_counter() - started
 
-    def _before_step(self, closure: bool) -> None:
+    def _before_step(self, given: Sequence[Any]) -> None:
         if self._paused:
             return
-        self._complete_snapshot()
-        self.end_micro_batch()
+        if self._ring.pending:
+            self._complete_snapshot()
+        if self._loss_probe is not None:
+            self.end_micro_batch()
         if self._wanted_step is None or "optimizer" in self._quiet:
             return
         started = time.perf_counter()
         try:
             with torch.no_grad():
-                self._before = self._reader.before(self._wanted_step, closure=closure)
+                self._before = self._reader.before(self._wanted_step, closure=has_closure(given))
         except Exception as error:
             self._failed("optimizer", error)
         self._clock.own += time.perf_counter() - started
@@ -608,30 +629,70 @@ class Monitor:
             return
         started = time.perf_counter()
         self._step += 1
-        try:
-            if self._wanted_step is not None:
-                with torch.no_grad():
-                    self._measure()
-            elif self._losses:
-                self._loss_only()
-            if self._pool is not None:
-                self._receive(self._pool)
-            self._drain()
-        except Exception as error:
-            self._failed("step", error)
-        if self._let_go():
-            return
-        self._take_snapshot()
-        self._losses.clear()
-        self._loss_share = None
-        self._before = None
-        self._rows.clear(self._step + 1)
-        self._probe.forget()
         read = self._wanted_step is not None
-        self._wanted_step = self._next_wanted()
+        if self._is_plain():
+            self._losses.clear()
+            if self._step + 1 == self._next_read:
+                self._wanted_step = self._next_read
+        else:
+            try:
+                if read:
+                    with torch.no_grad():
+                        self._measure()
+                elif self._losses:
+                    self._loss_only()
+                if self._pool is not None:
+                    self._receive(self._pool)
+                self._drain()
+            except Exception as error:
+                self._failed("step", error)
+            if self._let_go():
+                return
+            self._take_snapshot()
+            self._losses.clear()
+            self._loss_share = None
+            self._before = None
+            self._probe.forget()
+            self._look_ahead()
+        if self._wanted_step is not None:
+            self._rows.clear(self._wanted_step)
         now = time.perf_counter()
         self._clock.own += now - started
         self._clock.step_done(read, now)
+
+    def _is_plain(self) -> bool:
+        """A step that is not read, whose loss begins nothing: put aside, to be judged with the next few.
+
+        Only while nothing is going on and nobody waits for each reading.  What is judged does not change by
+        it, nor when something is seen: the loss that may begin a slingshot is judged at once.
+        """
+        if self._wanted_step is not None or self._usual_below < 0:
+            return False
+        if not self._losses:
+            return True
+        loss = self._losses[0]
+        if len(self._losses) > 1 or self._loss_share is not None or len(self._plain_losses) >= _TOGETHER:
+            return False
+        if isinstance(loss, Tensor):
+            if loss.ndim or not placement.on_host(loss):
+                return False
+            loss = loss.item()
+        if not 0.0 <= loss < self._usual_below:
+            return False
+        self._plain_losses.append((self._step, loss))
+        return True
+
+    def _look_ahead(self) -> None:
+        """What the readings so far say of the next steps: how closely to look, and which loss is usual."""
+        detector = self._detector
+        self._attention = detector.attention
+        patient = self._attention is Attention.RARELY and self._pool is None and not self._reports.listening
+        self._usual_below = detector.spike.usual_below(self._thresholds) if patient else -math.inf
+        tau = detector.context.tau
+        if self._clock.decide(self._step, tau):
+            self._notes.slowed(self._clock, tau, self._step)
+        self._next_read = next_read(self._step, self._every, self._attention, tau, self._clock.healthy)
+        self._wanted_step = self._next_read if self._next_read == self._step + 1 else None
 
     def _take_snapshot(self) -> None:
         """At risk, now and then; from a slingshot's first unusual loss until its end, never."""
@@ -648,13 +709,12 @@ class Monitor:
             self._notes.note("no_snapshots", f"No snapshots are kept: {self._ring.refused}.", self._step)
 
     def _complete_snapshot(self) -> None:
-        if self._ring.pending:
-            started = time.perf_counter()
-            try:
-                self._ring.complete()
-            except Exception as error:
-                self._failed("snapshots", error)
-            self._clock.own += time.perf_counter() - started
+        started = time.perf_counter()
+        try:
+            self._ring.complete()
+        except Exception as error:
+            self._failed("snapshots", error)
+        self._clock.own += time.perf_counter() - started
 
     # --- measure ---------------------------------------------------------------------------------
 
@@ -683,6 +743,7 @@ class Monitor:
         if values:
             packed.append(torch.stack([*values.values()]))
         label = (self._step, has_rows, tuple(values), host, bool(self._rows.single_output))
+        self._judge_plain_losses()
         self._flush_losses()
         self._outbox.put(label, torch.cat(packed) if packed else torch.empty(0))
 
@@ -740,7 +801,23 @@ class Monitor:
         elif isinstance(loss, Tensor) and not placement.on_host(loss):
             self._late_losses.append((self._step, loss))
         else:
+            self._judge_plain_losses()
             self._judge(Reading(self._step, {"loss": float(loss)}), full=False)
+
+    def _judge_plain_losses(self) -> None:
+        # Taken first: what an alert calls may ask for the history, and come back to here.
+        losses, self._plain_losses = self._plain_losses, []
+        for step, loss in losses:
+            if "detector" not in self._quiet and self._detector.pass_by(step, loss):
+                self._history.append(step, {"loss": loss})
+            else:
+                self._judge(Reading(step, {"loss": loss}), full=False)
+
+    def _settle(self) -> None:
+        """Judge all that was measured, and wait for what is still on its way."""
+        self._judge_plain_losses()
+        self._flush_losses()
+        self._drain(everything=True)
 
     def _flush_losses(self) -> None:
         if self._late_losses:
@@ -938,7 +1015,7 @@ class Monitor:
             reading = Reading(reading.step, {**reading.values, **verdict.derived})
         if verdict.phase is not self.phases[-1][1]:
             self.phases.append((reading.step, verdict.phase))
-        self.history.append(reading.step, reading.values)
+        self._history.append(reading.step, reading.values)
         self._reports.reading(reading, verdict.phase)
         for change, alert in verdict.changes:
             self._report(change, alert)
@@ -961,12 +1038,6 @@ class Monitor:
                 self._on_alert(alert)
             except Exception as error:
                 self._failed("on_alert", error)
-
-    def _next_wanted(self) -> int | None:
-        tau = self._detector.context.tau
-        if self._clock.decide(self._step, tau):
-            self._notes.slowed(self._clock, tau, self._step)
-        return next_wanted(self._step, self._every, self._detector, self._clock.healthy)
 
     def _read_context(self) -> Context:
         betas = self._reader.betas()

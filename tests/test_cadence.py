@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nfi_monitor import Monitor
-from nfi_monitor.cadence import FIRST_CHANGE, Clock, next_wanted
+from nfi_monitor.cadence import FIRST_CHANGE, SAMPLES, Clock, next_read
 from nfi_monitor.capture.sampling import auto_interval
-from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.detect.detector import Attention
 
 
 def clock_of(training: float, passing: float, reading: float, budget: float | None = 0.01) -> Clock:
@@ -64,12 +64,14 @@ def test_without_a_budget_the_clock_decides_nothing():
     assert not clock_of(1e-3, 1e-5, 1.0, budget=None).decide(64, tau=1000)
 
 
-def test_the_interval_changes_at_powers_of_two_only_and_shrinks_when_steps_become_dear():
+def test_the_interval_is_decided_on_once_after_each_power_of_two_and_shrinks_when_steps_become_dear():
     clock = clock_of(training=1e-3, passing=1e-6, reading=5e-3)
-    assert not any(clock.decide(step, tau=1000) for step in (1, 8, FIRST_CHANGE, 1023, 1025, 3000))
-    assert clock.decide(1024, tau=1000)
+    assert not any(clock.decide(step, tau=1000) for step in (1, 8, FIRST_CHANGE, 513, 1023))
+    assert clock.decide(1030, tau=1000)
+    assert clock.healthy == 32
+    assert not any(clock.decide(step, tau=1000) for step in (1031, 1600, 2047))
     now = clock._last
-    for _ in range(64):  # the batch became larger
+    for _ in range(4 * SAMPLES):  # the batch became larger
         now += 10.0
         clock.step_done(False, now)
     assert not clock.decide(2047, tau=1000)
@@ -94,9 +96,12 @@ def test_time_left_out_belongs_to_nobody():
 
 @pytest.mark.parametrize("healthy", [None, 64])
 def test_a_healthy_run_is_read_in_pairs_of_neighbours(healthy):
-    detector = Detector(context=Context(beta2=0.999))
     interval = healthy or auto_interval(1000)
-    read = [step for step in range(9, 2000) if next_wanted(step - 1, "auto", detector, healthy)]
+    read = [
+        step
+        for step in range(9, 2000)
+        if next_read(step - 1, "auto", Attention.RARELY, 1000, healthy) == step
+    ]
     assert [step for step in read if step + 1 in read] == list(range(2 * interval, 2000, 2 * interval))
     assert len(read) == 2 * len(range(2 * interval, 2000, 2 * interval))
 

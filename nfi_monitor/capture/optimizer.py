@@ -375,8 +375,13 @@ class OptimizerReader:
         return grad[:, first : first + columns], bias_grad
 
 
+def has_closure(given: Sequence[Any]) -> bool:
+    """Whether a closure is among what ``optimizer.step()`` was given (which may begin with the optimizer)."""
+    return any(callable(value) and not isinstance(value, Optimizer) for value in given)
+
+
 class StepHooks:
-    """The pair of hooks around ``optimizer.step()``, with their handles.
+    """The pair of hooks around ``optimizer.step()``, with their handles. ``before`` gets what it was given.
 
     The last guard of a training: whatever ``before`` and ``after`` raise goes to ``failed("step", error)``.
     ``remove`` and ``serve`` may be called from inside them: an ``on_alert`` that closes its monitor.
@@ -385,7 +390,7 @@ class StepHooks:
     def __init__(
         self,
         optimizer: Optimizer,
-        before: Callable[[bool], None],
+        before: Callable[[Sequence[Any]], None],
         after: Callable[[], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
@@ -397,9 +402,7 @@ class StepHooks:
             self._inside = 0
             try:
                 try:
-                    # Bound as an instance method: args may begin with the optimizer itself.
-                    given = [*args, *kwargs.values()]
-                    self._before(any(callable(value) and not isinstance(value, Optimizer) for value in given))
+                    self._before((*args, *kwargs.values()) if kwargs else args)
                 finally:
                     self._leave_hook()
             except Exception as error:
@@ -427,7 +430,7 @@ class StepHooks:
 
     def serve(
         self,
-        before: Callable[[bool], None],
+        before: Callable[[Sequence[Any]], None],
         after: Callable[[], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
@@ -435,7 +438,7 @@ class StepHooks:
         self._before, self._after, self._failed = before, after, failed
 
     def remove(self) -> None:
-        self.serve(lambda closure: None, lambda: None, lambda part, error: None)
+        self.serve(lambda given: None, lambda: None, lambda part, error: None)
         self._removed = True
         if self._inside is None:
             for handle in self._handles:

@@ -102,6 +102,14 @@ class Detector:
         """Whether something that precedes a slingshot is there now, and no slingshot."""
         return AlertKind.AT_RISK in self._firing or AlertKind.IMMINENT in self._firing
 
+    def pass_by(self, step: int, loss: float) -> bool:
+        """Take in a loss that begins nothing. False: it is one for :meth:`update`, and was not taken in."""
+        if not 0.0 <= loss < self.spike.usual_below(self.limits):
+            return False
+        self._told = True
+        self.spike.update(step, loss, self.context.tau, self.limits)
+        return True
+
     def update(self, reading: Reading) -> Verdict:
         """Judge one reading."""
         tau, limits = self.context.tau, self.limits

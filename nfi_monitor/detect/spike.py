@@ -68,6 +68,14 @@ class SpikeDetector(Stateful):
             self._end(level_changed=False)
         return self.state
 
+    def usual_below(self, limits: Thresholds) -> float:
+        """A loss from 0 to this one begins nothing at the next readings: it only adds to the average."""
+        if self.state != QUIET:
+            return -math.inf
+        if self.readings < MEMORY:
+            return math.inf
+        return max(limits.spike_high, math.exp(self.average + limits.spike_rise))
+
     def _watch(self, step: int, loss: float, limits: Thresholds) -> None:
         # Below a tenth of Wu's lower level differences mean nothing: 1e-9 and 0 are the same loss.
         log_loss = math.log(max(loss, 0.1 * limits.spike_low))

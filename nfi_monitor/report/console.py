@@ -33,6 +33,8 @@ class ConsoleSink:
     ``quiet`` leaves out everything but alerts.
     """
 
+    takes_readings = False
+
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console if console is not None else Console(stderr=True)
         self._quiet = quiet

@@ -46,6 +46,11 @@ class Fanout:
         self.sinks = sinks
         self._failed = failed
 
+    @property
+    def listening(self) -> bool:
+        """Whether anybody does something with a reading."""
+        return any(getattr(sink, "takes_readings", True) for sink in self.sinks)
+
     def start(self, info: Mapping[str, Any]) -> None:
         self._each("start", info)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import gc
 import math
+import warnings
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nfi_monitor.remedies import ZeroSumCrossEntropyLoss, zero_sum_cross_entropy
+from nfi_monitor.remedies import ZeroSumCrossEntropyLoss, cross_entropy, zero_sum_cross_entropy
 
 ULP = 2.0**-24
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -96,17 +98,160 @@ def test_a_rows_gradient_sums_to_zero_in_the_inputs_own_precision(
         assert abs(float(g.sum())) <= 4 * 2 * EPS[dtype] * largest + classes * smallest
 
 
+# --- the short way of a few rows --------------------------------------------------------------------------
+
+
+def value_and_gradient(logits: Tensor, target: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor, bool]:
+    """Of ``factor`` times the mean loss; and whether it went the short way."""
+    logits = logits.detach().requires_grad_()
+    loss = zero_sum_cross_entropy(logits, target)
+    (factor * loss).backward()
+    assert logits.grad is not None and loss.grad_fn is not None
+    return loss.detach(), logits.grad, loss.grad_fn.name() == "_KnownBackward"
+
+
+@given(
+    rows=st.integers(1, 1024),
+    classes=st.integers(2, 32),
+    spread=st.floats(0, 120),
+    ties=st.booleans(),
+    masked=st.booleans(),
+    factor=st.sampled_from([1.0, 65536.0]),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    seed=st.integers(0, 2**16),
+)
+def test_the_short_way_is_the_long_way(
+    rows: int, classes: int, spread: float, ties: bool, masked: bool, factor: float, dtype: torch.dtype,
+    seed: int,
+) -> None:  # fmt: skip
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, classes, generator=generator, dtype=dtype)
+    target = torch.randint(0, classes, (rows, 1), generator=generator)
+    if ties:
+        logits.round_()
+    # Margins to ± spread, those of float32's overflow among them.
+    margins = spread * (2.0 * torch.rand(rows, 1, generator=generator, dtype=dtype) - 1.0)
+    logits.scatter_add_(1, target, margins)
+    if masked:
+        logits[torch.rand(logits.shape, generator=generator) < 0.3] = -math.inf
+        logits.scatter_(1, target, margins)
+    target = target.squeeze(1)
+    loss, gradient, short = value_and_gradient(logits, target, factor)
+    with mock.patch.object(cross_entropy, "SMALL", 0):
+        long_loss, long_gradient, _ = value_and_gradient(logits, target, factor)
+    lowest = float((logits.gather(1, target.unsqueeze(1)) - logits).min())
+    if logits.numel() <= cross_entropy.SMALL and (lowest > -70 or dtype is torch.float64):
+        assert short
+    eps = torch.finfo(dtype).eps
+    assert loss.dtype is dtype and gradient.dtype is dtype
+    # Of differences up to twice the spread both have rounded, of exp, and of sums.
+    torch.testing.assert_close(loss, long_loss, rtol=(4 * spread + 40) * eps, atol=1e-44)
+    torch.testing.assert_close(gradient, long_gradient, rtol=(4 * spread + 40) * eps, atol=1e-36 * factor)
+    largest = gradient.abs().amax(1)
+    normal = largest > torch.finfo(dtype).smallest_normal / eps
+    assert torch.all(gradient.double().sum(1).abs()[normal] <= 4 * eps * largest[normal])
+
+
 @pytest.mark.parametrize("margin", [-87.0, -88.7, -100.0, -1e4])
 def test_where_the_short_way_overflows_the_long_one_is_taken(margin: float) -> None:
+    """A row's own sum, or that times the number of rows."""
     logits = torch.zeros(300, 4)
     logits[7, 0] = margin
-    logits.requires_grad_()
     target = torch.zeros(300, dtype=torch.int64)
-    zero_sum_cross_entropy(logits, target).backward()
-    exact = logits.detach().double().requires_grad_()
+    _, gradient, short = value_and_gradient(logits, target)
+    assert not short
+    exact = logits.double().requires_grad_()
     F.cross_entropy(exact, target).backward()
-    assert logits.grad is not None and exact.grad is not None
-    torch.testing.assert_close(logits.grad, exact.grad.float(), rtol=1e-5, atol=1e-12)
+    assert exact.grad is not None
+    torch.testing.assert_close(gradient, exact.grad.float(), rtol=1e-5, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("logits", "target"),
+    [
+        (torch.tensor([[math.nan, 1.0]]), torch.tensor([0])),
+        (torch.tensor([[-math.inf, 1.0]]), torch.tensor([0])),
+        (torch.tensor([[math.inf, 1.0]]), torch.tensor([0])),
+        (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, -100])),
+        (torch.randn(3, 4).t(), torch.tensor([0, 1, 2, 0])),
+        (torch.randn(2, 3).bfloat16(), torch.tensor([0, 1])),
+        (torch.randn(3), torch.tensor(0)),
+        (torch.randn(2, 3, 4), torch.randint(0, 3, (2, 4))),
+        (torch.randn(2, 3), torch.randn(2, 3).softmax(1)),
+    ],
+)
+def test_what_the_short_way_cannot_do_it_leaves_to_the_long_one(logits: Tensor, target: Tensor) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss, gradient, short = value_and_gradient(logits, target)
+    assert not short
+    wide = logits.double().requires_grad_()
+    exact = F.cross_entropy(wide, target.double() if target.is_floating_point() else target)
+    exact.backward()
+    assert wide.grad is not None
+    torch.testing.assert_close(loss.double(), exact.detach(), equal_nan=True, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), wide.grad, equal_nan=True, rtol=5e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("index", [-1, 3, 2**62])
+def test_an_index_of_no_class_is_an_error_and_never_another_rows_logit(index: int) -> None:
+    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
+        zero_sum_cross_entropy(torch.zeros(2, 3), torch.tensor([index, 0]))
+
+
+def test_numpys_settings_and_the_callers_neither_change_the_short_way_nor_are_changed() -> None:
+    logits, target = torch.tensor([[200.0, 0.0], [0.0, 1e-30]]), torch.tensor([0, 1])
+    plain = zero_sum_cross_entropy(logits, target)
+    with np.errstate(all="raise"):
+        assert zero_sum_cross_entropy(logits, target) == plain
+        assert set(np.geterr().values()) == {"raise"}
+
+
+def test_the_short_way_keeps_its_gradient_out_of_reach_and_its_inputs_as_they_were() -> None:
+    logits, target = torch.randn(8, 10, requires_grad=True), torch.arange(8)
+    before = logits.detach().clone()
+    loss = zero_sum_cross_entropy(logits, target)
+    loss.backward(retain_graph=True)
+    assert logits.grad is not None
+    once = logits.grad.clone()
+    loss.backward(retain_graph=True)  # adds into what the first pass has left
+    loss.backward()
+    torch.testing.assert_close(logits.grad, 3 * once)
+    assert torch.equal(logits.detach(), before) and torch.equal(target, torch.arange(8))
+    with pytest.raises(RuntimeError, match="second time"):
+        loss.backward()
+
+
+def test_without_a_gradient_wanted_the_short_way_has_the_same_value() -> None:
+    logits, target = torch.randn(8, 10), torch.arange(8)
+    plain = zero_sum_cross_entropy(logits, target)
+    assert not plain.requires_grad
+    with torch.inference_mode():
+        assert zero_sum_cross_entropy(logits, target) == plain
+    logits.requires_grad_()
+    with torch.no_grad():
+        assert zero_sum_cross_entropy(logits, target) == plain
+    assert zero_sum_cross_entropy(logits, target) == plain
+
+
+def test_tracers_and_forward_mode_never_see_the_short_ways_constant() -> None:
+    from torch._subclasses import FakeTensorMode
+    from torch.autograd import forward_ad
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    target = torch.tensor([0, 1])
+    traced = make_fx(lambda z: zero_sum_cross_entropy(z, target))(torch.zeros(2, 3))
+    logits = torch.randn(2, 3)
+    torch.testing.assert_close(traced(logits), zero_sum_cross_entropy(logits, target))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert zero_sum_cross_entropy(torch.zeros(2, 3), target).shape == ()
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        zero_sum_cross_entropy(forward_ad.make_dual(logits, logits), target)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(lambda z: zero_sum_cross_entropy(z, target))(logits)
+
+
+# --- beside torch -----------------------------------------------------------------------------------------
 
 
 def test_the_correct_class_keeps_its_gradient_where_torch_loses_it() -> None:
@@ -160,8 +305,9 @@ def test_every_option_means_what_it_means_in_torch(
 
 def test_an_ignored_row_counts_nothing_even_if_it_holds_nan() -> None:
     logits = torch.tensor([[1.0, 2.0], [math.nan, math.inf]])
-    assert zero_sum_cross_entropy(logits, torch.tensor([1, -100])) == zero_sum_cross_entropy(
-        logits[:1], torch.tensor([1])
+    torch.testing.assert_close(
+        zero_sum_cross_entropy(logits, torch.tensor([1, -100])),
+        zero_sum_cross_entropy(logits[:1], torch.tensor([1])),
     )
 
 

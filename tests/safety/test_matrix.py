@@ -171,9 +171,9 @@ def test_the_comparison_sees_what_a_monitor_that_draws_one_random_number_does(
 ) -> None:
     before_step = Monitor._before_step
 
-    def draws(self: Monitor, closure: bool) -> None:
+    def draws(self: Monitor, given: Any) -> None:
         torch.rand(())
-        before_step(self, closure)
+        before_step(self, given)
 
     monkeypatch.setattr(Monitor, "_before_step", draws)
     found = different(Cell("float32", "plain", "AdamW"), 3, "eager")

@@ -1,0 +1,151 @@
+"""Losses that begin nothing wait to be judged together: nothing that is read, seen or said changes by it."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from nfi_monitor import Monitor
+from nfi_monitor.types import Alert, AlertKind
+
+STEPS = 400
+
+
+class Listener:
+    """A sink that takes readings: for it every loss is judged at its own step."""
+
+    def start(self, info: Any) -> None: ...
+    def reading(self, reading: Any, phase: Any) -> None: ...
+    def alert(self, alert: Any, change: Any) -> None: ...
+    def note(self, note: Any) -> None: ...
+    def replay(self, verdict: Any) -> None: ...
+    def close(self, info: Any, summary: Any) -> None: ...
+
+
+def run(
+    kicks: tuple[int, ...] = (),
+    *,
+    listen: bool = False,
+    cut: int | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Monitor, list[tuple[int, Alert]]]:
+    """A small regression to classes whose told loss is multiplied by 1000 for a few steps from each kick."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999))
+    inputs, targets = torch.randn(16, 8), torch.randint(4, (16,))
+    heard: list[tuple[int, Alert]] = []
+
+    def attach() -> Monitor:
+        # overhead_budget=None: the same steps are read whatever the clock says.
+        return Monitor(
+            model,
+            optimizer,
+            console=False,
+            overhead_budget=None,
+            on_alert=lambda alert: heard.append((step, alert)),
+            sinks=[Listener()] if listen else [],
+        )
+
+    monitor = attach()
+    for step in range(1, STEPS + 1):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        loss.backward()
+        kicked = any(kick <= step < kick + 6 for kick in kicks)
+        monitor.observe_loss((loss.detach() * (1000.0 if kicked else 1e-3)).to(dtype))
+        optimizer.step()
+        if step == cut:
+            state = json.loads(json.dumps(monitor.state_dict()))
+            before = monitor
+            before.close()
+            monitor = attach()
+            monitor.load_state_dict(state)
+    return monitor, heard
+
+
+def read(monitor: Monitor) -> dict[str, Any]:
+    return {name: [column.tolist() for column in monitor.history[name]] for name in monitor.history}
+
+
+@pytest.mark.parametrize("kicks", [(), (200,), (97, 333), (STEPS - 3,)])
+def test_readings_alerts_and_phases_are_those_of_losses_judged_one_by_one(kicks):
+    (waiting, heard), (prompt, heard_promptly) = run(kicks), run(kicks, listen=True)
+    assert repr(read(waiting)) == repr(read(prompt))
+    assert waiting.phases == prompt.phases
+    assert heard == heard_promptly
+    assert [alert.kind for _, alert in heard].count(AlertKind.SLINGSHOT) >= len(kicks)
+    waiting.close()
+    prompt.close()
+
+
+def test_losses_really_wait_and_the_history_does_not_show_it():
+    monitor, _ = run()
+    assert monitor._plain_losses
+    steps, losses = monitor.history["loss"]
+    assert steps.tolist() == list(range(1, STEPS + 1))
+    assert not monitor._plain_losses
+    assert all(0 < loss < 1 for loss in losses)
+    monitor.close()
+
+
+def test_a_loss_that_may_begin_a_slingshot_is_judged_at_its_own_step():
+    monitor, heard = run(kicks=(203,))
+    step, alert = next(item for item in heard if item[1].kind is AlertKind.SLINGSHOT)
+    assert alert.first_step == 203
+    assert step == 203  # a loss that had been low needs no second look
+    monitor.close()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -1.0])
+def test_what_is_no_loss_waits_for_nobody(bad):
+    monitor, _ = run()
+    monitor.observe_loss(bad)
+    monitor.optimizer.step()
+    assert not monitor._plain_losses
+    assert (monitor._detector.alerts != []) == (not math.isfinite(bad))
+    monitor.close()
+
+
+@pytest.mark.parametrize("cut", [151, 163, 331])
+def test_a_run_that_is_resumed_while_losses_wait_ends_as_the_uninterrupted_one(cut):
+    (whole, _), (resumed, _) = run((300,)), run((300,), cut=cut)
+    assert whole.phases == resumed.phases
+    assert [repr(alert) for alert in whole.alerts] == [repr(alert) for alert in resumed.alerts]
+    for name, (steps, values) in read(resumed).items():
+        reference = dict(zip(*read(whole)[name], strict=True))
+        assert repr(values) == repr([reference[step] for step in steps]), name
+    state, reference_state = resumed.state_dict(), whole.state_dict()
+    assert repr(state["detector"]) == repr(reference_state["detector"])
+    assert state["plain_losses"] == reference_state["plain_losses"]
+    whole.close()
+    resumed.close()
+
+
+def test_saving_a_state_changes_nothing():
+    monitor, _ = run()
+    waiting = list(monitor._plain_losses)
+    assert waiting
+    assert monitor.state_dict() == monitor.state_dict()
+    assert monitor._plain_losses == waiting
+    monitor.close()
+
+
+def test_losses_of_half_precision_wait_with_the_value_they_have():
+    (waiting, _), (prompt, _) = run(dtype=torch.bfloat16), run(dtype=torch.bfloat16, listen=True)
+    assert repr(read(waiting)) == repr(read(prompt))
+    waiting.close()
+    prompt.close()
+
+
+def test_closing_judges_what_waits():
+    monitor, _ = run()
+    assert monitor._plain_losses
+    monitor.close()
+    assert len(monitor.history["loss"][0]) == STEPS
