@@ -677,7 +677,7 @@ class Monitor:
             if loss.ndim or not placement.on_host(loss):
                 return False
             loss = loss.item()
-        if not 0.0 <= loss < self._usual_below:
+        if not 0.0 <= loss < self._usual_below or self._detector.stirs(self._step, loss):
             return False
         self._plain_losses.append((self._step, loss))
         return True

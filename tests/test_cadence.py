@@ -147,9 +147,10 @@ def test_without_a_budget_the_cadence_never_depends_on_the_clock():
 def test_the_interval_survives_a_resume():
     with small() as first:
         train(first, 1_024)
-        state = first.state_dict()
+        state, weights = first.state_dict(), first._model.state_dict()
     assert state["interval"] == 32
     with small() as second:
+        second._model.load_state_dict(weights)
         second.load_state_dict(state)
         train(second, 60)
         assert second.history["rms_t_max"][0].tolist() == [1_025]  # at one step in 16 there would be more

@@ -19,6 +19,7 @@ from nfi_monitor.detect.mechanism import FORGOTTEN, Causes, name_mechanism
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
+from nfi_monitor.detect.unrest import Unrest
 from nfi_monitor.types import (
     Alert,
     AlertKind,
@@ -81,6 +82,7 @@ class Detector:
         self.alerts: list[Alert] = []
         self.signals = Signals()
         self.spike = SpikeDetector()
+        self.unrest = Unrest()
         self._absorbing, self._inflating, self._imminent = Hysteresis(), Hysteresis(), Hysteresis()
         self._coasting, self._kicking, self._swinging = Hysteresis(), Hysteresis(), Hysteresis()
         self._firing: dict[AlertKind, int] = {}  # kind → index into alerts
@@ -91,6 +93,8 @@ class Detector:
     @property
     def attention(self) -> Attention:
         """How closely the next steps should be read."""
+        if self.unrest.step < self.unrest.until:
+            return Attention.ALWAYS
         if self.phase is Phase.HEALTHY and not self._firing and not self._stirring:
             return Attention.RARELY
         # Absorbing alone may last for the rest of a run and leads to nothing within τ.
@@ -102,8 +106,14 @@ class Detector:
         """Whether something that precedes a slingshot is there now, and no slingshot."""
         return AlertKind.AT_RISK in self._firing or AlertKind.IMMINENT in self._firing
 
+    def stirs(self, step: int, loss: float) -> bool:
+        """Look at a loss as soon as it is known: whether it calls for closer attention."""
+        low = self.spike.average <= math.log(self.limits.spike_high)
+        return self.unrest.update(step, loss, low=low, limits=self.limits)
+
     def pass_by(self, step: int, loss: float) -> bool:
-        """Take in a loss that begins nothing. False: it is one for :meth:`update`, and was not taken in."""
+        """Take in a loss that begins nothing, and that :meth:`stirs` has seen. False: it is one for
+        :meth:`update`, and was not taken in."""
         if not 0.0 <= loss < self.spike.usual_below(self.limits):
             return False
         self._told = True
@@ -117,6 +127,7 @@ class Detector:
         # What is told and what the head shows differ (penalties, weights): once told, never the other.
         self._told = self._told or "loss" in reading.values
         loss = reading.get("loss")
+        self.stirs(reading.step, loss)
         if not self._told and not self.signals.broken_by_design:
             loss = reading.get("head_loss")
         state = self.spike.update(reading.step, loss, tau, limits)
@@ -510,6 +521,7 @@ class Detector:
             ],
             "signals": self.signals.state_dict(),
             "spike": self.spike.state_dict(),
+            "unrest": self.unrest.state_dict(),
             "switches": {name: getattr(self, name).state_dict() for name in _SWITCHES},
             "firing": {kind.value: index for kind, index in self._firing.items()},
             "counts": dict(self._counts),
@@ -522,6 +534,8 @@ class Detector:
         self.alerts[:] = [Alert.from_json(record) for record in state["alerts"]]
         self.signals.load_state_dict(state["signals"])
         self.spike.load_state_dict(state["spike"])
+        if "unrest" in state:
+            self.unrest.load_state_dict(state["unrest"])
         for name in _SWITCHES:
             getattr(self, name).load_state_dict(state["switches"][name])
         self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}

@@ -1,0 +1,64 @@
+"""When to look closely although nothing was read: the loss, which comes at every step, has stirred.
+
+An oscillation at the edge of stability builds up within 5–10 steps, less than the pause between two readings
+of a healthy run, and its first sign is in the loss: one that had been falling steadily rises, or a low one
+leaves what it was of late.  Neither is an alarm, minibatches do both now and then; it costs a few readings.
+"""
+
+from __future__ import annotations
+
+import math
+
+from nfi_monitor.detect.smoothing import Stateful
+from nfi_monitor.types import Thresholds
+
+FALLS = 8
+"""Falls in a row that make a rise unusual: between minibatches that many come once in 2^8 steps."""
+BLOCK = 16
+"""Steps a block of losses has; a loss is held against the last one to two blocks."""
+LEAP = 1.5
+"""... and has to be this many times as large as the largest of them."""
+STEPS = 6
+"""How long to look closely: an oscillation that grows goes on rising meanwhile."""
+
+
+class Unrest(Stateful):
+    """Feed it every loss at its step; ``until`` is the last step that should be read for what was seen."""
+
+    __slots__ = ("before", "count", "falls", "highest", "last", "step", "until")
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.last = math.nan
+        self.falls = 0  # in a row
+        self.highest = 0.0  # of this block
+        self.before = math.inf  # highest of the block before
+        self.count = 0  # losses in this block
+        self.until = 0
+
+    def update(self, step: int, loss: float, *, low: bool, limits: Thresholds) -> bool:
+        """Whether this loss stirs. ``low``: it has been below ``spike_high`` on average.
+
+        A step that was seen already is passed over; NaN and Inf are alerts of their own.
+        """
+        if self.step - 2 * BLOCK < step <= self.step:
+            return False
+        if step < self.step:  # the counter was set back
+            self.until = 0
+        self.step = step
+        if not math.isfinite(loss):
+            return False
+        # The first small loss of a run is no leap from 0.
+        size = max(loss, 0.1 * limits.spike_low)
+        stirs = (loss > self.last and self.falls >= FALLS) or (
+            low and size > LEAP * max(self.highest, self.before)
+        )
+        self.falls = self.falls + 1 if loss < self.last else 0
+        self.last = loss
+        if self.count == BLOCK:
+            self.before, self.highest, self.count = self.highest, 0.0, 0
+        self.highest = max(self.highest, size)
+        self.count += 1
+        if stirs:
+            self.until = step + STEPS
+        return stirs
