@@ -2,8 +2,10 @@
 
 A run of a million steps must not cost a million Python dicts.  Quantities keep their own steps because most
 readings hold only a few of them (between full readings, the loss alone).  When a column reaches its limit,
-every second entry of its older half is dropped, so that the recent past keeps its full resolution and the
-distant past keeps its shape.  (A ring buffer lost: the beginning of a run is what people plot first.)
+about half of its older half goes: what stays is the first of every so many steps, so that the recent past
+keeps its full resolution and the distant past one that is the same from the beginning on.  (A ring buffer lost: the
+beginning of a run is what people plot first.  So did dropping every second entry: pass after pass halves the
+oldest again, until nothing of the beginning is left.)
 """
 
 from __future__ import annotations
@@ -41,11 +43,7 @@ class History:
                     raise KeyError(self._unknown(name))
                 column = self._columns[name] = (array("q"), array("d"))
             elif len(column[0]) >= self._max_rows:
-                half = self._max_rows // 2
-                column = self._columns[name] = (
-                    column[0][:half:2] + column[0][half:],
-                    column[1][:half:2] + column[1][half:],
-                )
+                column = self._columns[name] = _thinned(*column)
             column[0].append(step)
             column[1].append(value)
 
@@ -79,3 +77,23 @@ class History:
 
     def _unknown(self, name: str) -> str:
         return f"{name!r} is not a measured quantity. Known: {', '.join(self.names() or QUANTITIES)}."
+
+
+def _thinned(steps: array[int], values: array[float]) -> tuple[array[int], array[float]]:
+    half = len(steps) // 2
+    old = np.array(steps[:half], dtype=np.int64)
+    buckets = old // thinning_interval(old)
+    first = np.concatenate([[True], np.diff(buckets) != 0])
+    kept_values = np.array(values[:half], dtype=np.float64)[first]
+    return (
+        array("q", old[first].tobytes()) + steps[half:],
+        array("d", kept_values.tobytes()) + values[half:],
+    )
+
+
+def thinning_interval(steps: np.ndarray[Any, Any]) -> int:
+    """The smallest power of two such that about half of the ``steps`` int64 [T] are the first of so many."""
+    every = 1
+    while every < 1 << 40 and 2 * (1 + np.count_nonzero(np.diff(steps // every))) > len(steps) + 2:
+        every *= 2
+    return every

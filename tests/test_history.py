@@ -30,6 +30,25 @@ def test_memory_is_bounded_and_the_recent_past_keeps_its_resolution() -> None:
     assert (np.diff(steps) > 0).all() and (values == steps).all()
 
 
+@pytest.mark.parametrize("stride", [1, 16])
+def test_the_distant_past_keeps_one_resolution_from_its_beginning_on(stride: int) -> None:
+    history = History(max_rows=1000)
+    for step in range(1, 100_000 * stride, stride):
+        history.append(step, {"loss": float(step)})
+    steps, _ = history["loss"]
+    first_half = steps[steps < 50_000 * stride]
+    assert len(first_half) > 80  # halving the oldest again and again left 1
+    gaps = np.diff(first_half)
+    assert gaps.max() <= 2 * gaps.min(), gaps
+
+
+def test_a_counter_that_stands_still_or_goes_back_is_kept_within_the_limit() -> None:
+    history = History(max_rows=8)
+    for step in [1] * 50 + [40, 30, 20, 10] * 50:
+        history.append(step, {"loss": 0.5})
+    assert 0 < len(history["loss"][0]) <= 8
+
+
 def test_an_unknown_name_lists_the_known_ones() -> None:
     history = History()
     history.append(1, {"loss": 1.0})

@@ -23,6 +23,8 @@ from typing import BinaryIO
 
 import numpy as np
 
+from nfi_monitor.history import thinning_interval
+
 READINGS_BYTES = 64 << 20
 """Size of ``readings.jsonl`` at which it is thinned, to about three quarters."""
 
@@ -37,7 +39,7 @@ def thin(path: Path) -> None:
     try:
         with open(path, "rb") as old, open(temporary, "wb") as new:
             half = os.fstat(old.fileno()).st_size // 2
-            every = [_interval(steps) for steps in _steps(old, half)]
+            every = [thinning_interval(np.array(steps, dtype=np.int64)) for steps in _steps(old, half)]
             old.seek(0)
             done, last = 0, None
             bucket: list[int | None] = [None, None]
@@ -71,15 +73,6 @@ def _steps(file: BinaryIO, end: int) -> tuple[array[int], array[int]]:
         if begin := _BEGIN.match(line):
             steps[begin[3] is None].append(int(begin[1]))
     return steps
-
-
-def _interval(steps: array[int]) -> int:
-    """The smallest power of two such that about half of the readings are the first of so many steps."""
-    numbers = np.frombuffer(steps, dtype=np.int64) if steps else np.empty(0, np.int64)
-    every = 1
-    while every < 1 << 40 and 2 * (1 + np.count_nonzero(np.diff(numbers // every))) > len(numbers) + 2:
-        every *= 2
-    return every
 
 
 def remove_leftovers(directory: Path, name: str) -> None:
