@@ -48,8 +48,8 @@ def test_what_a_loss_was_two_blocks_ago_is_forgotten():
 
 def test_a_loss_of_next_to_nothing_makes_no_leap_of_the_next():
     """1e-9 and 1e-5 are the same loss: both far below where a slingshot starts."""
-    assert feed([0.0, 1e-9] * BLOCK + [1e-5, 9e-4]) == []
-    assert feed([0.0, 1e-9] * BLOCK + [2e-3]) == [2 * BLOCK + 1]
+    assert feed([0.0, 1e-9] * BLOCK + [1e-5, 9e-5, 1.4e-4]) == []
+    assert feed([0.0, 1e-9] * BLOCK + [1.6e-4]) == [2 * BLOCK + 1]
 
 
 def test_noise_of_minibatches_stirs_seldom():
