@@ -3,9 +3,9 @@
 A run of a million steps must not cost a million Python dicts.  Quantities keep their own steps because most
 readings hold only a few of them (between full readings, the loss alone).  When a column reaches its limit,
 about half of its older half goes: what stays is the first of every so many steps, so that the recent past
-keeps its full resolution and the distant past one that is the same from the beginning on.  (A ring buffer lost: the
-beginning of a run is what people plot first.  So did dropping every second entry: pass after pass halves the
-oldest again, until nothing of the beginning is left.)
+keeps its full resolution and the distant past one that is the same from the beginning on.  (A ring buffer
+lost: the beginning of a run is what people plot first.  So did dropping every second entry: pass after pass
+halves the oldest again, until nothing of the beginning is left.)
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ class Unrest(Stateful):
         if not math.isfinite(loss):
             return False
         # Smaller ones are the same: a hinge loss wanders between 0 and 1e-5.  (A tenth, as the spike detector
-        # has it, lost: between it and a slingshot at τ = 1000 there was a step or two, and 17 of 41 were seen.)
+        # has it, lost: from there to a slingshot at τ = 1000 it is a step or two, and 17 of 41 were seen.)
         size = max(loss, 0.01 * limits.spike_low)
         stirs = (loss > self.last and self.falls >= FALLS) or (
             low and size > LEAP * max(self.highest, self.before)
