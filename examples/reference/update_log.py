@@ -19,7 +19,8 @@ BEFORE, AFTER = 40, 24
 
 
 class UpdateLog:
-    """Call :meth:`begin` before and :meth:`end` after each optimizer step; ``state_dict`` holds all of it."""
+    """Call :meth:`begin` before and :meth:`end` after each optimizer step, and change no parameter between an
+    end and a begin; ``state_dict`` holds all of it."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], sample: int = 4_096, slingshots: int = 2) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
@@ -43,12 +44,14 @@ class UpdateLog:
             return torch.cat(parts).float()
 
     def begin(self) -> None:
-        self._before = self._read()
+        if self._before is None:  # else: as the step before has left them
+            self._before = self._read()
 
     def end(self, step: int, loss: float) -> None:
         """``loss`` is the one that this step's gradient is of."""
         assert self._before is not None
-        self._ring[step % len(self._ring)] = (self._read() - self._before).cpu()
+        before, self._before = self._before, self._read()
+        self._ring[step % len(self._ring)] = (self._before - before).cpu()
         if self._due:
             if step == self._due:
                 order = (torch.arange(len(self._ring)) + step + 1) % len(self._ring)
@@ -69,6 +72,7 @@ class UpdateLog:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._ring.copy_(state["ring"])
         self._low, self._due, self._start = state["at"]
+        self._before = None
         self.kept = [(step, updates) for step, updates in state["kept"]]
 
     def histograms(self, bins: int = 41) -> list[dict[str, Any]]:
