@@ -304,8 +304,12 @@ def test_results_of_other_runs_stay_while_the_code_that_made_them_does(
         assert [event["family"] for event in merged["events"]] == ["other", "tiny"]
         assert merged["differs"] == [{"family": "other", "seed": 0, "step": 7, "kind": "trials"}]
     assert json.loads(path.read_text(encoding="utf-8")) == merged
-    assert merged["versions"]["torch"] == torch.__version__ and merged["date"]
+    assert merged["versions"]["torch"] == torch.__version__ and all(merged["dates"].values())
+    made_by = merged["code"]["trials"]
     monkeypatch.setattr(results, "code_key", lambda kind: "other")
+    kept = merge([], path, kinds=["cadence"])
+    assert [event["family"] for event in kept["events"]] == ["other", "tiny"]
+    assert kept["code"]["trials"] == made_by != kept["code"]["cadence"]
     assert {event["family"] for event in merge([(job, result)], path)["events"]} == {"tiny"}
 
 

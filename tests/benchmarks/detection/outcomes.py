@@ -65,10 +65,10 @@ class Experiments:
     def advised(self, mechanism: str | None) -> str | None:
         """The remedy nearest to what *imminent* advises, among those tried; None where none was.
 
-        Before numeric slingshots: cool the learning rate at once and move the loss to float64.
+        Before numeric slingshots: exchange the loss, here for float64's.
         """
         tried = self.remedies(mechanism)
-        wanted = (lambda name: "float64" in name and "lr" in name, lambda name: "float64" in name)
+        wanted = (lambda name: "float64" in name and "lr" not in name, lambda name: "float64" in name)
         return next((name for fits in wanted for name in tried if fits(name)), tried[0] if tried else None)
 
     def _imminent(self, mechanism: str | None) -> Iterator[Record]:

@@ -279,9 +279,20 @@ def page(book: Book, command: str) -> str:
         lines.append(
             f"{stale} runs were recorded by another version of the measuring code (--refresh renews them)."
         )
-    if book.experiments is not None and book.experiments.made.get("date"):
-        lines.append(f"Experiments of {book.experiments.made['date']}.")
+    if book.experiments is not None:
+        lines.append(_made(book.experiments.made))
     return "\n".join(lines) + "\n\n" + "\n".join(sheet.markdown() for sheet in sheets(book))
+
+
+def _made(made: Mapping[str, Any]) -> str:
+    """When the experiments were made, and whether by the code that is here."""
+    from tests.benchmarks.detection.experiments.results import current_code
+
+    code, told = made.get("code", {}), []
+    for kind, current in current_code().items():
+        date = made.get("dates", {}).get(kind) or made.get("date", "unknown date")
+        told.append(f"{kind} of {date}" + ("" if code.get(kind) == current else ", by an earlier version"))
+    return f"Experiments: {'; '.join(told)}."
 
 
 def _packages() -> list[str]:

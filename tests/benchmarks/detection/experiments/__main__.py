@@ -3,6 +3,7 @@
     python -m tests.benchmarks.detection.experiments                        # the quick suite's runs
     python -m tests.benchmarks.detection.experiments --suite full --jobs 8
     python -m tests.benchmarks.detection.experiments --families division-17 --most 1
+    python -m tests.benchmarks.detection.experiments --suite full --only cadence
 
 Needs runs that ``python -m tests.benchmarks.detection`` recorded; says which are not there and goes on.
 """
@@ -23,7 +24,7 @@ from rich.table import Table
 from examples.reference.parallel import as_completed
 from tests.benchmarks.detection import generate
 from tests.benchmarks.detection.experiments import cadence
-from tests.benchmarks.detection.experiments.results import Job, merge
+from tests.benchmarks.detection.experiments.results import KINDS, Job, merge
 from tests.benchmarks.detection.families import suite
 
 Done = tuple[Job, dict[str, Any] | None, str]
@@ -51,7 +52,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         metavar="SECONDS",
         help="a run, beyond its first slingshot (default %(default)s)",
     )
+    parser.add_argument("--only", choices=KINDS, help="this kind of experiment; the other's results stay")
     args = parser.parse_args(argv)
+    args.kinds = [args.only] if args.only else list(KINDS)
     try:
         args.chosen = suite(args.suite, args.families)
     except ValueError as error:
@@ -68,8 +71,9 @@ def jobs_of(args: argparse.Namespace, console: Console) -> list[Job]:
             if not generate.is_whole(run):
                 missing += 1
                 continue
-            jobs.append(Job("trials", family, seed, run, args.most, args.budget))
-            if family.name in cadence.FAMILIES and seed == family.seeds[0]:
+            if "trials" in args.kinds:
+                jobs.append(Job("trials", family, seed, run, args.most, args.budget))
+            if "cadence" in args.kinds and family.name in cadence.FAMILIES and seed == family.seeds[0]:
                 jobs.append(Job("cadence", family, seed, run))
     if missing:
         console.print(f"{missing} runs are not recorded: left out.")
@@ -161,7 +165,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             done.append((job, result))
     path = args.cache / "experiments.json"
-    show(merge(done, path), console)
+    show(merge(done, path, args.kinds), console)
     for job, problem in failed:
         console.print(f"{job.kind} of {job.family.name}-{job.seed} failed:")
         console.out(problem, highlight=False)

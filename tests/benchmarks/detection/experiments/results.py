@@ -21,13 +21,14 @@ from tests.benchmarks.detection.experiments import cadence, plan, trials
 from tests.benchmarks.detection.families import Family
 
 LISTS = ("events", "at_risk", "cadence", "differs")
+KINDS = ("trials", "cadence")
 
 
 @dataclass(frozen=True)
 class Job:
     """One thing to do on one recorded run; made to be sent to a worker."""
 
-    kind: str  # "trials" or "cadence"
+    kind: str  # one of KINDS
     family: Family
     seed: int
     run: Path
@@ -120,8 +121,16 @@ def code_key(kind: str) -> str:
     return generate._hash(readings, score, *map(generate._code, used))
 
 
-def merge(results: Iterable[tuple[Job, dict[str, Any]]], path: Path) -> dict[str, Any]:
-    """Write ``path`` anew. Other runs' records stay in it if the same code made them."""
+def current_code() -> dict[str, str]:
+    """Kind of job → hash of all the code that its results depend on."""
+    return {kind: generate._hash(generate.alarms_key(), code_key(kind)) for kind in KINDS}
+
+
+def merge(
+    results: Iterable[tuple[Job, dict[str, Any]]], path: Path, kinds: Iterable[str] = KINDS
+) -> dict[str, Any]:
+    """Write ``path`` anew. Other runs' records stay in it if the same code made them; those of ``kinds`` that
+    were not done this time stay whatever made them, with their date and the hash of that code."""
     results = list(results)
     done = {(job.kind, job.family.name, job.seed) for job, _ in results}
     merged: dict[str, Any] = {name: [] for name in LISTS}
@@ -129,12 +138,13 @@ def merge(results: Iterable[tuple[Job, dict[str, Any]]], path: Path) -> dict[str
         old = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         old = {}
-    keys = {kind: generate._hash(generate.alarms_key(), code_key(kind)) for kind in ("trials", "cadence")}
+    keys, was = current_code(), old.get("code", {})
+    dates = old.get("dates", dict.fromkeys(KINDS, old.get("date", "")))
     for name in LISTS:
         for record in old.get(name, []):
             kind = _kind(name, record)
-            current = old.get("code", {}).get(kind) == keys[kind]
-            if current and (kind, record["family"], record["seed"]) not in done:
+            stays = kind not in kinds or was.get(kind) == keys[kind]
+            if stays and (kind, record["family"], record["seed"]) not in done:
                 merged[name].append(record)
     for job, result in results:
         for name in LISTS:
@@ -144,10 +154,11 @@ def merge(results: Iterable[tuple[Job, dict[str, Any]]], path: Path) -> dict[str
             merged["differs"].append({**where, "kind": job.kind})
     for name in LISTS:
         merged[name].sort(key=lambda record: (record["family"], record["seed"]))  # stable within a run
+    today = datetime.date.today().isoformat()
     merged |= {
-        "code": keys,
+        "code": {kind: keys[kind] if kind in kinds else was.get(kind, "") for kind in KINDS},
         "versions": generate.versions(),
-        "date": datetime.date.today().isoformat(),
+        "dates": {kind: today if kind in kinds else dates.get(kind, "") for kind in KINDS},
     }
     text = json.dumps(merged, indent=1, allow_nan=False).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
