@@ -16,7 +16,8 @@ class Sink(Protocol):
     """A place where readings and alerts go.
 
     A sink may raise: the monitor catches the first exception, reports it once and lets the sink go
-    quiet, so a message has to say what to do.
+    quiet, so a message has to say what to do.  One that does nothing with readings may say so by an attribute
+    ``takes_readings = False``: where no other listens, losses that begin nothing are judged a few at a time.
     """
 
     def start(self, info: Mapping[str, Any]) -> None:
