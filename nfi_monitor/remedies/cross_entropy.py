@@ -13,7 +13,8 @@ With weights, label smoothing or probabilities as targets, a_k the (weighted) ta
 where ℓ_r is the loss above and r the class with the largest target.
 
 One [N, K] tensor is made in the forward pass and none in a plain backward pass: the gradient itself is kept,
-not what it is made of.  ``F.cross_entropy`` makes three.
+not what it is made of.  ``F.cross_entropy`` makes three.  A few rows on a CPU go a shorter way: there each
+call counts, not each number.
 """
 
 from __future__ import annotations
@@ -60,8 +61,10 @@ def zero_sum_cross_entropy(
         RuntimeError: on a second derivative (use ``F.cross_entropy`` in float64 there).
 
     In float32 the loss is within (|margin| + 8)·2⁻²⁴ of the exact one, relatively (and K·2⁻¹⁵⁰), and a row's
-    gradient sums to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  It
-    costs less than ``F.cross_entropy`` but for very small batches of few classes.  When not to use it: for
+    gradient sums to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  On a
+    CPU it costs half of ``F.cross_entropy`` with a large vocabulary or many rows of few classes, as much for
+    128 rows of ten, and for 32 half as much again, some 50 µs: there a loss written in Python costs nearly as
+    much before it computes anything (``tests/benchmarks/remedies/RESULTS.md``).  When not to use it: for
     other losses, and where second derivatives are needed.  Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism is
     Liu et al. 2026.
     """
@@ -185,7 +188,7 @@ class _CrossEntropy(torch.autograd.Function):
         return _times(found, grad if ctx.reduced else grad.unsqueeze(-1), ctx.dtype), None, None, None, None
 
 
-# The mean loss of a few rows on a CPU.  An operation of torch costs more there than what it does, and five
+# The mean loss of a few rows on a CPU.  An operation of torch costs more there than what it does, and several
 # times as much as one of NumPy, which sees the same memory.  The way above is what this is tested against.
 
 SMALL = 1 << 14
@@ -198,7 +201,7 @@ _UNSIGNED = np.dtype(np.uint64)
 def _of_few(logits: Tensor, target: Tensor) -> Tensor | None:
     """None where the long way has to be taken: other inputs, an ignored row, an overflow, a wrong index."""
     if not (
-        type(logits) is Tensor
+        type(logits) is Tensor  # a subclass may hold something else than its values
         and logits.is_cpu
         and target.is_cpu
         and 0 < logits.numel() <= SMALL

@@ -178,6 +178,43 @@ def test_peak_memory_is_what_was_held_at_once() -> None:
     assert size <= losscost.peak(loss, logits, target) < 2.5 * size
 
 
+def test_peak_memory_counts_the_arrays_of_numpy_as_well() -> None:
+    logits, target = torch.randn(64, 256, requires_grad=True), torch.zeros(64, dtype=torch.int64)
+
+    def loss(z: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        z.detach().numpy().repeat(16)
+        return z.sum()
+
+    assert losscost.peak(loss, logits, target) >= 16 * logits.numel() * 4
+
+
+def test_costs_are_ratios_of_paired_passes_and_written_into_a_page_whose_trials_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = page.render(found([record(0)] * 2, [True, False]), {"torch": "x"})
+    out = tmp_path / "page.md"
+    out.write_text(before)
+    cost = losscost.measure(32, 10, seconds=0.0)
+    assert all(item["ratio"] == [1.0, 1.0, 1.0] for name, item in cost.items() if name == losscost.BASE)
+    assert 0 < cost["zero_sum_cross_entropy"]["ratio"][0] < cost["zero_sum_cross_entropy"]["ratio"][2]
+    assert losscost.NOTHING_COMPUTED in cost and losscost.NOTHING_COMPUTED not in losscost.LOSSES
+    monkeypatch.setattr(losscost, "SHAPES", ((32, 10),))
+    monkeypatch.setattr(losscost, "measure", lambda rows, classes: cost)
+    steps = {"ratio": 1.25, "low": 1.2, "high": 1.3}
+    monkeypatch.setattr(trials, "step_time", lambda case, remedy: steps)
+    arguments = ["--costs", "--families", "division-17", "--cache", str(tmp_path), "--out", str(out)]
+    assert command.main(arguments) == 0
+    after = out.read_text()
+    trials_of, costs_of = (text.partition("## Cost of a step") for text in (before, after))
+    assert trials_of[0] == costs_of[0] and after.count("## Cost of") == 2
+    assert "| `cool_down` | division-17 | 1.25 (1.20–1.30) |" in after and "Taken 20" in after
+    low, middle, high = cost["zero_sum_cross_entropy"]["ratio"]
+    assert f"| {middle:.2f} ({low:.2f}–{high:.2f}) |" in after
+    assert command.main(arguments) == 0 and out.read_text() == after, "kept, and put where it was"
+    with pytest.raises(ValueError, match="No section 'Cost of a step'"):
+        page.with_costs("# Remedies", page.Found())
+
+
 def test_a_trial_that_is_kept_is_not_made_again_and_one_of_other_code_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

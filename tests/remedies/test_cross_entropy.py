@@ -70,7 +70,8 @@ def test_loss_and_gradient_of_float32_logits_are_exact_to_the_conditioning_of_ex
     spread = float(logits.detach().max() - logits.detach().min())
     # Two differences are rounded where the target is not the largest: the entry's own and the margin.
     bound = (spread + max(-margin, 0.0) + 8) * ULP
-    assert np.all(np.abs(said - gradient)[normal] <= bound * np.abs(gradient)[normal])
+    # The target's entry may be a sum of subnormal terms, like the loss.
+    assert np.all(np.abs(said - gradient)[normal] <= bound * np.abs(gradient)[normal] + classes * 2.0**-150)
 
 
 @given(

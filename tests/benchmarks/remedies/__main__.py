@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.remedies --jobs 2
     python -m tests.benchmarks.remedies --families division-17 --seeds 1 --out /tmp/table.md
+    python -m tests.benchmarks.remedies --costs           # what a remedy costs, nothing else, in two minutes
 
 Every trial is kept in the cache, so that an interrupted command goes on where it was; what is there is made
 again only when the code that it depends on has changed.
@@ -41,6 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s; -1: all cores)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="kept trials (default %(default)s)")
     parser.add_argument("--kept", action="store_true", help="write the page from what is kept, try nothing")
+    parser.add_argument("--costs", action="store_true", help="only measure costs, into the page as it is")
     parser.add_argument("--out", type=Path, default=RESULTS, help="the page (default %(default)s)")
     args = parser.parse_args(argv)
     if args.seeds < 1:
@@ -150,7 +152,7 @@ def costs(wanted: list[Case], folder: Path, make: bool) -> tuple[dict[str, Any],
                 path = kept.path(case, f"{case.family.name}-step-time-{remedy.name}", False)
                 record = kept.read(path)
                 if record is None and make:
-                    record = kept.write(path, trials.step_time(case, remedy.name))
+                    record = kept.write(path, trials.step_time(case, remedy.name) | {"taken": _today()})
                 if record is not None:
                     steps[remedy.name] = {**record, "family": case.family.name}
     key = generate._hash(generate._package("remedies"), generate._code(Path(losscost.__file__)))
@@ -158,7 +160,8 @@ def costs(wanted: list[Case], folder: Path, make: bool) -> tuple[dict[str, Any],
         path = folder / f"loss-{rows}x{classes}-{key}.json"
         record = kept.read(path)
         if record is None and make:
-            record = kept.write(path, losscost.measure(rows, classes))
+            measured = losscost.measure(rows, classes)
+            record = kept.write(path, {name: {**item, "taken": _today()} for name, item in measured.items()})
         if record is not None:
             losses[f"{rows} × {classes:,}"] = record
     return steps, losses
@@ -180,12 +183,20 @@ def results_of(args: argparse.Namespace) -> Iterator[Done]:
             yield from parallel(delayed(part)(case, seed, args.cache) for case, seed in jobs)
 
 
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     console = Console()
     torch.set_num_threads(1)
     started = time.perf_counter()
     found, failed = page.Found(), 0
+    if args.costs:
+        found.steps, found.losses = costs(args.cases, args.cache, not args.kept)
+        args.out.write_text(page.with_costs(args.out.read_text("utf-8"), found), encoding="utf-8")
+        return 0
     for case, seed, records, problem in results_of(args):
         console.out(f"{time.perf_counter() - started:6.0f} s  {case.family.name}-{seed}", highlight=False)
         found.add(case, seed, records)
@@ -197,7 +208,7 @@ def main(argv: list[str] | None = None) -> int:
         found,
         {
             **generate.versions(),
-            "date": datetime.date.today().isoformat(),
+            "date": _today(),
             "seeds": f"0–{args.seeds - 1}",
             "code": monitor_key(),
         },

@@ -6,11 +6,12 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from nfi_monitor.types import Thresholds
 from tests.benchmarks.detection.families import NUMERIC
 from tests.benchmarks.detection.sheet import NOTHING, Sheet, share
+from tests.benchmarks.remedies.losscost import BASE, NOTHING_COMPUTED
 from tests.benchmarks.remedies.matrix import MECHANISMS, PILOTS, REMEDIES, Case
 from tests.benchmarks.remedies.trials import PLAIN, REPLAYS, WHENS, Record
 
@@ -271,7 +272,8 @@ def _step_times(found: Found) -> Sheet:
         "Cost of a step",
         "Remedied over plain, paired and interleaved steps of one process on one thread: the geometric mean "
         "of the medians of both orders (and these: plain first or last). These networks are so small that "
-        "each operation counts.",
+        "each operation counts. Where the loss is another one, the plain run's is exchanged for itself, in "
+        "the same way." + _taken(found.steps.values()),
         ["remedy", "family", "ratio"],
         rows,
     )
@@ -280,21 +282,29 @@ def _step_times(found: Found) -> Sheet:
 def _loss_costs(found: Found) -> Sheet:
     rows = []
     for shape, losses in found.losses.items():
-        base = losses["F.cross_entropy"]
+        base = losses[BASE]
         for name, item in losses.items():
+            low, middle, high = item["ratio"]
             rows.append([
-                shape, f"`{name}`", f"{item['microseconds']:,.0f}",
-                f"{item['microseconds'] / base['microseconds']:.2f}",
-                f"{item['peak_bytes'] / 2**20:.2f}", f"{item['peak_bytes'] / base['peak_bytes']:.2f}",
+                shape, f"`{name}`", f"{item['microseconds']:,.0f}", f"{middle:.2f} ({low:.2f}–{high:.2f})",
+                f"{item['peak_bytes'] / 2**20:.3g}", f"{item['peak_bytes'] / base['peak_bytes']:.2f}",
             ])  # fmt: skip
     return Sheet(
         "Cost of the loss",
-        "Forward and backward, float32 logits, one CPU thread: median time of interleaved passes, and the "
-        "most memory held at once. Targets beside F.cross_entropy: at 50,257 classes at most 0.8 of the time "
-        "and 1.0 of the memory, at 10 classes at most 1.1 of the time.",
+        "Forward and backward, float32 logits, one CPU thread: median time of interleaved passes, the median "
+        "of the ratios of paired ones (their quartiles), and the most memory held at once. Targets beside "
+        f"{BASE}: at 50,257 classes at most 0.8 of the time and 1.0 of the memory, at 10 classes at most 1.1 "
+        f"of the time. `{NOTHING_COMPUTED}`, which is handed its value and gradient, is what any loss "
+        "written in Python costs: it leaves the arithmetic of a few rows little room (what was tried: "
+        "../LOG.md)." + _taken([item for losses in found.losses.values() for item in losses.values()]),
         ["rows × classes", "loss", "µs", "ratio", "peak MiB", "ratio"],
         rows,
     )
+
+
+def _taken(records: Iterable[Record]) -> str:
+    days = sorted({record["taken"] for record in records})
+    return f" Taken {' and '.join(days)}." if days else ""
 
 
 def render(found: Found, made: Mapping[str, str]) -> str:
@@ -308,6 +318,17 @@ def render(found: Found, made: Mapping[str, str]) -> str:
     sheets = [_verdicts(found), _targets(found), _leads(found), *_outcomes(found), _step_times(found),
               _loss_costs(found)]  # fmt: skip
     return "\n".join([head, *(sheet.markdown() for sheet in sheets)])
+
+
+def with_costs(text: str, found: Found) -> str:
+    """The page ``text`` with the costs of ``found``, and the trials as they were."""
+    for sheet in (_step_times(found), _loss_costs(found)):
+        pattern = rf"^## {re.escape(sheet.title)}\n.*?(?=^## |\Z)"
+        parts = re.split(pattern, text, flags=re.M | re.S)
+        if len(parts) != 2:
+            raise ValueError(f"No section {sheet.title!r}: run python -m tests.benchmarks.remedies.")
+        text = (sheet.markdown() + "\n").join(parts)
+    return text.rstrip("\n") + "\n"
 
 
 def _mean(values: Sequence[float | None], form: str) -> str:
