@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
+from nfi_monitor import Monitor
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity, Thresholds
 from tests.benchmarks.detection import __main__ as command
 from tests.benchmarks.detection import evaluate as evaluating
-from tests.benchmarks.detection import generate, peers_installed, report, score, setups
+from tests.benchmarks.detection import generate, peers_installed, report, score, setups, sparse
 from tests.benchmarks.detection.evaluate import RULES, evaluate, evaluate_file, total
 from tests.benchmarks.detection.families import FAMILIES, Family, suite
 from tests.benchmarks.detection.replay import readings, replay
 from tests.benchmarks.detection.score import Event, Score, Truth, alarms_of, judge, truth_of
+from tests.benchmarks.detection.sparse import replay_sparsely
 from tests.benchmarks.detection.training import Arm
 from tests.benchmarks.peers import PEERS
 
@@ -206,6 +208,36 @@ def test_a_replay_over_a_kept_stream_is_the_same_replay(run: generate.Run) -> No
         one, two = replay(run, limits), replay(run, limits, stream)
         assert one.alerts == two.alerts and one.changes == two.changes
         np.testing.assert_array_equal(one.forecasts, two.forecasts)
+
+
+def test_a_sparse_replay_gives_the_alerts_of_a_monitor_that_reads_sparsely(run: generate.Run) -> None:
+    training = LIVELY.build(0, LIVELY.arm)
+    watch = {**training.watch, "every": "auto", "overhead_budget": None}
+    with Monitor(training.model, training.optimizer, console=False, **watch) as monitor:
+        for number in range(1, run.steps + 1):
+            training.step(number, monitor)
+    said = replay_sparsely(run)
+    assert [item.to_json() for item in said.alerts] == [item.to_json() for item in monitor.alerts]
+    assert said.read == monitor.history["weight_norm"][0].tolist()
+    assert len(said.read) < run.steps
+
+
+def test_a_sparse_replay_that_asks_for_every_step_is_the_replay(run: generate.Run) -> None:
+    said = replay_sparsely(run, every=1)
+    assert said.alerts == replay(run).alerts
+    assert said.read == list(range(1, run.steps + 1))
+
+
+def test_both_cadences_are_scored_alike_and_families_that_differ_are_shown(run: generate.Run) -> None:
+    found = sparse.compare(LIVELY, run)
+    assert found.steps == run.steps and 0 < found.read < run.steps
+    warned, missed = score.Score(slingshots=2, warned=2), score.Score(slingshots=2, warned=1)
+    blind = dataclasses.replace(found, every=warned, sparse=missed)
+    tables = {sheet.title: sheet for sheet in sparse.sheets([found])}
+    assert tables["Families where it makes a difference"].rows == []
+    tables = {sheet.title: sheet for sheet in sparse.sheets([blind])}
+    assert [row[0] for row in tables["Families where it makes a difference"].rows] == [LIVELY.name]
+    assert "1/2" in sparse.page([blind], tables.values()) and "2/2" in sparse.page([blind], tables.values())
 
 
 def test_forecasts_and_warnings_are_what_the_firing_alerts_say(run: generate.Run) -> None:
