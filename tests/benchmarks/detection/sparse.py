@@ -2,10 +2,11 @@
 
     python -m tests.benchmarks.detection.sparse --suite full --cache runs/detection
 
-``every="auto"`` reads few steps while nothing is going on.  Training each run once more to see what that
-costs takes as long as recording them (``experiments/cadence.py`` does it for some); here the recorded readings
-are fed to the detector at the steps that the cadence asks for, and the loss alone in between.  What a reading
-has from the one of the step before is left out where that step was not read.  The page is SPARSE.md.
+``every="auto"`` reads few steps while nothing is going on. Training each run once more to see what that
+costs takes as long as recording them (``experiments/cadence.py`` does it for some); here the recorded
+readings are fed to the detector at the steps that the cadence asks for, and the loss alone in between.
+What a reading has from the one of the step before is left out where that step was not read. The page is
+SPARSE.md.
 """
 
 from __future__ import annotations
@@ -176,9 +177,9 @@ def page(compared: Sequence[Compared], made: Iterable[Sheet]) -> str:
         "",
         f'{len(compared)} recorded runs, {steps:,} steps, read again as `every="auto"` with '
         "`overhead_budget=None` would read them; the alarm is *imminent*, with the default constants, scored "
-        "as in RESULTS.md. The rule by which the loss alone calls for readings (`nfi_monitor/detect/unrest.py`) "
-        "was chosen on the runs of seed 0 of `experiments/cadence.py`; the smallest loss that counts there on "
-        "parity-hinge-decay.",
+        "as in RESULTS.md. The rule by which the loss alone calls for readings "
+        "(`nfi_monitor/detect/unrest.py`) was chosen on the runs of seed 0 of `experiments/cadence.py`; the "
+        "smallest loss that counts there on parity-hinge-decay.",
         "",
     ]
     return "\n".join(lines) + "\n" + "\n".join(sheet.markdown() for sheet in made)
