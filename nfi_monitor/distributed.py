@@ -1,4 +1,4 @@
-"""Who trains together, and a line between them. The only file that knows about ranks.
+"""Who trains together, and a line between them. The only file that asks torch.distributed.
 
 The ranks of a team add up small vectors, once per measured step, in the optimizer's post-step hook.  They
 do so over a gloo channel of their own, never over the training's process group: a collective too few or too

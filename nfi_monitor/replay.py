@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace as replaced
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,13 +51,23 @@ from nfi_monitor.arms import (
 )
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
+from nfi_monitor.capture.ring import SnapshotRing
 from nfi_monitor.capture.snapshots import Snapshot
 from nfi_monitor.detect.causal import BASELINE, Outcome, ReplayVerdict, arm_in_words, judge, margin
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
 from nfi_monitor.errors import MonitorError
-from nfi_monitor.types import Thresholds
+from nfi_monitor.types import Alert, AlertKind, Thresholds
 
 StepFunction = Callable[[int], Any]
+
+
+class Plan(NamedTuple):
+    """Where a replay of a watched run begins, for how many steps (None: the default), and of what."""
+
+    snapshot: Snapshot
+    steps: int | None
+    slingshot: Alert | None
+
 
 __all__ = [
     "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
@@ -76,6 +86,48 @@ RECIPE = (
     "args.max_grad_norm, then trainer.optimizer.step(), trainer.lr_scheduler.step(), model.zero_grad(), and "
     "returns loss; extras=[trainer.lr_scheduler], to the monitor as well."
 )
+
+
+def plan(
+    alerts: Sequence[Alert],
+    ring: SnapshotRing,
+    tau: float,
+    snapshot: Snapshot | None = None,
+    steps: int | None = None,
+) -> Plan:
+    """How to replay the last slingshot of a run: from the newest snapshot at least 2 τ before it, or else the
+    oldest, until max(2 τ, 20) steps after it. What is given stays.
+
+    Raises MonitorError, saying why, where there is no snapshot.
+    """
+    slingshot = next((a for a in reversed(alerts) if a.kind is AlertKind.SLINGSHOT), None)
+    if snapshot is None:
+        snapshot = _snapshot_before(slingshot, ring, tau)
+    if slingshot is not None and slingshot.first_step <= snapshot.step:
+        slingshot = None  # the given snapshot is of later: what comes is another one
+    if steps is None and slingshot is not None:
+        steps = slingshot.first_step - snapshot.step + margin(tau)
+    return Plan(snapshot, steps, slingshot)
+
+
+def _snapshot_before(slingshot: Alert | None, ring: SnapshotRing, tau: float) -> Snapshot:
+    kept = ring.snapshots
+    before = [s for s in kept if slingshot is None or s.step < slingshot.first_step]
+    if before:
+        early = [s for s in before if slingshot is None or s.step <= slingshot.first_step - round(2 * tau)]
+        return early[-1] if early else before[0]
+    if kept and slingshot is not None:
+        why = f"those kept are of steps {kept[0].step:,}–{kept[-1].step:,}, after the slingshot began"
+    elif ring.refused:
+        why = ring.refused
+    elif not ring.limit:
+        why = "the monitor was told to keep none"
+    else:
+        why = "one is taken when an at-risk alert begins, and none has, or it failed (see monitor.notes)"
+    raise MonitorError(
+        f"No snapshot to replay from: {why}. Pass snapshots=<bytes> to Monitor (say snapshots=4 << 30), "
+        "or take one yourself with Snapshot.take(step, model, optimizer, extras) and pass snapshot=."
+    )
 
 
 def replay(

@@ -1,4 +1,4 @@
-"""What is known of a run before it starts: the part of ``run.json`` that does not change."""
+"""What is known of a run before it starts: what ``run.json`` holds of it, and what the detector needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.detect.detector import Context
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "momentum", "amsgrad", "decoupled_weight_decay", "foreach", "fused",
@@ -34,6 +35,21 @@ def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -
             **{key: _plain(group[key]) for key in _GROUP_KEYS if key in group},
         },
     }
+
+
+def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool, rank: int) -> Context:
+    """How the optimizer trains the head as things stand, for the detector."""
+    betas = reader.betas()
+    group = reader.group_of(head.weight if head is not None else None)
+    decoupled = group.get("decoupled_weight_decay", type(reader.optimizer).__name__.startswith("AdamW"))
+    return Context(
+        beta1=betas[0] if betas else 0.9,
+        beta2=betas[1] if betas else 0.99,
+        decoupled_decay=bool(decoupled) and float(group.get("weight_decay", 0.0) or 0.0) > 0,
+        no_classes=no_classes,
+        layer=head.name if head is not None else None,
+        rank=rank,
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -581,7 +581,7 @@ def test_a_tied_head_is_watched_by_rows_only() -> None:
     ("target", "part"),
     [
         ("nfi_monitor.measure.accumulator.row_statistics", "rows"),
-        ("nfi_monitor.monitor.step_statistics", "optimizer"),
+        ("nfi_monitor.meter.step_statistics", "optimizer"),
         ("nfi_monitor.capture.optimizer.OptimizerReader.before", "optimizer"),
         ("nfi_monitor.capture.probe_batch.ProbeBatch.displacement", "probe"),
         ("nfi_monitor.detect.detector.Detector.update", "detector"),

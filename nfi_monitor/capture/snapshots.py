@@ -8,7 +8,6 @@ buffers are copied, too, because a replay moves them like any others.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import pickle
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.replacing import replacing
 
 _FORMAT = 1
 
@@ -125,19 +125,9 @@ class Snapshot:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write to ``path``, atomically: after a crash there is the old file, the new one or none."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         content = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
-        try:
-            with open(temporary, "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
+        with replacing(Path(path)) as file:
+            torch.save(content, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trusted: bool = False) -> Snapshot:

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any
 from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.history import History
 from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.replacing import remove_leftovers, replacing
 from nfi_monitor.report.lock import DirectoryInUseError, DirectoryLock
 from nfi_monitor.report.plain import json_line, plain
-from nfi_monitor.report.thinning import READINGS_BYTES, remove_leftovers, thin
+from nfi_monitor.report.thinning import READINGS_BYTES, thin
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading, finite_or_none
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ class RunDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             for name in (RUN, READINGS):
-                remove_leftovers(self.path, name)
+                remove_leftovers(self.path / name)
         previous = self._previous_info()
         self._notes = _notes_of(previous)
         if previous or (self.path / READINGS).exists():
@@ -151,18 +152,9 @@ class RunDirectory:
             if note not in self._notes:
                 self._notes.append(note)
         self._info = {**plain(info), **self._session, "notes": self._notes}
-        target, temporary = self.path / RUN, self.path / f".{RUN}.{os.getpid()}.tmp"
-        with self._explained(target):
-            try:
-                with open(temporary, "wb") as file:
-                    file.write(json_line(self._info, indent=2))
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(temporary, target)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    temporary.unlink()
-                raise
+        target = self.path / RUN
+        with self._explained(target), replacing(target) as file:
+            file.write(json_line(self._info, indent=2))
 
     def _previous_info(self) -> dict[str, Any]:
         """What an earlier run left here; an unreadable run.json is about to be replaced anyway."""

@@ -6,14 +6,12 @@ the distant past the same, coarser one.  (Dropping every second line lost: pass 
 again, until nothing of a run's beginning is left.)  The first reading of a phase and of a session stays.
 They say when phases began and where a run was resumed.  Alerts have a file of their own: none is removed.
 
-The thinned file is written beside the old one and takes its place at once: a reader sees the one or the
-other, and a ``kill -9`` leaves the old one.  (Numbered segments lost: every reader would have to know them,
-and a reader that opens them one by one would mix two generations.)
+The thinned file takes the old one's place at once (:mod:`nfi_monitor.replacing`).  (Numbered segments lost:
+every reader would have to know them, and one that opens them in turn would mix two generations.)
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shutil
@@ -24,6 +22,7 @@ from typing import BinaryIO
 import numpy as np
 
 from nfi_monitor.history import thinning_interval
+from nfi_monitor.replacing import replacing
 
 READINGS_BYTES = 64 << 20
 """Size of ``readings.jsonl`` at which it is thinned, to about three quarters."""
@@ -35,33 +34,24 @@ _END = re.compile(rb'\}(?:, "session": (\d+))?\}\s*$')
 
 def thin(path: Path) -> None:
     """Replace the file of readings by a thinner one. Raises OSError, the file being as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(path, "rb") as old, open(temporary, "wb") as new:
-            half = os.fstat(old.fileno()).st_size // 2
-            every = [thinning_interval(np.array(steps, dtype=np.int64)) for steps in _steps(old, half)]
-            old.seek(0)
-            done, last = 0, None
-            bucket: list[int | None] = [None, None]
-            while done < half and (line := old.readline()):
-                done += len(line)
-                begin, end = _BEGIN.match(line), _END.search(line, max(0, len(line) - 40))
-                if begin is None or end is None:  # torn, or a newer version's: not ours to judge
-                    new.write(line)
-                    continue
-                of, full = (begin[2], end[1]), begin[3] is None
-                now = int(begin[1]) // every[full]
-                if of != last or now != bucket[full]:
-                    new.write(line)
-                last, bucket[full] = of, now
-            shutil.copyfileobj(old, new, 1 << 20)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
+    with replacing(path) as new, open(path, "rb") as old:
+        half = os.fstat(old.fileno()).st_size // 2
+        every = [thinning_interval(np.array(steps, dtype=np.int64)) for steps in _steps(old, half)]
+        old.seek(0)
+        done, last = 0, None
+        bucket: list[int | None] = [None, None]
+        while done < half and (line := old.readline()):
+            done += len(line)
+            begin, end = _BEGIN.match(line), _END.search(line, max(0, len(line) - 40))
+            if begin is None or end is None:  # torn, or a newer version's: not ours to judge
+                new.write(line)
+                continue
+            of, full = (begin[2], end[1]), begin[3] is None
+            now = int(begin[1]) // every[full]
+            if of != last or now != bucket[full]:
+                new.write(line)
+            last, bucket[full] = of, now
+        shutil.copyfileobj(old, new, 1 << 20)
 
 
 def _steps(file: BinaryIO, end: int) -> tuple[array[int], array[int]]:
@@ -73,10 +63,3 @@ def _steps(file: BinaryIO, end: int) -> tuple[array[int], array[int]]:
         if begin := _BEGIN.match(line):
             steps[begin[3] is None].append(int(begin[1]))
     return steps
-
-
-def remove_leftovers(directory: Path, name: str) -> None:
-    """What a process that was killed in the middle of :func:`thin`, or of replacing ``run.json``, left."""
-    for file in directory.glob(f".{name}.*.tmp"):
-        with contextlib.suppress(OSError):
-            file.unlink()

@@ -12,7 +12,8 @@ from rich.console import Console
 from nfi_monitor.cli import main
 from nfi_monitor.detect.detector import Context, Detector
 from nfi_monitor.history import History
-from nfi_monitor.report.explain import Explanation, Seen, explain, explain_run
+from nfi_monitor.report.explain import explain, explain_run
+from nfi_monitor.report.explanation import Explanation, Seen
 from nfi_monitor.report.jsonl import read_run
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Note, Phase, Reading, Thresholds
 from tests.detect.series import numeric_slingshot, second_moment_slingshot

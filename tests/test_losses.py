@@ -87,10 +87,10 @@ def test_readings_alerts_and_phases_are_those_of_losses_judged_one_by_one(kicks)
 
 def test_losses_really_wait_and_the_history_does_not_show_it():
     monitor, _ = run()
-    assert monitor._plain_losses
+    assert monitor._losses.waiting
     steps, losses = monitor.history["loss"]
     assert steps.tolist() == list(range(1, STEPS + 1))
-    assert not monitor._plain_losses
+    assert not monitor._losses.waiting
     assert all(0 < loss < 1 for loss in losses)
     monitor.close()
 
@@ -108,7 +108,7 @@ def test_what_is_no_loss_waits_for_nobody(bad):
     monitor, _ = run()
     monitor.observe_loss(bad)
     monitor.optimizer.step()
-    assert not monitor._plain_losses
+    assert not monitor._losses.waiting
     assert (monitor._detector.alerts != []) == (not math.isfinite(bad))
     monitor.close()
 
@@ -130,10 +130,10 @@ def test_a_run_that_is_resumed_while_losses_wait_ends_as_the_uninterrupted_one(c
 
 def test_saving_a_state_changes_nothing():
     monitor, _ = run()
-    waiting = list(monitor._plain_losses)
+    waiting = list(monitor._losses.waiting)
     assert waiting
     assert monitor.state_dict() == monitor.state_dict()
-    assert monitor._plain_losses == waiting
+    assert monitor._losses.waiting == waiting
     monitor.close()
 
 
@@ -146,6 +146,6 @@ def test_losses_of_half_precision_wait_with_the_value_they_have():
 
 def test_closing_judges_what_waits():
     monitor, _ = run()
-    assert monitor._plain_losses
+    assert monitor._losses.waiting
     monitor.close()
     assert len(monitor.history["loss"][0]) == STEPS

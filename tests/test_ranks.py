@@ -1,0 +1,83 @@
+"""A monitor that looks for other ranks and cannot reach them; what they read together: tests/distributed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from nfi_monitor import Monitor, distributed
+from nfi_monitor.pool import Pool
+from tests.runs import batch, mlp
+
+
+def trained(steps: int, **arguments: Any) -> Monitor:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    inputs, targets = batch()
+    with Monitor(model, optimizer, console=False, every=1, **arguments) as monitor:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            monitor.observe_loss(loss)
+            loss.backward()
+            optimizer.step()
+    return monitor
+
+
+def readings(monitor: Monitor) -> dict[str, list[list[float]]]:
+    return {name: [column.tolist() for column in monitor.history[name]] for name in monitor.history}
+
+
+def test_a_store_that_cannot_be_reached_is_said_once_and_this_rank_is_read_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def unreachable(model: Any, group: Any = None) -> tuple[int, ...]:
+        asked.append(group)
+        raise RuntimeError("connection refused")
+
+    monkeypatch.setattr(distributed, "find_ranks", unreachable)
+    monitor = trained(4)
+    (said,) = [note for note in monitor.notes if note.code == "ranks_apart"]
+    assert said.step == 0
+    assert "their store cannot be reached (RuntimeError: connection refused)" in said.message
+    assert "rank 0 alone reports. Training is not affected." in said.message
+    assert asked == [None], "nobody looks again"
+    monkeypatch.undo()
+    assert repr(readings(monitor)) == repr(readings(trained(4)))
+
+
+def test_ranks_are_looked_for_until_the_first_step_is_over_and_never_where_that_is_declined(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[Any] = []
+
+    def none_yet(model: Any, group: Any = None) -> None:
+        asked.append(group)
+
+    monkeypatch.setattr(distributed, "find_ranks", none_yet)
+    monitor = trained(4)
+    assert asked == [None, None], (
+        "when it is attached, and in the first forward: DDP may wrap the model later"
+    )
+    asked.clear()
+    assert not [
+        note for note in [*trained(4, group=False).notes, *monitor.notes] if note.code == "ranks_apart"
+    ]
+    assert asked == []
+
+
+def test_a_rank_that_cannot_sign_up_reads_whole_tensors_on_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any, **keywords: Any) -> Pool:
+        raise ConnectionError("the store is gone")
+
+    monkeypatch.setattr(distributed, "find_ranks", lambda model, group=None: (0, 1))
+    monkeypatch.setattr(Pool, "form", refuse)
+    monitor = trained(4)
+    assert [note.code for note in monitor.notes if note.code == "ranks_apart"] == ["ranks_apart"]
+    assert monitor.history["zero_sum_violation"][0].tolist() == [1, 2, 3, 4]
+    assert monitor.history["loss"][0].tolist() == [1, 2, 3, 4]
