@@ -114,7 +114,10 @@ def code_key(kind: str) -> str:
             package / "capture" / "head.py",
             package / "capture" / "snapshots.py",
         ],
-        "cadence": [here / "cadence.py", package / "monitor.py"],
+        "cadence": [
+            here / "cadence.py",
+            *(package / f"{name}.py" for name in ("monitor", "cadence", "losses", "meter")),
+        ],
     }[kind]
     readings = generate.readings_key() if kind == "cadence" else ""
     score = generate._code(here.parent / "score.py")
