@@ -27,7 +27,7 @@ class History:
     Raises KeyError, listing the known names, for a name that is no quantity.
     """
 
-    def __init__(self, max_rows: int = 65_536) -> None:
+    def __init__(self, max_rows: int = 32_768) -> None:
         if max_rows < 4:
             raise ValueError(f"History(max_rows={max_rows}): at least 4 rows are needed to thin a history.")
         self._max_rows = max_rows

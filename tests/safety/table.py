@@ -120,7 +120,7 @@ LIMITS = """\
 second reading goes, evenly over the steps, but the first of each phase and of each resumed session stays.
 TensorBoard's files can only grow, and grow with the logarithm of the run's length: after 2,048 readings
 every second one is written as scalars, after as many again every fourth, and so on. Alerts are never
-thinned. In the program, `monitor.history` keeps at most 65,536 values of a quantity.
+thinned. In the program, `monitor.history` keeps at most 32,768 values of a quantity.
 
 ## What is not shown
 
