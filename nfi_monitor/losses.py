@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nfi_monitor.capture import placement
 from nfi_monitor.capture.outbox import Outbox
+from nfi_monitor.types import Thresholds
 
 TOGETHER = 32
 """Losses judged at once."""
@@ -28,9 +29,10 @@ class Losses:
     here begin nothing and may wait; −inf while none may.
     """
 
-    def __init__(self, stirs: Callable[[int, float], bool]) -> None:
+    def __init__(self, stirs: Callable[[int, float], bool], limits: Thresholds) -> None:
         """``stirs(step, loss)``: whether a loss calls for closer attention; asked at its own step."""
         self._stirs = stirs
+        self._rise, self._high = (1.0 - 1e-9) * math.exp(limits.spike_rise), limits.spike_high
         self.told: list[Tensor | float] = []
         self.share: float | None = None
         self.usual_below = -math.inf
@@ -57,6 +59,9 @@ class Losses:
             loss = loss.item()
         if not 0.0 <= loss < usual_below or self._stirs(step, loss):
             return False
+        # What waits may lower the average that a loss is held against, but not below its own smallest.
+        if loss * self._rise < usual_below:
+            self.usual_below = max(self._high, loss * self._rise)
         self.waiting.append((step, loss))
         told.clear()
         return True

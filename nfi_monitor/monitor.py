@@ -39,7 +39,7 @@ from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.errors import AlreadyMonitoredError, MonitorError
 from nfi_monitor.history import History
-from nfi_monitor.losses import Losses
+from nfi_monitor.losses import TOGETHER, Losses
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.step import SKIPPED, with_non_finite
 from nfi_monitor.measure.zero_sum import accumulation_dtype
@@ -183,7 +183,7 @@ class Monitor:
             group, every, clock=self._clock, meter=self._meter, probe=self._probe, notes=self._notes
         )
         self._detector = Detector(self._thresholds, self._read_context())
-        self._losses = Losses(self._detector.stirs)
+        self._losses = Losses(self._detector.stirs, self._thresholds)
         self._outbox = Outbox()
         self._ring = SnapshotRing(model, self._optimizer, self._extras, snapshots)
         self.replays: list[ReplayVerdict] = []
@@ -265,8 +265,8 @@ class Monitor:
 
     @property
     def history(self) -> History:
-        """Everything measured so far: ``history["zero_sum_violation"]`` → (steps, values). Assign a longer
-        one (``History(max_rows=...)``) to have less of it thinned."""
+        """Everything measured so far: ``history["zero_sum_violation"]`` → (steps, values). Asking for it
+        judges the losses that waited. Assign a longer one (``History(max_rows=...)``) to thin less."""
         if self._losses.waiting:
             with self.guarded("step"):
                 self._judge_waiting()
@@ -523,6 +523,8 @@ class Monitor:
         device = weight.device if weight is not None else next(self._model.parameters()).device
         self._meter.load_state_dict(state, device)
         self._losses.waiting = [(int(step), float(loss)) for step, loss in state.get("plain_losses", [])]
+        if self._ranks.pool is not None:  # none waits there, and all ranks have to know the same
+            self._judge_waiting()
         self._rows.clear(self._step + 1)
         self._look_ahead()
         for code, message, step in state["notes"]:
@@ -568,11 +570,11 @@ class Monitor:
         started = time.perf_counter()
         self._step += 1
         read = self._wanted_step is not None
-        if not read and self._losses.put_aside(self._step):
-            if self._step + 1 == self._next_read:
-                self._wanted_step = self._next_read
-        else:
-            try:
+        aside = False
+        try:
+            # While a reading is on its way from an accelerator, each step asks for it.
+            aside = not (read or self._outbox.waiting) and self._losses.put_aside(self._step)
+            if not aside:
                 if read:
                     with torch.no_grad():
                         self._measure()
@@ -582,8 +584,12 @@ class Monitor:
                     self._drain()
                 else:
                     self._receive()
-            except Exception as error:
-                self._failed("step", error)
+        except Exception as error:
+            self._failed("step", error)
+        if aside:
+            if self._step + 1 == self._next_read:
+                self._wanted_step = self._next_read
+        else:
             if self._let_go():
                 return
             self._take_snapshot()
@@ -604,7 +610,8 @@ class Monitor:
         attention = detector.attention
         # Losses wait only while nothing is going on, and nobody for each reading.
         patient = attention is Attention.RARELY and self._ranks.pool is None and not self._reports.listening
-        self._losses.usual_below = detector.spike.usual_below(self._thresholds) if patient else -math.inf
+        usual_below = detector.spike.usual_below(self._thresholds, TOGETHER + 1) if patient else -math.inf
+        self._losses.usual_below = usual_below
         tau = detector.context.tau
         if self._clock.decide(self._step, tau):
             self._notes.slowed(self._clock, tau, self._step)
@@ -653,7 +660,9 @@ class Monitor:
         elif isinstance(loss, Tensor) and not placement.on_host(loss):
             losses.keep_late(self._step, loss)
         else:
-            if losses.waiting:
+            if self._outbox.waiting:  # an earlier reading, from an accelerator
+                self._drain()
+            elif losses.waiting:
                 self._judge_waiting()
             self._judge(Reading(self._step, {"loss": float(loss)}), full=False)
 
@@ -667,7 +676,11 @@ class Monitor:
 
     def _judge_waiting(self) -> None:
         for step, loss in self._losses.take_waiting():
-            if "detector" not in self._quiet and self._detector.pass_by(step, loss):
+            passed = False
+            if "detector" not in self._quiet:
+                with self.guarded("detector"):
+                    passed = self._detector.pass_by(step, loss)
+            if passed:
                 self._history.append(step, {"loss": loss})
             else:
                 self._judge(Reading(step, {"loss": loss}), full=False)

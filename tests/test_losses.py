@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nfi_monitor import Monitor
+from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.types import Alert, AlertKind
 
 STEPS = 400
@@ -34,8 +36,12 @@ def run(
     listen: bool = False,
     cut: int | None = None,
     dtype: torch.dtype = torch.float32,
+    told: Callable[[int], float] | None = None,
+    every: int | str = "auto",
+    looked_at: int | None = None,
 ) -> tuple[Monitor, list[tuple[int, Alert]]]:
-    """A small regression to classes whose told loss is multiplied by 1000 for a few steps from each kick."""
+    """A small regression to classes whose told loss is multiplied by 1000 for a few steps from each kick, or
+    is ``told(step)``."""
     torch.manual_seed(0)
     model = nn.Linear(8, 4)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.999))
@@ -49,6 +55,7 @@ def run(
             optimizer,
             console=False,
             overhead_budget=None,
+            every=every,
             on_alert=lambda alert: heard.append((step, alert)),
             sinks=[Listener()] if listen else [],
         )
@@ -59,8 +66,13 @@ def run(
         loss = F.cross_entropy(model(inputs), targets)
         loss.backward()
         kicked = any(kick <= step < kick + 6 for kick in kicks)
-        monitor.observe_loss((loss.detach() * (1000.0 if kicked else 1e-3)).to(dtype))
+        if told is not None:
+            monitor.observe_loss(told(step))
+        else:
+            monitor.observe_loss((loss.detach() * (1000.0 if kicked else 1e-3)).to(dtype))
         optimizer.step()
+        if step == looked_at:
+            assert monitor.history["loss"][0][-1] == step
         if step == cut:
             state = json.loads(json.dumps(monitor.state_dict()))
             before = monitor
@@ -83,6 +95,75 @@ def test_readings_alerts_and_phases_are_those_of_losses_judged_one_by_one(kicks)
     assert [alert.kind for _, alert in heard].count(AlertKind.SLINGSHOT) >= len(kicks)
     waiting.close()
     prompt.close()
+
+
+def young(step: int) -> float:
+    """High from the beginning, and a jump when there is just enough of it to be held against."""
+    return 1e6 if step >= 54 else 2.3
+
+
+def fallen(step: int) -> float:
+    """Falls by a factor of ten while it waits, never eight times in a row, and comes back."""
+    level = 5.0 if step < 66 else max(5.0 * 0.8 ** (step - 66), 0.5)
+    return 6.0 if step >= 83 else level * (1.0 + 1e-3 * (step % 5 == 0))
+
+
+def just_low(step: int) -> float:
+    """Low only if what waits is counted, when it leaps."""
+    return 0.115 if step < 67 else 0.18 if step >= 89 else 0.07
+
+
+@pytest.mark.parametrize("every", ["auto", 100])
+@pytest.mark.parametrize("told", [young, fallen, just_low])
+def test_what_waits_does_not_make_a_loss_look_usual(told, every):
+    (waiting, heard), (prompt, heard_promptly) = (
+        run(told=told, every=every, listen=listen) for listen in (False, True)
+    )
+    assert heard == heard_promptly
+    assert repr(read(waiting)) == repr(read(prompt))
+    waiting.close()
+    prompt.close()
+
+
+def test_looking_at_the_history_changes_nothing_that_is_read():
+    (untouched, _), (looked_at, _) = run(told=just_low), run(told=just_low, looked_at=87)
+    assert repr(read(untouched)) == repr(read(looked_at))
+    untouched.close()
+    looked_at.close()
+
+
+@pytest.mark.parametrize("loss", [None, 0.5])
+def test_a_reading_on_its_way_from_an_accelerator_is_judged_as_soon_as_it_is_there(monkeypatch, loss):
+    put, take = Outbox.put, Outbox.take
+    arrives = {}
+
+    def later(self: Outbox, label: Any, packed: torch.Tensor) -> None:
+        arrives[len(arrives)] = step + 1
+        put(self, label, packed)
+
+    def arrived(self: Outbox, **options: Any) -> list[Any]:
+        return take(self, **options) if options.get("everything") or step >= max(arrives.values()) else []
+
+    monkeypatch.setattr(Outbox, "put", later)
+    monkeypatch.setattr(Outbox, "take", arrived)
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitor = Monitor(model, optimizer, console=False, every=32)
+    inputs, targets = torch.randn(16, 8), torch.randint(4, (16,))
+    judged = {}
+    for step in range(1, 70):
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), targets).backward()
+        if loss is not None:
+            monitor.observe_loss(loss)
+        optimizer.step()
+        for read_at in monitor._history["gradient_norm"][0].tolist():
+            judged.setdefault(read_at, step)
+    assert judged == {1: 2, 32: 33, 64: 65}
+    if loss is not None:
+        steps = monitor.history["loss"][0]
+        assert (steps[1:] > steps[:-1]).all()
+    monitor.close()
 
 
 def test_losses_really_wait_and_the_history_does_not_show_it():

@@ -26,6 +26,11 @@ class Outbox:
     def __init__(self) -> None:
         self._pending: deque[tuple[Any, Tensor, Any]] = deque()
 
+    @property
+    def waiting(self) -> bool:
+        """Whether something has not been taken yet."""
+        return bool(self._pending)
+
     def put(self, label: Any, packed: Tensor) -> None:
         if placement.on_host(packed):
             self._pending.append((label, packed, None))

@@ -108,8 +108,7 @@ class Detector:
 
     def stirs(self, step: int, loss: float) -> bool:
         """Look at a loss as soon as it is known: whether it calls for closer attention."""
-        low = self.spike.average <= math.log(self.limits.spike_high)
-        return self.unrest.update(step, loss, low=low, limits=self.limits)
+        return self.unrest.update(step, loss, self.limits)
 
     def pass_by(self, step: int, loss: float) -> bool:
         """Take in a loss that begins nothing, and that :meth:`stirs` has seen. False: it is one for

@@ -68,13 +68,17 @@ class SpikeDetector(Stateful):
             self._end(level_changed=False)
         return self.state
 
-    def usual_below(self, limits: Thresholds) -> float:
-        """A loss from 0 to this one begins nothing at the next readings: it only adds to the average."""
+    def usual_below(self, limits: Thresholds, ahead: int = 0) -> float:
+        """A loss from 0 to this one begins nothing at the next reading: it only adds to the average.
+
+        ``ahead``: readings after which this still holds, if each of them is at least as large as the average.
+        """
         if self.state != QUIET:
             return -math.inf
-        if self.readings < MEMORY:
+        if self.readings + ahead < MEMORY:
             return math.inf
-        return max(limits.spike_high, math.exp(self.average + limits.spike_rise))
+        # A little less: exp and log round.
+        return max(limits.spike_high, (1.0 - 1e-9) * math.exp(self.average + limits.spike_rise))
 
     def _watch(self, step: int, loss: float, limits: Thresholds) -> None:
         # Below a tenth of Wu's lower level differences mean nothing: 1e-9 and 0 are the same loss.

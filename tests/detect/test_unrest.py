@@ -16,28 +16,25 @@ from nfi_monitor.types import Reading, Thresholds
 LIMITS = Thresholds()
 
 
-def feed(losses, *, low=True, unrest=None, first=1):
+def feed(losses, *, unrest=None, first=1):
     """The steps at which it stirred."""
     unrest = unrest or Unrest()
-    return [
-        step
-        for step, loss in enumerate(losses, start=first)
-        if unrest.update(step, loss, low=low, limits=LIMITS)
-    ]
+    return [step for step, loss in enumerate(losses, start=first) if unrest.update(step, loss, LIMITS)]
 
 
-@pytest.mark.parametrize("low", [True, False])
-def test_a_loss_that_fell_steadily_and_rises_stirs_whatever_its_size(low):
-    falling = [2.0 - 0.01 * step for step in range(FALLS + 1)]
-    assert feed([*falling, falling[-1] + 1e-9], low=low) == [FALLS + 2]
-    assert feed([*falling[:-1], falling[-2] + 1e-9], low=low) == []
+@pytest.mark.parametrize("size", [0.01, 2.0])
+def test_a_loss_that_fell_steadily_and_rises_stirs_whatever_its_size(size):
+    falling = [size * (1 - 0.01 * step) for step in range(FALLS + 1)]
+    assert feed([*falling, falling[-1] + 1e-9]) == [FALLS + 2]
+    assert feed([*falling[:-1], falling[-2] + 1e-9]) == []
 
 
 def test_a_low_loss_that_leaves_what_it_was_of_late_stirs():
     level = [0.02, 0.021] * BLOCK
     assert feed([*level, 0.021 * LEAP + 1e-6]) == [2 * BLOCK + 1]
     assert feed([*level, 0.021 * LEAP - 1e-6]) == []
-    assert feed([*level, 0.021 * LEAP + 1e-6], low=False) == []
+    high = [100.0 * loss for loss in level]
+    assert feed([*high, 2.1 * LEAP + 1e-6]) == []
 
 
 def test_what_a_loss_was_two_blocks_ago_is_forgotten():
@@ -68,10 +65,10 @@ def test_a_step_is_looked_at_once_and_a_counter_that_is_set_back_starts_anew():
     unrest = Unrest()
     falling = [0.02 - 1e-4 * step for step in range(FALLS + 1)]
     feed(falling, unrest=unrest, first=1000)
-    assert not unrest.update(1000, 1.0, low=True, limits=LIMITS)  # seen already
-    assert unrest.update(1000 + FALLS + 1, 0.03, low=True, limits=LIMITS)
+    assert not unrest.update(1000, 1.0, LIMITS)  # seen already
+    assert unrest.update(1000 + FALLS + 1, 0.03, LIMITS)
     assert unrest.until == 1000 + FALLS + 1 + STEPS
-    unrest.update(3, 0.03, low=True, limits=LIMITS)
+    unrest.update(3, 0.03, LIMITS)
     assert unrest.until == 0
 
 

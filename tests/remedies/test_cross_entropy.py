@@ -432,3 +432,28 @@ def test_the_module_is_the_function() -> None:
 def test_what_torch_refuses_is_refused_with_what_was_given(call: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         call(torch.randn(2, 3), torch.tensor([0, 1]))
+
+
+def test_a_traced_loss_is_computed_and_no_constant() -> None:
+    logits, target = torch.randn(8, 5), torch.randint(5, (8,))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tracer: it sees shapes become numbers
+        traced = torch.jit.trace(lambda z: zero_sum_cross_entropy(z, target), (logits,))
+    torch.testing.assert_close(traced(3.0 * logits), F.cross_entropy(3.0 * logits, target))
+
+
+def passes(rows: int) -> tuple[Tensor, Tensor]:
+    """The gradient of a first backward pass, changed in place after a copy of it was taken, and of a second."""
+    logits = torch.randn(rows, 5, requires_grad=True) * 1.0
+    loss = zero_sum_cross_entropy(logits, torch.randint(5, (rows,)))
+    (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    expected = first.clone()
+    first.mul_(2.0)
+    return expected, torch.autograd.grad(loss, logits)[0]
+
+
+def test_a_gradient_that_is_changed_in_place_never_changes_the_next_one() -> None:
+    expected, second = passes(8)
+    assert torch.equal(second, expected)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        passes(4_096)  # no second [N, K]: what is handed out is what is kept
