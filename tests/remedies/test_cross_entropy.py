@@ -443,7 +443,7 @@ def test_a_traced_loss_is_computed_and_no_constant() -> None:
 
 
 def passes(rows: int) -> tuple[Tensor, Tensor]:
-    """The gradient of a first backward pass, changed in place after a copy of it was taken, and of a second."""
+    """A copy of a first backward pass's gradient, which is then changed in place, and that of a second."""
     logits = torch.randn(rows, 5, requires_grad=True) * 1.0
     loss = zero_sum_cross_entropy(logits, torch.randint(5, (rows,)))
     (first,) = torch.autograd.grad(loss, logits, retain_graph=True)

@@ -46,8 +46,8 @@ class Sparse:
 
 
 def replay_sparsely(run: Run, every: int | str = "auto") -> Sparse:
-    """The alerts of a live monitor of one process on a CPU with this cadence and ``overhead_budget=None``, bit
-    for bit."""
+    """The alerts of a live monitor with this cadence and ``overhead_budget=None``, bit for bit: of one process
+    on a CPU, where every loss is known at its step."""
     detector = Detector()
     contexts = [*run.contexts[1:], (math.inf, run.contexts[-1][1])]
     following, wanted, context = 0, 1, run.contexts[0][1]
@@ -180,8 +180,8 @@ def page(compared: Sequence[Compared], made: Iterable[Sheet]) -> str:
         "`overhead_budget=None` would read them; the alarm is *imminent*, with the default constants, scored "
         "as in RESULTS.md. The rule by which the loss alone calls for readings "
         "(`nfi_monitor/detect/unrest.py`) was chosen on the runs of seed 0 of `experiments/cadence.py`; the "
-        "smallest loss that counts there on parity-hinge-decay. On accelerators and with many processes losses "
-        "are known with the next reading only, and that rule helps little.",
+        "smallest loss that counts there on parity-hinge-decay. On accelerators and with many processes "
+        "losses are known with the next reading only, and that rule helps little.",
         "",
     ]
     return "\n".join(lines) + "\n" + "\n".join(sheet.markdown() for sheet in made)
