@@ -46,8 +46,8 @@ class Sparse:
 
 
 def replay_sparsely(run: Run, every: int | str = "auto") -> Sparse:
-    """The alerts of a live monitor with this cadence and ``overhead_budget=None``, bit for bit: of one process
-    on a CPU, where every loss is known at its step."""
+    """The alerts of a live monitor with this cadence and ``overhead_budget=None``, bit for bit: of one
+    process on a CPU, where every loss is known at its step."""
     detector = Detector()
     contexts = [*run.contexts[1:], (math.inf, run.contexts[-1][1])]
     following, wanted, context = 0, 1, run.contexts[0][1]
