@@ -103,9 +103,8 @@ def young(step: int) -> float:
 
 
 def fallen(step: int) -> float:
-    """Falls by a factor of ten while it waits, never eight times in a row, and comes back."""
-    level = 5.0 if step < 66 else max(5.0 * 0.8 ** (step - 66), 0.5)
-    return 6.0 if step >= 83 else level * (1.0 + 1e-3 * (step % 5 == 0))
+    """Falls to a tenth within three steps, while it waits, and comes back."""
+    return 6.0 if step >= 83 else {66: 2.5, 67: 1.2}.get(step, 5.0 if step < 66 else 0.5)
 
 
 def just_low(step: int) -> float:
@@ -113,8 +112,13 @@ def just_low(step: int) -> float:
     return 0.115 if step < 67 else 0.18 if step >= 89 else 0.07
 
 
-@pytest.mark.parametrize("every", ["auto", 100])
-@pytest.mark.parametrize("told", [young, fallen, just_low])
+def at_the_edge(step: int) -> float:
+    """A jump at the last loss that is only remembered, right after a reading of every 49th step."""
+    return 1e6 if step >= 50 else 2.3
+
+
+@pytest.mark.parametrize("every", ["auto", 100, 49])
+@pytest.mark.parametrize("told", [young, fallen, just_low, at_the_edge])
 def test_what_waits_does_not_make_a_loss_look_usual(told, every):
     (waiting, heard), (prompt, heard_promptly) = (
         run(told=told, every=every, listen=listen) for listen in (False, True)
