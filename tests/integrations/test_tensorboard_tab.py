@@ -321,6 +321,7 @@ def test_two_runs_stand_side_by_side_on_one_scale(pages: Pages) -> None:
     page.select_option("select[aria-label='Compare with']", "float64")
     page.wait_for_selector("[data-run='float64'] .facts")
     page.wait_for_function("document.querySelectorAll('.chart .badge.b').length >= 6")
+    page.wait_for_function("document.querySelectorAll(\"[data-chart='loss']\").length === 2")
     first, second = (card.bounding_box() for card in page.query_selector_all("[data-chart='loss']"))
     assert first["y"] == second["y"] and first["x"] + first["width"] <= second["x"]
     runs = [card.get_attribute("data-run") for card in page.query_selector_all(".run")]
@@ -329,10 +330,9 @@ def test_two_runs_stand_side_by_side_on_one_scale(pages: Pages) -> None:
     full = window(page)
     page.click(".alert > button:has-text('slingshot')")
     low, high = wait_for_window(page, lambda now: now != full)
-    page.wait_for_timeout(400)
-    plots = page.query_selector_all("[data-chart='loss'] .plot")
-    labels = [plot.get_attribute("aria-label") for plot in plots]
-    assert len(labels) == 2 and all(label.startswith(f"loss, steps {low} to {high}.") for label in labels)
+    read = """[...document.querySelectorAll("[data-chart='loss'] .plot")]
+        .filter(plot => plot.getAttribute("aria-label").startsWith("loss, steps %d to %d."))"""
+    page.wait_for_function(f"{read % (low, high)}.length === 2")
 
 
 def test_more_quantities_come_on_request(pages: Pages) -> None:
