@@ -63,9 +63,9 @@ def zero_sum_cross_entropy(
 
     In float32 the loss is within (|margin| + 8)·2⁻²⁴ of the exact one, relatively (and K·2⁻¹⁵⁰), and a row's
     gradient sums to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  On a
-    CPU it costs half of ``F.cross_entropy`` with a large vocabulary or many rows of few classes, as much for
-    128 rows of ten, and for 32 half as much again, some 50 µs: there a loss written in Python costs nearly as
-    much before it computes anything (``tests/benchmarks/remedies/RESULTS.md``).  When not to use it: for
+    CPU it costs half of ``F.cross_entropy`` with a large vocabulary or many rows of few classes, and up to
+    50 µs more for some hundred rows of ten and fewer: there a loss written in Python costs nearly as much
+    before it computes anything (``tests/benchmarks/remedies/RESULTS.md``).  When not to use it: for
     other losses, and where second derivatives are needed.  Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism is
     Liu et al. 2026.
     """
