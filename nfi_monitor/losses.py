@@ -59,12 +59,21 @@ class Losses:
             loss = loss.item()
         if not 0.0 <= loss < usual_below or self._stirs(step, loss):
             return False
-        # What waits may lower the average that a loss is held against, but not below its own smallest.
-        if loss * self._rise < usual_below:
-            self.usual_below = max(self._high, loss * self._rise)
+        self._lower(loss)
         self.waiting.append((step, loss))
         told.clear()
         return True
+
+    def look_ahead(self, usual_below: float) -> None:
+        """What is usual from here on; losses that wait since before a resume count."""
+        self.usual_below = usual_below
+        for _, loss in self.waiting:
+            self._lower(loss)
+
+    def _lower(self, loss: float) -> None:
+        """What waits may lower the average that a loss is held against, but not below its own smallest."""
+        if loss * self._rise < self.usual_below:
+            self.usual_below = max(self._high, loss * self._rise)
 
     def forget(self) -> None:
         """The step is over, and its loss was judged."""

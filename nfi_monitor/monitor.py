@@ -611,7 +611,7 @@ class Monitor:
         # Losses wait only while nothing is going on, and nobody for each reading.
         patient = attention is Attention.RARELY and self._ranks.pool is None and not self._reports.listening
         usual_below = detector.spike.usual_below(self._thresholds, TOGETHER + 1) if patient else -math.inf
-        self._losses.usual_below = usual_below
+        self._losses.look_ahead(usual_below)
         tau = detector.context.tau
         if self._clock.decide(self._step, tau):
             self._notes.slowed(self._clock, tau, self._step)

@@ -213,6 +213,11 @@ def test_a_run_that_is_resumed_while_losses_wait_ends_as_the_uninterrupted_one(c
     resumed.close()
 
 
+def test_what_waited_before_a_resume_makes_no_loss_look_usual_after_it():
+    (_, heard), (_, heard_resumed) = run(told=fallen, every=100), run(told=fallen, every=100, cut=76)
+    assert heard and [step for step, _ in heard] == [step for step, _ in heard_resumed]
+
+
 def test_saving_a_state_changes_nothing():
     monitor, _ = run()
     waiting = list(monitor._losses.waiting)
