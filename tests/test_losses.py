@@ -214,7 +214,7 @@ def test_a_run_that_is_resumed_while_losses_wait_ends_as_the_uninterrupted_one(c
 
 
 def test_what_waited_before_a_resume_makes_no_loss_look_usual_after_it():
-    (_, heard), (_, heard_resumed) = run(told=fallen, every=100), run(told=fallen, every=100, cut=76)
+    (_, heard), (_, heard_resumed) = run(told=fallen, every=100), run(told=fallen, every=100, cut=82)
     assert heard and [step for step, _ in heard] == [step for step, _ in heard_resumed]
 
 
