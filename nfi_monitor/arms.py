@@ -229,14 +229,20 @@ def _second_moment_reset(context: Context) -> Iterator[None]:
 
 @contextmanager
 def _second_moment_held(context: Context) -> Iterator[None]:
-    floors = [(moment, moment.clone()) for moment in _second_moments(context.optimizer)]
+    # A snapshot is taken when something is at risk: by then much is forgotten. Held at what was left, a
+    # second moment averted half of the slingshots that it averts when given back what it had.
+    given_back = 10.0 ** (-2.0 * context.snapshot.second_moment_decay)
+    with torch.no_grad():
+        floors = [(moment, moment * given_back) for moment in _second_moments(context.optimizer)]
     context.applied = bool(floors)
 
     def hold(*_: Any) -> None:
         with torch.no_grad():
             for moment, floor in floors:
-                torch.maximum(moment, floor, out=moment)
+                torch.maximum(moment, floor, out=floor)
+                moment.copy_(floor)
 
+    hold()
     # After each step, and so before the next: what divides is at least β2 times the floor.
     hook = context.optimizer.register_step_post_hook(hold)
     try:
@@ -393,7 +399,9 @@ SECOND_MOMENT_RESET = Arm(
     "second_moment_reset", "the optimizer's state as at a fresh start", _second_moment_reset
 )
 SECOND_MOMENT_HELD = Arm(
-    "second_moment_held", "exp_avg_sq never below its value in the snapshot", _second_moment_held
+    "second_moment_held",
+    "exp_avg_sq given back what it had forgotten when the snapshot was taken, and falling no more",
+    _second_moment_held,
 )
 SMALLER_LR = smaller_lr()
 LR_HELD = Arm("lr_held", "the learning rate of the snapshot, whatever the schedule does", _lr_held)

@@ -626,7 +626,7 @@ class Monitor:
         if "snapshots" in self._quiet or not self._ring.due(self._step, detector.context.tau):
             return
         try:
-            self._ring.take(self._step, detector.spike.state_dict())
+            self._ring.take(self._step, detector.spike.state_dict(), detector.signals.decay)
         except Exception as error:
             self._failed("snapshots", error)
         if self._ring.refused and self._ring.limit != "auto":

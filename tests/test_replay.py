@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -402,19 +403,24 @@ def test_the_zero_sum_arm_makes_the_head_rows_sum_to_zero(head: Any) -> None:
     assert context.applied
 
 
-def test_the_second_moment_is_held_coordinate_by_coordinate() -> None:
+def test_the_second_moment_is_given_back_what_it_forgot_and_falls_in_no_coordinate() -> None:
     run = Run()
     run.go(10)
-    taken = run.take()
+    taken = replace(run.take(), second_moment_decay=-0.5)
     context = Context(run.model, run.optimizer, None, taken, 10)
-    floors = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
+    left = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
     with SECOND_MOMENT_HELD.change(context):
-        for _ in range(5):
-            run.step(0)
-            moments = [state["exp_avg_sq"] for state in run.optimizer.state.values()]
+        floors = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
+        for floor, had in zip(floors, left, strict=True):
+            torch.testing.assert_close(floor, 10.0 * had)  # half a decade of its root
+        for number in range(5):
+            run.step(number)
+            moments = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
             assert all((m >= f).all() for m, f in zip(moments, floors, strict=True))
+            floors = moments
     for _ in range(30):
         run.step(0)
+    moments = [state["exp_avg_sq"] for state in run.optimizer.state.values()]
     assert not all((m >= f).all() for m, f in zip(moments, floors, strict=True)), "without the arm it falls"
 
 

@@ -55,7 +55,7 @@ class SnapshotRing:
         """
         return self._last is None or step - self._last >= max(round(2 * tau), 20)
 
-    def take(self, step: int, spike: Mapping[str, Any] | None) -> None:
+    def take(self, step: int, spike: Mapping[str, Any] | None, second_moment_decay: float = 0.0) -> None:
         """Copy the state after ``step``; does nothing where snapshots would cost too much."""
         if self._parts is None or self.refused or self.limit == 0:
             return
@@ -67,7 +67,9 @@ class SnapshotRing:
             return
         self._make_room(bound - size)  # before the copy: the bound holds while it is made, too
         pinned = _Pinned()
-        snapshot = Snapshot.take(step, model, optimizer, extras, spike, to_host=pinned)
+        snapshot = Snapshot.take(
+            step, model, optimizer, extras, spike, second_moment_decay=second_moment_decay, to_host=pinned
+        )
         self._size = snapshot.nbytes  # with extras and random state, which no estimate knows
         bound = self._bound(model, optimizer, self._size)
         if bound is not None:

@@ -9,6 +9,7 @@ buffers are copied, too, because a replay moves them like any others.
 from __future__ import annotations
 
 import copy
+import math
 import os
 import pickle
 import random
@@ -45,6 +46,8 @@ class Snapshot:
     nbytes: int
     lrs: tuple[Any, ...] = ()
     """Learning rate of each group *in* step ``step``: a schedule may have moved on since."""
+    second_moment_decay: float = 0.0
+    """Decades that the head's sqrt(v̂) had fallen by then (the quantity of this name, at most 0)."""
 
     @classmethod
     def take(
@@ -55,12 +58,14 @@ class Snapshot:
         extras: Sequence[Any] = (),
         spike: Mapping[str, Any] | None = None,
         *,
+        second_moment_decay: float = 0.0,
         to_host: Callable[[Tensor], Tensor] | None = None,
     ) -> Snapshot:
         """Copy everything to host memory; draws no random number and changes nothing.
 
         ``extras``: what else a step moves: learning-rate scheduler, gradient scaler, sampler, average of
         the weights (anything with ``state_dict``/``load_state_dict``, or a ``torch.Generator``).
+        ``second_moment_decay``: what a replay gives back to the second moment that it holds, decades.
         ``to_host`` copies one tensor (default: a blocking copy).  Raises TypeError for other extras.
         """
         to_host = to_host or _to_host
@@ -82,6 +87,7 @@ class Snapshot:
             spike=None if spike is None else dict(spike),
             nbytes=sum(tensor.numel() * tensor.element_size() for tensor in _tensors(parts)),
             lrs=tuple(_copied(group.get("lr"), to_host) for group in unwrapped.param_groups),
+            second_moment_decay=second_moment_decay if math.isfinite(second_moment_decay) else 0.0,
         )
 
     def completed(self, optimizer: Any, extras: Sequence[Any] = ()) -> Snapshot:
@@ -145,7 +151,7 @@ class Snapshot:
             ) from error
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise ValueError(f"{path} is no snapshot of this version. Pass what snapshot.save(path) wrote.")
-        return cls(**{name: content[name] for name in cls.__dataclass_fields__})
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
     def _check(self, parameters: Mapping[str, Tensor], optimizer: Any, extras: Sequence[Any]) -> None:
         def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

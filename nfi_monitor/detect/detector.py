@@ -15,7 +15,7 @@ from typing import Any
 
 from nfi_monitor.detect.advice import advice_for
 from nfi_monitor.detect.forecast import steps_to_spike
-from nfi_monitor.detect.mechanism import FORGOTTEN, Causes, name_mechanism
+from nfi_monitor.detect.mechanism import FORGOTTEN, LEARNED, Causes, name_mechanism
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
@@ -187,7 +187,7 @@ class Detector:
             step,
             absorbing
             and growth >= limits.imminent_growth
-            and (self._displacing(limits.imminent_displacement) or self._swelling),
+            and (self._displacing(limits.imminent_displacement) or self._multiplying or self._swelling),
             absorbing and (self._displacing(limits.imminent_exit) or self._swelling),
         )
         coasting, kicking = self._second_moment(step, numeric=absorbing)
@@ -230,6 +230,19 @@ class Detector:
         held = 0.5 if self._imminent.on else 1.0
         risen = signals.displacement_rise >= held * limits.imminent_rise
         return risen and signals.displacement * self._stretch >= level
+
+    @property
+    def _multiplying(self) -> bool:
+        """δ has a good part of the level at which it is *imminent*, and is on its way from far below.
+
+        Soft-capped logits reach half of the level for ever, between minibatches, and never double.
+        """
+        signals, limits = self.signals, self.limits
+        times = limits.imminent_growing
+        return (
+            signals.displacement_rise >= times
+            and times * signals.displacement >= limits.imminent_displacement
+        )
 
     @property
     def _stretch(self) -> float:
@@ -326,6 +339,12 @@ class Detector:
         rising = signals.rms_t_peak >= 0.5 * limits.rms_t_imminent and signals.rms_t_mean <= 1.0
         return rising and self._pulled(signals.last_step) and signals.decay_lowest <= FORGOTTEN
 
+    @property
+    def _gone(self) -> bool:
+        """Within the last τ there was next to no gradient, on a second moment that had learned one."""
+        step, tau = self.signals.last_step, self.context.tau
+        return step >= LEARNED * tau and step - self.signals.gone_at <= tau
+
     # --- evidence --------------------------------------------------------------------------------
 
     def _observe(self) -> Causes:
@@ -335,6 +354,7 @@ class Detector:
             no_classes=self.context.no_classes,
             kicked=self._kicking.on,
             coasting=self._coasting.on,
+            gone=self._gone,
             swinging=self._swinging.on,
             decay=signals.decay_lowest,
             curvature=signals.curvature_peak,

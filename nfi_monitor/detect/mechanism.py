@@ -24,6 +24,11 @@ FORGOTTEN = -0.3
 slingshots it has fallen 2 to 20 times, and "fell a hundredfold" is a wrong alarm."""
 
 
+LEARNED = 2.0
+"""Steps, in τ, before a second moment can have forgotten: until then bias correction makes it an average over
+all gradients so far, and holding it averted nothing (0 of 3 replayed)."""
+
+
 JUMP = 3.0
 """Factor by which the learning rate leaves its own average in a step: no schedule that warms up does."""
 UNMOVED = 1.5
@@ -39,6 +44,7 @@ class Causes:
     no_classes: bool  # the head has one output: absorption of a correct class does not exist
     kicked: bool  # RMS_t rose above its limit before the loss did
     coasting: bool  # no gradient to speak of: weight decay alone moved the weights
+    gone: bool  # within the last τ there was next to no gradient, on a second moment that had LEARNED one
     swinging: bool  # successive gradients opposed each other, and the features swung with growing amplitude
     decay: float  # decades that sqrt(v̂) had fallen
     curvature: float  # largest secant curvature × lr just before
@@ -60,16 +66,16 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
         return Mechanism.EXTERNAL, 0.8 - doubt
     forgotten = causes.decay <= FORGOTTEN
     steep = causes.curvature >= causes.stability_limit
-    # First, because it was seen: a second moment that has let go kicks along gradients that agree. Where
-    # they turn against each other, holding the second moment averted one replayed slingshot in five.
-    if causes.swinging:
-        return Mechanism.EDGE_OF_STABILITY, 0.9 - doubt
+    # In the last steps both look alike: a kick is thrown back and forth, a swing refills the second moment.
+    # What came before tells: only where the gradient was gone did the second moment let go of it for nothing.
+    if causes.kicked or causes.swinging:
+        if forgotten and causes.gone:
+            return Mechanism.SECOND_MOMENT, 0.9 - doubt
+        return Mechanism.EDGE_OF_STABILITY, (0.9 if causes.swinging else 0.8) - doubt
     if forgotten and causes.coasting:
-        return Mechanism.SECOND_MOMENT, (0.9 if causes.kicked else 0.8) - doubt
+        return Mechanism.SECOND_MOMENT, 0.8 - doubt
     if steep:
         return Mechanism.EDGE_OF_STABILITY, 0.6 - doubt
-    if forgotten and causes.kicked:
-        return Mechanism.SECOND_MOMENT, 0.6 - doubt
     if causes.update_jump <= UNMOVED and causes.rms_t <= UNMOVED:
         return Mechanism.EXTERNAL, 0.6 - doubt
     return Mechanism.UNKNOWN, 0.0

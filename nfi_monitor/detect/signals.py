@@ -26,9 +26,9 @@ class Signals(Stateful):
     steps; swell: that against its own lowest average of late; alignment: average cosine of successive
     gradients, turn: that of the last two.
     rms_t: RMS_t of the last reading; rms_t_peak and curvature_peak: largest of the last few steps;
-    rms_t_mean: average.
-    decay: decades sqrt(v̂) of the head lies below its maximum since the last slingshot; decay_lowest:
-    the lowest of the last few steps, because a kick refills the second moment at once.
+    rms_t_mean: average; gone_at: the last step at which that was below GONE.
+    decay: decades sqrt(v̂) of the head lies below its maximum since the last slingshot, which fades;
+    decay_lowest: the lowest of the last few steps, because a kick refills the second moment at once.
     shrinkage: d ln(weight norm) / d step; negative while weight decay alone moves the weights.
     learning_rate_jump: largest ratio of the learning rate to its own average in the last few steps.
     update_jump: the last update's RMS against its own average.
@@ -42,7 +42,7 @@ class Signals(Stateful):
         "_rms_t", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained", "_unexplained_switch",
         "_update_rms",
         "_violation", "alignment", "classifier_growth", "curvature_peak", "decay", "decay_lowest",
-        "displacement", "displacement_rise", "displacement_rms", "displacement_slope", "growth",
+        "displacement", "displacement_rise", "displacement_rms", "displacement_slope", "gone_at", "growth",
         "head_displacement", "last_step", "learning_rate_jump", "loss_rise", "rms_t", "rms_t_mean",
         "rms_t_peak", "root_max", "shrinkage", "soft_targets", "swell", "swing", "turn",
         "update_jump", "violation",
@@ -66,6 +66,7 @@ class Signals(Stateful):
         self.decay = self.decay_lowest = self.shrinkage = NAN
         self.learning_rate_jump = self.update_jump = self.loss_rise = self.turn = NAN
         self.root_max = 0.0
+        self.gone_at = -math.inf
         self.soft_targets = False
         self.last_step = 0
 
@@ -131,6 +132,8 @@ class Signals(Stateful):
         if "rms_t_max" in reading.values:
             self.rms_t = get("rms_t_max")
             self.rms_t_mean = self._rms_t.update(step, self.rms_t, window)
+            if self.rms_t_mean <= GONE:
+                self.gone_at = step
             self.rms_t_peak = _fading_max(self.rms_t_peak, self.rms_t, keep)
             self.curvature_peak = _fading_max(self.curvature_peak, get("secant_curvature"), keep)
             self.shrinkage = self._shrinkage.update(step, _log(get("weight_norm")), window)
@@ -144,7 +147,7 @@ class Signals(Stateful):
 
         root = get("head_sqrt_exp_avg_sq_mean", get("sqrt_exp_avg_sq_mean"))
         if math.isfinite(root) and root > 0:
-            self.root_max = max(self.root_max, root)
+            self.root_max = max(self.root_max * math.exp(-gap / (REMEMBERED * tau)), root)
             self.decay = math.log10(root / self.root_max)
             self.decay_lowest = -_fading_max(-self.decay_lowest, -self.decay, keep)
             derived["second_moment_decay"] = self.decay
@@ -180,6 +183,14 @@ class Signals(Stateful):
 SWINGS = 3.0
 """Steps that a swing of the features and the gradients' alignment are remembered: an oscillation from wall to
 wall takes two."""
+GONE = 0.3
+"""RMS_t, averaged, from which down the gradient counts as gone: the second moment decays about as fast as it
+can. Where a gradient shrinks by a factor exp(−r) a step, RMS_t settles at sqrt(1 − 2rτ). Measured, lowest of
+the last τ: up to .15 before slingshots that a second moment given back averts, .48 and more before others."""
+REMEMBERED = 100.0
+"""τ in which the maximum that sqrt(v̂) is held against fades by a factor e: fifty times as slowly as v̂ lets go
+of a gradient that is gone. A maximum that stood for ever made a long run count as having forgotten its first
+gradients to its end (measured: a notice every 25 τ in a million quiet steps)."""
 REACH = 10.0
 """How many times larger than the weights' own violation that of the rows may count."""
 

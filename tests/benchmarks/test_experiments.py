@@ -123,10 +123,12 @@ def test_a_replay_never_begins_within_the_slingshot_before() -> None:
     assert first.slingshot.end < second.replay.step < second.slingshot.start
 
 
-def test_a_twin_is_followed_for_ten_tau_but_not_into_the_slingshot() -> None:
-    for risk, steps in ((400, 200), (900, 99)):
+def test_a_twin_is_followed_to_the_slingshot_but_not_into_it() -> None:
+    for risk, steps in ((400, 599), (900, 99)):
         (trial,) = trials_of([alert(AlertKind.AT_RISK, risk, 1000)], truth(1000), numeric=True)
         assert trial.twin == Stretch(risk, steps)
+    (trial,) = trials_of([alert(AlertKind.AT_RISK, 400, 2000)], truth(2000), numeric=True)
+    assert trial.twin == Stretch(400, 800), "forty τ at most"
     of_decay = alert(AlertKind.AT_RISK, 900, 1000, Mechanism.SECOND_MOMENT)
     assert trials_of([of_decay], truth(1000), numeric=True)[0].twin is None
 

@@ -165,12 +165,14 @@ def test_save_and_load_are_exact_and_leave_no_temporary_file(tmp_path: Path) -> 
     optimizer = adamw(model)
     scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [3, 6])
     steps(model, optimizer, 4, scheduler)
-    taken = Snapshot.take(4, model, optimizer, [scheduler], {"state": "quiet", "average": float("nan")})
+    spike = {"state": "quiet", "average": float("nan")}
+    taken = Snapshot.take(4, model, optimizer, [scheduler], spike, second_moment_decay=-0.7)
     taken.save(tmp_path / "at4.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["at4.pt"]
     losses = steps(model, optimizer, 5, scheduler)
     back = Snapshot.load(tmp_path / "at4.pt", trusted=True)
     assert (back.step, back.nbytes, back.lrs) == (4, taken.nbytes, taken.lrs)
+    assert back.second_moment_decay == -0.7
     assert (
         differences(
             [back.model, back.optimizer, back.rng, back.spike],
@@ -180,6 +182,12 @@ def test_save_and_load_are_exact_and_leave_no_temporary_file(tmp_path: Path) -> 
     )
     back.restore(model, optimizer, [scheduler])
     assert steps(model, optimizer, 5, scheduler) == losses
+
+
+def test_a_decay_that_was_not_seen_gives_nothing_back(tmp_path: Path) -> None:
+    model = Net()
+    unseen = Snapshot.take(1, model, adamw(model), second_moment_decay=float("nan"))
+    assert unseen.second_moment_decay == 0.0
 
 
 def test_a_snapshot_of_plain_states_loads_without_trust(tmp_path: Path) -> None:

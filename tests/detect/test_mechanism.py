@@ -3,6 +3,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import pytest
+
 from nfi_monitor.detect.mechanism import Causes, name_mechanism
 from nfi_monitor.types import Mechanism
 
@@ -11,6 +13,7 @@ QUIET = Causes(
     no_classes=False,
     kicked=False,
     coasting=False,
+    gone=False,
     decay=0.0,
     curvature=1.0,
     stability_limit=38.0,
@@ -43,9 +46,14 @@ def test_gradients_that_oppose_each_other_name_the_edge_of_stability_below_the_l
     assert name(swinging=True, curvature=5.0) is Mechanism.EDGE_OF_STABILITY
 
 
-def test_what_swings_is_named_so_though_the_second_moment_has_let_go_as_well() -> None:
-    """A second moment that has let go kicks along gradients that agree; here they oppose each other."""
-    assert name(swinging=True, coasting=True, kicked=True, decay=-1.0) is Mechanism.EDGE_OF_STABILITY
+@pytest.mark.parametrize("signs", [{"kicked": True}, {"swinging": True}, {"kicked": True, "swinging": True}])
+def test_a_kick_or_a_swing_is_the_second_moments_only_where_the_gradient_was_gone(
+    signs: dict[str, bool],
+) -> None:
+    """In the last steps both look alike: a kick swings, and a swing kicks."""
+    assert name(**signs, decay=-1.0, gone=True) is Mechanism.SECOND_MOMENT
+    assert name(**signs, decay=-1.0, coasting=True) is Mechanism.EDGE_OF_STABILITY
+    assert name(**signs, decay=-0.1, gone=True) is Mechanism.EDGE_OF_STABILITY, "nothing was forgotten"
 
 
 def test_a_jump_of_the_learning_rate_comes_from_outside_whatever_it_sets_off() -> None:

@@ -132,6 +132,58 @@ def test_a_run_that_goes_on_learning_adds_up_updates_for_ever_and_is_not_imminen
     assert imminent(long_memory(rising=False), Context(beta2=0.999)) == []
 
 
+@pytest.mark.parametrize(("rising", "sounds"), [(True, True), (False, False)])
+def test_half_the_displacement_is_imminent_where_it_has_doubled_and_no_sign_where_it_has_not(
+    rising: bool, sounds: bool
+) -> None:
+    """Between minibatches soft-capped logits move by a tenth of a nat for ever."""
+
+    def readings() -> Iterator[Reading]:
+        for step in range(1, 601):
+            delta = min(1e-3 * math.exp(0.01 * step), 0.1) if rising else 0.1 * 1.3 ** math.sin(step)
+            yield Reading(
+                step,
+                {
+                    "zero_sum_violation": 0.5,
+                    "feature_mean_norm": math.exp(2e-3 * step),
+                    "logit_displacement": delta,
+                    "rms_t_max": 0.1,
+                    "loss": 1e-6,
+                },
+            )
+
+    found = imminent(readings(), ADAM)
+    if sounds:
+        ((step, mechanism),) = found
+        assert 430 < step < 445, "where δ, averaged over 5 steps, is half of .15"
+        assert mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+    else:
+        assert found == []
+
+
+def quiet_for_ever(steps: int) -> Iterator[Reading]:
+    """A gradient that was a hundred times as large at first, and has been noise since; decay pulls."""
+    for step in range(1, steps + 1):
+        root = 1.0 if step < 100 else 0.01 * 1.2 ** math.sin(step / 300)
+        yield Reading(
+            step,
+            {
+                "rms_t_max": 0.35 if step % 400 < 200 else 1.1,
+                "head_sqrt_exp_avg_sq_mean": root,
+                "weight_norm": math.exp(-1e-5 * step),
+                "loss": 1.1,
+            },
+        )
+
+
+def test_a_gradient_of_long_ago_is_not_forgotten_for_ever() -> None:
+    detector = Detector(None, Context(beta2=0.95, decoupled_decay=True))
+    for reading in quiet_for_ever(40_000):
+        detector.update(reading)
+    said = [alert.first_step for alert in detector.alerts if alert.kind is AlertKind.AT_RISK]
+    assert said and max(said) < 100 + 4.7 * 100 * 20, "100 τ for each factor e"
+
+
 @pytest.mark.parametrize(("moved", "sounds"), [(0.2, True), (0.01, False)])
 @pytest.mark.parametrize("decayed", [True, False])
 def test_a_kick_needs_decay_a_forgotten_gradient_and_features_that_move(
@@ -154,7 +206,7 @@ def test_a_kick_needs_decay_a_forgotten_gradient_and_features_that_move(
                 },
             )
 
-    found = imminent(readings(), Context(beta2=0.999, decoupled_decay=decayed, no_classes=True))
+    found = imminent(readings(), Context(beta2=0.99, decoupled_decay=decayed, no_classes=True))
     if sounds and decayed:
         assert found == [(797, Mechanism.SECOND_MOMENT)]
     else:

@@ -26,6 +26,8 @@ class Replay:
     """Median steps left as said at each optimizer step (index 0 unused); NaN where no number was given."""
     warned: NDArray[np.bool_]
     """Whether *imminent* or *at risk* was firing at each optimizer step."""
+    decays: NDArray[np.float64]
+    """``second_moment_decay`` at each optimizer step; NaN where it is not known."""
 
 
 def readings(run: Run) -> Iterator[Reading]:
@@ -50,12 +52,14 @@ def replay(run: Run, thresholds: Thresholds | None = None, stream: Iterable[Read
     changes: list[tuple[int, Change, Alert]] = []
     forecasts = np.full(run.steps + 1, math.nan)
     warned = np.zeros(run.steps + 1, dtype=bool)
+    decays = np.full(run.steps + 1, math.nan)
     firing: dict[str, int] = {}  # id of an alert that looks ahead → its place in detector.alerts
     for reading in readings(run) if stream is None else stream:
         while reading.step >= contexts[following][0]:
             detector.context = contexts[following][1]
             following += 1
         verdict = detector.update(reading)
+        decays[reading.step] = verdict.derived.get("second_moment_decay", math.nan)
         for change, alert in verdict.changes:
             changes.append((reading.step, change, alert))
             if change is Change.END:
@@ -71,7 +75,7 @@ def replay(run: Run, thresholds: Thresholds | None = None, stream: Iterable[Read
                 warned[reading.step] = True
                 if alert.steps_to_spike is not None:
                     forecasts[reading.step] = alert.steps_to_spike[1]
-    return Replay(detector.alerts, changes, forecasts, warned)
+    return Replay(detector.alerts, changes, forecasts, warned, decays)
 
 
 _FORESIGHT = (AlertKind.AT_RISK, AlertKind.IMMINENT)

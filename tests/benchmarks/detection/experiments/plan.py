@@ -24,7 +24,9 @@ BEFORE_AT_MOST = 40.0, 800
 MARGIN = 2.0, 20.0
 """τ, or steps if that is more, that an arm is followed beyond the slingshot: a spike may shift."""
 TWIN_FOR = 10.0
-"""τ for which a float64 twin is followed."""
+"""τ for which a float64 twin is followed where no slingshot comes ..."""
+TWIN_AT_MOST = 40.0
+"""... and at most where one does: to its last step but one, because what leads there may begin late."""
 LONG_TAU = 500.0
 """From this τ on (β2 = .998) one slingshot a run: a single one costs tens of thousands of steps."""
 
@@ -171,7 +173,7 @@ def trials_of(alerts: Sequence[Alert], truth: Truth, *, numeric: bool) -> list[T
         margin = round(max(MARGIN[0] * tau, MARGIN[1]))
         twin = None
         if numeric and risk is not None and is_numeric(alerts, risk):
-            twin = _twin(risk, tau, event.start)
+            twin = _twin(risk, TWIN_AT_MOST * tau, event.start)
         trials.append(
             Trial(
                 event,
@@ -206,7 +208,7 @@ def lone_twins(alerts: Sequence[Alert], truth: Truth) -> list[Stretch]:
         following = [event.start for event in truth.slingshots if event.start > alarm.start]
         if any(start - alarm.start <= truth.horizon or start - alarm.end <= pause for start in following):
             continue
-        twin = _twin(alarm.start, truth.tau, min(following, default=None))
+        twin = _twin(alarm.start, TWIN_FOR * truth.tau, min(following, default=None))
         if twin is not None and is_numeric(alerts, alarm.start):
             twins.append(twin)
     return twins
@@ -222,9 +224,9 @@ def is_numeric(alerts: Iterable[Alert], step: int) -> bool:
     )
 
 
-def _twin(step: int, tau: float, slingshot: int | None) -> Stretch | None:
-    """Until the slingshot, or for TWIN_FOR τ; None where there is no room."""
-    steps = round(TWIN_FOR * tau)
+def _twin(step: int, longest: float, slingshot: int | None) -> Stretch | None:
+    """Until the slingshot, or for so many steps; None where there is no room."""
+    steps = round(longest)
     if slingshot is not None:
         steps = min(steps, slingshot - 1 - step)
     return Stretch(step, steps) if steps >= 1 else None

@@ -20,6 +20,7 @@ from nfi_monitor.types import Thresholds
 from tests.benchmarks.detection.experiments.plan import Plan, Stretch, Trial, averted
 from tests.benchmarks.detection.families import Family
 from tests.benchmarks.detection.generate import Run
+from tests.benchmarks.detection.replay import replay as replay_readings
 from tests.benchmarks.detection.training import Training
 
 GROWS_LESS = 0.01 * Thresholds().inflating_growth
@@ -73,9 +74,17 @@ class Rerun:
             no snapshot: the recorded alarms are not this training's.
     """
 
-    def __init__(self, family: Family, seed: int, recorded: Mapping[int, float], tau: float) -> None:
+    def __init__(
+        self,
+        family: Family,
+        seed: int,
+        recorded: Mapping[int, float],
+        tau: float,
+        decays: Mapping[int, float] | None = None,
+    ) -> None:
         self.training: Training = family.build(seed, family.arm)
         self.recorded = recorded
+        self.decays = decays or {}
         self.tau = tau
         self.snapshots: dict[int, Snapshot] = {}
         self.differs_at: int | None = None
@@ -110,6 +119,7 @@ class Rerun:
                     self.training.optimizer,
                     self.extras,
                     spike=detector.state_dict(),
+                    second_moment_decay=self.decays.get(number, 0.0),
                 )
 
     # --- other ways on -----------------------------------------------------------------------------
@@ -207,7 +217,9 @@ def carry_out(family: Family, seed: int, run: Run, plan: Plan) -> dict[str, Any]
     torch.set_num_threads(1)  # as recorded: another number of threads rounds sums in another order
     try:
         steps, losses = run.columns["loss"]
-        rerun = Rerun(family, seed, dict(zip(steps.tolist(), losses.tolist(), strict=True)), plan.tau)
+        decays = dict(enumerate(replay_readings(run).decays.tolist()))
+        recorded = dict(zip(steps.tolist(), losses.tolist(), strict=True))
+        rerun = Rerun(family, seed, recorded, plan.tau, decays)
         rerun.train(plan.snapshots)
         where = {"family": family.name, "seed": seed}
         return {
