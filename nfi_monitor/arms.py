@@ -227,11 +227,15 @@ def _second_moment_reset(context: Context) -> Iterator[None]:
         optimizer.state.update(kept)
 
 
+MOST_GIVEN_BACK = 10.0
+"""Decades of sqrt(v̂): more is no other outcome, and 0 · ∞ would be NaN."""
+
+
 @contextmanager
 def _second_moment_held(context: Context) -> Iterator[None]:
     # A snapshot is taken when something is at risk: by then much is forgotten. Held at what was left, a
     # second moment averted half of the slingshots that it averts when given back what it had.
-    given_back = 10.0 ** (-2.0 * context.snapshot.second_moment_decay)
+    given_back = 10.0 ** (-2.0 * max(context.snapshot.second_moment_decay, -MOST_GIVEN_BACK))
     with torch.no_grad():
         floors = [(moment, moment * given_back) for moment in _second_moments(context.optimizer)]
     context.applied = bool(floors)

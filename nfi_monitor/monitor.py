@@ -331,7 +331,15 @@ class Monitor:
             raise MonitorError(
                 "A closed monitor has let go of the model. Use Snapshot.take(step, model, ...)."
             )
-        return Snapshot.take(self._step, self._model, self._optimizer, self._extras)
+        detector = self._detector
+        return Snapshot.take(
+            self._step,
+            self._model,
+            self._optimizer,
+            self._extras,
+            detector.spike.state_dict(),
+            second_moment_decay=detector.signals.decay,
+        )
 
     @contextmanager
     def guarded(self, part: str) -> Iterator[None]:
@@ -516,6 +524,7 @@ class Monitor:
             )
         self._step = int(state["step"])
         self._detector.load_state_dict(state["detector"])
+        self._ring.clear()
         if self._clock.budget is not None:
             self._clock.healthy = state.get("interval")
         self.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]

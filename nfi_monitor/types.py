@@ -189,11 +189,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Every constant the detector uses: unit, meaning, source, and what moves if you change it.
+    """Every level the detector decides by: unit, meaning, source, and what moves if you change it.
 
     Times are in τ = 1/(1−β2) optimizer steps, displacements in nats, violations relative to the sum of
     absolute gradients.  "Measured" refers to the project's own runs: ``tests/benchmarks/detection`` scores
-    every change of a constant in minutes (RESULTS.md), and LOG.md there keeps the values that lost.
+    every change of a level in minutes (RESULTS.md), and ``tests/benchmarks/LOG.md`` keeps those that lost.
+    What mechanisms are told apart by, forecasts and lengths of memory are documented where they stand:
+    ``nfi_monitor/detect/mechanism.py``, ``forecast.py``, ``signals.py``, ``spike.py`` and ``unrest.py``.
     """
 
     # --- absorbing: rounding breaks the zero-sum (Liu et al. 2026, section 3) -------------------
@@ -226,9 +228,9 @@ class Thresholds:
     imminent_exit: float = 0.05
     """Displacement in nats over the same time below which *imminent* ends without a slingshot."""
     imminent_growing: float = 2.0
-    """Times that δ stands above its own lowest of the last 10 τ, from which on as large a part of
-    ``imminent_displacement`` is enough: a half where it has doubled. Measured: a tenth more lead, and as few
-    false alarms. 3 is as good; without it, half the level rings under soft-capped logits for ever."""
+    """δ so many times above its own lowest of the last 10 τ: then ``imminent_displacement`` divided by this
+    number is enough, a half where it has doubled. Measured: a tenth more lead, and as few false alarms; half
+    the level without it rings under soft-capped logits for ever."""
     imminent_rise: float = 3.0
     """Times that δ stands above its own lowest of the last 10 τ, that it needs where only the sum of several
     updates (β2 above .95) reaches the displacement. Lower: a run that goes on learning from minibatches at
@@ -328,6 +330,12 @@ class Thresholds:
                     f"Thresholds.{low} ({getattr(self, low)}) must be below Thresholds.{high} "
                     f"({getattr(self, high)}): the gap is the hysteresis that keeps one event one alert."
                 )
+        lowest = self.imminent_displacement / self.imminent_growing
+        if self.imminent_exit >= lowest:
+            raise ValueError(
+                f"Thresholds.imminent_exit ({self.imminent_exit}) must be below imminent_displacement / "
+                f"imminent_growing ({lowest:g}): from there on an imminent alert may begin."
+            )
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)

@@ -48,6 +48,11 @@ class SnapshotRing:
     def pending(self) -> bool:
         return self._pending is not None
 
+    def clear(self) -> None:
+        """The run goes back, or another one goes on: what is kept is of steps that will not have been."""
+        self._kept.clear()
+        self._pending = self._last = None
+
     def due(self, step: int, tau: float) -> bool:
         """Whether the last one is so old, 2 τ and at least 20 steps, that another is wanted.
 

@@ -98,7 +98,7 @@ class Detector:
         if self.phase is Phase.HEALTHY and not self._firing and not self._stirring:
             return Attention.RARELY
         # Absorbing alone may last for the rest of a run and leads to nothing within τ.
-        calm = self.phase is Phase.ABSORBING and not self._displacing(self.limits.imminent_exit)
+        calm = self.phase is Phase.ABSORBING and not self._displacing
         return Attention.OFTEN if calm else Attention.ALWAYS
 
     @property
@@ -187,8 +187,8 @@ class Detector:
             step,
             absorbing
             and growth >= limits.imminent_growth
-            and (self._displacing(limits.imminent_displacement) or self._multiplying or self._swelling),
-            absorbing and (self._displacing(limits.imminent_exit) or self._swelling),
+            and (signals.displacement >= self._displacement_level or self._swelling),
+            absorbing and (self._displacing or self._swelling),
         )
         coasting, kicking = self._second_moment(step, numeric=absorbing)
         kicking = self._oscillation(step, numeric=absorbing) or kicking
@@ -219,30 +219,28 @@ class Detector:
             numeric=imminent,
         )
 
-    def _displacing(self, level: float) -> bool:
-        """δ over a twentieth of τ is above ``level``; where that is several steps, it must have grown, too.
+    @property
+    def _displacement_level(self) -> float:
+        """δ in nats from which on it is *imminent*: a part of the level where δ is on its way from far below.
 
-        A run that goes on learning from minibatches adds up small updates for ever.
+        Soft-capped logits reach half of the level for ever, between minibatches, and never double.  A run
+        that goes on learning from minibatches adds up small updates for ever, too.
         """
-        signals, limits = self.signals, self.limits
-        if signals.displacement >= level:
-            return True
-        held = 0.5 if self._imminent.on else 1.0
-        risen = signals.displacement_rise >= held * limits.imminent_rise
-        return risen and signals.displacement * self._stretch >= level
+        limits, rise = self.limits, self.signals.displacement_rise
+        parts = 1.0
+        if rise >= limits.imminent_growing:
+            parts = limits.imminent_growing
+        if rise >= limits.imminent_rise:
+            parts = max(parts, self._stretch)
+        return limits.imminent_displacement / parts
 
     @property
-    def _multiplying(self) -> bool:
-        """δ has a good part of the level at which it is *imminent*, and is on its way from far below.
-
-        Soft-capped logits reach half of the level for ever, between minibatches, and never double.
-        """
+    def _displacing(self) -> bool:
+        """δ over a twentieth of τ is above where *imminent* ends."""
         signals, limits = self.signals, self.limits
-        times = limits.imminent_growing
-        return (
-            signals.displacement_rise >= times
-            and times * signals.displacement >= limits.imminent_displacement
-        )
+        held = 0.5 if self._imminent.on else 1.0
+        risen = signals.displacement_rise >= held * limits.imminent_rise
+        return signals.displacement * (self._stretch if risen else 1.0) >= limits.imminent_exit
 
     @property
     def _stretch(self) -> float:
@@ -278,12 +276,11 @@ class Detector:
             not numeric and signals.rms_t_mean <= limits.coasting_exit,
         )
         # Where the curvature says the same, RMS_t need not be as high: that wins a step.
-        steep = signals.curvature_peak >= limits.kick_curvature * self.context.stability_limit
-        level = limits.rms_t_steep if forgotten and steep else limits.rms_t_imminent
+        level = self._kick_level if forgotten else limits.rms_t_imminent
         # What is kicked has to move, where that can be seen: a lone tensor's RMS_t is not yet an event.
         moved = not signals.swing < limits.kick_displacement
         # With strong decay the wall is back before anything is forgotten; then the gradient has to turn.
-        walled = pulled and steep and signals.turn <= -limits.kick_turn
+        walled = pulled and self._steep and signals.turn <= -limits.kick_turn
         kicking = self._kicking.update(
             step,
             # On average it had let go: noise around 1 is no kick.
@@ -291,6 +288,16 @@ class Detector:
             not numeric and signals.rms_t_peak >= limits.rms_t_exit,
         )
         return coasting, kicking
+
+    @property
+    def _steep(self) -> bool:
+        share = self.limits.kick_curvature
+        return bool(self.signals.curvature_peak >= share * self.context.stability_limit)
+
+    @property
+    def _kick_level(self) -> float:
+        """RMS_t of a kick on a second moment that has let go."""
+        return self.limits.rms_t_steep if self._steep else self.limits.rms_t_imminent
 
     def _oscillation(self, step: int, *, numeric: bool) -> bool:
         """Edge of stability: the optimizer overshoots from wall to wall, further each time.
@@ -366,15 +373,25 @@ class Detector:
 
     def _evidence(self, kind: AlertKind) -> dict[str, Evidence]:
         signals, limits = self.signals, self.limits
+        forgotten = signals.decay_lowest <= FORGOTTEN
+        kicked = self._kicking.on and forgotten
+        # The share of the stability limit that the rule asked for by which it fires.
+        share = 1.0
+        if self._swinging.on:
+            share = limits.swing_curvature
+        elif self._kicking.on and self._steep:
+            share = limits.kick_curvature
         items = {
             "zero_sum_violation": Evidence(signals.violation, limits.absorbing_enter, 0.0),
             "feature_mean_growth": Evidence(signals.growth, limits.inflating_growth / self.context.tau, 0.0),
-            "logit_displacement": Evidence(
-                signals.displacement, limits.imminent_displacement / self._stretch
+            "logit_displacement": Evidence(signals.displacement, self._displacement_level),
+            "rms_t_max": Evidence(
+                signals.rms_t_peak,
+                self._kick_level if kicked else limits.rms_t_imminent,
+                signals.rms_t_mean,
             ),
-            "rms_t_max": Evidence(signals.rms_t_peak, limits.rms_t_imminent, signals.rms_t_mean),
             "second_moment_decay": Evidence(signals.decay_lowest, FORGOTTEN, 0.0),
-            "secant_curvature": Evidence(signals.curvature_peak, self.context.stability_limit),
+            "secant_curvature": Evidence(signals.curvature_peak, share * self.context.stability_limit),
             "gradient_alignment": Evidence(signals.alignment, -limits.swing_alignment, 0.0),
             "feature_displacement": Evidence(
                 signals.swing,
@@ -425,7 +442,7 @@ class Detector:
             severity=severity if rises else old.severity,
             mechanism=mechanism if firmer else old.mechanism,
             confidence=confidence if firmer else old.confidence,
-            evidence=self._evidence(kind),
+            evidence=_with_lowest_levels(self._evidence(kind), old.evidence),
             steps_to_spike=self._forecast(kind, mechanism),
         )
         if rises or new.mechanism is not old.mechanism:
@@ -560,7 +577,16 @@ class Detector:
         self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
         self._counts = dict(state["counts"])
         self._told = bool(state["told"])
-        self._causes = Causes(**state["causes"])
+        self._causes = Causes(**{"gone": False, **state["causes"]})
+
+
+def _with_lowest_levels(new: dict[str, Evidence], old: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """What an alert began by stays what it is held against, though the rule may ask for more by now."""
+    for name in ("logit_displacement", "secant_curvature"):
+        if name in new and name in old:
+            levels = (new[name].threshold, old[name].threshold)
+            new[name] = replace(new[name], threshold=min(x for x in levels if x is not None))
+    return new
 
 
 _SWITCHES = ("_absorbing", "_inflating", "_imminent", "_coasting", "_kicking", "_swinging")

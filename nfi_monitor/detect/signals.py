@@ -117,7 +117,7 @@ class Signals(Stateful):
         # Peaks fade within a few steps: they hold an alarm through the gaps of a chattering gradient, and
         # must not hold it through a calm one.
         keep = math.exp(-gap / max(short, 1.0))
-        moved = _felt(reading)
+        moved = felt_displacement(reading)
         self.swing = _fading_max(self.swing, moved, math.exp(-gap / SWINGS))
         if moved > 0:
             level = self._swing.update(step, _log(moved), short)
@@ -173,6 +173,8 @@ class Signals(Stateful):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         for name in self.__slots__:
+            if name not in state:
+                continue  # of an earlier version
             value = getattr(self, name)
             if isinstance(value, _PARTS):
                 value.load_state_dict(state[name])
@@ -215,7 +217,7 @@ LAYERS = 20.0
 layer, of their size; networks have tens of layers."""
 
 
-def _felt(reading: Reading) -> float:
+def felt_displacement(reading: Reading) -> float:
     """The features' displacement, as far as the update can have caused it.
 
     Between minibatches the mean row is another one, and moves by nats while the weights hardly do.

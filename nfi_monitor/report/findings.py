@@ -23,9 +23,9 @@ LR_CHANGE = 2.0
 def look_for(alert: Alert, record: Hindsight, window: tuple[int, int, int]) -> list[Finding]:
     """All findings. ``window``: earliest step a crossing is searched back to, first and last step."""
     _, first, last = window
-    own = _OWN.get(alert.mechanism, ())
+    own = _own(alert)
     findings = [
-        _held_against(level, alert, record, window, own=level.key in own) for level in _levels(record)
+        _held_against(level, alert, record, window, own=level.key in own) for level in _levels(alert, record)
     ]
     findings += [replace(_learning_rate(record, first, last), own="learning_rate" in own)]
     findings += [*_last_update(alert, record, first, last), *_not_finite(alert, record, first)]
@@ -44,8 +44,22 @@ class _Level(NamedTuple):
     show: Callable[[float], str] = words.number
 
 
-def _levels(record: Hindsight) -> list[_Level]:
+def _levels(alert: Alert, record: Hindsight) -> list[_Level]:
+    """What the signals are held against. Some levels are lower in some states: the alert's evidence has those
+    that it was raised by."""
     limits, limit = record.limits, record.context.stability_limit
+
+    def told(quantity: str, level: float) -> float:
+        item = alert.evidence.get(quantity)
+        lower = item is not None and item.threshold is not None and item.threshold < level
+        return item.threshold if lower and item is not None and item.threshold is not None else level
+
+    displacement = told("logit_displacement", limits.imminent_displacement)
+    kick = told("rms_t_max", limits.rms_t_imminent)
+    if kick <= limits.rms_t_exit:  # of another rule, for which a low RMS_t is the sign
+        kick = limits.rms_t_imminent
+    curvature = told("secant_curvature", limit)
+    swing = told("feature_displacement", limits.swing_displacement)
     grown = 0.5 * limits.inflating_growth  # where the detector lets *inflating* end
     return [
         _Level("violation", "zero_sum_violation", words.label("zero_sum_violation"),
@@ -53,18 +67,33 @@ def _levels(record: Hindsight) -> list[_Level]:
         _Level("growth", "feature_mean_growth", words.label("feature_mean_growth"),
                limits.inflating_growth, grown, show=lambda x: f"{100 * x:.3g}% per τ"),
         _Level("displacement", "logit_displacement", words.label("logit_displacement"),
-               limits.imminent_displacement, limits.imminent_exit, show=lambda x: f"{words.number(x)} nat"),
+               displacement, min(limits.imminent_exit, displacement / 3), show=lambda x: f"{words.number(x)} nat"),
         _Level("decay", "second_moment_decay", "sqrt(v) against its maximum", FORGOTTEN, FORGOTTEN, -1,
                show=lambda x: _percent(100 * 10**x)),
         _Level("rms_t_mean", "rms_t_max", "RMS_t, averaged,",
                limits.coasting_enter, limits.coasting_exit, -1),
-        _Level("rms_t", "rms_t_max", words.label("rms_t_max"), limits.rms_t_imminent, limits.rms_t_exit),
-        _Level("secant_curvature", "secant_curvature", words.label("secant_curvature"), limit, limit),
+        _Level("rms_t", "rms_t_max", words.label("rms_t_max"), kick, limits.rms_t_exit),
+        _Level("secant_curvature", "secant_curvature", words.label("secant_curvature"), curvature, curvature),
         _Level("alignment", "gradient_alignment", words.label("gradient_alignment"),
                -limits.swing_alignment, -limits.swing_alignment, -1),
         _Level("feature_displacement", "feature_displacement", words.label("feature_displacement"),
-               limits.swing_displacement, limits.swing_exit, show=lambda x: f"{words.number(x)} nat"),
+               swing, min(limits.swing_exit, swing / 3), show=lambda x: f"{words.number(x)} nat"),
     ]  # fmt: skip
+
+
+def _own(alert: Alert) -> set[str]:
+    """Keys of the signals that the alert's mechanism is known by."""
+    own = set(_OWN.get(alert.mechanism, ()))
+    swung = alert.evidence.get("feature_displacement")
+    if (
+        alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+        and alert.kind is AlertKind.IMMINENT
+        and swung is not None
+        and swung.threshold is not None
+        and swung.value >= swung.threshold
+    ):
+        own.add("feature_displacement")  # behind a LayerNorm it is this by which the alert was raised
+    return own
 
 
 _OWN: dict[Mechanism, tuple[str, ...]] = {

@@ -14,7 +14,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from nfi_monitor.detect.detector import Context
-from nfi_monitor.detect.signals import Signals
+from nfi_monitor.detect.signals import Signals, felt_displacement
 from nfi_monitor.history import History
 from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase, Reading, Thresholds
 
@@ -60,20 +60,27 @@ class Hindsight:
         self._replay()
 
     def _replay(self) -> None:
-        """Feed the readings to the detector's own averages; a slingshot's end resets its maxima, as there."""
+        """Feed the readings to the detector's own averages; a slingshot resets them where it does there."""
         readings: dict[int, dict[str, float]] = {}
         for name in self.history.names():
             steps, column = self.history[name]
             for step, value in zip(steps.tolist(), column.tolist(), strict=True):
                 readings.setdefault(step, {})[name] = value
-        signals, ends = Signals(), set(self.ends)
+        signals, starts, ends = Signals(), set(self.starts), set(self.ends)
         self.first_step, self.last_step = min(readings, default=None), max(readings, default=0)
         for step in sorted(readings):
             values = readings[step]
             if values.keys() <= {"loss"}:
                 self._keep("loss", step, values.get("loss", math.nan), finite=False)
+                if step in starts:
+                    signals.restart()
+                if step in ends:
+                    signals.calm()
                 continue  # between readings the loss comes alone; the detector's averages stand still
-            signals.update(Reading(step, values), self.context.tau, self.limits)
+            reading = Reading(step, values)
+            signals.update(reading, self.context.tau, self.limits)
+            if step in ends:
+                signals.calm()
             judged = {
                 "violation": (_VIOLATIONS, signals.violation),
                 "growth": (("feature_mean_norm",), signals.growth * self.context.tau),
@@ -87,12 +94,13 @@ class Hindsight:
             for key, (made_of, value) in judged.items():
                 if any(name in values for name in made_of):
                     self._keep(key, step, value)
-            for name in ("secant_curvature", "feature_displacement", "learning_rate"):
+            self._keep("feature_displacement", step, felt_displacement(reading))
+            for name in ("secant_curvature", "learning_rate"):
                 self._keep(name, step, values.get(name, math.nan))
             for name in FINITE:
                 if name in values:
                     self._keep(name, step, values[name], finite=False)
-            if step in ends:
+            if step in starts:
                 signals.restart()
 
     def _keep(self, key: str, step: int, value: float, *, finite: bool = True) -> None:

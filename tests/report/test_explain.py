@@ -3,7 +3,7 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import pytest
@@ -14,9 +14,11 @@ from nfi_monitor.detect.detector import Context, Detector
 from nfi_monitor.history import History
 from nfi_monitor.report.explain import explain, explain_run
 from nfi_monitor.report.explanation import Explanation, Seen
+from nfi_monitor.report.hindsight import Hindsight
 from nfi_monitor.report.jsonl import read_run
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Note, Phase, Reading, Thresholds
 from tests.detect.series import numeric_slingshot, second_moment_slingshot
+from tests.detect.test_precursors import behind_a_layer_norm, long_memory
 from tests.spiking import Recorded
 
 NUMERIC = Context(beta2=0.95, layer="head")
@@ -68,15 +70,15 @@ def test_an_explanation_reads_like_this() -> None:
     run = Run(rich_numeric(until=300), NUMERIC)
     alert = replace(run.alerts["imminent-1"], steps_to_spike=(27, 54, 109), advice=("Do this.", "Or that."))
     assert str(run.explain(alert)) == (
-        "imminent-1, since step 244 (numerical feature inflation, confidence 95%).\n"
+        "imminent-1, since step 217 (numerical feature inflation, confidence 95%).\n"
         "Looked at: steps 134–300, since the run was last healthy.\n"
         "What crossed: zero-sum violation rose above 0.1 at step 135 (0.103 then, 0.697 now); growth of "
         "‖μ_G‖ rose above 1% per τ at step 163 (1.02% per τ then, 12% per τ now); logit displacement δ rose "
-        "above 0.15 nat at step 244 (0.153 nat then, 0.642 nat now).\n"
+        "above 0.075 nat at step 217 (0.0767 nat then, 0.642 nat now).\n"
         "What was not seen: sqrt(v) against its maximum stayed above 50% (smallest 100%); RMS_t, averaged, "
         "stayed above 0.5 (smallest 1); RMS_t stayed below 2.3 (largest 1); secant curvature stayed below 38 "
         "(largest 1.5); gradient alignment stayed above -0.4 (smallest 0.9); feature displacement stayed "
-        f"below {Thresholds().swing_displacement} nat (largest 0.01 nat); the learning rate did not change; "
+        f"below {Thresholds().imminent_exit} nat (largest 0.01 nat); the learning rate did not change; "
         "neither the loss nor a gradient nor a weight was NaN or Inf; the loss did not leave its floor "
         "meanwhile (largest 1e-07).\n"
         "What follows: A slingshot is expected, ≈ 54 steps left (27–109), counted from step 300.\n"
@@ -201,15 +203,68 @@ def test_a_second_moment_slingshot_is_explained_by_coasting_and_the_kick() -> No
     crossed = line(run.explain("imminent-1"), "What crossed")
     assert "RMS_t, averaged, fell below 0.5 at step 334" in crossed
     assert f"fell below 50% at step {run.alerts['at_risk-1'].first_step:,}" in crossed
-    assert "RMS_t rose above 2.3 at step 2,501 (2.6 then, 6 at the end)" in crossed
+    assert f"RMS_t rose above {Thresholds().rms_t_steep} at step 2,501 (2.6 then, 6 at the end)" in crossed
     assert "It came: the slingshot was seen at step 2,503." in str(run.explain("imminent-1"))
 
 
+def oscillation() -> Iterable[Reading]:
+    for step in range(1, 401):
+        growth = 1.6 ** max(step - 388, 0)
+        values = {
+            "zero_sum_violation": 1e-8, "rms_t_max": 0.4, "loss": 1e-4,
+            "feature_displacement": 0.01 * growth, "relative_update": 2e-3, "margin_median": 12.0,
+            "gradient_alignment": -0.9 if step > 388 else 0.7, "secant_curvature": 0.3 * growth,
+        }  # fmt: skip
+        yield Reading(step, values)
+
+
+@pytest.mark.parametrize(
+    ("readings", "context", "quantity"),
+    [
+        (lambda: rich_numeric(until=230), NUMERIC, "logit_displacement"),
+        (lambda: rich_numeric(until=300), NUMERIC, "logit_displacement"),
+        (lambda: long_memory(rising=True), Context(beta2=0.999), "logit_displacement"),
+        (lambda: behind_a_layer_norm(1e-3), NUMERIC, "feature_displacement"),
+        (oscillation, NUMERIC, "secant_curvature"),
+        (lambda: second_moment_slingshot(300, 2500), HINGE, "rms_t_max"),
+    ],
+)
+def test_what_raised_an_imminent_alert_is_among_what_crossed(
+    readings: Callable[[], Iterable[Reading]], context: Context, quantity: str
+) -> None:
+    """Each rule has its own level; the alert's evidence and its explanation hold the same."""
+    run = Run(readings(), context)
+    alert = run.alerts["imminent-1"]
+    evidence = alert.evidence[quantity]
+    assert evidence.threshold is not None and evidence.value >= evidence.threshold
+    crossed = [f for f in run.explain(alert).of(Seen.CROSSED) if f.quantity == quantity and f.own]
+    assert crossed, str(run.explain(alert))
+    assert crossed[-1].at is not None and crossed[-1].at <= alert.first_step
+
+
+def test_what_the_second_moment_had_forgotten_is_what_the_detector_saw() -> None:
+    seen: dict[int, float] = {}
+    detector = Detector(None, HINGE)
+    readings = list(second_moment_slingshot(300, 2500))
+    readings += [Reading(r.step + 3000, r.values) for r in second_moment_slingshot(300, 2500)]
+    for reading in readings:
+        detector.update(reading)
+        seen[reading.step] = detector.signals.decay_lowest
+    run = Run(readings, HINGE)
+    record = Hindsight(run.history, run.phases, Thresholds(), HINGE, ())
+    starts = set(record.starts)
+    assert starts and record.ends, "it goes through a whole slingshot"
+    told = dict(zip(*record.series["decay"], strict=True))
+    # At the step where it begins the detector has just let go of what was before.
+    later = [step for step in told if step not in starts]
+    assert {step: told[step] for step in later} == {step: seen[step] for step in later}
+
+
 def test_the_window_begins_where_the_last_slingshot_ended() -> None:
-    # The first event's second moment lies far above what follows: each event has its own maximum.
+    # Before the first event the second moment lies far above what follows: each event has its own maximum.
     before = {"head_sqrt_exp_avg_sq_mean": 1.0}
-    first = [Reading(r.step, {**r.values, **before}) for r in numeric_slingshot(100, 400) if r.step < 405]
-    rest = [r for r in numeric_slingshot(100, 400) if r.step >= 405]
+    first = [Reading(r.step, {**r.values, **before}) for r in numeric_slingshot(100, 400) if r.step < 395]
+    rest = [r for r in numeric_slingshot(100, 400) if r.step >= 395]
     second = [Reading(r.step + 599, r.values) for r in numeric_slingshot(50, 350)]
     run = Run([*first, *rest, *second], NUMERIC)
     ended = next(
@@ -283,7 +338,7 @@ def test_a_resumed_alert_is_explained_from_where_its_readings_begin() -> None:
             run.history.append(reading.step, reading.values)
     text = str(run.explain("imminent-1"))
     assert "zero-sum violation was above 0.1 ever since the readings began (step 201; 0.404 then" in text
-    assert "logit displacement δ rose above 0.15 nat at step 24" in text
+    assert "logit displacement δ rose above 0.075 nat at step 21" in text
     assert "the steps before 201: the readings on record begin there" in text
 
 

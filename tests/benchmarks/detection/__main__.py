@@ -43,7 +43,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--scores", type=Path, help="kept scores (default scores/ in the cache)")
     parser.add_argument("--score-only", action="store_true", help="record nothing; score what is there")
     parser.add_argument("--refresh", action="store_true", help="record anew what is there already")
-    parser.add_argument("--out", type=Path, help="the table (default RESULTS.md beside this file)")
+    parser.add_argument(
+        "--out", type=Path, help="the table (default for the full suite: RESULTS.md beside this file)"
+    )
     args = parser.parse_args(argv)
     if args.score_only and args.refresh:
         parser.error("--score-only and --refresh exclude each other")
@@ -94,9 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     report.show(book, console)
     chosen = f" --families {' '.join(args.families)}" if args.families else f" --suite {args.suite}"
     text = report.page(book, f"python -m tests.benchmarks.detection{chosen}")
-    # A few families on their own are a look, not the record.
+    # A few families, or the quick suite, are a look, not the record.
+    whole = args.suite == "full" and not args.families
     out = args.out or (
-        None if args.families or len(scored) < sum(len(f.seeds) for f in args.chosen) else report.RESULTS
+        report.RESULTS if whole and len(scored) == sum(len(f.seeds) for f in args.chosen) else None
     )
     if out is not None:
         out.write_text(text, encoding="utf-8")

@@ -33,7 +33,7 @@ from tests.benchmarks.detection.score import Score
 
 GRID: dict[str, tuple[float, ...]] = {
     "absorbing_enter": (0.5, 2.0),
-    "imminent_displacement": (0.5, 2.0),
+    "imminent_displacement": (0.75, 2.0),
     "rms_t_imminent": (1.5,),
 }
 """Field of Thresholds → factors on its default."""
