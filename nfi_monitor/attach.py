@@ -155,9 +155,17 @@ class Attachment:
 
     def act(self) -> Due:
         """Call after each optimizer step: remedies are applied, the rest is the framework's to do."""
-        context, begun = self._context, self._begun
+        context = self._context
+        due = Due(False, False)
+        if context is not None:
+            with context.monitor.guarded("adapter"):
+                due = self._due(context)
+        return due
+
+    def _due(self, context: TrainerContext) -> Due:
+        begun = self._begun
         asked = bool(getattr(self._on_alert, "should_stop", False))  # by an Autopilot
-        if context is None or not begun:
+        if not begun:
             return Due(False, asked)
         self._begun = []
         if self._remedy is not None:

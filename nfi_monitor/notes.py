@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.capture.sampling import auto_interval
 from nfi_monitor.types import Note, Reading
@@ -30,6 +31,7 @@ class NoteTaker:
         self.said: dict[str, Note] = {}
         self._without_rows = 0
         self._without_loss = 0
+        self._stopped: dict[Any, list[str]] = {}  # by an error's type and place: the parts it stopped
 
     def note(self, code: str, message: str, step: int) -> None:
         if code not in self.said:
@@ -203,9 +205,25 @@ class NoteTaker:
         )
 
     def failed(self, part: str, error: BaseException, step: int) -> None:
-        self.note(
-            f"failed_{part}",
-            f"The monitor's {part} failed and is off from now on; training is not affected. "
-            f"{type(error).__name__}: {error}",
-            step,
+        """A part of the monitor stopped. What one fault stops after the first part is added to that note."""
+        cause = (type(error), _place(error))
+        parts = self._stopped.setdefault(cause, [])
+        parts.append(part)
+        are = "are" if len(parts) > 1 else "is"
+        code = f"failed_{parts[0]}"
+        message = (
+            f"The monitor's {', '.join(parts)} failed and {are} off from now on; training is not affected. "
+            f"{type(error).__name__}: {error}"
         )
+        if len(parts) > 1 and code in self.said:
+            self.said[code] = replace(self.said[code], message=message)
+        else:
+            self.note(code, message, step)
+
+
+def _place(error: BaseException) -> tuple[str, int] | None:
+    """Where an error was raised: file and line."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return None if trace is None else (trace.tb_frame.f_code.co_filename, trace.tb_lineno)

@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfi_monitor import Monitor
@@ -21,6 +22,11 @@ from nfi_monitor.capture import placement
 from nfi_monitor.capture.outbox import Outbox
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
+"""Operations; those of a CPU tensor that only fetch it dispatch none, and are seen as calls."""
+FETCHING = {
+    torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__,
+    torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.__array__,
+}  # fmt: skip
 CLASSES, ROWS = 4_096, 512
 
 
@@ -45,26 +51,51 @@ class Operations(TorchDispatchMode):
         return result
 
 
+class Calls(TorchFunctionMode):
+    """Counts calls that fetch a tensor's numbers, on whatever device it lies."""
+
+    def __init__(self, waited: Counter[str]) -> None:
+        super().__init__()
+        self.waited = waited
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        to_host = function is torch.Tensor.to and any(
+            str(x) == "cpu" for x in (*args[1:], *kwargs.values()) if isinstance(x, (str, torch.device))
+        )
+        if function in FETCHING or to_host:
+            self.waited[getattr(function, "__name__", str(function))] += 1
+        return function(*args, **kwargs)
+
+
 @contextmanager
 def looked_at(monitor: Monitor, operations: Operations):
-    """Only what the monitor's own hooks do."""
+    """Only what the monitor's own hooks do, those at the gradient included."""
     originals = {name: getattr(monitor, name) for name in ("_before_step", "_after_step")}
     probe_call, deliver = type(monitor._probe).__call__, monitor._probe._deliver
 
     def within(function):
         def run(*arguments: Any) -> Any:
-            with operations:
+            with operations, Calls(operations.waited):
                 return function(*arguments)
 
         return run
+
+    register = torch.Tensor.register_hook
+
+    def register_hook(tensor: torch.Tensor, hook: Any) -> Any:
+        own = hook.__module__.startswith("nfi_monitor.")
+        return register(tensor, within(hook) if own else hook)
 
     steps = monitor._handles[0]
     steps._before, steps._after = (within(originals[name]) for name in originals)
     monitor._probe._deliver = within(deliver)
     type(monitor._probe).__call__ = lambda self, *arguments: within(probe_call.__get__(self))(*arguments)
+    torch.Tensor.register_hook = register_hook  # type: ignore[method-assign]
     try:
         yield
     finally:
+        torch.Tensor.register_hook = register  # type: ignore[method-assign]
         type(monitor._probe).__call__ = probe_call
         monitor._probe._deliver = deliver
 
@@ -106,7 +137,21 @@ def test_neither_a_healthy_step_nor_a_reading_waits_for_the_device(elsewhere, ar
     assert not operations.waited
 
 
-def test_a_call_that_waits_would_be_seen(elsewhere, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: torch.tensor(x.item()),
+        lambda x: torch.tensor(x.tolist()),
+        lambda x: x.to("cpu"),
+        lambda x: x.to(device=torch.device("cpu")),
+        lambda x: x.cpu(),
+        lambda x: torch.as_tensor(x.numpy()),
+        lambda x: x * (1 if x else 2),
+        lambda x: torch.tensor(float(x)),
+    ],
+    ids=["item", "tolist", "to", "to device", "cpu", "numpy", "bool", "float"],
+)
+def test_a_call_that_waits_would_be_seen(elsewhere, monkeypatch: pytest.MonkeyPatch, wait) -> None:
     from nfi_monitor.measure import weight_norm
 
     torch.manual_seed(0)
@@ -114,7 +159,7 @@ def test_a_call_that_waits_would_be_seen(elsewhere, monkeypatch: pytest.MonkeyPa
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     operations = Operations()
     real = weight_norm.norm
-    monkeypatch.setattr(weight_norm, "norm", lambda *a: torch.tensor(real(*a).item()))
+    monkeypatch.setattr(weight_norm, "norm", lambda *a: wait(real(*a)))
     with (
         Monitor(model, optimizer, console=False, every=1) as monitor,
         looked_at(monitor, operations),
@@ -123,16 +168,66 @@ def test_a_call_that_waits_would_be_seen(elsewhere, monkeypatch: pytest.MonkeyPa
     assert operations.waited
 
 
-def test_a_reading_never_makes_a_second_tensor_of_the_logits_size() -> None:
+def of_rows(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def of_positions(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """The classes come first in the gradient: it has no view as rows."""
+    return F.cross_entropy(logits.transpose(1, 2), targets)
+
+
+@pytest.mark.parametrize("loss_of", [of_rows, of_positions])
+@pytest.mark.parametrize("tapped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reading_never_makes_a_second_tensor_of_the_logits_size(loss_of, tapped, dtype) -> None:
     torch.manual_seed(0)
-    model = nn.Linear(8, CLASSES)
+    model = nn.Linear(8, CLASSES, dtype=dtype)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     operations = Operations()
+    inputs, targets = torch.randn(4, ROWS // 4, 8, dtype=dtype), torch.randint(CLASSES, (4, ROWS // 4))
     with (
         Monitor(model, optimizer, console=False, every=1) as monitor,
         looked_at(monitor, operations),
     ):
-        train(monitor, model, optimizer, 4)
+        for _ in range(4):
+            logits = model(inputs)
+            loss = loss_of(monitor.tap(logits) if tapped else logits, targets)
+            monitor.observe_loss(loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
         assert len(monitor.history["zero_sum_violation"][0]) == 4
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
     # 2^18 logits are read of 2^21: one row in eight.
     assert ROWS * CLASSES // 8 <= operations.largest <= ROWS * CLASSES // 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_an_accelerator_torch_itself_finds_no_synchronisation() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, CLASSES)).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    inputs, targets = torch.randn(ROWS, 8).cuda(), torch.randint(CLASSES, (ROWS,)).cuda()
+    with Monitor(model, optimizer, console=False) as monitor:
+        for step in range(40):
+            if step == 8:
+                torch.cuda.set_sync_debug_mode("error")
+            loss = F.cross_entropy(model(inputs), targets)
+            monitor.observe_loss(loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (2, 3, 2, 5)])
+def test_rows_of_a_gradient_without_a_view_as_rows_are_those_of_its_copy(shape: tuple[int, ...]) -> None:
+    from nfi_monitor.capture.head import rows_of
+
+    turned = torch.randn(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
+    for first, stride in ((0, 1), (1, 2), (2, 3)):
+        expected = turned.reshape(-1, shape[-1])[first::stride]
+        assert torch.equal(rows_of(turned, first, stride), expected)
+        assert torch.equal(rows_of(turned.contiguous(), first, stride), expected)

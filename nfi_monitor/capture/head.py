@@ -302,7 +302,7 @@ class HeadProbe:
         first = offset(step, stride)
 
         def sample(tensor: Tensor) -> Tensor:
-            return tensor.detach().reshape(-1, tensor.shape[-1])[first::stride]
+            return rows_of(tensor.detach(), first, stride)
 
         # Copies: some losses write their gradient over the logits, and a strided view would keep the whole
         # [N, K] and [N, d] storages alive.  All rows of the features are autograd's own and are shared.
@@ -346,6 +346,20 @@ class HeadProbe:
 INERT: tuple[Callable[..., Any], tuple[Any, ...]] = (getattr, (nullcontext(), "__exit__"))
 """What a copied or unpickled model carries in the place of a probe, as (function, arguments): a hook that
 returns None whatever it is given. Of the standard library: a saved model opens where this package is not."""
+
+
+def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
+    """Rows ``first``, ``first + stride``, … of [..., K], in the order of their indices → [n, K].
+
+    Never a copy of the whole: a gradient may be laid out with the classes before the positions, as that of
+    ``cross_entropy(logits.transpose(1, 2), target)`` is, and no view of it has rows.
+    """
+    classes = tensor.shape[-1]
+    try:
+        return tensor.view(-1, classes)[first::stride]
+    except RuntimeError:
+        at = torch.arange(first, tensor.numel() // classes, stride, device=tensor.device)
+        return tensor[torch.unravel_index(at, tensor.shape[:-1])]
 
 
 def whole_rows(tensor: Any) -> Tensor | None:
