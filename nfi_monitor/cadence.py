@@ -65,6 +65,10 @@ class Clock:
         end = self._finished if self._finished is not None else time.perf_counter()
         return end - self._started - self.own
 
+    def spend(self, seconds: float) -> None:
+        """What a hook took between two steps."""
+        self.own += seconds
+
     def step_done(self, read: bool, now: float) -> None:
         """An optimizer step is over, and all that the monitor had to do for it."""
         own = self.own - self._own_before

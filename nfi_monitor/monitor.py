@@ -174,9 +174,9 @@ class Monitor:
         self._rows = RowAccumulator()
         probe_batch = None if probe is None else ProbeBatch(model, *probe)
         self._meter = Meter(self._reader, self._rows, probe_batch, self._quiet, self._failed)
-        self._probe = HeadProbe(self._captured_step, self._rows_arrived, self._failed)
-        self._loss_probe: LossProbe | None = None
         self._clock = Clock(overhead_budget)
+        self._probe = HeadProbe(self._captured_step, self._rows_arrived, self._failed, self._clock.spend)
+        self._loss_probe: LossProbe | None = None
         self._reports = Fanout([], self._failed)
         self._notes = NoteTaker(self._reports.note)
         self._ranks = Ranks(
@@ -553,9 +553,7 @@ class Monitor:
     def _rows_arrived(self, rows: Rows) -> None:
         if "rows" in self._quiet or self._closed or self._paused:
             return
-        started = time.perf_counter()
         self._meter.add(rows)
-        self._clock.own += time.perf_counter() - started
 
     def _before_step(self, given: Sequence[Any]) -> None:
         if self._paused:

@@ -7,6 +7,7 @@ run's own precision, without labels and without a second backward.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -212,10 +213,13 @@ class HeadProbe:
         wanted: Callable[[], int | None],
         deliver: Callable[[Rows], None],
         failed: Callable[[str, BaseException], None],
+        spent: Callable[[float], None] = lambda seconds: None,
     ) -> None:
+        """``spent`` is told the seconds that each hook took in a step that is read."""
         self._wanted = wanted
         self._deliver = deliver
         self._failed = failed
+        self._spent = spent
         self.fired = 0
         self.delivered = 0
         self.fired_without_gradient = 0
@@ -241,10 +245,12 @@ class HeadProbe:
             # is read instead.  (The count is a constant to the tracer: set, not added to.)
             self.traced = 1
             return
+        started = None
         try:
             step = self._wanted()
             if step is None or not isinstance(output, Tensor) or _inside_functorch(output):
                 return
+            started = time.perf_counter()
             if not (module.training and torch.is_grad_enabled() and output.requires_grad):
                 self.fired_without_gradient += 1
                 return
@@ -259,6 +265,9 @@ class HeadProbe:
                 self._watch(output, features, step, tapped=False, weight=weight)
         except Exception as error:
             self._failed("rows", error)
+        finally:
+            if started is not None:
+                self._spent(time.perf_counter() - started)
 
     def tap(self, logits: Tensor) -> None:
         """Watch exactly this tensor from now on, instead of the head's output."""
@@ -317,11 +326,12 @@ class HeadProbe:
             # tapped tensor reports the rows.
             if grad is None or self.tapped is not tapped:
                 return
-            grad = whole_rows(grad) if shard is None else classes_of(grad, shard)
-            if grad is None:
-                self.sharded += 1
-                return
+            started = time.perf_counter()
             try:
+                grad = whole_rows(grad) if shard is None else classes_of(grad, shard)
+                if grad is None:
+                    self.sharded += 1
+                    return
                 self.delivered += 1
                 if kept:  # a second backward through the same graph shows the same rows again
                     features = kept[1] if len(kept) > 1 else None
@@ -329,6 +339,8 @@ class HeadProbe:
                     kept.clear()  # the graph may outlive its backward
             except Exception as error:
                 self._failed("rows", error)
+            finally:
+                self._spent(time.perf_counter() - started)
 
         logits.register_hook(on_gradient)
 

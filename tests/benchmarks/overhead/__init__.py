@@ -13,5 +13,6 @@ collector is off while the clock runs.
 The arm ``bare, again`` is a second copy without a monitor.  Its ratio should be 1; how far its quartiles
 stand from 1 is what the machine can resolve, and no row of the table is known better than that.  Where a
 target is finer than that, the monitor's own clock decides: its seconds over the training's, which leaves out
-what Python takes to call the hooks.
+what Python takes to call the hooks.  ``every step`` reads within the monitor's budget of rows, ``every step,
+all rows`` without it.
 """

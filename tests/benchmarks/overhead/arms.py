@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor import Monitor
+from nfi_monitor.capture import sampling
 from nfi_monitor.report.jsonl import RunDirectory
 from tests.benchmarks.overhead.cases import fused_loss, plain_loss
 
@@ -101,6 +102,19 @@ class Default(Watched):
 class EveryStep(Watched):
     name = "every step"
     arguments: ClassVar[dict[str, Any]] = {"every": 1}
+
+
+class AllRows(EveryStep):
+    """Without the budget of rows."""
+
+    name = "every step, all rows"
+
+    def run(self, steps: int) -> None:
+        budget, sampling.ROW_ELEMENTS = sampling.ROW_ELEMENTS, 1 << 62
+        try:
+            super().run(steps)
+        finally:
+            sampling.ROW_ELEMENTS = budget
 
 
 class Everything(Watched):
@@ -229,7 +243,9 @@ class TwoScalars(Arm):
         self.writer.close()
 
 
-OURS: tuple[type[Watched], ...] = (Default, EveryStep, Everything, WeightGradient, Jsonl, WithTensorBoard)
+OURS: tuple[type[Watched], ...] = (
+    Default, EveryStep, AllRows, Everything, WeightGradient, Jsonl, WithTensorBoard,
+)  # fmt: skip
 OTHERS: tuple[type[Arm], ...] = (
     TrainScope,
     SparseTrainScope,

@@ -32,6 +32,12 @@ def bandwidth(mebibytes: int = 256, repeats: int = 7) -> float:
     return values.numel() * 4 / statistics.median(seconds)
 
 
+def stride(case: Case) -> int:
+    """A reading holds one row in so many."""
+    _, targets = case.batch()
+    return row_stride(len(targets), case.build().head.out_features)
+
+
 def bytes_read(case: Case) -> int:
     """What a reading has to read at least: sampled rows of logits, their gradient and features once, sampled
     coordinates of gradient, weight before and after, and second moment once."""
@@ -118,23 +124,26 @@ class Peak:
 
 
 def peak(name: str, case: Case, directory: Path) -> Peak:
-    """From torch's own record of every allocation, so that not a byte is missed."""
-    found = []
-    for kind in (Arm, EveryStep):
+    """From torch's own record of every allocation, so that not a byte is missed.
+
+    It begins before there is a model: what the monitor keeps from step to step counts, and torch tells of no
+    block that is freed unless it saw it made.
+    """
+
+    def train(kind: type[Arm]) -> None:
         torch.manual_seed(0)
         arm = kind(case.build(), [case.batch() for _ in range(2)], directory)
         try:
-            arm.run(3)
-            begun = _allocated(lambda arm=arm: arm.run(2))
-            state = sum(p.numel() * p.element_size() for p in arm.model.parameters()) * 4
-            found.append(begun + state)  # weights, gradients and two moments are there before and after
+            arm.run(4)
         finally:
             arm.close()
+
+    found = [_allocated(lambda kind=kind: train(kind)) for kind in (Arm, EveryStep)]
     return Peak(name, found[0] / 2**20, found[1] / 2**20)
 
 
 def _allocated(work: Callable[[], None]) -> int:
-    """Bytes above the beginning at the highest point of ``work``."""
+    """Bytes that tensors take at the highest point of ``work``, which makes them all."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         work()
     total = highest = 0
