@@ -37,9 +37,11 @@ class Measured:
     steps: int
     readings: int
     seconds_per_step: list[float]  # of the processor
-    resident: list[int]  # bytes of the process
+    before: int  # bytes of the process when it had trained for a while without a monitor
+    resident: list[int]  # the same in each window
     blocks: list[int]  # of memory that Python objects hold
     traced: int  # bytes of Python objects that the last steps have left, by tracemalloc
+    growing: int  # of them, those that the second half of these steps has left
     traced_steps: int
     files: dict[str, int]  # bytes of each file in the run directory
 
@@ -59,9 +61,10 @@ class Measured:
             f"{self.steps:,} optimizer steps, {self.readings:,} full readings kept in memory",
             f"step: {1e6 * self.seconds_per_step[WINDOWS // 2]:.0f} µs half way, "
             f"{1e6 * self.seconds_per_step[-1]:.0f} µs at the end; last quarter / second: {self.slower:.3f}",
-            f"process, MiB (RSS): {three(self.resident, MIB)}",
+            f"process, MiB (RSS): {self.before / MIB:,.1f} without a monitor, {three(self.resident, MIB)}",
             f"Python's blocks of memory, thousands: {three(self.blocks, 1000)}",
-            f"left by the last {self.traced_steps:,} steps (tracemalloc): {self.traced / 1024:.0f} KiB",
+            f"left by the last {self.traced_steps:,} steps (tracemalloc): {self.traced / 1024:.0f} KiB, by "
+            f"their second half {self.growing / 1024:.0f}",
             *(f"{name}: {size / MIB:.2f} MiB" for name, size in sorted(self.files.items())),
         ]
         return "\n".join(lines)
@@ -80,22 +83,26 @@ def run(
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.97))  # a seventh is read in full
-    budget = {} if readings_bytes is None else {"readings_bytes": readings_bytes}
-    sinks = [RunDirectory(directory, **budget), TensorBoardSink(directory)]
-    monitor = Monitor(model, optimizer, console=False, sinks=sinks, overhead_budget=None)
-    if history_rows is not None:
-        monitor.history = History(history_rows)
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(8, 4, generator=generator)
 
     def train(count: int) -> None:
         for _ in range(count):
             loss = F.cross_entropy(model(inputs), torch.randint(0, 3, (8,), generator=generator))
-            monitor.observe_loss(loss)
+            if monitor is not None:
+                monitor.observe_loss(loss)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
+    monitor: Monitor | None = None
+    train(200)
+    before = resident()
+    budget = {} if readings_bytes is None else {"readings_bytes": readings_bytes}
+    sinks = [RunDirectory(directory, **budget), TensorBoardSink(directory)]
+    monitor = Monitor(model, optimizer, console=False, sinks=sinks, overhead_budget=None)
+    if history_rows is not None:
+        monitor.history = History(history_rows)
     gc.collect()
     gc.freeze()  # what was there before need not be looked through twenty times
     seconds, memory, blocks = [], [], []
@@ -109,9 +116,11 @@ def run(
     # It makes a step ten times slower: the end of the run has to do.
     traced_steps = max(steps // 1000, 100)
     tracemalloc.start()
-    train(traced_steps)
-    gc.collect()
-    traced = tracemalloc.get_traced_memory()[0]
+    left = []
+    for _ in range(2):
+        train(traced_steps // 2)
+        gc.collect()
+        left.append(tracemalloc.get_traced_memory()[0])
     tracemalloc.stop()
     gc.unfreeze()
     readings = len(monitor.history["gradient_norm"][0])
@@ -121,7 +130,9 @@ def run(
         "TensorBoard's files" if "tfevents" in path.name else path.name: path.stat().st_size
         for path in directory.iterdir()
     }
-    return Measured(steps, readings, seconds, memory, blocks, traced, traced_steps, files)
+    return Measured(
+        steps, readings, seconds, before, memory, blocks, left[1], left[1] - left[0], traced_steps, files
+    )
 
 
 def main() -> None:

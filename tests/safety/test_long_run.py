@@ -32,9 +32,9 @@ def test_a_million_steps_grow_neither_the_process_nor_the_time_of_a_step(
 ) -> None:
     measured = run(1_000_000, tmp_path)
     print(measured)
-    assert measured.resident[-1] - measured.resident[0] <= 64 * MIB
+    assert max(measured.resident) - measured.before <= 64 * MIB
     assert measured.resident[-1] - measured.resident[9] <= 8 * MIB
-    assert measured.blocks[-1] - measured.blocks[9] < 2_000 and measured.traced < 4 * MIB
+    assert measured.blocks[-1] - measured.blocks[9] < 2_000 and measured.growing < MIB // 2
     assert measured.slower < 1.2
     assert measured.files["readings.jsonl"] <= READINGS_BYTES + 4_000
     assert sum(measured.files.values()) <= 2 * READINGS_BYTES
