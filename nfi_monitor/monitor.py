@@ -392,14 +392,14 @@ class Monitor:
         """
         from nfi_monitor.replay import RECIPE, STEP_FN, plan, replay
 
+        if not callable(step_fn):
+            raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
         if self._closed:
             raise MonitorError(
                 "A closed monitor has let go of the model. Call monitor.replay before close(), inside the "
                 "with block, or nfi_monitor.replay.replay(snapshot, step_fn, model=..., optimizer=...) with "
-                "one of monitor.snapshots."
+                f"one of monitor.snapshots. {RECIPE}"
             )
-        if not callable(step_fn):
-            raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
         self._settle()
         context = self._detector.context
         start = plan(self.alerts, self._ring, context.tau, snapshot, steps)

@@ -80,11 +80,13 @@ STEP_FN = (
     "fetch that step's batch itself, zero_grad, forward, backward, clip, optimizer.step(), scheduler.step()."
 )
 RECIPE = (
-    "With a HuggingFace Trainer: the batches are those of trainer.get_train_dataloader(), made with the "
-    "run's args.seed and set to the epoch of the snapshot. step_fn(step) does loss = "
-    "trainer.training_step(model, batches[step]) once per accumulated micro-batch, clips by "
-    "args.max_grad_norm, then trainer.optimizer.step(), trainer.lr_scheduler.step(), model.zero_grad(), and "
-    "returns loss; extras=[trainer.lr_scheduler], to the monitor as well."
+    "With a HuggingFace Trainer: loader = trainer.get_train_dataloader(), made with the run's args.seed; in "
+    "step_fn(step) loader.set_epoch(that step's epoch), batches = iter(loader), advanced to that step's (under "
+    "torch.random.fork_rng(), unless the step begins an epoch), inputs, items = "
+    "trainer.get_batch_samples(batches, accumulation, device), losses = trainer.training_step(model, one, "
+    "items) for each of them, clip by args.max_grad_norm, trainer.optimizer.step(), "
+    "trainer.lr_scheduler.step(), model.zero_grad(); return the losses' sum (their mean, if the model is not "
+    "told items). extras=[trainer.lr_scheduler]; the callback has given it to its monitor."
 )
 
 

@@ -21,7 +21,7 @@ class Phase(str, Enum):
     HEALTHY = "healthy"
     ABSORBING = "absorbing"  # the zero-sum is broken by rounding, nothing has grown yet
     INFLATING = "inflating"  # and the global feature mean grows
-    IMMINENT = "imminent"  # and one update already moves logits by a good part of a nat
+    IMMINENT = "imminent"  # and updates move the logits by a good part of a nat within τ/20 steps
     SLINGSHOT = "slingshot"  # the loss has left its floor
     RECOVERING = "recovering"  # the loss is back, the second moment is not settled yet
 

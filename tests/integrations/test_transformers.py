@@ -24,10 +24,13 @@ from nfi_monitor import (  # noqa: E402
     Change,
     HeadNotFoundError,
     Monitor,
+    MonitorError,
+    Snapshot,
     Thresholds,
 )
 from nfi_monitor.attach import TrainerContext  # noqa: E402
 from nfi_monitor.integrations.transformers import NFICallback  # noqa: E402
+from nfi_monitor.replay import replay  # noqa: E402
 from nfi_monitor.report.jsonl import read_run  # noqa: E402
 from tests.compatibility import Recorder  # noqa: E402
 from tests.integrations import hf  # noqa: E402
@@ -499,3 +502,56 @@ def test_a_damaged_state_in_a_checkpoint_is_reported_and_training_goes_on(tmp_pa
     assert [
         "Not a monitor's state" in n.message for n in watched(callback).notes if n.code == "failed_resume"
     ] == [True]
+
+
+def test_a_trainers_run_is_replayed_to_the_last_bit_as_the_recipe_says(tmp_path: Path) -> None:
+    """Accumulated, clipped, on a schedule; several epochs of shuffled batches."""
+    taken: list[Snapshot] = []
+
+    class Keep(transformers.TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 3:
+                taken.append(watched(callback).take_snapshot())
+
+    callback, accumulated = quiet(), 2
+    done = hf.trainer(
+        tmp_path,
+        callbacks=[callback, Keep()],
+        gradient_accumulation_steps=accumulated,
+        lr_scheduler_type="cosine",
+        steps=8,
+    )
+    done.train()
+    monitor = watched(callback)
+    with pytest.raises(MonitorError, match=r"A closed monitor.*one of monitor\.snapshots.*get_batch_samples"):
+        monitor.replay(lambda step: 0.0)
+    loader = done.get_train_dataloader()
+    per_epoch = len(loader) // accumulated
+
+    def step_fn(step: int) -> Tensor:
+        epoch, within = divmod(step - 1, per_epoch)
+        loader.set_epoch(epoch)
+        # An iterator draws a random number when it is made: the run does so once an epoch.
+        with torch.random.fork_rng(enabled=within > 0):
+            batches = iter(loader)
+            for _ in range(within * accumulated):
+                next(batches)
+        inputs, items = done.get_batch_samples(batches, accumulated, done.args.device)
+        losses = [done.training_step(done.model, micro_batch, items) for micro_batch in inputs]
+        done.accelerator.clip_grad_norm_(done.model.parameters(), done.args.max_grad_norm)
+        done.optimizer.step()
+        done.lr_scheduler.step()
+        done.model.zero_grad()
+        return sum(losses[1:], losses[0])
+
+    verdict = replay(
+        taken[0],
+        step_fn,
+        steps=5,
+        model=done.model,
+        optimizer=done.optimizer,
+        extras=[done.lr_scheduler],
+        recorded=dict(zip(*(column.tolist() for column in monitor.history["loss"]), strict=True)),
+    )
+    assert verdict.reproduced is True and verdict.spiked_at is None
+    assert len(verdict.outcomes["as_it_was"].losses) == 5
