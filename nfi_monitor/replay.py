@@ -81,7 +81,7 @@ STEP_FN = (
 )
 RECIPE = (
     "With a HuggingFace Trainer: loader = trainer.get_train_dataloader(), made with the run's args.seed; in "
-    "step_fn(step) loader.set_epoch(that step's epoch), batches = iter(loader), advanced to that step's (under "
+    "step_fn(step) loader.set_epoch(the epoch), batches = iter(loader), advanced to that step's (under "
     "torch.random.fork_rng(), unless the step begins an epoch), inputs, items = "
     "trainer.get_batch_samples(batches, accumulation, device), losses = trainer.training_step(model, one, "
     "items) for each of them, clip by args.max_grad_norm, trainer.optimizer.step(), "
