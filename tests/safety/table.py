@@ -41,7 +41,7 @@ ROWS = {
     ),
     "faults": Row(
         "any function that runs inside a training may raise: the training's result is unchanged, the fault "
-        "is said once, the other parts go on",
+        "is said in one note, what does not need the broken part goes on",
         ("safety/test_faults.py",),
     ),
     "storage": Row(
@@ -71,13 +71,14 @@ ROWS = {
     ),
     "resume": Row(
         "stopped at any step and resumed from a checkpoint, alerts and readings are bit for bit those of the "
-        "uninterrupted run (`overhead_budget=None`, or any run whose cadence the clock did not change)",
+        "uninterrupted run (`overhead_budget=None`, or any run whose cadence the clock did not change); each "
+        "is followed for 40 steps, every 64th to the run's end",
         ("safety/test_resume.py", "test_resume.py"),
     ),
     "trust": Row(
         "nothing is written outside the run directory, the tab serves its own files only, control characters "
-        "and markup are spelled out, nothing is unpickled, no connection is opened, what CI installs is "
-        "pinned by hash",
+        "and markup are spelled out, nothing is unpickled (but what `Snapshot.load(..., trusted=True)` is "
+        "told to trust), no connection is opened, what CI installs is pinned by hash",
         ("safety/test_trust.py",),
     ),
 }
@@ -123,6 +124,11 @@ every second one is written as scalars, after as many again every fourth, and so
 thinned. In the program, `monitor.history` keeps at most 32,768 values of a quantity.
 
 ## What is not shown
+
+Faults are injected into one kind of run: one process, rows seen at the head, AdamW, a run directory,
+TensorBoard, a console and a probe batch. The code of many processes, of the framework adapters and of the
+remedies stands behind the same guards and is not broken function by function. What pip fetches to build the
+package itself (setuptools) is not hashed.
 
 A checkpoint of a run of many processes does not hold what the next step of *all* ranks would be compared
 with: curvature, alignment and feature displacement of the first reading after the resume are missing
