@@ -40,6 +40,8 @@ class Context:
     """Optimizer step → the step whose data ``step_fn`` is asked for."""
     applied: bool = True
     """An arm sets it to False while it has found nothing to change."""
+    note: str = ""
+    """What an arm has to say of what it did."""
 
 
 @dataclass(frozen=True)
@@ -236,6 +238,11 @@ def _second_moment_held(context: Context) -> Iterator[None]:
     # A snapshot is taken when something is at risk: by then much is forgotten. Held at what was left, a
     # second moment averted half of the slingshots that it averts when given back what it had.
     given_back = 10.0 ** (-2.0 * max(context.snapshot.second_moment_decay, -MOST_GIVEN_BACK))
+    if given_back >= 4.0:
+        context.note = (
+            f"the second moment was given back {given_back:.3g} times what was left of it, which shortens the "
+            f"next steps as a learning rate {given_back**0.5:.3g} times smaller would"
+        )
     with torch.no_grad():
         floors = [(moment, moment * given_back) for moment in _second_moments(context.optimizer)]
     context.applied = bool(floors)

@@ -269,7 +269,16 @@ def _run(
     peak = max((loss for loss in losses if math.isfinite(loss)), default=math.nan)
     known = [*context.snapshot.lrs[:1], *rates]
     jump = max((new / old for old, new in pairwise(known) if old > 0), default=1.0)
-    return Outcome(arm.name, spiked_at, peak, tuple(losses), len(losses), context.applied, max(jump, 1.0))
+    return Outcome(
+        arm.name,
+        spiked_at,
+        peak,
+        tuple(losses),
+        len(losses),
+        context.applied,
+        max(jump, 1.0),
+        context.note,
+    )
 
 
 def _loss(value: Any, step: int) -> float:

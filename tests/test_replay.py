@@ -413,6 +413,7 @@ def test_the_second_moment_is_given_back_what_it_forgot_and_falls_in_no_coordina
         floors = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
         for floor, had in zip(floors, left, strict=True):
             torch.testing.assert_close(floor, 10.0 * had)  # half a decade of its root
+        assert "given back 10 times what was left of it" in context.note
         for number in range(5):
             run.step(number)
             moments = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
@@ -422,6 +423,18 @@ def test_the_second_moment_is_given_back_what_it_forgot_and_falls_in_no_coordina
         run.step(0)
     moments = [state["exp_avg_sq"] for state in run.optimizer.state.values()]
     assert not all((m >= f).all() for m, f in zip(moments, floors, strict=True)), "without the arm it falls"
+
+
+def test_a_second_moment_forgotten_beyond_all_measure_gives_back_no_nan() -> None:
+    run = Run()
+    run.go(10)
+    with torch.no_grad():
+        for state in run.optimizer.state.values():
+            state["exp_avg_sq"].flatten()[0] = 0.0
+    taken = replace(run.take(), second_moment_decay=-40.0)
+    with SECOND_MOMENT_HELD.change(Context(run.model, run.optimizer, None, taken, 10)):
+        moments = [state["exp_avg_sq"] for state in run.optimizer.state.values()]
+        assert all(moment.isfinite().all() for moment in moments)
 
 
 def test_a_smaller_rate_is_used_for_as_many_steps_as_asked_and_the_schedule_never_sees_it() -> None:

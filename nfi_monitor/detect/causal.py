@@ -35,6 +35,8 @@ class Outcome:
     """False: the arm found nothing to change (no head, no second moment), so its outcome says nothing."""
     rate_jump: float = 1.0
     """Largest factor between the learning rates of neighbouring optimizer steps."""
+    note: str = ""
+    """What else the arm did, in words, that its outcome has to be read with."""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
@@ -52,6 +54,7 @@ class Outcome:
             steps=int(record["steps"]),
             applied=bool(record.get("applied", True)),
             rate_jump=float(record.get("rate_jump", 1.0)),
+            note=str(record.get("note", "")),
         )
 
 
@@ -142,7 +145,9 @@ def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tu
             reasons.append("lr held averts it, but the rate only climbed: as a smaller rate would")
             continue
         if silent:
-            return mechanism, [*reasons, f"{_listed(silent)} {_averts(silent)} it: {why}", *_other(failed)]
+            notes = [outcomes[arm].note for arm in silent if outcomes[arm].note]
+            found = f"{_listed(silent)} {_averts(silent)} it: {why}"
+            return mechanism, [*reasons, found, *notes, *_other(failed)]
         reasons += _other(failed)
     lead = (baseline.spiked_at - snapshot_step) / tau
     if asked("float64_loss") and lead < FLOAT64_NEEDS:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -100,3 +101,12 @@ def test_a_rate_that_only_climbed_is_a_smaller_rate_and_no_kick() -> None:
     mechanism, reasons = judge(found, 100, 20.0)
     assert mechanism is Mechanism.EDGE_OF_STABILITY
     assert any("only climbed" in reason for reason in reasons)
+
+
+def test_what_an_arm_has_to_say_stands_beside_what_it_averted() -> None:
+    found = outcomes("second_moment_held")
+    found["second_moment_held"] = replace(found["second_moment_held"], note="given back 10 times")
+    reasons = judge(found, 100, tau=20.0)[1]
+    averted = next(n for n, reason in enumerate(reasons) if reason.startswith("second moment held averts"))
+    assert reasons[averted + 1] == "given back 10 times"
+    assert Outcome.from_json(found["second_moment_held"].to_json()).note == "given back 10 times"
