@@ -12,7 +12,7 @@ from tests.benchmarks.detection.training import Arm, Training
 
 NUMERIC, SECOND_MOMENT, EDGE = "numerical_feature_inflation", "second_moment", "edge_of_stability"
 EXTERNAL = "external"
-"""A kick from outside: the monitor has no word for it and may say "unknown"."""
+"""A kick from outside."""
 
 
 @dataclass(frozen=True)

@@ -255,7 +255,9 @@ def _averted(found: Experiments) -> Iterator[Sheet]:
         "The run is repeated from its imminent alarm with a remedy switched on there: how many slingshots do "
         "not happen. One that was not warned of counts as not averted. The first rows go by the mechanism "
         "that replay found, where it found one, and by the registered one elsewhere."
-        + (f" Advised first before numeric slingshots: {advised}." if advised else " None was tried."),
+        + (f" Advised first before numeric slingshots: {advised}." if advised else " None was tried.")
+        + " Before the others alerts advise a tenth of the learning rate for good, which "
+        "tests/benchmarks/remedies/RESULTS.md tries; what stands here is shorter.",
         ["family", *remedies],
         rows,
     )
@@ -268,7 +270,8 @@ def _twins(found: Experiments) -> Sheet:
     return Sheet(
         "At risk, held against its float64 twin",
         "From the at risk alarm the run goes on as it was and with its loss in float64: confirmed where the "
-        "feature mean or the weight norm grows less in the twin." + ("" if rows else " None was tried."),
+        "feature mean or the weight norm grows less in the twin, up to the slingshot (40 τ at most) or, where "
+        "none comes, for 10 τ." + ("" if rows else " None was tried."),
         ["family", "confirmed"],
         rows,
     )

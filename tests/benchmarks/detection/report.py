@@ -215,7 +215,8 @@ def _mechanisms(book: Book) -> Iterable[Sheet]:
         yield outcomes.mechanism_sheet(
             "Mechanism named, against replay",
             f"Rows: the verdict of a replay from a snapshot before the slingshot ({len(verdicts)} replayed; "
-            f"{failed} more whose baseline did not reproduce the run bit for bit are left out). {words}",
+            f"{failed} more whose baseline did not reproduce the run bit for bit are left out). What tells "
+            f"kicks from swings was chosen on these slingshots. {words}",
             outcomes.agreement(named, verdicts),
         )
     yield outcomes.mechanism_sheet(
