@@ -403,9 +403,15 @@ class Monitor:
         self._settle()
         context = self._detector.context
         start = plan(self.alerts, self._ring, context.tau, snapshot, steps)
+        taken = start.snapshot
+        if taken.second_moment_decay == 0.0:  # of the user's own taking: the history knows
+            read_at, decays = self.history["second_moment_decay"]
+            known = decays[read_at <= taken.step]
+            if len(known):
+                taken = replace(taken, second_moment_decay=float(known[-1]))
         recorded = {int(step): float(loss) for step, loss in zip(*self.history["loss"], strict=True)}
         verdict = replay(
-            start.snapshot,
+            taken,
             step_fn,
             arms,
             start.steps,

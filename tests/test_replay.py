@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -556,6 +557,28 @@ def test_the_monitor_keeps_snapshots_until_the_slingshot_and_trains_alike() -> N
     plain = Run(spike_at=100)
     plain.go(130)
     assert differences(plain.state() | {"hooks": 0}, run.state() | {"hooks": 0}) == []
+
+
+@pytest.mark.usefixtures("always_at_risk")
+def test_what_the_second_moment_had_forgotten_is_known_whoever_took_the_snapshot() -> None:
+    run, monitor = watched(60)
+    steps, decays = monitor.history["second_moment_decay"]
+    known = dict(zip(steps.tolist(), decays.tolist(), strict=True))
+    assert all(kept.second_moment_decay == pytest.approx(known[kept.step]) for kept in monitor.snapshots)
+    assert monitor.take_snapshot().second_moment_decay == pytest.approx(decays[-1])
+    assert decays[-1] < 0
+    own = Snapshot.take(60, run.model, run.optimizer, [run.scheduler])
+    run.go(110)
+    seen: list[float] = []
+
+    @contextmanager
+    def look(context: Context) -> Iterator[None]:
+        seen.append(context.snapshot.second_moment_decay)
+        yield
+
+    monitor.replay(run.step, [Arm("look", "what is known", look)], snapshot=own)
+    monitor.close()
+    assert seen == [pytest.approx(known[60])]
 
 
 @pytest.mark.usefixtures("always_at_risk")

@@ -270,8 +270,8 @@ def _twins(found: Experiments) -> Sheet:
     return Sheet(
         "At risk, held against its float64 twin",
         "From the at risk alarm the run goes on as it was and with its loss in float64: confirmed where the "
-        "feature mean or the weight norm grows less in the twin, up to the slingshot (40 τ at most) or, where "
-        "none comes, for 10 τ." + ("" if rows else " None was tried."),
+        "feature mean or the weight norm grows less in the twin, up to the slingshot (40 τ at most) or, "
+        "where none comes, for 10 τ." + ("" if rows else " None was tried."),
         ["family", "confirmed"],
         rows,
     )
