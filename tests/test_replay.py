@@ -582,6 +582,19 @@ def test_what_the_second_moment_had_forgotten_is_known_whoever_took_the_snapshot
 
 
 @pytest.mark.usefixtures("always_at_risk")
+def test_going_back_to_a_checkpoint_drops_the_snapshots_of_what_will_not_have_been() -> None:
+    run, monitor = watched(30)
+    state = monitor.state_dict()
+    run.go(70)
+    assert monitor.snapshots
+    monitor.load_state_dict(state)
+    assert monitor.snapshots == []
+    run.go(80)  # at step 40 again, and sooner than 2 τ after the last one that was dropped
+    assert [kept.step for kept in monitor.snapshots] == [32]
+    monitor.close()
+
+
+@pytest.mark.usefixtures("always_at_risk")
 def test_a_replay_leaves_no_trace_in_the_monitor() -> None:
     run, monitor = watched(110)
     before = (monitor.state_dict(), len(monitor.history), monitor.step, monitor.notes, monitor.phases[:])
