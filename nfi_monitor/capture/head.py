@@ -245,29 +245,32 @@ class HeadProbe:
             # is read instead.  (The count is a constant to the tracer: set, not added to.)
             self.traced = 1
             return
-        started = None
         try:
             step = self._wanted()
             if step is None or not isinstance(output, Tensor) or _inside_functorch(output):
                 return
             started = time.perf_counter()
-            if not (module.training and torch.is_grad_enabled() and output.requires_grad):
-                self.fired_without_gradient += 1
-                return
-            inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            features = next(inputs, None)
-            if self.tapped:
-                self._features = (
-                    None if features is None else features.detach()
-                )  # the tapped tensor comes later; these may be its features
-            else:
-                weight = _own_parameter(module, "weight")
-                self._watch(output, features, step, tapped=False, weight=weight)
+            try:
+                self._look(module, args, kwargs, output, step)
+            finally:
+                self._spent(time.perf_counter() - started)
         except Exception as error:
             self._failed("rows", error)
-        finally:
-            if started is not None:
-                self._spent(time.perf_counter() - started)
+
+    def _look(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, step: int
+    ) -> None:
+        if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+            self.fired_without_gradient += 1
+            return
+        inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        features = next(inputs, None)
+        if self.tapped:
+            # The tapped tensor comes later; these may be its features.
+            self._features = None if features is None else features.detach()
+        else:
+            weight = _own_parameter(module, "weight")
+            self._watch(output, features, step, tapped=False, weight=weight)
 
     def tap(self, logits: Tensor) -> None:
         """Watch exactly this tensor from now on, instead of the head's output."""
@@ -328,19 +331,22 @@ class HeadProbe:
                 return
             started = time.perf_counter()
             try:
-                grad = whole_rows(grad) if shard is None else classes_of(grad, shard)
-                if grad is None:
-                    self.sharded += 1
-                    return
-                self.delivered += 1
-                if kept:  # a second backward through the same graph shows the same rows again
-                    features = kept[1] if len(kept) > 1 else None
-                    self._deliver(Rows(sample(grad), kept[0], features, total, shard))
-                    kept.clear()  # the graph may outlive its backward
+                try:
+                    deliver(whole_rows(grad) if shard is None else classes_of(grad, shard))
+                finally:
+                    self._spent(time.perf_counter() - started)
             except Exception as error:
                 self._failed("rows", error)
-            finally:
-                self._spent(time.perf_counter() - started)
+
+        def deliver(grad: Tensor | None) -> None:
+            if grad is None:
+                self.sharded += 1
+                return
+            self.delivered += 1
+            if kept:  # a second backward through the same graph shows the same rows again
+                features = kept[1] if len(kept) > 1 else None
+                self._deliver(Rows(sample(grad), kept[0], features, total, shard))
+                kept.clear()  # the graph may outlive its backward
 
         logits.register_hook(on_gradient)
 
