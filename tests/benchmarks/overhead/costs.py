@@ -154,15 +154,15 @@ def _allocated(work: Callable[[], None]) -> int:
     return highest
 
 
-def import_seconds(statement: str, repeats: int = 9) -> float:
-    """Median of fresh interpreters, above one that does nothing."""
+def import_seconds(statement: str, above: str = "pass", repeats: int = 9) -> float:
+    """Median of fresh interpreters, each above one that does ``above`` right before."""
 
     def once(code: str) -> float:
         begun = time.perf_counter()
         subprocess.run([sys.executable, "-c", code], check=True)
         return time.perf_counter() - begun
 
-    pairs = [(once("pass"), once(statement)) for _ in range(repeats)]
+    pairs = [(once(above), once(statement)) for _ in range(repeats)]
     return statistics.median(after - before for before, after in pairs)
 
 
