@@ -51,8 +51,7 @@ def _levels(alert: Alert, record: Hindsight) -> list[_Level]:
 
     def told(quantity: str, level: float) -> float:
         item = alert.evidence.get(quantity)
-        lower = item is not None and item.threshold is not None and item.threshold < level
-        return item.threshold if lower and item is not None and item.threshold is not None else level
+        return level if item is None or item.threshold is None else min(level, item.threshold)
 
     displacement = told("logit_displacement", limits.imminent_displacement)
     kick = told("rms_t_max", limits.rms_t_imminent)
