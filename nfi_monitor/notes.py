@@ -31,7 +31,7 @@ class NoteTaker:
         self.said: dict[str, Note] = {}
         self._without_rows = 0
         self._without_loss = 0
-        self._stopped: dict[Any, list[str]] = {}  # by an error's type and place: the parts it stopped
+        self._stopped: dict[Any, list[str]] = {}  # by an error's type, text and place: the parts it stopped
 
     def note(self, code: str, message: str, step: int) -> None:
         if code not in self.said:
@@ -206,7 +206,7 @@ class NoteTaker:
 
     def failed(self, part: str, error: BaseException, step: int) -> None:
         """A part of the monitor stopped. What one fault stops after the first part is added to that note."""
-        cause = (type(error), _place(error))
+        cause = (type(error), str(error), _place(error))
         parts = self._stopped.setdefault(cause, [])
         parts.append(part)
         are = "are" if len(parts) > 1 else "is"
