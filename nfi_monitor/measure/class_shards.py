@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nfi_monitor.measure import absorption, margins, shift_invariance, zero_sum
+from nfi_monitor.measure import absorption, extremes, margins, shift_invariance, zero_sum
 from nfi_monitor.measure.rows import LOOK_SUMS, MAXIMA, SUMS, LossKind
 
 FIELDS = (
@@ -66,27 +66,26 @@ def shard_rows(
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     top = margins.top_logits(logits.to(dtype))
     signed, absolute = zero_sum.row_sums(grad)
-    lowest, argmin = grad.min(-1)
+    lowest, argmin = extremes.smallest(grad)
     numbers = {
         "signed": signed,
         "absolute": absolute,
         "lowest": lowest,
         "lowest_class": argmin + first,
-        "lowest_logit": _pick(logits, argmin),
+        "lowest_logit": extremes.pick(logits, argmin),
         "largest": top.largest,
         "winner": top.winner + first,
-        "winner_grad": _pick(grad, top.winner),
+        "winner_grad": extremes.pick(grad, top.winner),
         "runner_up": top.runner_up,
         "log_rest": top.log_rest,
     }
     shown = torch.zeros(len(HEADER) - SHOWN, dtype=dtype, device=grad.device)
     if look:
-        numbers["negatives"] = (grad < 0).sum(-1)
-        unmasked = logits != -torch.inf
-        numbers["logit_sum"] = logits.masked_fill(~unmasked, 0.0).sum(-1, dtype=dtype)
-        numbers["logit_count"] = unmasked.sum(-1)
-        wider = [(grad.to(narrow).to(grad.dtype) != grad).any() for narrow in _NARROW]
-        shown = torch.stack([*wider, (grad != 0).any()]).to(dtype)
+        numbers["negatives"] = shift_invariance.negatives(grad)
+        numbers["logit_sum"], numbers["logit_count"] = shift_invariance.unmasked(logits, dtype)
+        finite = absorption.finite_entries(grad)
+        wider = [absorption.wider(finite, narrow) for narrow in _NARROW]
+        shown = torch.stack([*wider, finite.abs().amax() > 0]).to(dtype)
     nothing = torch.zeros_like(absolute)
     # Each rank counts what its own classes show, and features are averaged over all of them: exact where a
     # row's gradient vanishes on every rank or on none (float32, bfloat16); where it underflows on some
@@ -302,7 +301,3 @@ def _shown_precision(
     scale = torch.zeros((), dtype=dtype) if known is None else known.scale.to("cpu", dtype)
     floor = zero_sum.floor_of(torch.tensor(eps), dtype, outputs)
     return LossKind(torch.tensor(eps), floor, torch.tensor(level), scale)
-
-
-def _pick(values: Tensor, classes: Tensor) -> Tensor:
-    return values.gather(-1, classes.unsqueeze(-1)).squeeze(-1)

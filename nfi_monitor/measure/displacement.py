@@ -24,8 +24,9 @@ def logit_displacement(
     several = weight_update.shape[0] > 1
     delta = (weight_update - weight_update.mean(0) if several else weight_update) @ features.mT
     if bias_update is not None:
-        delta = delta + (bias_update - bias_update.mean() if several else bias_update).unsqueeze(-1)
-    return delta.abs().amax(), torch.linalg.vector_norm(delta) / max(delta.numel(), 1) ** 0.5
+        delta += (bias_update - bias_update.mean() if several else bias_update).unsqueeze(-1)
+    lowest, highest = delta.aminmax()
+    return torch.maximum(highest, -lowest), torch.linalg.vector_norm(delta) / max(delta.numel(), 1) ** 0.5
 
 
 def probe_margins(logits: Tensor, targets: Tensor) -> Tensor:

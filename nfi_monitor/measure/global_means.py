@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nfi_monitor.capture import placement
+
 
 def classifier_mean(weight: Tensor) -> Tensor:
     """W_G. ``weight`` [K, d], classes first → [d], float32 or float64."""
@@ -21,7 +23,9 @@ def feature_sum(features: Tensor, counts: Tensor) -> Tensor:
 
     A sum, not a mean: micro-batches add up.
     """
-    kept = torch.where(counts.unsqueeze(-1) > 0, features, torch.zeros_like(features))
+    if placement.on_host(counts) and counts.all():
+        return features.sum(0)  # the usual case, without the copy
+    kept = torch.where(counts.unsqueeze(-1) > 0, features, 0.0)
     return kept.sum(0)  # not counts @ features: 0 · NaN of a row that does not count would spoil it
 
 

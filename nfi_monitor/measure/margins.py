@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nfi_monitor.measure import extremes
+
 
 class TopLogits(NamedTuple):
     """Per row, all [N]: the largest logit, its class (int64), the runner-up, and the log of the rest."""
@@ -24,9 +26,13 @@ class TopLogits(NamedTuple):
 
 def top_logits(logits: Tensor) -> TopLogits:
     """``logits`` [N, K], K ≥ 2, float32 or float64. Logits of −inf (masked classes) are fine."""
-    largest, winner = logits.max(-1)
+    largest, winner = extremes.largest(logits)
     others = logits.scatter(-1, winner.unsqueeze(-1), -torch.inf)
-    return TopLogits(largest, winner, others.amax(-1), others.logsumexp(-1) - largest)
+    runner_up = others.amax(-1)
+    # What logsumexp does, but in place, and with the maximum that is known already.
+    lowest = torch.finfo(logits.dtype).min  # where all others are masked: −inf − (−inf) would be NaN
+    rest = others.sub_(runner_up.clamp_min(lowest).unsqueeze(-1)).exp_().sum(-1).log_()
+    return TopLogits(largest, winner, runner_up, rest + (runner_up - largest))
 
 
 def target_class(lowest: Tensor, argmin: Tensor, of_winner: Tensor, winner: Tensor) -> Tensor:

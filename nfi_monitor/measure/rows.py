@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nfi_monitor.measure import absorption, margins, shift_invariance, zero_sum
+from nfi_monitor.measure import absorption, extremes, margins, shift_invariance, zero_sum
 
 MASKS = ("live", "absorbed", "above_floor", "underflowed", "silent", "finite")
 """Rows counted by kind."""
@@ -81,7 +81,7 @@ def row_statistics(
 
     signed, absolute = zero_sum.row_sums(grad)
     violation = zero_sum.row_violation(signed, absolute)
-    lowest, argmin = grad.min(-1)
+    lowest, argmin = extremes.smallest(grad)
     finite = torch.isfinite(absolute + top.largest)
     live = (absolute > 0) & finite
     silent = (absolute == 0) & finite
@@ -89,10 +89,10 @@ def row_statistics(
     underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, loss_kind.level)
     counts = live | underflowed
 
-    of_winner = _pick(grad, top.winner)
+    of_winner = extremes.pick(grad, top.winner)
     target = margins.target_class(lowest, argmin, of_winner, top.winner)
-    absorbed = absorption.absorbed_rows(_pick(grad, target), live)
-    target_logit = _pick(logits, target).to(dtype)
+    absorbed = absorption.absorbed_rows(extremes.pick(grad, target), live)
+    target_logit = extremes.pick(logits, target).to(dtype)
     loss = margins.row_loss(top, target_logit)
     residual = margins.residual_mass(loss)
     margin = margins.margin(top, target, target_logit)
@@ -108,8 +108,9 @@ def row_statistics(
         unexplained = live & shift_invariance.unexplained(
             violation, told, top.largest, loss_kind.eps, classes
         )
-        soft = live & ((grad < 0).sum(-1) > 1)
-        mean_logit = torch.where(counts, _mean_logit(logits, dtype), zero)
+        soft = live & (shift_invariance.negatives(grad) > 1)
+        logit_sum, unmasked = shift_invariance.unmasked(logits, dtype)
+        mean_logit = torch.where(counts, logit_sum / unmasked, zero)
         seldom = torch.stack([unexplained.to(dtype), soft.to(dtype), mean_logit]).sum(-1)
     else:
         seldom = torch.full((len(LOOK_SUMS),), torch.nan, dtype=dtype, device=grad.device)
@@ -213,11 +214,14 @@ def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
     precision.  A gradient of zeros shows nothing: what was ``known`` stands.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype)
+    finite = absorption.finite_entries(grad)
+    nonzero = finite.abs().amax() > 0
     eps = torch.full((), torch.finfo(grad.dtype).eps, device=grad.device)
     for narrow in _NARROWER.get(grad.dtype, ()):
-        eps = torch.where(absorption.fits(grad, narrow), torch.finfo(narrow).eps, eps)
+        fits = nonzero & ~absorption.wider(finite, narrow)
+        eps = torch.where(fits, torch.finfo(narrow).eps, eps)
     if known is not None:
-        eps = torch.where((grad != 0).any(), eps, known.eps)
+        eps = torch.where(nonzero, eps, known.eps)
     half = torch.finfo(torch.float16).eps
     level = torch.where(
         eps == half, absorption.underflow_level(torch.float16), absorption.underflow_level(grad.dtype)
@@ -230,16 +234,6 @@ _NARROWER = {
     torch.float64: (torch.float32, torch.float16, torch.bfloat16),
     torch.float32: (torch.float16, torch.bfloat16),
 }
-
-
-def _pick(values: Tensor, classes: Tensor) -> Tensor:
-    """One entry of each row: [N, K], int64 [N] → [N]."""
-    return values.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
-
-
-def _mean_logit(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Mean over the classes that are not masked with −inf. [N, K] → [N]."""
-    return logits.masked_fill(logits == -torch.inf, torch.nan).nanmean(-1, dtype=dtype)
 
 
 def _nothing(dtype: torch.dtype, device: torch.device, loss_kind: LossKind | None) -> RowStatistics:

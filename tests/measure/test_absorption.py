@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nfi_monitor.measure import absorption
+from nfi_monitor.measure.rows import shown_precision
 from tests.measure import reference as ref
 from tests.measure.measured import absorbed_rows, quantities
 
@@ -185,8 +186,22 @@ def test_a_float32_gradient_betrays_a_loss_computed_in_half_precision(narrow):
     z, y = ref.make_logits(2, 32, 10, spread=1, margins=(-2, 4))
     half, _ = ref.gradients(z, y, (torch.float32, narrow), scale=32.0)
     full, _ = ref.gradients(z, y)
-    assert half.dtype is torch.float32 and absorption.fits(half, narrow)
-    assert not absorption.fits(full, narrow)
+    assert half.dtype is torch.float32 and not absorption.wider(half, narrow)
+    assert absorption.wider(full, narrow)
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+def test_overflown_entries_neither_hide_nor_feign_a_loss_in_half_precision(narrow):
+    z, y = ref.make_logits(2, 32, 10, spread=1, margins=(-2, 4))
+    half, _ = ref.gradients(z, y, (torch.float32, narrow), scale=32.0)
+    full, _ = ref.gradients(z, y)
+    for bad in (math.inf, -math.inf, math.nan):
+        half[3, 4] = full[3, 4] = bad
+        assert shown_precision(half).eps == torch.finfo(narrow).eps
+        assert shown_precision(full).eps == torch.finfo(torch.float32).eps
+    nothing = torch.full_like(full, math.nan)
+    assert shown_precision(nothing).eps == torch.finfo(torch.float32).eps
+    assert shown_precision(nothing, shown_precision(half)).eps == torch.finfo(narrow).eps
 
 
 def test_sum_and_mean_reduction_absorb_the_same_rows():

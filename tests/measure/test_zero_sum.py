@@ -161,6 +161,14 @@ def test_weight_violation_reads_a_transposed_view_alike():
     )
 
 
+def test_a_few_columns_are_read_without_changing_them():
+    grad = torch.randn(300, 20)
+    before = grad.clone()
+    found = zero_sum.weight_violation(grad[:, 3:5])
+    assert torch.equal(grad, before)
+    assert torch.equal(found, zero_sum.weight_violation(before[:, 3:5].clone()))
+
+
 def test_gradients_that_are_all_zero_give_a_weight_violation_of_zero():
     assert zero_sum.weight_violation(torch.zeros(4, 3)).item() == 0
     assert zero_sum.bias_violation(torch.zeros(4)).item() == 0
