@@ -281,7 +281,11 @@ class HeadProbe:
             if step is None or _inside_functorch(logits):
                 return
             if torch.is_grad_enabled() and logits.requires_grad:
-                self._watch(logits, features, step, tapped=True)
+                started = time.perf_counter()
+                try:
+                    self._watch(logits, features, step, tapped=True)
+                finally:
+                    self._spent(time.perf_counter() - started)
         except Exception as error:
             self._failed("rows", error)
 

@@ -13,8 +13,8 @@ from nfi_monitor.capture.sampling import COORDINATES
 from tests.benchmarks.overhead import __main__ as command
 from tests.benchmarks.overhead import costs, report, timing
 from tests.benchmarks.overhead.__main__ import main
-from tests.benchmarks.overhead.arms import NULL, OURS, Default, EveryStep, WeightGradient
-from tests.benchmarks.overhead.cases import CASES, Case, Classifier, rows
+from tests.benchmarks.overhead.arms import NULL, OURS, Arm, Default, EveryStep, WeightGradient
+from tests.benchmarks.overhead.cases import CASES, Case, Classifier, Transformer, rows, tokens
 from tests.benchmarks.overhead.timing import Result, Spread, measure
 
 TINY = Case("tiny", lambda: Classifier(4, 4, 3), lambda: rows(8, 4, 3), 0.05, 0.25)
@@ -54,7 +54,7 @@ def test_within_the_noise_of_a_bare_copy_the_own_clock_decides() -> None:
 
 @pytest.mark.parametrize("kind", OURS)
 def test_each_arm_trains_the_same_weights_as_nobody_watching(kind, tmp_path: Path) -> None:
-    from tests.benchmarks.overhead.arms import Arm, FusedBare
+    from tests.benchmarks.overhead.arms import FusedBare
 
     torch.manual_seed(0)
     data = [TINY.batch() for _ in range(4)]
@@ -73,8 +73,7 @@ def test_a_measurement_has_a_bare_copy_and_counts_what_was_read(monkeypatch: pyt
     null, default, every = measure("tiny", TINY, [Default, EveryStep], rounds=2, console=Console(quiet=True))
     assert (null.arm, default.arm, every.arm) == (NULL, "default", "every step")
     assert null.read is None and every.read == 1.0 and 0.0 <= default.read < 0.2
-    assert every.own > 1.0  # a reading takes longer than a step of 27 weights
-    assert default.own < every.own / 3
+    assert every.own > max(default.own, 0.1)  # idle, a reading takes longer than a step of 35 weights
 
 
 def test_the_command_prints_the_table_and_keeps_what_was_measured(
@@ -85,6 +84,7 @@ def test_the_command_prints_the_table_and_keeps_what_was_measured(
     page = tmp_path / "OVERHEAD.md"
     monkeypatch.setattr(command, "PAGE", page)
     asked = ["--cases", "mlp-26k", "--arms", "default", "every step", "--rounds", "2", "--only", "times"]
+    asked += ["--threads", "1"]
     assert main([*asked, "--cache", str(tmp_path / "record.json")]) == 0
     assert "26,122 parameters" in capsys.readouterr().out
     record = report.load(tmp_path / "record.json")
@@ -116,6 +116,51 @@ def test_the_least_that_a_reading_has_to_read_is_counted_from_its_budgets() -> N
 def test_peak_memory_counts_what_a_step_allocates(tmp_path: Path) -> None:
     found = costs.peak("tiny", TINY, tmp_path)
     assert 0 < found.bare < found.watched < 1.0  # MiB
+
+
+def test_a_case_in_bfloat16_computes_in_bfloat16_and_trains_the_same_weights(tmp_path: Path) -> None:
+    seen = set()
+
+    class Noted(Arm):
+        def before_step(self, loss: torch.Tensor) -> None:
+            seen.add(self.logits)
+
+    small = replace(
+        CASES["gpt2-124M"],
+        build=lambda: Transformer(50, 8, 16, 1, 2, tied=True),
+        batch=lambda: tokens(2, 8, 50),
+    )
+    torch.manual_seed(0)
+    data = [small.batch() for _ in range(2)]
+    weights = []
+    for made in (Noted, EveryStep):
+        torch.manual_seed(1)
+        arm = made(small.build(), data, tmp_path, autocast=small.autocast)
+        arm.model.head.register_forward_hook(lambda *seen, to=arm: setattr(to, "logits", seen[-1].dtype))
+        arm.run(4)
+        arm.close()
+        weights.append(torch.cat([p.detach().flatten() for p in arm.model.parameters()]))
+    assert seen == {torch.bfloat16}
+    assert torch.equal(*weights)
+
+
+def test_gpt2s_sizes_are_gpt2s() -> None:
+    with torch.device("meta"):
+        model = CASES["gpt2-124M"].build()
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(124.4e6, rel=0.005)
+    assert model.head.weight is model.tokens.weight
+
+
+def test_what_only_an_accelerator_runs_is_refused_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--cases", "gpt2-124M"])
+    assert "for an accelerator (--device cuda)" in capsys.readouterr().err
+
+
+def test_the_tests_that_hold_a_target_exist() -> None:
+    root = Path(report.__file__).parents[3]
+    files = [line[2].split("`")[1] for line in report.HELD]
+    assert files and all((root / file).is_file() for file in files)
 
 
 def test_an_unknown_case_lists_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:

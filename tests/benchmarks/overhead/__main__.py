@@ -23,14 +23,22 @@ def main(argv: list[str] | None = None) -> int:
         description="Paired, interleaved timings of training with and without the monitor.",
         epilog=f"arms: {'; '.join(names)}",
     )
-    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        choices=CASES,
+        metavar="CASE",
+        help=f"default: all for the device; {', '.join(CASES)}",
+    )
     parser.add_argument(
         "--arms", nargs="+", metavar="ARM", choices=names, help="default: all that are installed"
     )
     parser.add_argument(
         "--rounds", type=int, default=9, help="watched blocks of each arm (default %(default)s)"
     )
-    parser.add_argument("--threads", type=int, nargs="+", default=[1], help="torch threads (default 1)")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", help="torch threads (default: 1 and 2; on an accelerator 1)"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=("times", "costs"), help="one half of the page")
@@ -41,15 +49,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.rounds < 1:
         parser.error("--rounds must be at least 1")
 
+    cases = args.cases or [name for name, case in CASES.items() if case.runs_on(args.device)]
+    if unfit := [name for name in cases if not CASES[name].runs_on(args.device)]:
+        parser.error(f"{', '.join(unfit)}: for an accelerator (--device cuda)")
+
     console = Console()
     record = report.load(args.cache)
     if args.only != "costs":
         kinds = [arm for arm in (*OURS, *others()) if args.arms is None or arm.name in args.arms]
         if missing := absent():
             console.print(f"Not installed, not in the table: {', '.join(missing)}.", highlight=False)
-        for threads in args.threads:
+        for threads in args.threads or ([1, 2] if args.device == "cpu" else [1]):
             torch.set_num_threads(threads)
-            for name in args.cases:
+            for name in cases:
                 wanted = [
                     kind
                     for kind in kinds
@@ -71,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
                     report.save(record, args.cache)
     if args.only != "times" and args.device == "cpu":
         torch.set_num_threads(1)
-        record.costs = report.Costs.measured(args.cases, console)
+        record.costs = report.Costs.measured(cases, console)
         report.save(record, args.cache)
     report.show(record, console)
     if not args.no_write:

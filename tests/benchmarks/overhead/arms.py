@@ -6,7 +6,7 @@ import importlib
 import logging
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,9 +32,20 @@ class Arm:
 
     loss: Loss = staticmethod(plain_loss)
 
-    def __init__(self, model: nn.Module, data: list[tuple[Tensor, Tensor]], directory: Path) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        data: list[tuple[Tensor, Tensor]],
+        directory: Path,
+        *,
+        autocast: bool = False,
+    ) -> None:
+        """``autocast``: forward and loss in bfloat16."""
         self.model, self.data = model, data
-        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        device = next(model.parameters()).device.type
+        self._precision = partial(torch.autocast, device, torch.bfloat16, enabled=autocast)
+        # On an accelerator as language models are trained there.
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=device != "cpu" or None)
         self.step = 0
         self.attach(directory)
 
@@ -57,7 +68,8 @@ class Arm:
     def run(self, steps: int) -> None:
         for _ in range(steps):
             inputs, targets = self.data[self.step % len(self.data)]
-            loss = self.loss(self.model, inputs, targets)
+            with self._precision():
+                loss = self.loss(self.model, inputs, targets)
             self.optimizer.zero_grad()
             loss.backward()
             self.before_step(loss)

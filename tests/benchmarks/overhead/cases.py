@@ -12,15 +12,19 @@ from torch import Tensor, nn
 
 
 class Transformer(nn.Module):
-    """A pre-norm language model, untied."""
+    """A pre-norm language model."""
 
-    def __init__(self, vocabulary: int, length: int, width: int, layers: int, heads: int) -> None:
+    def __init__(
+        self, vocabulary: int, length: int, width: int, layers: int, heads: int, *, tied: bool = False
+    ) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocabulary, width)
         self.positions = nn.Parameter(torch.randn(length, width) * 0.02)
         layer = nn.TransformerEncoderLayer(width, heads, 4 * width, 0.0, batch_first=True, norm_first=True)
         self.blocks = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
         self.head = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
 
     def features(self, tokens: Tensor) -> Tensor:
@@ -66,13 +70,21 @@ def tokens(count: int, length: int, vocabulary: int) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class Case:
-    """``default`` and ``every_step``: what the monitor may cost there, as a share of the bare step."""
+    """``default`` and ``every_step``: what the monitor may cost there, as a share of the bare step.
+
+    ``autocast``: forward and loss run in bfloat16.  ``accelerator``: of no use on a CPU.
+    """
 
     what: str
     build: Callable[[], nn.Module]
     batch: Callable[[], tuple[Tensor, Tensor]]
     default: float
     every_step: float | None = None
+    autocast: bool = False
+    accelerator: bool = False
+
+    def runs_on(self, device: str) -> bool:
+        return not self.accelerator or device != "cpu"
 
 
 CASES = {
@@ -105,5 +117,13 @@ CASES = {
     ),
     "parameters-50M": Case(
         "MLP, batch 8", lambda: Classifier(512, 4096, 4096, 4096, 3072, 10), lambda: rows(8, 512, 10), 0.01
+    ),
+    "gpt2-124M": Case(
+        "GPT-2's sizes, tied, bfloat16, vocabulary 50,304, 16 × 1,024 tokens",
+        lambda: Transformer(50_304, 1_024, 768, 12, 12, tied=True),
+        lambda: tokens(16, 1_024, 50_304),
+        0.005,
+        autocast=True,
+        accelerator=True,
     ),
 }

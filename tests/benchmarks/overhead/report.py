@@ -130,6 +130,10 @@ def _spread(spread: Spread) -> str:
     return f"{spread.median:.3f} ({spread.low:.3f}–{spread.high:.3f})"
 
 
+def _place(device: str, threads: int) -> str:
+    return f"{threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
+
+
 def _times(record: Record, device: str, threads: int, case: str) -> Sheet | None:
     found = [
         result
@@ -149,9 +153,8 @@ def _times(record: Record, device: str, threads: int, case: str) -> Sheet | None
         ]
         for result in found
     ]
-    where = f"{threads} thread{'s' if threads > 1 else ''}" if device == "cpu" else device
     what = CASES[case].what
-    title = f"{case}, {where}"
+    title = f"{case}, {_place(device, threads)}"
     note = (
         f"{what}; {found[0].parameters:,} parameters; a bare step takes {found[0].bare_ms:.3g} ms; "
         f"{found[0].rounds} rounds of {min(r.block for r in found)}–{max(r.block for r in found)} steps."
@@ -195,7 +198,7 @@ def _targets(record: Record) -> Sheet:
         )
         rows.append(
             [
-                f"{result.case}, {result.arm}, {result.threads} thread{'s' if result.threads > 1 else ''}",
+                f"{result.case}, {result.arm}, {_place(where, result.threads)}",
                 f"≤ {1 + limit:.3f}",
                 _spread(result.wall),
                 NOTHING if result.own is None else f"{result.own:.2%}",
@@ -256,6 +259,12 @@ def _targets(record: Record) -> Sheet:
     )
 
 
+HELD = [
+    ["host synchronisations of a healthy step on an accelerator", "0", "`tests/test_hot_path.py`"],
+    ["a second tensor of the logits' size", "none", "`tests/test_hot_path.py`"],
+    ["graph breaks under torch.compile, weight-gradient level", "0", "`tests/test_monitor.py`"],
+    ["host memory after 1,000,000 steps", "≤ 64 MiB, flat", "`tests/safety/test_long_run.py` (slow)"],
+]
 _BYTES_A_CLASS = 4 * 32
 """Of the head's weights in :func:`costs.by_vocabulary`; the rows' budget bounds their part."""
 
@@ -319,7 +328,10 @@ def sheets(record: Record) -> list[Sheet]:
         for case in CASES
         if (sheet := _times(record, where, threads, case)) is not None
     ]
-    return [_targets(record), *times, *([] if record.costs is None else _costs(record.costs))]
+    held = Sheet(
+        "Targets that tests hold", "No times: they hold, or a test fails.", ("what", "target", "test"), HELD
+    )
+    return [_targets(record), held, *times, *([] if record.costs is None else _costs(record.costs))]
 
 
 def show(record: Record, console: Console) -> None:

@@ -107,7 +107,7 @@ def measure(
 
     def made(kind: type[Arm], stack: ExitStack, directory: Path) -> Arm:
         torch.manual_seed(seed)
-        arm = kind(case.build().to(device), data, directory)
+        arm = kind(case.build().to(device), data, directory, autocast=case.autocast)
         stack.callback(arm.close)
         begun = time.perf_counter()
         while arm.step < WARM_UP_STEPS and time.perf_counter() - begun < WARM_UP_SECONDS:
