@@ -16,6 +16,7 @@ from torch import Tensor
 
 from nfi_monitor.capture import placement
 from nfi_monitor.capture.outbox import Outbox
+from nfi_monitor.detect.spike import highest_usual
 from nfi_monitor.types import Thresholds
 
 TOGETHER = 32
@@ -32,7 +33,7 @@ class Losses:
     def __init__(self, stirs: Callable[[int, float], bool], limits: Thresholds) -> None:
         """``stirs(step, loss)``: whether a loss calls for closer attention; asked at its own step."""
         self._stirs = stirs
-        self._rise, self._high = (1.0 - 1e-9) * math.exp(limits.spike_rise), limits.spike_high
+        self._limits = limits
         self.told: list[Tensor | float] = []
         self.share: float | None = None
         self.usual_below = -math.inf
@@ -72,8 +73,7 @@ class Losses:
 
     def _lower(self, loss: float) -> None:
         """What waits may lower the average that a loss is held against, but not below its own smallest."""
-        if loss * self._rise < self.usual_below:
-            self.usual_below = max(self._high, loss * self._rise)
+        self.usual_below = min(self.usual_below, highest_usual(loss, self._limits))
 
     def forget(self) -> None:
         """The step is over, and its loss was judged."""

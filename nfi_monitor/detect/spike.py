@@ -77,8 +77,7 @@ class SpikeDetector(Stateful):
             return -math.inf
         if self.readings + ahead < MEMORY:
             return math.inf
-        # A little less: exp and log round.
-        return max(limits.spike_high, (1.0 - 1e-9) * math.exp(self.average + limits.spike_rise))
+        return highest_usual(math.exp(self.average), limits)
 
     def _watch(self, step: int, loss: float, limits: Thresholds) -> None:
         # Below a tenth of Wu's lower level differences mean nothing: 1e-9 and 0 are the same loss.
@@ -118,6 +117,12 @@ class SpikeDetector(Stateful):
         self.state, self.streak = QUIET, 0
         if level_changed:
             self.readings, self.average, self.noise, self.last = 0, math.nan, 0.0, math.nan
+
+
+def highest_usual(loss: float, limits: Thresholds) -> float:
+    """The largest loss that begins nothing where the usual one is ``loss``."""
+    # A little less than where a rise begins: exp and log round.
+    return max(limits.spike_high, (1.0 - 1e-9) * math.exp(limits.spike_rise) * loss)
 
 
 def recovery_steps(tau: float, limits: Thresholds) -> float:
