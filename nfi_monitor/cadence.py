@@ -1,7 +1,8 @@
 """Which optimizer steps are read in full, and what that costs.
 
 Reading costs the same few hundred small kernels whatever the model, so a small model feels it and a large
-one does not.  Where τ leaves room, the monitor reads a small healthy model less often.
+one does not.  Where τ leaves room, the monitor reads a small healthy model less often; where that is not
+enough, it reads fewer rows and coordinates of it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import deque
+from collections.abc import Callable
 
 from nfi_monitor.capture.sampling import auto_interval
 from nfi_monitor.detect.detector import Attention
@@ -51,6 +53,8 @@ class Clock:
         self.readings = 0
         self.healthy: int | None = None
         """Steps between readings while nothing is going on; None: τ alone decides."""
+        self.lowered = False
+        """Whether readings hold fewer rows and coordinates while nothing is going on."""
         self._started = self._last = time.perf_counter()
         self._own_before = 0.0
         self._finished: float | None = None
@@ -88,13 +92,16 @@ class Clock:
     def finish(self) -> None:
         self._finished = time.perf_counter()
 
-    def decide(self, step: int, tau: float) -> bool:
+    def decide(self, step: int, tau: float, *, can_lower: Callable[[], bool] = lambda: True) -> bool:
         """A few times in a run: fit the interval to the budget, between the one of τ and a tenth of τ.
 
         Only so far: what precedes a slingshot lasts for some τ, and must still be seen.  In its first τ steps
         a second moment remembers no more than those, and slingshots build up as fast: hence the 32nd part of
         the steps done.  (τ/5 at once lost: hinge slingshots of the first τ came without a warning.)  Seldom,
-        so that the cadence does not follow every mood of the machine.  True if the interval has grown.
+        so that the cadence does not follow every mood of the machine.  Where the interval is as long as it
+        will ever be and a healthy step still costs too much, rows and coordinates are lowered, for good,
+        if there are enough of them (``can_lower``).
+        True if something was lowered that was not before.
         """
         if self.budget is None or step < self._next_decision:
             return False
@@ -102,15 +109,16 @@ class Clock:
         if not (self._reading and self._passing):
             return False
         shortest, longest = auto_interval(tau), round(min(tau / 10, step / 32))
-        if longest <= shortest:
-            return False
         left = self.budget * statistics.median(self._training) - self._passing_seconds()
         reading = statistics.median(self._reading)
         interval = shortest
         while interval < longest and reading > left * interval:
             interval = min(2 * interval, longest)
         before, self.healthy = self.healthy or shortest, interval if interval > shortest else None
-        return interval > before
+        dear = step / 32 >= tau / 10 and reading > left * interval
+        lower = dear and not self.lowered and can_lower()
+        self.lowered = self.lowered or lower
+        return interval > before or lower
 
     def expected(self, tau: float) -> float:
         """Share of the training's own time that a healthy step costs at the present interval."""
@@ -126,3 +134,7 @@ class Clock:
     def reading_seconds(self) -> float:
         """Median seconds of a reading."""
         return statistics.median(self._reading)
+
+    def step_seconds(self) -> float:
+        """Median seconds of a step's training."""
+        return statistics.median(self._training)

@@ -84,8 +84,9 @@ class Monitor:
         every: "auto" reads sparsely while nothing is going on and every step once something is; an
             int reads the first optimizer step and those it divides.
         overhead_budget: share of the training's own time that healthy steps may cost. Where τ leaves room,
-            ``every="auto"`` reads a small model less often for it, up to every τ/10 steps (said once); what
-            is at risk is read as closely as ever. None: the cadence depends on τ alone, never on the clock.
+            ``every="auto"`` reads a small model less often for it, up to every τ/10 steps, and where that is
+            not enough, a quarter of the rows and coordinates (each said once); what is at risk is read as
+            closely as ever. None: what is read depends on τ alone, never on the clock.
         snapshots: while *at risk*, keep the last four states of the run in host memory, one every 2 τ, for
             :meth:`replay`. "auto" does so on a CPU while one takes at most 16 MiB; an int is the bytes all
             may take together, on any device; False keeps none.
@@ -515,6 +516,7 @@ class Monitor:
             "step": self._step,
             "detector": self._detector.state_dict(),
             "interval": self._clock.healthy,
+            "lowered": self._clock.lowered,
             "phases": [[step, phase.value] for step, phase in self.phases],
             **self._meter.state_dict(self._step),
             "plain_losses": [[step, loss] for step, loss in self._losses.waiting],
@@ -533,6 +535,7 @@ class Monitor:
         self._ring.clear()
         if self._clock.budget is not None:
             self._clock.healthy = state.get("interval")
+            self._clock.lowered = bool(state.get("lowered"))
         self.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]
         weight = self._head.weight if self._head is not None else None
         device = weight.device if weight is not None else next(self._model.parameters()).device
@@ -626,10 +629,16 @@ class Monitor:
         usual_below = detector.spike.usual_below(self._thresholds, TOGETHER + 1) if patient else -math.inf
         self._losses.look_ahead(usual_below)
         tau = detector.context.tau
-        if self._clock.decide(self._step, tau):
+        if isinstance(self._every, str) and self._clock.decide(self._step, tau, can_lower=self._can_lower):
             self._notes.slowed(self._clock, tau, self._step)
+        lowered = self._clock.lowered and attention is Attention.RARELY
+        self._probe.lowered = self._meter.reader.lowered = lowered
         self._next_read = next_read(self._step, self._every, attention, tau, self._clock.healthy)
         self._wanted_step = self._next_read if self._next_read == self._step + 1 else None
+
+    def _can_lower(self) -> bool:
+        """Whether there is more to read than a lowered reading holds."""
+        return self._probe.can_lower or self._meter.reader.can_lower
 
     def _take_snapshot(self) -> None:
         """At risk, now and then; from a slingshot's first unusual loss until its end, never."""

@@ -7,7 +7,13 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nfi_monitor.capture.sampling import auto_interval
+from nfi_monitor.capture.sampling import (
+    COORDINATES,
+    FEWEST_ROWS,
+    LOWERED,
+    ROW_ELEMENTS,
+    auto_interval,
+)
 from nfi_monitor.types import Note, Reading
 
 if TYPE_CHECKING:
@@ -191,18 +197,33 @@ class NoteTaker:
         )
 
     def slowed(self, clock: Clock, tau: float, step: int) -> None:
-        """The interval between readings was made longer, to keep within the budget."""
+        """The interval between readings was made longer, or what they hold smaller, for the budget."""
         share = clock.expected(tau)
         still = f"; a healthy step still costs {share:.1%}" if share > (clock.budget or math.inf) else ""
-        self.note(
-            "overhead_budget",
-            f"A reading takes {1e3 * clock.reading_seconds():.1f} ms, much for so small a model: for "
-            f"overhead_budget={clock.budget:g}, while nothing is going on, fewer steps are read from now on: "
-            f"one in {clock.healthy} instead of one in {auto_interval(tau)}, later one in {round(tau / 10)} "
-            f"at most{still}. Any sign of a slingshot is read as closely as ever. overhead_budget=None or "
-            "every=... decide otherwise.",
-            step,
+        why = (
+            f"A reading takes {1e3 * clock.reading_seconds():.1f} ms, much beside a step of "
+            f"{1e3 * clock.step_seconds():.1f} ms: for overhead_budget={clock.budget:g}, while nothing is "
+            "going on, "
         )
+        otherwise = (
+            "Any sign of a slingshot is read as closely as ever. overhead_budget=None or every=... decide "
+            "otherwise."
+        )
+        if clock.healthy is not None:
+            self.note(
+                "overhead_budget",
+                f"{why}fewer steps are read from now on: one in {clock.healthy} instead of one in "
+                f"{auto_interval(tau)}, later one in {round(tau / 10)} at most{still}. {otherwise}",
+                step,
+            )
+        if clock.lowered:
+            self.note(
+                "overhead_samples",
+                f"{why}readings hold one in {LOWERED} of the rows and coordinates that they may "
+                f"({COORDINATES // LOWERED:,} coordinates, {ROW_ELEMENTS // LOWERED:,} logits or "
+                f"{FEWEST_ROWS} rows; less than that is read whole). {otherwise}",
+                step,
+            )
 
     def failed(self, part: str, error: BaseException, step: int) -> None:
         """A part of the monitor stopped. What one fault stops after the first part is added to that note."""

@@ -68,6 +68,7 @@ class Ranks:
                 self.pool = Pool.form(model, optimizer, head, ranks, slots=slots)
                 # Ranks have to agree on the cadence, and no two clocks do.
                 self._clock.budget = self._clock.healthy = None
+                self._clock.lowered = False
         except Exception as error:
             return f"their store cannot be reached ({type(error).__name__}: {error})"
         return None

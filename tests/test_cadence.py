@@ -54,10 +54,25 @@ def test_early_on_the_interval_is_a_small_part_of_the_steps_done(step, healthy):
 
 
 @pytest.mark.parametrize("tau", [1, 20, 160])
-def test_where_tau_is_short_nothing_is_lowered(tau):
+def test_where_tau_is_short_readings_hold_less_instead_of_coming_less_often(tau):
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
+    assert clock.decide(4096, tau=tau)
+    assert clock.healthy is None and clock.lowered
+    assert not clock.decide(8192, tau=tau), "once is enough"
+
+
+@pytest.mark.parametrize(("step", "lowered"), [(2048, False), (4096, True)])
+def test_readings_hold_less_only_once_the_interval_is_as_long_as_it_will_be(step, lowered):
+    clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
+    clock.decide(step, tau=1000)
+    assert clock.lowered is lowered
+
+
+@pytest.mark.parametrize("tau", [20, 1000])
+def test_within_the_budget_readings_hold_all_they_may(tau):
+    clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
     assert not clock.decide(4096, tau=tau)
-    assert clock.healthy is None
+    assert not clock.lowered
 
 
 def test_without_a_budget_the_clock_decides_nothing():
@@ -142,6 +157,84 @@ def test_without_a_budget_the_cadence_never_depends_on_the_clock():
     assert monitor.summary()["overhead"]["measured_steps"] == 1 + len(
         [step for step in range(2, 201) if step <= 8 or step % 32 <= 1]
     )
+
+
+def wide(**arguments) -> Monitor:
+    """More parameters and rows than a lowered reading holds."""
+    torch.manual_seed(0)
+    model = nn.Linear(300, 200)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.9))
+    return Monitor(model, optimizer, console=False, **arguments)
+
+
+def sampled(monitor: Monitor, steps: int) -> list[tuple[int, int]]:
+    """(rows, coordinates) of each reading of so many steps on 2,000 rows."""
+    found, deliver, gather = [], monitor._probe._deliver, monitor._meter.reader.before
+    rows: list[int] = []
+
+    def delivered(given):
+        rows.append(len(given.grad))
+        deliver(given)
+
+    def before(*given, **more):
+        read = gather(*given, **more)
+        found.append((rows[-1], len(read.before)))
+        return read
+
+    monitor._probe._deliver, monitor._meter.reader.before = delivered, before
+    model, optimizer = monitor._model, monitor._optimizer
+    inputs, targets = torch.randn(2_000, 300), torch.randint(200, (2_000,))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs), targets)
+        monitor.observe_loss(loss)
+        loss.backward()
+        optimizer.step()
+    return found
+
+
+def test_a_lowered_reading_holds_a_quarter_of_the_rows_and_coordinates_and_says_so_once():
+    with wide(overhead_budget=1e-9) as monitor:
+        found = sampled(monitor, 80)
+    full, less = found[0], found[-1]
+    assert found[7] == full and full[0] == 1_000
+    assert 250 <= less[0] <= 290 and 2_000 < less[1] < 0.6 * full[1] < 6_000
+    (note,) = [note for note in monitor.notes if note.code == "overhead_samples"]
+    assert note.step == 64 and "one in 4 of the rows and coordinates" in note.message
+
+
+def test_a_model_that_is_read_whole_anyway_is_told_nothing_of_fewer_rows():
+    with small(overhead_budget=1e-9) as monitor:
+        train(monitor, 4_200)
+    assert not monitor._clock.lowered
+    assert [note.code for note in monitor.notes] == ["overhead_budget"]
+
+
+@pytest.mark.parametrize("attention", [Attention.OFTEN, Attention.ALWAYS])
+def test_what_is_at_risk_is_read_in_full(monkeypatch, attention):
+    with wide(overhead_budget=1e-9) as monitor:
+        sampled(monitor, 80)
+        assert monitor._probe.lowered and monitor._meter.reader.lowered
+        monkeypatch.setattr(type(monitor._detector), "attention", attention)
+        monitor._look_ahead()
+        assert not monitor._probe.lowered and not monitor._meter.reader.lowered
+
+
+@pytest.mark.parametrize("arguments", [{"overhead_budget": None}, {"overhead_budget": 1e-9, "every": 2}])
+def test_who_asks_for_a_cadence_or_no_budget_gets_full_readings(arguments):
+    with wide(**arguments) as monitor:
+        assert len(set(sampled(monitor, 80))) == 1
+
+
+def test_a_lowered_reading_stays_lowered_over_a_resume():
+    with wide(overhead_budget=1e-9) as first:
+        sampled(first, 80)
+        state = first.state_dict()
+    with wide(overhead_budget=1e-9) as second:
+        second.load_state_dict(state)
+        assert second._clock.lowered
+        second._look_ahead()
+        assert second._probe.lowered
 
 
 def test_the_interval_survives_a_resume():

@@ -225,6 +225,8 @@ class HeadProbe:
         self.fired_without_gradient = 0
         self.traced = 0
         self.tapped = False
+        self.lowered = False  # fewer rows than the budget has
+        self.can_lower = False  # whether that would be fewer than there are
         self.without_features = 0
         self.outputs: int | None = None  # K, where the head's own weight holds a part of the classes
         self.sharded = 0  # logits of which each rank holds some classes only, and nobody puts them together
@@ -312,7 +314,9 @@ class HeadProbe:
         total = shown.numel() // classes if classes else 0
         if total == 0:
             return  # an empty batch shows nothing
-        stride = row_stride(total, shard.outputs if shard else classes)
+        wide = shard.outputs if shard else classes
+        stride = row_stride(total, wide, lowered=self.lowered)
+        self.can_lower = row_stride(total, wide, lowered=True) > row_stride(total, wide)
         if shard is not None:
             stride = max(stride, -(-total // self.row_slots))
         first = offset(step, stride)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from nfi_monitor.capture import placement
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.quantized import Quantized, quantized_moment
-from nfi_monitor.capture.sampling import CoordinateSample, local
+from nfi_monitor.capture.sampling import COORDINATES_FULL, LOWERED, CoordinateSample, local
 
 HEAD_ELEMENTS = 1 << 18
 """Head weights up to this many entries are compared whole; of larger ones, a stride of class rows."""
@@ -111,12 +111,18 @@ class OptimizerReader:
     def __init__(self, optimizer: Optimizer, head: Head | None) -> None:
         self.optimizer = optimizer
         self.head = head
+        self.lowered = False  # fewer coordinates than the budget has
         self.pooled = False  # what is read of a sharded head is added up over its shards
         self.unreadable: set[str] = set()  # state of a kind that cannot be sampled, for a note
         self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._found: tuple[Tensor | None, dict[str, Any]] | None = None
         self._views: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
+
+    @property
+    def can_lower(self) -> bool:
+        """Whether fewer coordinates could be read of this model than the budget has."""
+        return any(sample.total > COORDINATES_FULL // LOWERED for sample, _ in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """The parameter group that holds ``param``; the first one if none does."""
@@ -240,7 +246,7 @@ class OptimizerReader:
             for param in group["params"]
             if (param.grad is not None if needs_gradient else param.requires_grad)
         ]
-        key = (len(self.optimizer.state), *map(id, params))
+        key = (self.lowered, len(self.optimizer.state), *map(id, params))
         found = self._layouts.get(key)
         if found is None:
             usable = self._usable(params)
@@ -248,7 +254,10 @@ class OptimizerReader:
                 return None
             if len(self._layouts) >= 8:  # gradients that come and go (mixtures of experts)
                 self._layouts.clear()
-            found = self._layouts[key] = (CoordinateSample(usable), tuple(usable))
+            found = self._layouts[key] = (
+                CoordinateSample(usable, lowered=self.lowered),
+                tuple(usable),
+            )
             self._groups = {
                 id(param): group for group in self.optimizer.param_groups for param in group["params"]
             }

@@ -5,6 +5,7 @@ The monitor must leave the random state untouched, so every sample is a stride w
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -24,11 +25,18 @@ COORDINATES_FULL = 1 << 15
 """Models up to this many parameters are read whole."""
 COORDINATES_PER_TENSOR = 64
 """Fewest coordinates read of a tensor that has that many."""
+LOWERED = 4
+"""Where the monitor has to save time, it reads one in so many of the rows and coordinates that it may: that
+saves a fifth to a third. An eighth saves hardly more: what is left is what kernels take to start."""
+FEWEST_ROWS = 64
+"""... but as many rows, where the budget has them."""
 
 
-def row_stride(rows: int, classes: int) -> int:
+def row_stride(rows: int, classes: int, *, lowered: bool = False) -> int:
     """Every how many rows one is read. 1: all of them."""
     budget = max(ROW_ELEMENTS // max(classes, 1), rows // ROW_SHARE, 1)
+    if lowered:
+        budget = max(budget // LOWERED, min(budget, FEWEST_ROWS))
     return -(-rows // budget)
 
 
@@ -56,9 +64,17 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _coprime(stride: int, shape: torch.Size) -> int:
-    """The next smaller stride that shares no factor with the sizes: else it visits a few columns only."""
-    inner = math.prod(shape[1:])
-    return next(step for step in range(stride, 0, -1) if math.gcd(step, inner) == 1)
+    """A stride that shares no factor with the sizes: else it visits a few columns only.
+
+    The next smaller one, but the next larger where that is not half as large: of 300 columns every fourth
+    coordinate would become each.
+    """
+    inner, size = math.prod(shape[1:]), math.prod(shape)
+    smaller = next(step for step in range(stride, 0, -1) if math.gcd(step, inner) == 1)
+    if 2 * smaller > stride:
+        return smaller
+    larger = next(step for step in itertools.count(stride + 1) if math.gcd(step, inner) == 1)
+    return larger if larger <= size // COORDINATES_PER_TENSOR else smaller
 
 
 class CoordinateSample:
@@ -76,10 +92,10 @@ class CoordinateSample:
         spans: (start, end) of each tensor's coordinates in [C].
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, lowered: bool = False) -> None:
         sizes = [local(tensor).numel() for tensor in tensors]
-        total = sum(sizes)
-        stride = 1 if total <= COORDINATES_FULL else -(-total // COORDINATES)
+        total, part = sum(sizes), LOWERED if lowered else 1
+        stride = 1 if total <= COORDINATES_FULL // part else -(-total // (COORDINATES // part))
         self.strides = [
             _coprime(max(1, min(stride, size // COORDINATES_PER_TENSOR)), local(tensor).shape)
             for size, tensor in zip(sizes, tensors, strict=True)

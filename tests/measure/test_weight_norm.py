@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfi_monitor.capture.sampling import COORDINATES_FULL, CoordinateSample
+from nfi_monitor.capture.sampling import COORDINATES, COORDINATES_FULL, LOWERED, CoordinateSample
 from nfi_monitor.measure import weight_norm
 
 FAST = settings(deadline=None, derandomize=True, max_examples=25)
@@ -74,6 +74,16 @@ def test_the_sample_of_a_matrix_does_not_sit_in_a_few_of_its_columns(shape):
     assert len(seen) >= shape[1] / 2
     rows = torch.arange(shape[0], dtype=torch.float32)[:, None].expand(shape).contiguous()
     assert len(sample.gather([rows]).unique()) >= min(shape[0], len(sample.segments)) / 2
+
+
+@pytest.mark.parametrize("width", [300, 210, 30_030, 512, 997])
+@pytest.mark.parametrize("lowered", [False, True])
+def test_no_width_makes_the_sample_much_larger_or_smaller_than_its_budget(width, lowered):
+    """A width of many small factors has few strides that visit all of its columns."""
+    rows = 200_000 // width + 1
+    sample = CoordinateSample([torch.empty(rows, width)], lowered=lowered)
+    budget = COORDINATES // (LOWERED if lowered else 1)
+    assert budget / 2 <= len(sample.segments) <= 2 * budget
 
 
 def test_a_norm_that_lives_in_one_column_is_seen():
