@@ -48,7 +48,10 @@ class NFICallback(Callback):
         return self._attachment.monitor
 
     def state_dict(self) -> dict[str, Any]:
-        return self._attachment.state()
+        saved: dict[str, Any] = {}
+        with self._attachment.guarded("state"):
+            saved = self._attachment.state()
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict
@@ -81,23 +84,30 @@ class NFICallback(Callback):
         self._resumed = {}
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
-        if self.monitor is not None:  # Lightning has divided it by the number of micro-batches
-            self.monitor.observe_loss(loss.detach() * trainer.accumulate_grad_batches)
+        with self._attachment.guarded():
+            if self.monitor is not None:  # Lightning has divided it by the number of micro-batches
+                self.monitor.observe_loss(loss.detach() * trainer.accumulate_grad_batches)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:
-        due = self._attachment.act()
-        if due.save:
-            checkpoints = trainer.checkpoint_callback
-            folder = getattr(checkpoints, "dirpath", None) or _folder(trainer) / "checkpoints"
-            trainer.save_checkpoint(Path(folder) / f"nfi-step={trainer.global_step}.ckpt")
-        if due.stop:
-            trainer.should_stop = True
+        save_to: Path | None = None
+        with self._attachment.guarded():
+            due = self._attachment.act()
+            if due.stop:
+                trainer.should_stop = True
+            if due.save:
+                checkpoints = trainer.checkpoint_callback
+                folder = getattr(checkpoints, "dirpath", None) or _folder(trainer) / "checkpoints"
+                save_to = Path(folder) / f"nfi-step={trainer.global_step}.ckpt"
+        if save_to is not None:  # what fails in here is the trainer's, and has to be heard
+            trainer.save_checkpoint(save_to)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        self._attachment.close()
+        with self._attachment.guarded("close"):
+            self._attachment.close()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        self._attachment.close()
+        with self._attachment.guarded("close"):
+            self._attachment.close()
 
 
 def _folder(trainer: Any) -> Path:

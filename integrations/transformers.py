@@ -70,7 +70,10 @@ class NFICallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """For the Trainer's checkpoint; read again when training begins."""
-        return {"args": {"restored": True}, "attributes": {}, "nfi_monitor": self._attachment.state()}
+        saved: dict[str, Any] = {}
+        with self._attachment.guarded("state"):
+            saved = self._attachment.state()
+        return {"args": {"restored": True}, "attributes": {}, "nfi_monitor": saved}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
@@ -98,17 +101,21 @@ class NFICallback(TrainerCallback, ExportableState):
         monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.monitor is not None:
-            self.monitor.begin_step()
+        with self._attachment.guarded():
+            if self.monitor is not None:
+                self.monitor.begin_step()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.monitor is not None:
-            self.monitor.end_micro_batch()
+        with self._attachment.guarded():
+            if self.monitor is not None:
+                self.monitor.end_micro_batch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        due = self._attachment.act()
-        control.should_save |= due.save
-        control.should_training_stop |= due.stop
+        with self._attachment.guarded():
+            due = self._attachment.act()
+            control.should_save |= due.save
+            control.should_training_stop |= due.stop
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._attachment.close()
+        with self._attachment.guarded("close"):
+            self._attachment.close()

@@ -11,6 +11,7 @@ import inspect
 import os
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,33 +138,29 @@ class Attachment:
         self._begun.clear()
         return monitor
 
+    def guarded(self, part: str = "adapter") -> AbstractContextManager[None]:
+        """What a framework calls runs in here, and cannot stop its training: an error is reported once."""
+        return nullcontext() if self.monitor is None else self.monitor.guarded(part)
+
     def state(self) -> dict[str, Any]:
         """What :meth:`open` needs to continue this run, in types that survive JSON; empty without a run."""
         monitor = self.monitor
         if monitor is None or monitor.closed:
             return {}
-        state: dict[str, Any] = {}
-        with monitor.guarded("state"):
-            state = {
-                "monitor": monitor.state_dict(),
-                "run_dir": None if monitor.run_dir is None else os.fspath(monitor.run_dir),
-            }
-            pilot: Any = self._on_alert
-            if hasattr(pilot, "attach_monitor"):  # an Autopilot goes on where it was
-                state["on_alert"] = pilot.state_dict()
+        state = {
+            "monitor": monitor.state_dict(),
+            "run_dir": None if monitor.run_dir is None else os.fspath(monitor.run_dir),
+        }
+        pilot: Any = self._on_alert
+        if hasattr(pilot, "attach_monitor"):  # an Autopilot goes on where it was
+            state["on_alert"] = pilot.state_dict()
         return state
 
     def act(self) -> Due:
         """Call after each optimizer step: remedies are applied, the rest is the framework's to do."""
-        context = self._context
-        due = Due(False, False)
-        if context is not None:
-            with context.monitor.guarded("adapter"):
-                due = self._due(context)
-        return due
-
-    def _due(self, context: TrainerContext) -> Due:
-        begun = self._begun
+        context, begun = self._context, self._begun
+        if context is None:
+            return Due(False, False)
         asked = bool(getattr(self._on_alert, "should_stop", False))  # by an Autopilot
         if not begun:
             return Due(False, asked)

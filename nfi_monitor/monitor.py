@@ -253,7 +253,10 @@ class Monitor:
         """Only for gradient accumulation with a compiled model after :meth:`observe_outputs`: call it after
         each backward, or only the last micro-batch's loss is seen."""
         if self._loss_probe is not None and not self._closed:
-            self._loss_probe.collect()
+            try:
+                self._loss_probe.collect()
+            except Exception as error:
+                self._failed("loss", error)
 
     def tap(self, logits: Tensor) -> Tensor:
         """Watch exactly this tensor [..., K] instead of the head's output; returns it unchanged.
@@ -261,7 +264,10 @@ class Monitor:
         For logits that are no module's output, or are cast, scaled or capped between head and loss.
         """
         if not self._closed and not self._paused:
-            self._probe.tap(logits)
+            try:
+                self._probe.tap(logits)
+            except Exception as error:
+                self._failed("rows", error)
         return logits
 
     @property
@@ -608,12 +614,20 @@ class Monitor:
         else:
             if self._let_go():
                 return
-            self._take_snapshot()
-            self._losses.forget()
-            if read:
-                self._meter.forget()
-            self._probe.forget()
-            self._look_ahead()
+            try:
+                self._take_snapshot()
+                self._losses.forget()
+                if read:
+                    self._meter.forget()
+                self._probe.forget()
+            except Exception as error:
+                self._failed("step", error)
+            try:
+                self._look_ahead()
+            except Exception as error:
+                # The other ranks count on this one at a step that it cannot tell.
+                self._failed("step", error)
+                self._ranks.drop_out(self._step)
         if self._wanted_step is not None:
             self._rows.clear(self._wanted_step)
         now = time.perf_counter()
@@ -745,6 +759,8 @@ class Monitor:
                 verdict = self._detector.update(reading)
             except Exception as error:
                 self._failed("detector", error)
+        for part, failure in verdict.failed:
+            self._failed(part, failure)
         if verdict.derived:
             reading = Reading(reading.step, {**reading.values, **verdict.derived})
         if verdict.phase is not self.phases[-1][1]:

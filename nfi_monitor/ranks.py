@@ -55,6 +55,11 @@ class Ranks:
         """Whether this process is the one that reports."""
         return self._group is False or distributed.rank() == (0 if self.pool is None else self.pool.speaks)
 
+    @property
+    def _broken(self) -> bool:
+        """Whether a fault of its own may have kept this rank from an exchange."""
+        return not self._meter.quiet.isdisjoint({"ranks", "step"})
+
     # --- together, or apart ----------------------------------------------------------------------
 
     def find(self, model: nn.Module, optimizer: Optimizer, head: Head | None) -> str | None:
@@ -111,6 +116,8 @@ class Ranks:
             self.looking = False
             self.pool, self._meter.memory, self._meter.reader.pooled = None, None, False
             self._probe.row_slots = 0
+        if self._broken:  # that is why, and it has been said
+            return
         self._notes.note(
             "ranks_apart",
             f"The ranks are not read together: {why}. Each watches its own rows (and only whole tensors), "
@@ -118,13 +125,26 @@ class Ranks:
             step,
         )
 
+    def drop_out(self, step: int) -> None:
+        """After a fault with which this rank cannot go on with the others: they hear at once, as its end of
+        their channel closes."""
+        if self.pool is not None:
+            self._apart("this one has failed", step)
+
     def leave(self, hooks: StepHooks, step: int, detector: Detector) -> bool:
         """Tell the other ranks, with the next reading, that this one takes no part any more.
 
         Whether they wait for that; ``hooks``, the closed monitor's, are then taken over.
         """
-        pool, self.pool = self.pool, None
-        if pool is None or not pool.team.leave():
+        pool = self.pool
+        if self._broken:
+            self.drop_out(step)
+            return False
+        self.pool = None
+        try:
+            if pool is None or not pool.team.leave():
+                return False
+        except RuntimeError:  # gloo's: the others are gone, and nobody is left to tell
             return False
         Leaver(pool, hooks, step, detector, self._every)
         return True
@@ -194,6 +214,8 @@ class Ranks:
         try:
             received = pool.receive(step)
         except Exception as error:
+            if not isinstance(error, RuntimeError):  # gloo's tell of other ranks, all else is this one's own
+                self._meter.failed("ranks", error)
             self._apart(f"one of them is gone, or late ({type(error).__name__}: {error})", step)
             return
         rows = self._meter.rows
@@ -206,10 +228,11 @@ class Ranks:
                 rows.single_output = True
             if reduced.together is not None:
                 rows.learn(reduced.together.loss_kind, reduced.together.absorbed)
-            if reduced.failed:
+            elsewhere = [index for index in reduced.failed if index != pool.team.index]  # its own it has said
+            if elsewhere:
                 self._notes.note(
                     "failed_rank",
-                    f"A part of the monitor failed on rank {_named(pool, reduced.failed)} and is off there; "
+                    f"A part of the monitor failed on rank {_named(pool, elsewhere)} and is off there; "
                     "the other ranks are still read, and training is not affected.",
                     reduced.step,
                 )

@@ -276,20 +276,17 @@ class HeadProbe:
 
     def tap(self, logits: Tensor) -> None:
         """Watch exactly this tensor from now on, instead of the head's output."""
-        try:
-            self.tapped = True
-            features, self._features = self._features, None
-            step = self._wanted()
-            if step is None or _inside_functorch(logits):
-                return
-            if torch.is_grad_enabled() and logits.requires_grad:
-                started = time.perf_counter()
-                try:
-                    self._watch(logits, features, step, tapped=True)
-                finally:
-                    self._spent(time.perf_counter() - started)
-        except Exception as error:
-            self._failed("rows", error)
+        self.tapped = True
+        features, self._features = self._features, None
+        step = self._wanted()
+        if step is None or _inside_functorch(logits):
+            return
+        if torch.is_grad_enabled() and logits.requires_grad:
+            started = time.perf_counter()
+            try:
+                self._watch(logits, features, step, tapped=True)
+            finally:
+                self._spent(time.perf_counter() - started)
 
     def _watch(
         self,

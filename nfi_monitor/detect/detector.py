@@ -8,10 +8,10 @@ gradient.  One event is one alert that begins, is updated and ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from nfi_monitor.detect.advice import advice_for
 from nfi_monitor.detect.forecast import steps_to_spike
@@ -32,6 +32,8 @@ from nfi_monitor.types import (
     Severity,
     Thresholds,
 )  # fmt: skip
+
+Told = TypeVar("Told")
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,8 @@ class Verdict:
     phase: Phase
     changes: list[tuple[Change, Alert]] = field(default_factory=list)
     derived: dict[str, float] = field(default_factory=dict)
+    failed: list[tuple[str, Exception]] = field(default_factory=list)
+    """What could not be said with an alert, and why."""
 
 
 class Detector:
@@ -442,11 +446,11 @@ class Detector:
             severity=severity if rises else old.severity,
             mechanism=mechanism if firmer else old.mechanism,
             confidence=confidence if firmer else old.confidence,
-            evidence=_with_lowest_levels(self._evidence(kind), old.evidence),
-            steps_to_spike=self._forecast(kind, mechanism),
+            evidence=self._tell(verdict, "evidence", old.evidence, self._renewed, old),
+            steps_to_spike=self._tell(verdict, "forecast", None, self._forecast, kind, mechanism),
         )
         if rises or new.mechanism is not old.mechanism:
-            new = replace(new, advice=self._advice(kind, new.mechanism))
+            new = replace(new, advice=self._tell(verdict, "advice", (), self._advice, kind, new.mechanism))
             verdict.changes.append((Change.UPDATE, new))
         self.alerts[index] = new
 
@@ -470,9 +474,9 @@ class Detector:
             last_step=step,
             mechanism=mechanism,
             confidence=confidence,
-            evidence=self._evidence(kind),
-            steps_to_spike=self._forecast(kind, mechanism),
-            advice=self._advice(kind, mechanism),
+            evidence=self._tell(verdict, "evidence", {}, self._evidence, kind),
+            steps_to_spike=self._tell(verdict, "forecast", None, self._forecast, kind, mechanism),
+            advice=self._tell(verdict, "advice", (), self._advice, kind, mechanism),
             layer=self.context.layer,
             rank=self.context.rank,
         )
@@ -485,12 +489,15 @@ class Detector:
         if index is None:
             return
         last = self.spike.fallen_at if kind is AlertKind.SLINGSHOT else step
-        evidence = self._evidence(kind) if kind is AlertKind.SLINGSHOT else self.alerts[index].evidence
+        evidence = dict(self.alerts[index].evidence)
+        if kind is AlertKind.SLINGSHOT:
+            now: Mapping[str, Evidence] = self._tell(verdict, "evidence", {}, self._evidence, kind)
+            evidence |= {name: item for name, item in now.items() if name == "loss"}
         ended = replace(
             self.alerts[index],
             state=AlertState.RESOLVED,
             last_step=last,
-            evidence={**self.alerts[index].evidence, **{k: v for k, v in evidence.items() if k == "loss"}},
+            evidence=evidence,
             steps_to_spike=None,
         )
         self.alerts[index] = ended
@@ -515,6 +522,20 @@ class Detector:
             context.beta2,
             context.tau,
         )
+
+    def _renewed(self, alert: Alert) -> Mapping[str, Evidence]:
+        return _with_lowest_levels(self._evidence(alert.kind), alert.evidence)
+
+    @staticmethod
+    def _tell(
+        verdict: Verdict, part: str, otherwise: Told, make: Callable[..., Told], *arguments: object
+    ) -> Told:
+        """What is told with an alert: where making it fails, the alert is raised without it."""
+        try:
+            return make(*arguments)
+        except Exception as error:
+            verdict.failed.append((part, error))
+            return otherwise
 
     def _advice(self, kind: AlertKind, mechanism: Mechanism) -> tuple[str, ...]:
         return advice_for(kind, mechanism, self.context.tau)

@@ -24,6 +24,7 @@ All ranks of a training act at the same step: they agree on every alert.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -127,20 +128,23 @@ class Autopilot:
         Arguments, shapes, units and errors as for these two.
         """
         self._routed = True
-        function = zero_sum_cross_entropy if self.swapped else F.cross_entropy
-        return function(
-            input,
-            target,
-            weight=weight,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            label_smoothing=label_smoothing,
-        )
+        options: dict[str, Any] = {
+            "weight": weight,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "label_smoothing": label_smoothing,
+        }
+        if self._exchanged:
+            with self._guarded():
+                if self.swapped:
+                    return zero_sum_cross_entropy(input, target, **options)
+        return F.cross_entropy(input, target, **options)
 
     @property
     def should_stop(self) -> bool:
         """Whether nothing is left to be done: ask after each step, and leave the loop."""
-        self._complete()
+        with self._guarded():
+            self._complete()
         return self._stopped
 
     @property
@@ -234,8 +238,18 @@ class Autopilot:
         for rung in self.policy.advised(alert):
             self._answer(alert, rung, monitor)
 
+    def _guarded(self) -> AbstractContextManager[None]:
+        """An error in here is reported once, and training goes on; without a monitor nobody can report it."""
+        return nullcontext() if self._monitor is None else self._monitor.guarded("autopilot")
+
+    def _failed(self, error: Exception) -> None:
+        with self._guarded():
+            raise error
+
     def _before_step(self, optimizer: Optimizer) -> None:
-        self._complete()
+        if self._pending is not None:
+            with self._guarded():
+                self._complete()
 
     def _after_step(self, optimizer: Optimizer) -> None:
         monitor = self._monitor
@@ -248,7 +262,8 @@ class Autopilot:
                 self._watch(monitor)
         if self._stopped and self.policy.stop == "raise" and not self._raised:
             self._raised = True
-            self._complete()
+            with monitor.guarded("autopilot"):
+                self._complete()
             raise AutopilotStop(f"{self.actions[-1].message} Catch AutopilotStop around the training loop.")
 
     def _watch(self, monitor: Monitor) -> None:
@@ -308,7 +323,7 @@ class Autopilot:
             return
         self._exchanged = "projection"
         if not self.dry_run:
-            self._projection = project_zero_sum(head.module)
+            self._projection = project_zero_sum(head.module, failed=self._failed)
         what = f"the gradient at the output of {head.name} is projected to zero sum from now on"
         self._act(monitor, "projection", alert.id, why + what)
 
@@ -329,7 +344,8 @@ class Autopilot:
 
     def _cool_now(self, monitor: Monitor) -> None:
         ramp = max(round(monitor.tau), 1)
-        self._cooling = cool_down(monitor.optimizer, self.policy.factor, steps=None, ramp=ramp)
+        factor = self.policy.factor
+        self._cooling = cool_down(monitor.optimizer, factor, steps=None, ramp=ramp, failed=self._failed)
 
     def _stop(self, alert: Alert, monitor: Monitor, why: str) -> None:
         if self.dry_run:
@@ -377,7 +393,7 @@ class Autopilot:
         if monitor is None or self.dry_run:
             return
         if self._exchanged == "projection" and monitor.head is not None:
-            self._projection = project_zero_sum(monitor.head.module)
+            self._projection = project_zero_sum(monitor.head.module, failed=self._failed)
         if self._held_since is not None:
             self._cool_now(monitor)
 

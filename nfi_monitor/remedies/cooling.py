@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from torch.optim import Optimizer
@@ -28,7 +29,12 @@ class CoolDown(Handle):
 
 
 def cool_down(
-    optimizer: Any, factor: float = 0.1, steps: int | None = 100, ramp: int | None = None
+    optimizer: Any,
+    factor: float = 0.1,
+    steps: int | None = 100,
+    ramp: int | None = None,
+    *,
+    failed: Callable[[Exception], None] | None = None,
 ) -> CoolDown:
     """For second-moment slingshots and those at the edge of stability, where nothing else helps, at once.
 
@@ -42,6 +48,9 @@ def cool_down(
     of a training, which then learns as much more slowly.  Source: measured,
     ``tests/benchmarks/remedies/RESULTS.md``.
 
+    An error of its own ends it, the rate comes back, and ``optimizer.step()`` raises it; or ``failed`` is
+    told of it instead, and the step goes on.
+
     Raises ValueError unless 0 < factor ≤ 1, steps ≥ 1 and ramp ≥ 0.
     """
     optimizer = unwrap(optimizer)
@@ -52,15 +61,21 @@ def cool_down(
     scaled = _SCALED.get(optimizer)
     if scaled is None:
         scaled = _SCALED[optimizer] = _Scaled(optimizer)
-    cooling = _Cooling(factor, steps, ramp)
+    cooling = _Cooling(factor, steps, ramp, failed)
     remove = scaled.add(cooling)
     lasts = "until it is released" if steps is None else f"for {steps:,} steps"
     return CoolDown(f"learning rate × {factor:g} {lasts}", remove, cooling.release)
 
 
 class _Cooling:
-    def __init__(self, factor: float, steps: int | None, ramp: int | None) -> None:
-        self.factor, self.steps, self.ramp = factor, steps, ramp
+    def __init__(
+        self,
+        factor: float,
+        steps: int | None,
+        ramp: int | None,
+        failed: Callable[[Exception], None] | None,
+    ) -> None:
+        self.factor, self.steps, self.ramp, self.failed = factor, steps, ramp, failed
         self.done = 0  # optimizer steps taken under it
 
     def release(self) -> None:
@@ -104,21 +119,38 @@ class _Scaled:
                 del _SCALED[optimizer]
 
     def _before(self, optimizer: Optimizer) -> None:
-        self._restore(optimizer)  # a step that raised left the smaller rates behind
-        factors = [factor for cooling in self._active if (factor := cooling.now()) is not None]
-        if not factors:
-            return
-        self._own = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * min(factors)
+        try:
+            self._restore(optimizer)  # a step that raised left the smaller rates behind
+            factors = [factor for cooling in self._active if (factor := cooling.now()) is not None]
+            if not factors:
+                return
+            self._own = [group["lr"] for group in optimizer.param_groups]
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * min(factors)
+        except Exception as error:
+            self._give_up(error)
 
     def _after(self, optimizer: Optimizer) -> None:
-        self._restore(optimizer)
-        for cooling in self._active:
-            cooling.done += 1
-        self._active = [cooling for cooling in self._active if cooling.now() is not None]
-        if not self._active:
+        try:
+            self._restore(optimizer)
+            for cooling in self._active:
+                cooling.done += 1
+            self._active = [cooling for cooling in self._active if cooling.now() is not None]
+            if not self._active:
+                self._end()
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        told = [cooling.failed for cooling in self._active]
+        self._active = []
+        with suppress(Exception):
             self._end()
+        if not told or None in told:
+            raise error
+        for failed in told:
+            if failed is not None:
+                failed(error)
 
     def _restore(self, optimizer: Optimizer) -> None:
         for group, lr in zip(optimizer.param_groups, self._own, strict=False):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from nfi_monitor.remedies.handle import Handle
 
 
-def project_zero_sum(head: nn.Module) -> Handle:
+def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | None = None) -> Handle:
     """For numerical feature inflation where the loss cannot be exchanged: g ← g − mean_k g at the logits.
 
     The loss stays as it is, absorbed rows included; what they push the means by is gone (Liu et al. 2026,
@@ -20,6 +21,8 @@ def project_zero_sum(head: nn.Module) -> Handle:
     Args:
         head: the module whose output are the logits [..., K], K ≥ 2, uncompiled (a hook that is registered
             after the first compiled call never fires).
+        failed: told of an error of its own, and the gradient is left as it is; by default ``backward()``
+            raises it.
 
     Raises TypeError for what is no module, ValueError for a convolution.  When not to use it: with losses
     whose gradient has no zero-sum (z-loss, one-vs-rest, regression): it would take a part of them away.  It
@@ -31,7 +34,7 @@ def project_zero_sum(head: nn.Module) -> Handle:
     classes_last("project_zero_sum", head)
     # First of the head's hooks: a monitor shows the gradient that the weights get, as it does for a repaired
     # loss, and an alert that this answers ends.
-    hook = head.register_forward_hook(_Project(), prepend=True)
+    hook = head.register_forward_hook(_Project(failed), prepend=True)
     return Handle("zero-sum projection", hook.remove)
 
 
@@ -47,12 +50,26 @@ def classes_last(remedy: str, head: nn.Module) -> None:
 class _Project:
     """A class and not a closure: a model with a closure for a hook cannot be saved or copied."""
 
-    def __init__(self) -> None:
+    def __init__(self, failed: Callable[[Exception], None] | None = None) -> None:
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
+        self._failed = failed
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, Tensor) and output.requires_grad and output.dim() and output.shape[-1] > 1:
-            output.register_hook(zero_sum)
+            output.register_hook(self._project)
+
+    def _project(self, grad: Tensor) -> Tensor:
+        try:
+            return zero_sum(grad)
+        except Exception as error:
+            if self._failed is None:
+                raise
+            self._failed(error)
+            return grad
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a copied or saved model: nobody there is to be told."""
+        return {**self.__dict__, "_failed": None}
 
 
 def zero_sum(grad: Tensor) -> Tensor:

@@ -68,6 +68,9 @@ class Fanout:
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         self._each("close", info, summary)
+        # What fails later (an Autopilot whose run goes on) is told to nobody: files are closed, and the
+        # directory may be another run's by then.
+        self.sinks.clear()
 
     def _each(self, method: str, *arguments: Any) -> None:
         for sink in list(self.sinks):

@@ -19,6 +19,7 @@ import pytest
 from nfi_monitor.pool import LAG
 from tests.compatibility import Recorder
 from tests.runs import differences
+from tests.safety.faults import judged
 
 ROOT = Path(__file__).resolve().parents[2]
 FAST = {
@@ -27,6 +28,7 @@ FAST = {
     "one_head": 1, "vocabulary_slingshot": 2, "closed_and_opened": 2, "rank_0_only": 2,
     "closed_on_rank_1": 2, "exception_on_rank_1": 2, "broken_on_rank_1": 2, "dies": 2, "dies_in_step": 2,
     "skips_a_step": 2, "uneven": 2, "joined": 2, "several": 2, "sweep": 2, "given_group": 2, "late": 2,
+    "faults.some": 2,
 }  # fmt: skip
 SLOW = {
     "hsdp": 4, "ddp_slingshot_4": 4, "fsdp_slingshot": 2, "fsdp_vocabulary_parallel": 4, "one_head": 1,
@@ -336,6 +338,13 @@ def test_an_exception_that_leaves_the_with_block_on_one_rank_holds_nobody(
     assert "the monitor of rank 1 was closed" in stayed["seen"]["notes"]["ranks_apart"]
     assert stayed["seen"]["step"] == 20 and left["seen"]["step"] == 10
     assert differences(stayed["state"]["model"], left["state"]["model"]) == []
+
+
+def test_a_fault_in_one_function_of_fifty_on_one_rank_or_all_harms_none(
+    fast: Callable[[str], Outcome],
+) -> None:
+    """All functions, in all modes: ``tests/safety/test_faults.py``."""
+    assert judged(*fast("faults.some")) >= 4
 
 
 def test_a_monitor_that_breaks_on_one_rank_still_takes_part_and_rank_0_says_so(

@@ -445,3 +445,51 @@ def test_the_float64_reference_absorbs_later_than_float32() -> None:
     logits = torch.tensor([[30.0, 0.0]], requires_grad=True)
     assert float(remedies.float64_cross_entropy(logits, torch.tensor([0]))) == pytest.approx(math.exp(-30))
     assert float(F.cross_entropy(logits, torch.tensor([0]))) == 0.0
+
+
+# --- errors of their own ------------------------------------------------------------------------------
+
+
+def broken(*args: Any, **kwargs: Any) -> Any:
+    raise ArithmeticError("broken on purpose")
+
+
+def test_a_cool_down_that_fails_gives_the_rate_back_and_raises_or_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for told in (None, []):
+        model = mlp()
+        optimizer = adam(model)
+        remedies.cool_down(optimizer, 0.1, 100, failed=None if told is None else told.append)
+        train(model, optimizer, 2)
+        with monkeypatch.context() as patch:
+            patch.setattr("nfi_monitor.remedies.cooling._Cooling.now", broken)
+            if told is None:
+                with pytest.raises(ArithmeticError, match="on purpose"):
+                    train(model, optimizer, 1)
+            else:
+                train(model, optimizer, 1)
+                assert [str(error) for error in told] == ["broken on purpose"]
+        rates: list[float] = []
+        optimizer.register_step_pre_hook(
+            lambda *_, rates=rates, of=optimizer: rates.append(of.param_groups[0]["lr"])
+        )
+        train(model, optimizer, 2)
+        assert rates == [1e-2] * 2 and hooks_on(optimizer) == 0
+
+
+def test_a_projection_that_fails_leaves_the_gradient_and_raises_or_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told: list[Exception] = []
+    plain, loud, quiet = mlp(), mlp(), mlp()
+    remedies.project_zero_sum(loud[-1])
+    remedies.project_zero_sum(quiet[-1], failed=told.append)
+    monkeypatch.setattr("nfi_monitor.remedies.projection.zero_sum", broken)
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        train(loud, adam(loud), 1)
+    for model in (plain, quiet):
+        train(model, adam(model), 2)
+    assert differences(plain.state_dict(), quiet.state_dict()) == []
+    assert [str(error) for error in told] == ["broken on purpose"] * 2
+    torch.save(copy.deepcopy(quiet), io.BytesIO())  # whoever is told stays behind

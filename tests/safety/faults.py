@@ -4,45 +4,72 @@ from __future__ import annotations
 
 import gc
 import inspect
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import nfi_monitor
+from nfi_monitor import integrations
+from tests.safety.outside import SILENT
 
-PACKAGE = str(Path(nfi_monitor.__file__).parent)
+ROOTS = tuple(str(Path(str(package.__file__)).parent) + os.sep for package in (integrations, nfi_monitor))
+"""The adapters first: in an installed package they are a folder of the other."""
+
+
+Result = TypeVar("Result")
+Given = TypeVar("Given")
 
 
 class InjectedFault(Exception):
     """What the broken function raises."""
 
 
-def called_in(work: Callable[[], Any]) -> dict[str, types.CodeType]:
-    """``module:qualified name`` → code of every function of the package that runs during ``work()``.
+@contextmanager
+def traced() -> Iterator[dict[str, types.CodeType]]:
+    """``module:qualified name`` → code of every function of the package that runs meanwhile, on this thread.
 
     Comprehensions, lambdas and class bodies belong to the functions they stand in.
     """
-    found: dict[str, types.CodeType] = {}
+    found: set[types.CodeType] = set()
+    names: dict[str, types.CodeType] = {}
 
-    def profile(frame: types.FrameType, event: str, _: Any) -> None:
+    def called(frame: types.FrameType, event: str, _: Any) -> None:
         code = frame.f_code
         # Bodies of classes and modules run when something is imported late; they are no functions.
         function = code.co_flags & inspect.CO_OPTIMIZED
-        if event == "call" and function and code.co_filename.startswith(PACKAGE):
-            name = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
-            if not name.rpartition(".")[2].startswith("<"):
-                where = Path(code.co_filename).relative_to(PACKAGE).with_suffix("").as_posix()
-                found[f"{where}:{name}"] = code
+        if code in found or not function or not code.co_filename.startswith(ROOTS):
+            return
+        name = code.co_qualname if sys.version_info >= (3, 11) else code.co_name
+        if not name.rpartition(".")[2].startswith("<"):
+            found.add(code)
+            names[f"{_module(code.co_filename)}:{name}"] = code
 
-    sys.setprofile(profile)
+    # Not setprofile, which is told of every C function, too: that is most of a training.
+    sys.settrace(called)
     try:
-        work()
+        yield names
     finally:
-        sys.setprofile(None)
-    return dict(sorted(found.items()))
+        sys.settrace(None)
+
+
+def _module(file: str) -> str:
+    root = next(root for root in ROOTS if file.startswith(root))
+    inside = "integrations/" if root == ROOTS[0] else ""
+    return inside + Path(file).relative_to(root).with_suffix("").as_posix()
+
+
+def during(
+    train: Callable[[Callable[[], None]], Result], context: AbstractContextManager[Given]
+) -> tuple[Result, Given]:
+    """``train(begin)``, with the context entered where it calls ``begin()`` and left when it returns."""
+    with ExitStack() as stack:
+        given: list[Given] = []
+        result = train(lambda: given.append(stack.enter_context(context)))
+    return result, given[0]
 
 
 @contextmanager
@@ -102,3 +129,24 @@ def _raising(code: types.CodeType, raised: list[int]) -> types.CodeType:
 
 
 RAISED: list[int] = []
+
+
+def judged(*reports: dict[str, dict[str, Any]]) -> int:
+    """How many faults of :mod:`tests.distributed.faults` raised. Fails unless no rank was harmed or kept
+    waiting, and each that noticed says so once."""
+    assert len({tuple(report) for report in reports}) == 1, [list(report)[-1] for report in reports]
+    wrong, count = [], 0
+    for name in reports[0]:
+        ranks = [report[name] for report in reports]
+        wrong += [f"{name}: harmed {rank['harmed']}" for rank in ranks if rank["harmed"]]
+        if any(rank["raised"] for rank in ranks):
+            count += 1
+            said = [rank["notes"] for rank in ranks]
+            # What another rank's monitor says of its own, this one passes on: not all ranks report.
+            own = [[code for code in codes if code != "failed_rank"] for codes in said]
+            silent = name in SILENT or name.split()[1] in SILENT
+            if max(map(len, own)) > 1 or not (silent or any(said)):
+                wrong.append(f"{name}: said {said}")
+        wrong += [f"{name}: took {rank['seconds']:.0f} s" for rank in ranks if rank["hung"]]
+    assert not wrong, "\n".join(wrong)
+    return count

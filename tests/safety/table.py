@@ -40,8 +40,11 @@ ROWS = {
         ("safety/test_matrix.py", "test_bitwise.py"),
     ),
     "faults": Row(
-        "any function that runs inside a training may raise: the training's result is unchanged, the fault "
-        "is said in one note, what does not need the broken part goes on",
+        "any function that runs inside a training may raise: the training's result is unchanged (under an "
+        "Autopilot that acts: the training goes on), no rank waits for ever, the fault is said in one note, "
+        "what does not need the broken part goes on: {plain loop, tapped logits, one output, slingshot told, "
+        "GradScaler, 8-bit moments, late numbers} × one process, Autopilot, Transformers, Lightning, "
+        "Accelerate, {DDP, FSDP2, head cut along its classes} × two ranks",
         ("safety/test_faults.py",),
     ),
     "storage": Row(
@@ -125,10 +128,14 @@ thinned. In the program, `monitor.history` keeps at most 32,768 values of a quan
 
 ## What is not shown
 
-Faults are injected into one kind of run: one process, rows seen at the head, AdamW, a run directory,
-TensorBoard, a console and a probe batch. The code of many processes, of the framework adapters and of the
-remedies stands behind the same guards and is not broken function by function. What pip fetches to build the
-package itself (setuptools) is not hashed.
+Faults are injected one at a time, from the moment the monitor is attached to the end of `close()`. One while
+it attaches is an error of that call: it is raised, also where a framework attaches as its training begins.
+`tests/safety/outside.py` lists the functions that are left out because nothing can stand in front of them,
+and why: those that torch, a framework or the user calls (what they do is in a try block of their own), and
+the backward pass of a loss that the training was given. What is asked for its answer (`summary()`,
+`explain()`, `state_dict()`, `replay()`) and the remedies that a user applies raise where they are called. A
+rank whose part in an exchange fails costs the others one wait, of 120 seconds at most. An accelerator's late
+numbers are only played on a CPU. What pip fetches to build the package itself (setuptools) is not hashed.
 
 A checkpoint of a run of many processes does not hold what the next step of *all* ranks would be compared
 with: curvature, alignment and feature displacement of the first reading after the resume are missing

@@ -1,0 +1,73 @@
+"""The functions that faults are not injected into, because nothing can stand in front of them, and why."""
+
+from __future__ import annotations
+
+_COPIES = ("deepcopy", "reduce")
+
+CALLED_FROM_OUTSIDE = {
+    "torch calls it, and what it does is in its own try block": (
+        "capture/head:HeadProbe.__call__",
+        "capture/head:HeadProbe._watch.<locals>.on_gradient",
+        "capture/loss:LossProbe.__call__",
+        "capture/optimizer:StepHooks.__init__.<locals>.pre",
+        "capture/optimizer:StepHooks.__init__.<locals>.post",
+        "remedies/projection:_Project._project",
+    ),
+    "the user calls it, and what it does is in its own try block": (
+        "monitor:Monitor.observe_loss",
+        "monitor:Monitor.tap",
+        "monitor:Monitor.end_micro_batch",
+        "monitor:Monitor.close",
+        "remedies/autopilot:Autopilot.loss",
+        "remedies/autopilot:Autopilot.should_stop",
+    ),
+    "a framework calls it, and what it does is in its own try block": (
+        *(
+            f"integrations/transformers:NFICallback.{name}"
+            for name in ("on_step_begin", "on_substep_end", "on_step_end", "on_train_end", "state")
+        ),
+        *(
+            f"integrations/lightning:NFICallback.{name}"
+            for name in ("on_before_backward", "on_train_batch_end", "on_train_end", "state_dict")
+        ),
+        "integrations/accelerate:watch.<locals>.save",
+        "integrations/accelerate:watch.<locals>.load",
+    ),
+    "it is the try block, or opens it": (
+        "monitor:Monitor.guarded",
+        "attach:Attachment.guarded",
+        "remedies/autopilot:Autopilot._guarded",
+    ),
+    "called from outside, and a line or two of torch's or Python's own": (
+        "monitor:Monitor.begin_step",
+        "remedies/projection:_Project.__call__",
+        *(
+            f"capture/{probe}.__{name}__"
+            for probe in ("head:HeadProbe", "loss:LossProbe")
+            for name in _COPIES
+        ),
+    ),
+    "torch calls it around a step, and it lets pass what a remedy raises on purpose (AutopilotStop); what an "
+    "Autopilot switches on has a try block of its own": (
+        "remedies/steps:_Steps._before",
+        "remedies/steps:_Steps._after",
+        "remedies/autopilot:Autopilot._before_step",
+        "remedies/autopilot:Autopilot._after_step",
+        "remedies/cooling:_Scaled._before",
+        "remedies/cooling:_Scaled._after",
+    ),
+    "backward of the loss that the training was given: without it there is no gradient": (
+        "remedies/cross_entropy:_Known.backward",
+        "remedies/cross_entropy:_gradient",
+    ),
+}
+OUTSIDE = {function for functions in CALLED_FROM_OUTSIDE.values() for function in functions}
+SILENT = {
+    "monitor:Monitor._failed",
+    "notes:NoteTaker.failed",
+    "notes:NoteTaker.note",
+    "monitor:Monitor.notes",
+    "leaving capture/optimizer:StepHooks.remove last",
+}
+"""What says so is itself broken: nothing is said.  In the last, what a closed monitor has left behind for the
+other ranks cannot take itself off: its hooks stay and do nothing."""
