@@ -39,7 +39,7 @@ Outcome = list[Any]
 """What a case returned, by rank; None for a rank that was killed."""
 
 
-def launched(folder: Path, cases: dict[str, int]) -> Callable[[str], Outcome]:
+def launched(folder: Path, cases: dict[str, int], timeout: float = 900.0) -> Callable[[str], Outcome]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     wanted = [f"{name}:{world}" for name, world in cases.items()]
     done = subprocess.run(
@@ -48,7 +48,7 @@ def launched(folder: Path, cases: dict[str, int]) -> Callable[[str], Outcome]:
         env=environment,
         capture_output=True,
         encoding="utf-8",
-        timeout=900,
+        timeout=timeout,
     )
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
 

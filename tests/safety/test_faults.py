@@ -195,7 +195,7 @@ LEAST = {
 def test_a_fault_in_any_function_on_all_ranks_or_one_harms_none_and_none_waits(
     tmp_path: Path, shown: Shown
 ) -> None:
-    one, two = launched(tmp_path, {"faults.everything": 2})("faults.everything")
+    one, two = launched(tmp_path, {"faults.everything": 2}, timeout=1900.0)("faults.everything")
     count = judged(one, two)
     assert count >= 500
     shown("faults", count, "on one or all of two ranks")
