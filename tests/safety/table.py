@@ -41,10 +41,11 @@ ROWS = {
     ),
     "faults": Row(
         "any function that runs inside a training may raise: the training's result is unchanged (under an "
-        "Autopilot that acts: the training goes on), no rank waits for ever, the fault is said in one note, "
-        "what does not need the broken part goes on: {plain loop, tapped logits, one output, slingshot told, "
-        "GradScaler, 8-bit moments, late numbers} × one process, Autopilot, Transformers, Lightning, "
-        "Accelerate, {DDP, FSDP2, head cut along its classes} × two ranks",
+        "Autopilot that acts: it goes on), no rank waits for ever, the fault is said in one note, what does "
+        "not need the broken part goes on. Broken one at a time: all of the plain loop, and what else runs "
+        "with tapped logits, a slingshot, a GradScaler, one output, 8-bit moments, late numbers, under the "
+        "Autopilot, Transformers, Lightning, Accelerate; all of DDP on two ranks, and what else runs under "
+        "FSDP2, with the head cut along its classes, with a monitor that is closed early",
         ("safety/test_faults.py",),
     ),
     "storage": Row(
@@ -128,8 +129,8 @@ thinned. In the program, `monitor.history` keeps at most 32,768 values of a quan
 
 ## What is not shown
 
-Faults are injected one at a time, from the moment the monitor is attached to the end of `close()`. One while
-it attaches is an error of that call: it is raised, also where a framework attaches as its training begins.
+Faults are injected from the moment the monitor is attached to the end of `close()`. One while it attaches is
+an error of that call: it is raised, also where a framework attaches as its training begins.
 `tests/safety/outside.py` lists the functions that are left out because nothing can stand in front of them,
 and why: those that torch, a framework or the user calls (what they do is in a try block of their own), and
 the backward pass of a loss that the training was given. What is asked for its answer (`summary()`,
