@@ -1,10 +1,11 @@
-"""Example 07 as its docstring starts it: under torchrun, on two processes."""
+"""Example 07 on two processes; the slow tests start it as its docstring does, under torchrun."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,13 +14,27 @@ import pytest
 
 from nfi_monitor import AlertKind
 from nfi_monitor.report.jsonl import read_run
-from tests.examples.test_examples import ROOT
+from tests.examples.started import ROOT, started
 
-EXAMPLE = str(ROOT / "examples" / "07_ddp.py")
+NAME = "07_ddp"
+EXAMPLE = str(ROOT / "examples" / f"{NAME}.py")
+
+
+def both_ranks(*arguments: str, cwd: Path) -> str:
+    """What two processes print that have what torchrun gives its own: ranks, and where they meet."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    world = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [
+        started(NAME, *arguments, cwd=cwd, environment=world | {"RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    return "".join([rank.printed() for rank in ranks])
 
 
 def start(*arguments: str, cwd: Path) -> str:
-    """What both ranks print, on either stream."""
+    """What both ranks print under torchrun, on either stream."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", EXAMPLE, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     done = subprocess.run(
@@ -41,7 +56,7 @@ def begins(folder: Path) -> dict[AlertKind, int]:
 
 
 def test_rank_0_warns_and_nobody_else_speaks_or_writes(tmp_path: Path) -> None:
-    printed = start("--steps", "600", "--run-dir", "run", cwd=tmp_path)
+    printed = both_ranks("--steps", "600", "--run-dir", "run", cwd=tmp_path)
     assert printed.count("nfi  watching") == 1
     assert len(re.findall("nfi  step .* WARNING +at risk", printed)) == 1
     assert begins(tmp_path / "run").keys() == {AlertKind.AT_RISK}
@@ -66,6 +81,5 @@ def test_the_cure_it_names_averts_the_slingshot(tmp_path: Path) -> None:
 
 
 def test_started_without_torchrun_it_says_how(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, EXAMPLE], cwd=tmp_path, capture_output=True, encoding="utf-8")
-    assert done.returncode != 0
-    assert "torchrun --nproc-per-node 2" in done.stderr
+    code, printed = started(NAME, cwd=tmp_path).wait()
+    assert code != 0 and "torchrun --nproc-per-node 2" in printed
