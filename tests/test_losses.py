@@ -17,6 +17,8 @@ from nfi_monitor.capture.outbox import Outbox
 from nfi_monitor.types import Alert, AlertKind
 
 STEPS = 400
+LEAPT = 160
+"""Steps of the runs below whose loss leaps by step 89: twice as many as wait together go by after it."""
 
 
 class Listener:
@@ -39,6 +41,7 @@ def run(
     told: Callable[[int], float] | None = None,
     every: int | str = "auto",
     looked_at: int | None = None,
+    steps: int = STEPS,
 ) -> tuple[Monitor, list[tuple[int, Alert]]]:
     """A small regression to classes whose told loss is multiplied by 1000 for a few steps from each kick, or
     is ``told(step)``."""
@@ -61,7 +64,7 @@ def run(
         )
 
     monitor = attach()
-    for step in range(1, STEPS + 1):
+    for step in range(1, steps + 1):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(inputs), targets)
         loss.backward()
@@ -121,7 +124,7 @@ def at_the_edge(step: int) -> float:
 @pytest.mark.parametrize("told", [young, fallen, just_low, at_the_edge])
 def test_what_waits_does_not_make_a_loss_look_usual(told, every):
     (waiting, heard), (prompt, heard_promptly) = (
-        run(told=told, every=every, listen=listen) for listen in (False, True)
+        run(told=told, every=every, listen=listen, steps=LEAPT) for listen in (False, True)
     )
     assert heard == heard_promptly
     assert repr(read(waiting)) == repr(read(prompt))
@@ -130,7 +133,7 @@ def test_what_waits_does_not_make_a_loss_look_usual(told, every):
 
 
 def test_looking_at_the_history_changes_nothing_that_is_read():
-    (untouched, _), (looked_at, _) = run(told=just_low), run(told=just_low, looked_at=87)
+    untouched, looked_at = (run(told=just_low, looked_at=step, steps=LEAPT)[0] for step in (None, 87))
     assert repr(read(untouched)) == repr(read(looked_at))
     untouched.close()
     looked_at.close()
@@ -198,9 +201,16 @@ def test_what_is_no_loss_waits_for_nobody(bad):
     monitor.close()
 
 
+@pytest.fixture(scope="module")
+def whole():
+    monitor, _ = run((300,))
+    yield monitor
+    monitor.close()
+
+
 @pytest.mark.parametrize("cut", [151, 163, 331])
-def test_a_run_that_is_resumed_while_losses_wait_ends_as_the_uninterrupted_one(cut):
-    (whole, _), (resumed, _) = run((300,)), run((300,), cut=cut)
+def test_a_run_that_is_resumed_while_losses_wait_ends_as_the_uninterrupted_one(whole, cut):
+    resumed, _ = run((300,), cut=cut)
     assert whole.phases == resumed.phases
     assert [repr(alert) for alert in whole.alerts] == [repr(alert) for alert in resumed.alerts]
     for name, (steps, values) in read(resumed).items():
@@ -209,12 +219,11 @@ def test_a_run_that_is_resumed_while_losses_wait_ends_as_the_uninterrupted_one(c
     state, reference_state = resumed.state_dict(), whole.state_dict()
     assert repr(state["detector"]) == repr(reference_state["detector"])
     assert state["plain_losses"] == reference_state["plain_losses"]
-    whole.close()
     resumed.close()
 
 
 def test_what_waited_before_a_resume_makes_no_loss_look_usual_after_it():
-    (_, heard), (_, heard_resumed) = run(told=fallen, every=100), run(told=fallen, every=100, cut=82)
+    heard, heard_resumed = (run(told=fallen, every=100, cut=cut, steps=LEAPT)[1] for cut in (None, 82))
     assert heard and [step for step, _ in heard] == [step for step, _ in heard_resumed]
 
 
