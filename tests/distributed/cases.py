@@ -6,6 +6,7 @@ import io
 import os
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,11 @@ def learn(
 
 
 def ddp_slingshot(rank: int, world: int) -> dict[str, Any]:
-    """The same spiking run that one process makes of as many micro-batches."""
+    """The same spiking run that one process makes of as many micro-batches, from a step of its on."""
+    return spiking(DDP, rank, world, kept("accumulated", RESUMED))
+
+
+def ddp_slingshot_whole(rank: int, world: int) -> dict[str, Any]:
     return spiking(DDP, rank, world)
 
 
@@ -80,13 +85,21 @@ def fsdp_slingshot(rank: int, world: int) -> dict[str, Any]:
     return spiking(sharded((world,)), rank, world)
 
 
-def spiking(wrap: Callable[[nn.Module], nn.Module], rank: int, world: int) -> dict[str, Any]:
+def spiking(
+    wrap: Callable[[nn.Module], nn.Module], rank: int, world: int, checkpoint: Path | None = None
+) -> dict[str, Any]:
     """Until a few steps after a slingshot has begun: all ranks see it at the same step."""
     inputs, targets = division_data(SEED)
     bare, _, _ = division(SEED)
+    states = None if checkpoint is None else torch.load(checkpoint, weights_only=True)
+    if states is not None:
+        bare.load_state_dict(states[0])
     model = wrap(bare)
     optimizer = adam(model)
     with Monitor(model, optimizer, console=False) as monitor:
+        if states is not None:
+            optimizer.load_state_dict(states[1])
+            monitor.load_state_dict(states[2])
         while not begun(monitor) and monitor.step < 1000:
             learn(model, optimizer, inputs[rank::world], targets[rank::world], 10, monitor)
     return {"seen": seen(monitor), "state": whole(bare, optimizer)}
@@ -108,7 +121,22 @@ def accumulated(rank: int, world: int) -> dict[str, Any]:
                     (loss / 2).backward()
                 optimizer.step()
                 optimizer.zero_grad()
+            keep("accumulated", model, optimizer, monitor)
     return {"seen": seen(monitor), "state": whole(model, optimizer)}
+
+
+RESUMED = 480
+"""A step of :func:`accumulated` and :func:`one_head` from which other ranks go on: at risk by then, and
+nothing imminent yet. What is before it costs much and is alike in all of them; slow cases run it, too."""
+
+
+def kept(case: str, step: int) -> Path:
+    return Path(os.environ["CASE_FOLDER"]).with_name(f"{case}.{step}.pt")
+
+
+def keep(case: str, model: nn.Module, optimizer: torch.optim.Optimizer, monitor: Monitor) -> None:
+    if monitor.step == RESUMED:
+        torch.save([part.state_dict() for part in (model, optimizer, monitor)], kept(case, RESUMED))
 
 
 def adam(model: nn.Module) -> torch.optim.Adam:
@@ -122,7 +150,7 @@ def begun(monitor: Monitor) -> bool:
 def compared(
     wrap: Callable[[nn.Module], nn.Module],
     data: tuple[Tensor, Tensor],
-    steps: int = 30,
+    steps: int = 20,
     loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     prepare: Callable[[nn.Module, torch.optim.Optimizer], Any] = lambda model, optimizer: None,
     **options: Any,
@@ -255,9 +283,6 @@ def vocabulary_accumulated(rank: int, world: int) -> dict[str, Any]:
     return {"seen": seen(monitor), "kinds": [state["loss_kind"] for state in states]}
 
 
-RESUMED = 480  # at risk by then, and not yet imminent; learned ten steps at a time, as by one process
-
-
 def vocabulary_slingshot(rank: int, world: int) -> dict[str, Any]:
     """The last hundred steps before a slingshot, as ranks that share the head's classes."""
     return vocabulary_slung(world, RESUMED)
@@ -271,13 +296,12 @@ def vocabulary_slung(world: int, resumed: int) -> dict[str, Any]:
     """Only the head is cut, and the loss is that of whole logits: the same run as :func:`one_head`'s."""
     inputs, targets = division_data(SEED)
     model, _, _ = division(SEED)
-    model[6].__class__ = Halves
     alone = adam(model)
-    with Monitor(model, alone, console=False, group=False) as monitor:
-        learn(model, alone, inputs, targets, resumed, monitor)
-        checkpoint = [monitor.state_dict()]
-    dist.broadcast_object_list(checkpoint)  # the first rank's, as a checkpoint's
-    model[6].__class__ = nn.Linear
+    state = None
+    if resumed:
+        of_model, of_optimizer, state = torch.load(kept("one_head", resumed), weights_only=True)
+        model.load_state_dict(of_model)
+        alone.load_state_dict(of_optimizer)
     before = [alone.state.get(param, {}) for param in model.parameters()]
     mesh = init_device_mesh("cpu", (world,), mesh_dim_names=("tp",))
     head = ColwiseParallel(output_layouts=Shard(-1), use_local_output=False)
@@ -290,7 +314,7 @@ def vocabulary_slung(world: int, resumed: int) -> dict[str, Any]:
             else value
             for name, value in held.items()
         }
-    return slung(model, optimizer, inputs, targets, whole_loss, checkpoint[0])
+    return slung(model, optimizer, inputs, targets, whole_loss, state)
 
 
 def one_head(rank: int, world: int) -> dict[str, Any]:
@@ -298,7 +322,7 @@ def one_head(rank: int, world: int) -> dict[str, Any]:
     inputs, targets = division_data(SEED)
     model, _, _ = division(SEED)
     model[6].__class__ = Halves
-    return slung(model, adam(model), inputs, targets, F.cross_entropy)
+    return slung(model, adam(model), inputs, targets, F.cross_entropy, name="one_head")
 
 
 class Halves(nn.Linear):
@@ -318,12 +342,15 @@ def slung(
     targets: Tensor,
     loss_of: Callable[[Tensor, Tensor], Tensor],
     state: dict[str, Any] | None = None,
+    name: str = "",
 ) -> dict[str, Any]:
     with Monitor(model, optimizer, console=False) as monitor:
         if state is not None:
             monitor.load_state_dict(state)
         while not begun(monitor) and monitor.step < 1000:
             learn(model, optimizer, inputs, targets, 10, monitor, loss_of)
+            if name:
+                keep(name, model, optimizer, monitor)
         absorbing = monitor.state_dict()["absorbing_classes"]
     return {"seen": seen(monitor), "state": whole(model, optimizer), "absorbing": absorbing}
 

@@ -22,6 +22,7 @@ from tests.runs import differences
 from tests.safety.faults import judged
 
 ROOT = Path(__file__).resolve().parents[2]
+RESUMED = 480  # of tests.distributed.cases, which only its own processes import
 FAST = {
     "accumulated": 1, "ddp_slingshot": 2, "ddp": 2, "fsdp": 2, "fsdp1": 2, "tensor_parallel": 2,
     "vocabulary_parallel": 2, "vocabulary_parallel_4": 4, "vocabulary_local": 2, "vocabulary_accumulated": 2,
@@ -31,7 +32,8 @@ FAST = {
     "faults.some": 2,
 }  # fmt: skip
 SLOW = {
-    "hsdp": 4, "ddp_slingshot_4": 4, "fsdp_slingshot": 2, "fsdp_vocabulary_parallel": 4, "one_head": 1,
+    "hsdp": 4, "accumulated": 1, "ddp_slingshot_whole": 2, "ddp_slingshot_4": 4, "fsdp_slingshot": 2,
+    "fsdp_vocabulary_parallel": 4, "one_head": 1,
     "vocabulary_slingshot_whole": 2,
 }  # fmt: skip
 
@@ -57,7 +59,7 @@ def launched(folder: Path, cases: dict[str, int], timeout: float = 900.0) -> Cal
         for rank in range(cases[case]):
             file = folder / f"{case}.{rank}"
             result = pickle.loads(file.read_bytes()) if file.exists() else None
-            assert not isinstance(result, BaseException), f"{case}, rank {rank}: {result!r}\n{done.stderr}"
+            assert not isinstance(result, BaseException), f"{case}, rank {rank}: {result!r}\n{said}"
             results.append(result)
         return results
 
@@ -92,7 +94,12 @@ def test_two_processes_say_what_one_says_of_the_same_data_to_the_last_bit(
     assert {"at_risk", "imminent", "slingshot"} <= kinds, "the run has to have something to say"
     assert two["seen"]["alerts"] == one["seen"]["alerts"]
     assert two["seen"]["phases"] == one["seen"]["phases"]
-    assert two["seen"]["history"] == one["seen"]["history"]
+    assert two["seen"]["history"].keys() == one["seen"]["history"].keys()
+    for name in two["seen"]["history"]:
+        got = column(two, name)
+        expected = {step: value for step, value in column(one, name).items() if step > RESUMED}
+        assert got == {step: expected[step] for step in got}, name
+        assert len(expected) - len(got) <= 1, f"{name}: the first compares with a step before"
 
 
 AGREEING = (
@@ -161,7 +168,7 @@ def test_shards_add_up_to_what_whole_tensors_show(case: str, fast: Callable[[str
     for name, factor in (("logit_displacement", 1.5), ("sqrt_exp_avg_sq_median", 1.3)):
         expected, got = column(ddp, name), column(sharded, name)
         late = [step for step in got if step > 10]
-        assert len(late) == 20, name
+        assert len(late) == 10, name
         assert all(expected[step] / factor < got[step] < expected[step] * factor for step in late), name
 
 
@@ -437,6 +444,13 @@ def test_replicas_of_ranks_that_share_a_head_measure_alike(
     history = dict(ranks[0]["seen"]["history"])
     history.pop("loss")
     compatibility("PyTorch", "FSDP2 with tensor parallel, logits cut along the classes, 4 processes", history)
+
+
+@pytest.mark.slow
+def test_a_whole_run_of_two_processes_is_that_of_one_to_the_last_bit(slow: Callable[[str], Outcome]) -> None:
+    (one,), ranks = slow("accumulated"), slow("ddp_slingshot_whole")
+    assert differences(one["state"], ranks[0]["state"]) == [], "not the same run: nothing to compare"
+    assert all(rank["seen"] == one["seen"] for rank in ranks)
 
 
 @pytest.mark.slow

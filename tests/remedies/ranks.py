@@ -1,6 +1,6 @@
-"""What each remedy does in two processes: ``python -m tests.remedies.ranks FOLDER`` writes one pickle a rank.
+"""What each remedy does in two processes: ``main(folder)`` forks them, and writes one pickle a rank.
 
-The processes are forked from one that has imported torch and run nothing; the store lives in a file.
+The store lives in a file.
 """
 
 from __future__ import annotations
@@ -99,7 +99,3 @@ def main(folder: Path) -> int:
                 os._exit(0)
         children.append(child)
     return max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main(Path(sys.argv[1])))

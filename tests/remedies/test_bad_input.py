@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import pickle
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch.optim import Optimizer
 from nfi_monitor import Autopilot, Monitor, remedies
 from nfi_monitor.errors import HeadNotFoundError
 from nfi_monitor.remedies.steps import around_steps, hooks_on
+from tests.forked import Forked
 from tests.remedies import ranks
 from tests.runs import batch, differences, mlp, snapshot, train
 
@@ -242,9 +242,7 @@ def test_a_step_that_the_scaler_skips_moves_no_weight(name: str, fused: bool) ->
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[tuple[str, str], Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    command = [sys.executable, "-m", "tests.remedies.ranks", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    Forked(lambda: sys.exit(ranks.main(folder)), ROOT, {}).printed()
     return [pickle.loads((folder / str(rank)).read_bytes()) for rank in range(ranks.WORLD)]
 
 
