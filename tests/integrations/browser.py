@@ -33,7 +33,6 @@ from tests.report.builders import INFO, event
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE_STEPS, LARGE_ALERTS = 100_000, 2_000
-SPIKE = 77_777
 NAMES = ("chromium", "chromium-browser", "google-chrome-stable", "google-chrome")
 
 
@@ -114,21 +113,21 @@ def ask(address: str, route: str, **query: str) -> Any:
         return json.load(error)
 
 
-def write_large(directory: Path) -> None:
+def write_large(directory: Path, steps: int = LARGE_STEPS, alerts: int = LARGE_ALERTS) -> None:
     """Through the sink itself; the stock panels' records are left out, they are not what is measured."""
     sink = TensorBoardSink(directory, min_seconds=1e9)
     sink.start(INFO)
     writer = sink._open()
     writer.flush = lambda: None  # type: ignore[method-assign]
     writer.add_text = lambda *_: None  # type: ignore[method-assign]
-    every, phases, kinds = LARGE_STEPS // LARGE_ALERTS, list(Phase), list(AlertKind)
+    every, phases, kinds = steps // alerts, list(Phase), list(AlertKind)
     names = (
         "loss", "zero_sum_violation", "absorbed_fraction", "feature_mean_norm", "classifier_mean_norm",
         "logit_displacement", "rms_t_max", "margin_median", "sqrt_exp_avg_sq_median",
     )  # fmt: skip
-    for step in range(1, LARGE_STEPS + 1):
+    for step in range(1, steps + 1):
         values = dict.fromkeys(names, 0.1 + abs(math.sin(step / 4000)))
-        values["loss"] = 9_999.0 if step == SPIKE else 0.1 + (step % 97) / 100
+        values["loss"] = 9_999.0 if step == steps * 7 // 9 else 0.1 + (step % 97) / 100
         number, late = divmod(step, every)
         sink.reading(Reading(step, values), phases[1 + number % 5] if late < 9 else Phase.HEALTHY)
         if late == 0:
@@ -138,10 +137,10 @@ def write_large(directory: Path) -> None:
     sink.close(INFO, Summary())
 
 
-def until_loaded(address: str) -> None:
+def until_loaded(address: str, steps: int = LARGE_STEPS) -> None:
     """TensorBoard reads a log directory in the background."""
     until = time.monotonic() + 60
-    while ask(address, "run", run="large").get("readings") != LARGE_STEPS:
+    while ask(address, "run", run="large").get("readings") != steps:
         assert time.monotonic() < until, "TensorBoard did not load the large run"
         time.sleep(0.3)
 
