@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
+import importlib
+import random
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from nfi_monitor import AlertKind, AlreadyMonitoredError, Change, Monitor, MonitorError, Thresholds
 from nfi_monitor.attach import Attachment, free_directory
+from tests.forked import Forked
 from tests.runs import mlp, train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,10 +124,15 @@ def test_what_is_guarded_is_reported_once_and_does_not_raise() -> None:
 
 def test_importing_the_monitor_and_its_reports_draws_no_random_number() -> None:
     """rich draws one from Python's generator: a training that draws from it, too, would be another one."""
-    code = (
-        "import random; random.seed(0); before = random.getstate()\n"
-        "import nfi_monitor.monitor, nfi_monitor.report.console, nfi_monitor.report.summary, rich.console\n"
-        "print(random.getstate() == before)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "True"
+
+    def anew() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("nfi_monitor", "rich")]:
+            del sys.modules[name]
+        random.seed(0)
+        before = random.getstate()
+        for name in ("nfi_monitor.monitor", "nfi_monitor.report.console", "nfi_monitor.report.summary"):
+            importlib.import_module(name)
+        importlib.import_module("rich.console")
+        print(random.getstate() == before)
+
+    assert Forked(anew, ROOT, {}).printed().strip() == "True"

@@ -25,7 +25,7 @@ def comparable(alert: Alert) -> Alert:
     return replace(alert, evidence=evidence)
 
 
-@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("cut", [pytest.param(CUTS[0], marks=pytest.mark.slow), *CUTS[1:]])
 def test_a_resumed_run_gives_the_weights_alerts_and_phases_of_the_uninterrupted_one(
     spiking_run: Recorded, cut: int
 ) -> None:

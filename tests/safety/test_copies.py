@@ -6,7 +6,6 @@ import copy
 import io
 import math
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nfi_monitor import Monitor
 from nfi_monitor.report.jsonl import read_run
+from tests.forked import Forked
 from tests.runs import batch, differences, mlp, snapshot
 from tests.safety.killed import Child
 from tests.safety.table import Shown
@@ -127,15 +127,16 @@ def test_a_copy_can_be_watched_by_a_monitor_of_its_own(watched: Any) -> None:
 def test_a_saved_model_loads_where_the_package_is_not_installed(tmp_path: Path, watched: Any) -> None:
     model, _, _ = watched
     torch.save(model, tmp_path / "model.pt")
-    program = (
-        "import sys; sys.modules['nfi_monitor'] = None\n"  # importing it is an ImportError now
-        "import torch\n"
-        f"model = torch.load({str(tmp_path / 'model.pt')!r}, weights_only=False)\n"
-        "model.train()(torch.zeros(2, 12)).sum().backward()\n"
-        "print(tuple(model[0].weight.grad.shape))"
-    )
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path)
-    assert done.stdout.strip() == "(32, 12)", done.stderr
+
+    def elsewhere() -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] in ("nfi_monitor", "tests")]:
+            del sys.modules[name]
+        sys.modules["nfi_monitor"] = None  # type: ignore[assignment]  # importing it is an ImportError now
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        loaded.train()(torch.zeros(2, 12)).sum().backward()
+        print(tuple(loaded[0].weight.grad.shape))
+
+    assert Forked(elsewhere, tmp_path, {}).printed().strip() == "(32, 12)"
 
 
 def test_state_dicts_hold_nothing_of_the_monitor(watched: Any) -> None:
