@@ -37,8 +37,11 @@ class ProbeBatch:
         self._step = 0
 
     def displacement(self, step: int) -> Tensor | None:
-        """Largest margin change per optimizer step since the last call, nats; None at the first call."""
+        """Largest margin change per optimizer step since the last call, nats; None at the first call, and
+        from a model with one output, which has no margin."""
         margins = self._measure()
+        if margins is None:
+            return None
         before, last = self._margins, self._step
         self._margins, self._step = margins, step
         return None if before is None else margin_displacement(before, margins, step - last)
@@ -52,7 +55,7 @@ class ProbeBatch:
         self._step = int(state["step"])
         self._margins = None if margins is None else from_text(margins, self._targets.device)
 
-    def _measure(self) -> Tensor:
+    def _measure(self) -> Tensor | None:
         """Forward in eval mode (no dropout, no running statistics moved), random state kept."""
         model = self._model
         modes = [(module, module.training) for module in model.modules()]
@@ -74,6 +77,8 @@ class ProbeBatch:
             raise TypeError(
                 f"the model returned {type(output).__name__} on the probe batch, with no logits in it"
             )
+        if logits.shape[-1] == 1:
+            return None
         logits = logits.reshape(-1, logits.shape[-1])
         targets = self._targets.reshape(-1)
         counted = targets >= 0  # −100 marks padding

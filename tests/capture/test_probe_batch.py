@@ -46,6 +46,11 @@ def test_the_displacement_is_the_largest_margin_change_per_step() -> None:
     assert (targets == 3).any() and found.item() == pytest.approx(5.0 / 4, rel=1e-3)
 
 
+def test_a_model_with_one_output_has_no_margin_and_none_is_made_up() -> None:
+    probe = ProbeBatch(nn.Linear(12, 1), batch()[0], torch.zeros(24, dtype=torch.int64))
+    assert probe.displacement(1) is probe.displacement(2) is None
+
+
 def test_padding_in_the_targets_is_left_out() -> None:
     model = mlp()
     inputs, targets = batch()
