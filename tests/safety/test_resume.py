@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -139,11 +140,14 @@ def test_the_comparison_sees_a_state_without_what_the_next_step_is_compared_with
 
 @pytest.mark.slow
 def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(shown: Shown) -> None:
-    count, wrong = 0, []
+    ends, wrong = Counter[str](), []
     for every in ("auto", 1, 7):
         run = Uninterrupted(every, range(1, STEPS))
         for cut in run.saved:
-            wrong += run.wrong(cut, STEPS if cut % 64 == 0 else min(cut + AHEAD, STEPS))
-            count += 1
+            end = STEPS if cut % 64 == 0 else min(cut + AHEAD, STEPS)
+            wrong += run.wrong(cut, end)
+            ends["on" if end == cut + AHEAD else "far" if end > cut + AHEAD else "near"] += 1
     assert wrong == []
-    shown("resume", count, "stops")
+    shown("resume", ends["on"], f"stops followed for {AHEAD} steps")
+    shown("resume", ends["far"], "stops followed for more, to the run's end")
+    shown("resume", ends["near"], f"stops in its last {AHEAD} steps, followed to the end")

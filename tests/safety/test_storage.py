@@ -8,6 +8,7 @@ import random
 import shutil
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -70,9 +71,14 @@ def wrong_in(directory: Path, done: int, last: set[int], *, thinned: bool) -> li
 
 
 def kill_again_and_again(directory: Path, kills: int, chance: random.Random, budget: int) -> list[str]:
-    """One run that is killed so often, and resumed from a checkpoint each time."""
+    """One run that is killed so often while it writes, and resumed from a checkpoint each time.
+
+    Kills before the first step of a session is whole come on top: what was there has to stay.
+    """
     done, last, written = 0, {0}, 0
-    for number in range(kills):
+    number = whole = 0
+    while whole < kills:
+        number += 1
         checkpoint = max(0, done - chance.randrange(12))
         child = Child(lambda said, first=checkpoint + 1: write(directory, budget, first, said))
         child.kill(chance.choice((0.002, 0.01, 0.03)) * chance.random(), begun=chance.random() < 0.7)
@@ -80,6 +86,7 @@ def kill_again_and_again(directory: Path, kills: int, chance: random.Random, bud
             done = child.done
             last = {done, done + 1}
             written += done - checkpoint
+            whole += 1
         else:  # before its first step was whole: it may have replaced what was there, or not
             done = checkpoint
             last |= {checkpoint + 1}
@@ -98,13 +105,14 @@ def test_what_was_written_before_a_kill_is_read_back_right(tmp_path: Path, budge
 
 @pytest.mark.slow
 def test_what_was_written_before_any_of_many_kills_is_read_back_right(tmp_path: Path, shown: Shown) -> None:
-    chance, wrong, count = random.Random(1), [], 0
+    chance, wrong, kills = random.Random(1), [], Counter[int]()
     for run in range(30):
         budget = UNBOUNDED if run % 2 else 20_000
         wrong += kill_again_and_again(tmp_path / str(run), 20, chance, budget)
-        count += 20
+        kills[budget] += 20
     assert wrong == []
-    shown("storage", count, "kills of a writer")
+    shown("storage", kills[UNBOUNDED], "kills of a writer that keeps every reading")
+    shown("storage", kills[20_000], "kills of a writer that thins its readings")
 
 
 def training(run_dir: Path | None, steps: int, done: Callable[[int], None] | None = None) -> tuple[Any, ...]:
@@ -130,17 +138,23 @@ def training(run_dir: Path | None, steps: int, done: Callable[[int], None] | Non
 
 
 def monitors_killed(directory: Path, kills: int, chance: random.Random) -> list[str]:
-    """Trainings under a monitor are killed; what is read back is what the whole run has measured."""
+    """Trainings under a monitor are killed; what is read back is what the whole run has measured.
+
+    So many of those that had come as far as to write something; the others come on top.
+    """
     expected = training(directory / "whole", 150)[2]
     assert expected is not None
     expected.close()
     whole, wrong = read_run(directory / "whole"), []
-    for number in range(kills):
+    number = read = 0
+    while read < kills:
+        number += 1
         run = directory / str(number)
         child = Child(lambda said, run=run: training(run, 150, said) and None)
         child.kill(0.3 * chance.random())
         if not (run / "readings.jsonl").exists():
             continue
+        read += 1
         record, done = read_run(run), child.done
         steps = record.history["loss"][0].tolist()
         if steps not in (list(range(1, done + 1)), list(range(1, done + 2))):
@@ -196,12 +210,16 @@ def test_a_full_disk_loses_one_line_at_most_and_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_disk_full_at_any_size_loses_one_line_at_most(tmp_path: Path, shown: Shown) -> None:
-    wrong = []
+    wrong, disks = [], Counter[int]()
     for i, limit in enumerate(range(50, 30_050, 50)):
-        wrong += filled(tmp_path / "run", limit, 20_000 if i % 3 == 0 else UNBOUNDED)
+        # A smaller disk is full before there is anything to thin.
+        budget = 20_000 if i % 3 == 0 and limit > 20_500 else UNBOUNDED
+        wrong += filled(tmp_path / "run", limit, budget)
         shutil.rmtree(tmp_path / "run")
+        disks[budget] += 1
     assert wrong == []
-    shown("storage", 600, "full disks")
+    shown("storage", disks[UNBOUNDED], "disks full under a writer that keeps every reading")
+    shown("storage", disks[20_000], "disks full under a writer that thins its readings")
 
 
 def test_a_disk_that_fills_up_under_a_training_is_one_note_and_no_difference(
