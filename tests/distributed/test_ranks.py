@@ -59,7 +59,7 @@ def launched(folder: Path, cases: dict[str, int], timeout: float = 900.0) -> Cal
         for rank in range(cases[case]):
             file = folder / f"{case}.{rank}"
             result = pickle.loads(file.read_bytes()) if file.exists() else None
-            assert not isinstance(result, BaseException), f"{case}, rank {rank}: {result!r}\n{said}"
+            assert not isinstance(result, BaseException), f"{case}, rank {rank}: {result!r}\n{done.stderr}"
             results.append(result)
         return results
 
