@@ -22,7 +22,7 @@ ifeq ($(VENV),.venv)
 PINS := -c constraints.txt
 endif
 
-.PHONY: demo test test-full reference lint format figure clean
+.PHONY: demo test test-full fast-tests all-tests reference lint format figure clean
 .DEFAULT_GOAL := demo
 
 # The demo needs a fifth of what the tests do: nobody should wait for the rest to see it.
@@ -39,13 +39,22 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(DEMO_STAMP)
 	$(BIN)/nfi-monitor demo $(DEMO_ARGS)
 
+# Side by side: mypy takes one core, and the longest of the tests wait for processes of their own.
+test: $(STAMP)
+	@$(MAKE) --no-print-directory -j 2 lint fast-tests
+
+test-full: $(STAMP)
+	@$(MAKE) --no-print-directory -j 2 lint all-tests
+
 # A process a core, one thread each: the tests' models are too small for more.
 # In order: a file of few tests may be a long one, and must not come last.
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "not slow" $(PYTEST_ARGS)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
-test-full: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder -m "slow or not slow" $(PYTEST_ARGS)
+fast-tests: $(STAMP)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+all-tests: $(STAMP)
+	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
 # REFERENCE_ARGS="--preset paper --jobs 8" for the papers' own sizes.
 reference: $(STAMP)

@@ -132,10 +132,10 @@ def train(monitor: Monitor, steps: int) -> None:
         monitor.optimizer.step()
 
 
-def small(**arguments) -> Monitor:
+def small(beta2=0.999, **arguments) -> Monitor:
     torch.manual_seed(0)
     model = nn.Linear(8, 4)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.999))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, beta2))
     return Monitor(model, optimizer, console=False, **arguments)
 
 
@@ -204,10 +204,10 @@ def test_a_lowered_reading_holds_a_quarter_of_the_rows_and_coordinates_and_says_
 
 
 def test_a_model_that_is_read_whole_anyway_is_told_nothing_of_fewer_rows():
-    with small(overhead_budget=1e-9) as monitor:
-        train(monitor, 4_200)
+    with small(overhead_budget=1e-9, beta2=0.9) as monitor:
+        train(monitor, 200)
     assert not monitor._clock.lowered
-    assert [note.code for note in monitor.notes] == ["overhead_budget"]
+    assert monitor.notes == []
 
 
 @pytest.mark.parametrize("attention", [Attention.OFTEN, Attention.ALWAYS])

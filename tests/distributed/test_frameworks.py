@@ -23,7 +23,7 @@ def framework_cases(factory: pytest.TempPathFactory, *cases: str) -> Callable[[s
 
 @pytest.fixture(scope="module")
 def acting(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
-    return framework_cases(tmp_path_factory, "hf_actions", "lightning_actions")
+    return lambda case: framework_cases(tmp_path_factory, case)(case)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,11 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcom
 
 
 @pytest.mark.parametrize(
-    ("case", "name"), [("hf_actions", "checkpoint-{}"), ("lightning_actions", "nfi-step={}.ckpt")]
+    ("case", "name"),
+    [
+        ("hf_actions", "checkpoint-{}"),
+        pytest.param("lightning_actions", "nfi-step={}.ckpt", marks=pytest.mark.slow),
+    ],
 )
 def test_all_ranks_save_and_stop_at_the_step_at_which_one_has_something_to_warn_of(
     case: str, name: str, acting: Callable[[str], Outcome]

@@ -55,14 +55,12 @@ def begins(folder: Path) -> dict[AlertKind, int]:
     return {alert.kind: alert.first_step for alert in reversed(read_run(folder).alerts)}
 
 
-def test_rank_0_warns_and_nobody_else_speaks_or_writes(tmp_path: Path) -> None:
-    printed = both_ranks("--steps", "600", "--run-dir", "run", cwd=tmp_path)
+def test_rank_0_speaks_and_nobody_else_speaks_or_writes(tmp_path: Path) -> None:
+    printed = both_ranks("--steps", "120", "--run-dir", "run", cwd=tmp_path)
     assert printed.count("nfi  watching") == 1
-    assert len(re.findall("nfi  step .* WARNING +at risk", printed)) == 1
-    assert begins(tmp_path / "run").keys() == {AlertKind.AT_RISK}
     lines = (tmp_path / "run" / "readings.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [json.loads(line)["step"] for line in lines]
-    assert steps == list(range(1, 601)), "one process writes, once"
+    assert steps == list(range(1, 121)), "one process writes, once"
 
 
 @pytest.mark.slow
@@ -72,6 +70,7 @@ def test_both_ranks_stop_after_the_slingshot_it_warned_of(options: tuple[str, ..
     first = begins(tmp_path / "run")
     assert first[AlertKind.AT_RISK] < first[AlertKind.IMMINENT] < first[AlertKind.SLINGSHOT]
     assert printed.count("after-run report") == 1
+    assert len(re.findall("nfi  step .* WARNING +at risk", printed)) == 1
 
 
 @pytest.mark.slow

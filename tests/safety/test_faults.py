@@ -98,9 +98,9 @@ def test_the_first_scene_gives_all_that_watches_something_to_do(theatre: Theatre
     assert monitor.snapshots
 
 
-def test_a_fault_in_one_function_of_twelve_changes_no_training_and_is_said(theatre: Theatre) -> None:
+def test_a_fault_in_one_function_of_twenty_changes_no_training_and_is_said(theatre: Theatre) -> None:
     functions = theatre.functions("plain")
-    assert theatre.check("plain", dict(list(functions.items())[::12])) >= 20
+    assert theatre.check("plain", dict(list(functions.items())[::20])) >= 12
 
 
 @pytest.mark.parametrize("name", ["tapped", "lone_output", "dry_pilot", "accelerate"])
