@@ -71,7 +71,7 @@ QUANTITIES: dict[str, Quantity] = {
     "sqrt_exp_avg_sq_mean": Quantity("gradient", "mean of sqrt(v̂) over coordinates of all tensors", _ADAM, within=_POSITIVE, nan=_INPUT),
     "head_sqrt_exp_avg_sq_median": Quantity("gradient", "median of sqrt(v̂) of the head's weight", _ADAM, within=_POSITIVE, nan=_INPUT),
     "head_sqrt_exp_avg_sq_mean": Quantity("gradient", "mean of sqrt(v̂) of the head's weight", _ADAM, within=_POSITIVE, nan=_INPUT),
-    "effective_learning_rate": Quantity("1/gradient", "lr / (median sqrt(v̂) + ε_A), head", _ADAM, within=_POSITIVE, nan=_INPUT),
+    "effective_learning_rate": Quantity("1/gradient", "lr / (median sqrt(v̂) + ε_A), head", _ADAM, within=_POSITIVE, nan=(*_INPUT, Undefined.STILL)),
     "second_moment_decay": Quantity("decade", "log10 of head mean sqrt(v̂) over its maximum since the last slingshot (which fades over 100 τ)", "W. Wu 2024, section 2.1", within=(-inf, 0.0)),
     "rms_t_max": Quantity("1", "largest over tensors of sqrt(mean(g²/max(v, ε_A²)))", "Wortsman et al. 2023 (arXiv 2304.13013)", within=_POSITIVE, nan=_INPUT),
     "rms_t_head": Quantity("1", "the same for the head's weight", "Wortsman et al. 2023 (arXiv 2304.13013)", within=_POSITIVE, nan=_INPUT),
