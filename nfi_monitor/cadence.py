@@ -54,7 +54,7 @@ class Clock:
         self.healthy: int | None = None
         """Steps between readings while nothing is going on; None: τ alone decides."""
         self.lowered = False
-        """Whether readings hold fewer rows and coordinates while nothing is going on."""
+        """Whether readings hold fewer rows and coordinates."""
         self._started = self._last = time.perf_counter()
         self._own_before = 0.0
         self._finished: float | None = None
@@ -99,9 +99,9 @@ class Clock:
         a second moment remembers no more than those, and slingshots build up as fast: hence the 32nd part of
         the steps done.  (τ/5 at once lost: hinge slingshots of the first τ came without a warning.)  Seldom,
         so that the cadence does not follow every mood of the machine.  Where the interval is as long as it
-        will ever be and a healthy step still costs too much, rows and coordinates are lowered, for good,
-        if there are enough of them (``can_lower``).
-        True if something was lowered that was not before.
+        will ever be and a healthy step still costs too much, rows and coordinates are lowered, if
+        ``can_lower`` says so; for good, because what is measured of two samples differs by more than what
+        grows in a few steps.  True if something was lowered that was not before.
         """
         if self.budget is None or step < self._next_decision:
             return False

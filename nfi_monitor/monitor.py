@@ -85,8 +85,8 @@ class Monitor:
             int reads the first optimizer step and those it divides.
         overhead_budget: share of the training's own time that healthy steps may cost. Where τ leaves room,
             ``every="auto"`` reads a small model less often for it, up to every τ/10 steps, and where that is
-            not enough, a quarter of the rows and coordinates (each said once); what is at risk is read as
-            closely as ever. None: what is read depends on τ alone, never on the clock.
+            not enough, from then on a quarter of the rows and coordinates (each said once); what is at risk
+            is read as often as ever. None: what is read depends on τ alone, never on the clock.
         snapshots: while *at risk*, keep the last four states of the run in host memory, one every 2 τ, for
             :meth:`replay`. "auto" does so on a CPU while one takes at most 16 MiB; an int is the bytes all
             may take together, on any device; False keeps none.
@@ -541,7 +541,7 @@ class Monitor:
         self._ring.clear()
         if self._clock.budget is not None:
             self._clock.healthy = state.get("interval")
-            self._clock.lowered = bool(state.get("lowered"))
+            self._clock.lowered = isinstance(self._every, str) and bool(state.get("lowered"))
         self.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]
         weight = self._head.weight if self._head is not None else None
         device = weight.device if weight is not None else next(self._model.parameters()).device
@@ -615,11 +615,11 @@ class Monitor:
             if self._let_go():
                 return
             try:
-                self._take_snapshot()
                 self._losses.forget()
                 if read:
                     self._meter.forget()
                 self._probe.forget()
+                self._take_snapshot()
             except Exception as error:
                 self._failed("step", error)
             try:
@@ -645,14 +645,15 @@ class Monitor:
         tau = detector.context.tau
         if isinstance(self._every, str) and self._clock.decide(self._step, tau, can_lower=self._can_lower):
             self._notes.slowed(self._clock, tau, self._step)
-        lowered = self._clock.lowered and attention is Attention.RARELY
-        self._probe.lowered = self._meter.reader.lowered = lowered
+        self._probe.lowered = self._meter.reader.lowered = self._clock.lowered
         self._next_read = next_read(self._step, self._every, attention, tau, self._clock.healthy)
         self._wanted_step = self._next_read if self._next_read == self._step + 1 else None
 
     def _can_lower(self) -> bool:
-        """Whether there is more to read than a lowered reading holds."""
-        return self._probe.can_lower or self._meter.reader.can_lower
+        """Whether there is more to read than a lowered reading holds, and nothing goes on meanwhile: two
+        samples do not agree to the last per cent, and growth is told from less."""
+        calm = self._detector.attention is Attention.RARELY
+        return calm and (self._probe.can_lower or self._meter.reader.can_lower)
 
     def _take_snapshot(self) -> None:
         """At risk, now and then; from a slingshot's first unusual loss until its end, never."""
@@ -797,6 +798,9 @@ class Monitor:
 
     def _failed(self, part: str, error: BaseException) -> None:
         """Report an error of the monitor's own once; that part is quiet from now on, training goes on."""
+        if part in ("ranks", "step"):
+            with suppress(AttributeError):  # closed
+                self._ranks.failed_at = self._step
         if part in self._quiet:
             return
         self._quiet.add(part)

@@ -200,27 +200,27 @@ class NoteTaker:
         """The interval between readings was made longer, or what they hold smaller, for the budget."""
         share = clock.expected(tau)
         still = f"; a healthy step still costs {share:.1%}" if share > (clock.budget or math.inf) else ""
-        why = (
+        beside = (
             f"A reading takes {1e3 * clock.reading_seconds():.1f} ms, much beside a step of "
-            f"{1e3 * clock.step_seconds():.1f} ms: for overhead_budget={clock.budget:g}, while nothing is "
-            "going on, "
+            f"{1e3 * clock.step_seconds():.1f} ms: for overhead_budget={clock.budget:g}, "
         )
         otherwise = (
-            "Any sign of a slingshot is read as closely as ever. overhead_budget=None or every=... decide "
+            "Any sign of a slingshot is read as often as ever. overhead_budget=None or every=... decide "
             "otherwise."
         )
         if clock.healthy is not None:
             self.note(
                 "overhead_budget",
-                f"{why}fewer steps are read from now on: one in {clock.healthy} instead of one in "
-                f"{auto_interval(tau)}, later one in {round(tau / 10)} at most{still}. {otherwise}",
+                f"{beside}while nothing is going on, fewer steps are read from now on: one in "
+                f"{clock.healthy} instead of one in {auto_interval(tau)}, later one in {round(tau / 10)} at "
+                f"most{still}. {otherwise}",
                 step,
             )
         if clock.lowered:
             self.note(
                 "overhead_samples",
-                f"{why}readings hold one in {LOWERED} of the rows and coordinates that they may "
-                f"({COORDINATES // LOWERED:,} coordinates, {ROW_ELEMENTS // LOWERED:,} logits or "
+                f"{beside}readings hold one in {LOWERED} of the rows and coordinates that they may from now "
+                f"on ({COORDINATES // LOWERED:,} coordinates, {ROW_ELEMENTS // LOWERED:,} logits or "
                 f"{FEWEST_ROWS} rows; less than that is read whole). {otherwise}",
                 step,
             )

@@ -27,6 +27,9 @@ from nfi_monitor.meter import Meter
 from nfi_monitor.notes import NoteTaker
 from nfi_monitor.pool import Message, Pool, Reduced
 
+RECENT = 64
+"""Steps for which a rank's own fault explains that it and the others have lost each other."""
+
 
 class Ranks:
     """``pool``: the ranks that are read together, None while this one is read alone.  ``looking``: whether
@@ -47,6 +50,7 @@ class Ranks:
         self.pool: Pool | None = None
         self.looking = group is not False
         self.rank = distributed.rank()
+        self.failed_at: int | None = None  # the step of this rank's last fault of its own
         self._group, self._every = group, every
         self._clock, self._meter, self._probe, self._notes = clock, meter, probe, notes
 
@@ -55,10 +59,9 @@ class Ranks:
         """Whether this process is the one that reports."""
         return self._group is False or distributed.rank() == (0 if self.pool is None else self.pool.speaks)
 
-    @property
-    def _broken(self) -> bool:
-        """Whether a fault of its own may have kept this rank from an exchange."""
-        return not self._meter.quiet.isdisjoint({"ranks", "step"})
+    def _broken(self, step: int) -> bool:
+        """Whether a fault of its own, a moment ago, may have kept this rank from an exchange."""
+        return self.failed_at is not None and step - self.failed_at <= RECENT
 
     # --- together, or apart ----------------------------------------------------------------------
 
@@ -116,7 +119,7 @@ class Ranks:
             self.looking = False
             self.pool, self._meter.memory, self._meter.reader.pooled = None, None, False
             self._probe.row_slots = 0
-        if self._broken:  # that is why, and it has been said
+        if self._broken(step):  # that is why, and it has been said
             return
         self._notes.note(
             "ranks_apart",
@@ -137,7 +140,7 @@ class Ranks:
         Whether they wait for that; ``hooks``, the closed monitor's, are then taken over.
         """
         pool = self.pool
-        if self._broken:
+        if self._broken(step):
             self.drop_out(step)
             return False
         self.pool = None

@@ -211,13 +211,18 @@ def test_a_model_that_is_read_whole_anyway_is_told_nothing_of_fewer_rows():
 
 
 @pytest.mark.parametrize("attention", [Attention.OFTEN, Attention.ALWAYS])
-def test_what_is_at_risk_is_read_in_full(monkeypatch, attention):
+def test_while_something_is_going_on_the_sample_stays_what_it_was(monkeypatch, attention):
+    """Growth is told from less than two samples differ by."""
+    monkeypatch.setattr("nfi_monitor.detect.detector.Detector.attention", attention)
     with wide(overhead_budget=1e-9) as monitor:
-        sampled(monitor, 80)
-        assert monitor._probe.lowered and monitor._meter.reader.lowered
-        monkeypatch.setattr(type(monitor._detector), "attention", attention)
-        monitor._look_ahead()
-        assert not monitor._probe.lowered and not monitor._meter.reader.lowered
+        assert len(set(sampled(monitor, 80))) == 1
+        monkeypatch.undo()
+        found = sampled(monitor, 80)
+        less = [len(set(found[at:])) for at in range(len(found))]
+        assert monitor._clock.lowered and max(less) > 1
+        monkeypatch.setattr("nfi_monitor.detect.detector.Detector.attention", attention)
+        rows = {rows for rows, _ in sampled(monitor, 20)}
+    assert max(rows) < 300, "and lowered, it stays lowered"
 
 
 @pytest.mark.parametrize("arguments", [{"overhead_budget": None}, {"overhead_budget": 1e-9, "every": 2}])
@@ -232,9 +237,18 @@ def test_a_lowered_reading_stays_lowered_over_a_resume():
         state = first.state_dict()
     with wide(overhead_budget=1e-9) as second:
         second.load_state_dict(state)
-        assert second._clock.lowered
-        second._look_ahead()
-        assert second._probe.lowered
+        assert all(rows < 300 for rows, _ in sampled(second, 20))
+
+
+@pytest.mark.parametrize("arguments", [{"overhead_budget": None}, {"every": 1}])
+def test_a_run_resumed_at_a_cadence_of_its_own_gets_full_readings(arguments):
+    with wide(overhead_budget=1e-9) as first:
+        sampled(first, 80)
+        state = first.state_dict()
+    assert state["lowered"]
+    with wide(**arguments) as second:
+        second.load_state_dict(state)
+        assert all(rows == 1_000 for rows, _ in sampled(second, 20))
 
 
 def test_the_interval_survives_a_resume():

@@ -656,6 +656,28 @@ def test_a_disk_that_fills_up_is_said_once_and_training_goes_on(
     assert len(monitor.history["zero_sum_violation"][0]) == 10
 
 
+def test_snapshots_that_fail_leave_each_step_its_own_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    inputs, targets = batch()
+    told = []
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+
+        def broken() -> None:
+            raise RuntimeError("broken on purpose")
+
+        monkeypatch.setattr(monitor, "_take_snapshot", broken)
+        for _ in range(10):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            monitor.observe_loss(loss)
+            told.append(loss.item())
+            loss.backward()
+            optimizer.step()
+    assert monitor.history["loss"][1].tolist() == pytest.approx(told)
+    assert codes(monitor) == ["failed_step"]
+
+
 def test_a_compiled_model_is_read_through_its_weight_gradient_without_a_graph_break() -> None:
     model = mlp()
     optimizer = adamw(model)

@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from nfi_monitor.capture import placement
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.quantized import Quantized, quantized_moment
-from nfi_monitor.capture.sampling import COORDINATES_FULL, LOWERED, CoordinateSample, local
+from nfi_monitor.capture.sampling import CoordinateSample, local
 
 HEAD_ELEMENTS = 1 << 18
 """Head weights up to this many entries are compared whole; of larger ones, a stride of class rows."""
@@ -117,12 +117,12 @@ class OptimizerReader:
         self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._found: tuple[Tensor | None, dict[str, Any]] | None = None
-        self._views: dict[str, tuple[tuple[int, ...], list[Tensor]]] = {}
+        self._views: dict[str, tuple[CoordinateSample, tuple[int, ...], list[Tensor]]] = {}
 
     @property
     def can_lower(self) -> bool:
         """Whether fewer coordinates could be read of this model than the budget has."""
-        return any(sample.total > COORDINATES_FULL // LOWERED for sample, _ in self._layouts.values())
+        return any(sample.can_lower for sample, _ in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """The parameter group that holds ``param``; the first one if none does."""
@@ -231,11 +231,11 @@ class OptimizerReader:
         """Gather tensors that keep their storage from step to step: the views are made once."""
         if not all(local(tensor).is_contiguous() for tensor in tensors):
             return sample.gather(tensors)
-        key = (id(sample), *(local(tensor).data_ptr() for tensor in tensors))
+        key = tuple(local(tensor).data_ptr() for tensor in tensors)
         known = self._views.get(kind)
-        if known is None or known[0] != key:
-            known = self._views[kind] = (key, sample.views(tensors))
-        return sample.pack(known[1])
+        if known is None or known[0] is not sample or known[1] != key:
+            known = self._views[kind] = (sample, key, sample.views(tensors))
+        return sample.pack(known[2])
 
     # --- coordinates ---------------------------------------------------------------------------
 

@@ -64,17 +64,26 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def _coprime(stride: int, shape: torch.Size) -> int:
-    """A stride that shares no factor with the sizes: else it visits a few columns only.
+    """The nearest stride, by ratio, that shares no factor with the sizes: else it visits a few columns only.
 
-    The next smaller one, but the next larger where that is not half as large: of 300 columns every fourth
-    coordinate would become each.
+    The next smaller one alone would make each of every fourth coordinate, of 300 columns.
     """
     inner, size = math.prod(shape[1:]), math.prod(shape)
     smaller = next(step for step in range(stride, 0, -1) if math.gcd(step, inner) == 1)
-    if 2 * smaller > stride:
-        return smaller
-    larger = next(step for step in itertools.count(stride + 1) if math.gcd(step, inner) == 1)
-    return larger if larger <= size // COORDINATES_PER_TENSOR else smaller
+    larger = next(step for step in itertools.count(stride) if math.gcd(step, inner) == 1)
+    nearer = stride * stride > smaller * larger and larger <= size // COORDINATES_PER_TENSOR
+    return larger if nearer else smaller
+
+
+def _strides(tensors: Sequence[Tensor], *, lowered: bool) -> list[int]:
+    """Of each tensor every how many coordinates one is read."""
+    sizes = [local(tensor).numel() for tensor in tensors]
+    total, part = sum(sizes), LOWERED if lowered else 1
+    stride = 1 if total <= COORDINATES_FULL // part else -(-total // (COORDINATES // part))
+    return [
+        _coprime(max(1, min(stride, size // COORDINATES_PER_TENSOR)), local(tensor).shape)
+        for size, tensor in zip(sizes, tensors, strict=True)
+    ]
 
 
 class CoordinateSample:
@@ -89,17 +98,14 @@ class CoordinateSample:
         weights: float32 [C], coordinates one sampled coordinate stands for; None if all are read.
         matrices: bool [T], which tensors have two dimensions or more.
         total: coordinates of all tensors together.
+        can_lower: whether a lowered sample would be another one.
         spans: (start, end) of each tensor's coordinates in [C].
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, lowered: bool = False) -> None:
         sizes = [local(tensor).numel() for tensor in tensors]
-        total, part = sum(sizes), LOWERED if lowered else 1
-        stride = 1 if total <= COORDINATES_FULL // part else -(-total // (COORDINATES // part))
-        self.strides = [
-            _coprime(max(1, min(stride, size // COORDINATES_PER_TENSOR)), local(tensor).shape)
-            for size, tensor in zip(sizes, tensors, strict=True)
-        ]
+        self.strides = _strides(tensors, lowered=lowered)
+        self.can_lower = not lowered and _strides(tensors, lowered=True) != self.strides
         counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
         device = tensors[0].device
         self.counts = torch.tensor(counts, dtype=torch.float32, device=device)
@@ -113,7 +119,7 @@ class CoordinateSample:
             )
             self.weights = rates[self.segments]
         self.matrices = torch.tensor([local(tensor).ndim > 1 for tensor in tensors], device=device)
-        self.total = float(total)
+        self.total = float(sum(sizes))
         self._starts = np.cumsum([0, *counts[:-1]])
         self.spans = []
         start = 0

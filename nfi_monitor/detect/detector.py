@@ -450,7 +450,8 @@ class Detector:
             steps_to_spike=self._tell(verdict, "forecast", None, self._forecast, kind, mechanism),
         )
         if rises or new.mechanism is not old.mechanism:
-            new = replace(new, advice=self._tell(verdict, "advice", (), self._advice, kind, new.mechanism))
+            known = old.advice if new.mechanism is old.mechanism else ()
+            new = replace(new, advice=self._tell(verdict, "advice", known, self._advice, kind, new.mechanism))
             verdict.changes.append((Change.UPDATE, new))
         self.alerts[index] = new
 

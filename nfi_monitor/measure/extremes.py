@@ -11,7 +11,8 @@ from torch import Tensor
 
 from nfi_monitor.capture import placement
 
-_OF_NUMPY = (torch.float32, torch.float64, torch.float16)
+_OF_NUMPY = (torch.float32, torch.float64)
+"""float16 has no quick argmax there."""
 
 
 def largest(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,8 @@ All ranks of a training act at the same step: they agree on every alert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -76,7 +77,7 @@ class Autopilot:
     What it does appears among the monitor's notes (console, run directory, TensorBoard, summary) and in
     ``actions``.  With losses that are not computed through :meth:`loss` the gradient at the head is projected
     instead, which is less (``tests/benchmarks/remedies/RESULTS.md``).  An error of its own is reported once;
-    from then on it does nothing more, and what is switched on stays.
+    what is switched on stays, but for what the error was in: a rate or a gradient goes back to its own.
 
     For numeric slingshots first of all; the others are only met by a smaller learning rate, often too late to
     avert them.  When not to use it: where a run has to be repeated from its seed alone.
@@ -242,9 +243,17 @@ class Autopilot:
         """An error in here is reported once, and training goes on; without a monitor nobody can report it."""
         return nullcontext() if self._monitor is None else self._monitor.guarded("autopilot")
 
-    def _failed(self, error: Exception) -> None:
-        with self._guarded():
-            raise error
+    @property
+    def _told(self) -> Callable[[Exception], None]:
+        """For what stays switched on: it hears of errors, and keeps neither pilot nor monitor alive."""
+        pilot = weakref.ref(self)
+
+        def told(error: Exception) -> None:
+            if (alive := pilot()) is not None:
+                with alive._guarded():
+                    raise error
+
+        return told
 
     def _before_step(self, optimizer: Optimizer) -> None:
         if self._pending is not None:
@@ -323,7 +332,7 @@ class Autopilot:
             return
         self._exchanged = "projection"
         if not self.dry_run:
-            self._projection = project_zero_sum(head.module, failed=self._failed)
+            self._projection = project_zero_sum(head.module, failed=self._told)
         what = f"the gradient at the output of {head.name} is projected to zero sum from now on"
         self._act(monitor, "projection", alert.id, why + what)
 
@@ -345,7 +354,7 @@ class Autopilot:
     def _cool_now(self, monitor: Monitor) -> None:
         ramp = max(round(monitor.tau), 1)
         factor = self.policy.factor
-        self._cooling = cool_down(monitor.optimizer, factor, steps=None, ramp=ramp, failed=self._failed)
+        self._cooling = cool_down(monitor.optimizer, factor, steps=None, ramp=ramp, failed=self._told)
 
     def _stop(self, alert: Alert, monitor: Monitor, why: str) -> None:
         if self.dry_run:
@@ -393,7 +402,7 @@ class Autopilot:
         if monitor is None or self.dry_run:
             return
         if self._exchanged == "projection" and monitor.head is not None:
-            self._projection = project_zero_sum(monitor.head.module, failed=self._failed)
+            self._projection = project_zero_sum(monitor.head.module, failed=self._told)
         if self._held_since is not None:
             self._cool_now(monitor)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -111,14 +111,15 @@ class _Scaled:
                 self._end()
 
     def _end(self) -> None:
-        self._take_off()
         optimizer = self._optimizer()
         if optimizer is not None:
             self._restore(optimizer)
             if _SCALED.get(optimizer) is self:
                 del _SCALED[optimizer]
+        self._take_off()
 
     def _before(self, optimizer: Optimizer) -> None:
+        active = self._active
         try:
             self._restore(optimizer)  # a step that raised left the smaller rates behind
             factors = [factor for cooling in self._active if (factor := cooling.now()) is not None]
@@ -128,9 +129,10 @@ class _Scaled:
             for group in optimizer.param_groups:
                 group["lr"] = group["lr"] * min(factors)
         except Exception as error:
-            self._give_up(error)
+            self._give_up(error, active)
 
     def _after(self, optimizer: Optimizer) -> None:
+        active = self._active
         try:
             self._restore(optimizer)
             for cooling in self._active:
@@ -139,18 +141,19 @@ class _Scaled:
             if not self._active:
                 self._end()
         except Exception as error:
-            self._give_up(error)
+            self._give_up(error, active)
 
-    def _give_up(self, error: Exception) -> None:
-        told = [cooling.failed for cooling in self._active]
+    def _give_up(self, error: Exception, active: Sequence[_Cooling]) -> None:
+        """``active``: those that ran when it happened, of which the last may just have ended."""
         self._active = []
         with suppress(Exception):
             self._end()
-        if not told or None in told:
-            raise error
+        told = [cooling.failed for cooling in active]
         for failed in told:
             if failed is not None:
                 failed(error)
+        if None in told:
+            raise error
 
     def _restore(self, optimizer: Optimizer) -> None:
         for group, lr in zip(optimizer.param_groups, self._own, strict=False):

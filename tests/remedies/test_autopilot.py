@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -353,6 +355,20 @@ def test_when_its_monitor_is_closed_the_rate_comes_back() -> None:
     assert cockpit.train(2) == [0.1] * 2
     cockpit.monitor.close()
     assert cockpit.train(30)[-1] == 1.0
+
+
+def test_a_projection_that_stays_keeps_no_closed_monitor_alive() -> None:
+    cockpit = Cockpit(Autopilot())
+    cockpit.tell(alert(AlertKind.AT_RISK, Mechanism.NUMERICAL_FEATURE_INFLATION))
+    assert whats(cockpit.pilot) == ["projection"]
+    cockpit.monitor.close()
+    cockpit.train(1)  # in which it takes its own hooks off
+    gone = [weakref.ref(cockpit.monitor), weakref.ref(cockpit.pilot)]
+    model = cockpit.model
+    del cockpit
+    gc.collect()
+    assert [one() for one in gone] == [None, None]
+    assert len(model[-1]._forward_hooks) == 1
 
 
 def test_an_error_of_its_own_is_said_once_and_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

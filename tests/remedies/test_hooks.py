@@ -478,6 +478,37 @@ def test_a_cool_down_that_fails_gives_the_rate_back_and_raises_or_says_so(
         assert rates == [1e-2] * 2 and hooks_on(optimizer) == 0
 
 
+def test_a_cool_down_that_fails_at_its_end_gives_the_rate_back_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mlp()
+    optimizer = adam(model)
+    told: list[Exception] = []
+    remedies.cool_down(optimizer, 0.1, 2, 0, failed=told.append)
+    with monkeypatch.context() as patch:
+        patch.setattr("nfi_monitor.remedies.cooling._Scaled._end", broken)
+        train(model, optimizer, 2)
+    assert [str(error) for error in told] == ["broken on purpose"]
+    rates: list[float] = []
+    optimizer.register_step_pre_hook(lambda *_: rates.append(optimizer.param_groups[0]["lr"]))
+    train(model, optimizer, 2)
+    assert rates == [1e-2] * 2
+
+
+def test_of_several_cool_downs_that_fail_each_is_told_and_one_without_raises(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = mlp()
+    optimizer = adam(model)
+    told: list[Exception] = []
+    remedies.cool_down(optimizer, 0.1, 9)
+    remedies.cool_down(optimizer, 0.5, 9, failed=told.append)
+    monkeypatch.setattr("nfi_monitor.remedies.cooling._Cooling.now", broken)
+    with pytest.raises(ArithmeticError, match="on purpose"):
+        train(model, optimizer, 1)
+    assert len(told) == 1 and optimizer.param_groups[0]["lr"] == 1e-2
+
+
 def test_a_projection_that_fails_leaves_the_gradient_and_raises_or_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
