@@ -43,9 +43,9 @@ ROWS = {
         "any function that runs inside a training may raise: the training's result is unchanged (under an "
         "Autopilot that acts: it goes on), no rank waits for ever, the fault is said in one note, what does "
         "not need the broken part goes on. Broken one at a time: all of the plain loop, and what else runs "
-        "with tapped logits, a slingshot, a GradScaler, a quiet run, 8-bit moments, one output, late numbers, a "
-        "copy, under the Autopilot, Transformers, Lightning, Accelerate; all of DDP on two ranks, and what else runs under "
-        "FSDP2, with the head cut along its classes, with a monitor that is closed early",
+        "with tapped logits, a slingshot, a GradScaler, a quiet run, 8-bit moments, one output, late "
+        "numbers, a copy, under the Autopilot, Transformers, Lightning, Accelerate; all of DDP on two ranks, "
+        "and what else runs under FSDP2, with the head cut along its classes, with a monitor that is closed early",
         ("safety/test_faults.py",),
     ),
     "storage": Row(
@@ -75,8 +75,8 @@ ROWS = {
     ),
     "resume": Row(
         "stopped at any step and resumed from a checkpoint, alerts and readings are bit for bit those of the "
-        "uninterrupted run (`overhead_budget=None`, or any run of which the clock changed neither cadence nor "
-        "samples)",
+        "uninterrupted run (`overhead_budget=None`, or any run of which the clock changed neither cadence "
+        "nor samples)",
         ("safety/test_resume.py", "test_resume.py"),
     ),
     "trust": Row(
@@ -129,20 +129,21 @@ thinned. In the program, `monitor.history` keeps at most 32,768 values of a quan
 
 ## What is not shown
 
-Faults are injected from the moment the monitor is attached to the end of `close()`. One while it attaches is
-an error of that call: it is raised, also where a framework attaches as its training begins.
+Faults are injected from the moment the monitor is attached to the end of `close()`. One while it attaches
+is an error of that call: it is raised, also where a framework attaches as its training begins.
 `tests/safety/outside.py` lists the functions that are left out because nothing can stand in front of them,
 and why: those that torch, a framework or the user calls (what they do is in a try block of their own), and
 the backward pass of a loss that the training was given. What is asked for its answer (`summary()`,
 `explain()`, `state_dict()`, `replay()`) and the remedies that a user applies raise where they are called. A
 rank whose part in an exchange fails costs the others one wait, of 120 seconds at most (half an hour where
-numbers come late, on accelerators). An accelerator's late numbers are only played on a CPU. What pip fetches to build the package itself (setuptools) is not hashed.
+numbers come late, on accelerators). An accelerator's late numbers are only played on a CPU. What pip
+fetches to build the package itself (setuptools) is not hashed.
 
 A checkpoint of a run of many processes does not hold what the next step of *all* ranks would be compared
-with: curvature, alignment and feature displacement of the first reading after the resume are missing
-there. On accelerators, and with an `overhead_budget`, what is read depends on the clock, so that two runs
-may read different steps, or samples of different size. torch is pinned by version, not by hash: which build it is depends
-on the machine. On Windows, a second process in the same directory is not refused.
+with: curvature, alignment and feature displacement of the first reading after the resume are missing there.
+On accelerators, and with an `overhead_budget`, what is read depends on the clock, so that two runs may read
+different steps, or samples of different size. torch is pinned by version, not by hash: which build it is
+depends on the machine. On Windows, a second process in the same directory is not refused.
 """
 
 
