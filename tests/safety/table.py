@@ -45,7 +45,8 @@ ROWS = {
         "not need the broken part goes on. Broken one at a time: all of the plain loop, and what else runs "
         "with tapped logits, a slingshot, a GradScaler, a quiet run, 8-bit moments, one output, late "
         "numbers, a copy, under the Autopilot, Transformers, Lightning, Accelerate; all of DDP on two ranks, "
-        "and what else runs under FSDP2, with the head cut along its classes, with a monitor that is closed early",
+        "and what else runs under FSDP2, with the head cut along its classes, with a monitor that is closed "
+        "early",
         ("safety/test_faults.py",),
     ),
     "storage": Row(
