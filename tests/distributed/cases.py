@@ -96,7 +96,7 @@ def spiking(
         bare.load_state_dict(states[0])
     model = wrap(bare)
     optimizer = adam(model)
-    with Monitor(model, optimizer, console=False) as monitor:
+    with Monitor(model, optimizer, console=False, overhead_budget=None) as monitor:
         if states is not None:
             optimizer.load_state_dict(states[1])
             monitor.load_state_dict(states[2])
@@ -110,7 +110,7 @@ def accumulated(rank: int, world: int) -> dict[str, Any]:
     inputs, targets = division_data(SEED)
     model, _, _ = division(SEED)
     optimizer = adam(model)
-    with Monitor(model, optimizer, console=False) as monitor:
+    with Monitor(model, optimizer, console=False, overhead_budget=None) as monitor:
         while not begun(monitor) and monitor.step < 1000:
             for _ in range(10):
                 for group in optimizer.param_groups:
@@ -344,7 +344,7 @@ def slung(
     state: dict[str, Any] | None = None,
     name: str = "",
 ) -> dict[str, Any]:
-    with Monitor(model, optimizer, console=False) as monitor:
+    with Monitor(model, optimizer, console=False, overhead_budget=None) as monitor:
         if state is not None:
             monitor.load_state_dict(state)
         while not begun(monitor) and monitor.step < 1000:
