@@ -34,6 +34,7 @@ class Losses:
         """``stirs(step, loss)``: whether a loss calls for closer attention; asked at its own step."""
         self._stirs = stirs
         self._limits = limits
+        self._lowest = math.inf  # of those that wait
         self.told: list[Tensor | float] = []
         self.share: float | None = None
         self.usual_below = -math.inf
@@ -67,13 +68,15 @@ class Losses:
 
     def look_ahead(self, usual_below: float) -> None:
         """What is usual from here on; losses that wait since before a resume count."""
-        self.usual_below = usual_below
+        self.usual_below, self._lowest = usual_below, math.inf
         for _, loss in self.waiting:
             self._lower(loss)
 
     def _lower(self, loss: float) -> None:
         """What waits may lower the average that a loss is held against, but not below its own smallest."""
-        self.usual_below = min(self.usual_below, highest_usual(loss, self._limits))
+        if loss < self._lowest:  # larger ones change nothing
+            self._lowest = loss
+            self.usual_below = min(self.usual_below, highest_usual(loss, self._limits))
 
     def forget(self) -> None:
         """The step is over, and its loss was judged."""
