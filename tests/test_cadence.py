@@ -216,7 +216,9 @@ def test_while_something_is_going_on_the_sample_stays_what_it_was(monkeypatch, a
     monkeypatch.setattr("nfi_monitor.detect.detector.Detector.attention", attention)
     with wide(overhead_budget=1e-9) as monitor:
         assert len(set(sampled(monitor, 80))) == 1
+        assert monitor._meter.reader.can_lower and not monitor._can_lower()
         monkeypatch.undo()
+        assert monitor._can_lower()
         found = sampled(monitor, 80)
         assert found[-1][0] < 300 <= found[0][0]
         monkeypatch.setattr("nfi_monitor.detect.detector.Detector.attention", attention)
