@@ -22,17 +22,24 @@ ifeq ($(VENV),.venv)
 PINS := -c constraints.txt
 endif
 
+# One without pip is what `venv` leaves where it fails (Debian without python3-venv): made anew.
+ifeq ($(VENV),.venv)
+HAVE_VENV := $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
+else
+HAVE_VENV := test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+endif
+
 .PHONY: demo test test-full fast-tests all-tests reference lint format figure clean
 .DEFAULT_GOAL := demo
 
 # The demo needs a fifth of what the tests do: nobody should wait for the rest to see it.
 $(DEMO_STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(HAVE_VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[tensorboard,plots]"
 	touch $@
 
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(HAVE_VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[dev]"
 	touch $@ $(DEMO_STAMP)
 

@@ -73,7 +73,7 @@ class Monitor:
             no module is the head and rows come from :meth:`tap` alone.
         run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, where tensorboard is
             installed, event files. None writes nothing.
-        console: True prints a line when something begins or ends, False nothing; or a rich ``Console``.
+        console: True prints a line when something begins or ends, False or None nothing; or a rich ``Console``.
         on_alert: called with the :class:`Alert` whenever one begins, changes or ends. Where it has a method
             ``attach_monitor(monitor)``, that is called once before (:class:`nfi_monitor.remedies.Autopilot`).
         probe: a fixed batch ``(inputs, targets)`` whose margins are compared between readings: sees
@@ -115,7 +115,7 @@ class Monitor:
         *,
         head: nn.Module | str | bool | None = None,
         run_dir: str | PathLike[str] | None = None,
-        console: bool | Console = True,
+        console: bool | Console | None = True,
         on_alert: Callable[[Alert], None] | None = None,
         probe: tuple[Any, Tensor] | None = None,
         thresholds: Thresholds | None = None,
@@ -130,7 +130,9 @@ class Monitor:
             raise TypeError(f"Monitor needs a torch.nn.Module, got {type(model).__name__}.")
         if not (every == "auto" or (isinstance(every, int) and not isinstance(every, bool) and every >= 1)):
             raise ValueError(f'every={every!r}: use "auto" or a number of optimizer steps ≥ 1.')
-        if overhead_budget is not None and not 0 < overhead_budget < math.inf:
+        if overhead_budget is not None and not (
+            isinstance(overhead_budget, (int, float)) and 0 < overhead_budget < math.inf
+        ):
             raise ValueError(f"overhead_budget={overhead_budget!r}: use a share such as 0.01, or None.")
         if head is True:
             raise ValueError("head=True means nothing: name the module, or leave it out to have it found.")
@@ -144,6 +146,8 @@ class Monitor:
             snapshots = 0
         if not (snapshots == "auto" or (type(snapshots) is int and snapshots >= 0)):
             raise ValueError(f'snapshots={snapshots!r}: use "auto", False, or bytes that they may take.')
+        if not isinstance(extras, Sequence):
+            raise TypeError(f"extras must be a list, got {type(extras).__name__}: extras=[it].")
         for extra in extras:
             check_extra(extra)
         distributed.check_group(group)

@@ -1,6 +1,6 @@
 """The catalogue of measured quantities: name, unit, meaning, source, range.
 
-One place from which ``run.json``, TensorBoard's tags, the README's table and error messages are made.
+One place for units, meanings and ranges: of ``run.json``, of the charts and of the tests.
 A name absent here cannot be recorded.
 """
 

@@ -38,6 +38,7 @@ class Chunk:
         self.array = array.astype("float64")
         self.array[:, 0] += float(content["first"])
         self._blocks: dict[int, list[list[list[float]]]] = {}
+        self._latest: dict[str, float] | None = None
         self._edges: list[list[int]] | None = None
 
     @property
@@ -64,9 +65,20 @@ class Chunk:
 
     def within(self, low: float, high: float) -> list[list[float]]:
         """Rows with a step in [low, high]."""
-        steps = self.array[:, 0]
-        rows: list[list[float]] = self.array[(steps >= low) & (steps <= high)].tolist()
+        rows: list[list[float]] = self._between(low, high).tolist()
         return rows
+
+    def latest(self, low: float, high: float) -> dict[str, float]:
+        """The last value measured in [low, high] of each quantity that was measured there."""
+        if not (low <= self.first and self.last <= high):
+            return _latest(self.columns, self._between(low, high))
+        if self._latest is None:
+            self._latest = _latest(self.columns, self.array)
+        return self._latest
+
+    def _between(self, low: float, high: float) -> Any:
+        steps = self.array[:, 0]
+        return self.array[(steps >= low) & (steps <= high)]
 
     def blocks(self, width: int) -> list[list[list[float]]]:
         """Each ``width`` rows as two that hold each column's extremes; one row stays one."""
@@ -74,6 +86,15 @@ class Chunk:
             starts = range(0, len(self.array), width)
             self._blocks[width] = [_extremes(self.array[i : i + width]) for i in starts]
         return self._blocks[width]
+
+
+def _latest(columns: list[str], rows: Any) -> dict[str, float]:
+    if not len(rows):
+        return {}
+    backwards = rows[::-1, 2:]
+    newest = (backwards == backwards).argmax(axis=0).tolist()  # 0 also where no row was measured: NaN then
+    values = (float(backwards[row, i]) for i, row in enumerate(newest))
+    return {name: value for name, value in zip(columns, values, strict=True) if value == value}
 
 
 def _extremes(rows: Any) -> list[list[float]]:
@@ -273,9 +294,11 @@ class Run:
         """The readings of [low, high] in at most about ``2 · points`` rows that keep every extreme.
 
         Where there are more, each bucket becomes two rows with each quantity's smallest and largest value:
-        a spike of one step is as high as it was.  ``{steps, series: {name: [...]}, measured, rows, exact}``,
-        with null where a quantity was not measured and ``"NaN"`` where it was not finite; ``series`` has the
-        ``wanted`` quantities (None: all), ``measured`` the names of all there are.
+        a spike of one step is as high as it was.  ``{steps, series: {name: [...]}, latest: {name: value},
+        measured, rows, exact}``, with null where a quantity was not measured and ``"NaN"`` where it was not
+        finite; ``series`` has the ``wanted`` quantities (None: all), ``latest`` the last value measured of
+        each (the last row is an extreme, not it; in a run so long that it was thinned as it was written, one
+        of its last few), ``measured`` the names of all there are.
         """
         chunks = [chunk for chunk in self.chunks if chunk.last >= low and chunk.first <= high]
         total = sum(len(chunk.array) for chunk in chunks)
@@ -293,7 +316,27 @@ class Run:
                     columns[name] += [_plain(row[index]) for row in rows]
                 else:
                     columns[name] += [None] * len(rows)
-        return {"steps": steps, "series": columns, "measured": list(names), "rows": total, "exact": exact}
+        return {
+            "steps": steps,
+            "series": columns,
+            "latest": {name: _plain(value) for name, value in _newest(chunks, low, high, columns).items()},
+            "measured": list(names),
+            "rows": total,
+            "exact": exact,
+        }
+
+
+def _newest(chunks: list[Chunk], low: float, high: float, wanted: Iterable[str]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    missing = set(wanted)
+    for chunk in reversed(chunks):
+        if not missing:
+            break
+        latest = chunk.latest(low, high)
+        for name in missing & latest.keys():
+            found[name] = latest[name]
+        missing -= found.keys()
+    return found
 
 
 def _buckets(

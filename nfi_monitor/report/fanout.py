@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 
 def open_sinks(
-    console: bool | Console,
+    console: bool | Console | None,
     run_dir: str | PathLike[str] | None,
     describe: Callable[[], Mapping[str, Any]] | None = None,
 ) -> list[Sink]:
     """The sinks of a monitor's ``console`` and ``run_dir``; ``describe`` gives the run as it is now."""
     sinks: list[Sink] = []
-    if console is not False:
+    if console is not False and console is not None:
         from nfi_monitor.report.console import ConsoleSink
 
         sinks.append(ConsoleSink(None if console is True else console))

@@ -204,6 +204,22 @@ def test_not_measured_is_null_and_not_finite_is_said(tmp_path: Path) -> None:
     assert series == {"loss": [1.0, "NaN", None, 3.0], "rms_t_max": [None, 2.0, "NaN", None]}
 
 
+@pytest.mark.parametrize("points", [50, 600, 4000])
+def test_the_latest_value_is_the_one_that_was_measured_last_however_few_points_are_asked_for(
+    tmp_path: Path, points: int
+) -> None:
+    rows = spiky(5000, {4995: 90.0, 4998: math.inf})
+    rows[699] = (Reading(700, {"loss": 1.5, "rms_t_max": 2.5}), Phase.HEALTHY)
+    write(tmp_path / "run", rows)
+    server = Server(tmp_path)
+    whole = server.get("series", run="run", points=points)
+    assert whole["latest"] == {"loss": 2.0, "rms_t_max": 2.5}
+    window = server.get("series", run="run", points=50, **{"from": 10, "to": 4998})
+    assert window["latest"] == {"loss": "NaN", "rms_t_max": 2.5}
+    early = server.get("series", run="run", points=50, **{"from": 10, "to": 600})
+    assert early["latest"] == {"loss": 1.12}
+
+
 def test_steps_beyond_what_float32_holds_stay_exact(tmp_path: Path) -> None:
     start = 2**40 + 1
     write(tmp_path / "run", [(Reading(start + i, {"loss": 1.0}), Phase.HEALTHY) for i in range(300)])

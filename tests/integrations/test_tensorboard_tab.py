@@ -159,6 +159,14 @@ def wait_for_window(page: Any, wanted: Callable[[tuple[int, int]], bool]) -> tup
     return window(page)
 
 
+def until_listed(page: Any, run: str) -> None:
+    end = time.monotonic() + 30
+    while not page.query_selector(f"option[value='{run}']"):
+        assert time.monotonic() < end, f"{run} is not listed"
+        page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+        page.wait_for_timeout(300)
+
+
 # --- a real run -------------------------------------------------------------------------------------
 
 
@@ -365,6 +373,22 @@ def test_text_of_a_hostile_run_is_shown_as_it_is_written(pages: Pages) -> None:
     assert "NaN" in page.inner_text("[data-chart='loss'] .values")
 
 
+def test_a_run_whose_notes_explain_its_silence_does_not_pass_for_quiet(pages: Pages, logdir: Path) -> None:
+    note = {"code": "head_never_fired", "message": "The head was never called.", "step": 40}
+    for name, notes in (("noted", [note]), ("unnoted", [])):
+        sink = TensorBoardSink(logdir / name)
+        sink.start(INFO)
+        for step in range(1, 5):  # not finite from its first step on
+            sink.reading(Reading(step, {"loss": math.nan, "zero_sum_violation": 0.0}), Phase.HEALTHY)
+        sink.close({**INFO, "notes": notes}, Summary())
+    page = pages.tab()
+    for name, said in (("noted", "Its notes say what could not be seen."), ("unnoted", "nothing built up")):
+        until_listed(page, name)
+        page.select_option("select[aria-label='Run']", name)
+        page.wait_for_selector(f".alerts:has-text('{said}')")
+        page.wait_for_selector("[data-chart='loss'] .values:has-text('NaN')")
+
+
 def test_a_run_that_cannot_be_read_says_what_to_do(pages: Pages) -> None:
     page = pages.tab("xbroken")
     page.wait_for_selector("text=pip install -U nfi-monitor")
@@ -392,6 +416,33 @@ def test_a_server_that_goes_away_is_said_and_its_return_noticed(pages: Pages) ->
     page.wait_for_selector(".banner", state="hidden")
 
 
+def test_curves_that_did_not_come_are_asked_for_again(pages: Pages) -> None:
+    pages.expected = ["Failed to load resource"]
+    page = pages.tab()
+    page.route("**/plugin/nfi/series*", lambda route: route.abort())
+    page.select_option("select[aria-label='Run']", "large")
+    page.wait_for_selector(".banner:has-text('TensorBoard does not answer')")
+    again = "document.dispatchEvent(new Event('visibilitychange'))"
+    page.evaluate(again)  # the run itself is unchanged: its curves are still missing, and that stays said
+    page.wait_for_timeout(500)
+    assert page.is_visible(".banner") and page.query_selector("[data-chart]") is None
+    page.unroute("**/plugin/nfi/series*")
+    page.evaluate(again)
+    page.wait_for_selector("[data-chart='loss'] canvas")
+    page.wait_for_selector(".banner", state="hidden")
+
+
+def test_another_run_that_appears_leaves_open_what_is_open(pages: Pages, logdir: Path) -> None:
+    page = pages.tab()
+    page.click(".alert > button")
+    page.wait_for_selector(".detail table")
+    sink = TensorBoardSink(logdir / "another")
+    sink.start(INFO)
+    sink.close(INFO, Summary())
+    until_listed(page, "another")
+    assert page.query_selector(".detail table") is not None
+
+
 # --- while it runs ----------------------------------------------------------------------------------
 
 
@@ -413,7 +464,7 @@ def test_a_run_appears_and_moves_while_it_is_written(pages: Pages, logdir: Path)
             page.wait_for_timeout(300)
 
     try:
-        until("[...document.querySelectorAll('option')].some((option) => option.value === 'live')")
+        until_listed(page, "live")
         page.select_option("select[aria-label='Run']", "live")
         page.wait_for_selector("text=The first measured step appears here by itself")
         read(range(1, 4), Phase.HEALTHY)

@@ -75,10 +75,10 @@ export class Alerts {
   }
 
   // ``version`` is another one where an alert is: what is listed stays in place as long as it can.
-  set(alerts, finished, version) {
-    if (version === this.version && finished === this.finished) return;
-    this.version = version;
-    this.finished = finished;
+  // ``reserved``: the run's notes, or records that could not be read, may be why there is no alert.
+  set(alerts, finished, reserved, version) {
+    if (version === this.version && finished === this.finished && reserved === this.reserved) return;
+    Object.assign(this, { version, finished, reserved });
     this.all = [...alerts].sort((a, b) => b.first_step - a.first_step || b.last_step - a.last_step);
     if (this.open) this.open = this.all.find((alert) => alert.key === this.open.key) ?? null;
     for (const [severity, count] of this.chips) {
@@ -105,7 +105,9 @@ export class Alerts {
       const why = length
         ? "No alert matches the filter."
         : this.finished
-          ? "No alert: nothing built up in this run."
+          ? this.reserved
+            ? "No alert in this run. Its notes say what could not be seen."
+            : "No alert: nothing built up in this run."
           : "No alert so far. The first one appears here by itself.";
       this.list.replaceChildren(el("p", { class: "quiet" }, why));
       return;

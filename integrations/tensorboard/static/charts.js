@@ -163,7 +163,7 @@ export class Chart {
   }
 
   shown() {
-    return this.spec.series.filter(({ name }) => this.data?.series[name]?.some(isNumber));
+    return this.spec.series.filter(({ name }) => this.data?.series[name]?.some((value) => value !== null));
   }
 
   set(data, range, yRange, log) {
@@ -265,14 +265,19 @@ export class Chart {
     return at;
   }
 
+  // At a point of the curves; null: the last value measured, which a curve thinned to its extremes does not hold.
   readings(index) {
     return this.shown().map((item, i) => {
+      if (index === null) return { ...item, text: number(this.data.latest[item.name], this.spec.unit) };
       const raw = this.data.series[item.name];
-      let at = index ?? raw.length - 1;
-      while (index === null && at > 0 && raw[at] === null) at--;
-      if (index !== null && raw[at] === null) at = this.nearest(this.u.data[i + 1], at);
-      return { ...item, step: this.data.steps[at], text: number(raw[at], this.spec.unit) };
+      const at = raw[index] === null ? this.nearest(this.u.data[i + 1], index) : index;
+      return { ...item, text: number(raw[at], this.spec.unit) };
     });
+  }
+
+  // A thinned curve shows the lowest and the highest of some steps, not what was measured at this one.
+  place() {
+    return this.data.exact ? "step " : "extremes near step ";
   }
 
   read(index) {
@@ -284,7 +289,7 @@ export class Chart {
       mark.style.borderTop = `2px ${line} var(--series-${i + 1})`;
       return el("span", { title: meaning }, mark, el("span", { class: "cut" }, label), el("b", {}, text));
     });
-    if (index !== null && values.length) shown.unshift(el("span", {}, "step ", el("b", {}, whole(this.data.steps[index]))));
+    if (index !== null && values.length) shown.unshift(el("span", {}, this.place(), el("b", {}, whole(this.data.steps[index]))));
     this.values.replaceChildren(...(shown.length ? shown : [el("span", {}, "not measured in these steps")]));
   }
 
@@ -367,7 +372,7 @@ export class Chart {
       this.u.setCursor({ left: moved, top: 10 });
       const read = this.readings(this.u.cursor.idx);
       const step = whole(this.data.steps[this.u.cursor.idx]);
-      this.actions.say(`step ${step}: ${read.map(({ label, text }) => `${label} ${text}`).join(", ")}`);
+      this.actions.say(`${this.place()}${step}: ${read.map(({ label, text }) => `${label} ${text}`).join(", ")}`);
     } else if (event.key === "+" || event.key === "=") this.actions.zoom([low + span / 4, high - span / 4]);
     else if (event.key === "-") this.actions.zoom([low - span / 2, high + span / 2]);
     else if (event.key === "0") this.actions.zoom(null);

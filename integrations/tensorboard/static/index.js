@@ -78,6 +78,7 @@ async function update(shown) {
   if (answer.unchanged) {
     shown.data.seconds_ago = answer.seconds_ago;
     header(shown);
+    if (shown.stale) await curves(shown);
     return;
   }
   shown.data = answer;
@@ -101,9 +102,11 @@ function ask(shown) {
 
 async function curves(shown, early = null) {
   const asked = (shown.asked = (shown.asked ?? 0) + 1);
+  shown.stale = true; // until the answer is here: if none comes, the next poll asks again
   const series = await (early ?? ask(shown));
   if (asked !== shown.asked || !state.shown.includes(shown)) return; // a newer question is on its way
   shown.series = series;
+  shown.stale = false;
   draw();
 }
 
@@ -120,8 +123,11 @@ function setRuns(names) {
   const first = kept[0] ?? names[0];
   options(ui.first, names, first);
   options(ui.second, names, kept[1] ?? NONE, "nothing");
-  show();
+  // A run that appears beside the shown ones leaves them, and what is open of them, alone.
+  if (chosen().join("\n") !== state.shown.map(({ name }) => name).join("\n")) show();
 }
+
+const chosen = () => [ui.first.value, ui.second.value].filter((name) => state.names.includes(name));
 
 function options(select, names, chosen, none) {
   select.replaceChildren(
@@ -132,7 +138,7 @@ function options(select, names, chosen, none) {
 }
 
 function show() {
-  const wanted = [ui.first.value, ui.second.value].filter((name) => state.names.includes(name));
+  const wanted = chosen();
   for (const shown of state.shown) {
     shown.strip.destroy();
     shown.charts.forEach((chart) => chart.destroy());
@@ -253,7 +259,9 @@ function draw() {
   const all = known.flatMap(({ data, letter }) =>
     data.alerts.map((alert) => Object.assign(alert, { letter: several ? letter : null, letter0: letter })));
   const version = JSON.stringify([several, known.map(({ told }) => told)]);
-  ui.alerts.set(all, known.every(({ data }) => data.record.closed), version);
+  const finished = known.every(({ data }) => data.record.closed);
+  const reserved = known.some(({ data }) => data.problems.length || data.record.notes?.length);
+  ui.alerts.set(all, finished, reserved, version);
 
   const ready = known.filter(({ series }) => series);
   if (!ready.length) return; // the curves come next
