@@ -73,7 +73,7 @@ class Monitor:
             no module is the head and rows come from :meth:`tap` alone.
         run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, where tensorboard is
             installed, event files. None writes nothing.
-        console: True prints a line when something begins or ends, False or None nothing; or a rich ``Console``.
+        console: True prints a line when something begins or ends, False or None nothing; or a ``Console``.
         on_alert: called with the :class:`Alert` whenever one begins, changes or ends. Where it has a method
             ``attach_monitor(monitor)``, that is called once before (:class:`nfi_monitor.remedies.Autopilot`).
         probe: a fixed batch ``(inputs, targets)`` whose margins are compared between readings: sees
@@ -220,6 +220,7 @@ class Monitor:
 
     # --- the user's side -------------------------------------------------------------------------
 
+    @torch.compiler.disable  # inside a compiled function one graph break; nothing in here is traced
     def observe_loss(self, loss: Tensor | float) -> None:
         """Tell the monitor the loss of this micro-batch; call it before ``optimizer.step()``.
 
@@ -262,10 +263,12 @@ class Monitor:
             except Exception as error:
                 self._failed("loss", error)
 
+    @torch.compiler.disable
     def tap(self, logits: Tensor) -> Tensor:
         """Watch exactly this tensor [..., K] instead of the head's output; returns it unchanged.
 
-        For logits that are no module's output, or are cast, scaled or capped between head and loss.
+        For logits that are no module's output, or are cast, scaled or capped between head and loss. Called
+        outside of what is compiled it costs no graph break, inside one.
         """
         if not self._closed and not self._paused:
             try:

@@ -696,6 +696,60 @@ def test_a_compiled_model_is_read_through_its_weight_gradient_without_a_graph_br
     assert json.loads(json.dumps(summary))
 
 
+@pytest.mark.parametrize(("inside", "graphs"), [(False, 1), (True, 2)])
+def test_rows_of_a_compiled_step_cost_at_most_one_graph_break(inside: bool, graphs: int) -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    model = mlp()
+    optimizer = adamw(model)
+    inputs, targets = batch()
+    counter = CompileCounter()
+    with Monitor(model, optimizer, head=False, console=False, every=1) as monitor:
+
+        def loss_of(inputs: Tensor, targets: Tensor) -> Tensor:
+            logits = model(inputs)
+            return F.cross_entropy(monitor.tap(logits) if inside else logits, targets)
+
+        compiled = torch.compile(loss_of, backend=counter)
+        compiled_model = torch.compile(model, backend=counter)
+        for _ in range(8):
+            optimizer.zero_grad()
+            if inside:
+                loss = compiled(inputs, targets)
+            else:
+                loss = F.cross_entropy(monitor.tap(compiled_model(inputs)), targets)
+            loss.backward()
+            optimizer.step()
+    assert counter.frame_count == graphs  # what stands before the break, and what stands after it
+    assert len(monitor.history["zero_sum_violation"][0]) == 8
+
+
+def test_a_loss_that_is_observed_inside_a_compiled_step_costs_one_graph_break() -> None:
+    from torch._dynamo.testing import CompileCounter
+
+    model = mlp()
+    optimizer = adamw(model)
+    inputs, targets = batch()
+    counter = CompileCounter()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+
+        @torch.compile(backend=counter)
+        def observed() -> Tensor:
+            loss = F.cross_entropy(model(inputs), targets)
+            monitor.observe_loss(loss)
+            return loss * 1.0
+
+        losses = []
+        for _ in range(8):
+            optimizer.zero_grad()
+            loss = observed()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+    assert counter.frame_count == 2
+    assert monitor.history["loss"][1].tolist() == pytest.approx(losses)
+
+
 def test_rows_of_a_compiled_model_can_be_tapped() -> None:
     model = mlp()
     optimizer = adamw(model)

@@ -8,7 +8,6 @@ gradient scaler unscales them in place.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -427,10 +426,8 @@ class StepHooks:
             except Exception as error:
                 self._failed("step", error)
 
-        if "torch._dynamo" in sys.modules:
-            # A compiled step must not trace the monitor.  (Importing dynamo for a run that does not compile
-            # would cost a second; one that compiles has it already.)
-            pre, post = torch.compiler.disable(pre), torch.compiler.disable(post)
+        # A compiled step must not trace the monitor.
+        pre, post = torch.compiler.disable(pre), torch.compiler.disable(post)
 
         self._handles = [
             optimizer.register_step_pre_hook(pre),
