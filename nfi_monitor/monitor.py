@@ -785,6 +785,7 @@ class Monitor:
                 self._detector.signals,
                 self._probe,
                 self._rows.single_output,
+                self._detector.spike.negative,
                 self._clock.readings,
                 self._reader,
             )

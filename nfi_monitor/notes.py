@@ -80,6 +80,7 @@ class NoteTaker:
         signals: Signals,
         probe: HeadProbe,
         single_output: bool | None,
+        loss_below_zero: bool,
         measured: int,
         reader: OptimizerReader,
     ) -> None:
@@ -94,6 +95,14 @@ class NoteTaker:
                 "no_loss",
                 "No loss to look at: causes are watched, but a slingshot itself cannot be seen. Call "
                 "monitor.observe_loss(loss) before optimizer.step().",
+                step,
+            )
+        if loss_below_zero:
+            self.note(
+                "loss_below_zero",
+                "The loss falls below zero: it has no floor to leave, and a slingshot itself cannot be seen. "
+                "Causes are watched as usual. If a part of the loss cannot be negative, tell that part "
+                "alone, from the first step on: monitor.observe_loss(part).",
                 step,
             )
         if single_output:

@@ -120,8 +120,13 @@ def at_the_edge(step: int) -> float:
     return 1e6 if step >= 50 else 2.3
 
 
+def a_hair_below_zero(step: int) -> float:
+    """As rounding leaves it, now and then; and a jump."""
+    return 2.3 if step >= 89 else -1e-9 if step % 7 == 0 else 1e-3
+
+
 @pytest.mark.parametrize("every", ["auto", 100, 49])
-@pytest.mark.parametrize("told", [young, fallen, just_low, at_the_edge])
+@pytest.mark.parametrize("told", [young, fallen, just_low, at_the_edge, a_hair_below_zero])
 def test_what_waits_does_not_make_a_loss_look_usual(told, every):
     (waiting, heard), (prompt, heard_promptly) = (
         run(told=told, every=every, listen=listen, steps=LEAPT) for listen in (False, True)

@@ -317,6 +317,19 @@ def test_a_head_that_never_fires_falls_back_to_its_weight_gradient() -> None:
     assert monitor.summary()["run"]["level"] == "weight_gradient"
 
 
+@pytest.mark.parametrize(("loss", "said"), [(-1e-9, []), (-1.0, ["loss_below_zero"])])
+def test_a_loss_that_falls_below_zero_by_more_than_rounding_is_said_once(
+    loss: float, said: list[str]
+) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(3):
+            monitor.observe_loss(loss)
+            train(model, optimizer, 1)
+    assert codes(monitor) == said
+
+
 def test_a_head_that_fires_only_in_eval_mode_is_said() -> None:
     model = mlp().eval()
     monitor = watched(model)

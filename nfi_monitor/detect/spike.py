@@ -42,13 +42,19 @@ class SpikeDetector(Stateful):
         self.floor = math.nan  # the loss before it rose: its running (geometric) average
         self.peak = 0.0
         self.fallen_at = 0
-        self.negative = False
+        self.negative = False  # it was below zero by more than rounding: judged no more
 
     def update(self, step: int, loss: float, tau: float, limits: Thresholds) -> str:
         """The state after this reading. NaN and Inf are not judged: they are an alert of their own."""
-        self.negative = self.negative or loss < 0
         if not math.isfinite(loss) or self.negative:
-            return self.state  # a loss below zero has no floor to leave, and no logarithm
+            return self.state
+        if loss <= -limits.spike_low:  # it has no floor to leave, and no logarithm
+            self.negative = True
+            if self.state == RISEN:
+                self.fallen_at = step
+            self._end(level_changed=False)
+            return self.state
+        loss = max(loss, 0.0)  # rounding: a divergence that is fitted may come out a hair below zero
         if self.state == QUIET:
             self._watch(step, loss, limits)
             return self.state

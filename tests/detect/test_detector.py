@@ -213,6 +213,22 @@ def test_a_non_finite_loss_begins_an_alert_that_ends_when_numbers_return() -> No
     assert json.loads(json.dumps(alert.to_json(), allow_nan=False))["evidence"]["loss"]["value"] is None
 
 
+def test_a_loss_that_falls_below_zero_ends_a_slingshot_and_the_watch_for_causes_goes_on() -> None:
+    """It used to keep the slingshot firing, and every step being read, to the end of the run."""
+
+    def readings() -> Iterable[Reading]:
+        for r in numeric_slingshot(100, 400):
+            yield Reading(r.step, {**r.values, "loss": -1.0 if r.step >= 403 else r.values["loss"]})
+        for r in numeric_slingshot(800, 1100):
+            if r.step > 600:
+                yield Reading(r.step, {**r.values, "loss": -1.0})
+
+    detector, _, phases = run(readings(), NUMERIC)
+    assert only(detector, AlertKind.SLINGSHOT).last_step == 403
+    assert Phase.HEALTHY in phases[403:]
+    assert [alert.kind for alert in detector.alerts[-2:]] == [AlertKind.AT_RISK, AlertKind.IMMINENT]
+
+
 def test_a_mechanism_named_while_it_built_up_is_not_renamed_in_the_last_steps() -> None:
     """At the kick the curvature is above the stability limit too: that is the spike, not its cause."""
     detector, changes, _ = run(second_moment_slingshot(300, 2500), HINGE)

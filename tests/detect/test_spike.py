@@ -54,6 +54,17 @@ def test_losses_below_zero_are_not_judged() -> None:
     assert set(states([-1.0, -0.5, 0.3, -1.2] * 20)) == {QUIET}
 
 
+def test_a_loss_that_rounding_puts_below_zero_is_zero() -> None:
+    """As kl_div of a distilled student that fits: one such loss must not end the watch for good."""
+    seen = states([*LOW, -1e-9, *LOW, 2.3, -1e-7, 2.3, *[-1e-6] * 45])
+    assert set(seen[:121]) == {QUIET} and seen[121:124] == [RISEN, FALLEN, RISEN] and seen[-1] == QUIET
+
+
+def test_a_loss_that_falls_below_zero_ends_the_event() -> None:
+    seen = states([*LOW, 2.3, 2.3, -0.5, 2.3, *LOW, 2.3])
+    assert seen[60:62] == [RISEN, RISEN] and set(seen[62:]) == {QUIET}
+
+
 def test_a_loss_that_never_was_low_cannot_slingshot_by_wus_rule() -> None:
     assert set(states([0.5, 0.05, 0.5, 0.05, 0.5])) == {QUIET}
 
