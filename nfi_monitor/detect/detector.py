@@ -171,10 +171,11 @@ class Detector:
             if index is not None and self.alerts[index].confidence > confidence and not numeric:
                 mechanism, confidence = self.alerts[index].mechanism, self.alerts[index].confidence
             self._end(kind, step, verdict)
+        # Before its grounds are wiped: they are its evidence.
+        self._begin(AlertKind.SLINGSHOT, Severity.CRITICAL, self.spike.start, mechanism, confidence, verdict)
         for name in _SWITCHES:
             getattr(self, name).on = False
         self.signals.restart()
-        self._begin(AlertKind.SLINGSHOT, Severity.CRITICAL, self.spike.start, mechanism, confidence, verdict)
 
     def _between(self, step: int, verdict: Verdict) -> None:
         limits, signals, tau = self.limits, self.signals, self.context.tau

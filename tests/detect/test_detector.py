@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from nfi_monitor.detect.detector import Attention, Context, Detector
+from nfi_monitor.detect.mechanism import FORGOTTEN
 from nfi_monitor.types import (
     Alert,
     AlertKind,
@@ -234,6 +235,26 @@ def test_a_mechanism_named_while_it_built_up_is_not_renamed_in_the_last_steps() 
     detector, changes, _ = run(second_moment_slingshot(300, 2500), HINGE)
     assert {alert.mechanism for _, alert in changes} == {Mechanism.SECOND_MOMENT}
     assert only(detector, AlertKind.SLINGSHOT).evidence["secant_curvature"].value > NUMERIC.stability_limit
+
+
+def steep_kick() -> Iterable[Reading]:
+    """A kick whose RMS_t and curvature are below the usual levels, and together enough."""
+    for r in second_moment_slingshot(300, 2500):
+        kicked = r.step >= 2500
+        rest = {"rms_t_max": 1.8, "secant_curvature": 25.0} if kicked else {}
+        yield Reading(r.step, {**r.values, **rest})
+
+
+def test_a_slingshots_evidence_is_what_its_mechanism_was_named_for() -> None:
+    """It used to be read after a slingshot's beginning had wiped it, and held against other levels."""
+    detector, changes, _ = run(steep_kick(), HINGE)
+    imminent = next(a for change, a in changes if change is Change.BEGIN and a.kind is AlertKind.IMMINENT)
+    slingshot = only(detector, AlertKind.SLINGSHOT)
+    assert slingshot.mechanism is Mechanism.SECOND_MOMENT
+    assert slingshot.evidence["second_moment_decay"].value <= FORGOTTEN
+    levels = {name: item.threshold for name, item in slingshot.evidence.items() if name != "loss"}
+    assert levels == {name: item.threshold for name, item in imminent.evidence.items()}
+    assert (levels["rms_t_max"], levels["secant_curvature"]) == pytest.approx((1.5, 19.0))
 
 
 def test_absorption_that_begins_while_the_optimizer_coasts_takes_the_alert_over() -> None:

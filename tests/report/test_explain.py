@@ -18,6 +18,7 @@ from nfi_monitor.report.hindsight import Hindsight
 from nfi_monitor.report.jsonl import read_run
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Note, Phase, Reading, Thresholds
 from tests.detect.series import numeric_slingshot, second_moment_slingshot
+from tests.detect.test_detector import steep_kick
 from tests.detect.test_precursors import behind_a_layer_norm, long_memory
 from tests.spiking import Recorded
 
@@ -135,6 +136,13 @@ def test_a_quantity_that_came_back_is_said_to_have() -> None:
 
     text = line(Run(flickering(), NUMERIC).explain("imminent-1"), "Also crossed")
     assert text == "secant curvature rose above 38 at step 200 (largest 90, back at step 205)."
+
+
+def test_a_slingshots_cause_is_held_against_the_levels_it_was_named_by() -> None:
+    explanation = Run(steep_kick(), HINGE).explain("slingshot-1")
+    assert "secant curvature rose above 19 at step 2,500" in line(explanation, "Also crossed")
+    assert "RMS_t rose above 1.5 at step 2,500" in line(explanation, "What crossed")
+    assert "curvature" not in line(explanation, "What was not seen")
 
 
 def test_what_is_read_in_the_slingshot_itself_is_no_cause() -> None:
