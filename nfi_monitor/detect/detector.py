@@ -163,7 +163,10 @@ class Detector:
         self.phase = Phase.RECOVERING if calm else Phase.SLINGSHOT
         if not began:
             return
-        mechanism, confidence = name_mechanism(self._causes)
+        causes = self._causes
+        if causes.step < self.spike.start - 1:  # the update right before the event was not seen
+            causes = replace(causes, update_jump=math.nan)
+        mechanism, confidence = name_mechanism(causes)
         for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
             # A cause that was named while it built up outweighs what the last step before shows.
             index = self._firing.get(kind)
@@ -362,6 +365,7 @@ class Detector:
     def _observe(self) -> Causes:
         signals = self.signals
         return Causes(
+            step=signals.last_step,
             violation=signals.violation,
             no_classes=self.context.no_classes,
             kicked=self._kicking.on,
@@ -600,7 +604,7 @@ class Detector:
         self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
         self._counts = dict(state["counts"])
         self._told = bool(state["told"])
-        self._causes = Causes(**{"gone": False, **state["causes"]})
+        self._causes = Causes(**{"gone": False, "step": 0, **state["causes"]})
 
 
 def _with_lowest_levels(new: dict[str, Evidence], old: Mapping[str, Evidence]) -> dict[str, Evidence]:

@@ -40,6 +40,7 @@ weights that made the loss rise."""
 class Causes:
     """Signals in the steps before the event; NaN where a signal was not seen."""
 
+    step: int  # the reading that they are of
     violation: float  # zero-sum violation, smoothed; NaN also where the loss breaks it by design
     no_classes: bool  # the head has one output: absorption of a correct class does not exist
     kicked: bool  # RMS_t rose above its limit before the loss did

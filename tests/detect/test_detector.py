@@ -130,6 +130,19 @@ def test_a_bad_batch_out_of_nothing_has_no_known_mechanism() -> None:
     assert detector.alerts[0].confidence == 0.0
 
 
+@pytest.mark.parametrize(("read", "named"), [(1, Mechanism.EXTERNAL), (32, Mechanism.UNKNOWN)])
+def test_a_kick_from_outside_is_not_inferred_from_an_update_long_before(read: int, named: Mechanism) -> None:
+    """Losses are known at every step; the rest of one in ``read`` steps. What came between, nobody saw."""
+
+    def readings() -> Iterable[Reading]:
+        for step in range(1, 300):
+            rest = {"zero_sum_violation": 1e-7, "rms_t_max": 1.0, "update_rms": 1e-4, "weight_norm": 1.0}
+            loss = {"loss": 5.0 if step >= 250 else 1e-3}
+            yield Reading(step, loss if step % read else {**rest, **loss})
+
+    assert only(run(readings(), NUMERIC)[0], AlertKind.SLINGSHOT).mechanism is named
+
+
 def test_a_violation_that_rounding_cannot_explain_is_never_alarmed() -> None:
     readings = (
         Reading(r.step, {**r.values, "unexplained_violation_fraction": 0.9, "loss": 1e-7})

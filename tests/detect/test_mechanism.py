@@ -9,6 +9,7 @@ from nfi_monitor.detect.mechanism import Causes, name_mechanism
 from nfi_monitor.types import Mechanism
 
 QUIET = Causes(
+    step=1,
     violation=1e-8,
     no_classes=False,
     kicked=False,
