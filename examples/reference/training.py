@@ -38,7 +38,6 @@ from nfi_monitor import Alert, Monitor
 from nfi_monitor.history import History
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.report.plain import plain
-from nfi_monitor.report.summary import slingshots
 
 if TYPE_CHECKING:
     from examples.reference.study import Arm, Preset, Study
@@ -275,7 +274,7 @@ class _Job:
             pair=self.arm.pair,
             config=self.config,
             steps=record.steps,
-            slingshots=slingshots(alerts),
+            slingshots=record.monitor.summary()["slingshots"],
             episodes=episodes(loss),
             alerts=alerts,
             loss_final=float(loss[-1]) if len(loss) else None,
@@ -408,7 +407,7 @@ def _computed(
         pair=arm.pair,
         config=config,
         steps=preset.plans[arm.name].steps,
-        slingshots=list(values.pop("slingshots", slingshots(alerts))),
+        slingshots=list(values.pop("slingshots", [])),
         episodes=episodes(loss),
         alerts=alerts,
         loss_final=float(loss[-1]) if len(loss) else None,

@@ -18,6 +18,7 @@ from nfi_monitor.report import words
 from nfi_monitor.report.explanation import Explanation, Finding, Seen
 from nfi_monitor.report.findings import look_for
 from nfi_monitor.report.hindsight import Hindsight
+from nfi_monitor.report.summary import lingers
 from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase, Thresholds
 
 
@@ -155,7 +156,8 @@ def _follows(alert: Alert, record: Hindsight) -> str:
     if alert.kind is AlertKind.NON_FINITE:
         return f"Not finite up to {last}." if firing else f"Numbers were finite again at {last}."
     if not firing:
-        came = next((step for step in record.starts if step == alert.last_step), None)
+        near = lingers(record.context.tau)
+        came = next((step for step in record.starts if 0 <= step - alert.last_step <= near), None)
         if came is not None:
             return f"It came: the slingshot was seen at step {came:,}."
         return f"It passed without a slingshot, at {last}."

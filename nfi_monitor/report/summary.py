@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
@@ -101,7 +100,7 @@ def summarize(
     steps += [info["steps"]] if isinstance(info.get("steps"), int) and info["steps"] > 0 else []
     last_step = max([*steps, *_any_last_step(history)], default=None)
     # What run.json says of a run that was killed is from its first moment.
-    overhead = info.get("overhead")
+    overhead, tau = info.get("overhead"), info.get("tau")
     if isinstance(overhead, dict) and len(history) and not overhead.get("measured_steps"):
         overhead = None
     return Summary(
@@ -110,7 +109,7 @@ def summarize(
         readings=len(history),
         phase=str(phases[-1][1]) if phases else None,
         phase_share=_phase_share(phases, last_step),
-        slingshots=slingshots(alerts),
+        slingshots=slingshots(alerts, tau if isinstance(tau, (int, float)) else 0.0),
         replays=[_replay(verdict) for verdict in replays],
         events=[_event(alert) for alert in alerts],
         quantities={name: item for name, item in quantities.items() if item},
@@ -120,61 +119,54 @@ def summarize(
     )
 
 
-def slingshots(alerts: Sequence[Alert]) -> list[dict[str, Any]]:
+def slingshots(alerts: Sequence[Alert], tau: float) -> list[dict[str, Any]]:
     """One dict a slingshot: ``id, start, end (None while it lasts), at_risk_lead, imminent_lead, mechanism,
     confidence``.
 
-    A lead is the slingshot's first step minus that of the alert which announced it: of the alerts of
-    that kind that began after the previous slingshot's start and not later than this one, the first
-    that still fired when the slingshot began; if none did, the last that began (an earlier one that
-    had ended was no warning of this slingshot).  An *at risk* alert that has fired since before the
-    previous slingshot counts from its own beginning. None: nothing announced it.
+    A lead is the slingshot's first step minus that of the alert which announced it: the first of that kind
+    that began by then and still fired, or had ended no more than :func:`lingers` steps before.  What ended
+    when the previous slingshot was seen, some steps after its first, has no part in this one.  None: nothing
+    announced it.
     """
     found = sorted((a for a in alerts if a.kind is AlertKind.SLINGSHOT), key=lambda a: a.first_step)
-    starts = [slingshot.first_step for slingshot in found]
-    by_cycle: dict[AlertKind, list[list[Alert]]] = {}
-    for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
-        cycles: list[list[Alert]] = [[] for _ in range(len(found) + 1)]
-        for alert in sorted((a for a in alerts if a.kind is kind), key=lambda a: a.first_step):
-            # The cycle of the first slingshot that starts at this alert's step or after it.
-            cycles[_first_not_before(starts, alert.first_step)].append(alert)
-        by_cycle[kind] = cycles
     rows = []
-    lasting: Alert | None = None
-    for index, slingshot in enumerate(found):
-        at_risk = by_cycle[AlertKind.AT_RISK][index]
-        announced = _announcing(at_risk, slingshot)
-        if announced is None and lasting is not None and _fires_at(lasting, slingshot.first_step):
-            announced = lasting
-        imminent = _announcing(by_cycle[AlertKind.IMMINENT][index], slingshot)
-        lasting = max([*at_risk, *([lasting] if lasting else [])], key=lambda a: a.last_step, default=None)
+    previous_end = 0
+    for slingshot in found:
+        start = slingshot.first_step
+        since = max(previous_end + 1, start - lingers(tau))
         rows.append(
             {
                 "id": slingshot.id,
-                "start": slingshot.first_step,
+                "start": start,
                 "end": slingshot.last_step if slingshot.state is AlertState.RESOLVED else None,
-                "at_risk_lead": slingshot.first_step - announced.first_step if announced else None,
-                "imminent_lead": slingshot.first_step - imminent.first_step if imminent else None,
+                "at_risk_lead": _lead(alerts, AlertKind.AT_RISK, start, since),
+                "imminent_lead": _lead(alerts, AlertKind.IMMINENT, start, since),
                 "mechanism": str(slingshot.mechanism),
                 "confidence": plain(float(slingshot.confidence)),
             }
         )
+        previous_end = slingshot.last_step
     return rows
 
 
-def _first_not_before(starts: list[int], step: int) -> int:
-    return bisect_right(starts, step - 1)
+def _lead(alerts: Sequence[Alert], kind: AlertKind, start: int, since: float) -> int | None:
+    announced = (
+        start - alert.first_step
+        for alert in alerts
+        if alert.kind is kind
+        and alert.first_step <= start
+        and (alert.state is AlertState.FIRING or alert.last_step >= since)
+    )
+    return max(announced, default=None)
 
 
-def _announcing(candidates: list[Alert], slingshot: Alert) -> Alert | None:
-    for alert in candidates:
-        if _fires_at(alert, slingshot.first_step):
-            return alert
-    return candidates[-1] if candidates else None
+def lingers(tau: float) -> float:
+    """Steps before a slingshot by which an alert may have ended and still have announced it.
 
-
-def _fires_at(alert: Alert, step: int) -> bool:
-    return alert.state is AlertState.FIRING or alert.last_step >= step
+    The pause that makes no new alarm where the detection benchmark scores warnings: τ, and 50 steps at most,
+    for a kick or a swing leads to a slingshot within steps, whatever τ is, or to none.
+    """
+    return min(tau, 50.0)
 
 
 def _replay(verdict: ReplayVerdict) -> dict[str, Any]:

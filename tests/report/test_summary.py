@@ -12,6 +12,7 @@ from nfi_monitor.report.summary import Summary, slingshots, summarize
 from nfi_monitor.types import AlertKind, Note, Phase
 from tests.report.builders import AT_RISK, IMMINENT, INFO, SLINGSHOT, event, readings, recorded, resolved
 
+TAU = 20.0
 AT, IM, SL = AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT
 
 
@@ -75,7 +76,7 @@ def test_an_ascii_terminal_gets_the_whole_report() -> None:
 
 def test_a_lead_is_the_slingshots_start_minus_the_alerts_start() -> None:
     alerts = [event(AT, 535, 895), event(IM, 760, 895), event(SL, 895, 905)]
-    assert slingshots(alerts) == [
+    assert slingshots(alerts, TAU) == [
         {"id": "slingshot-1", "start": 895, "end": 905, "at_risk_lead": 360, "imminent_lead": 135,
          "mechanism": "numerical_feature_inflation", "confidence": 0.86}
     ]  # fmt: skip
@@ -87,29 +88,43 @@ def test_each_slingshot_counts_the_alerts_of_its_own_cycle() -> None:
         event(AT, 300, 400), event(SL, 400, 410, 2),
         event(IM, 500, 500, 2), event(SL, 500, 510, 3),
     ]  # fmt: skip
-    rows = slingshots(alerts)
+    rows = slingshots(alerts, TAU)
     assert [row["at_risk_lead"] for row in rows] == [100, 100, None]
     assert [row["imminent_lead"] for row in rows] == [20, None, 0]
 
 
 def test_an_alert_that_had_ended_is_not_counted_when_a_later_one_fired() -> None:
     alerts = [event(AT, 100, 120), event(AT, 400, 500, 2), event(SL, 500, 510)]
-    assert slingshots(alerts)[0]["at_risk_lead"] == 100
+    assert slingshots(alerts, TAU)[0]["at_risk_lead"] == 100
+
+
+def test_an_alert_that_passed_long_before_a_slingshot_is_no_warning_of_it() -> None:
+    alerts = [event(AT, 100, 120), event(IM, 110, 118), event(SL, 5000, 5010)]
+    assert [slingshots(alerts, TAU)[0][lead] for lead in ("at_risk_lead", "imminent_lead")] == [None, None]
+    assert slingshots([event(AT, 100, 120), event(SL, 140, 150)], TAU)[0]["at_risk_lead"] == 40, "within τ"
+    assert slingshots([event(AT, 100, 120), event(SL, 171, 180)], 1e3)[0]["at_risk_lead"] is None
+
+
+def test_an_alert_that_began_while_a_slingshot_was_not_yet_seen_is_no_warning_of_the_next() -> None:
+    """The loss first rises at 300 and is known to be a slingshot at 304."""
+    for next_start in (330, 3607):
+        alerts = [event(IM, 302, 304), event(SL, 300, 310), event(SL, next_start, next_start + 9, 2)]
+        assert [row["imminent_lead"] for row in slingshots(alerts, 1e3)] == [None, None]
 
 
 def test_an_alert_that_began_after_the_slingshot_does_not_announce_it() -> None:
-    assert slingshots([event(SL, 500, 510), event(AT, 501, 600)])[0]["at_risk_lead"] is None
+    assert slingshots([event(SL, 500, 510), event(AT, 501, 600)], TAU)[0]["at_risk_lead"] is None
 
 
 def test_at_risk_that_never_ended_counts_from_its_own_beginning() -> None:
     alerts = [event(AT, 100, None), event(SL, 200, 210), event(SL, 700, 710, 2)]
-    assert [row["at_risk_lead"] for row in slingshots(alerts)] == [100, 600]
+    assert [row["at_risk_lead"] for row in slingshots(alerts, TAU)] == [100, 600]
     ended = [event(AT, 100, 205), event(SL, 200, 210), event(SL, 700, 710, 2)]
-    assert [row["at_risk_lead"] for row in slingshots(ended)] == [100, None]
+    assert [row["at_risk_lead"] for row in slingshots(ended, TAU)] == [100, None]
 
 
 def test_a_slingshot_that_lasts_has_no_end() -> None:
-    assert slingshots([event(SL, 200, None)])[0]["end"] is None
+    assert slingshots([event(SL, 200, None)], TAU)[0]["end"] is None
 
 
 def test_shares_of_phases_add_up_and_count_from_the_first_step() -> None:
