@@ -412,6 +412,7 @@ class Detector:
             items["rms_t_max"] = Evidence(signals.rms_t_mean, limits.coasting_enter, 1.0)
         if kind is AlertKind.SLINGSHOT:
             items["loss"] = Evidence(self.spike.peak, self.spike.height, self.spike.floor)
+            items["loss_afterwards"] = Evidence(self.spike.stayed, self.spike.level, self.spike.floor)
         return {name: item for name, item in items.items() if math.isfinite(item.value)}
 
     # --- alerts: begin, update, end ----------------------------------------------------------------
@@ -498,7 +499,7 @@ class Detector:
         evidence = dict(self.alerts[index].evidence)
         if kind is AlertKind.SLINGSHOT:
             now: Mapping[str, Evidence] = self._tell(verdict, "evidence", {}, self._evidence, kind)
-            evidence |= {name: item for name, item in now.items() if name == "loss"}
+            evidence |= {name: item for name, item in now.items() if name in ("loss", "loss_afterwards")}
         ended = replace(
             self.alerts[index],
             state=AlertState.RESOLVED,

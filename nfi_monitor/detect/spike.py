@@ -26,7 +26,7 @@ class SpikeDetector(Stateful):
 
     __slots__ = (
         "average", "fallen_at", "floor", "height", "last", "level", "negative", "noise", "peak", "readings",
-        "start", "state", "streak",
+        "start", "state", "stayed", "streak",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -42,6 +42,7 @@ class SpikeDetector(Stateful):
         self.floor = math.nan  # the loss before it rose: its running (geometric) average
         self.peak = 0.0
         self.fallen_at = 0
+        self.stayed = math.nan  # where the last event ended without a way back: the loss then
         self.negative = False  # it was below zero by more than rounding: judged no more
 
     def update(self, step: int, loss: float, tau: float, limits: Thresholds) -> str:
@@ -68,6 +69,7 @@ class SpikeDetector(Stateful):
                 self.state = RISEN
             if step - self.start > max(5 * tau, 500.0):
                 self._end(level_changed=True)
+                self.stayed = loss
         elif self.state == RISEN:
             self.state, self.fallen_at = FALLEN, step
         elif step - self.fallen_at >= recovery_steps(tau, limits):
@@ -103,7 +105,7 @@ class SpikeDetector(Stateful):
             self.level = max(limits.spike_low if was_low else half_way, noisy)
             self.height = max(limits.spike_high, math.exp(self.average + limits.spike_rise), self.level)
             self.state, self.peak, self.streak = RISEN, loss, 0
-            self.floor = math.exp(self.average)
+            self.floor, self.stayed = math.exp(self.average), math.nan
             return
         if fair:
             return  # what may be the beginning of a spike is not averaged into what it is measured by

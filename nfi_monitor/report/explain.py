@@ -152,7 +152,15 @@ def _follows(alert: Alert, record: Hindsight) -> str:
     last = f"step {alert.last_step:,}"
     firing = alert.state is AlertState.FIRING
     if alert.kind is AlertKind.SLINGSHOT:
-        return "The loss is not back yet." if firing else f"It is over: the loss was back at {last}."
+        if firing:
+            return "The loss is not back yet."
+        after = alert.evidence.get("loss_afterwards")
+        if after is None:
+            return f"It is over: the loss was back at {last}."
+        stayed = words.number(after.value)
+        return (
+            f"It is over, but the loss is not back: at {last} it was {stayed}, which is usual from then on."
+        )
     if alert.kind is AlertKind.NON_FINITE:
         return f"Not finite up to {last}." if firing else f"Numbers were finite again at {last}."
     if not firing:

@@ -399,8 +399,8 @@ def _event_table(summary: Summary, say: Callable[[str], str]) -> RenderableType:
     for row in rows[-_SHOWN:]:
         end = row["last_step"] if row["state"] == AlertState.RESOLVED else None
         severity = Severity(row["severity"])
-        first = next(iter(row["evidence"].items()), None)
-        evidence = _evidence(*first) if first else ""
+        shown = [*row["evidence"]][:1] + (["loss_afterwards"] if "loss_afterwards" in row["evidence"] else [])
+        evidence = ", ".join(_evidence(name, row["evidence"][name]) for name in shown)
         table.add_row(
             words.kind_in_words(AlertKind(row["kind"])),
             Text(str(severity), style=SEVERITY_STYLES[severity]),

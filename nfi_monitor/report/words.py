@@ -119,7 +119,11 @@ def headline(alert: Alert) -> str:
     since = f"steps {alert.first_step:,}–{alert.last_step:,}, {steps:,} {'step' if steps == 1 else 'steps'}"
     if alert.kind is AlertKind.SLINGSHOT:
         if over:
-            return f"slingshot over, the loss is back ({since})"
+            after = alert.evidence.get("loss_afterwards")
+            how = (
+                "is back" if after is None else f"stayed at {number(after.value)}, which is usual from now on"
+            )
+            return f"slingshot over, the loss {how} ({since})"
         return "slingshot: the loss has left its floor"
     if alert.kind is AlertKind.NON_FINITE:
         what = "NaN or Inf in the loss, the gradients or the weights"
@@ -159,7 +163,7 @@ def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
     """The alert's evidence, what its kind and mechanism rest on first, the rest in the alert's order."""
     first: tuple[str, ...] = _FIRST[alert.mechanism]
     if alert.kind is AlertKind.SLINGSHOT:
-        first = ("loss", "head_loss", *first)
+        first = ("loss", "loss_afterwards", "head_loss", *first)
     elif alert.kind is AlertKind.IMMINENT and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
         first = ("logit_displacement", "margin_displacement", *first)
     names = dict.fromkeys([*(name for name in first if name in alert.evidence), *alert.evidence])

@@ -50,6 +50,15 @@ def test_a_loss_that_stays_at_another_level_becomes_the_new_normal() -> None:
     assert seen[60] == RISEN and seen[630] == QUIET and seen[-1] == RISEN
 
 
+def test_where_the_loss_stayed_is_known_until_the_next_event() -> None:
+    detector, kept = SpikeDetector(), []
+    for step, loss in enumerate([*LOW, 2.3, *LOW, *[2.3] * 700, 20.0, 20.0]):
+        detector.update(step, loss, 20.0, LIMITS)
+        kept.append(detector.stayed)
+    assert math.isnan(kept[119]), "the first came back"
+    assert kept[-3] == 2.3 and detector.state == RISEN and math.isnan(kept[-1])
+
+
 def test_losses_below_zero_are_not_judged() -> None:
     assert set(states([-1.0, -0.5, 0.3, -1.2] * 20)) == {QUIET}
 

@@ -16,7 +16,17 @@ from nfi_monitor.report.explain import explain, explain_run
 from nfi_monitor.report.explanation import Explanation, Seen
 from nfi_monitor.report.hindsight import Hindsight
 from nfi_monitor.report.jsonl import read_run
-from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Note, Phase, Reading, Thresholds
+from nfi_monitor.report.words import headline
+from nfi_monitor.types import (
+    Alert,
+    AlertKind,
+    AlertState,
+    Mechanism,
+    Note,
+    Phase,
+    Reading,
+    Thresholds,
+)
 from tests.detect.series import numeric_slingshot, second_moment_slingshot
 from tests.detect.test_detector import steep_kick
 from tests.detect.test_precursors import behind_a_layer_norm, long_memory
@@ -143,6 +153,33 @@ def test_a_slingshots_cause_is_held_against_the_levels_it_was_named_by() -> None
     assert "secant curvature rose above 19 at step 2,500" in line(explanation, "Also crossed")
     assert "RMS_t rose above 1.5 at step 2,500" in line(explanation, "What crossed")
     assert "curvature" not in line(explanation, "What was not seen")
+
+
+def test_a_loss_that_never_came_back_is_not_said_to_be_back() -> None:
+    def stays() -> Iterable[Reading]:
+        return (Reading(step, {"loss": 1e-3 if step < 201 else 2.3}) for step in range(1, 900))
+
+    run = Run(stays(), NUMERIC)
+    alert, explanation = run.alerts["slingshot-1"], run.explain("slingshot-1")
+    assert alert.state is AlertState.RESOLVED
+    after = alert.to_json()["evidence"]["loss_afterwards"]
+    assert (after["value"], after["baseline"]) == (2.3, pytest.approx(1e-3))
+    assert headline(alert) == (
+        "slingshot over, the loss stayed at 2.3, which is usual from now on (steps 201–702, 501 steps)"
+    )
+    assert line(explanation, "What follows") == (
+        "It is over, but the loss is not back: at step 702 it was 2.3, which is usual from then on."
+    )
+    assert json.loads(json.dumps(explanation.to_json()))["follows"] == line(explanation, "What follows")
+    back = Run(rich_numeric(), NUMERIC)
+    assert "the loss is back" in headline(back.alerts["slingshot-1"])
+
+
+def test_an_alert_that_ended_shortly_before_a_slingshot_announced_it() -> None:
+    run = Run(rich_numeric(), NUMERIC)
+    for ended, said in ((390, "It came: the slingshot was seen at step 400."), (370, "It passed")):
+        alert = replace(run.alerts["at_risk-1"], last_step=ended)
+        assert line(run.explain(alert), "What follows").startswith(said)
 
 
 def test_what_is_read_in_the_slingshot_itself_is_no_cause() -> None:

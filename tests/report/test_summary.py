@@ -9,7 +9,7 @@ from rich.console import Console
 
 from nfi_monitor.history import History
 from nfi_monitor.report.summary import Summary, slingshots, summarize
-from nfi_monitor.types import AlertKind, Note, Phase
+from nfi_monitor.types import AlertKind, Evidence, Note, Phase
 from tests.report.builders import AT_RISK, IMMINENT, INFO, SLINGSHOT, event, readings, recorded, resolved
 
 TAU = 20.0
@@ -121,6 +121,14 @@ def test_at_risk_that_never_ended_counts_from_its_own_beginning() -> None:
     assert [row["at_risk_lead"] for row in slingshots(alerts, TAU)] == [100, 600]
     ended = [event(AT, 100, 205), event(SL, 200, 210), event(SL, 700, 710, 2)]
     assert [row["at_risk_lead"] for row in slingshots(ended, TAU)] == [100, None]
+
+
+def test_a_loss_that_stayed_where_it_rose_to_is_reported() -> None:
+    evidence = {"loss": Evidence(2.4, 0.1, 1e-3), "loss_afterwards": Evidence(2.3, 0.01, 1e-3)}
+    alert = replace(resolved(SLINGSHOT, 1400), evidence=evidence)
+    assert "loss 2.4, loss afterwards 2.3" in str(
+        summarize(INFO, History(), [(0, Phase.HEALTHY)], [alert], [])
+    )
 
 
 def test_a_slingshot_that_lasts_has_no_end() -> None:
