@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfi_monitor import Alert, AlreadyMonitoredError, HeadNotFoundError, Monitor, Phase, Severity
-from nfi_monitor.types import AlertKind
+from nfi_monitor.remedies import Autopilot, Policy
+from nfi_monitor.types import AlertKind, AlertState
 from tests.runs import batch, mlp, train
 
 
@@ -443,10 +445,33 @@ def test_nan_is_an_alert_of_its_own_kind_and_no_exception(where: str) -> None:
         optimizer.step()
         alerts = monitor.alerts
     assert [alert.kind for alert in alerts] == [AlertKind.NON_FINITE]
-    assert alerts[0].first_step == 6 and alerts[0].severity is Severity.CRITICAL
-    assert "checkpoint" in alerts[0].advice[0]
+    spoilt = where == "gradient"
+    assert alerts[0].first_step == 6
+    assert alerts[0].severity is (Severity.CRITICAL if spoilt else Severity.WARNING)
+    assert alerts[0].advice[0].startswith("Stop and go back" if spoilt else "Look at the batch")
     assert json.loads(json.dumps(alerts[0].to_json()))["kind"] == "non_finite"
     assert seen[0].kind is AlertKind.NON_FINITE
+
+
+def test_a_batch_of_ignored_rows_whose_mean_loss_is_nan_ends_no_run_and_the_next_step_is_read() -> None:
+    model, pilot = mlp(), Autopilot(Policy(stop="raise"))
+    optimizer = adamw(model)
+    inputs, targets = batch()
+    with Monitor(model, optimizer, console=False, on_alert=pilot) as monitor:
+        for step in range(1, 17):
+            loss = F.cross_entropy(model(inputs), torch.full_like(targets, -100) if step == 13 else targets)
+            monitor.observe_loss(loss)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            assert step != 13 or math.isnan(loss.item())
+    read = monitor.history["gradient_norm"][0].tolist()
+    assert 13 not in read and 14 in read
+    [alert] = monitor.alerts
+    assert (alert.severity, alert.state, alert.last_step) == (Severity.WARNING, AlertState.RESOLVED, 14)
+    assert list(alert.evidence) == ["loss"], "nothing else was measured at that step"
+    assert "go back" not in " ".join(alert.advice)
+    assert not pilot.should_stop and pilot.actions == []
 
 
 def test_an_empty_batch_is_no_reading_of_rows_and_no_error() -> None:

@@ -29,15 +29,23 @@ _STAY_COOL = (
 _NOT_THE_LOSS = "Float64 does not help here: rounding is not the cause. Neither does a larger eps."
 _SAVE = "Save a checkpoint now: what follows may not be undone by training on."
 
+NON_FINITE = (
+    "Stop and go back to the last checkpoint: weights that took a NaN or Inf do not come back.",
+    "Look at the batch of this step, at the learning rate, and (float16) at the loss scale.",
+)
+NON_FINITE_LOSS = (
+    "Look at the batch of this step: where every target is ignored, the mean over no rows is NaN and moves "
+    "nothing.",
+    "No gradient or weight was seen to be NaN or Inf. Should one be, this alert becomes critical.",
+)
+"""Where it was seen in the loss alone."""
+
 
 def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, ...]:
     """Advice in the order to try it; the first is the action to take."""
     steps = max(10, round(2 * tau))
     if kind is AlertKind.NON_FINITE:
-        return (
-            "Stop and go back to the last checkpoint: weights that took a NaN or Inf do not come back.",
-            "Look at the batch of this step, at the learning rate, and (float16) at the loss scale.",
-        )
+        return NON_FINITE
     if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
         if kind is AlertKind.IMMINENT:
             return (_LOSS.replace("Exchange the loss", "Exchange the loss now"), _LAST_MOMENT, _SAVE)

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from enum import Enum
 from typing import Any, TypeVar
 
-from nfi_monitor.detect.advice import advice_for
+from nfi_monitor.detect.advice import NON_FINITE, NON_FINITE_LOSS, advice_for
 from nfi_monitor.detect.forecast import steps_to_spike
 from nfi_monitor.detect.mechanism import FORGOTTEN, LEARNED, Causes, name_mechanism
 from nfi_monitor.detect.signals import Signals
@@ -103,6 +103,8 @@ class Detector:
             return Attention.RARELY
         # Absorbing alone may last for the rest of a run and leads to nothing within τ.
         calm = self.phase is Phase.ABSORBING and not self._displacing
+        # Of a loss that is not finite the next reading tells whether the weights are.
+        calm = calm and AlertKind.NON_FINITE not in self._firing
         return Attention.OFTEN if calm else Attention.ALWAYS
 
     @property
@@ -548,29 +550,38 @@ class Detector:
         return advice_for(kind, mechanism, self.context.tau)
 
     def _non_finite(self, reading: Reading, verdict: Verdict) -> None:
-        loss = reading.values.get("loss", 0.0)
-        bad = reading.get("non_finite_gradients", 0.0)
-        norm = reading.values.get("weight_norm", 0.0)
-        broken = not math.isfinite(loss) or bad > 0 or not math.isfinite(norm)
-        if not broken:
-            if "non_finite_gradients" in reading.values:
+        values = reading.values
+        norm = values.get("weight_norm", 0.0)
+        spoilt = values.get("non_finite_gradients", 0.0) > 0 or not math.isfinite(norm)
+        if not spoilt and math.isfinite(values.get("loss", 0.0)):
+            if "non_finite_gradients" in values:
                 self._end(AlertKind.NON_FINITE, reading.step, verdict)
             return
         index = self._firing.get(AlertKind.NON_FINITE)
-        if index is not None:
+        change = Change.BEGIN
+        if index is None:
+            self._begin(AlertKind.NON_FINITE, Severity.WARNING, reading.step, Mechanism.UNKNOWN, 0.0, verdict)
+            index = self._firing[AlertKind.NON_FINITE]
+            verdict.changes.pop()
+        elif spoilt and self.alerts[index].severity is not Severity.CRITICAL:
+            change = Change.UPDATE
+        else:
             self.alerts[index] = replace(self.alerts[index], last_step=reading.step)
             return
-        self._begin(AlertKind.NON_FINITE, Severity.CRITICAL, reading.step, Mechanism.UNKNOWN, 0.0, verdict)
-        alert = replace(
-            self.alerts[-1],
+        # A mean over no rows is NaN and moves nothing: the loss alone is no reason to go back.
+        severity = Severity.CRITICAL if spoilt else Severity.WARNING
+        self.alerts[index] = alert = replace(
+            self.alerts[index],
+            severity=severity,
+            last_step=reading.step,
             evidence={
-                "loss": Evidence(loss),
-                "non_finite_gradients": Evidence(bad, 0.0),
-                "weight_norm": Evidence(norm),
+                name: Evidence(values[name], threshold)
+                for name, threshold in (("loss", None), ("non_finite_gradients", 0.0), ("weight_norm", None))
+                if name in values
             },
+            advice=NON_FINITE if spoilt else NON_FINITE_LOSS,
         )
-        self.alerts[-1] = alert
-        verdict.changes[-1] = (Change.BEGIN, alert)
+        verdict.changes.append((change, alert))
 
     # --- resume ------------------------------------------------------------------------------------
 

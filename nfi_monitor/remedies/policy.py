@@ -52,8 +52,9 @@ class Policy:
     """τ (and 100 steps) that an alert may go on under a remedy before the next rung. Lower: a remedy that
     works is taken for one that does not, because what the alert rests on is averaged over half a τ."""
     stop: str = "flag"
-    """When nothing else is left, and at NaN or Inf: "flag" takes a snapshot and sets ``should_stop``, "raise"
-    also raises :class:`AutopilotStop` from ``optimizer.step()``, "never" does neither."""
+    """When nothing else is left, and at NaN or Inf in gradients or weights: "flag" takes a snapshot and sets
+    ``should_stop``, "raise" also raises :class:`AutopilotStop` from ``optimizer.step()``, "never" does
+    neither."""
 
     def __post_init__(self) -> None:
         if self.loss_at not in _LOSS_AT:
@@ -77,7 +78,9 @@ class Policy:
         # What came from outside is over: a smaller rate now would only be late.
         if alert.kind is AlertKind.IMMINENT and self.cool and alert.mechanism is not Mechanism.EXTERNAL:
             wanted.append(Rung.COOL)
-        if alert.kind is AlertKind.NON_FINITE and self.stop != "never":
+        # In the loss alone it may come from a batch without a row that counts: nothing is spoilt.
+        spoilt = alert.kind is AlertKind.NON_FINITE and alert.severity is Severity.CRITICAL
+        if spoilt and self.stop != "never":
             wanted.append(Rung.STOP)
         return tuple(wanted)
 

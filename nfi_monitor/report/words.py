@@ -12,7 +12,7 @@ from collections.abc import Callable
 from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.report.plain import visible
-from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Phase
+from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Phase, Severity
 
 _LABELS = {
     "zero_sum_violation": "zero-sum violation",
@@ -126,7 +126,8 @@ def headline(alert: Alert) -> str:
             return f"slingshot over, the loss {how} ({since})"
         return "slingshot: the loss has left its floor"
     if alert.kind is AlertKind.NON_FINITE:
-        what = "NaN or Inf in the loss, the gradients or the weights"
+        loss_alone = alert.severity is Severity.WARNING
+        what = f"NaN or Inf in the loss{'' if loss_alone else ', the gradients or the weights'}"
         return f"finite again ({since})" if over else what
     if alert.kind is AlertKind.IMMINENT:
         if over:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -241,6 +242,25 @@ def test_a_loss_that_falls_below_zero_ends_a_slingshot_and_the_watch_for_causes_
     assert only(detector, AlertKind.SLINGSHOT).last_step == 403
     assert Phase.HEALTHY in phases[403:]
     assert [alert.kind for alert in detector.alerts[-2:]] == [AlertKind.AT_RISK, AlertKind.IMMINENT]
+
+
+def test_a_non_finite_loss_is_a_warning_until_gradients_or_weights_are_not_finite_either() -> None:
+    whole = {"loss": math.nan, "non_finite_gradients": 0.0, "weight_norm": 1.0}
+    readings = [
+        Reading(1, {"loss": math.nan}),
+        Reading(2, whole),
+        Reading(3, {**whole, "weight_norm": math.inf}),
+        Reading(4, whole),
+    ]
+    detector, changes, _ = run(readings, NUMERIC)
+    begun, risen = (alert for _, alert in changes)
+    assert [change for change, _ in changes] == [Change.BEGIN, Change.UPDATE]
+    assert begun.severity is Severity.WARNING and list(begun.evidence) == ["loss"]
+    assert "go back" not in " ".join(begun.advice)
+    assert risen.severity is Severity.CRITICAL and risen.id == begun.id
+    assert list(risen.evidence) == ["loss", "non_finite_gradients", "weight_norm"]
+    assert "go back to the last checkpoint" in risen.advice[0]
+    assert only(detector, AlertKind.NON_FINITE) == replace(risen, last_step=4)
 
 
 def test_a_mechanism_named_while_it_built_up_is_not_renamed_in_the_last_steps() -> None:

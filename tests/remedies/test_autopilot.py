@@ -162,6 +162,7 @@ def alert(
 
 
 IMMINENT = alert(AlertKind.IMMINENT)
+NON_FINITE = alert(AlertKind.NON_FINITE, Mechanism.UNKNOWN, severity=Severity.CRITICAL)
 
 
 def whats(pilot: Autopilot) -> list[str]:
@@ -242,12 +243,12 @@ def test_what_outlasts_the_cool_down_ends_in_a_snapshot_from_which_the_run_goes_
 def test_an_end_is_raised_only_where_the_policy_says_so_and_once() -> None:
     cockpit = Cockpit(Autopilot(Policy(stop="raise")))
     cockpit.train(2)
-    cockpit.tell(alert(AlertKind.NON_FINITE, Mechanism.UNKNOWN))
+    cockpit.tell(NON_FINITE)
     with pytest.raises(AutopilotStop, match=r"non_finite-1: training should end; no snapshot\. Catch"):
         cockpit.train(1)
     cockpit.train(2)
     never = Cockpit(Autopilot(Policy(stop="never")))
-    never.tell(alert(AlertKind.NON_FINITE, Mechanism.UNKNOWN))
+    never.tell(NON_FINITE)
     never.train(120)
     assert not never.pilot.should_stop and never.pilot.actions == []
 
@@ -391,7 +392,7 @@ def test_a_framework_s_attachment_hands_it_the_monitor_and_its_end_to_the_framew
     optimizer = torch.optim.AdamW(model.parameters())
     monitor = attachment.open(model, optimizer, directory=tmp_path)
     assert attachment.act().stop is False
-    monitor._report(nfi_monitor.Change.BEGIN, alert(AlertKind.NON_FINITE, Mechanism.UNKNOWN))
+    monitor._report(nfi_monitor.Change.BEGIN, NON_FINITE)
     assert attachment.act().stop is True and attachment.act().stop is True
     state = json.loads(json.dumps(attachment.state()))
     attachment.close()

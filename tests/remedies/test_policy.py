@@ -35,7 +35,8 @@ SLINGSHOT, NON_FINITE = alert(AlertKind.SLINGSHOT), alert(AlertKind.NON_FINITE, 
     (alert(AlertKind.IMMINENT, UNKNOWN), (Rung.COOL,)),
     (alert(AlertKind.IMMINENT, EXTERNAL), ()),
     (alert(AlertKind.SLINGSHOT, EDGE), ()),
-    (NON_FINITE, (Rung.STOP,)),
+    (NON_FINITE, ()),  # in the loss alone
+    (replace(NON_FINITE, severity=Severity.CRITICAL), (Rung.STOP,)),
     (replace(IMMINENT, state=AlertState.RESOLVED), ()),
 ])  # fmt: skip
 def test_each_alert_gets_what_its_mechanism_needs_and_no_more(
