@@ -284,6 +284,8 @@ class Autopilot:
                 taken = self._taken.get(alert.id, {})
                 last = max(taken, default=None)
                 since = alert.first_step if last is None else taken[last]
+                if alert.kind is AlertKind.SLINGSHOT:  # after a loss that was back for a while, anew
+                    since = max(since, monitor.phases[-1][0])
                 if step - since >= patience:
                     rung = self.policy.next_rung(alert, last, monitor.phase)
                     if rung is not None:

@@ -93,7 +93,8 @@ class Policy:
             return None
         stop = Rung.STOP if self.stop != "never" and last is not Rung.STOP else None
         if alert.kind is AlertKind.SLINGSHOT:
-            return stop  # the loss has not come back: no slingshot, but a divergence
+            # A loss that does not come back is no slingshot, but a divergence.
+            return stop if phase is Phase.SLINGSHOT else None
         if alert.kind is AlertKind.IMMINENT and last is Rung.COOL:
             return stop
         if alert.kind is AlertKind.AT_RISK and last is Rung.LOSS and self.cool:

@@ -152,6 +152,10 @@ class Cockpit:
         alert = replace(alert, state=AlertState.RESOLVED, last_step=self.monitor.step)
         self.monitor._report(nfi_monitor.Change.END, alert)
 
+    def enter(self, phase: Phase) -> None:
+        self.monitor._detector.phase = phase
+        self.monitor.phases.append((self.monitor.step, phase))
+
 
 def alert(
     kind: AlertKind, mechanism: Mechanism = EDGE, number: int = 1, severity: Severity = Severity.WARNING
@@ -259,9 +263,24 @@ def test_after_a_slingshot_that_does_not_end_the_snapshot_is_one_from_before_it(
     cockpit.monitor._ring.take(3, None)
     cockpit.train(2)
     cockpit.tell(alert(AlertKind.SLINGSHOT))
+    cockpit.enter(Phase.SLINGSHOT)
     cockpit.train(101)
     assert cockpit.pilot.should_stop and cockpit.pilot.snapshot is not None
     assert cockpit.pilot.snapshot.step == 3
+
+
+def test_a_run_whose_loss_came_back_is_not_ended_though_its_slingshot_still_fires() -> None:
+    cockpit = Cockpit(Autopilot())
+    cockpit.tell(alert(AlertKind.SLINGSHOT))
+    cockpit.enter(Phase.SLINGSHOT)
+    cockpit.train(60)
+    cockpit.enter(Phase.RECOVERING)
+    cockpit.train(60)
+    cockpit.enter(Phase.SLINGSHOT)
+    cockpit.train(90)
+    assert not cockpit.pilot.should_stop, "an aftershock has a patience of its own"
+    cockpit.train(11)
+    assert cockpit.pilot.should_stop
 
 
 def test_growth_that_goes_on_under_the_exchanged_loss_is_met_by_a_smaller_rate_while_it_grows() -> None:

@@ -79,6 +79,7 @@ def test_a_policy_without_cooling_or_an_end_never_asks_for_them() -> None:
     (IMMINENT, Rung.COOL, Phase.IMMINENT, Rung.STOP),
     (IMMINENT, Rung.STOP, Phase.IMMINENT, None),
     (SLINGSHOT, Rung.LOSS, Phase.SLINGSHOT, Rung.STOP),  # the loss does not come back
+    (SLINGSHOT, Rung.LOSS, Phase.RECOVERING, None),  # it is back
     (replace(IMMINENT, state=AlertState.RESOLVED), Rung.COOL, Phase.HEALTHY, None),
 ])  # fmt: skip
 def test_what_outlasts_the_patience_gets_the_next_rung(
