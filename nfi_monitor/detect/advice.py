@@ -68,10 +68,7 @@ def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, 
     if mechanism is Mechanism.EDGE_OF_STABILITY:
         if kind is AlertKind.IMMINENT:
             return (_STAY_COOL, _NOT_THE_LOSS, _SAVE)
-        return (
-            "The curvature along the update is above what Adam is stable at. " + _STAY_COOL,
-            _NOT_THE_LOSS,
-        )
+        return ("Successive updates overshoot along the gradient. " + _STAY_COOL, _NOT_THE_LOSS)
     if mechanism is Mechanism.EXTERNAL:
         return (
             "Look at the batches and the learning-rate schedule of these steps; skip or clip what stands "

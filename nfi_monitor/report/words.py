@@ -57,7 +57,7 @@ _MECHANISMS = {
 _AT_RISK = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "rounding absorbs confident rows, gradients no longer sum to zero",
     Mechanism.SECOND_MOMENT: "the gradient is gone, weight decay alone moves the weights",
-    Mechanism.EDGE_OF_STABILITY: "the curvature along the update is at what the learning rate can bear",
+    Mechanism.EDGE_OF_STABILITY: "successive updates overshoot along the gradient",
     Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
     Mechanism.UNKNOWN: "what precedes a slingshot is there",
 }
@@ -65,7 +65,7 @@ _AT_RISK = {
 _IMMINENT = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "rows are absorbed and one update already moves the logits",
     Mechanism.SECOND_MOMENT: "gradients are back on a second moment that has let go of them",
-    Mechanism.EDGE_OF_STABILITY: "updates overshoot along the gradient",
+    Mechanism.EDGE_OF_STABILITY: "successive updates overshoot along the gradient",
     Mechanism.EXTERNAL: "the batch or the learning rate has just moved the weights far",
     Mechanism.UNKNOWN: "one update already moves the logits",
 }

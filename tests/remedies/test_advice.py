@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from nfi_monitor import AlertKind, Mechanism, remedies
 from nfi_monitor.detect.advice import advice_for
+from nfi_monitor.report import words
 from tests.benchmarks.remedies import page
+from tests.report.builders import IMMINENT
 
 RESULTS = Path(page.__file__).with_name("RESULTS.md").read_text(encoding="utf-8")
 VERDICTS = page.read_verdicts(RESULTS)
@@ -87,6 +90,15 @@ def test_what_does_not_help_is_said_where_it_does_not(mechanism: Mechanism) -> N
     for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT):
         text = " ".join(advice_for(kind, mechanism, tau=20.0))
         assert "Float64 does not help here" in text and "Neither does a larger eps" in text
+
+
+def test_at_the_edge_of_stability_nothing_is_claimed_of_a_curvature_that_may_be_unread() -> None:
+    said = "uccessive updates overshoot along the gradient"
+    for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
+        assert said in words.headline(replace(IMMINENT, kind=kind, mechanism=Mechanism.EDGE_OF_STABILITY))
+    for kind in (AlertKind.AT_RISK, AlertKind.SLINGSHOT):
+        text = " ".join(advice_for(kind, Mechanism.EDGE_OF_STABILITY, tau=20.0))
+        assert said in text and "curvature" not in text
 
 
 def test_what_is_said_of_the_last_moment_before_a_numeric_slingshot_is_in_the_table() -> None:
