@@ -326,6 +326,11 @@ class Monitor:
         return None if self._closed else self._head
 
     @property
+    def sees_rows(self) -> bool:
+        """False where a note has said that no gradients come to the logits, and none has come since."""
+        return self._probe.delivered > 0 or "head_never_fired" not in self._notes.said
+
+    @property
     def tau(self) -> float:
         """τ = 1/(1−β2) in optimizer steps."""
         return self._detector.context.tau

@@ -191,7 +191,8 @@ class NoteTaker:
             )
             cure = "Name the right head with head=..., use monitor.tap(logits), or attach before compiling."
         seen = (
-            "Its weight gradient is read instead: zero-sum violation and mean drift at batch level."
+            "Its weight gradient is read instead, for the zero-sum violation of the whole batch; the feature "
+            "mean is not, so that by rounding *at risk* stays at *info* and *imminent* cannot be reached."
             if weight_seen
             else "Only the optimizer, the norms and the observed loss are watched."
         )

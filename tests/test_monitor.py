@@ -315,6 +315,7 @@ def test_a_head_that_never_fires_falls_back_to_its_weight_gradient() -> None:
     monitor = watched(Fused())
     assert codes(monitor) == ["head_never_fired", "no_loss"]
     assert "never fired" in monitor.notes[0].message and "monitor.tap(logits)" in monitor.notes[0].message
+    assert "*at risk* stays at *info* and *imminent* cannot be reached" in monitor.notes[0].message
     assert monitor.history["zero_sum_violation_weight"][1].max() < 1e-5
     assert monitor.summary()["run"]["level"] == "weight_gradient"
 

@@ -325,10 +325,14 @@ class Autopilot:
             self._act(monitor, "loss", alert.id, f"{why}the loss is zero_sum_cross_entropy from now on")
             return
         head = monitor.head
-        if head is None:
+        if head is None or not monitor.sees_rows:
+            lacking = (
+                "no head is known whose gradient could be projected"
+                if head is None
+                else f"no gradient that could be projected comes to the output of {head.name}"
+            )
             what = (
-                "the loss cannot be exchanged, because no head is known whose gradient could be projected: "
-                "compute it as autopilot.loss(logits, target)"
+                f"the loss cannot be exchanged, and {lacking}: compute it as autopilot.loss(logits, target)"
             )
             self._act(monitor, "nothing", alert.id, why + what)
             return

@@ -313,6 +313,20 @@ def test_where_neither_loss_nor_head_can_be_reached_it_says_what_is_needed() -> 
     assert [note.message for note in monitor.notes] == [action.message]
 
 
+def test_where_the_head_never_fires_no_projection_is_announced_that_would_do_nothing() -> None:
+    pilot, model = Autopilot(), mlp()
+    body, head = model[:-1], model[-1]
+    optimizer = torch.optim.AdamW(model.parameters())
+    inputs, targets = batch()
+    with Monitor(model, optimizer, console=False, every=1, on_alert=pilot) as monitor:
+        for _ in range(6):  # like a fused loss: it reads the head's weight
+            F.cross_entropy(F.linear(body(inputs), head.weight), targets).backward()
+            optimizer.step()
+        pilot(alert(AlertKind.SLINGSHOT, NUMERIC))
+    assert whats(pilot) == ["nothing"] and not monitor.sees_rows
+    assert "comes to the output of 4: compute it as autopilot.loss" in pilot.actions[0].message
+
+
 # --- coming and going ---------------------------------------------------------------------------------
 
 
