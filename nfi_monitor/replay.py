@@ -56,6 +56,8 @@ from nfi_monitor.capture.snapshots import Snapshot
 from nfi_monitor.detect.causal import BASELINE, Outcome, ReplayVerdict, arm_in_words, judge, margin
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
 from nfi_monitor.errors import MonitorError
+from nfi_monitor.remedies.cooling import undated
+from nfi_monitor.remedies.steps import replaying
 from nfi_monitor.types import Alert, AlertKind, Thresholds
 
 StepFunction = Callable[[int], Any]
@@ -163,9 +165,12 @@ def replay(
 
     Afterwards, exceptions included, weights, buffers, gradients, optimizer state, hyperparameters, extras,
     training mode and random state are what they were before the call.  Monitors open on the model are paused.
+    Remedies that are on act from the step from which they did in the run (of those that began without an
+    open monitor nobody knows: in all), and are not used up; an eps that was raised since is not raised again.
 
     Raises:
-        MonitorError: step_fn is no function, returns no loss, makes no optimizer step, or raises.
+        MonitorError: step_fn is no function, returns no loss, makes no optimizer step, or raises; or a
+            learning rate is lowered for a number of steps, nobody knows since when.
         ValueError: the snapshot is of another model or optimizer, or two arms have one name.
     """
     if not callable(step_fn):
@@ -178,6 +183,11 @@ def replay(
         raise ValueError(f"Two arms have the same name: {', '.join(names)}.")
     found = None if head is False else find_head(model, None if head is True else head)
     inner = unwrap(optimizer)
+    if undated(inner):
+        raise MonitorError(
+            "A cool_down(...) of this optimizer began while no monitor was open: how much of it was over in "
+            "the replayed steps is not known. undo() what it returned, and replay then."
+        )
     if beta2 is None:
         betas = OptimizerReader(inner, found).betas()
         beta2 = 0.999 if betas is None else betas[1]
@@ -239,7 +249,8 @@ def _run(
         with arm.change(context):
             for step in range(start + 1, start + context.steps + 1):
                 before = taken
-                loss = _loss(step_fn(context.data_step(step)), step)
+                with replaying(step):
+                    loss = _loss(step_fn(context.data_step(step)), step)
                 if taken > before + 1:
                     raise MonitorError(f"step_fn({step}) made {taken - before} optimizer steps. {STEP_FN}")
                 losses.append(loss)

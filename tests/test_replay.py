@@ -18,10 +18,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfi_monitor import Monitor, MonitorError, Snapshot
+from nfi_monitor import (
+    Alert,
+    AlertKind,
+    AlertState,
+    Autopilot,
+    Monitor,
+    MonitorError,
+    Phase,
+    Severity,
+    Snapshot,
+)  # fmt: skip
 from nfi_monitor.cli import main
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.spike import SpikeDetector
+from nfi_monitor.remedies import cool_down, project_zero_sum
 from nfi_monitor.replay import (
     ARMS,
     AS_IT_WAS,
@@ -65,11 +76,12 @@ class Run:
         self.losses: dict[int, float] = {}
         self.done = 0
         self.monitor: Monitor | None = None
+        self.pilot: Autopilot | None = None
 
     def step(self, step: int) -> Tensor:
         rows = torch.randperm(64)[:16]
         self.optimizer.zero_grad()
-        loss = F.cross_entropy(
+        loss = (F.cross_entropy if self.pilot is None else self.pilot.loss)(
             self.model(self.inputs[rows]) + 0.1 * float(np.random.rand()), self.targets[rows]
         )
         said = loss.detach()
@@ -128,6 +140,66 @@ def test_the_replay_of_the_run_as_it_was_is_the_run_to_the_last_bit() -> None:
     assert verdict.reasons == (
         "it did not happen again: as it was, no slingshot in the 30 steps after step 20",
     )
+
+
+def cooled(run: Run) -> None:
+    cool_down(run.optimizer, 0.1, steps=50)
+
+
+def projected(run: Run) -> None:
+    project_zero_sum(run.model[-1])
+
+
+def piloted(run: Run) -> None:
+    assert run.pilot is not None
+    run.pilot(
+        Alert("at_risk-1", AlertKind.AT_RISK, Severity.WARNING, AlertState.FIRING, Phase.INFLATING, 25, 25,
+              Mechanism.NUMERICAL_FEATURE_INFLATION, 0.9)
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("remedy", [cooled, projected, piloted])
+@pytest.mark.parametrize("taken_at", [20, 30])
+def test_a_remedy_acts_in_a_replay_where_it_did_in_the_run_and_is_not_used_up(
+    remedy: Callable[[Run], None], taken_at: int
+) -> None:
+    def gone(*, replayed: bool) -> Run:
+        run = Run()
+        run.pilot = Autopilot()
+        monitor = Monitor(
+            run.model,
+            run.optimizer,
+            console=False,
+            extras=[run.scheduler],
+            on_alert=run.pilot,
+            snapshots=False,
+        )
+        taken = []
+        with monitor:
+            for step in (20, 25, 30, 40):
+                run.go(step)
+                if step == taken_at:
+                    taken.append(run.take())
+                if step == 25:
+                    remedy(run)
+            if replayed:
+                verdict = run.replay(taken[0], [AS_IT_WAS], steps=60)
+                assert verdict.reproduced is True
+            run.go(80)
+        return run
+
+    assert gone(replayed=True).losses == gone(replayed=False).losses
+
+
+def test_a_cool_down_of_which_nobody_knows_since_when_is_refused_by_name() -> None:
+    run = Run()
+    run.go(5)
+    taken = run.take()
+    cooling = cool_down(run.optimizer, 0.1, steps=50)
+    with pytest.raises(MonitorError, match=r"A cool_down\(\.\.\.\) of this optimizer began .*undo\(\)"):
+        run.replay(taken, [], steps=5)
+    cooling.undo()
+    run.replay(taken, [], steps=5)
 
 
 def test_a_run_that_is_not_reproduced_is_said_to_be_so_and_why() -> None:

@@ -43,7 +43,7 @@ from nfi_monitor.remedies.cross_entropy import zero_sum_cross_entropy
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.policy import Policy, Rung
 from nfi_monitor.remedies.projection import project_zero_sum
-from nfi_monitor.remedies.steps import around_steps
+from nfi_monitor.remedies.steps import acts, around_steps, replayed_step
 from nfi_monitor.types import Alert, AlertKind, AlertState
 
 if TYPE_CHECKING:
@@ -137,7 +137,8 @@ class Autopilot:
         }
         if self._exchanged:
             with self._guarded():
-                if self.swapped:
+                exchanged_at = next((action.step for action in self.actions if action.what == "loss"), None)
+                if self.swapped and acts(exchanged_at):
                     return zero_sum_cross_entropy(input, target, **options)
         return F.cross_entropy(input, target, **options)
 
@@ -263,6 +264,8 @@ class Autopilot:
     def _after_step(self, optimizer: Optimizer) -> None:
         monitor = self._monitor
         if monitor is None or (not self._firing and self._held_since is None and not self._stopped):
+            return
+        if replayed_step() is not None:
             return
         with monitor.guarded("autopilot"):
             if monitor.closed:
@@ -390,6 +393,8 @@ class Autopilot:
 
     def _complete(self) -> None:
         """Schedulers and scalers move after the optimizer's step; their state belongs to the snapshot."""
+        if replayed_step() is not None:
+            return
         pending, self._pending = self._pending, None
         if pending is not None:
             self.snapshot = pending()

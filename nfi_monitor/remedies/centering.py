@@ -11,7 +11,7 @@ from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.optimizer import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.projection import classes_last
-from nfi_monitor.remedies.steps import around_steps
+from nfi_monitor.remedies.steps import acts, around_steps, step_now
 
 _FEATURES = "_nfi_centered_features"
 
@@ -97,7 +97,7 @@ def center_features(head: nn.Module, momentum: float = 0.1) -> Handle:
     if _FEATURES in head._buffers:
         raise ValueError("The features of this head are centred already.")
     head.register_buffer(_FEATURES, None)
-    hook = head.register_forward_pre_hook(_Center(momentum))
+    hook = head.register_forward_pre_hook(_Center(momentum, step_now(None, head)))
 
     def undo() -> None:
         hook.remove()
@@ -115,12 +115,12 @@ def center_features(head: nn.Module, momentum: float = 0.1) -> Handle:
 class _Center:
     """A class and not a closure: a model with a closure for a hook cannot be saved or copied."""
 
-    def __init__(self, momentum: float) -> None:
-        self.momentum = momentum
+    def __init__(self, momentum: float, since: int | None) -> None:
+        self.momentum, self._since = momentum, since
         self.__name__ = type(self).__name__
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not args or not isinstance(args[0], Tensor):
+        if not args or not isinstance(args[0], Tensor) or not acts(self._since):
             return None
         features = args[0]
         running = module._buffers.get(_FEATURES)

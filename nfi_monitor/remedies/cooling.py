@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture.optimizer import unwrap
 from nfi_monitor.remedies.handle import Handle
-from nfi_monitor.remedies.steps import around_steps
+from nfi_monitor.remedies.steps import around_steps, replayed_step, step_now
 
 _SCALED: weakref.WeakKeyDictionary[Optimizer, _Scaled] = weakref.WeakKeyDictionary()
 
@@ -61,10 +61,18 @@ def cool_down(
     scaled = _SCALED.get(optimizer)
     if scaled is None:
         scaled = _SCALED[optimizer] = _Scaled(optimizer)
-    cooling = _Cooling(factor, steps, ramp, failed)
+    cooling = _Cooling(factor, steps, ramp, failed, step_now(optimizer))
     remove = scaled.add(cooling)
     lasts = "until it is released" if steps is None else f"for {steps:,} steps"
     return CoolDown(f"learning rate × {factor:g} {lasts}", remove, cooling.release)
+
+
+def undated(optimizer: Optimizer) -> bool:
+    """Whether a replay cannot tell how much of a cool-down was over in a step that it does once more."""
+    scaled = _SCALED.get(optimizer)
+    return scaled is not None and any(
+        cooling.since is None and cooling.steps is not None for cooling in scaled._active
+    )
 
 
 class _Cooling:
@@ -74,20 +82,27 @@ class _Cooling:
         steps: int | None,
         ramp: int | None,
         failed: Callable[[Exception], None] | None,
+        since: int | None,
     ) -> None:
         self.factor, self.steps, self.ramp, self.failed = factor, steps, ramp, failed
         self.done = 0  # optimizer steps taken under it
+        self.since = since  # the run's step after which it began
 
     def release(self) -> None:
         if self.steps is None or self.done < self.steps:
             self.steps = self.done
 
     def now(self) -> float | None:
-        """What the rate is multiplied by in the next step; None once it is back."""
-        if self.steps is None or self.done < self.steps:
+        """What the rate is multiplied by in the next step, or was in a replayed one; None once it is back."""
+        done, replayed = self.done, replayed_step()
+        if replayed is not None and self.since is not None:
+            done = replayed - 1 - self.since
+        if done < 0:
+            return None
+        if self.steps is None or done < self.steps:
             return self.factor
         ramp = -(-self.steps // 4) if self.ramp is None else self.ramp
-        left = 1.0 - (self.done - self.steps + 1) / (ramp + 1)
+        left = 1.0 - (done - self.steps + 1) / (ramp + 1)
         return self.factor**left if left > 0 else None
 
 
@@ -135,6 +150,8 @@ class _Scaled:
         active = self._active
         try:
             self._restore(optimizer)
+            if replayed_step() is not None:
+                return
             for cooling in self._active:
                 cooling.done += 1
             self._active = [cooling for cooling in self._active if cooling.now() is not None]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.remedies.handle import Handle
+from nfi_monitor.remedies.steps import acts, step_now
 
 
 def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | None = None) -> Handle:
@@ -34,7 +35,7 @@ def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | N
     classes_last("project_zero_sum", head)
     # First of the head's hooks: a monitor shows the gradient that the weights get, as it does for a repaired
     # loss, and an alert that this answers ends.
-    hook = head.register_forward_hook(_Project(failed), prepend=True)
+    hook = head.register_forward_hook(_Project(failed, step_now(None, head)), prepend=True)
     return Handle("zero-sum projection", hook.remove)
 
 
@@ -50,12 +51,13 @@ def classes_last(remedy: str, head: nn.Module) -> None:
 class _Project:
     """A class and not a closure: a model with a closure for a hook cannot be saved or copied."""
 
-    def __init__(self, failed: Callable[[Exception], None] | None = None) -> None:
+    def __init__(self, failed: Callable[[Exception], None] | None = None, since: int | None = None) -> None:
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
-        self._failed = failed
+        self._failed, self._since = failed, since
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
-        if isinstance(output, Tensor) and output.requires_grad and output.dim() and output.shape[-1] > 1:
+        logits = isinstance(output, Tensor) and output.requires_grad and output.dim() and output.shape[-1] > 1
+        if logits and acts(self._since):
             output.register_hook(self._project)
 
     def _project(self, grad: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.optim import Optimizer
 
 Hook = Callable[[Optimizer], None]
@@ -32,7 +34,8 @@ def around_steps(
     if steps is None:
         steps = _STEPS[optimizer] = _Steps(optimizer)
     key = object()
-    steps.pairs[key] = before, after
+    since = step_now(optimizer)
+    steps.pairs[key] = _unless_later(since, before), _unless_later(since, after)
     return lambda: steps.take_off(key)
 
 
@@ -65,3 +68,49 @@ class _Steps:
         for _, after in reversed(list(self.pairs.values())):
             if after is not None:
                 after(optimizer)
+
+
+# --- in a replay a remedy acts at the steps at which it did ------------------------------------------
+
+_replayed: int | None = None
+
+
+@contextmanager
+def replaying(step: int) -> Iterator[None]:
+    """While this is open a replay does optimizer step ``step`` once more."""
+    global _replayed
+    _replayed = step
+    try:
+        yield
+    finally:
+        _replayed = None
+
+
+def replayed_step() -> int | None:
+    """The step that is being replayed; None in the run itself."""
+    return _replayed
+
+
+def step_now(optimizer: Optimizer | None, head: nn.Module | None = None) -> int | None:
+    """The last optimizer step, as the open monitor on either counts; None where there is none."""
+    # Imported here: the monitor knows nothing of remedies, and they get on without one.
+    from nfi_monitor.monitor import open_monitors
+
+    watching = open_monitors(nn.Module() if head is None else head, optimizer)
+    return watching[0].step if watching else None
+
+
+def acts(since: int | None) -> bool:
+    """Whether a remedy that was switched on after step ``since`` (None: nobody knows) acts in this step."""
+    return _replayed is None or since is None or _replayed > since
+
+
+def _unless_later(since: int | None, hook: Hook | None) -> Hook | None:
+    if hook is None:
+        return None
+
+    def called(optimizer: Optimizer) -> None:
+        if acts(since):
+            hook(optimizer)
+
+    return called
