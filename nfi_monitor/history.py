@@ -47,6 +47,18 @@ class History:
             column[0].append(step)
             column[1].append(value)
 
+    def cut(self, last: int) -> None:
+        """Forget what was measured after step ``last``."""
+        for name, (steps, values) in list(self._columns.items()):
+            kept = np.array(steps, dtype=np.int64) <= last
+            if kept.any():
+                self._columns[name] = (
+                    array("q", np.array(steps, dtype=np.int64)[kept].tobytes()),
+                    array("d", np.array(values, dtype=np.float64)[kept].tobytes()),
+                )
+            else:
+                del self._columns[name]
+
     def __getitem__(self, name: str) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         if name not in self._columns:
             if name in QUANTITIES:

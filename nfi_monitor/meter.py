@@ -160,6 +160,8 @@ class Meter:
         """``device``: where the head's rows are."""
         rows = self.rows
         rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
+        rows.absorbed_classes = None  # those of a run that goes back are among the earlier ones
+        rows.loss_kind = None
         if state["loss_kind"] is not None:
             dtypes = [getattr(torch, name) for name in state.get("loss_kind_dtypes") or ["float32"] * 4]
             rows.loss_kind = LossKind(
@@ -169,8 +171,8 @@ class Meter:
                 )
             )
         rows.single_output = state.get("single_output")
-        if state.get("last_step") is not None:
-            self.memory = Memory.from_state(state["last_step"], device)
+        last = state.get("last_step")
+        self.memory = None if last is None else Memory.from_state(last, device)
         if self._probe_batch is not None and state.get("probe") is not None:
             self._probe_batch.load_state_dict(state["probe"])
 

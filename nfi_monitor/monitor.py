@@ -548,7 +548,12 @@ class Monitor:
                 "Not a monitor's state: expected keys 'step' and 'detector', found "
                 f"{sorted(map(str, state))[:8]}. Pass what monitor.state_dict() returned."
             )
-        self._step = int(state["step"])
+        step = int(state["step"])
+        waiting = [(int(waited), float(loss)) for waited, loss in state.get("plain_losses", [])]
+        if step < self._step:
+            # Losses that waited are judged once more.
+            self._forget_after(min([step, *(waited - 1 for waited, _ in waiting)]))
+        self._step = step
         self._detector.load_state_dict(state["detector"])
         self._ring.clear()
         if self._clock.budget is not None:
@@ -558,13 +563,21 @@ class Monitor:
         weight = self._head.weight if self._head is not None else None
         device = weight.device if weight is not None else next(self._model.parameters()).device
         self._meter.load_state_dict(state, device)
-        self._losses.waiting = [(int(step), float(loss)) for step, loss in state.get("plain_losses", [])]
+        self._losses.waiting = waiting
         if self._ranks.pool is not None:  # none waits there, and all ranks have to know the same
             self._judge_waiting()
         self._rows.clear(self._step + 1)
         self._look_ahead()
         for code, message, step in state["notes"]:
             self._notes.said.setdefault(code, Note(code, message, int(step)))
+
+    def _forget_after(self, last: int) -> None:
+        """The run goes back: what was seen after step ``last`` will not have been."""
+        self._losses.flush(self._outbox)
+        self._outbox.take(everything=True)
+        self._history.cut(last)
+        self.replays[:] = [verdict for verdict in self.replays if verdict.snapshot_step <= last]
+        self._reports.went_back()
 
     # --- hooks -----------------------------------------------------------------------------------
 

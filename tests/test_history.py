@@ -58,6 +58,17 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
         history.append(2, {"accuracy": 1.0})
 
 
+def test_what_was_measured_after_a_step_can_be_forgotten() -> None:
+    history = History()
+    for step in range(1, 6):
+        history.append(step, {"loss": float(step)} | ({"weight_norm": 1.0} if step > 3 else {}))
+    history.cut(3)
+    assert history["loss"][0].tolist() == [1, 2, 3] and history["loss"][1].tolist() == [1.0, 2.0, 3.0]
+    assert history.names() == ["loss"]
+    history.append(4, {"loss": 9.0})
+    assert history["loss"][1].tolist() == [1.0, 2.0, 3.0, 9.0]
+
+
 def test_a_known_quantity_that_was_never_measured_is_empty() -> None:
     steps, values = History()["loss"]
     assert len(steps) == len(values) == 0 and "loss" not in History()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfi_monitor.monitor import Monitor
+from nfi_monitor.report.jsonl import read_run
 from nfi_monitor.types import Alert, AlertKind
-from tests.runs import differences, mlp, snapshot
+from tests.runs import batch, differences, mlp, snapshot
 from tests.spiking import CUTS, STEPS, Recorded, division
 
 FROM_TWO_STEPS = ("secant_curvature", "feature_displacement", "gradient_alignment")
@@ -46,6 +49,42 @@ def test_a_resumed_run_gives_the_weights_alerts_and_phases_of_the_uninterrupted_
     assert monitor.phases == expected.phases
     text = str(monitor.explain("slingshot-1"))
     assert text.startswith(expected.explain("slingshot-1").title()), "an alert of before can be explained"
+
+
+@pytest.mark.parametrize("every", [1, "auto"])
+def test_a_run_that_goes_back_within_its_process_leaves_no_trace_of_what_it_abandoned(
+    tmp_path: Path, every: int | str
+) -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    inputs, targets = batch()
+
+    def go(steps: int, loss: float | None = None) -> None:
+        for _ in range(steps):
+            optimizer.zero_grad()
+            # So large that rounding absorbs most rows.
+            trained = F.cross_entropy(1e3 * model(inputs), targets)
+            monitor.observe_loss(trained if loss is None else loss)
+            trained.backward()
+            optimizer.step()
+
+    with Monitor(model, optimizer, console=False, run_dir=tmp_path, every=every) as monitor:
+        go(20)
+        states = copy.deepcopy([part.state_dict() for part in (model, optimizer, monitor)])
+        go(5)
+        go(1, float("nan"))
+        go(4)
+        assert "non_finite-1" in {alert.id for alert in monitor.alerts}
+        for part, state in zip((model, optimizer, monitor), states, strict=True):
+            part.load_state_dict(state)
+        assert monitor.state_dict()["absorbing_classes"] == states[2]["absorbing_classes"] != []
+        go(4)
+        assert monitor.history["loss"][0].tolist() == list(range(1, 25))
+        told = {alert.id for alert in monitor.alerts}
+    record = read_run(tmp_path)
+    assert record.history["loss"][0].tolist() == list(range(1, 25))
+    assert {alert.id for alert in record.alerts} == told and "non_finite-1" not in told
+    assert record.info["session"] == 2
 
 
 # --- a quiet run that is changed on the way ---------------------------------------------------------

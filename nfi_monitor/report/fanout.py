@@ -66,14 +66,17 @@ class Fanout:
     def replay(self, verdict: ReplayVerdict) -> None:
         self._each("replay", verdict)
 
+    def went_back(self) -> None:
+        self._each("went_back", among=[sink for sink in self.sinks if hasattr(sink, "went_back")])
+
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         self._each("close", info, summary)
         # What fails later (an Autopilot whose run goes on) is told to nobody: files are closed, and the
         # directory may be another run's by then.
         self.sinks.clear()
 
-    def _each(self, method: str, *arguments: Any) -> None:
-        for sink in list(self.sinks):
+    def _each(self, method: str, *arguments: Any, among: list[Sink] | None = None) -> None:
+        for sink in list(self.sinks) if among is None else among:
             try:
                 getattr(sink, method)(*arguments)
             except Exception as error:

@@ -66,7 +66,7 @@ class RunDirectory:
         self._info: dict[str, Any] = {}
         self._notes: list[dict[str, Any]] = []
         self._files: dict[str, int] = {}
-        self._session: dict[str, int] = {}  # {"session": 2} in each line of a resumed run
+        self._session: dict[str, int] = {}  # {"session": 2} in each line after a resume
 
     def start(self, info: Mapping[str, Any]) -> None:
         with self._explained(self.path):
@@ -104,6 +104,11 @@ class RunDirectory:
             with self._explained(self.path / REPLAYS):
                 self._files[REPLAYS] = _open_for_lines(self.path / REPLAYS)
         self._append(REPLAYS, json_line({**verdict.to_json(), **self._session}))
+
+    def went_back(self) -> None:
+        """What is measured again replaces what was measured first, as in a run that is resumed."""
+        self._session = {"session": self._session.get("session", 1) + 1}
+        self._write_info(self._info)
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         try:

@@ -18,6 +18,8 @@ class Sink(Protocol):
     A sink may raise: the monitor catches the first exception, reports it once and lets the sink go
     quiet, so a message has to say what to do.  One that does nothing with readings may say so by an attribute
     ``takes_readings = False``: where no other listens, losses that begin nothing are judged a few at a time.
+    One that keeps what it is told may have a method ``went_back()``, called where a run goes back to an
+    earlier step: what comes then replaces what was told of the same steps.
     """
 
     def start(self, info: Mapping[str, Any]) -> None:

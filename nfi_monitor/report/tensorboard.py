@@ -87,6 +87,7 @@ class TensorBoardSink:
         self._alerts: dict[str, Alert] = {}
         self._earlier = 0
         self._step = 0
+        self._info: Mapping[str, Any] = {}
 
     def start(self, info: Mapping[str, Any]) -> None:
         try:
@@ -96,7 +97,7 @@ class TensorBoardSink:
             raise ImportError(
                 'TensorBoard files need the tensorboard package: pip install "nfi-monitor[tensorboard]"'
             ) from error
-        self._proto = SummaryProto
+        self._proto, self._info = SummaryProto, info
         thresholds = info.get("thresholds")
         thresholds = thresholds if isinstance(thresholds, Mapping) else {}
         self._edges = {
@@ -167,6 +168,14 @@ class TensorBoardSink:
     def replay(self, verdict: ReplayVerdict) -> None:
         """For the tab only: a paragraph has no place among the stock panels."""
         self._opened_tab().replay(verdict)
+
+    def went_back(self) -> None:
+        """For the tab a new session, as of a resumed run; the stock curves go back, as they do there."""
+        tab = self._opened_tab()
+        info = self._info if self._describe is None else self._describe()
+        tab.close(info)
+        self._tab = TabWriter(self._open().file_writer, info)
+        self._alerts, self._earlier, self._pending = {}, 0, None
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         if self._writer is not None:

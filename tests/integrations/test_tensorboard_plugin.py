@@ -285,6 +285,25 @@ def test_a_resumed_run_is_one_run_and_what_was_measured_again_replaces_the_first
     assert [(alert["id"], alert["last_step"]) for alert in alerts] == [("at_risk-1", 210)]
 
 
+def test_a_run_that_goes_back_replaces_what_it_had_told_of_the_same_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter(range(10**9, 10**10, 10**9))
+    monkeypatch.setattr("nfi_monitor.report.tensorboard_tab.time.time_ns", lambda: next(clock))
+    opened = sink(tmp_path / "run")
+    for step in range(1, 31):
+        opened.reading(Reading(step, {"loss": 1.0}), Phase.HEALTHY)
+    opened.alert(replace(SLINGSHOT, first_step=25, last_step=26), Change.BEGIN)
+    opened.went_back()
+    for step in range(21, 41):
+        opened.reading(Reading(step, {"loss": 2.0}), Phase.HEALTHY)
+    opened.close(INFO, Summary())
+    server = Server(tmp_path)
+    answer = server.get("series", run="run", points=4000)
+    assert answer["series"]["loss"] == [1.0] * 20 + [2.0] * 20
+    assert server.get("run", run="run")["alerts"] == []
+
+
 def test_a_poll_reads_only_what_is_new(tmp_path: Path) -> None:
     opened = sink(tmp_path / "run")
     for step in range(1, 1001):
