@@ -116,7 +116,6 @@ class OptimizerReader:
         self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._found: tuple[Tensor | None, dict[str, Any]] | None = None
-        self._views: dict[str, tuple[CoordinateSample, tuple[int, ...], list[Tensor]]] = {}
 
     @property
     def can_lower(self) -> bool:
@@ -175,7 +174,7 @@ class OptimizerReader:
             sample=sample,
             params=params,
             grad=grad,
-            before=self._packed("params", sample, params),
+            before=sample.gather(params),
             found_inf=found_inf if isinstance(found_inf, Tensor) else None,
             head_weight=None if weight is None else weight.clone(),
             head_bias=None if bias is None else bias.clone(),
@@ -199,7 +198,7 @@ class OptimizerReader:
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
         if all(isinstance(moment, Tensor) for moment in moments):
-            exp_avg_sq = self._packed("moments", start.sample, moments)  # type: ignore[arg-type]
+            exp_avg_sq = start.sample.gather(moments)  # type: ignore[arg-type]
         elif all(moment is not None for moment in moments):
             exp_avg_sq = start.sample.pack(_in_bits(start.sample, moments))
         if exp_avg_sq is not None:
@@ -212,7 +211,7 @@ class OptimizerReader:
             params=start.params,
             grad=grad,
             before=start.before,
-            after=self._packed("params", start.sample, start.params),
+            after=start.sample.gather(start.params),
             exp_avg_sq=exp_avg_sq,
             correction=correction,
             eps=eps,
@@ -225,16 +224,6 @@ class OptimizerReader:
             head_weight_grad=weight_grad,
             head_bias_grad=bias_grad,
         )
-
-    def _packed(self, kind: str, sample: CoordinateSample, tensors: Sequence[Tensor]) -> Tensor:
-        """Gather tensors that keep their storage from step to step: the views are made once."""
-        if not all(local(tensor).is_contiguous() for tensor in tensors):
-            return sample.gather(tensors)
-        key = tuple(local(tensor).data_ptr() for tensor in tensors)
-        known = self._views.get(kind)
-        if known is None or known[0] is not sample or known[1] != key:
-            known = self._views[kind] = (sample, key, sample.views(tensors))
-        return sample.pack(known[2])
 
     # --- coordinates ---------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nfi_monitor.capture import placement
 
@@ -30,6 +30,9 @@ LOWERED = 4
 saves a fifth to a third. An eighth saves hardly more: what is left is what kernels take to start."""
 FEWEST_ROWS = 64
 """... but as many rows, where the budget has them."""
+
+_PLAIN = frozenset((Tensor, nn.Parameter))
+"""Tensors whose strides are cut from their memory directly; a subclass may not offer that."""
 
 
 def row_stride(rows: int, classes: int, *, lowered: bool = False) -> int:
@@ -107,6 +110,8 @@ class CoordinateSample:
         self.strides = _strides(tensors, lowered=lowered)
         self.can_lower = not lowered and _strides(tensors, lowered=True) != self.strides
         counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
+        self._sizes, self._shapes = sizes, [(count,) for count in counts]
+        self._steps = [(step,) for step in self.strides]
         device = tensors[0].device
         self.counts = torch.tensor(counts, dtype=torch.float32, device=device)
         self.segments = torch.repeat_interleave(
@@ -128,16 +133,24 @@ class CoordinateSample:
             start += count
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Sampled coordinates of ``tensors`` (shapes as at construction) → float32/64 [C], a copy."""
-        return self.pack(self.views(tensors))
+        """Sampled coordinates of ``tensors`` (shapes as at construction) → float32/64 [C], a copy.
 
-    def views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The strided views themselves: valid as long as the tensors keep their storage.
-
-        Only of contiguous tensors: of others ``reshape`` makes a copy, which goes stale.
+        No view outlives the call: it would keep alive what is moved elsewhere to make room.
         """
-        flat = [local(tensor).detach().reshape(-1) for tensor in tensors]
-        return [view if step == 1 else view[::step] for view, step in zip(flat, self.strides, strict=True)]
+        with torch.no_grad():
+            return self.pack(self._views([local(tensor) for tensor in tensors]))
+
+    def _views(self, tensors: list[Tensor]) -> list[Tensor]:
+        if (
+            _PLAIN.issuperset(map(type, tensors))
+            and [*map(Tensor.numel, tensors)] == self._sizes
+            and all(map(Tensor.is_contiguous, tensors))
+        ):
+            # One call a tensor, from C, instead of three: large models have hundreds of them.
+            return [*map(Tensor.as_strided, tensors, self._shapes, self._steps)]
+        return [
+            tensor.detach().reshape(-1)[::step] for tensor, step in zip(tensors, self.strides, strict=True)
+        ]
 
     def per_tensor(self, values: Tensor) -> Tensor:
         """Sums over the sampled coordinates of each tensor. ``values`` [..., C] → [..., T]."""

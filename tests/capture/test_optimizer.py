@@ -6,7 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
+from nfi_monitor import Monitor
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
 from nfi_monitor.capture.outbox import Outbox
@@ -194,3 +196,22 @@ def test_parameters_without_a_second_moment_beside_others_with_one_are_said() ->
     start = reader.before(2)
     assert start is not None and len(start.params) == 5
     assert "1 of 6 parameters" in next(iter(reader.unreadable))
+
+
+@pytest.mark.parametrize("kind", ["parameter", "moment"])
+def test_what_is_moved_elsewhere_between_two_steps_frees_its_memory(kind: str) -> None:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    inputs, targets = batch()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(3):
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        moved = [p if kind == "parameter" else optimizer.state[p]["exp_avg_sq"] for p in model.parameters()]
+        old = [StorageWeakRef(tensor.untyped_storage()) for tensor in moved]
+        for tensor in moved:
+            tensor.data = tensor.data.clone()
+        assert all(storage.expired() for storage in old)
+        F.cross_entropy(model(inputs), targets).backward()
+        optimizer.step()
+        assert monitor.history["weight_norm"][0].tolist() == [1, 2, 3, 4]
