@@ -110,16 +110,17 @@ class Losses:
             return mean if self.share is None else mean * (len(tensors) * self.share)
 
     def keep_late(self, step: int, loss: Tensor) -> None:
-        """One that is on an accelerator, until :meth:`flush`."""
-        self._late.append((step, loss))
+        """One that is on an accelerator, until :meth:`flush`.
+
+        A copy: by then the tensor may hold the mean of all ranks, or the loss of another step.
+        """
+        self._late.append((step, loss.clone()))
 
     def flush(self, outbox: Outbox) -> None:
         """Send the late ones to the host in one copy, labelled with the list of their steps."""
-        if self._late:
-            steps = [step for step, _ in self._late]
-            packed = torch.stack([loss.reshape(()) for _, loss in self._late])
-            self._late.clear()
-            outbox.put(steps, packed)
+        late, self._late = self._late, []  # should it fail below, it fails once
+        if late:
+            outbox.put([step for step, _ in late], torch.stack([loss.reshape(()) for _, loss in late]))
 
 
 def _mean_dtype(loss: Tensor) -> torch.dtype:

@@ -313,8 +313,11 @@ class Pool:
         return Message(self._layout, self.team.index)
 
     def keep_loss(self, step: int, loss: Tensor | float) -> None:
-        """A loss between readings goes with the next exchange; of more than fit, the latest."""
-        self._losses[step] = loss
+        """A loss between readings goes with the next exchange; of more than fit, the latest.
+
+        A copy: whose tensor it is may write into it meanwhile.
+        """
+        self._losses[step] = loss.clone() if isinstance(loss, Tensor) else loss
         while len(self._losses) > self.shape.slots + 1:
             del self._losses[next(iter(self._losses))]
 

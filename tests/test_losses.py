@@ -13,8 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from nfi_monitor import Monitor
+from nfi_monitor.capture import placement
 from nfi_monitor.capture.outbox import Outbox
-from nfi_monitor.types import Alert, AlertKind
+from nfi_monitor.losses import Losses
+from nfi_monitor.types import Alert, AlertKind, Thresholds
 
 STEPS = 400
 LEAPT = 160
@@ -253,3 +255,32 @@ def test_closing_judges_what_waits():
     assert monitor._losses.waiting
     monitor.close()
     assert len(monitor.history["loss"][0]) == STEPS
+
+
+def test_what_is_done_to_a_loss_after_its_step_is_not_taken_for_the_loss(monkeypatch):
+    """Averaged over ranks in place for a log, or the buffer that the next step's loss is written to."""
+    monkeypatch.setattr(placement, "on_host", lambda tensor: False)
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    inputs, targets = torch.randn(16, 8), torch.randint(4, (16,))
+    buffer, told = torch.zeros(()), []
+    with Monitor(model, optimizer, console=False, every=10) as monitor:
+        for _ in range(25):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            monitor.observe_loss(buffer.copy_(loss.detach()))
+            told.append(buffer.item())
+            optimizer.step()
+            buffer.mul_(8)
+    assert monitor.history["loss"][1].tolist() == told
+
+
+def test_losses_that_cannot_be_sent_fail_once():
+    losses, outbox = Losses(lambda step, loss: False, Thresholds()), Outbox()
+    losses.keep_late(1, torch.ones(2))
+    with pytest.raises(RuntimeError):
+        losses.flush(outbox)
+    losses.keep_late(2, torch.tensor(3.0))
+    losses.flush(outbox)
+    assert outbox.take(everything=True) == [([2], [3.0])]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nfi_monitor import Monitor, distributed
-from nfi_monitor.pool import Pool
+from nfi_monitor.pool import Pool, survey
 from tests.runs import batch, mlp
 
 
@@ -81,3 +82,13 @@ def test_a_rank_that_cannot_sign_up_reads_whole_tensors_on_its_own(monkeypatch: 
     assert [note.code for note in monitor.notes if note.code == "ranks_apart"] == ["ranks_apart"]
     assert monitor.history["zero_sum_violation"][0].tolist() == [1, 2, 3, 4]
     assert monitor.history["loss"][0].tolist() == [1, 2, 3, 4]
+
+
+def test_what_is_done_to_a_loss_before_ranks_tell_each_other_is_not_taken_for_the_loss() -> None:
+    model = mlp()
+    shape, shares = survey(model, torch.optim.AdamW(model.parameters()), None, 1, slots=4)
+    pool = Pool(SimpleNamespace(world=1, index=0), shape, shares, {})  # type: ignore[arg-type]
+    loss = torch.tensor(2.0)
+    pool.keep_loss(1, loss)
+    loss.mul_(8)
+    assert pool.finish(pool.message(), 3).tensor.tolist() == [2.0]
