@@ -69,7 +69,7 @@ class Meter:
 
     def add(self, rows: Rows) -> None:
         """Rows of a micro-batch, as its backward pass has brought them."""
-        with torch.no_grad(), _full_precision(rows.grad.device.type):
+        with torch.no_grad(), full_precision(rows.grad):
             self.rows.add(rows)
 
     def begin(self, step: int, given: Sequence[Any]) -> None:
@@ -126,7 +126,8 @@ class Meter:
     def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor]:
         """The step's quantities, 0-d each; the next step is compared with this one."""
         features = self.rows.features
-        values, self.memory = step_statistics(update, features, feature_mean, self.memory, step)
+        with full_precision(update.grad):
+            values, self.memory = step_statistics(update, features, feature_mean, self.memory, step)
         return values
 
     def add_probe(self, values: dict[str, Tensor], step: int) -> None:
@@ -182,6 +183,7 @@ class Meter:
         del self.reader
 
 
-def _full_precision(device: str) -> Any:
-    """Autocast would turn the monitor's own dot products into half precision."""
+def full_precision(tensor: Tensor | None) -> Any:
+    """Autocast would turn the monitor's own dot products into half precision, where ``tensor`` is."""
+    device = "cpu" if tensor is None else tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

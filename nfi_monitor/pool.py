@@ -43,6 +43,7 @@ from nfi_monitor.measure.shards import (
     step_parts,
 )
 from nfi_monitor.measure.step import SKIPPED, Memory, mean_statistics
+from nfi_monitor.meter import full_precision
 from nfi_monitor.quantities import QUANTITIES
 
 LAG = 2
@@ -499,7 +500,8 @@ class Pool:
         whole_heads = float(cut(vector, "whole_heads")) == self.team.world
         if head_weight is not None and whole_heads and mean is not None:
             before = self._means[0][1] if self._moved_mean() is not None else None
-            known = mean_statistics(head_weight, mean, before)
+            with full_precision(head_weight):
+                known = mean_statistics(head_weight, mean, before)
             values |= {name: float(value) for name, value in known.items()}
         elif mean is not None:
             values["feature_mean_norm"] = float(torch.linalg.vector_norm(mean))

@@ -23,7 +23,7 @@ from nfi_monitor.detect.detector import Detector
 from nfi_monitor.leaver import Leaver
 from nfi_monitor.losses import Losses
 from nfi_monitor.measure.step import SKIPPED
-from nfi_monitor.meter import Meter
+from nfi_monitor.meter import Meter, full_precision
 from nfi_monitor.notes import NoteTaker
 from nfi_monitor.pool import Message, Pool, Reduced
 
@@ -200,8 +200,9 @@ class Ranks:
             if not pool.shape.head_sharded:
                 values |= pool.whole(self._meter.statistics(update, None, step))
         pool.add_values(message, values)
-        pool.add_step(message, update, step)
-        pool.add_head(message, update, step)
+        with full_precision(None if update is None else update.grad):
+            pool.add_step(message, update, step)
+            pool.add_head(message, update, step)
         return None if update is None or pool.shape.head_sharded else update.head_weight
 
     # --- receive ---------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import math
@@ -45,6 +46,22 @@ def codes(monitor: Monitor) -> list[str]:
 
 
 # --- what it does --------------------------------------------------------------------------------
+
+
+def test_a_step_under_autocast_is_measured_as_precisely_as_one_outside() -> None:
+    readings = []
+    for around in (contextlib.nullcontext(), torch.autocast("cpu", torch.float16)):
+        model = mlp()
+        optimizer = adamw(model, foreach=False)
+        inputs, targets = batch()
+        with Monitor(model, optimizer, console=False, every=1) as monitor:
+            for _ in range(4):
+                optimizer.zero_grad()
+                (F.cross_entropy(model(inputs), targets) * 1e-6).backward()
+                with around:
+                    optimizer.step()
+        readings.append({name: monitor.history[name][1].tolist() for name in monitor.history})
+    assert repr(readings[0]) == repr(readings[1])
 
 
 def test_two_lines_attach_and_every_core_quantity_has_a_history() -> None:
