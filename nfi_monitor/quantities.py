@@ -86,7 +86,7 @@ QUANTITIES: dict[str, Quantity] = {
     "relative_update": Quantity("1", "largest ‖ΔW‖ / ‖W‖ of one update over the weight matrices", within=_POSITIVE, nan=_INPUT),
     "weight_norm": Quantity("weight", "Euclidean norm of all parameters (estimated from the coordinate sample)", "Thilak et al. (arXiv 2206.04817)", within=_POSITIVE, nan=_INPUT),
     "head_weight_norm": Quantity("weight", "Frobenius norm of the head's weight", "Thilak et al. (arXiv 2206.04817)", within=_POSITIVE, nan=_INPUT),
-    "secant_curvature": Quantity("1", "lr · sᵀy / sᵀPs along the update s, P = sqrt(v̂)+ε_A; unstable above 2(1+β1)/(1−β1)", "Bai et al. (arXiv 2506.04805)", nan=(*_INPUT, Undefined.STILL)),
+    "secant_curvature": Quantity("1", "lr · sᵀy / sᵀPs along the update s, P = sqrt(v̂)+ε_A; sᵀy / sᵀ(P/lr)s where groups have their own lr; unstable above 2(1+β1)/(1−β1)", "Bai et al. (arXiv 2506.04805)", nan=(*_INPUT, Undefined.STILL)),
     "gradient_alignment": Quantity("1", "cos of this step's gradient and the last one's; towards −1 the optimizer overshoots", within=_COSINE, nan=_INPUT),
     # --- the run ---------------------------------------------------------------------------------
     "loss": Quantity("loss", "what observe_loss was given, mean over the micro-batches of the step", nan=_INPUT),

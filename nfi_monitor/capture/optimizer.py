@@ -44,6 +44,7 @@ class Update:
     correction: Tensor | float  # 1 − β2^t, scalar or [C]
     eps: Tensor | float  # ε_A, scalar or [C]
     lr: Tensor | float  # of the head's group
+    lrs: Tensor | None  # [C], where not all groups have the same
     found_inf: Tensor | None  # > 0: a fused step under a gradient scaler skipped itself
     head_position: int | None  # which of the sample's tensors the head's weight is
     head_weight_update: Tensor | None  # [k, d], a stride of class rows
@@ -197,12 +198,14 @@ class OptimizerReader:
         exp_avg_sq = None
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
+        lrs = None
         if all(isinstance(moment, Tensor) for moment in moments):
             exp_avg_sq = start.sample.gather(moments)  # type: ignore[arg-type]
         elif all(moment is not None for moment in moments):
             exp_avg_sq = start.sample.pack(_in_bits(start.sample, moments))
         if exp_avg_sq is not None:
             correction, eps = self._constants(start, states)
+            lrs = self._rates(start)
         weight, bias = self._head_rows()
         full = self.head.weight if self.head is not None else None
         position = next((i for i, param in enumerate(start.params) if param is full), None)
@@ -216,6 +219,7 @@ class OptimizerReader:
             correction=correction,
             eps=eps,
             lr=_host(self.group_of(full).get("lr")),
+            lrs=lrs,
             found_inf=start.found_inf,
             head_position=position,
             head_weight_update=_difference(weight, start.head_weight),
@@ -242,13 +246,14 @@ class OptimizerReader:
                 return None
             if len(self._layouts) >= 8:  # gradients that come and go (mixtures of experts)
                 self._layouts.clear()
-            found = self._layouts[key] = (
-                CoordinateSample(usable, lowered=self.lowered),
-                tuple(usable),
-            )
             self._groups = {
                 id(param): group for group in self.optimizer.param_groups for param in group["params"]
             }
+            place = {param: at for at, param in enumerate(self._groups)}
+            found = self._layouts[key] = (
+                CoordinateSample(usable, places=[place[id(param)] for param in usable], lowered=self.lowered),
+                tuple(usable),
+            )
         return found
 
     def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -323,10 +328,21 @@ class OptimizerReader:
             return first[0], first[1]
         if all(pair == first for pair in pairs):
             return max(first[0], 1e-12), first[1]
-        device = start.before.device
-        correction = torch.tensor([max(pair[0], 1e-12) for pair in pairs], device=device)
-        epsilons = torch.tensor([pair[1] for pair in pairs], device=device)
-        return correction[start.sample.segments], epsilons[start.sample.segments]
+        corrections, epsilons = [max(pair[0], 1e-12) for pair in pairs], [pair[1] for pair in pairs]
+        return _spread(corrections, start), _spread(epsilons, start)
+
+    def _rates(self, start: _Before) -> Tensor | None:
+        """The learning rate of each coordinate, or None where all groups have one."""
+        groups = self.optimizer.param_groups
+        rates = [_host(group.get("lr")) for group in groups]
+        first = rates[0]
+        on_device = any(isinstance(rate, Tensor) for rate in rates)  # comparing those would wait for them
+        if all(rate is first or (not on_device and rate == first) for rate in rates):
+            return None
+        rate_of = {
+            id(param): rate for group, rate in zip(groups, rates, strict=True) for param in group["params"]
+        }
+        return _spread([rate_of[id(param)] for param in start.params], start)
 
     # --- the head --------------------------------------------------------------------------------
 
@@ -480,6 +496,23 @@ def _in_bits(sample: CoordinateSample, moments: Sequence[Tensor | Quantized | No
         elif moment is not None:
             values.append(local(moment).detach().reshape(-1)[::stride].float())
     return values
+
+
+def _spread(numbers: Sequence[Tensor | float], start: _Before) -> Tensor:
+    """One number for each tensor → one for each coordinate [C]. A copy that the device is not waited for."""
+    like = start.before
+    if any(isinstance(number, Tensor) for number in numbers):
+        each = torch.stack(
+            [
+                number.reshape(()).to(like.dtype) if isinstance(number, Tensor) else like.new_full((), number)
+                for number in numbers
+            ]
+        )
+    else:
+        pinned = like.device.type == "cuda"
+        host = torch.tensor(numbers, dtype=like.dtype, pin_memory=pinned)
+        each = host.to(like.device, non_blocking=True)
+    return each[start.sample.segments]
 
 
 def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:

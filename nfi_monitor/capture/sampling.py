@@ -103,11 +103,16 @@ class CoordinateSample:
         total: coordinates of all tensors together.
         can_lower: whether a lowered sample would be another one.
         spans: (start, end) of each tensor's coordinates in [C].
+        layout: (place, stride) of each tensor: what tells one sample's coordinates from another's.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], *, lowered: bool = False) -> None:
+    def __init__(
+        self, tensors: Sequence[Tensor], *, places: Sequence[int] | None = None, lowered: bool = False
+    ) -> None:
+        """``places``: which of a longer list each of ``tensors`` is; default: they are all of it."""
         sizes = [local(tensor).numel() for tensor in tensors]
         self.strides = _strides(tensors, lowered=lowered)
+        self.layout = (*zip(range(len(sizes)) if places is None else places, self.strides, strict=True),)
         self.can_lower = not lowered and _strides(tensors, lowered=True) != self.strides
         counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
         self._sizes, self._shapes = sizes, [(count,) for count in counts]

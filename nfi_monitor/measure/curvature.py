@@ -22,10 +22,17 @@ def secant_curvature(
     """lr · sᵀy / sᵀPs, dimensionless, scalar tensor; NaN when nothing moved.
 
     ``step`` s [C], ``gradient_change`` y [C], ``preconditioner`` P [C], ``weights`` inverse sampling
-    rates [C] or None.  With minibatches y also holds the batches' difference: noisy, unbiased only
-    in expectation.
+    rates [C] or None.  ``lr`` a scalar, or [C] where parameter groups have their own: then sᵀy / sᵀ(P/lr)s,
+    over the coordinates whose rate is not 0.  With minibatches y also holds the batches' difference: noisy,
+    unbiased only in expectation.
     """
     step_weighted = step if weights is None else step * weights.to(step.dtype)
+    if isinstance(lr, Tensor) and lr.ndim:
+        still = lr == 0
+        scaled = (preconditioner * step / lr).masked_fill(still, 0.0)
+        return torch.dot(step_weighted.masked_fill(still, 0.0), gradient_change) / torch.dot(
+            step_weighted, scaled
+        )
     return lr * torch.dot(step_weighted, gradient_change) / torch.dot(step_weighted, preconditioner * step)
 
 

@@ -84,16 +84,22 @@ def step_parts(
             span = slice(*sample.spans[update.head_position])
             filled |= _of_roots("head_", root[span], eps[span], rate[span])
         preconditioner = root + update.eps
-        if previous is not None and previous.step == step - 1 and previous.grad.shape == update.grad.shape:
+        if previous is not None and previous.precedes(update, step):
             stepped = (update.before - previous.before).double()
+            scaled = previous.preconditioner * stepped
+            if update.lrs is not None:  # added up, the sums are taken times the head's rate
+                rates = update.lrs.double()
+                still = rates == 0
+                stepped = stepped.masked_fill(still, 0.0)
+                scaled = (scaled * (update.lr / rates)).masked_fill(still, 0.0)
             earlier = previous.grad.double()
             filled["curved"] = rate.sum()
             filled["step_change"] = torch.dot(rate * stepped, grad - earlier)
-            filled["step_metric"] = torch.dot(rate * stepped, previous.preconditioner * stepped)
+            filled["step_metric"] = torch.dot(rate * stepped, scaled)
             filled["gradient_now"] = torch.dot(rate, grad * grad)
             filled["gradient_both"] = torch.dot(rate, grad * earlier)
             filled["gradient_before"] = torch.dot(rate, earlier * earlier)
-        memory = Memory(step, update.before, update.grad, preconditioner, None)
+        memory = Memory(step, update.before, update.grad, preconditioner, None, sample.layout)
     nothing = torch.zeros((), dtype=torch.float64, device=device)
     where = torch.tensor(list(positions), device=device)[sample.segments]
     summed = torch.zeros(len(TENSOR_SUMS), tensors, dtype=torch.float64, device=device)

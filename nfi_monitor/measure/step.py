@@ -13,11 +13,16 @@ from nfi_monitor.capture.optimizer import Update
 from nfi_monitor.capture.texts import from_text, to_text
 from nfi_monitor.measure import curvature, displacement, global_means, second_moment, weight_norm, zero_sum
 
+_TENSORS = ("before", "feature_mean", "grad", "preconditioner")
+
 
 class Memory:
-    """The part of the last measured step that the next one is compared with."""
+    """The part of the last measured step that the next one is compared with.
 
-    __slots__ = ("before", "feature_mean", "grad", "preconditioner", "step")
+    ``layout``: the sample's; None in what an earlier version has saved.
+    """
+
+    __slots__ = (*_TENSORS, "layout", "step")
 
     def __init__(
         self,
@@ -26,29 +31,36 @@ class Memory:
         grad: Tensor,
         preconditioner: Tensor,
         feature_mean: Tensor | None,
+        layout: tuple[tuple[int, int], ...] | None,
     ) -> None:
         self.step = step
+        self.layout = layout
         self.before = before
         self.grad = grad
         self.preconditioner = preconditioner
         self.feature_mean = feature_mean
 
+    def precedes(self, update: Update, step: int) -> bool:
+        """Whether this is the step before, at the same coordinates: layers of one size may take turns."""
+        return (
+            self.step == step - 1
+            and self.grad.shape == update.grad.shape
+            and self.layout in (None, update.sample.layout)
+        )
+
     def state_dict(self) -> dict[str, Any]:
         """Plain types, every bit kept. Reads the tensors from their device: not for a hot path."""
-        return {"step": self.step} | {
-            name: None if (tensor := getattr(self, name)) is None else to_text(tensor)
-            for name in self.__slots__
-            if name != "step"
+        layout = None if self.layout is None else [[*of] for of in self.layout]
+        return {"step": self.step, "layout": layout} | {
+            name: None if (tensor := getattr(self, name)) is None else to_text(tensor) for name in _TENSORS
         }
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Memory:
-        tensors = {
-            name: None if text is None else from_text(text, device)
-            for name, text in state.items()
-            if name != "step"
-        }
-        return cls(int(state["step"]), **tensors)  # type: ignore[arg-type]
+        tensors = {name: None if state[name] is None else from_text(state[name], device) for name in _TENSORS}
+        saved = state.get("layout")
+        layout = None if saved is None else tuple((int(place), int(stride)) for place, stride in saved)
+        return cls(int(state["step"]), **tensors, layout=layout)  # type: ignore[arg-type]
 
 
 def step_statistics(
@@ -95,16 +107,16 @@ def step_statistics(
         floor = eps.mean() if isinstance(eps, Tensor) else eps
         values["effective_learning_rate"] = second_moment.effective_learning_rate(update.lr, median, floor)
         preconditioner = root + update.eps
-        if previous is not None and previous.step == step - 1 and previous.grad.shape == grad.shape:
+        if previous is not None and previous.precedes(update, step):
             values["secant_curvature"] = curvature.secant_curvature(
                 update.before - previous.before,
                 grad - previous.grad,
                 previous.preconditioner,
-                update.lr,
+                update.lr if update.lrs is None else update.lrs,
                 sample.weights,
             )
             values["gradient_alignment"] = curvature.gradient_alignment(grad, previous.grad, sample.weights)
-        memory = Memory(step, update.before, grad, preconditioner, feature_mean)
+        memory = Memory(step, update.before, grad, preconditioner, feature_mean, sample.layout)
 
     if update.head_weight_update is not None and features is not None and len(features):
         weight_update = update.head_weight_update

@@ -49,6 +49,19 @@ def test_a_step_that_did_not_move_has_no_curvature():
     assert curvature.secant_curvature(nothing, nothing, torch.ones(4), 1e-3, None).isnan()
 
 
+def test_each_coordinate_counts_with_its_own_rate_and_one_whose_rate_is_0_not_at_all():
+    step, change, metric, lr, weights = torch.tensor(
+        [[1.0, 2.0, 3.0], [4.0, -1.0, 2.0], [1.0, 0.5, 2.0], [1e-5, 1e-3, 0.0], [1.0, 3.0, 5.0]],
+        dtype=torch.float64,
+    )
+    moving = slice(2)
+    own = (step * weights * metric / lr * step)[moving].sum()
+    expected = (step * weights * change)[moving].sum() / own
+    assert curvature.secant_curvature(step, change, metric, lr, weights).item() == pytest.approx(
+        expected.item(), rel=1e-12
+    )
+
+
 def test_adam_oscillates_on_a_quadratic_just_above_the_stability_limit_and_not_just_below():
     """The limit is a claim about torch's Adam, so torch's Adam decides: preconditioner held constant."""
     beta1 = 0.9

@@ -12,7 +12,15 @@ from torch import Tensor
 
 from nfi_monitor.capture.optimizer import Update
 from nfi_monitor.capture.sampling import CoordinateSample
-from nfi_monitor.measure.shards import HeadParts, StepParts, finish_head, finish_step, head_parts, step_parts
+from nfi_monitor.measure.shards import (
+    HEAD_SUMS,
+    HeadParts,
+    StepParts,
+    finish_head,
+    finish_step,
+    head_parts,
+    step_parts,
+)
 from nfi_monitor.measure.step import Memory, step_statistics
 
 K, D, ROWS = 7, 5, 4
@@ -52,6 +60,7 @@ def update_of(cut: tuple[int, int] | None, step: int) -> tuple[Update | None, li
         correction=0.3,
         eps=1e-3,
         lr=0.05,
+        lrs=None,
         found_inf=None,
         head_position=places.index(2) if 2 in places else None,
         head_weight_update=after[2] - before[2],
@@ -165,3 +174,26 @@ def test_with_a_shard_missing_nothing_is_said_of_the_head() -> None:
     parts = head_parts(update, 1.0, (D, D, ROWS), None, None)
     values = finish_head(parts, K, 2, feature_mean(2), 0, moved=False, tied=False)
     assert values == {}
+
+
+def test_shards_of_groups_with_their_own_rates_add_up_to_the_whole_step() -> None:
+    memory = parts_memory = None
+    rates = [0.05, 0.05, 0.001, 0.0]
+    for step in (1, 2):
+        update, places = update_of(None, step)
+        assert update is not None
+        update = replace(update, lr=0.001, lrs=torch.tensor(rates)[update.sample.segments])
+        values, memory = step_statistics(update, None, None, memory, step)
+        parts, parts_memory = step_parts(update, places, [1.0] * 4, 4, parts_memory, step)
+    finished = finish_step(parts.sums, parts.tensors, [len(s) > 1 for s in SHAPES], 2, 0.001)
+    assert math.isclose(finished["secant_curvature"], float(values["secant_curvature"]), rel_tol=1e-4)
+
+
+def test_shards_that_take_turns_are_not_compared_with_each_other() -> None:
+    memory = None
+    for step in (1, 2):
+        update, places = update_of(None, step)
+        assert update is not None
+        update.sample.layout = tuple((place + 4 * step, 1) for place in range(4))
+        parts, memory = step_parts(update, places, [1.0] * 4, 4, memory, step)
+    assert "secant_curvature" not in finish_step(parts.sums, parts.tensors, [True] * 4, 2, 0.05)

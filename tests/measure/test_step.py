@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.optimizer import OptimizerReader
-from nfi_monitor.measure.step import step_statistics
+from nfi_monitor.measure.step import Memory, step_statistics
 from nfi_monitor.quantities import QUANTITIES
 from tests.measure import reference as ref
 
@@ -217,6 +218,75 @@ def test_groups_with_their_own_beta2_and_eps_are_each_read_with_theirs():
     )
     both = np.concatenate([body.root(), head.root()])
     assert found["sqrt_exp_avg_sq_mean"] == pytest.approx(both.mean(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_groups_with_their_own_rate_each_count_with_theirs_in_the_curvature(dtype):
+    torch.manual_seed(0)
+    model = Net(7, 5, True, dtype)
+    rates = (1e-4, 1e-2)
+    groups = [
+        {"params": part.parameters(), "lr": lr}
+        for part, lr in zip((model.body, model.head), rates, strict=True)
+    ]
+    run = Run(model, torch.optim.AdamW(groups), 0)
+    lr = np.repeat(rates, [sum(p.numel() for p in part.parameters()) for part in (model.body, model.head)])
+    truth, last = ref.Adam64(0.0, (0.9, 0.999), 1e-8, 0.0), None
+    for _ in range(3):
+        found = run.step()
+        before, grad = flat(run.before), flat(run.grads)
+        truth.step(before, grad)
+        if last is not None:
+            s, y = before - last[0], grad - last[1]
+            expected = (s @ y) / (s @ (last[2] / lr * s))
+            assert found["secant_curvature"] == pytest.approx(
+                expected, rel=2e-3 if dtype is torch.float32 else 1e-6
+            )
+            assert found["effective_learning_rate"] == pytest.approx(
+                rates[1] / (ref.lower_median(truth.root()[-40:-5].tolist()) + 1e-8), rel=1e-3
+            )
+        last = (before, grad, truth.root() + 1e-8)
+
+
+def test_groups_that_have_one_rate_are_read_as_one_group():
+    readings = []
+    for several in (False, True):
+        torch.manual_seed(0)
+        model = Net(7, 5, True, torch.float32)
+        parts = [list(model.body.parameters()), list(model.head.parameters())]
+        groups = [{"params": part} for part in parts] if several else parts[0] + parts[1]
+        run = Run(model, torch.optim.AdamW(groups, lr=1e-2), 0)
+        readings.append([run.step() for _ in range(3)])
+    assert repr(readings[0]) == repr(readings[1])
+
+
+def test_layers_of_one_size_that_take_turns_are_not_compared_with_each_other():
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+    optimizer = torch.optim.Adam(layers.parameters(), lr=1e-2)
+    reader, memory, compared = OptimizerReader(optimizer, None), None, []
+    for step, turn in enumerate([0, 0, 1, 0, 0, 1, 1], 1):
+        optimizer.zero_grad()
+        layers[turn](torch.randn(4, 8)).square().mean().backward()
+        start = reader.before(step)
+        optimizer.step()
+        if memory is not None and step % 2:  # a resume changes nothing of it
+            memory = Memory.from_state(json.loads(json.dumps(memory.state_dict())), torch.device("cpu"))
+        values, memory = step_statistics(reader.after(start, step), None, None, memory, step)
+        if "secant_curvature" in values:
+            assert "gradient_alignment" in values
+            compared.append(step)
+    assert compared == [2, 5, 7]
+
+
+def test_a_step_that_an_earlier_version_saved_is_compared_with_the_next():
+    model = Net(7, 5, True, torch.float32)
+    run = Run(model, torch.optim.Adam(model.parameters()), 0)
+    run.step()
+    state = run.memory.state_dict()
+    del state["layout"]
+    run.memory = Memory.from_state(state, torch.device("cpu"))
+    assert "secant_curvature" in run.step()
 
 
 def test_an_optimizer_without_a_second_moment_shows_the_rest():
