@@ -204,10 +204,13 @@ def test_a_reading_never_makes_a_second_tensor_of_the_logits_size(loss_of, tappe
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_an_accelerator_torch_itself_finds_no_synchronisation() -> None:
+@pytest.mark.parametrize("own", [{}, {"lr": 1e-2}, {"lr": 1e-2, "eps": 1e-6}], ids=str)
+def test_on_an_accelerator_torch_itself_finds_no_synchronisation(own: dict[str, float]) -> None:
+    """``own``: of the head's parameter group."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, CLASSES)).cuda()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **own}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3, fused=not own)  # fused steps count on the device
     inputs, targets = torch.randn(ROWS, 8).cuda(), torch.randint(CLASSES, (ROWS,)).cuda()
     with Monitor(model, optimizer, console=False) as monitor:
         for step in range(40):
