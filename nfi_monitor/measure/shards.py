@@ -24,6 +24,7 @@ from torch import Tensor
 from nfi_monitor.capture.optimizer import Update
 from nfi_monitor.measure import second_moment
 from nfi_monitor.measure.step import Memory
+from nfi_monitor.measure.zero_sum import accumulation_dtype
 
 STEP_SUMS = (
     "gradient", "moved", "weight", "coordinates", "moment_coordinates", "roots", "medians", "eps",
@@ -200,13 +201,14 @@ def head_parts(
     classifier, columns, displaced = zeros(d), zeros(c), zeros(2, m)
     extremes = torch.full((2, m + 1), -torch.inf, dtype=torch.float64, device=device)
     if update.head_weight is not None:
-        weight = update.head_weight.double()
+        # As precise as in one process: as float64, a large head would be the largest tensor of all.
+        weight, dtype = update.head_weight, accumulation_dtype(update.head_weight.dtype)
         sums["weight_ranks"] = one
-        sums["squares"] = weight.square().sum() * share
-        classifier = weight.sum(0) * share
+        sums["squares"] = torch.linalg.vector_norm(weight, dtype=dtype).double().square() * share
+        classifier = weight.sum(0, dtype=dtype).double() * share
         if moved_mean is not None:
             sums["moved_ranks"] = one
-            logits = weight @ moved_mean.to(weight)
+            logits = (weight @ moved_mean.to(weight)).double()
             sums["moved"] = logits.sum() * share
             if len(weight):
                 extremes[:, m] = torch.stack([logits.amax(), (-logits).amax()])

@@ -197,3 +197,24 @@ def test_shards_that_take_turns_are_not_compared_with_each_other() -> None:
         update.sample.layout = tuple((place + 4 * step, 1) for place in range(4))
         parts, memory = step_parts(update, places, [1.0] * 4, 4, memory, step)
     assert "secant_curvature" not in finish_step(parts.sums, parts.tensors, [True] * 4, 2, 0.05)
+
+
+@pytest.mark.parametrize("class_axis", [0, 1])
+def test_a_large_head_that_is_read_for_many_ranks_is_not_copied(class_axis: int) -> None:
+    classes, features = 8192, 64
+    full, _ = update_of(None, 2)
+    assert full is not None
+    lies = torch.randn(classes, features) if class_axis == 0 else torch.randn(features, classes).T
+    update = replace(
+        full, head_weight=lies, head_weight_grad=None, head_bias_grad=None, head_weight_update=None
+    )
+    moved = torch.randn(features, dtype=torch.float64)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        parts = head_parts(update, 1.0, (features, 0, 0), None, moved)
+    made = sum(max(event.self_cpu_memory_usage, 0) for event in profile.events())
+    assert 0 < made < lies.numel() * 4 // 2
+    wide = lies.double()
+    sums = dict(zip(HEAD_SUMS, parts.sums.tolist(), strict=True))
+    assert sums["squares"] == pytest.approx(float(wide.square().sum()), rel=1e-5)
+    torch.testing.assert_close(parts.classifier, wide.sum(0), rtol=1e-4, atol=1e-2)
+    assert float(parts.extremes[0, 0]) == pytest.approx(float((wide @ moved).amax()), rel=1e-5)
