@@ -17,7 +17,8 @@ from nfi_monitor.measure.displacement import margin_displacement, probe_margins
 
 
 class ProbeBatch:
-    """Raises ValueError for targets that are not integer labels."""
+    """Rows whose target is no class of the model's are left out. Raises ValueError for targets that are not
+    integer labels."""
 
     def __init__(self, model: nn.Module, inputs: Any, targets: Tensor) -> None:
         if not isinstance(targets, Tensor) or targets.is_floating_point():
@@ -81,10 +82,11 @@ class ProbeBatch:
             return None
         logits = logits.reshape(-1, logits.shape[-1])
         targets = self._targets.reshape(-1)
-        counted = targets >= 0  # −100 marks padding
+        # −100, or 255, marks padding. As an index such a label would kill the training on an accelerator.
+        labels = targets.clamp(0, logits.shape[-1] - 1)
         return torch.where(
-            counted,
-            probe_margins(logits.float(), targets.clamp_min(0)),
+            labels == targets,
+            probe_margins(logits.float(), labels),
             torch.zeros_like(logits[:, 0].float()),
         )
 

@@ -86,10 +86,14 @@ class RowAccumulator:
             self.sums = self.sums + statistics.sums
             self.maxima = torch.maximum(self.maxima, statistics.maxima)
         if statistics.winner is not None and statistics.absorbed is not None:
-            if self.absorbed_classes is None:
-                classes = rows.logits.shape[-1]
-                self.absorbed_classes = torch.zeros(classes, dtype=torch.int64, device=rows.logits.device)
-            self.absorbed_classes.index_add_(0, statistics.winner, statistics.absorbed.long())
+            counts, classes = self.absorbed_classes, rows.logits.shape[-1]
+            if counts is None or len(counts) < classes:
+                # On an accelerator an index beyond the end kills the training, and no try block helps.
+                wider = torch.zeros(classes, dtype=torch.int64, device=rows.logits.device)
+                if counts is not None:
+                    wider[: len(counts)] = counts
+                counts = self.absorbed_classes = wider
+            counts.index_add_(0, statistics.winner, statistics.absorbed.long())
         self._add_features(rows, statistics.counts)
 
     def _add_features(self, rows: Rows, counts: Tensor) -> None:

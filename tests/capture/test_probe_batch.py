@@ -51,10 +51,12 @@ def test_a_model_with_one_output_has_no_margin_and_none_is_made_up() -> None:
     assert probe.displacement(1) is probe.displacement(2) is None
 
 
-def test_padding_in_the_targets_is_left_out() -> None:
+@pytest.mark.parametrize("padding", [-100, -1, 7, 255])
+def test_padding_in_the_targets_is_left_out(padding: int) -> None:
+    """Whatever is no class: as an index, one past the end kills a CUDA run."""
     model = mlp()
     inputs, targets = batch()
-    targets[1:] = -100
+    targets[1:] = padding
     probe = ProbeBatch(model, inputs, targets)
     probe.displacement(1)
     with torch.no_grad():

@@ -256,6 +256,16 @@ def test_absorbed_classes_are_counted_past_the_last_float32_integer():
     assert accumulator.most_absorbed(1) == [(0, 2.0**24 + 1)]
 
 
+def test_absorbed_classes_are_counted_while_their_number_changes():
+    """Contrastive logits [B, B] of ragged batches: an index past the end of the counts kills a CUDA run."""
+    accumulator = RowAccumulator()
+    for classes in (3, 5, 2, 5):
+        z = torch.zeros(1, classes)
+        z[0, -1] = 40.0
+        accumulator.add(Rows(*ref.gradients(z, torch.tensor([classes - 1])), None, 1))
+    assert accumulator.most_absorbed(None) == [(4, 2.0), (1, 1.0), (2, 1.0)]
+
+
 def test_no_row_that_counts_leaves_the_feature_mean_undefined():
     accumulator = RowAccumulator()
     assert accumulator.feature_mean is None
