@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 
 from nfi_monitor.cadence import next_read
+from nfi_monitor.capture import placement
 from nfi_monitor.capture.optimizer import StepHooks
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.measure.step import with_non_finite
@@ -32,6 +33,8 @@ class Leaver:
         hooks.serve(lambda given: None, self._after_step, lambda part, error: None)
 
     def _after_step(self) -> None:
+        if placement.capturing():
+            return
         self._step += 1
         try:
             if self._step == self._next_read:

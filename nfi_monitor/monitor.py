@@ -229,6 +229,8 @@ class Monitor:
         if self._closed or self._paused:
             return
         try:
+            if placement.GRAPHS and self._recorded():
+                return
             self._losses.told.append(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         except Exception as error:
             self._failed("observe_loss", error)
@@ -272,7 +274,8 @@ class Monitor:
         """
         if not self._closed and not self._paused:
             try:
-                self._probe.tap(logits)
+                if not (placement.GRAPHS and self._recorded()):
+                    self._probe.tap(logits)
             except Exception as error:
                 self._failed("rows", error)
         return logits
@@ -581,9 +584,16 @@ class Monitor:
 
     # --- hooks -----------------------------------------------------------------------------------
 
+    def _recorded(self) -> bool:
+        """Whether what goes on is only recorded, into a CUDA graph: then every hook leaves at once."""
+        if not placement.capturing():
+            return False
+        self._notes.cuda_graph(self._step)
+        return True
+
     def _captured_step(self) -> int | None:
         """For the head's forward. In the first it may turn out that DDP wraps the model after all."""
-        if self._paused:
+        if self._paused or (placement.GRAPHS and self._recorded()):
             return None
         if self._step == 0 and self._ranks.looking and self._ranks.pool is None and not self._closed:
             apart = self._ranks.find(self._model, self._optimizer, self._head)
@@ -596,7 +606,7 @@ class Monitor:
         self._meter.add(rows)
 
     def _before_step(self, given: Sequence[Any]) -> None:
-        if self._paused:
+        if self._paused or (placement.GRAPHS and self._recorded()):
             return
         if self._ring.pending:
             self._complete_snapshot()
@@ -612,7 +622,7 @@ class Monitor:
         self._clock.own += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        if self._paused:
+        if self._paused or (placement.GRAPHS and self._recorded()):
             return
         started = time.perf_counter()
         self._step += 1

@@ -206,6 +206,15 @@ class NoteTaker:
             step,
         )
 
+    def cuda_graph(self, step: int) -> None:
+        self.note(
+            "cuda_graph",
+            "A CUDA graph is being captured: what goes into it is not watched, nor are its replays, in which "
+            "no hook is called; they are not counted as steps either. What runs eagerly is watched. To watch "
+            "all of the training, leave the head and optimizer.step() out of the graph.",
+            step,
+        )
+
     def slowed(self, clock: Clock, tau: float, step: int) -> None:
         """The interval between readings was made longer, or what they hold smaller, for the budget."""
         share = clock.expected(tau)

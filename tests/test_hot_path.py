@@ -234,3 +234,36 @@ def test_rows_of_a_gradient_without_a_view_as_rows_are_those_of_its_copy(shape: 
         expected = turned.reshape(-1, shape[-1])[first::stride]
         assert torch.equal(rows_of(turned, first, stride), expected)
         assert torch.equal(rows_of(turned.contiguous(), first, stride), expected)
+
+
+def test_a_hook_leaves_at_once_while_a_cuda_graph_is_captured(elsewhere, monkeypatch) -> None:
+    """The warm-up has left a reading on its way: to ask for its event makes the user's capture fail."""
+    captured = [False]
+    monkeypatch.setattr(placement, "GRAPHS", True)
+    monkeypatch.setattr(placement, "capturing", lambda: captured[0])
+    torch.manual_seed(0)
+    model = nn.Linear(8, CLASSES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    operations = Operations()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        train(monitor, model, optimizer, 3)
+        taken, waiting, captured[0] = len(elsewhere), len(monitor._outbox._pending), True
+        with looked_at(monitor, operations):
+            train(monitor, model, optimizer, 1)
+            monitor.tap(model(torch.randn(ROWS, 8))).sum().backward()
+        assert (len(elsewhere), len(monitor._outbox._pending)) == (taken, waiting)
+        assert (operations.largest, +operations.waited) == (0, Counter())
+        assert (monitor.step, monitor._losses.told, monitor._rows.sums) == (3, [], None)
+        captured[0] = False
+        train(monitor, model, optimizer, 2)
+        assert monitor.step == 5 and len(monitor._outbox._pending) > waiting
+        assert [(note.code, note.step) for note in monitor.notes] == [("cuda_graph", 3)]
+
+
+def test_whether_a_graph_is_captured_is_asked_only_where_cuda_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The question would set CUDA up in a process that trains on the CPU, or fail in a forked worker."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    for graphs, initialized in ((False, True), (True, False), (True, True)):
+        monkeypatch.setattr(placement, "GRAPHS", graphs)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda initialized=initialized: initialized)
+        assert placement.capturing() is (graphs and initialized)
