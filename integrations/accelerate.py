@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,23 @@ def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) 
     )
     monitor.observe_outputs()
 
+    # Weak: an accelerator outlives a loop that ran out of memory before it came to close().
+    attached = weakref.ref(attachment)
+
     # Not register_for_checkpointing: load_state then refuses a checkpoint that was saved without the monitor.
     def save(models: Any, weights: Any, folder: str) -> None:
-        if accelerator.is_main_process and not monitor.closed:
-            with monitor.guarded("save_state"):
-                (Path(folder) / STATE).write_text(json.dumps(attachment.state()), encoding="utf-8")
+        here = attached()
+        if here is not None and accelerator.is_main_process:
+            with here.guarded("save_state"):
+                (Path(folder) / STATE).write_text(json.dumps(here.state()), encoding="utf-8")
 
     def load(models: Any, folder: str) -> None:
-        if not monitor.closed and (Path(folder) / STATE).is_file():
-            with monitor.guarded("load_state"):
-                saved = json.loads((Path(folder) / STATE).read_text(encoding="utf-8"))
-                monitor.load_state_dict(saved["monitor"])
+        here = attached()
+        if here is not None and (Path(folder) / STATE).is_file():
+            with here.guarded("load_state"):
+                here.resume(json.loads((Path(folder) / STATE).read_text(encoding="utf-8")))
 
-    accelerator.register_save_state_pre_hook(save)
-    accelerator.register_load_state_pre_hook(load)
+    saving = accelerator.register_save_state_pre_hook(save)
+    loading = accelerator.register_load_state_pre_hook(load)
+    monitor.at_close(saving.remove, loading.remove)
     return monitor

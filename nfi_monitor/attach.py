@@ -123,20 +123,25 @@ class Attachment:
         options["extras"] = [*options.get("extras", ()), *(one for one in extras if one is not None)]
         options["sinks"] = [*options.get("sinks", ()), *sinks]
         monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._heard, **options)
-        pilot: Any = self._on_alert if hasattr(self._on_alert, "attach_monitor") else None
-        if pilot is not None:
-            pilot.attach_monitor(monitor)
+        if self._pilot is not None:
+            self._pilot.attach_monitor(monitor)
         self.monitor = monitor
         self._context = TrainerContext(monitor, model, monitor.optimizer, tuple(schedulers), native or {})
+        monitor.at_close(self._let_go)
         _ATTACHED.add(monitor)
         if state.get("monitor"):
             with monitor.guarded("resume"):
-                monitor.load_state_dict(state["monitor"])
-                if pilot is not None and state.get("on_alert"):
-                    pilot.load_state_dict(state["on_alert"])
+                self.resume(state)
         self._seen = {alert.id for alert in monitor.alerts}
         self._begun.clear()
         return monitor
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Go on in the open monitor where :meth:`state` was asked. Raises for a state of another kind."""
+        if self.monitor is not None:
+            self.monitor.load_state_dict(state["monitor"])
+        if self._pilot is not None and state.get("on_alert"):
+            self._pilot.load_state_dict(state["on_alert"])
 
     def guarded(self, part: str = "adapter") -> AbstractContextManager[None]:
         """What a framework calls runs in here, and cannot stop its training: an error is reported once."""
@@ -151,9 +156,8 @@ class Attachment:
             "monitor": monitor.state_dict(),
             "run_dir": None if monitor.run_dir is None else os.fspath(monitor.run_dir),
         }
-        pilot: Any = self._on_alert
-        if hasattr(pilot, "attach_monitor"):  # an Autopilot goes on where it was
-            state["on_alert"] = pilot.state_dict()
+        if self._pilot is not None:
+            state["on_alert"] = self._pilot.state_dict()
         return state
 
     def act(self) -> Due:
@@ -174,9 +178,17 @@ class Attachment:
 
     def close(self) -> None:
         """Detach. The monitor stays, for its history; the run's model and optimizer are let go."""
-        self._context = None
         if self.monitor is not None:
             self.monitor.close()
+
+    def _let_go(self) -> None:
+        """Also where the user closes the monitor, which holds this through ``on_alert``."""
+        self._context = None
+
+    @property
+    def _pilot(self) -> Any:
+        """The ``on_alert`` that is an Autopilot, or like one: it goes on where it was."""
+        return self._on_alert if hasattr(self._on_alert, "attach_monitor") else None
 
     def _heard(self, alert: Alert) -> None:
         if alert.state is AlertState.FIRING and alert.id not in self._seen:

@@ -172,6 +172,7 @@ class Monitor:
         self._next_read = 1  # the next step to be read, as things stand
         self._quiet: set[str] = set()  # parts that failed and went quiet
         self._closed = False
+        self._endings: list[Callable[[], object]] = []
         self._paused = 0
         self._final_info: dict[str, Any] | None = None
 
@@ -473,6 +474,10 @@ class Monitor:
             if not self._paused:
                 self._clock.leave_out(time.perf_counter() - started)
 
+    def at_close(self, *endings: Callable[[], object]) -> None:
+        """Call these when the monitor is closed: for what was attached along with it."""
+        self._endings += endings
+
     def close(self) -> None:
         """Detach all hooks and finish the reports. Calling it again does nothing."""
         if self._closed:
@@ -485,6 +490,10 @@ class Monitor:
             with self.guarded("close"):
                 handle.remove()
         self._handles.clear()
+        for ending in self._endings:
+            with self.guarded("close"):
+                ending()
+        self._endings.clear()
         _WATCHED.discard(self._key)
         _OPEN.discard(self)
         with self.guarded("close"):

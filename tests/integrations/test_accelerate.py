@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,8 +21,9 @@ from accelerate import Accelerator  # noqa: E402
 from accelerate.state import AcceleratorState, GradientState, PartialState  # noqa: E402
 from accelerate.tracking import GeneralTracker  # noqa: E402
 
-from nfi_monitor import Monitor, Thresholds  # noqa: E402
+from nfi_monitor import Autopilot, Monitor, Thresholds  # noqa: E402
 from nfi_monitor.integrations.accelerate import STATE, watch  # noqa: E402
+from nfi_monitor.remedies.policy import Rung  # noqa: E402
 from nfi_monitor.report.jsonl import read_run  # noqa: E402
 from tests.compatibility import Recorder  # noqa: E402
 from tests.runs import batch, differences, snapshot  # noqa: E402
@@ -112,6 +115,27 @@ def test_nothing_is_left_on_the_model_when_the_monitor_is_closed(tmp_path: Path)
     assert not optimizer.optimizer._optimizer_step_post_hooks
 
 
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "left open"])
+def test_an_accelerator_keeps_no_model_for_the_sake_of_a_monitor(closed: bool) -> None:
+    """After an out-of-memory error find_executable_batch_size goes on with it, and needs the room."""
+    accelerator, model, optimizer, data = prepared()
+    monitor = quiet(accelerator, model, optimizer)
+    train(accelerator, model, optimizer, data, steps=2)
+    hooks = accelerator._save_model_state_pre_hook, accelerator._load_model_state_pre_hook
+    assert [len(kind) for kind in hooks] == [1, 1]
+    left = [weakref.ref(model), weakref.ref(optimizer.optimizer)]
+    if closed:
+        monitor.close()
+        assert [len(kind) for kind in hooks] == [0, 0]
+        assert monitor.step == 2, "it may be kept, for its history"
+    else:
+        del monitor
+    accelerator.free_memory()
+    del model, optimizer, data
+    gc.collect()
+    assert [one() for one in left] == [None, None]
+
+
 def test_a_run_directory_is_made_in_the_project_directory_and_nowhere_without_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -187,6 +211,25 @@ def test_load_state_goes_on_with_alerts_and_detector(tmp_path: Path) -> None:
         train(accelerator, model, optimizer, data, steps=5)
     assert second.step == STEPS
     assert [alert.id for alert in second.alerts][: len(first.alerts)] == [alert.id for alert in first.alerts]
+
+
+def test_load_state_goes_on_with_an_autopilot(tmp_path: Path) -> None:
+    """Forgotten, the loss would be the one that rounds again, and the learning rate the one of before."""
+    states = []
+    for resumed in (False, True):
+        accelerator, model, optimizer, data = prepared(tmp_path)
+        pilot = Autopilot()
+        with quiet(accelerator, model, optimizer, thresholds=SOON, on_alert=pilot) as monitor:
+            if resumed:
+                accelerator.load_state(tmp_path / "checkpoint")
+            else:
+                train(accelerator, model, optimizer, data, steps=5)
+                pilot._answer(monitor.alerts[0], Rung.LOSS, monitor)
+                accelerator.save_state(tmp_path / "checkpoint")
+            states.append(json.dumps(pilot.state_dict()))
+            assert len(model.head._forward_hooks) == 2, "the monitor's and the projection's"
+    assert '"exchanged": "projection"' in states[0]
+    assert states[1] == states[0]
 
 
 def test_a_checkpoint_of_before_the_monitor_or_a_damaged_one_loads_all_the_same(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import gc
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +174,16 @@ def test_nothing_is_left_on_the_model_when_training_ends(tmp_path: Path) -> None
     assert watched(callback).closed
     assert watched(callback).history["live_fraction"][0].tolist() == list(range(1, STEPS + 1))
     assert hooks(trainer) == 0
+
+
+def test_a_monitor_that_is_kept_keeps_no_model_alive(tmp_path: Path) -> None:
+    """A callback that is kept does: Lightning gives it the module's own log()."""
+    callback, module = quiet(), Net()
+    trainer = fit(tmp_path, [callback], module, max_steps=2)
+    monitor, left = watched(callback), weakref.ref(module)
+    del trainer, module, callback
+    gc.collect()
+    assert left() is None and monitor.step == 2
 
 
 def test_an_exception_in_training_detaches_and_keeps_what_was_seen(tmp_path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import sys
 import types
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +209,16 @@ def test_nothing_is_left_on_the_model_when_training_ends(tmp_path: Path) -> None
     trainer.train()
     assert hooks(trainer.model) == before
     assert not trainer.optimizer.optimizer._optimizer_step_post_hooks
+
+
+def test_a_callback_that_is_kept_keeps_no_model_alive(tmp_path: Path) -> None:
+    callback = quiet(run_dir=None)
+    trainer = hf.trainer(tmp_path, callbacks=[callback], steps=2)
+    trainer.train()
+    left = weakref.ref(trainer.model)
+    del trainer
+    gc.collect()
+    assert left() is None and watched(callback).step == 2
 
 
 class Interrupt(transformers.TrainerCallback):
