@@ -16,7 +16,8 @@ class Stateful:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in self.__slots__:
-            setattr(self, name, state[name])
+            if name in state:  # or it is of an earlier version
+                setattr(self, name, state[name])
 
 
 class Ema(Stateful):
