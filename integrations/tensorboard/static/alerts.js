@@ -106,7 +106,7 @@ export class Alerts {
         ? "No alert matches the filter."
         : this.finished
           ? this.reserved
-            ? "No alert in this run. Its notes say what could not be seen."
+            ? "No alert in this run. Its notes say how it was watched."
             : "No alert: nothing built up in this run."
           : "No alert so far. The first one appears here by itself.";
       this.list.replaceChildren(el("p", { class: "quiet" }, why));
