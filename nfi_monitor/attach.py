@@ -58,7 +58,8 @@ class Attachment:
         save_on, stop_on: kinds of alert ("imminent", ``AlertKind.SLINGSHOT``, or several) that have the
             framework save a checkpoint, or stop, after the optimizer step at which one begins.
         remedy: called as ``remedy(alert, context)`` after the step at which an alert begins, of every kind.
-            This alone changes the training, because you ask it to.
+            This alone changes the training, because you ask it to. Where several processes are not read
+            together (:meth:`nfi_monitor.Monitor.may_act`), it is not called, and nothing is saved or stopped.
         on_alert, run_dir and options: as for :class:`Monitor`; ``run_dir="auto"`` is the adapter's choice.
 
     Raises:
@@ -193,7 +194,10 @@ class Attachment:
     def _heard(self, alert: Alert) -> None:
         if alert.state is AlertState.FIRING and alert.id not in self._seen:
             self._seen.add(alert.id)
-            self._begun.append(alert)
+            # Asked now: what began while the ranks agreed is done by all of them, though they part meanwhile.
+            context, wanted = self._context, alert.kind in self._save_on | self._stop_on
+            if context is not None and (self._remedy is not None or wanted) and context.monitor.may_act():
+                self._begun.append(alert)
         if self._on_alert is not None:
             self._on_alert(alert)
 

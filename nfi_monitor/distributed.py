@@ -42,6 +42,11 @@ def _running() -> bool:
     return dist.is_available() and dist.is_initialized()
 
 
+def processes(group: Any = None) -> int:
+    """How many processes may train together: those of ``group``, where it names them, or all that run."""
+    return len(_ranks_of(group) or ()) or (dist.get_world_size() if _running() else 1)
+
+
 def check_group(group: Any) -> None:
     """Raises TypeError for a ``group`` that is none of None, False, a ProcessGroup and a DeviceMesh, and
     ValueError for a group that this process is not in."""

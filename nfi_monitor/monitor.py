@@ -97,7 +97,8 @@ class Monitor:
         group: the processes that train this model together, whose rows and shards make one reading. None
             finds them (DDP, FSDP, tensor parallel meshes); a ``ProcessGroup`` or a ``DeviceMesh`` names them;
             False reads and reports this process alone. Attach on every one of them: they agree on phase,
-            cadence and alerts, ``on_alert`` is called on each, and the first of them reports.
+            cadence and alerts, ``on_alert`` is called on each, and the first of them reports. Read apart,
+            adapters and the Autopilot act on no alert (:meth:`may_act`).
 
     Raises:
         HeadNotFoundError: no module, or more than one, could be the head; lists the candidates.
@@ -343,6 +344,11 @@ class Monitor:
     def extras(self) -> tuple[Any, ...]:
         """What else belongs to a state of the run; nothing once closed."""
         return () if self._closed else self._extras
+
+    def may_act(self) -> bool:
+        """Whether an alert may change the training: not where several processes run that are not read
+        together, since each has alerts of its own. Says so once. ``on_alert`` is called all the same."""
+        return self._ranks.may_act(self._step)
 
     def note(self, code: str, message: str) -> None:
         """Say something of your own where the monitor's notes go; once for each ``code``."""

@@ -57,7 +57,27 @@ class Ranks:
     @property
     def speaks(self) -> bool:
         """Whether this process is the one that reports."""
-        return self._group is False or distributed.rank() == (0 if self.pool is None else self.pool.speaks)
+        alone = self._group is False or distributed.processes(self._group) == 1
+        return alone or distributed.rank() == (0 if self.pool is None else self.pool.speaks)
+
+    def may_act(self, step: int) -> bool:
+        """As :meth:`nfi_monitor.Monitor.may_act`.
+
+        Asked of the process group and not of the model, whose wrapper need not be one that is recognised: to
+        act apart by mistake hangs a run, not to act costs a note.
+        """
+        if self.pool is not None or distributed.processes(self._group) == 1:
+            return True
+        self._notes.note(
+            "no_action",
+            "Nothing is done about alerts: several processes run, they are not read together, and each would "
+            "act by itself, at another step than the others. Alerts are told as usual, and what an Autopilot "
+            "has changed stays as it is. Attach the monitor on every rank; where the ranks are not found, "
+            "name them: group=torch.distributed.group.WORLD. A process that trains alone names a group of "
+            "itself.",
+            step,
+        )
+        return False
 
     def _broken(self, step: int) -> bool:
         """Whether a fault of its own, a moment ago, may have kept this rank from an exchange."""

@@ -18,7 +18,10 @@ once, and the next rung only if it outlasts the policy's patience.  The learning
 alarm has been over for a while.  The loss stays exchanged: margins at which ``F.cross_entropy`` rounds do not
 go away, and the other loss is the same function.
 
-All ranks of a training act at the same step: they agree on every alert.
+All ranks of a training act at the same step: while they are read together they agree on every alert.  Where
+they are not, or no longer (also after ``monitor.close()``), none acts, and what is on stays on, even a rate
+that is held down: taken back on one rank alone it would let the replicas drift apart.  A new monitor with the
+Autopilot, on every rank, begins anew.
 """
 
 from __future__ import annotations
@@ -229,7 +232,7 @@ class Autopilot:
                 "This Autopilot has no monitor. Give it to one itself, not a function that calls it: "
                 "Monitor(model, optimizer, on_alert=autopilot)."
             )
-        if monitor.closed:  # what is told while it closes comes too late
+        if monitor.closed or not monitor.may_act():  # what is told while it closes comes too late
             return
         if alert.state is AlertState.RESOLVED:
             self._firing.pop(alert.id, None)
@@ -269,8 +272,8 @@ class Autopilot:
             return
         with monitor.guarded("autopilot"):
             if monitor.closed:
-                self._retire()
-            else:
+                self._retire(monitor)
+            elif monitor.may_act():
                 self._watch(monitor)
         if self._stopped and self.policy.stop == "raise" and not self._raised:
             self._raised = True
@@ -423,11 +426,13 @@ class Autopilot:
                 handle.undo()
         self._projection, self._cooling = None, None
 
-    def _retire(self) -> None:
-        """The monitor was closed and training goes on: nobody watches, so the rate comes back."""
-        if self._cooling is not None:
-            self._cooling.release()
-        self._cooling, self._held_since = None, None
+    def _retire(self, monitor: Monitor) -> None:
+        """The monitor was closed and training goes on: nobody watches, so the rate comes back, unless that
+        could be on this rank alone."""
+        if self._cooling is None or monitor.may_act():
+            if self._cooling is not None:
+                self._cooling.release()
+            self._cooling, self._held_since = None, None
         self._firing.clear()
         if self._take_off is not None:
             self._take_off()

@@ -25,7 +25,20 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from nfi_monitor import AlertKind, Monitor, distributed
+from nfi_monitor import (
+    Alert,
+    AlertKind,
+    AlertState,
+    Autopilot,
+    Change,
+    Mechanism,
+    Monitor,
+    Phase,
+    Severity,
+    distributed,
+)
+from nfi_monitor.attach import Attachment
+from nfi_monitor.remedies import Policy
 from tests.runs import differences, snapshot
 from tests.spiking import LR, P, division, division_data
 
@@ -390,30 +403,61 @@ def half(rank: int, world: int) -> tuple[nn.Module, torch.optim.Optimizer, Tenso
     return DDP(model), optimizer, *part(rank, world)
 
 
+def warned(monitor: Monitor, kind: AlertKind, state: AlertState = AlertState.FIRING) -> None:
+    """An alert of this rank's, made up."""
+    mechanism, step = Mechanism.EDGE_OF_STABILITY, monitor.step
+    change = Change.BEGIN if state is AlertState.FIRING else Change.END
+    monitor._report(
+        change, Alert(f"{kind}-1", kind, Severity.CRITICAL, state, Phase.IMMINENT, step, step, mechanism, 0.9)
+    )
+
+
 def rank_0_only(rank: int, world: int) -> dict[str, Any]:
+    """Rank 0 alone is watched, and has an alert on which it would act."""
     distributed.WAIT = 1.0
     model, optimizer, *data = half(rank, world)
-    monitor = Monitor(model, optimizer, console=False, every=1) if rank == 0 else None
+    pilot, monitor, due = Autopilot(), None, None
+    if rank == 0:
+        options = {"save_on": "imminent", "stop_on": "imminent", "on_alert": pilot, "run_dir": None}
+        attachment = Attachment(**options, console=False, every=1)
+        monitor = attachment.open(model, optimizer, directory=Path())
     started = time.monotonic()
-    learn(model, optimizer, *data, 20, monitor)
+    learn(model, optimizer, *data, 10, monitor)
+    if monitor is not None:
+        warned(monitor, AlertKind.IMMINENT)
+        due = attachment.act()
+    learn(model, optimizer, *data, 10, monitor)
     if monitor is not None:
         monitor.close()
-    return {"seen": monitor and seen(monitor), "seconds": time.monotonic() - started}
+    return {
+        "seen": monitor and seen(monitor), "seconds": time.monotonic() - started, "due": due,
+        "actions": [action.what for action in pilot.actions], "state": whole(model, optimizer),
+    }  # fmt: skip
 
 
 def closed_on_rank_1(rank: int, world: int) -> dict[str, Any]:
-    """Rank 1 closes its monitor after 10 steps and trains on."""
+    """Rank 1 closes its monitor after 10 steps and trains on; both had lowered the learning rate by then."""
     model, optimizer, *data = half(rank, world)
-    monitor = Monitor(model, optimizer, console=False, every=2)
-    learn(model, optimizer, *data, 10, monitor)
+    pilot = Autopilot(Policy(hold=0.1, calm=0.1))
+    monitor = Monitor(model, optimizer, console=False, every=2, on_alert=pilot)
+    learn(model, optimizer, *data, 5, monitor)
+    warned(monitor, AlertKind.IMMINENT)
+    learn(model, optimizer, *data, 5, monitor)
     if rank == 1:
         monitor.close()
     started = time.monotonic()
-    learn(model, optimizer, *data, 20, monitor)
+    learn(model, optimizer, *data, 5, monitor)
+    if rank == 0:
+        warned(monitor, AlertKind.IMMINENT, AlertState.RESOLVED)
+        warned(monitor, AlertKind.NON_FINITE)
+    learn(model, optimizer, *data, 15, monitor)
     seconds = time.monotonic() - started
     monitor.close()
-    hooks = len(optimizer._optimizer_step_post_hooks)
-    return {"seen": seen(monitor), "seconds": seconds, "hooks": hooks, "state": whole(model, optimizer)}
+    return {
+        "seen": seen(monitor), "seconds": seconds, "hooks": len(optimizer._optimizer_step_post_hooks),
+        "actions": [action.what for action in pilot.actions], "stops": pilot.should_stop,
+        "state": whole(model, optimizer),
+    }  # fmt: skip
 
 
 def closed_and_opened(rank: int, world: int) -> dict[str, Any]:
@@ -579,13 +623,14 @@ def several(rank: int, world: int) -> dict[str, Any]:
 def sweep(rank: int, world: int) -> dict[str, Any]:
     """Runs of their own that torchrun merely started together: nobody waits for anybody."""
     out = {}
-    for name, group in (("found", None), ("false", False)):
+    itself = dist.new_group([rank], use_local_synchronization=True)
+    for name, group in (("found", None), ("false", False), ("itself", itself)):
         model, optimizer, _ = division()
         stream = io.StringIO()
         monitor = Monitor(model, optimizer, console=Console(file=stream), every=1, group=group)
         learn(model, optimizer, *division_data(), 3 + rank, monitor)
         monitor.close()
-        out[name] = {"seen": seen(monitor), "said": stream.getvalue()}
+        out[name] = {"seen": seen(monitor), "said": stream.getvalue(), "acts": monitor.may_act()}
     return out
 
 

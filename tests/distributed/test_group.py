@@ -35,6 +35,7 @@ def test_a_group_that_is_none_is_refused_with_what_would_do(group: object) -> No
 
 def test_without_a_process_group_a_process_trains_alone() -> None:
     assert distributed.rank() == 0
+    assert distributed.processes() == distributed.processes(False) == 1
     assert distributed.find_ranks(mlp()) is None
     assert distributed.wrapper_of(mlp()) is None
 

@@ -308,10 +308,12 @@ def test_monitors_attached_in_another_order_find_their_own(fast: Callable[[str],
 
 def test_runs_that_were_only_started_together_stay_apart(fast: Callable[[str], Outcome]) -> None:
     for index, rank in enumerate(fast("sweep")):
-        for mode in ("found", "false"):
+        for mode in ("found", "false", "itself"):
             assert rank[mode]["seen"]["notes"] == {}
             assert rank[mode]["seen"]["step"] == 3 + index
-        assert "watching" in rank["false"]["said"], "group=False: a run of its own reports itself"
+            assert rank[mode]["acts"] == (mode == "itself"), "what else trains with it nobody knows"
+        for mode in ("false", "itself"):
+            assert "watching" in rank[mode]["said"], "a run of its own reports itself"
     assert "watching" in fast("sweep")[0]["found"]["said"]
     assert fast("sweep")[1]["found"]["said"] == "", "nothing is known of it: rank 0 alone speaks"
 
@@ -327,6 +329,22 @@ def test_a_monitor_on_rank_0_alone_waits_once_and_reads_its_own_rows(fast: Calla
     assert max(one["seconds"], two["seconds"]) < 20
 
 
+def test_a_rank_that_is_read_alone_acts_on_no_alert_of_its_own(fast: Callable[[str], Outcome]) -> None:
+    one, two = fast("rank_0_only")
+    assert (one["due"].save, one["due"].stop, one["actions"]) == (False, False, [])
+    assert "several processes run, they are not read together" in one["seen"]["notes"]["no_action"]
+    assert differences(one["state"], two["state"]) == []
+
+
+def test_what_all_ranks_have_done_together_none_takes_back_or_adds_to_alone(
+    fast: Callable[[str], Outcome],
+) -> None:
+    stayed, left = fast("closed_on_rank_1")
+    assert stayed["actions"] == left["actions"] == ["cool"], "neither a release nor a stop"
+    assert not stayed["stops"] and "no_action" in stayed["seen"]["notes"]
+    assert differences(stayed["state"], left["state"]) == []
+
+
 def test_a_rank_that_closes_its_monitor_tells_the_others_and_trains_on(
     fast: Callable[[str], Outcome],
 ) -> None:
@@ -334,7 +352,7 @@ def test_a_rank_that_closes_its_monitor_tells_the_others_and_trains_on(
     assert "the monitor of rank 1 was closed" in stayed["seen"]["notes"]["ranks_apart"]
     assert list(column(stayed, "loss")) == list(range(1, 31))
     assert list(column(left, "loss")) == list(range(1, 11)), "a closed monitor stays as it was"
-    assert left["hooks"] == 0 and left["seconds"] < 20
+    assert left["hooks"] == 1 and left["seconds"] < 20, "the Autopilot's stays, empty"
     assert differences(stayed["state"]["model"], left["state"]["model"]) == []
 
 

@@ -17,7 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import nfi_monitor
-from nfi_monitor import Alert, AlertKind, AlertState, Autopilot, Mechanism, Monitor, Phase, Severity, Snapshot
+from nfi_monitor import (
+    Alert,
+    AlertKind,
+    AlertState,
+    Autopilot,
+    Mechanism,
+    Monitor,
+    Phase,
+    Severity,
+    Snapshot,
+    distributed,
+)
 from nfi_monitor.attach import Attachment
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.remedies import AutopilotStop, Policy, autopilot, project_zero_sum
@@ -389,6 +400,49 @@ def test_when_its_monitor_is_closed_the_rate_comes_back() -> None:
     assert cockpit.train(2) == [0.1] * 2
     cockpit.monitor.close()
     assert cockpit.train(30)[-1] == 1.0
+
+
+def test_where_other_processes_run_that_it_is_not_read_with_it_acts_no_more_and_takes_nothing_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cockpit = Cockpit(Autopilot(Policy(hold=2.0, calm=1.0)))
+    told = cockpit.tell(IMMINENT)
+    assert cockpit.train(2) == [0.1] * 2
+    monkeypatch.setattr(distributed, "processes", lambda group: 2)
+    cockpit.end(told)
+    cockpit.tell(NON_FINITE)
+    assert cockpit.train(150) == [0.1] * 150 and not cockpit.pilot.should_stop
+    cockpit.monitor.close()
+    assert cockpit.train(30) == [0.1] * 30, "closed on this rank, and who knows where else"
+    assert whats(cockpit.pilot) == ["cool"]
+    assert [note.code for note in cockpit.monitor.notes].count("no_action") == 1
+    Monitor(cockpit.model, cockpit.optimizer, console=False, on_alert=cockpit.pilot)
+    assert cockpit.train(1) == [1.0], "a new run"
+
+
+@pytest.mark.parametrize("on", ["save_on", "stop_on", "remedy", "on_alert"])
+def test_an_adapter_acts_only_on_what_all_processes_agree_on_and_tells_the_user_all_the_same(
+    on: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    heard: list[Alert] = []
+    done: list[Alert] = []
+    option = {"remedy": lambda alert, context: done.append(alert), "on_alert": None}.get(on, "non_finite")
+    attachment = Attachment(
+        **{"on_alert": heard.append, "run_dir": None, "console": False}, **{on: option} if option else {}
+    )
+    model = mlp()
+    monitor = attachment.open(model, torch.optim.AdamW(model.parameters()), directory=tmp_path)
+    monitor._report(nfi_monitor.Change.BEGIN, NON_FINITE)
+    monkeypatch.setattr(distributed, "processes", lambda group: 2)
+    due = attachment.act()  # of an alert of before, when all ranks had the same
+    assert (due.save, due.stop, len(done)) == (on == "save_on", on == "stop_on", on == "remedy")
+    later = replace(NON_FINITE, id="non_finite-2")
+    monitor._report(nfi_monitor.Change.BEGIN, later)
+    due = attachment.act()
+    assert (due.save, due.stop, len(done)) == (False, False, on == "remedy")
+    assert heard == [NON_FINITE, later]
+    assert [note.code for note in monitor.notes] == (["no_action"] if option else []), "only if it would act"
+    attachment.close()
 
 
 def test_a_projection_that_stays_keeps_no_closed_monitor_alive() -> None:
