@@ -7,7 +7,8 @@ goes on one, and every operation it calls is looked at.
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -17,9 +18,12 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nfi_monitor import Monitor
+from nfi_monitor import Monitor, meter
 from nfi_monitor.capture import placement
 from nfi_monitor.capture.outbox import Outbox
+from nfi_monitor.capture.sampling import CoordinateSample
+from nfi_monitor.measure.shards import head_parts, step_parts
+from tests.measure.test_shards import SHAPES, D, update_of
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
 """Operations; those of a CPU tensor that only fetch it dispatch none, and are seen as calls."""
@@ -27,28 +31,62 @@ FETCHING = {
     torch.Tensor.cpu, torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.item, torch.Tensor.__bool__,
     torch.Tensor.__float__, torch.Tensor.__int__, torch.Tensor.__index__, torch.Tensor.__array__,
 }  # fmt: skip
+MAKING = ("tensor", "as_tensor", "asarray")
+"""Functions of torch that copy the host's numbers to another device without dispatching an operation."""
 CLASSES, ROWS = 4_096, 512
 
 
 class Operations(TorchDispatchMode):
-    """Counts what would wait, and notes the largest tensor that is made."""
+    """Counts what would wait, and what would be waited for on its way to the device, and notes the largest
+    tensor that is made."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waited: Counter[str] = Counter()
+        self.sent: Counter[str] = Counter()
+        self.called: Counter[str] = Counter()
         self.largest = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         name = str(operation)
+        self.called[name] += 1
         if any(word in name for word in WAITING):
             self.waited[name] += 1
+        if name.startswith(("aten._to_copy", "aten.copy_")) and _from_host(result, *args, **kwargs or {}):
+            self.sent[name] += 1
         given = {x.untyped_storage()._cdata for x in args if isinstance(x, torch.Tensor)}
         for tensor in result if isinstance(result, (tuple, list)) else (result,):
             # Views make nothing.
             if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in given:
                 self.largest = max(self.largest, tensor.numel())
         return result
+
+
+def _from_host(result: torch.Tensor, *args: Any, non_blocking: bool = False, **_: Any) -> bool:
+    """Of a copy: whether the host waits until another device has it."""
+    *_, source = (x for x in args if isinstance(x, torch.Tensor))
+    late = non_blocking or args[-1] is True
+    return source.device.type == "cpu" != result.device.type and not late
+
+
+@contextmanager
+def made(sent: Counter[str]):
+    """Counts tensors that are made on another device of the host's numbers, also from inside of torch."""
+
+    def counting(make):
+        def run(given: Any, *arguments: Any, **options: Any) -> torch.Tensor:
+            tensor = make(given, *arguments, **options)
+            if tensor.device.type != "cpu" and not isinstance(given, torch.Tensor):
+                sent[make.__name__] += 1
+            return tensor
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in MAKING:
+            patch.setattr(torch, name, counting(getattr(torch, name)))
+        yield
 
 
 class Calls(TorchFunctionMode):
@@ -76,7 +114,7 @@ def looked_at(monitor: Monitor, operations: Operations):
 
     def within(function):
         def run(*arguments: Any) -> Any:
-            with operations, Calls(operations.waited):
+            with operations, Calls(operations.waited), made(operations.sent):
                 return function(*arguments)
 
         return run
@@ -201,6 +239,100 @@ def test_a_reading_never_makes_a_second_tensor_of_the_logits_size(loss_of, tappe
         assert not [note for note in monitor.notes if note.code.startswith("failed")]
     # 2^18 logits are read of 2^21: one row in eight.
     assert ROWS * CLASSES // 8 <= operations.largest <= ROWS * CLASSES // 4
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A device that is not the host and takes copies late, as CUDA does; it only computes nothing."""
+
+    def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return torch.as_tensor(numbers, dtype=dtype).to(device, non_blocking=True)
+
+    monkeypatch.setattr(Outbox, "take", lambda self, **_: [])
+    monkeypatch.setattr(placement, "send", send)
+    monkeypatch.setattr(meter, "full_precision", lambda tensor: nullcontext())  # it knows no autocast
+    return torch.device("meta")
+
+
+def train_on(device: torch.device, own: dict[str, float], operations: Operations) -> None:
+    """On logits with the classes second; ``own``: of the head's parameter group."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, CLASSES)).to(device)
+    groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), **own}]
+    optimizer = torch.optim.AdamW(groups, lr=1e-3)
+    inputs = torch.zeros(4, ROWS // 4, 8, device=device)
+    targets = torch.zeros(4, ROWS // 4, dtype=torch.int64, device=device)
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        with looked_at(monitor, operations):
+            for _ in range(3):
+                loss = of_positions(model(inputs), targets)
+                monitor.observe_loss(loss)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
+        contents, packed = monitor._outbox._pending[-1][:2]
+        assert contents.rows and "secant_curvature" in contents.names and packed.device == device
+
+
+@pytest.mark.parametrize("own", [{}, {"lr": 1e-2}, {"lr": 1e-2, "eps": 1e-6, "betas": (0.9, 0.99)}], ids=str)
+def test_numbers_of_the_host_reach_the_device_without_waiting_for_it(device, own: dict[str, float]) -> None:
+    operations = Operations()
+    train_on(device, own, operations)
+    assert not operations.sent
+
+
+def test_a_part_of_a_step_is_made_ready_for_other_ranks_without_waiting_for_the_device(device) -> None:
+    update = update_of(None, 1)[0]
+    there = {name: x.to(device) for name, x in vars(update).items() if isinstance(x, torch.Tensor)}
+    tensors = [torch.empty(shape, device=device) for shape in SHAPES]
+    operations = Operations()
+    with operations, made(operations.sent):
+        update = replace(update, **there, sample=CoordinateSample(tensors))
+        assert update.sample.segments.device == device
+        step_parts(update, range(len(SHAPES)), [0.5] * len(SHAPES), len(SHAPES), None, 1)
+        parts = head_parts(update, 0.5, (D, D, 3), torch.ones(3, D), torch.ones(D))
+    assert parts.extremes.device == device
+    assert operations.called and not operations.sent
+
+
+def test_of_step_counts_on_the_device_one_is_read_for_all_tensors(elsewhere) -> None:
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(5)), nn.Linear(8, CLASSES))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    operations = Operations()
+    with Monitor(model, optimizer, console=False, every=1) as monitor, looked_at(monitor, operations):
+        train(monitor, model, optimizer, 2)
+    assert operations.called["aten.pow.Scalar"] == 2
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda device: torch.tensor([1.0], device=device),
+        lambda device: torch.as_tensor(1.0, device=device),
+        lambda device: torch.ones(1).to(device),
+        lambda device: torch.ones(1, device=device).copy_(torch.ones(1)),
+        lambda device: torch.unravel_index(torch.arange(6, device=device), (2, 3)),
+    ],
+    ids=["tensor", "as_tensor", "to", "copy_", "inside torch"],
+)
+def test_a_copy_to_the_device_that_waits_would_be_seen(device, copy: Any) -> None:
+    operations = Operations()
+    with operations, made(operations.sent):
+        torch.ones(1).to(device, non_blocking=True)
+        torch.ones(1, device=device).copy_(torch.ones(1, device=device))
+        assert not operations.sent
+        copy(device)
+    assert operations.sent
+
+
+def test_a_copy_to_cuda_is_made_from_pinned_memory_and_not_waited_for(monkeypatch) -> None:
+    pinned, asked = torch.ones(2), {}
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: asked.update(how) or tensor)
+    assert placement.send([1.0, 1.0], torch.device("cuda")) is pinned and asked == {"non_blocking": True}
+    there = torch.ones(2, device="meta")
+    assert placement.send(there, torch.device("cuda", 1)) is there
+    assert placement.send([1.0], torch.device("cpu")) is not pinned and asked == {"non_blocking": False}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

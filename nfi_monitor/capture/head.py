@@ -381,8 +381,13 @@ def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
     try:
         return tensor.view(-1, classes)[first::stride]
     except RuntimeError:
+        # torch.unravel_index would make the device wait for the shape.
         at = torch.arange(first, tensor.numel() // classes, stride, device=tensor.device)
-        return tensor[torch.unravel_index(at, tensor.shape[:-1])]
+        places: list[Tensor] = []
+        for size in reversed(tensor.shape[:-1]):
+            places.insert(0, at % size)
+            at = at // size
+        return tensor[tuple(places)]
 
 
 def whole_rows(tensor: Any) -> Tensor | None:

@@ -308,24 +308,20 @@ class OptimizerReader:
         self, start: _Before, states: list[Mapping[str, Any]]
     ) -> tuple[Tensor | float, Tensor | float]:
         """(1 − β2^t, ε_A): scalars when all tensors agree, else one value per coordinate."""
-        pairs: list[tuple[Any, float]] = []
+        pairs: list[tuple[float, float]] = []
         for param, state in zip(start.params, states, strict=True):
             group = self._groups.get(id(param)) or self.group_of(param)
             beta2 = float(group.get("betas", (0.0, 0.999))[1])
             # Some optimizers count in the group (fused ones of other libraries), some not at all.
             taken = state.get("step", group.get("step", group.get("k")))
             eps = group.get("eps", 1e-8)
-            pairs.append(
-                (
-                    1.0 if taken is None else 1.0 - beta2 ** _host(taken),
-                    float(eps) if isinstance(eps, (int, float)) else 0.0,
-                )
-            )
+            correction = 1.0 if taken is None else 1.0 - beta2 ** _host(taken)
+            pairs.append((correction, float(eps) if isinstance(eps, (int, float)) else 0.0))
+            if isinstance(correction, Tensor):
+                # Capturable and fused steps count on the device.  One value for all: reading them apart
+                # would cost kernels for each tensor, and late in training the correction is 1.
+                return pairs[0]
         first = pairs[0]
-        if any(isinstance(correction, Tensor) for correction, _ in pairs):
-            # Capturable and fused steps count on the device.  One value for all: reading them apart
-            # would cost a kernel a tensor, and late in training the correction is 1.
-            return first[0], first[1]
         if all(pair == first for pair in pairs):
             return max(first[0], 1e-12), first[1]
         corrections, epsilons = [max(pair[0], 1e-12) for pair in pairs], [pair[1] for pair in pairs]
@@ -499,7 +495,7 @@ def _in_bits(sample: CoordinateSample, moments: Sequence[Tensor | Quantized | No
 
 
 def _spread(numbers: Sequence[Tensor | float], start: _Before) -> Tensor:
-    """One number for each tensor → one for each coordinate [C]. A copy that the device is not waited for."""
+    """One number for each tensor → one for each coordinate [C]."""
     like = start.before
     if any(isinstance(number, Tensor) for number in numbers):
         each = torch.stack(
@@ -509,9 +505,7 @@ def _spread(numbers: Sequence[Tensor | float], start: _Before) -> Tensor:
             ]
         )
     else:
-        pinned = like.device.type == "cuda"
-        host = torch.tensor(numbers, dtype=like.dtype, pin_memory=pinned)
-        each = host.to(like.device, non_blocking=True)
+        each = placement.send(numbers, like.device, like.dtype)
     return each[start.sample.segments]
 
 

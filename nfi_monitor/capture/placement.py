@@ -5,6 +5,8 @@ Reading a number of an accelerator's tensor would make the training wait for it,
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,16 @@ GRAPHS = torch.backends.cuda.is_built()
 def on_host(tensor: Tensor) -> bool:
     """Whether its numbers can be read at once."""
     return tensor.device.type == "cpu"
+
+
+def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers, or a tensor wherever it lies, as a tensor on ``device``. On CUDA nobody waits for the copy, as
+    for one from memory that is not pinned: until the device has done all that it was given before."""
+    tensor = torch.as_tensor(numbers, dtype=dtype)
+    late = device.type == "cuda"  # not every other device keeps the source until it is copied
+    if late and on_host(tensor):
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=late)
 
 
 def capturing() -> bool:

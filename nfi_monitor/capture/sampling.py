@@ -118,17 +118,17 @@ class CoordinateSample:
         self._sizes, self._shapes = sizes, [(count,) for count in counts]
         self._steps = [(step,) for step in self.strides]
         device = tensors[0].device
-        self.counts = torch.tensor(counts, dtype=torch.float32, device=device)
+        self.counts = placement.send(counts, device, torch.float32)
         self.segments = torch.repeat_interleave(
-            torch.arange(len(counts), device=device), torch.tensor(counts, device=device)
+            torch.arange(len(counts), device=device),
+            placement.send(counts, device),
+            output_size=sum(counts),  # else the device is asked for it
         )
         self.weights: Tensor | None = None
         if any(step > 1 for step in self.strides):
-            rates = torch.tensor(
-                [size / count for size, count in zip(sizes, counts, strict=True)], device=device
-            )
-            self.weights = rates[self.segments]
-        self.matrices = torch.tensor([local(tensor).ndim > 1 for tensor in tensors], device=device)
+            rates = [size / count for size, count in zip(sizes, counts, strict=True)]
+            self.weights = placement.send(rates, device)[self.segments]
+        self.matrices = placement.send([local(tensor).ndim > 1 for tensor in tensors], device)
         self.total = float(sum(sizes))
         self._starts = np.cumsum([0, *counts[:-1]])
         self.spans = []

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nfi_monitor.capture import placement
 from nfi_monitor.capture.optimizer import Update
 from nfi_monitor.measure import second_moment
 from nfi_monitor.measure.step import Memory
@@ -63,7 +64,7 @@ def step_parts(
     """
     sample = update.sample
     device = update.grad.device
-    share = torch.tensor(shares, dtype=torch.float64, device=device)[sample.segments]
+    share = placement.send(shares, device, torch.float64)[sample.segments]
     rate = share if sample.weights is None else share * sample.weights
     grad, after = update.grad.double(), update.after.double()
     moved = after - update.before.double()
@@ -77,7 +78,7 @@ def step_parts(
     memory = None
     if update.exp_avg_sq is not None:
         root = second_moment.root(update.exp_avg_sq.double(), update.correction)
-        eps = torch.as_tensor(update.eps, dtype=torch.float64, device=device).expand(len(grad))
+        eps = placement.send(update.eps, device, torch.float64).expand(len(grad))
         ratio = grad / root.clamp_min(update.eps)
         rows[0] = share * ratio * ratio
         filled |= _of_roots("", root, eps, rate)
@@ -102,7 +103,7 @@ def step_parts(
             filled["gradient_before"] = torch.dot(rate, earlier * earlier)
         memory = Memory(step, update.before, update.grad, preconditioner, None, sample.layout)
     nothing = torch.zeros((), dtype=torch.float64, device=device)
-    where = torch.tensor(list(positions), device=device)[sample.segments]
+    where = placement.send(list(positions), device)[sample.segments]
     summed = torch.zeros(len(TENSOR_SUMS), tensors, dtype=torch.float64, device=device)
     summed.index_add_(1, where, torch.stack(rows))
     return StepParts(torch.stack([filled.get(name, nothing) for name in STEP_SUMS]), summed), memory
@@ -208,7 +209,7 @@ def head_parts(
         classifier = weight.sum(0, dtype=dtype).double() * share
         if moved_mean is not None:
             sums["moved_ranks"] = one
-            logits = (weight @ moved_mean.to(weight)).double()
+            logits = (weight @ placement.send(moved_mean, weight.device, weight.dtype)).double()
             sums["moved"] = logits.sum() * share
             if len(weight):
                 extremes[:, m] = torch.stack([logits.amax(), (-logits).amax()])
@@ -224,7 +225,7 @@ def head_parts(
         sums["bias_signed"] = update.head_bias_grad.sum(dtype=torch.float64) * share
         sums["bias_absolute"] = update.head_bias_grad.abs().sum(dtype=torch.float64) * share
     if update.head_weight_update is not None and probe_rows is not None:
-        moved = update.head_weight_update.double() @ probe_rows.to(device, torch.float64).mT
+        moved = update.head_weight_update.double() @ placement.send(probe_rows, device, torch.float64).mT
         if update.head_bias_update is not None:
             moved = moved + update.head_bias_update.double().unsqueeze(-1)
         n = moved.shape[1]
