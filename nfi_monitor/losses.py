@@ -105,7 +105,7 @@ class Losses:
             if numbers:
                 finite = [number for number in numbers if math.isfinite(number)] or numbers
                 return sum(finite) / len(finite)
-            losses = torch.stack(tensors)
+            losses = torch.stack(placement.together(tensors))
             mean = torch.where(torch.isfinite(losses), losses, torch.nan).nanmean()
             return mean if self.share is None else mean * (len(tensors) * self.share)
 
@@ -120,7 +120,8 @@ class Losses:
         """Send the late ones to the host in one copy, labelled with the list of their steps."""
         late, self._late = self._late, []  # should it fail below, it fails once
         if late:
-            outbox.put([step for step, _ in late], torch.stack([loss.reshape(()) for _, loss in late]))
+            losses = placement.together([loss.reshape(()) for _, loss in late])
+            outbox.put([step for step, _ in late], torch.stack(losses))
 
 
 def _mean_dtype(loss: Tensor) -> torch.dtype:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from nfi_monitor.capture import placement
 from nfi_monitor.capture.head import Rows
 from nfi_monitor.capture.optimizer import OptimizerReader, Update, has_closure
 from nfi_monitor.capture.probe_batch import ProbeBatch
@@ -97,12 +98,17 @@ class Meter:
                 self.failed("optimizer", error)
         self.add_probe(values, step)
         loss = losses.mean()
+        parts = [*packed, *values.values()]
+        if isinstance(loss, Tensor) and placement.on_host(loss) and not all(map(placement.on_host, parts)):
+            loss = loss.item()  # known already: it need not go there and back
         if isinstance(loss, Tensor):
             values["loss"] = loss
         elif loss is not None:
             known["loss"] = loss
-        if values:
-            packed.append(torch.stack([*values.values()]))
+        parts = placement.together([*packed, *values.values()])
+        packed, quantities = parts[: len(packed)], parts[len(packed) :]
+        if quantities:
+            packed.append(torch.stack(quantities))
         contents = Contents(step, has_rows, tuple(values), known, bool(rows.single_output))
         return contents, torch.cat(packed) if packed else torch.empty(0)
 
@@ -125,7 +131,14 @@ class Meter:
 
     def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor]:
         """The step's quantities, 0-d each; the next step is compared with this one."""
-        features = self.rows.features
+        features, device = self.rows.features, update.grad.device
+        if features is not None and features.device != device:
+            if placement.on_host(update.grad):  # bringing them there would be waiting for them
+                self.reader.unreadable.add(f"features on {features.device}, with the head on {device}")
+                features = feature_mean = None
+            else:
+                features = placement.send(features, device)
+                feature_mean = None if feature_mean is None else placement.send(feature_mean, device)
         with full_precision(update.grad):
             values, self.memory = step_statistics(update, features, feature_mean, self.memory, step)
         return values

@@ -827,7 +827,7 @@ class Monitor:
                 reading,
                 self._detector.signals,
                 self._probe,
-                self._rows.single_output,
+                self._rows,
                 self._detector.spike.negative,
                 self._clock.readings,
                 self._reader,

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from nfi_monitor.capture.head import Head, HeadProbe
     from nfi_monitor.capture.optimizer import OptimizerReader
     from nfi_monitor.detect.signals import Signals
+    from nfi_monitor.measure.accumulator import RowAccumulator
 
 FLOAT32_MARGIN = 10.0
 """Nats. With float32 a row is absorbed from a margin of 16.6 on and rounds visibly from 13.2; with float16
@@ -79,7 +80,7 @@ class NoteTaker:
         reading: Reading,
         signals: Signals,
         probe: HeadProbe,
-        single_output: bool | None,
+        rows: RowAccumulator,
         loss_below_zero: bool,
         measured: int,
         reader: OptimizerReader,
@@ -105,11 +106,20 @@ class NoteTaker:
                 "alone, from the first step on: monitor.observe_loss(part).",
                 step,
             )
-        if single_output:
+        if rows.single_output:
             self.note(
                 "single_output",
                 "The head has one output: there are no classes, so no zero-sum and no absorption to read. "
                 "Watched instead: RMS_t, second moment, curvature, weight norm and the observed loss.",
+                step,
+            )
+        if len(rows.devices) > 1:
+            first, *others = map(str, rows.devices)
+            self.note(
+                "rows_elsewhere",
+                f"Rows on {', '.join(others)} are not read, only those on {first}: of nn.DataParallel's "
+                "replicas, one's share of each batch. All else is watched as usual. "
+                "DistributedDataParallel is read whole: attach the monitor on every rank.",
                 step,
             )
         if measured >= PATIENCE and not reader.has_second_moment():
@@ -158,10 +168,10 @@ class NoteTaker:
         if measured == PATIENCE and probe.delivered and probe.without_features >= probe.fired:
             self.note(
                 "no_features",
-                "The watched logits come with no features of the same rows (another layer feeds them): the "
-                "feature mean, its growth and the logit displacement are not available, so that *inflating* "
-                "and *imminent* cannot be reached by rounding. Name the linear layer that makes the logits "
-                "with head=....",
+                "The watched logits come with no features of the same rows (another layer feeds them, or "
+                "features and logits lie on two devices): the feature mean, its growth and the logit "
+                "displacement are not available, so that *inflating* and *imminent* cannot be reached by "
+                "rounding. Name the linear layer that makes the logits with head=....",
                 step,
             )
         if reader.unreadable:

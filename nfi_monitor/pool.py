@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfi_monitor import distributed
+from nfi_monitor.capture import placement
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import Update, gradient_columns
 from nfi_monitor.capture.outbox import Outbox
@@ -245,7 +246,7 @@ class Message:
     def pack(self) -> Packed:
         """One tensor, and where its parts belong."""
         places = [(position, tensor.numel()) for position, tensor in self.tensors]
-        parts = [tensor for _, tensor in self.tensors]
+        parts = placement.together([tensor for _, tensor in self.tensors])
         return Packed(torch.cat(parts) if parts else torch.empty(0), places, self.numbers)
 
 

@@ -304,6 +304,65 @@ def test_of_step_counts_on_the_device_one_is_read_for_all_tensors(elsewhere) -> 
     assert operations.called["aten.pow.Scalar"] == 2
 
 
+def test_a_loss_of_the_host_beside_a_reading_of_the_device_is_known_at_once(device) -> None:
+    model = nn.Linear(8, CLASSES, device=device)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for told in (0.1, 0.2):
+            loss = model(torch.zeros(ROWS, 8, device=device)).logsumexp(-1).mean()
+            monitor.observe_loss(torch.tensor(told, dtype=torch.float64))
+            loss.backward()
+            optimizer.step()
+        assert [label.known["loss"] for label, *_ in monitor._outbox._pending] == [0.1, 0.2]
+        assert monitor._outbox._pending[-1][1].device == device
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
+
+
+@pytest.mark.parametrize("head_on", ["the device", "the host"])
+def test_features_come_to_the_head_or_are_said_to_lie_elsewhere(device, head_on: str) -> None:
+    """Rows of the accelerator whose head's weight is kept on the host would have to be waited for."""
+    there, beside = (device, "cpu") if head_on == "the device" else ("cpu", device)
+    model = nn.Linear(8, CLASSES, device=there)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(2):
+            model(torch.zeros(ROWS, 8, device=there)).logsumexp(-1).mean().backward()
+            rows = monitor._rows
+            rows.features, total, count = (
+                torch.zeros(x.shape, device=beside) for x in (rows.features, *rows.feature_total)
+            )
+            rows._feature_sum, rows._feature_count = total, count
+            optimizer.step()
+        names = monitor._outbox._pending[-1][0].names
+        assert "secant_curvature" in names
+        assert ("logit_displacement" in names) == ("feature_displacement" in names) == (there == device)
+        assert bool(monitor._reader.unreadable) == (there == "cpu")
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
+
+
+@pytest.mark.parametrize("stray", ["loss", "tapped logits"])
+def test_parts_of_a_reading_that_lie_on_two_devices_come_in_one_vector(device, stray: str) -> None:
+    model = nn.Linear(8, CLASSES)
+    optimizer = torch.optim.AdamW(model.parameters())
+    operations = Operations()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        with looked_at(monitor, operations):
+            for _ in range(3):
+                logits = model(torch.zeros(ROWS, 8))
+                if stray == "loss":
+                    monitor.observe_loss(torch.zeros((), device=device))
+                else:
+                    monitor.tap(logits.detach().to(device).requires_grad_()).logsumexp(-1).sum().backward()
+                logits.logsumexp(-1).mean().backward()
+                optimizer.step()
+        contents, packed, _ = monitor._outbox._pending[-1]
+        assert packed.device == device and contents.rows and "secant_curvature" in contents.names
+        contents.unpack([0.0] * len(packed))
+        assert ("loss" in contents.names) == (stray == "loss")
+        assert not operations.sent
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
+
+
 @pytest.mark.parametrize(
     "copy",
     [

@@ -276,6 +276,16 @@ def test_what_is_done_to_a_loss_after_its_step_is_not_taken_for_the_loss(monkeyp
     assert monitor.history["loss"][1].tolist() == told
 
 
+def test_losses_of_one_step_on_two_devices_make_one_mean():
+    losses, outbox = Losses(lambda step, loss: False, Thresholds()), Outbox()
+    losses.told += [torch.tensor(1.0), torch.tensor(2.0, device="meta")]
+    assert losses.mean().device.type == "meta"
+    for step, loss in enumerate(losses.told):
+        losses.keep_late(step, loss)
+    losses.flush(outbox)
+    assert outbox._pending[0][0] == [0, 1] and outbox._pending[0][1].shape == (2,)
+
+
 def test_losses_that_cannot_be_sent_fail_once():
     losses, outbox = Losses(lambda step, loss: False, Thresholds()), Outbox()
     losses.keep_late(1, torch.ones(2))

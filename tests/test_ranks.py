@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nfi_monitor import Monitor, distributed
-from nfi_monitor.pool import Pool, survey
+from nfi_monitor.pool import Message, Pool, survey
 from tests.runs import batch, mlp
 
 
@@ -50,6 +50,14 @@ def test_a_store_that_cannot_be_reached_is_said_once_and_this_rank_is_read_alone
     assert asked == [None], "nobody looks again"
     monkeypatch.undo()
     assert repr(readings(monitor)) == repr(readings(trained(4)))
+
+
+def test_what_one_rank_says_may_lie_on_two_devices() -> None:
+    message = Message(SimpleNamespace(at=lambda name: 0, line=0), 0)  # type: ignore[arg-type]
+    for place, device in enumerate(("cpu", "meta", "cpu")):
+        message.add("rows", torch.ones(2, device=device), 2 * place)
+    packed = message.pack()
+    assert (packed.tensor.shape, packed.tensor.device.type) == ((6,), "meta")
 
 
 def test_ranks_are_looked_for_until_the_first_step_is_over_and_never_where_that_is_declined(

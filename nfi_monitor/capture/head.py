@@ -324,7 +324,8 @@ class HeadProbe:
         # Copies: some losses write their gradient over the logits, and a strided view would keep the whole
         # [N, K] and [N, d] storages alive.  All rows of the features are autograd's own and are shared.
         kept = [sample(shown).clone()]
-        if features is not None and features.shape[:-1] == shown.shape[:-1]:
+        same_rows = features is not None and features.shape[:-1] == shown.shape[:-1]
+        if features is not None and same_rows and features.device == shown.device:
             kept.append(sample(features).clone() if stride > 1 else sample(features))
         else:
             self.without_features += 1

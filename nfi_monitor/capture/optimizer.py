@@ -167,7 +167,7 @@ class OptimizerReader:
             grad = sample.gather([param.grad for param in params if param.grad is not None])
             grad_scale = getattr(self.optimizer, "grad_scale", None)
             if isinstance(grad_scale, Tensor):
-                grad = grad / grad_scale.to(grad.dtype)
+                grad = grad / placement.send(grad_scale, grad.device, grad.dtype)
         found_inf = getattr(self.optimizer, "found_inf", None)
         weight, bias = self._head_rows()
         weight_grad, bias_grad = (None, None) if closure else self._head_gradients(step)

@@ -5,6 +5,7 @@ Reading a number of an accelerator's tensor would make the training wait for it,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -
     if late and on_host(tensor):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=late)
+
+
+def together(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """All of them on one device, and no number fetched from another: where the first is that is not on the
+    host, if any is."""
+    device = next((tensor.device for tensor in tensors if not on_host(tensor)), None)
+    return [x if device is None or x.device == device else send(x, device) for x in tensors]
 
 
 def capturing() -> bool:

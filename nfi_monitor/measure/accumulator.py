@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from nfi_monitor.capture import placement
 from nfi_monitor.capture.head import Rows
 from nfi_monitor.distributed import ClassShard
 from nfi_monitor.measure import global_means
@@ -32,9 +33,13 @@ def looks(step: int) -> bool:
 
 
 class RowAccumulator:
-    """Merges row statistics; ``absorbed_classes`` [K] counts absorbed rows by class over the whole run."""
+    """Merges row statistics; ``absorbed_classes`` [K] counts absorbed rows by class over the whole run.
+
+    ``devices`` on which rows were seen: what lies on another one than the first cannot be merged.
+    """
 
     def __init__(self) -> None:
+        self.devices: list[torch.device] = []
         self.absorbed_classes: Tensor | None = None
         self.earlier_classes: dict[int, float] = {}  # counts from before a resume
         self.single_output: bool | None = None
@@ -53,6 +58,12 @@ class RowAccumulator:
         self._feature_count: Tensor | None = None
 
     def add(self, rows: Rows) -> None:
+        device = rows.grad.device
+        if device not in self.devices:
+            # Each device's backward pass has a thread: appended, the first is the same for all of them.
+            self.devices.append(device)
+        if device != self.devices[0]:
+            return
         self.single_output = rows.shard is None and rows.logits.shape[-1] == 1
         if self.single_output:
             self._merge(rows, single_output_statistics(rows.grad, rows.logits, rows.total))
@@ -60,8 +71,10 @@ class RowAccumulator:
         if rows.shard is not None:
             self._add_shard(rows, rows.shard)
             return
-        look = looks(self._step)
-        statistics = row_statistics(rows.grad, rows.logits, rows.total, self.loss_kind, look=look)
+        look, kind = looks(self._step), self.loss_kind
+        if kind is not None and kind.eps.device != device:  # a resumed run's: where the head is
+            kind = LossKind(*(placement.send(known, device) for known in kind))
+        statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
         self.loss_kind = statistics.loss_kind
         self._merge(rows, statistics)
 

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 
 from nfi_monitor.capture.head import Rows
 from nfi_monitor.measure.accumulator import RowAccumulator
-from nfi_monitor.measure.rows import MAXIMA, SUMS, finish, row_statistics, single_output_statistics
+from nfi_monitor.measure.rows import (
+    MAXIMA,
+    SUMS,
+    LossKind,
+    finish,
+    row_statistics,
+    single_output_statistics,
+)
 from nfi_monitor.quantities import QUANTITIES
 from tests.measure import reference as ref
 from tests.measure.measured import quantities
@@ -332,3 +339,28 @@ def test_one_output_counts_hinge_rows_inside_the_margin(seed, rows, dtype):
     inside = (y.double() * z.detach().double()[:, 0] < 1).double().mean().item()
     assert found["live_fraction"] == pytest.approx(inside)
     assert found["mean_logit"] == pytest.approx(z.detach().double().mean().item(), rel=1e-5, abs=1e-6)
+
+
+def test_rows_of_another_device_than_the_first_are_left_out():
+    def rows(device: str) -> Rows:
+        z, y = ref.make_logits(3, 8, 5, spread=1, margins=(-2, 20))
+        grad, logits = ref.gradients(z, y, (torch.float32, torch.float32))
+        return Rows(grad.to(device), logits.to(device), torch.ones(8, 3, device=device), 8)
+
+    alone, among = RowAccumulator(), RowAccumulator()
+    alone.add(rows("cpu"))
+    for device in ("cpu", "meta"):
+        among.add(rows(device))
+    assert among.devices == [torch.device("cpu"), torch.device("meta")]
+    for name in ("sums", "maxima", "absorbed_classes", "feature_mean", "features"):
+        assert torch.equal(getattr(among, name), getattr(alone, name)), name
+    among.clear(2)
+    among.add(rows("meta"))
+    assert among.sums is None
+
+
+def test_what_a_resumed_run_knows_of_the_loss_comes_to_where_its_rows_are():
+    rows = RowAccumulator()
+    rows.loss_kind = LossKind(*(torch.tensor(x) for x in (1e-7, 1e-6, -100.0, 0.0)))
+    rows.add(Rows(torch.ones(8, 5, device="meta"), torch.ones(8, 5, device="meta"), None, 8))
+    assert {known.device.type for known in rows.loss_kind} == {"meta"}

@@ -138,8 +138,8 @@ the backward pass of a loss that the training was given. What is asked for its a
 `explain()`, `state_dict()`, `replay()`) and the remedies that a user applies raise where they are called. A
 rank whose part in an exchange fails costs the others one wait, of 120 seconds at most (half an hour where
 numbers come late, on accelerators). No row of the table ran on an accelerator: its late numbers, and
-DataParallel's replicas on several, are only played on a CPU. What pip fetches to build the package itself
-(setuptools) is not hashed.
+DataParallel's replicas on several, of which those on one device are read, are only played on a CPU. What pip
+fetches to build the package itself (setuptools) is not hashed.
 
 A checkpoint of a run of many processes does not hold what the next step of *all* ranks would be compared
 with: curvature, alignment and feature displacement of the first reading after the resume are missing there.

@@ -9,6 +9,7 @@ import pickle
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
-from nfi_monitor import Monitor
+from nfi_monitor import Monitor, meter
 from nfi_monitor.report.jsonl import read_run
 from tests.forked import Forked
 from tests.runs import batch, differences, mlp, snapshot
@@ -186,6 +187,23 @@ def test_replicas_on_several_threads_are_parts_of_one_step(watched: Any) -> None
         optimizer.zero_grad()
     assert seen(monitor) == (4, [1.0] * 4)
     assert not [note for note in monitor.notes if note.code.startswith("failed")]
+
+
+def test_a_replica_on_another_device_is_left_out_and_said_once(watched: Any, monkeypatch: Any) -> None:
+    model, optimizer, monitor = watched
+    monkeypatch.setattr(meter, "full_precision", lambda tensor: nullcontext())  # meta knows no autocast
+    for _ in range(3):
+        replica = model._replicate_for_data_parallel()
+        for number, layer in enumerate(model):
+            replica._modules[str(number)] = copied = layer._replicate_for_data_parallel()
+            for name, parameter in layer.named_parameters():
+                copied._parameters[name] = parameter.detach().to("meta").requires_grad_()
+        outputs = replica(torch.zeros(ROWS, 12, device="meta"))
+        outputs.sum().backward()
+        step(model, optimizer)
+    assert seen(monitor) == (4, [1.0] * 4)
+    assert [note.code for note in monitor.notes] == ["rows_elsewhere"]
+    assert "Rows on meta are not read, only those on cpu" in monitor.notes[0].message
 
 
 # --- processes ---------------------------------------------------------------------------------------
