@@ -751,7 +751,10 @@ class Monitor:
                 self._drain()
             elif losses.waiting:
                 self._judge_waiting()
-            self._judge(Reading(self._step, {"loss": float(loss)}), full=False)
+            if self._outbox.waiting:  # not here yet: a loss must not be judged before it
+                self._outbox.put([self._step], torch.tensor([float(loss)], dtype=torch.float64))
+            else:
+                self._judge(Reading(self._step, {"loss": float(loss)}), full=False)
 
     # --- detect and report -----------------------------------------------------------------------
 

@@ -180,6 +180,39 @@ def test_a_reading_on_its_way_from_an_accelerator_is_judged_as_soon_as_it_is_the
     monitor.close()
 
 
+def test_a_loss_on_the_host_is_not_judged_before_the_reading_that_is_on_its_way(monkeypatch):
+    put, take = Outbox.put, Outbox.take
+    due = 0
+
+    def later(self: Outbox, label: Any, packed: torch.Tensor) -> None:
+        nonlocal due
+        if not isinstance(label, list):
+            due = step + 3
+        put(self, label, packed)
+
+    monkeypatch.setattr(Outbox, "put", later)
+    monkeypatch.setattr(
+        Outbox, "take", lambda self, **how: take(self, **how) if step >= due or how.get("everything") else []
+    )
+    model = nn.Linear(8, 4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs, targets = torch.randn(16, 8), torch.randint(4, (16,))
+    judged = []
+    with Monitor(model, optimizer, console=False, every=32) as monitor:
+        judge = monitor._judge
+        monkeypatch.setattr(
+            monitor, "_judge", lambda r, *, full: (judged.append(r.step), judge(r, full=full))
+        )
+        for step in range(1, 70):
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            monitor.observe_loss(1.0 / step)
+            optimizer.step()
+        steps, losses = monitor.history["loss"]
+    assert judged == sorted(judged)
+    assert losses.tolist() == pytest.approx([1.0 / step for step in steps])
+
+
 def test_losses_really_wait_and_the_history_does_not_show_it():
     monitor, _ = run()
     assert monitor._losses.waiting
