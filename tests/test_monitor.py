@@ -156,6 +156,7 @@ def test_of_several_ranks_only_the_first_speaks_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("nfi_monitor.distributed.rank", lambda: 3)
+    monkeypatch.setattr("nfi_monitor.distributed.processes", lambda group=None: 4)
     model = mlp()
     optimizer = adamw(model)
     with Monitor(model, optimizer, every=1, run_dir=tmp_path / "run") as monitor:

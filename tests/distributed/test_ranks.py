@@ -203,6 +203,11 @@ def test_rows_cut_along_the_classes_are_put_together(case: str, fast: Callable[[
 TOLD = ("id", "kind", "severity", "state", "phase", "first_step", "last_step", "mechanism", "advice")
 
 
+def tolerance_of(name: str) -> float:
+    """W·Δμ_G is taken in the weight's own float32, whose rounding differs where the head is cut."""
+    return 1e-5 if name == "feature_displacement" else 1e-6
+
+
 def assert_told_alike(cut: dict[str, Any], one: dict[str, Any]) -> None:
     """What the ranks that share a head said, and what one process said of the same steps."""
     assert differences(one["state"], cut["state"]) == [], "not the same run: nothing to compare"
@@ -222,7 +227,8 @@ def assert_told_alike(cut: dict[str, Any], one: dict[str, Any]) -> None:
         ):
             assert got[key] == expected[key], (expected["id"], key)
         for name, item in expected["evidence"].items():
-            close = math.isclose(got["evidence"][name]["value"], item["value"], rel_tol=1e-6, abs_tol=1e-9)
+            value, tolerance = got["evidence"][name]["value"], tolerance_of(name)
+            close = math.isclose(value, item["value"], rel_tol=tolerance, abs_tol=1e-9)
             assert close or name in MEDIANS, (expected["id"], name)
     assert cut["seen"]["phases"] == one["seen"]["phases"]
     assert cut["absorbing"] == one["absorbing"]
@@ -232,7 +238,8 @@ def assert_told_alike(cut: dict[str, Any], one: dict[str, Any]) -> None:
         assert got.keys() == {step for step in expected if step >= first}, name
         for step, value in got.items():
             if name not in MEDIANS:
-                assert math.isclose(value, expected[step], rel_tol=1e-6, abs_tol=1e-6), (name, step)
+                tolerance = tolerance_of(name)
+                assert math.isclose(value, expected[step], rel_tol=tolerance, abs_tol=1e-6), (name, step)
 
 
 MEDIANS = (
