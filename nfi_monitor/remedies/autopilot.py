@@ -46,7 +46,7 @@ from nfi_monitor.remedies.cross_entropy import zero_sum_cross_entropy
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.policy import Policy, Rung
 from nfi_monitor.remedies.projection import project_zero_sum
-from nfi_monitor.remedies.steps import acts, around_steps, replayed_step
+from nfi_monitor.remedies.steps import REPLAY, acts, around_steps
 from nfi_monitor.types import Alert, AlertKind, AlertState
 
 if TYPE_CHECKING:
@@ -268,7 +268,7 @@ class Autopilot:
         monitor = self._monitor
         if monitor is None or (not self._firing and self._held_since is None and not self._stopped):
             return
-        if replayed_step() is not None:
+        if REPLAY.step is not None:
             return
         with monitor.guarded("autopilot"):
             if monitor.closed:
@@ -396,7 +396,7 @@ class Autopilot:
 
     def _complete(self) -> None:
         """Schedulers and scalers move after the optimizer's step; their state belongs to the snapshot."""
-        if replayed_step() is not None:
+        if REPLAY.step is not None:
             return
         pending, self._pending = self._pending, None
         if pending is not None:

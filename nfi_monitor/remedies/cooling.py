@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture.optimizer import unwrap
 from nfi_monitor.remedies.handle import Handle
-from nfi_monitor.remedies.steps import around_steps, replayed_step, step_now
+from nfi_monitor.remedies.steps import REPLAY, around_steps, step_now
 
 _SCALED: weakref.WeakKeyDictionary[Optimizer, _Scaled] = weakref.WeakKeyDictionary()
 
@@ -94,7 +94,7 @@ class _Cooling:
 
     def now(self) -> float | None:
         """What the rate is multiplied by in the next step, or was in a replayed one; None once it is back."""
-        done, replayed = self.done, replayed_step()
+        done, replayed = self.done, REPLAY.step
         if replayed is not None and self.since is not None:
             done = replayed - 1 - self.since
         if done < 0:
@@ -150,7 +150,7 @@ class _Scaled:
         active = self._active
         try:
             self._restore(optimizer)
-            if replayed_step() is not None:
+            if REPLAY.step is not None:
                 return
             for cooling in self._active:
                 cooling.done += 1

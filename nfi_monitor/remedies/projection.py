@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.remedies.handle import Handle
-from nfi_monitor.remedies.steps import acts, step_now
+from nfi_monitor.remedies.steps import REPLAY, acts, step_now
 
 
 def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | None = None) -> Handle:
@@ -57,7 +57,7 @@ class _Project:
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         logits = isinstance(output, Tensor) and output.requires_grad and output.dim() and output.shape[-1] > 1
-        if logits and acts(self._since):
+        if logits and (REPLAY.step is None or acts(self._since)):
             output.register_hook(self._project)
 
     def _project(self, grad: Tensor) -> Tensor:

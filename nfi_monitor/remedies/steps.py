@@ -34,8 +34,7 @@ def around_steps(
     if steps is None:
         steps = _STEPS[optimizer] = _Steps(optimizer)
     key = object()
-    since = step_now(optimizer)
-    steps.pairs[key] = _unless_later(since, before), _unless_later(since, after)
+    steps.pairs[key] = step_now(optimizer), before, after
     return lambda: steps.take_off(key)
 
 
@@ -49,7 +48,7 @@ class _Steps:
     """Holds no reference to the optimizer, which holds this."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.pairs: dict[object, tuple[Hook | None, Hook | None]] = {}
+        self.pairs: dict[object, tuple[int | None, Hook | None, Hook | None]] = {}
         before, after = self._before, self._after
         if "torch._dynamo" in sys.modules:  # a compiled step must not trace what changes from step to step
             before, after = torch.compiler.disable(before), torch.compiler.disable(after)
@@ -60,35 +59,35 @@ class _Steps:
         self.pairs.pop(key, None)
 
     def _before(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for before, _ in list(self.pairs.values()):
-            if before is not None:
+        for since, before, _ in list(self.pairs.values()):
+            if before is not None and (REPLAY.step is None or acts(since)):
                 before(optimizer)
 
     def _after(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for _, after in reversed(list(self.pairs.values())):
-            if after is not None:
+        for since, _, after in reversed(list(self.pairs.values())):
+            if after is not None and (REPLAY.step is None or acts(since)):
                 after(optimizer)
 
 
 # --- in a replay a remedy acts at the steps at which it did ------------------------------------------
 
-_replayed: int | None = None
+
+class _Replay:
+    step: int | None = None
+
+
+REPLAY = _Replay()
+"""``step``: the one that is being replayed; None in the run itself."""
 
 
 @contextmanager
 def replaying(step: int) -> Iterator[None]:
     """While this is open a replay does optimizer step ``step`` once more."""
-    global _replayed
-    _replayed = step
+    REPLAY.step = step
     try:
         yield
     finally:
-        _replayed = None
-
-
-def replayed_step() -> int | None:
-    """The step that is being replayed; None in the run itself."""
-    return _replayed
+        REPLAY.step = None
 
 
 def step_now(optimizer: Optimizer | None, head: nn.Module | None = None) -> int | None:
@@ -102,15 +101,4 @@ def step_now(optimizer: Optimizer | None, head: nn.Module | None = None) -> int 
 
 def acts(since: int | None) -> bool:
     """Whether a remedy that was switched on after step ``since`` (None: nobody knows) acts in this step."""
-    return _replayed is None or since is None or _replayed > since
-
-
-def _unless_later(since: int | None, hook: Hook | None) -> Hook | None:
-    if hook is None:
-        return None
-
-    def called(optimizer: Optimizer) -> None:
-        if acts(since):
-            hook(optimizer)
-
-    return called
+    return REPLAY.step is None or since is None or REPLAY.step > since
