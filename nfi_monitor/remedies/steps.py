@@ -77,8 +77,8 @@ class _Replay:
 
 
 REPLAY = _Replay()
-"""``step``: the one that is being replayed; None in the run itself. An attribute and not a function: it is asked in
-each training step, outside of any try block."""
+"""``step``: the one that is being replayed; None in the run itself. An attribute and not a function: it is
+asked in each training step, outside of any try block."""
 
 
 @contextmanager
