@@ -17,7 +17,7 @@ from nfi_monitor.monitor import Monitor
 from nfi_monitor.report.jsonl import read_run
 from nfi_monitor.types import Alert, AlertKind
 from tests.runs import batch, differences, mlp, snapshot
-from tests.spiking import CUTS, STEPS, Recorded, division
+from tests.spiking import CUTS, Recorded, scene
 
 FROM_TWO_STEPS = ("secant_curvature", "feature_displacement", "gradient_alignment")
 """Evidence that compares two consecutive readings: the first one after a resume has no predecessor."""
@@ -30,20 +30,20 @@ def comparable(alert: Alert) -> Alert:
 
 @pytest.mark.parametrize("cut", [pytest.param(CUTS[0], marks=pytest.mark.slow), *CUTS[1:]])
 def test_a_resumed_run_gives_the_weights_alerts_and_phases_of_the_uninterrupted_one(
-    spiking_run: Recorded, cut: int
+    spiking_run: Recorded, cut: str
 ) -> None:
-    model, optimizer, step = division()
+    model, optimizer, step = scene().division()
     for parameter in model.parameters():
         parameter.data.fill_(1.0)  # everything must come from the checkpoint
     monitor = Monitor(model, optimizer, console=False)
     states = torch.load(io.BytesIO(spiking_run.checkpoints[cut]), weights_only=True)
     for part, state in zip((model, optimizer, monitor), states, strict=True):
         part.load_state_dict(state)
-    for n in range(cut + 1, STEPS + 1):
+    for n in range(scene().cuts[cut] + 1, scene().steps + 1):
         step(monitor, n)
     monitor.close()
     assert not differences(model.state_dict(), spiking_run.model.state_dict())
-    assert monitor.step == STEPS
+    assert monitor.step == scene().steps
     expected = spiking_run.monitor
     assert [*map(repr, map(comparable, monitor.alerts))] == [*map(repr, map(comparable, expected.alerts))]
     assert monitor.phases == expected.phases

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from nfi_monitor import AlertKind, Mechanism, Severity
+from nfi_monitor import Alert, AlertKind, Mechanism, Severity
 from nfi_monitor.report.jsonl import RunRecord, read_run
 from tests.examples.started import PLAIN, ROOT, started
 
@@ -212,13 +212,19 @@ def test_sparse_parity_runs_under_each_loss_and_in_each_precision(
 
 
 def test_hinge_slingshots_are_not_called_numerical(tmp_path: Path) -> None:
-    """At seed 0 the first comes by step 1,100, the soonest; a one-column head has no zero-sum to break.
+    """The first comes between steps 100 and 1,400, or later: which seed's does, rounding and so the processor
+    decides. A one-column head has no zero-sum to break.
 
     Within 2 τ a second moment has had no time to forget: what comes by then is named edge of stability.
     """
-    example("03_sparse_parity", "--steps", "1150", "--seed", "0", "--run-dir", "run", cwd=tmp_path)
-    alerts = read_run(tmp_path / "run").alerts
-    slingshots = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT]
+    slingshots: list[Alert] = []
+    for seed in range(6):
+        run = f"run{seed}"
+        example("03_sparse_parity", "--steps", "1400", "--seed", str(seed), "--run-dir", run, cwd=tmp_path)
+        alerts = read_run(tmp_path / run).alerts
+        slingshots = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT]
+        if slingshots:
+            break
     assert slingshots
     for slingshot in slingshots:
         young = slingshot.first_step < 2 * 1000

@@ -34,7 +34,7 @@ from nfi_monitor.errors import MonitorError
 from nfi_monitor.remedies import AutopilotStop, Policy, autopilot, project_zero_sum
 from nfi_monitor.report.jsonl import read_run
 from tests.runs import batch, differences, mlp
-from tests.spiking import CUTS, STEPS, Recorded, division, division_data
+from tests.spiking import CUTS, Recorded, scene
 
 NUMERIC, EDGE = Mechanism.NUMERICAL_FEATURE_INFLATION, Mechanism.EDGE_OF_STABILITY
 
@@ -56,13 +56,13 @@ def fly(
     **options: Any,
 ) -> tuple[Monitor, nn.Module]:
     """The training of ``spiking_run`` from its first checkpoint on, its loss computed by ``loss_of``."""
-    model, optimizer, _ = division()
-    inputs, targets = division_data()
+    model, optimizer, _ = scene().division()
+    inputs, targets = scene().data()
     with Monitor(model, optimizer, on_alert=pilot, **{"console": False, **options}) as monitor:
         states = torch.load(io.BytesIO(recorded.checkpoints[START]), weights_only=True)
         for part, state in zip((model, optimizer, monitor), states, strict=True):
             part.load_state_dict(state)
-        for _ in range(START, STEPS):
+        for _ in range(scene().cuts[START], scene().steps):
             loss = loss_of(model(inputs), targets)
             monitor.observe_loss(loss)
             loss.backward()

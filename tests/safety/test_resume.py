@@ -14,14 +14,10 @@ import torch
 from nfi_monitor import Monitor
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 from tests.safety.table import Shown
-from tests.spiking import STEPS, division, division_data
+from tests.spiking import scene
 
 AHEAD = 40
 """Steps that a resumed run is followed for: two readings of the healthy cadence, 2 τ."""
-
-
-AT_RISK = 541
-"""A step at which every step is read."""
 
 
 class Heard:
@@ -50,7 +46,7 @@ class Heard:
 
 
 def attach(model: Any, optimizer: Any, heard: Heard, every: int | str) -> Monitor:
-    inputs, targets = division_data()
+    inputs, targets = scene().data()
     # overhead_budget=None: the cadence is the run's own, and not that of a busy machine's clock.
     return Monitor(
         model,
@@ -71,13 +67,14 @@ def save(*parts: Any) -> bytes:
 
 class Uninterrupted:
     def __init__(self, every: int | str, cuts: Iterable[int]) -> None:
-        model, optimizer, step = division()
+        model, optimizer, step = scene().division()
+        self.steps = scene().steps
         self.heard = Heard()
         self.every = every
         self.saved: dict[int, bytes] = {}
         wanted = set(cuts)
         monitor = attach(model, optimizer, self.heard, every)
-        for n in range(1, STEPS + 1):
+        for n in range(1, self.steps + 1):
             step(monitor, n)
             if n in wanted:
                 self.saved[n] = save(model, optimizer, monitor)
@@ -90,7 +87,7 @@ class Uninterrupted:
 
     def resumed(self, cut: int, end: int, through: Callable[[Any], Any] = lambda state: state) -> Heard:
         """From the checkpoint after step ``cut`` to step ``end``, in new objects."""
-        model, optimizer, step = division()
+        model, optimizer, step = scene().division()
         for parameter in model.parameters():
             parameter.data.fill_(1.0)  # everything must come from the checkpoint
         heard = Heard()
@@ -101,7 +98,7 @@ class Uninterrupted:
         for n in range(cut + 1, end + 1):
             step(monitor, n)
         # Not closed: that would tell of alerts that still fire.
-        if end == STEPS:
+        if end == self.steps:
             assert repr(monitor.alerts) == repr(self.alerts)
         return heard
 
@@ -114,18 +111,23 @@ class Uninterrupted:
         return [f"every={self.every}, stopped after step {cut}: {first}"]
 
 
+def at_risk() -> int:
+    """A step at which every step is read."""
+    return scene().cuts["in the build-up"]
+
+
 @pytest.fixture(scope="module")
 def run() -> Uninterrupted:
-    return Uninterrupted("auto", [*range(3, STEPS, 97), AT_RISK])
+    return Uninterrupted("auto", [*range(3, scene().steps, 97), at_risk()])
 
 
 def test_a_run_stopped_anywhere_goes_on_bit_for_bit(run: Uninterrupted) -> None:
     assert len(run.saved) >= 7
-    assert [problem for cut in run.saved for problem in run.wrong(cut, min(cut + AHEAD, STEPS))] == []
+    assert [problem for cut in run.saved for problem in run.wrong(cut, min(cut + AHEAD, run.steps))] == []
 
 
 def test_a_state_that_went_through_json_does_the_same_to_the_end(run: Uninterrupted) -> None:
-    assert run.wrong(AT_RISK, STEPS, lambda state: json.loads(json.dumps(state))) == []
+    assert run.wrong(at_risk(), run.steps, lambda state: json.loads(json.dumps(state))) == []
 
 
 def test_the_comparison_sees_a_state_without_what_the_next_step_is_compared_with(run: Uninterrupted) -> None:
@@ -133,18 +135,18 @@ def test_the_comparison_sees_a_state_without_what_the_next_step_is_compared_with
         assert state["last_step"] is not None, "at risk every step is read"
         return state | {"last_step": None}
 
-    assert "secant_curvature" in run.resumed(AT_RISK, AT_RISK + 1).told[0][2]
-    assert "secant_curvature" not in run.resumed(AT_RISK, AT_RISK + 1, forget).told[0][2]
-    assert run.wrong(AT_RISK, AT_RISK + 1, forget) != []
+    assert "secant_curvature" in run.resumed(at_risk(), at_risk() + 1).told[0][2]
+    assert "secant_curvature" not in run.resumed(at_risk(), at_risk() + 1, forget).told[0][2]
+    assert run.wrong(at_risk(), at_risk() + 1, forget) != []
 
 
 @pytest.mark.slow
 def test_a_run_stopped_at_any_step_goes_on_bit_for_bit(shown: Shown) -> None:
     ends, wrong = Counter[str](), []
     for every in ("auto", 1, 7):
-        run = Uninterrupted(every, range(1, STEPS))
+        run = Uninterrupted(every, range(1, scene().steps))
         for cut in run.saved:
-            end = STEPS if cut % 64 == 0 else min(cut + AHEAD, STEPS)
+            end = run.steps if cut % 64 == 0 else min(cut + AHEAD, run.steps)
             wrong += run.wrong(cut, end)
             ends["on" if end == cut + AHEAD else "far" if end > cut + AHEAD else "near"] += 1
     assert wrong == []
