@@ -1,8 +1,9 @@
 """A HuggingFace ``Trainer`` under the monitor: one line, ``callbacks=[NFICallback()]``.
 
 A small GPT-2 learns division modulo 23, written as a language: "a ÷ b =" and then the answer.  Once the
-questions are known by heart, margins grow until rounding absorbs rows; the monitor says *at risk* about 130
-steps before the loss leaves its floor, *imminent* about 30.  With the loss in float64 nothing of it happens.
+questions are known by heart, margins grow until rounding absorbs rows; the monitor says *at risk* more than a
+hundred steps before the loss leaves its floor, *imminent* some 50.  With the loss in float64 nothing of it
+happens.  Rounding differs between processors: where the slingshot does not come, another seed has one.
 
     python examples/04_hf_trainer.py
     python examples/04_hf_trainer.py --loss-dtype float64    # what the alert advises, as the Trainer takes it
@@ -68,7 +69,7 @@ def float64_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small GPT-2 on modular division under the monitor.")
-    parser.add_argument("--steps", type=int, default=600, help="optimizer steps (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=700, help="optimizer steps (default %(default)s)")
     parser.add_argument("--lr", type=float, default=3e-3, help="learning rate (default %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--loss-dtype", choices=("float32", "float64"), default="float32")

@@ -1,9 +1,9 @@
 """Warned and cured, live: the demo's training once as it is and once with the Autopilot.
 
 An MLP learns a/b mod 23 by heart, as in ``02_modular_division.py``: as it is, the loss jumps by six orders of
-magnitude after some 900 steps and again after some 1,400; on some processors only then.  The second run has the
-same seed and the same steps; its loss goes through ``autopilot.loss``, which is ``F.cross_entropy`` to the last
-bit until the monitor warns.
+magnitude after some 900 steps and again after some 1,400; on some processors only then.  The second run has
+the same seed and the same steps; its loss is ``autopilot.loss``, which is ``F.cross_entropy`` to the last bit
+until the monitor warns.
 
     python examples/08_autopilot.py                          # about 20 s on one core
     python examples/08_autopilot.py --loss-at imminent       # later, with a cool-down
