@@ -59,6 +59,9 @@ class Clock:
         self._own_before = 0.0
         self._finished: float | None = None
         self._next_decision = FIRST_CHANGE
+        self._steps = self._unplanned = 0  # since the last decision; readings that a stirring loss called for
+        self._stirs = 0.0
+        """Such readings a step, as found at the last decision."""
         self._training: deque[float] = deque(maxlen=SAMPLES)
         self._reading: deque[float] = deque(maxlen=SAMPLES)
         self._passing: deque[float] = deque(maxlen=4 * SAMPLES)
@@ -73,8 +76,11 @@ class Clock:
         """What a hook took between two steps."""
         self.own += seconds
 
-    def step_done(self, read: bool, now: float) -> None:
-        """An optimizer step is over, and all that the monitor had to do for it."""
+    def step_done(self, read: bool, now: float, *, stirred: bool = False) -> None:
+        """An optimizer step is over, and all that the monitor had to do for it. ``stirred``: nothing but an
+        unusual loss had it read, of a healthy run."""
+        self._steps += 1
+        self._unplanned += read and stirred
         own = self.own - self._own_before
         self._training.append(now - self._last - own)
         if read:
@@ -97,7 +103,8 @@ class Clock:
 
         Only so far: what precedes a slingshot lasts for some τ, and must still be seen.  In its first τ steps
         a second moment remembers no more than those, and slingshots build up as fast: hence the 32nd part of
-        the steps done.  (τ/5 at once lost: hinge slingshots of the first τ came without a warning.)  Seldom,
+        the steps done.  (τ/5 at once lost: hinge slingshots of the first τ came without a warning.)  What a
+        stirring loss has read costs as well: a minibatch loss may stir as often as all else is read.  Seldom,
         so that the cadence does not follow every mood of the machine.  Where the interval is as long as it
         will ever be and a healthy step still costs too much, rows and coordinates are lowered, if
         ``can_lower`` says so; for good, because what is measured of two samples differs by more than what
@@ -109,8 +116,11 @@ class Clock:
         if not (self._reading and self._passing):
             return False
         shortest, longest = auto_interval(tau), round(min(tau / 10, step / 32))
-        left = self.budget * statistics.median(self._training) - self._passing_seconds()
+        self._stirs, self._steps, self._unplanned = self._unplanned / max(self._steps, 1), 0, 0
         reading = statistics.median(self._reading)
+        left = (
+            self.budget * statistics.median(self._training) - self._passing_seconds() - self._stirs * reading
+        )
         interval = shortest
         while interval < longest and reading > left * interval:
             interval = min(2 * interval, longest)
@@ -123,7 +133,7 @@ class Clock:
     def expected(self, tau: float) -> float:
         """Share of the training's own time that a healthy step costs at the present interval."""
         interval = self.healthy or auto_interval(tau)
-        cost = self._passing_seconds() + statistics.median(self._reading) / interval
+        cost = self._passing_seconds() + statistics.median(self._reading) * (1 / interval + self._stirs)
         return cost / max(statistics.median(self._training), 1e-9)
 
     def _passing_seconds(self) -> float:

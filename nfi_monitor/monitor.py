@@ -171,6 +171,7 @@ class Monitor:
         self._step = 0  # optimizer steps completed
         self._wanted_step: int | None = 1  # the step that is being captured, None between readings
         self._next_read = 1  # the next step to be read, as things stand
+        self._stirred = False  # whether an unusual loss alone has the next step read
         self._quiet: set[str] = set()  # parts that failed and went quiet
         self._closed = False
         self._endings: list[Callable[[], object]] = []
@@ -641,7 +642,7 @@ class Monitor:
             return
         started = time.perf_counter()
         self._step += 1
-        read = self._wanted_step is not None
+        read, stirred = self._wanted_step is not None, self._stirred
         aside = False
         try:
             # While a reading is on its way from an accelerator, each step asks for it.
@@ -682,7 +683,7 @@ class Monitor:
             self._rows.clear(self._wanted_step)
         now = time.perf_counter()
         self._clock.own += now - started
-        self._clock.step_done(read, now)
+        self._clock.step_done(read, now, stirred=stirred)
 
     def _look_ahead(self) -> None:
         """What the readings so far say of the next steps: how closely to look, and which loss is usual."""
@@ -696,8 +697,13 @@ class Monitor:
         if isinstance(self._every, str) and self._clock.decide(self._step, tau, can_lower=self._can_lower):
             self._notes.slowed(self._clock, tau, self._step)
         self._probe.lowered = self._meter.reader.lowered = self._clock.lowered
-        self._next_read = next_read(self._step, self._every, attention, tau, self._clock.healthy)
+        self._next_read = self._next_planned(attention)
         self._wanted_step = self._next_read if self._next_read == self._step + 1 else None
+        self._stirred = detector.stirred and self._next_planned(Attention.RARELY) != self._step + 1
+
+    def _next_planned(self, attention: Attention) -> int:
+        tau = self._detector.context.tau
+        return next_read(self._step, self._every, attention, tau, self._clock.healthy)
 
     def _can_lower(self) -> bool:
         """Whether there is more to read than a lowered reading holds, and nothing goes on meanwhile: two

@@ -13,15 +13,18 @@ from nfi_monitor.capture.sampling import auto_interval
 from nfi_monitor.detect.detector import Attention
 
 
-def clock_of(training: float, passing: float, reading: float, budget: float | None = 0.01) -> Clock:
-    """A clock that has seen 64 steps of these costs in seconds, every fourth of them read."""
+def clock_of(
+    training: float, passing: float, reading: float, budget: float | None = 0.01, stirs: int = 0
+) -> Clock:
+    """A clock that has seen 64 steps of these costs in seconds, every fourth of them read, ``stirs`` of them
+    because the loss stirred."""
     clock = Clock(budget)
     now = clock._last
     for step in range(64):
         own = passing if step % 4 else reading
         now += training + own
         clock.own += own
-        clock.step_done(step % 4 == 0, now)
+        clock.step_done(step % 4 == 0, now, stirred=step < 4 * stirs)
     return clock
 
 
@@ -93,6 +96,28 @@ def test_the_interval_is_decided_on_once_after_each_power_of_two_and_shrinks_whe
     assert clock.healthy == 32
     assert not clock.decide(2048, tau=1000)
     assert clock.healthy is None
+
+
+def test_what_a_stirring_loss_has_read_counts_against_the_budget():
+    costs = {"training": 40e-3, "passing": 1e-5, "reading": 4.5e-3}
+    assert not clock_of(**costs).decide(4096, tau=1000)
+    clock = clock_of(**costs, stirs=4)  # a sixteenth of the steps: .28 of .4 ms
+    assert clock.decide(4096, tau=1000) and clock.healthy == 64 and not clock.lowered
+    assert clock.expected(1000) <= clock.budget
+    assert not clock.decide(8192, tau=1000) and clock.healthy is None, "it has stirred no more since then"
+    clock = clock_of(**costs, stirs=8)  # more than the budget by itself
+    assert clock.decide(4096, tau=1000) and clock.healthy == 100 and clock.lowered
+
+
+@pytest.mark.parametrize(("every", "unplanned"), [("auto", (6, 40)), (1, (0, 0)), (7, (0, 0))])
+def test_readings_that_only_the_loss_called_for_are_told_from_those_of_the_cadence(every, unplanned):
+    with small(every=every) as monitor:
+        for step in range(120):
+            monitor.observe_loss(0.05 if step % 40 == 39 else 0.01)
+            F.cross_entropy(monitor._model(torch.ones(2, 8)), torch.zeros(2, dtype=torch.long)).backward()
+            monitor.optimizer.step()
+        found = monitor._clock._unplanned
+        assert unplanned[0] <= found <= unplanned[1]
 
 
 def test_one_slow_step_is_no_cost():

@@ -97,8 +97,16 @@ class Detector:
     @property
     def attention(self) -> Attention:
         """How closely the next steps should be read."""
-        if self.unrest.step < self.unrest.until:
-            return Attention.ALWAYS
+        return Attention.ALWAYS if self.unrest.step < self.unrest.until else self._attention
+
+    @property
+    def stirred(self) -> bool:
+        """Whether nothing but an unusual loss calls for the next steps."""
+        return self.unrest.step < self.unrest.until and self._attention is Attention.RARELY
+
+    @property
+    def _attention(self) -> Attention:
+        """The loss's stirrings left aside."""
         if self.phase is Phase.HEALTHY and not self._firing and not self._stirring:
             return Attention.RARELY
         # Absorbing alone may last for the rest of a run and leads to nothing within τ.

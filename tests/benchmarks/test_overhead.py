@@ -11,7 +11,7 @@ from rich.console import Console
 
 from nfi_monitor.capture.sampling import COORDINATES
 from tests.benchmarks.overhead import __main__ as command
-from tests.benchmarks.overhead import costs, report, timing
+from tests.benchmarks.overhead import costs, readme, report, timing
 from tests.benchmarks.overhead.__main__ import main
 from tests.benchmarks.overhead.arms import NULL, OURS, Arm, Default, EveryStep, WeightGradient
 from tests.benchmarks.overhead.cases import CASES, Case, Classifier, Transformer, rows, tokens
@@ -168,3 +168,10 @@ def test_an_unknown_case_lists_the_known_ones(capsys: pytest.CaptureFixture[str]
         main(["--cases", "nothing"])
     said = capsys.readouterr().err
     assert all(name in said for name in CASES)
+
+
+def test_the_table_in_the_readme_is_that_of_the_page() -> None:
+    page, told = command.PAGE.read_text(encoding="utf-8"), readme.README.read_text(encoding="utf-8")
+    assert readme.table(page) in told, "python -m tests.benchmarks.overhead.readme"
+    lowest, highest = readme.noise(page)
+    assert f"measured {lowest} to {highest}:" in told

@@ -90,6 +90,7 @@ class Record:
             "torch": torch.__version__,
             "python": platform.python_version(),
             "cores": str(os.cpu_count()),
+            "vectors": torch.backends.cpu.get_cpu_capability(),
             **{arm.package: version(arm.package) or "not installed" for arm in OTHERS},
         }
 
