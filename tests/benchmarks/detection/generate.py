@@ -105,6 +105,7 @@ def versions() -> dict[str, str]:
         "numpy": np.__version__,
         "nfi_monitor": nfi_monitor.__version__,
         "machine": platform.machine(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
     }
 
 
