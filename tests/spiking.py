@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
@@ -91,19 +91,24 @@ CUTS = ("long before", "in the build-up", "in the slingshot")
 """The names of :attr:`Scene.cuts`, for tests that are made before there is a scene."""
 
 
+def onset(losses: Iterable[float]) -> int | None:
+    """The step, from 1, at which the loss leaves its floor; looks no further."""
+    low = False
+    for step, loss in enumerate(losses, 1):
+        if low and loss > 0.1:
+            return step
+        low = low or loss < 1e-2
+    return None
+
+
 @cache
 def scene() -> Scene:
     """The first seed whose slingshot comes early. Rounding makes it, so each processor has its own."""
     for seed in range(20):
         _, _, step = division(seed)
-        low = False
-        for n in range(1, 621):
-            loss = step(None, n)
-            if low and loss > 0.1:
-                if n > 540:
-                    return Scene(seed, n)
-                break
-            low = low or loss < 1e-2
+        begun = onset(step(None, n) for n in range(1, 621))
+        if begun is not None and begun > 540:
+            return Scene(seed, begun)
     raise AssertionError("of 20 seeds none slingshots at about step 580")
 
 

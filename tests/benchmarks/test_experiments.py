@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +34,7 @@ from tests.benchmarks.detection.experiments.results import Job, merge
 from tests.benchmarks.detection.families import FAMILIES, NUMERIC, Family
 from tests.benchmarks.detection.score import Event, Truth
 from tests.benchmarks.detection.training import Arm
+from tests.spiking import onset
 
 TAU = 20.0
 MAKE = partial(setups.modular_mlp, p=13, width=48, beta2=0.9, lr=3e-3)
@@ -40,23 +42,19 @@ EARLY = 110
 """Steps before the slingshot from which the tests go on; 11 τ."""
 
 
-def first_slingshot(seed: int, steps: int = 650) -> int | None:
-    """The step at which the loss leaves its floor; rounding, and so the processor, says which."""
-    training, nobody, low = MAKE(seed, Arm()), trials.NoMonitor(), False
+def losses_of(seed: int, steps: int) -> Iterator[float]:
+    training, nobody = MAKE(seed, Arm()), trials.NoMonitor()
     for number in range(1, steps + 1):
         training.step(number, cast(Monitor, nobody))
-        loss = nobody.loss()
-        if low and loss > 0.1:
-            return number
-        low = low or loss < 1e-2
-    return None
+        yield nobody.loss()
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Family:
-    """A run of one seed that ends right after its first slingshot, somewhere near step 500."""
+    """A run of one seed that ends right after its first slingshot, somewhere near step 500: rounding, and so
+    the processor, says where."""
     for seed in range(20):
-        if (start := first_slingshot(seed)) is not None:
+        if (start := onset(losses_of(seed, 650))) is not None:
             return Family("tiny", MAKE, start + 33, (seed,), NUMERIC)
     raise AssertionError("of 20 seeds none slingshots by step 650")
 
@@ -189,12 +187,7 @@ def test_every_planned_remedy_has_an_arm() -> None:
 def test_without_a_monitor_the_losses_are_the_recorded_ones_bit_for_bit(
     tiny: Family, run: generate.Run
 ) -> None:
-    training, nobody = tiny.build(tiny.seeds[0], tiny.arm), trials.NoMonitor()
-    losses = []
-    for number in range(1, run.steps + 1):
-        training.step(number, cast(Monitor, nobody))
-        losses.append(nobody.loss())
-    assert losses == run.columns["loss"][1].tolist()
+    assert list(losses_of(tiny.seeds[0], run.steps)) == run.columns["loss"][1].tolist()
 
 
 def test_float64_and_the_projection_avert_what_happens_again_without_them(
