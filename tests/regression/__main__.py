@@ -1,0 +1,96 @@
+"""Write down everything that the monitor says of a fixed set of trainings, and compare two such records.
+
+    python -m tests.regression record OUT                       # all live cases (some minutes), into OUT
+    python -m tests.regression record OUT --recordings runs/detection    # and the proving ground's recorded runs
+    python -m tests.regression record OUT --only division resumed
+    python -m tests.regression compare BEFORE AFTER             # exit code 1, and where, if they differ
+
+For a change that may only move code: record before it, record after it, compare.  Both records have to come from
+one machine: rounding differs between processors, and so do the trainings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import torch
+from joblib import Parallel, delayed
+
+from tests.regression.cases import CASES, recordings
+from tests.regression.dump import finish, stop_the_clock
+
+SHOWN = 5
+"""Differing files that are shown; all are counted."""
+
+
+def record_case(name: str, directory: Path, recorded: Path | None) -> float:
+    torch.set_num_threads(1)
+    stop_the_clock()
+    out = directory / name
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    started = time.perf_counter()
+    case = {**CASES, **(recordings(recorded) if recorded else {})}[name]
+    case(out)
+    finish(out)
+    return time.perf_counter() - started
+
+
+def record(directory: Path, only: list[str] | None, recorded: Path | None, jobs: int) -> int:
+    names = [*CASES, *(recordings(recorded) if recorded else {})] if only is None else only
+    seconds = Parallel(n_jobs=jobs)(delayed(record_case)(name, directory, recorded) for name in names)
+    for name, taken in zip(names, seconds, strict=True):
+        print(f"{taken:6.1f} s  {name}")
+    return 0
+
+
+def compare(before: Path, after: Path, only: list[str] | None = None) -> int:
+    """0 if both records hold the same files, byte for byte."""
+
+    def files(root: Path) -> dict[str, Path]:
+        found = {str(path.relative_to(root)): path for path in sorted(root.rglob("*")) if path.is_file()}
+        return {name: path for name, path in found.items() if only is None or name.split("/")[0] in only}
+
+    old, new = files(before), files(after)
+    different = [name for name in old.keys() & new.keys() if old[name].read_bytes() != new[name].read_bytes()]
+    for name in sorted(different)[:SHOWN]:
+        lines = [
+            path.read_text(encoding="utf-8", errors="replace").splitlines() for path in (old[name], new[name])
+        ]
+        print(f"--- {name}")
+        print("\n".join(list(difflib.unified_diff(*lines, lineterm="", n=0))[2:12]))
+    for name in sorted(old.keys() ^ new.keys()):
+        print(f"only {'before' if name in old else 'after'}: {name}")
+    print(f"{len(old.keys() & new.keys())} files compared, {len(different)} differ")
+    return int(bool(different or old.keys() ^ new.keys()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.regression",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    making = commands.add_parser("record")
+    making.add_argument("out", type=Path)
+    making.add_argument("--only", nargs="+", metavar="CASE")
+    making.add_argument("--recordings", type=Path, metavar="DIR")
+    making.add_argument("--jobs", type=int, default=1)
+    comparing = commands.add_parser("compare")
+    comparing.add_argument("before", type=Path)
+    comparing.add_argument("after", type=Path)
+    comparing.add_argument("--only", nargs="+", metavar="CASE")
+    args = parser.parse_args(argv)
+    if args.command == "compare":
+        return compare(args.before, args.after, args.only)
+    return record(args.out.resolve(), args.only, args.recordings, args.jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
