@@ -7,9 +7,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-from nfi_monitor.attach import Attachment
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.report.loggers import ScalarLog, notifiers
+
+from .attach import Attachment
 
 try:
     from accelerate import Accelerator

@@ -9,10 +9,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from nfi_monitor.attach import Attachment
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.report.loggers import AlertLog, ScalarLog, notifiers
 from nfi_monitor.types import Alert, Change
+
+from .attach import Attachment
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -26,7 +27,7 @@ class NFICallback(Callback):
     """Watch a ``Trainer``'s fits for slingshots.
 
     Args:
-        options: ``save_on``, ``stop_on`` and ``remedy`` of :class:`nfi_monitor.attach.Attachment`, and those
+        options: ``save_on``, ``stop_on`` and ``remedy`` of :class:`nfi_monitor.integrations.attach.Attachment`, and those
             of :class:`nfi_monitor.Monitor` (head, console, on_alert, probe, thresholds, every …). ``run_dir``
             is ``nfi`` in the trainer's log directory, or ``nfi-2`` … where that holds an earlier run; a
             resumed fit goes on in its own. None writes nothing.
@@ -62,7 +63,7 @@ class NFICallback(Callback):
                 logger.log_metrics(values, step)
 
         def tell(alert: Alert, change: Change) -> None:
-            from nfi_monitor.report.tensorboard import alert_markdown
+            from nfi_monitor.report.tensorboard.sink import alert_markdown
 
             for logger in trainer.loggers:
                 experiment = getattr(logger, "experiment", None)  # a logger of the user's own has none

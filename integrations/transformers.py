@@ -8,10 +8,11 @@ from __future__ import annotations
 import weakref
 from typing import Any, ClassVar
 
-from nfi_monitor.attach import Attachment
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.report.loggers import AlertLog, notifiers
 from nfi_monitor.types import Alert, Change
+
+from .attach import Attachment
 
 try:
     from transformers import TrainerCallback
@@ -29,7 +30,7 @@ class NFICallback(TrainerCallback, ExportableState):
         save_on: kinds of alert that save a checkpoint at once, such as "imminent".
         stop_on: kinds of alert that stop the training, such as "slingshot".
         remedy: ``remedy(alert, context)``, called after the step at which an alert begins
-            (:class:`nfi_monitor.attach.TrainerContext`). It may change the training; nothing else here does.
+            (:class:`nfi_monitor.integrations.attach.TrainerContext`). It may change the training; nothing else here does.
         run_dir: default ``<output_dir>/nfi``, or ``nfi-2`` … where that holds an earlier run; a resumed run
             goes on in its own. None writes nothing.
         options: as for :class:`nfi_monitor.Monitor` (head, console, on_alert, probe, thresholds, every …).

@@ -13,13 +13,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor import _beside, _moved
 from nfi_monitor._version import __version__
 
 if TYPE_CHECKING:
-    from nfi_monitor.capture.snapshots import Snapshot
     from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError, MonitorError
     from nfi_monitor.monitor import Monitor
     from nfi_monitor.remedies.autopilot import Autopilot
+    from nfi_monitor.replay.snapshots import Snapshot
     from nfi_monitor.types import (
         Alert,
         AlertKind,
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "Autopilot": "nfi_monitor.remedies.autopilot",
     "Monitor": "nfi_monitor.monitor",
-    "Snapshot": "nfi_monitor.capture.snapshots",
+    "Snapshot": "nfi_monitor.replay.snapshots",
     **dict.fromkeys(("AlreadyMonitoredError", "HeadNotFoundError", "MonitorError"), "nfi_monitor.errors"),
     **dict.fromkeys(
         ("Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Phase", "Reading",
@@ -51,6 +52,9 @@ __all__ = [
     "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity",
     "Snapshot", "Thresholds", "__version__",
 ]  # fmt: skip
+
+_beside.install()
+_moved.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -23,7 +23,7 @@ from nfi_monitor.types import Alert
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nfi_monitor.report.jsonl import RunRecord
+    from nfi_monitor.report.run_directory.reader import RunRecord
 
 _DEMO = "nfi_monitor.examples.02_modular_division"
 _POLL_SECONDS = 0.5
@@ -87,7 +87,7 @@ def _count(text: str) -> int:
 
 
 def _fail(message: object) -> int:
-    from nfi_monitor.report.plain import visible
+    from nfi_monitor.report.terminal import visible
 
     print(f"nfi-monitor: {visible(str(message))}", file=sys.stderr)
     return 2
@@ -118,7 +118,8 @@ def _demo(arguments: list[str]) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    from nfi_monitor.report.jsonl import RunDirectoryError, read_run
+    from nfi_monitor.report.run_directory.files import RunDirectoryError
+    from nfi_monitor.report.run_directory.reader import read_run
     from nfi_monitor.report.summary import summarize
 
     try:
@@ -164,7 +165,7 @@ def _report(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace, record: RunRecord) -> int:
     """``report RUN --explain ID``: one alert, and no figure."""
-    from nfi_monitor.report.explain import explain_run
+    from nfi_monitor.report.explain.compose import explain_run
 
     parts = (record.info, record.history, record.phases, record.alerts, record.notes)
     try:
@@ -184,7 +185,7 @@ def _print_explanations(console: Console, record: RunRecord) -> None:
     """Under the summary: every slingshot, and the alert that still fires."""
     from rich.text import Text
 
-    from nfi_monitor.report.explain import explain_run
+    from nfi_monitor.report.explain.compose import explain_run
 
     parts = (record.info, record.history, record.phases, record.alerts, record.notes)
     explanations = explain_run(*parts)
@@ -216,7 +217,7 @@ def _console(stderr: bool = False) -> Console:
 def _say(console: Console, text: str, style: str = "") -> None:
     from rich.text import Text
 
-    from nfi_monitor.report.words import shown
+    from nfi_monitor.report.terminal import shown
 
     text = shown(console.options.ascii_only)(text)
     console.print(Text(text, style=style), soft_wrap=True, highlight=False)
@@ -226,7 +227,7 @@ def _say(console: Console, text: str, style: str = "") -> None:
 
 
 def _tail(options: argparse.Namespace) -> int:
-    from nfi_monitor.report.jsonl import ALERTS, READINGS, RunDirectoryError, check_run
+    from nfi_monitor.report.run_directory.files import ALERTS, READINGS, RunDirectoryError, check_run
 
     try:
         run = check_run(options.run)
@@ -330,7 +331,7 @@ def _end_of(line: bytes, file: BinaryIO) -> int:
 
 
 def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    from nfi_monitor.report.jsonl import parse_line
+    from nfi_monitor.report.run_directory.files import parse_line
 
     for line in lines:
         record = parse_line(line) if line.strip() else None
@@ -352,7 +353,7 @@ def _step_of(kind: str, record: dict[str, Any]) -> int:
 
 def _new_notes(run: Path, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Notes that run.json holds and ``seen`` does not; they are added to it."""
-    from nfi_monitor.report.jsonl import RUN
+    from nfi_monitor.report.run_directory.files import RUN
 
     try:
         info = json.loads((run / RUN).read_text(encoding="utf-8"))
@@ -368,7 +369,7 @@ def _show(kind: str, record: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"type": kind, **record}, allow_nan=False))
     else:
-        from nfi_monitor.report.words import shown
+        from nfi_monitor.report.terminal import shown
 
         # A terminal that cannot show μ must not stop the tail.
         ascii_only = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
@@ -377,7 +378,7 @@ def _show(kind: str, record: dict[str, Any], as_json: bool) -> None:
 
 def _line(kind: str, record: dict[str, Any]) -> str:
     """One record in plain words."""
-    from nfi_monitor.report import words
+    from nfi_monitor.report import wording
 
     if kind == "note":
         return f"step {record.get('step', 0):>7,}  note      {record.get('message', '')}"
@@ -387,7 +388,7 @@ def _line(kind: str, record: dict[str, Any]) -> str:
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             return f"alert of a kind this version cannot read: {error}"
         # A threshold a line is enough for a tail; the rest is in the report.
-        text = words.alert_in_words(alert, 1)
+        text = wording.alert_in_words(alert, 1)
         return f"step {alert.last_step:>7,}  {record.get('change', ''):<8}  {alert.id}: {text}"
     values = record.get("values")
     values = values if isinstance(values, dict) else {}
@@ -397,5 +398,5 @@ def _line(kind: str, record: dict[str, Any]) -> str:
         if name in values and not (name == "head_loss" and "loss" in values):
             value = values[name]
             known = isinstance(value, (int, float))
-            shown.append(f"{words.label(name)} {words.amount(name, value) if known else 'not finite'}")
+            shown.append(f"{wording.label(name)} {wording.amount(name, value) if known else 'not finite'}")
     return f"step {record.get('step', 0):>7,}  {phase:<10}  {', '.join(shown)}"

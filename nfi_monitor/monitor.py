@@ -1,8 +1,8 @@
 """The one stateful public class: attaches, makes one pass per optimizer step, detaches.
 
 capture → measure → detect → report: only this file knows all four.  What a process reads of a step is in
-:mod:`~nfi_monitor.meter`, which losses can wait in :mod:`~nfi_monitor.losses`, and whether other processes
-read along in :mod:`~nfi_monitor.ranks`; none of them knows the monitor.
+:mod:`~nfi_monitor.engine.step_reader`, which losses can wait in :mod:`~nfi_monitor.engine.loss_queue`, and whether other processes
+read along in :mod:`~nfi_monitor.ranks.membership`; none of them knows the monitor.
 """
 
 from __future__ import annotations
@@ -22,40 +22,42 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nfi_monitor import distributed
 from nfi_monitor._version import __version__
-from nfi_monitor.cadence import Clock, next_read
-from nfi_monitor.capture import placement
-from nfi_monitor.capture.head import Head, HeadProbe, Rows, find_head
+from nfi_monitor.capture import devices
+from nfi_monitor.capture.head import Head, find_head
+from nfi_monitor.capture.head_probe import HeadProbe, Rows
+from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.loss import LossProbe
-from nfi_monitor.capture.optimizer import OptimizerReader, StepHooks, choose
-from nfi_monitor.capture.outbox import Outbox
+from nfi_monitor.capture.optimizer import OptimizerReader, choose
 from nfi_monitor.capture.probe_batch import ProbeBatch
-from nfi_monitor.capture.ring import SnapshotRing
 from nfi_monitor.capture.sampling import auto_interval, local
-from nfi_monitor.capture.snapshots import Snapshot, check_extra
-from nfi_monitor.detect.causal import ReplayVerdict
+from nfi_monitor.capture.step_hooks import StepHooks
 from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
 from nfi_monitor.detect.spike import QUIET
+from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
+from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.run_info import describe_run, read_context
+from nfi_monitor.engine.schedule import Schedule, next_read
+from nfi_monitor.engine.step_reader import StepReader
 from nfi_monitor.errors import AlreadyMonitoredError, MonitorError
 from nfi_monitor.history import History
-from nfi_monitor.losses import TOGETHER, Losses
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.step import SKIPPED, with_non_finite
 from nfi_monitor.measure.zero_sum import accumulation_dtype
-from nfi_monitor.meter import Meter
-from nfi_monitor.notes import NoteTaker
-from nfi_monitor.ranks import Ranks
-from nfi_monitor.report.fanout import Fanout, open_sinks
+from nfi_monitor.ranks import processes
+from nfi_monitor.ranks.membership import Membership
+from nfi_monitor.replay.recent_snapshots import RecentSnapshots
+from nfi_monitor.replay.snapshots import Snapshot, check_extra
+from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.sink import Sink
-from nfi_monitor.run_info import describe_run, read_context
+from nfi_monitor.report.sinks import Sinks, open_sinks
 from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, Thresholds
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nfi_monitor.arms import Arm
-    from nfi_monitor.report.explanation import Explanation
+    from nfi_monitor.replay.arms import Arm
+    from nfi_monitor.report.explain.explanation import Explanation
     from nfi_monitor.report.summary import Summary
 
 _WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -151,7 +153,7 @@ class Monitor:
             raise TypeError(f"extras must be a list, got {type(extras).__name__}: extras=[it].")
         for extra in extras:
             check_extra(extra)
-        distributed.check_group(group)
+        processes.check_group(group)
         self._head: Head | None = None if head is False else find_head(model, head)
         self._optimizer = choose(optimizer, self._head)
         self._key = self._head.module if self._head is not None else model
@@ -181,19 +183,19 @@ class Monitor:
         self._reader = OptimizerReader(self._optimizer, self._head)
         self._rows = RowAccumulator()
         probe_batch = None if probe is None else ProbeBatch(model, *probe)
-        self._meter = Meter(self._reader, self._rows, probe_batch, self._quiet, self._failed)
-        self._clock = Clock(overhead_budget)
+        self._meter = StepReader(self._reader, self._rows, probe_batch, self._quiet, self._failed)
+        self._clock = Schedule(overhead_budget)
         self._probe = HeadProbe(self._captured_step, self._rows_arrived, self._failed, self._clock.spend)
         self._loss_probe: LossProbe | None = None
-        self._reports = Fanout([], self._failed)
+        self._reports = Sinks([], self._failed)
         self._notes = NoteTaker(self._reports.note)
-        self._ranks = Ranks(
+        self._ranks = Membership(
             group, every, clock=self._clock, meter=self._meter, probe=self._probe, notes=self._notes
         )
         self._detector = Detector(self._thresholds, self._read_context())
-        self._losses = Losses(self._detector.stirs, self._thresholds)
-        self._outbox = Outbox()
-        self._ring = SnapshotRing(model, self._optimizer, self._extras, snapshots)
+        self._losses = LossQueue(self._detector.stirs, self._thresholds)
+        self._outbox = HostTransfer()
+        self._ring = RecentSnapshots(model, self._optimizer, self._extras, snapshots)
         self.replays: list[ReplayVerdict] = []
         """What replays of this run's slingshots have shown, oldest first."""
         self._history = History()
@@ -232,7 +234,7 @@ class Monitor:
         if self._closed or self._paused:
             return
         try:
-            if placement.GRAPHS and self._recorded():
+            if devices.GRAPHS and self._recorded():
                 return
             self._losses.told.append(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         except Exception as error:
@@ -277,7 +279,7 @@ class Monitor:
         """
         if not self._closed and not self._paused:
             try:
-                if not (placement.GRAPHS and self._recorded()):
+                if not (devices.GRAPHS and self._recorded()):
                     self._probe.tap(logits)
             except Exception as error:
                 self._failed("rows", error)
@@ -392,7 +394,7 @@ class Monitor:
         From the readings in ``history``; also after ``close()`` and in ``on_alert``. Raises ValueError,
         naming the known ids, for an alert that is not this monitor's.
         """
-        from nfi_monitor.report.explain import explain, find_alert
+        from nfi_monitor.report.explain.compose import explain, find_alert
 
         # Nothing is drained here: on_alert is called from there, and an alert's readings are on record.
         found = find_alert(self._detector.alerts, alert)
@@ -411,7 +413,7 @@ class Monitor:
         steps: int | None = None,
         snapshot: Snapshot | None = None,
     ) -> ReplayVerdict:
-        """Find the last slingshot's cause: go on from before it under each arm (:mod:`nfi_monitor.replay`).
+        """Find the last slingshot's cause: go on from before it under each arm (:mod:`nfi_monitor.replay.run`).
 
         ``step_fn(step)`` does optimizer step number ``step`` as the run did, its data included, and returns
         the loss.  ``snapshot``: default the newest that is 2 τ before the slingshot, or else the oldest.
@@ -420,14 +422,14 @@ class Monitor:
 
         Raises MonitorError, saying what is needed, without a snapshot or a usable ``step_fn``.
         """
-        from nfi_monitor.replay import RECIPE, STEP_FN, plan, replay
+        from nfi_monitor.replay.run import RECIPE, STEP_FN, plan, replay
 
         if not callable(step_fn):
             raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
         if self._closed:
             raise MonitorError(
                 "A closed monitor has let go of the model. Call monitor.replay before close(), inside the "
-                "with block, or nfi_monitor.replay.replay(snapshot, step_fn, model=..., optimizer=...) with "
+                "with block, or nfi_monitor.replay.run.replay(snapshot, step_fn, model=..., optimizer=...) with "
                 f"one of monitor.snapshots. {RECIPE}"
             )
         self._settle()
@@ -602,14 +604,14 @@ class Monitor:
 
     def _recorded(self) -> bool:
         """Whether what goes on is only recorded, into a CUDA graph: then every hook leaves at once."""
-        if not placement.capturing():
+        if not devices.capturing():
             return False
         self._notes.cuda_graph(self._step)
         return True
 
     def _captured_step(self) -> int | None:
         """For the head's forward. In the first it may turn out that DDP wraps the model after all."""
-        if self._paused or (placement.GRAPHS and self._recorded()):
+        if self._paused or (devices.GRAPHS and self._recorded()):
             return None
         if self._step == 0 and self._ranks.looking and self._ranks.pool is None and not self._closed:
             apart = self._ranks.find(self._model, self._optimizer, self._head)
@@ -622,7 +624,7 @@ class Monitor:
         self._meter.add(rows)
 
     def _before_step(self, given: Sequence[Any]) -> None:
-        if self._paused or (placement.GRAPHS and self._recorded()):
+        if self._paused or (devices.GRAPHS and self._recorded()):
             return
         if self._ring.pending:
             self._complete_snapshot()
@@ -638,7 +640,7 @@ class Monitor:
         self._clock.own += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        if self._paused or (placement.GRAPHS and self._recorded()):
+        if self._paused or (devices.GRAPHS and self._recorded()):
             return
         started = time.perf_counter()
         self._step += 1
@@ -646,7 +648,7 @@ class Monitor:
         aside = False
         try:
             # While a reading is on its way from an accelerator, each step asks for it.
-            aside = not (read or self._outbox.waiting) and self._losses.put_aside(self._step)
+            aside = not (read or self._outbox.waiting) and self._losses.defer(self._step)
             if not aside:
                 if read:
                     with torch.no_grad():
@@ -750,7 +752,7 @@ class Monitor:
             return
         if self._ranks.pool is not None:
             self._ranks.pool.keep_loss(self._step, loss)
-        elif isinstance(loss, Tensor) and not placement.on_host(loss):
+        elif isinstance(loss, Tensor) and not devices.on_host(loss):
             losses.keep_late(self._step, loss)
         else:
             if self._outbox.waiting:  # an earlier reading, from an accelerator
@@ -775,7 +777,7 @@ class Monitor:
             passed = False
             if "detector" not in self._quiet:
                 with self.guarded("detector"):
-                    passed = self._detector.pass_by(step, loss)
+                    passed = self._detector.absorb_ordinary_loss(step, loss)
             if passed:
                 self._history.append(step, {"loss": loss})
             else:

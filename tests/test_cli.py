@@ -15,9 +15,9 @@ import pytest
 from nfi_monitor import __version__
 from nfi_monitor.cli import _Tail, main
 from nfi_monitor.report import figure
-from nfi_monitor.report.jsonl import RunDirectory
+from nfi_monitor.report.run_directory.thinning import thin
+from nfi_monitor.report.run_directory.writer import RunDirectory
 from nfi_monitor.report.summary import Summary
-from nfi_monitor.report.thinning import thin
 from nfi_monitor.types import Change, Note, Phase, Reading
 from tests.report.builders import AT_RISK, INFO, SLINGSHOT, readings, resolved
 

@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfi_monitor import Monitor, meter
-from nfi_monitor.capture import placement
-from nfi_monitor.capture.outbox import Outbox
+from nfi_monitor.capture import devices
+from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.sampling import CoordinateSample
-from nfi_monitor.measure.shards import head_parts, step_parts
+from nfi_monitor.measure.sharded.step import head_parts, step_parts
 from tests.measure.test_shards import SHAPES, D, update_of
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
@@ -152,9 +152,9 @@ def train(monitor: Monitor, model: nn.Module, optimizer: torch.optim.Optimizer, 
 @pytest.fixture
 def elsewhere(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Nothing lies on the host; packed numbers arrive when the test says so."""
-    monkeypatch.setattr(placement, "on_host", lambda tensor: False)
+    monkeypatch.setattr(devices, "on_host", lambda tensor: False)
     taken: list[int] = []
-    monkeypatch.setattr(Outbox, "take", lambda self, **_: taken.append(1) or [])
+    monkeypatch.setattr(HostTransfer, "take", lambda self, **_: taken.append(1) or [])
     return taken
 
 
@@ -248,8 +248,8 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
         return torch.as_tensor(numbers, dtype=dtype).to(device, non_blocking=True)
 
-    monkeypatch.setattr(Outbox, "take", lambda self, **_: [])
-    monkeypatch.setattr(placement, "send", send)
+    monkeypatch.setattr(HostTransfer, "take", lambda self, **_: [])
+    monkeypatch.setattr(devices, "send", send)
     monkeypatch.setattr(meter, "full_precision", lambda tensor: nullcontext())  # it knows no autocast
     return torch.device("meta")
 
@@ -388,10 +388,10 @@ def test_a_copy_to_cuda_is_made_from_pinned_memory_and_not_waited_for(monkeypatc
     pinned, asked = torch.ones(2), {}
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned)
     monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: asked.update(how) or tensor)
-    assert placement.send([1.0, 1.0], torch.device("cuda")) is pinned and asked == {"non_blocking": True}
+    assert devices.send([1.0, 1.0], torch.device("cuda")) is pinned and asked == {"non_blocking": True}
     there = torch.ones(2, device="meta")
-    assert placement.send(there, torch.device("cuda", 1)) is there
-    assert placement.send([1.0], torch.device("cpu")) is not pinned and asked == {"non_blocking": False}
+    assert devices.send(there, torch.device("cuda", 1)) is there
+    assert devices.send([1.0], torch.device("cpu")) is not pinned and asked == {"non_blocking": False}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -418,7 +418,7 @@ def test_on_an_accelerator_torch_itself_finds_no_synchronisation(own: dict[str, 
 
 @pytest.mark.parametrize("shape", [(6, 5), (2, 3, 5), (2, 3, 2, 5)])
 def test_rows_of_a_gradient_without_a_view_as_rows_are_those_of_its_copy(shape: tuple[int, ...]) -> None:
-    from nfi_monitor.capture.head import rows_of
+    from nfi_monitor.capture.head_probe import rows_of
 
     turned = torch.randn(*shape[:-2], shape[-1], shape[-2]).transpose(-1, -2)
     for first, stride in ((0, 1), (1, 2), (2, 3)):
@@ -430,8 +430,8 @@ def test_rows_of_a_gradient_without_a_view_as_rows_are_those_of_its_copy(shape: 
 def test_a_hook_leaves_at_once_while_a_cuda_graph_is_captured(elsewhere, monkeypatch) -> None:
     """The warm-up has left a reading on its way: to ask for its event makes the user's capture fail."""
     captured = [False]
-    monkeypatch.setattr(placement, "GRAPHS", True)
-    monkeypatch.setattr(placement, "capturing", lambda: captured[0])
+    monkeypatch.setattr(devices, "GRAPHS", True)
+    monkeypatch.setattr(devices, "capturing", lambda: captured[0])
     torch.manual_seed(0)
     model = nn.Linear(8, CLASSES)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
@@ -455,6 +455,6 @@ def test_whether_a_graph_is_captured_is_asked_only_where_cuda_runs(monkeypatch: 
     """The question would set CUDA up in a process that trains on the CPU, or fail in a forked worker."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     for graphs, initialized in ((False, True), (True, False), (True, True)):
-        monkeypatch.setattr(placement, "GRAPHS", graphs)
+        monkeypatch.setattr(devices, "GRAPHS", graphs)
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda initialized=initialized: initialized)
-        assert placement.capturing() is (graphs and initialized)
+        assert devices.capturing() is (graphs and initialized)

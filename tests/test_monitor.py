@@ -155,8 +155,8 @@ def test_a_probe_batch_gives_margin_displacement() -> None:
 def test_of_several_ranks_only_the_first_speaks_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("nfi_monitor.distributed.rank", lambda: 3)
-    monkeypatch.setattr("nfi_monitor.distributed.processes", lambda group=None: 4)
+    monkeypatch.setattr("nfi_monitor.ranks.processes.rank", lambda: 3)
+    monkeypatch.setattr("nfi_monitor.ranks.processes.processes", lambda group=None: 4)
     model = mlp()
     optimizer = adamw(model)
     with Monitor(model, optimizer, every=1, run_dir=tmp_path / "run") as monitor:
@@ -640,7 +640,7 @@ def test_a_tied_head_is_watched_by_rows_only() -> None:
     ("target", "part"),
     [
         ("nfi_monitor.measure.accumulator.row_statistics", "rows"),
-        ("nfi_monitor.meter.step_statistics", "optimizer"),
+        ("nfi_monitor.engine.step_reader.step_statistics", "optimizer"),
         ("nfi_monitor.capture.optimizer.OptimizerReader.before", "optimizer"),
         ("nfi_monitor.capture.probe_batch.ProbeBatch.displacement", "probe"),
         ("nfi_monitor.detect.detector.Detector.update", "detector"),

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfi_monitor.monitor import Monitor
-from nfi_monitor.report.jsonl import read_run
+from nfi_monitor.report.run_directory.reader import read_run
 from nfi_monitor.types import Alert, AlertKind
 from tests.runs import batch, differences, mlp, snapshot
 from tests.spiking import CUTS, Recorded, scene

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nfi_monitor import Alert
 from nfi_monitor.report.figure import thin
-from nfi_monitor.report.plain import plain
+from nfi_monitor.report.json_values import plain
 from nfi_monitor.types import Thresholds
 
 RESULTS = Path(__file__).parent / "results"

@@ -37,7 +37,7 @@ from examples.reference.results import (
 from nfi_monitor import Alert, Monitor
 from nfi_monitor.history import History
 from nfi_monitor.quantities import QUANTITIES
-from nfi_monitor.report.plain import plain
+from nfi_monitor.report.json_values import plain
 
 if TYPE_CHECKING:
     from examples.reference.study import Arm, Preset, Study

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture.head import INERT
+from nfi_monitor.capture.head_probe import INERT
 
 COUNT = "num_items_in_batch"
 """Keyword under which a HuggingFace trainer tells the model how many items all micro-batches of a step hold:

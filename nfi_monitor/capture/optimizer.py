@@ -8,7 +8,7 @@ gradient scaler unscales them in place.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nfi_monitor.capture import placement
+from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.quantized import Quantized, quantized_moment
 from nfi_monitor.capture.sampling import CoordinateSample, local
 
 HEAD_ELEMENTS = 1 << 18
 """Head weights up to this many entries are compared whole; of larger ones, a stride of class rows."""
+
 MEAN_ELEMENTS = 1 << 20
 """Head weights read for W_G and for the batch-level zero-sum per step; larger heads are read less often."""
 
@@ -167,7 +168,7 @@ class OptimizerReader:
             grad = sample.gather([param.grad for param in params if param.grad is not None])
             grad_scale = getattr(self.optimizer, "grad_scale", None)
             if isinstance(grad_scale, Tensor):
-                grad = grad / placement.send(grad_scale, grad.device, grad.dtype)
+                grad = grad / devices.send(grad_scale, grad.device, grad.dtype)
         found_inf = getattr(self.optimizer, "found_inf", None)
         weight, bias = self._head_rows()
         weight_grad, bias_grad = (None, None) if closure else self._head_gradients(step)
@@ -384,90 +385,6 @@ class OptimizerReader:
         return grad[:, first : first + columns], bias_grad
 
 
-def has_closure(given: Sequence[Any]) -> bool:
-    """Whether a closure is among what ``optimizer.step()`` was given (which may begin with the optimizer)."""
-    return any(callable(value) and not isinstance(value, Optimizer) for value in given)
-
-
-class StepHooks:
-    """The pair of hooks around ``optimizer.step()``, with their handles. ``before`` gets what it was given.
-
-    The last guard of a training: whatever ``before`` and ``after`` raise goes to ``failed("step", error)``.
-    ``remove`` and ``serve`` may be called from inside them: an ``on_alert`` that closes its monitor.
-    """
-
-    def __init__(
-        self,
-        optimizer: Optimizer,
-        before: Callable[[Sequence[Any]], None],
-        after: Callable[[], None],
-        failed: Callable[[str, BaseException], None],
-    ) -> None:
-        self._before, self._after, self._failed = before, after, failed
-        self._inside: int | None = None  # which of the two hooks is running
-        self._removed = False
-
-        def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._inside = 0
-            try:
-                try:
-                    self._before((*args, *kwargs.values()) if kwargs else args)
-                finally:
-                    self._leave_hook()
-            except Exception as error:
-                self._failed("step", error)
-
-        def post(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._inside = 1
-            try:
-                try:
-                    self._after()
-                finally:
-                    self._leave_hook()
-            except Exception as error:
-                self._failed("step", error)
-
-        # A compiled step must not trace the monitor.
-        pre, post = torch.compiler.disable(pre), torch.compiler.disable(post)
-
-        self._handles = [
-            optimizer.register_step_pre_hook(pre),
-            optimizer.register_step_post_hook(post),
-        ]
-
-    def serve(
-        self,
-        before: Callable[[Sequence[Any]], None],
-        after: Callable[[], None],
-        failed: Callable[[str, BaseException], None],
-    ) -> None:
-        """The hooks stay where they are and call these from now on."""
-        self._before, self._after, self._failed = before, after, failed
-
-    def remove(self) -> None:
-        self.serve(lambda given: None, lambda: None, lambda part, error: None)
-        self._removed = True
-        if self._inside is None:
-            for handle in self._handles:
-                handle.remove()
-
-    def _leave_hook(self) -> None:
-        """The end of a hook in which, or before which, ``remove`` was called.
-
-        Torch iterates over its hooks and raises into the training if one goes meanwhile, unless that one is
-        the last.  So a hook that is not the last goes when the other one is run; at worst one stays that
-        does nothing.
-        """
-        inside, self._inside = self._inside, None
-        if not self._removed or inside is None:
-            return
-        hooks, own = self._handles[inside].hooks_dict_ref(), self._handles[inside].id
-        if inside == 0 or (hooks and next(reversed(hooks)) == own):
-            self._handles[1 - inside].remove()
-        if hooks and own in hooks and next(reversed(hooks)) == own:
-            self._handles[inside].remove()
-
-
 def gradient_columns(features: int, outputs: int) -> int:
     """How many columns of the head's gradient [K, d] are read per step."""
     return max(1, min(features, MEAN_ELEMENTS // 4 // outputs))
@@ -505,7 +422,7 @@ def _spread(numbers: Sequence[Tensor | float], start: _Before) -> Tensor:
             ]
         )
     else:
-        each = placement.send(numbers, like.device, like.dtype)
+        each = devices.send(numbers, like.device, like.dtype)
     return each[start.sample.segments]
 
 
@@ -515,6 +432,6 @@ def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
 
 def _host(value: Any) -> Any:
     """A float where that costs no synchronisation, else the tensor; NaN for None (self-scheduled rates)."""
-    if isinstance(value, Tensor) and not placement.on_host(value):
+    if isinstance(value, Tensor) and not devices.on_host(value):
         return value
     return math.nan if value is None else float(value)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture.texts import from_text, to_text
+from nfi_monitor.capture.tensor_text import from_text, to_text
 from nfi_monitor.measure.displacement import margin_displacement, probe_margins
 
 

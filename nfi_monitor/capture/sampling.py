@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture import placement
+from nfi_monitor.capture import devices
 
 ROW_ELEMENTS = 1 << 18
 """Logits read per backward pass at least (256 Ki elements, 1 MiB in float32)."""
@@ -118,17 +118,17 @@ class CoordinateSample:
         self._sizes, self._shapes = sizes, [(count,) for count in counts]
         self._steps = [(step,) for step in self.strides]
         device = tensors[0].device
-        self.counts = placement.send(counts, device, torch.float32)
+        self.counts = devices.send(counts, device, torch.float32)
         self.segments = torch.repeat_interleave(
             torch.arange(len(counts), device=device),
-            placement.send(counts, device),
+            devices.send(counts, device),
             output_size=sum(counts),  # else the device is asked for it
         )
         self.weights: Tensor | None = None
         if any(step > 1 for step in self.strides):
             rates = [size / count for size, count in zip(sizes, counts, strict=True)]
-            self.weights = placement.send(rates, device)[self.segments]
-        self.matrices = placement.send([local(tensor).ndim > 1 for tensor in tensors], device)
+            self.weights = devices.send(rates, device)[self.segments]
+        self.matrices = devices.send([local(tensor).ndim > 1 for tensor in tensors], device)
         self.total = float(sum(sizes))
         self._starts = np.cumsum([0, *counts[:-1]])
         self.spans = []
@@ -159,7 +159,7 @@ class CoordinateSample:
 
     def per_tensor(self, values: Tensor) -> Tensor:
         """Sums over the sampled coordinates of each tensor. ``values`` [..., C] → [..., T]."""
-        if placement.on_host(values):
+        if devices.on_host(values):
             # Segments lie one behind the other: a single pass, pairwise, in a quarter of index_add_'s time.
             return torch.from_numpy(np.add.reduceat(values.numpy(), self._starts, axis=-1))
         sums = values.new_zeros(*values.shape[:-1], len(self.counts))

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 
 from nfi_monitor.detect.advice import NON_FINITE, NON_FINITE_LOSS, advice_for
 from nfi_monitor.detect.forecast import steps_to_spike
+from nfi_monitor.detect.loss_watch import LossWatch
 from nfi_monitor.detect.mechanism import FORGOTTEN, LEARNED, Causes, name_mechanism
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
-from nfi_monitor.detect.unrest import Unrest
 from nfi_monitor.types import (
     Alert,
     AlertKind,
@@ -86,7 +86,7 @@ class Detector:
         self.alerts: list[Alert] = []
         self.signals = Signals()
         self.spike = SpikeDetector()
-        self.unrest = Unrest()
+        self.unrest = LossWatch()
         self._absorbing, self._inflating, self._imminent = Hysteresis(), Hysteresis(), Hysteresis()
         self._coasting, self._kicking, self._swinging = Hysteresis(), Hysteresis(), Hysteresis()
         self._firing: dict[AlertKind, int] = {}  # kind → index into alerts
@@ -124,7 +124,7 @@ class Detector:
         """Look at a loss as soon as it is known: whether it calls for closer attention."""
         return self.unrest.update(step, loss, self.limits)
 
-    def pass_by(self, step: int, loss: float) -> bool:
+    def absorb_ordinary_loss(self, step: int, loss: float) -> bool:
         """Take in a loss that begins nothing, and that :meth:`stirs` has seen. False: it is one for
         :meth:`update`, and was not taken in."""
         if not 0.0 <= loss < self.spike.usual_below(self.limits):

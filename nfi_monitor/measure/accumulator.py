@@ -7,17 +7,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture import placement
-from nfi_monitor.capture.head import Rows
-from nfi_monitor.distributed import ClassShard
+from nfi_monitor.capture import devices
+from nfi_monitor.capture.head_probe import Rows
+from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
-from nfi_monitor.measure.class_shards import ShardRows, shard_rows
 from nfi_monitor.measure.rows import (
     LossKind,
     RowStatistics,
     row_statistics,
     single_output_statistics,
 )
+from nfi_monitor.measure.sharded.rows import ShardRows, shard_rows
 
 LOOK_FIRST = 8
 """The first optimizer steps all look at what kind of loss it is ..."""
@@ -73,7 +73,7 @@ class RowAccumulator:
             return
         look, kind = looks(self._step), self.loss_kind
         if kind is not None and kind.eps.device != device:  # a resumed run's: where the head is
-            kind = LossKind(*(placement.send(known, device) for known in kind))
+            kind = LossKind(*(devices.send(known, device) for known in kind))
         statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
         self.loss_kind = statistics.loss_kind
         self._merge(rows, statistics)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture import placement
+from nfi_monitor.capture import devices
 
 _OF_NUMPY = (torch.float32, torch.float64)
 """float16 has no quick argmax there."""
@@ -37,4 +37,4 @@ def pick(values: Tensor, classes: Tensor) -> Tensor:
 
 
 def _fast(values: Tensor) -> bool:
-    return placement.on_host(values) and values.dtype in _OF_NUMPY
+    return devices.on_host(values) and values.dtype in _OF_NUMPY

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture import placement
+from nfi_monitor.capture import devices
 
 
 def classifier_mean(weight: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def feature_sum(features: Tensor, counts: Tensor) -> Tensor:
 
     A sum, not a mean: micro-batches add up.
     """
-    if placement.on_host(counts) and counts.all():
+    if devices.on_host(counts) and counts.all():
         return features.sum(0)  # the usual case, without the copy
     kept = torch.where(counts.unsqueeze(-1) > 0, features, 0.0)
     return kept.sum(0)  # not counts @ features: 0 · NaN of a row that does not count would spoil it

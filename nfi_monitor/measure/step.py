@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.capture.optimizer import Update
-from nfi_monitor.capture.texts import from_text, to_text
+from nfi_monitor.capture.tensor_text import from_text, to_text
 from nfi_monitor.measure import curvature, displacement, global_means, second_moment, weight_norm, zero_sum
 
 _TENSORS = ("before", "feature_mean", "grad", "preconditioner")

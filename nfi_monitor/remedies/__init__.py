@@ -1,17 +1,17 @@
 """What the advice tells people to do, as functions: exact, undoable, one line each.
 
 Losses are called in the place of the old one; the others return a :class:`Handle` whose ``undo()`` takes them
-back.  Names are resolved on first use (PEP 562), as in the package itself.
+back.  Remedies that no alert recommends are in :mod:`nfi_monitor.remedies.experimental`.  Names are resolved on first use (PEP 562), as in the package itself.
 """
 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nfi_monitor.remedies.autopilot import Action, Autopilot, AutopilotStop
-    from nfi_monitor.remedies.centering import center_classifier, center_features
     from nfi_monitor.remedies.cooling import CoolDown, cool_down
     from nfi_monitor.remedies.cross_entropy import (
         ZeroSumCrossEntropyLoss,
@@ -22,12 +22,8 @@ if TYPE_CHECKING:
     from nfi_monitor.remedies.handle import Handle
     from nfi_monitor.remedies.huggingface import causal_lm_loss, classification_loss
     from nfi_monitor.remedies.linear import linear_zero_sum_cross_entropy
-    from nfi_monitor.remedies.penalties import z_loss
     from nfi_monitor.remedies.policy import Policy
-    from nfi_monitor.remedies.prieto import orthogonal_gradients, stablemax_cross_entropy
     from nfi_monitor.remedies.projection import project_zero_sum
-    from nfi_monitor.remedies.second_moment import reset_second_moment
-    from nfi_monitor.remedies.update_clip import clip_update_rms
 
 _HOMES = {
     "Action": "autopilot",
@@ -36,20 +32,13 @@ _HOMES = {
     "CoolDown": "cooling",
     "Policy": "policy",
     "causal_lm_loss": "huggingface",
-    "center_classifier": "centering",
-    "center_features": "centering",
     "classification_loss": "huggingface",
-    "clip_update_rms": "update_clip",
     "cool_down": "cooling",
     "Handle": "handle",
     "float64_cross_entropy": "cross_entropy",
     "linear_zero_sum_cross_entropy": "linear",
-    "orthogonal_gradients": "prieto",
     "project_zero_sum": "projection",
     "raise_epsilon": "epsilon",
-    "reset_second_moment": "second_moment",
-    "stablemax_cross_entropy": "prieto",
-    "z_loss": "penalties",
     "zero_sum_cross_entropy": "cross_entropy",
     "ZeroSumCrossEntropyLoss": "cross_entropy",
 }
@@ -63,25 +52,26 @@ __all__ = [
     "Policy",
     "ZeroSumCrossEntropyLoss",
     "causal_lm_loss",
-    "center_classifier",
-    "center_features",
     "classification_loss",
-    "clip_update_rms",
     "cool_down",
     "float64_cross_entropy",
     "linear_zero_sum_cross_entropy",
-    "orthogonal_gradients",
     "project_zero_sum",
     "raise_epsilon",
-    "reset_second_moment",
-    "stablemax_cross_entropy",
-    "z_loss",
     "zero_sum_cross_entropy",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
+        experimental = importlib.import_module(f"{__name__}.experimental")
+        if name in experimental.HOMES:
+            warnings.warn(
+                f"{name} has moved: from nfi_monitor.remedies.experimental import {name}.",
+                DeprecationWarning,
+                stacklevel=2,
+            )
+            return getattr(experimental, name)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value

@@ -38,15 +38,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nfi_monitor import distributed
-from nfi_monitor.capture.snapshots import Snapshot
 from nfi_monitor.errors import MonitorError
+from nfi_monitor.ranks import processes
 from nfi_monitor.remedies.cooling import CoolDown, cool_down
 from nfi_monitor.remedies.cross_entropy import zero_sum_cross_entropy
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.policy import Policy, Rung
 from nfi_monitor.remedies.projection import project_zero_sum
 from nfi_monitor.remedies.steps import REPLAY, acts, around_steps
+from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.types import Alert, AlertKind, AlertState
 
 if TYPE_CHECKING:
@@ -386,7 +386,7 @@ class Autopilot:
         if self.snapshot is not None:
             # Of a sharded model each rank keeps its own part, in memory.
             sharded = monitor.head is not None and hasattr(monitor.head.weight, "to_local")
-            if monitor.run_dir is not None and distributed.rank() == 0 and not sharded:
+            if monitor.run_dir is not None and processes.rank() == 0 and not sharded:
                 path = Path(monitor.run_dir) / f"autopilot-{self.snapshot.step}.pt"
             moves = None if spoilt else (monitor.optimizer, monitor.extras)
             self._pending = partial(_finished, self.snapshot, moves, path, monitor)

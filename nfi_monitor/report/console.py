@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from nfi_monitor.detect.causal import ReplayVerdict
-from nfi_monitor.report import words
+from nfi_monitor.replay.verdict import ReplayVerdict
+from nfi_monitor.report import terminal, wording
 from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, Severity
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ class ConsoleSink:
         word = "resolved" if over else str(alert.severity).upper()
         style = "green" if over else SEVERITY_STYLES[alert.severity]
         line = Text.assemble(("step ", "dim"), f"{alert.last_step:,}  ", (word, style), "  ")
-        head, *rest = words.alert_in_words(alert, _EVIDENCE).split(" · ")
+        head, *rest = wording.alert_in_words(alert, _EVIDENCE).split(" · ")
         line.append(head, style="" if over else "bold")
         for part in rest:
             line.append(" · ", style="dim").append(part)
@@ -81,7 +81,7 @@ class ConsoleSink:
     def replay(self, verdict: ReplayVerdict) -> None:
         what = verdict.slingshot or "no slingshot"
         line = Text.assemble((f"replay of {what}", "cyan"), f" from step {verdict.snapshot_step:,}  ")
-        line.append(words.replay_in_words(verdict), style="bold")
+        line.append(wording.replay_in_words(verdict), style="bold")
         self._print(line)
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
@@ -91,7 +91,7 @@ class ConsoleSink:
 
     def _print(self, text: Text, indent: bool = False) -> None:
         console = self.console
-        shown = words.shown(console.options.ascii_only)
+        shown = terminal.shown(console.options.ascii_only)
         prefix = Text(" " * _INDENT) if indent else Text("nfi  ", style="bold")
         text = _each(text, lambda part: shown(part.replace("\n", " ")))
         if not console.is_terminal:
@@ -116,7 +116,7 @@ def watching(info: Mapping[str, Any]) -> str:
         text += " and each one once something stirs" if every == "auto" and number > 1 else ""
     tau = info.get("tau")
     if isinstance(tau, (int, float)):
-        text += f" · τ = {words.number(float(f'{tau:.4g}'))} steps"
+        text += f" · τ = {wording.number(float(f'{tau:.4g}'))} steps"
     return text
 
 

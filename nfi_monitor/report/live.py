@@ -34,7 +34,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from nfi_monitor.report import words
+from nfi_monitor.report import terminal, wording
 from nfi_monitor.report.console import SEVERITY_STYLES
 from nfi_monitor.report.summary import PHASE_STYLES
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
@@ -77,7 +77,7 @@ class LivePanel:
         self._title = title
         self._next = 0.0
         ascii_only = self.console.options.ascii_only
-        self._say = words.shown(ascii_only)
+        self._say = terminal.shown(ascii_only)
         self._box = ASCII if ascii_only else ROUNDED
         # rich's own ellipsis is not ASCII.
         self._overflow: Literal["crop", "ellipsis"] = "crop" if ascii_only else "ellipsis"
@@ -165,13 +165,13 @@ class LivePanel:
         _, values = history[name]
         value = float(values[-1]) if len(values) else None
         style = "bold red" if value is not None and not math.isfinite(value) else ""
-        text = self._say(words.amount(name, value))
-        return Text.assemble((self._say(_SHORT.get(name, words.label(name))) + " ", "dim"), (text, style))
+        text = self._say(wording.amount(name, value))
+        return Text.assemble((self._say(_SHORT.get(name, wording.label(name))) + " ", "dim"), (text, style))
 
     def _last_alert(self, alert: Alert) -> Text:
         over = alert.state is AlertState.RESOLVED
         style = "green" if over else SEVERITY_STYLES[alert.severity]
-        parts = [words.forecast_in_words(alert), words.headline(alert)]  # the first survives a narrow one
+        parts = [wording.forecast_in_words(alert), wording.headline(alert)]  # the first survives a narrow one
         return Text.assemble(
             ("last alert ", "dim"), (self._say(" · ".join(part for part in parts if part)), style),
             no_wrap=True, overflow=self._overflow,

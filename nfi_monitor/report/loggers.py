@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from nfi_monitor.detect.causal import ReplayVerdict
-from nfi_monitor.report import words
+from nfi_monitor.replay.verdict import ReplayVerdict
+from nfi_monitor.report import wording
 from nfi_monitor.report.sink import Sink
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading, Severity
 
@@ -93,8 +93,8 @@ _NOTIFY = {"wandb": _wandb, "trackio": _trackio}
 
 
 def _title(alert: Alert) -> str:
-    return f"nfi step {alert.last_step:,} {alert.id}: {words.kind_in_words(alert.kind)}"[:TITLE]
+    return f"nfi step {alert.last_step:,} {alert.id}: {wording.kind_in_words(alert.kind)}"[:TITLE]
 
 
 def _text(alert: Alert) -> str:
-    return "\n".join([words.alert_in_words(alert), *alert.advice])
+    return "\n".join([wording.alert_in_words(alert), *alert.advice])

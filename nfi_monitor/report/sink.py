@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
-from nfi_monitor.detect.causal import ReplayVerdict
+from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from nfi_monitor.detect.causal import ReplayVerdict, arm_in_words
 from nfi_monitor.history import History
-from nfi_monitor.report import words
+from nfi_monitor.replay.verdict import ReplayVerdict, arm_in_words
+from nfi_monitor.report import terminal, wording
 from nfi_monitor.report.console import SEVERITY_STYLES
-from nfi_monitor.report.plain import plain
+from nfi_monitor.report.json_values import plain
 from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Note, Phase, Severity
 
 PHASE_STYLES = {
@@ -69,7 +69,7 @@ class Summary(dict[str, Any]):
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        say = words.shown(options.ascii_only)
+        say = terminal.shown(options.ascii_only)
         yield _render(self, say)
 
     def __str__(self) -> str:
@@ -193,7 +193,7 @@ def _event(alert: Alert) -> dict[str, Any]:
     record = alert.to_json()
     keys = ("id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence")
     found: dict[str, Any] = plain({key: record[key] for key in (*keys, "advice")})
-    found["evidence"] = plain({name: record["evidence"][name] for name in words.ordered_evidence(alert)})
+    found["evidence"] = plain({name: record["evidence"][name] for name in wording.ordered_evidence(alert)})
     return found
 
 
@@ -313,7 +313,7 @@ def _steps(start: int, end: int | None) -> str:
 
 
 def _certain(mechanism: str, confidence: float | None) -> tuple[str, str]:
-    name = words.mechanism_name(Mechanism(mechanism))
+    name = wording.mechanism_name(Mechanism(mechanism))
     known = confidence is not None and mechanism != Mechanism.UNKNOWN
     return name, f"{100 * confidence:.0f}%" if known and confidence is not None else ""
 
@@ -369,7 +369,7 @@ def _replay_lines(summary: Summary, say: Callable[[str], str]) -> RenderableType
         if guess is not None:
             told = " ".join(_certain(guess["mechanism"], guess["confidence"])).strip()
             text.append(say(f" · monitor: {told}"), style="not bold")
-        name = words.mechanism_name(Mechanism(row["mechanism"]))
+        name = wording.mechanism_name(Mechanism(row["mechanism"]))
         text.append(say(f" · replay: {name}"), style="not bold")
         table.add_row(say("·"), text)
         reasons = list(row["reasons"])
@@ -402,7 +402,7 @@ def _event_table(summary: Summary, say: Callable[[str], str]) -> RenderableType:
         shown = [*row["evidence"]][:1] + (["loss_afterwards"] if "loss_afterwards" in row["evidence"] else [])
         evidence = ", ".join(_evidence(name, row["evidence"][name]) for name in shown)
         table.add_row(
-            words.kind_in_words(AlertKind(row["kind"])),
+            wording.kind_in_words(AlertKind(row["kind"])),
             Text(str(severity), style=SEVERITY_STYLES[severity]),
             say(_steps(row["first_step"], end)),
             say(" ".join(_certain(row["mechanism"], row["confidence"])).strip()),
@@ -414,7 +414,7 @@ def _event_table(summary: Summary, say: Callable[[str], str]) -> RenderableType:
 def _evidence(name: str, item: Mapping[str, Any]) -> str:
     """The value alone: a terminal has no room for the threshold, which the alert itself shows."""
     value = math.nan if item["value"] is None else item["value"]
-    return words.one_evidence_in_words(name, Evidence(value))
+    return wording.one_evidence_in_words(name, Evidence(value))
 
 
 def _phase_lines(summary: Summary, say: Callable[[str], str]) -> RenderableType | None:
@@ -451,9 +451,9 @@ def _quantity_table(summary: Summary, say: Callable[[str], str]) -> RenderableTy
     for name, item in quantities.items():
         bad = item["not_finite"]
         table.add_row(
-            say(words.label(name)),
-            say("not finite" if item["last"] is None else words.amount(name, item["last"])),
-            say(words.amount(name, item["value"])),
+            say(wording.label(name)),
+            say("not finite" if item["last"] is None else wording.amount(name, item["last"])),
+            say(wording.amount(name, item["value"])),
             item["extreme"],
             "" if item["step"] is None else f"{item['step']:,}",
             Text(f"{bad:,} not finite", style="red") if bad else "",
@@ -466,7 +466,7 @@ def _class_line(summary: Summary, say: Callable[[str], str]) -> RenderableType |
     if not classes:
         return None
     text = ", ".join(
-        f"{words.number(name) if isinstance(name, float) else name} ({words.number(count)})"
+        f"{wording.number(name) if isinstance(name, float) else name} ({wording.number(count)})"
         for name, count in classes[:10]
     )
     return Text(say(text + (f", and {len(classes) - 10:,} more" if len(classes) > 10 else "")))

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from nfi_monitor.report.jsonl import RunRecord, read_run
+from nfi_monitor.report.run_directory.reader import RunRecord, read_run
 from nfi_monitor.types import AlertKind
 
 Floats = NDArray[np.float64]

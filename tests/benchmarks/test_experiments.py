@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from nfi_monitor import Monitor
-from nfi_monitor.replay import AS_IT_WAS, FLOAT64_LOSS
+from nfi_monitor.replay.run import AS_IT_WAS, FLOAT64_LOSS
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
 from tests.benchmarks.detection import generate, setups
 from tests.benchmarks.detection.experiments import __main__ as command

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor import HeadNotFoundError
-from nfi_monitor.capture.head import HeadProbe, Rows, find_head
+from nfi_monitor.capture.head import find_head
+from nfi_monitor.capture.head_probe import HeadProbe, Rows
 
 
 class Body(nn.Module):

@@ -10,8 +10,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from nfi_monitor import Monitor
 from nfi_monitor.capture.head import find_head
+from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
-from nfi_monitor.capture.outbox import Outbox
 from tests.runs import batch, mlp
 
 
@@ -141,7 +141,7 @@ def test_loading_an_optimizer_state_does_not_leave_the_old_moments_behind() -> N
 
 
 def test_the_outbox_keeps_the_order_of_what_was_put() -> None:
-    outbox = Outbox()
+    outbox = HostTransfer()
     for label in range(3):
         outbox.put(label, torch.full((2,), float(label)))
     assert outbox.take() == [(0, [0.0, 0.0]), (1, [1.0, 1.0]), (2, [2.0, 2.0])]

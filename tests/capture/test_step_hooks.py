@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from nfi_monitor import Monitor, Thresholds
-from nfi_monitor.capture.optimizer import StepHooks
+from nfi_monitor.capture.step_hooks import StepHooks
 from tests.runs import batch, mlp
 
 SOON = Thresholds(absorbing_enter=1e-9, absorbing_exit=1e-10)

@@ -35,9 +35,10 @@ from nfi_monitor import (
     Monitor,
     Phase,
     Severity,
-    distributed,
 )
-from nfi_monitor.attach import Attachment
+from nfi_monitor.integrations.attach import Attachment
+from nfi_monitor.ranks import processes
+from nfi_monitor.ranks import team as teams
 from nfi_monitor.remedies import Policy
 from tests.runs import differences, snapshot
 from tests.spiking import LR, P, division, division_data
@@ -416,7 +417,7 @@ def warned(monitor: Monitor, kind: AlertKind, state: AlertState = AlertState.FIR
 
 def rank_0_only(rank: int, world: int) -> dict[str, Any]:
     """Rank 0 alone is watched, and has an alert on which it would act."""
-    distributed.WAIT = 1.0
+    teams.WAIT = 1.0
     model, optimizer, *data = half(rank, world)
     pilot, monitor, due = Autopilot(), None, None
     if rank == 0:
@@ -478,7 +479,7 @@ def closed_and_opened(rank: int, world: int) -> dict[str, Any]:
 
 def late(rank: int, world: int) -> dict[str, Any]:
     """Numbers that are taken up some steps later, as on an accelerator; rank 1 leaves in the middle."""
-    distributed.any_accelerator = lambda model: True
+    processes.any_accelerator = lambda model: True
     model, optimizer, *data = half(rank, world)
     monitor = Monitor(model, optimizer, console=False, every="auto")
     learn(model, optimizer, *data, 30, monitor)
@@ -559,7 +560,7 @@ def dies_in_step(rank: int, world: int) -> dict[str, Any]:
 
 def skips_a_step(rank: int, world: int) -> dict[str, Any]:
     """Rank 1 leaves an optimizer step out: a mistake that DDP itself does not notice."""
-    distributed.TIMEOUT = 2.0
+    teams.TIMEOUT = 2.0
     model, optimizer, *data = half(rank, world)
     monitor = Monitor(model, optimizer, console=False, every=1)
     learn(model, optimizer, *data, 5, monitor)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor.parallel import loss_parallel
 from torch.nn.parallel import DistributedDataParallel as DDP
 
-from nfi_monitor import Monitor, distributed
+from nfi_monitor import Monitor
+from nfi_monitor.ranks import processes
+from nfi_monitor.ranks import team as teams
 from tests.distributed.cases import adam, learn, parallel, part, sharded, whole
 from tests.runs import differences
 from tests.safety.faults import broken, during, traced
@@ -71,7 +73,7 @@ def leaving(rank: int, world: int) -> Ranks:
 
 
 def late(rank: int, world: int) -> Ranks:
-    distributed.any_accelerator = lambda model: True  # in this process, until the case is over
+    processes.any_accelerator = lambda model: True  # in this process, until the case is over
     return Ranks(DDP, part(rank, world), late=True)
 
 
@@ -101,7 +103,7 @@ def some(rank: int, world: int) -> Report:
 
 
 def tried(rank: int, world: int, *modes: Callable[[int, int], Ranks], every: int = 1) -> Report:
-    distributed.WAIT = distributed.TIMEOUT = PATIENCE
+    teams.WAIT = teams.TIMEOUT = PATIENCE
     report: Report = {}
     known: set[str] = set(OUTSIDE)
     for mode in modes:

@@ -10,8 +10,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from nfi_monitor import Monitor, distributed
-from nfi_monitor.capture.outbox import Outbox
+from nfi_monitor import Monitor
+from nfi_monitor.capture import sharding
+from nfi_monitor.capture.host_transfer import HostTransfer
+from nfi_monitor.ranks import processes
 from tests.runs import mlp
 
 
@@ -34,16 +36,16 @@ def test_a_group_that_is_none_is_refused_with_what_would_do(group: object) -> No
 
 
 def test_without_a_process_group_a_process_trains_alone() -> None:
-    assert distributed.rank() == 0
-    assert distributed.processes() == distributed.processes(False) == 1
-    assert distributed.find_ranks(mlp()) is None
-    assert distributed.wrapper_of(mlp()) is None
+    assert processes.rank() == 0
+    assert processes.processes() == processes.processes(False) == 1
+    assert processes.find_ranks(mlp()) is None
+    assert processes.wrapper_of(mlp()) is None
 
 
 def test_one_process_in_ddp_needs_nobody(one_process: None) -> None:
     model = nn.parallel.DistributedDataParallel(mlp())
-    assert distributed.find_ranks(model) is None
-    assert distributed.find_ranks(mlp(), dist.group.WORLD) is None
+    assert processes.find_ranks(model) is None
+    assert processes.find_ranks(mlp(), dist.group.WORLD) is None
     optimizer = torch.optim.Adam(model.parameters())
     with Monitor(model, optimizer, console=False, every=1) as monitor:
         model(torch.randn(4, 12)).logsumexp(-1).sum().backward()
@@ -52,14 +54,14 @@ def test_one_process_in_ddp_needs_nobody(one_process: None) -> None:
 
 
 def test_plain_tensors_are_whole() -> None:
-    assert distributed.shards(torch.zeros(3)) == 1
-    assert not distributed.is_sharded(torch.zeros(3))
-    assert distributed.data_ranks(mlp(), 8) == 8
-    assert distributed.flat_shards(mlp()) == 1
+    assert sharding.shards(torch.zeros(3)) == 1
+    assert not sharding.is_sharded(torch.zeros(3))
+    assert processes.data_ranks(mlp(), 8) == 8
+    assert processes.flat_shards(mlp()) == 1
 
 
 def test_the_outbox_leaves_what_is_not_due_where_it_is() -> None:
-    outbox = Outbox()
+    outbox = HostTransfer()
     for step in range(4):
         outbox.put(step, torch.tensor([float(step)]))
     assert outbox.take(due=lambda step: step <= 1) == [(0, [0.0]), (1, [1.0])]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from nfi_monitor.pool import LAG
+from nfi_monitor.ranks.exchange import LAG
 from tests.compatibility import Recorder
 from tests.runs import differences
 from tests.safety.faults import judged

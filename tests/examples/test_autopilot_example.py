@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nfi_monitor import AlertKind
-from nfi_monitor.report.jsonl import read_run
+from nfi_monitor.report.run_directory.reader import read_run
 from tests.examples.test_examples import PNG, example
 
 NAME = "08_autopilot"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nfi_monitor import AlertKind
-from nfi_monitor.report.jsonl import read_run
+from nfi_monitor.report.run_directory.reader import read_run
 from tests.examples.started import ROOT, started
 
 NAME = "07_ddp"

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nfi_monitor import Alert, AlertKind, Mechanism, Severity
-from nfi_monitor.report.jsonl import RunRecord, read_run
+from nfi_monitor.report.run_directory.reader import RunRecord, read_run
 from tests.examples.started import PLAIN, ROOT, started
 
 PNG = b"\x89PNG"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nfi_monitor import AlertKind, Mechanism
-from nfi_monitor.report.jsonl import read_run
+from nfi_monitor.report.run_directory.reader import read_run
 
 # Here, not in a test: lightning's log keeps the stderr that it finds when it is first imported.
 for framework in ("transformers", "lightning.pytorch"):

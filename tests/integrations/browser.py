@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from nfi_monitor.report.summary import Summary
-from nfi_monitor.report.tensorboard import TensorBoardSink
+from nfi_monitor.report.tensorboard.sink import TensorBoardSink
 from nfi_monitor.types import AlertKind, Change, Phase, Reading, Severity
 from tests.report.builders import INFO, event
 

@@ -19,8 +19,8 @@ from urllib.parse import urlencode
 import pytest
 
 from nfi_monitor.report.summary import Summary
-from nfi_monitor.report.tensorboard import TensorBoardSink
-from nfi_monitor.report.tensorboard_tab import CHARTS, CHUNKS_PER_WIDTH, ROWS
+from nfi_monitor.report.tensorboard.sink import TensorBoardSink
+from nfi_monitor.report.tensorboard.tab_data import CHARTS, CHUNKS_PER_WIDTH, ROWS
 from nfi_monitor.types import AlertKind, Change, Note, Phase, Reading
 from tests.report.builders import AT_RISK, INFO, SLINGSHOT, event, resolved
 from tests.spiking import Recorded
@@ -229,7 +229,7 @@ def test_steps_beyond_what_float32_holds_stay_exact(tmp_path: Path) -> None:
 def test_a_very_long_run_grows_slower_and_loses_no_extreme(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nfi_monitor.report.tensorboard_tab.CHUNKS_PER_WIDTH", 2)
+    monkeypatch.setattr("nfi_monitor.report.tensorboard.tab_data.CHUNKS_PER_WIDTH", 2)
     steps = 40 * ROWS
     write(tmp_path / "run", spiky(steps, {steps - 333: 77.0, steps - 222: -77.0}))
     server = Server(tmp_path)
@@ -263,7 +263,7 @@ def test_a_resumed_run_is_one_run_and_what_was_measured_again_replaces_the_first
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(10**9, 10**10, 10**9))
-    monkeypatch.setattr("nfi_monitor.report.tensorboard_tab.time.time_ns", lambda: next(clock))
+    monkeypatch.setattr("nfi_monitor.report.tensorboard.tab_data.time.time_ns", lambda: next(clock))
     first, second = sink(tmp_path / "run"), sink(tmp_path / "run")
     for step in range(1, 301):
         first.reading(Reading(step, {"loss": 1.0}), Phase.HEALTHY)
@@ -289,7 +289,7 @@ def test_a_run_that_goes_back_replaces_what_it_had_told_of_the_same_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clock = iter(range(10**9, 10**10, 10**9))
-    monkeypatch.setattr("nfi_monitor.report.tensorboard_tab.time.time_ns", lambda: next(clock))
+    monkeypatch.setattr("nfi_monitor.report.tensorboard.tab_data.time.time_ns", lambda: next(clock))
     opened = sink(tmp_path / "run")
     for step in range(1, 31):
         opened.reading(Reading(step, {"loss": 1.0}), Phase.HEALTHY)
@@ -507,7 +507,7 @@ def test_our_scripts_use_no_markup_no_inline_code_and_no_other_host() -> None:
 
 
 def test_notes_and_replays_reach_the_tab(tmp_path: Path, spiking_run: Recorded) -> None:
-    from nfi_monitor.detect.causal import ReplayVerdict
+    from nfi_monitor.replay.verdict import ReplayVerdict
     from nfi_monitor.types import Mechanism
 
     opened = sink(tmp_path / "run")

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from nfi_monitor.report.summary import Summary
-from nfi_monitor.report.tensorboard import TensorBoardSink
+from nfi_monitor.report.tensorboard.sink import TensorBoardSink
 from nfi_monitor.types import Alert, AlertKind, Change, Note, Phase, Reading
 from tests.examples.started import started
 from tests.integrations.browser import (

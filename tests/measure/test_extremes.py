@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from nfi_monitor.capture import placement
+from nfi_monitor.capture import devices
 from nfi_monitor.measure import extremes
 
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
@@ -21,7 +21,7 @@ def test_the_way_on_the_host_finds_what_the_way_on_a_device_finds(monkeypatch, d
     values[2, 7] = values[4, 39] = poison
     rows = values[::2]  # rows are sampled by a stride
     found, where = find(rows)
-    monkeypatch.setattr(placement, "on_host", lambda tensor: False)
+    monkeypatch.setattr(devices, "on_host", lambda tensor: False)
     expected, _ = find(rows)
     assert torch.equal(found.nan_to_num(99), expected.nan_to_num(99)) and found.dtype is dtype
     assert torch.equal(extremes.pick(rows, where).nan_to_num(99), expected.nan_to_num(99))

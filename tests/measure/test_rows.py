@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfi_monitor.capture.head import Rows
+from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import (
     MAXIMA,

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfi_monitor.capture.head import Rows
+from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import SUMS, finish, row_statistics, shown_precision
 from tests.measure import reference as ref

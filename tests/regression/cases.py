@@ -333,11 +333,13 @@ CASES: dict[str, Case] = {
     "tap": _tap,
     "accumulated": _accumulated,
     "no-loss": partial(_plain, told=False),
-    "regression": partial(_plain, lambda z, y: F.mse_loss(z.squeeze(-1), y.float()), classes=1),
-    "mse-of-classes": partial(_plain, lambda z, y: F.mse_loss(z, F.one_hot(y, 7).float())),
-    "smoothed": partial(_plain, lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1)),
-    "ignored": partial(_plain, lambda z, y: F.cross_entropy(z, torch.full_like(y, -100), reduction="sum")),
-    "negative-loss": partial(_plain, lambda z, y: F.cross_entropy(z, y) - 1.0),
+    "regression": partial(_plain, loss_of=lambda z, y: F.mse_loss(z.squeeze(-1), y.float()), classes=1),
+    "mse-of-classes": partial(_plain, loss_of=lambda z, y: F.mse_loss(z, F.one_hot(y, 7).float())),
+    "smoothed": partial(_plain, loss_of=lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1)),
+    "ignored": partial(
+        _plain, loss_of=lambda z, y: F.cross_entropy(z, torch.full_like(y, -100), reduction="sum")
+    ),
+    "negative-loss": partial(_plain, loss_of=lambda z, y: F.cross_entropy(z, y) - 1.0),
     "sgd": partial(_plain, optimizer_of=lambda m: torch.optim.SGD(m.parameters(), lr=0.1)),
     "frozen-head": partial(
         _plain,

@@ -29,10 +29,16 @@ REMEDIES: dict[str, Applied] = {
     "project_zero_sum": lambda model, head, optimizer: remedies.project_zero_sum(head),
     "raise_epsilon": lambda model, head, optimizer: remedies.raise_epsilon(optimizer, 1e-2),
     "cool_down": lambda model, head, optimizer: remedies.cool_down(optimizer, 0.1, 2, 1),
-    "clip_update_rms": lambda model, head, optimizer: remedies.clip_update_rms(optimizer, 0.3),
-    "orthogonal_gradients": lambda model, head, optimizer: remedies.orthogonal_gradients(optimizer),
-    "reset_second_moment": lambda model, head, optimizer: remedies.reset_second_moment(optimizer),
-    "center_classifier": lambda model, head, optimizer: remedies.center_classifier(model, optimizer),
+    "clip_update_rms": lambda model, head, optimizer: remedies.experimental.clip_update_rms(optimizer, 0.3),
+    "orthogonal_gradients": lambda model, head, optimizer: remedies.experimental.orthogonal_gradients(
+        optimizer
+    ),
+    "reset_second_moment": lambda model, head, optimizer: remedies.experimental.reset_second_moment(
+        optimizer
+    ),
+    "center_classifier": lambda model, head, optimizer: remedies.experimental.center_classifier(
+        model, optimizer
+    ),
 }
 WRAPPERS: dict[str, Callable[[nn.Sequential], nn.Module]] = {
     "one process": lambda model: model,

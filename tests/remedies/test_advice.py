@@ -11,7 +11,7 @@ import pytest
 
 from nfi_monitor import AlertKind, Mechanism, remedies
 from nfi_monitor.detect.advice import advice_for
-from nfi_monitor.report import words
+from nfi_monitor.report import wording
 from tests.benchmarks.remedies import page
 from tests.report.builders import IMMINENT
 
@@ -95,7 +95,7 @@ def test_what_does_not_help_is_said_where_it_does_not(mechanism: Mechanism) -> N
 def test_at_the_edge_of_stability_nothing_is_claimed_of_a_curvature_that_may_be_unread() -> None:
     said = "uccessive updates overshoot along the gradient"
     for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
-        assert said in words.headline(replace(IMMINENT, kind=kind, mechanism=Mechanism.EDGE_OF_STABILITY))
+        assert said in wording.headline(replace(IMMINENT, kind=kind, mechanism=Mechanism.EDGE_OF_STABILITY))
     for kind in (AlertKind.AT_RISK, AlertKind.SLINGSHOT):
         text = " ".join(advice_for(kind, Mechanism.EDGE_OF_STABILITY, tau=20.0))
         assert said in text and "curvature" not in text

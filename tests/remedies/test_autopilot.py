@@ -27,12 +27,12 @@ from nfi_monitor import (
     Phase,
     Severity,
     Snapshot,
-    distributed,
 )
-from nfi_monitor.attach import Attachment
 from nfi_monitor.errors import MonitorError
+from nfi_monitor.integrations.attach import Attachment
+from nfi_monitor.ranks import processes
 from nfi_monitor.remedies import AutopilotStop, Policy, autopilot, project_zero_sum
-from nfi_monitor.report.jsonl import read_run
+from nfi_monitor.report.run_directory.reader import read_run
 from tests.runs import batch, differences, mlp
 from tests.spiking import CUTS, Recorded, scene
 
@@ -408,7 +408,7 @@ def test_where_other_processes_run_that_it_is_not_read_with_it_acts_no_more_and_
     cockpit = Cockpit(Autopilot(Policy(hold=2.0, calm=1.0)))
     told = cockpit.tell(IMMINENT)
     assert cockpit.train(2) == [0.1] * 2
-    monkeypatch.setattr(distributed, "processes", lambda group: 2)
+    monkeypatch.setattr(processes, "processes", lambda group: 2)
     cockpit.end(told)
     cockpit.tell(NON_FINITE)
     assert cockpit.train(150) == [0.1] * 150 and not cockpit.pilot.should_stop
@@ -433,7 +433,7 @@ def test_an_adapter_acts_only_on_what_all_processes_agree_on_and_tells_the_user_
     model = mlp()
     monitor = attachment.open(model, torch.optim.AdamW(model.parameters()), directory=tmp_path)
     monitor._report(nfi_monitor.Change.BEGIN, NON_FINITE)
-    monkeypatch.setattr(distributed, "processes", lambda group: 2)
+    monkeypatch.setattr(processes, "processes", lambda group: 2)
     due = attachment.act()  # of an alert of before, when all ranks had the same
     assert (due.save, due.stop, len(done)) == (on == "save_on", on == "stop_on", on == "remedy")
     later = replace(NON_FINITE, id="non_finite-2")

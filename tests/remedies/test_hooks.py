@@ -25,10 +25,10 @@ APPLY = {
     "project_zero_sum": lambda model, optimizer: remedies.project_zero_sum(model[-1]),
     "raise_epsilon": lambda model, optimizer: remedies.raise_epsilon(optimizer, 1e-2),
     "cool_down": lambda model, optimizer: remedies.cool_down(optimizer, 0.1, 1000),
-    "center_classifier": lambda model, optimizer: remedies.center_classifier(model, optimizer),
-    "center_features": lambda model, optimizer: remedies.center_features(model[-1]),
-    "clip_update_rms": lambda model, optimizer: remedies.clip_update_rms(optimizer, 0.1),
-    "orthogonal_gradients": lambda model, optimizer: remedies.orthogonal_gradients(optimizer),
+    "center_classifier": lambda model, optimizer: remedies.experimental.center_classifier(model, optimizer),
+    "center_features": lambda model, optimizer: remedies.experimental.center_features(model[-1]),
+    "clip_update_rms": lambda model, optimizer: remedies.experimental.clip_update_rms(optimizer, 0.1),
+    "orthogonal_gradients": lambda model, optimizer: remedies.experimental.orthogonal_gradients(optimizer),
 }
 ONE_TIME = {"center_classifier"}  # it centres at once, too
 
@@ -215,7 +215,7 @@ def test_a_centred_classifier_gives_the_same_differences_and_no_common_part() ->
     train(model, optimizer, 5)
     inputs, _ = batch()
     before = model(inputs).detach()
-    handle = remedies.center_classifier(model, optimizer)
+    handle = remedies.experimental.center_classifier(model, optimizer)
     after = model(inputs).detach()
     torch.testing.assert_close(after, before - before.mean(-1, keepdim=True), rtol=1e-4, atol=1e-5)
     train(model, optimizer, 5)
@@ -238,20 +238,20 @@ class Tied(nn.Module):
 def test_centring_says_why_it_refuses() -> None:
     tied = Tied()
     with pytest.raises(ValueError, match="shares its weight with an input embedding"):
-        remedies.center_classifier(tied, adam(tied))
+        remedies.experimental.center_classifier(tied, adam(tied))
     one = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
     with pytest.raises(ValueError, match="one output"):
-        remedies.center_classifier(one, adam(one))
+        remedies.experimental.center_classifier(one, adam(one))
     normed = nn.Sequential(nn.Linear(3, 3), nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)))
     with pytest.raises(ValueError, match="no weight matrix of its own"):
-        remedies.center_classifier(normed, adam(normed))
+        remedies.experimental.center_classifier(normed, adam(normed))
 
 
 def test_centred_features_have_no_mean_in_training_and_the_running_one_is_taken_off_in_evaluation() -> None:
     model = nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 7))
     seen: list[Tensor] = []
     inputs, _ = batch()
-    handle = remedies.center_features(model[1], momentum=1.0)
+    handle = remedies.experimental.center_features(model[1], momentum=1.0)
     model[1].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach()))
     features = model[0](inputs).detach()
     model(inputs)
@@ -268,11 +268,11 @@ def test_centred_features_have_no_mean_in_training_and_the_running_one_is_taken_
 
 def test_features_are_centred_once() -> None:
     head = nn.Linear(3, 4)
-    handle = remedies.center_features(head)
+    handle = remedies.experimental.center_features(head)
     with pytest.raises(ValueError, match="centred already"):
-        remedies.center_features(head)
+        remedies.experimental.center_features(head)
     handle.undo()
-    remedies.center_features(head).undo()
+    remedies.experimental.center_features(head).undo()
 
 
 # --- the second moment ------------------------------------------------------------------------------------
@@ -284,10 +284,10 @@ def test_a_reset_optimizer_takes_the_steps_of_a_new_one_and_undo_brings_its_memo
     train(model, optimizer, 5)
     remembered = copy.deepcopy(optimizer.state_dict())
     fresh = copy.deepcopy(model)
-    handle = remedies.reset_second_moment(optimizer)
+    handle = remedies.experimental.reset_second_moment(optimizer)
     handle.undo()
     assert differences(remembered, optimizer.state_dict()) == []
-    remedies.reset_second_moment(optimizer)
+    remedies.experimental.reset_second_moment(optimizer)
     train(model, optimizer, 1)
     new = adam(fresh)
     train(fresh, new, 1)
@@ -298,7 +298,7 @@ def test_only_the_parameters_asked_for_are_reset() -> None:
     model = mlp()
     optimizer = adam(model)
     train(model, optimizer, 3)
-    remedies.reset_second_moment(optimizer, model[-1].parameters())
+    remedies.experimental.reset_second_moment(optimizer, model[-1].parameters())
     assert float(optimizer.state[model[-1].weight]["exp_avg_sq"].abs().max()) == 0
     assert float(optimizer.state[model[0].weight]["exp_avg_sq"].abs().max()) > 0
 
@@ -307,7 +307,7 @@ def test_there_is_nothing_to_reset_before_the_first_step_or_in_sgd() -> None:
     model = mlp()
     for optimizer in (adam(model), torch.optim.SGD(model.parameters(), lr=0.1)):
         with pytest.raises(ValueError, match="no second moment to reset"):
-            remedies.reset_second_moment(optimizer)
+            remedies.experimental.reset_second_moment(optimizer)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -317,7 +317,7 @@ def test_an_update_is_clipped_by_its_own_rms(dtype: torch.dtype) -> None:
     parameter = nn.Parameter(torch.randn(5, dtype=dtype))
     reference = parameter.detach().clone()
     optimizer = torch.optim.AdamW([parameter], lr=0.1, betas=(0.9, 0.95), weight_decay=0.3)
-    remedies.clip_update_rms(optimizer)
+    remedies.experimental.clip_update_rms(optimizer)
     first, second = torch.zeros_like(reference), torch.zeros_like(reference)
     clipped = 0
     for step in range(1, 9):
@@ -336,9 +336,9 @@ def test_an_update_is_clipped_by_its_own_rms(dtype: torch.dtype) -> None:
 
 def test_clipping_refuses_what_it_cannot_hold_against_anything() -> None:
     with pytest.raises(ValueError, match="SGD has no second moment"):
-        remedies.clip_update_rms(torch.optim.SGD(mlp().parameters(), lr=0.1))
+        remedies.experimental.clip_update_rms(torch.optim.SGD(mlp().parameters(), lr=0.1))
     with pytest.raises(ValueError, match="positive"):
-        remedies.clip_update_rms(adam(mlp()), -1)
+        remedies.experimental.clip_update_rms(adam(mlp()), -1)
 
 
 # --- Prieto et al., z-loss ----------------------------------------------------------------------------------
@@ -347,7 +347,7 @@ def test_clipping_refuses_what_it_cannot_hold_against_anything() -> None:
 def test_orthogonal_gradients_are_orthogonal_and_as_long() -> None:
     parameter = nn.Parameter(torch.tensor([1.0, 2.0, 2.0]))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    remedies.orthogonal_gradients(optimizer)
+    remedies.experimental.orthogonal_gradients(optimizer)
     before, grad = parameter.detach().clone(), torch.tensor([3.0, 0.0, 4.0])
     parameter.grad = grad.clone()
     optimizer.step()
@@ -360,17 +360,17 @@ def test_stablemax_is_its_definition_and_a_probability() -> None:
     logits = torch.tensor([[2.0, -3.0, 0.0], [100.0, 0.0, 0.0]], dtype=torch.float64)
     s = torch.where(logits >= 0, logits + 1, 1 / (1 - logits))
     expected = -(s[:, 0] / s.sum(-1)).log()
-    found = remedies.stablemax_cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
+    found = remedies.experimental.stablemax_cross_entropy(logits, torch.tensor([0, 0]), reduction="none")
     torch.testing.assert_close(found, expected)
-    ignored = remedies.stablemax_cross_entropy(logits, torch.tensor([0, -100]))
+    ignored = remedies.experimental.stablemax_cross_entropy(logits, torch.tensor([0, -100]))
     torch.testing.assert_close(ignored, expected[0])
     with pytest.raises(ValueError, match="got 'avg'"):
-        remedies.stablemax_cross_entropy(logits, torch.tensor([0, 0]), reduction="avg")
+        remedies.experimental.stablemax_cross_entropy(logits, torch.tensor([0, 0]), reduction="avg")
 
 
 def test_the_gradient_of_a_z_loss_sums_to_twice_the_penalty_over_z() -> None:
     logits = torch.randn(1, 5, dtype=torch.float64, requires_grad=True)
-    remedies.z_loss(logits, 0.1).backward()
+    remedies.experimental.z_loss(logits, 0.1).backward()
     assert logits.grad is not None
     assert float(logits.grad.sum()) == pytest.approx(2 * 0.1 * float(logits.detach().logsumexp(-1)))
 

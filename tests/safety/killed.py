@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 
-from nfi_monitor.report.jsonl import RunDirectory
+from nfi_monitor.report.run_directory.writer import RunDirectory
 from nfi_monitor.types import (
     Alert,
     AlertKind,

@@ -23,8 +23,8 @@ from torch import nn
 
 from nfi_monitor import Monitor
 from nfi_monitor.history import History
-from nfi_monitor.report.jsonl import RunDirectory
-from nfi_monitor.report.tensorboard import TensorBoardSink
+from nfi_monitor.report.run_directory.writer import RunDirectory
+from nfi_monitor.report.tensorboard.sink import TensorBoardSink
 
 WINDOWS = 20
 MIB = 1 << 20

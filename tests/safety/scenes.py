@@ -25,11 +25,11 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from nfi_monitor import Monitor, Thresholds
-from nfi_monitor.capture import placement
+from nfi_monitor.capture import devices
 from nfi_monitor.history import History
 from nfi_monitor.remedies import Autopilot, Policy
-from nfi_monitor.report.jsonl import RunDirectory
 from nfi_monitor.report.loggers import AlertLog, notifiers
+from nfi_monitor.report.run_directory.writer import RunDirectory
 from tests.capture.test_quantized import TABLE, quantize
 from tests.runs import batch, mlp, snapshot
 
@@ -283,7 +283,7 @@ def lone_output(folder: Path, begin: Begin | None) -> Outcome:
 
 def late(folder: Path, begin: Begin | None) -> Outcome:
     """All numbers are taken for an accelerator's, which are not waited for; the logits are bfloat16."""
-    with mock.patch.object(placement, "on_host", lambda tensor: False):
+    with mock.patch.object(devices, "on_host", lambda tensor: False):
         model, optimizer, inputs, targets = steep()
         monitor = None
         if begin is not None:

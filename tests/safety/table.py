@@ -122,7 +122,7 @@ def render(found: list[tuple[str, int, str]]) -> str:
 LIMITS = """\
 ## What is bounded, and by how much
 
-`readings.jsonl` is thinned at 64 MiB (`nfi_monitor/report/thinning.py`): of its older half about every
+`readings.jsonl` is thinned at 64 MiB (`nfi_monitor/report/run_directory/thinning.py`): of its older half about every
 second reading goes, evenly over the steps, but the first of each phase and of each resumed session stays.
 TensorBoard's files can only grow, and grow with the logarithm of the run's length: after 2,048 readings
 every second one is written as scalars, after as many again every fourth, and so on. Alerts are never

@@ -21,7 +21,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from nfi_monitor import Monitor, meter
-from nfi_monitor.report.jsonl import read_run
+from nfi_monitor.report.run_directory.reader import read_run
 from tests.forked import Forked
 from tests.runs import batch, differences, mlp, snapshot
 from tests.safety.killed import Child

@@ -17,7 +17,7 @@ from rich.console import Console
 from torch import nn
 
 import nfi_monitor.monitor
-import nfi_monitor.report.lock
+import nfi_monitor.report.run_directory.lock
 from nfi_monitor import Monitor
 from tests.runs import batch, mlp
 from tests.safety.table import Shown
@@ -125,7 +125,7 @@ def leaks(times: int, tmp_path: Path) -> dict[str, int]:
             "threads": threading.active_count(),
             "watched": len(nfi_monitor.monitor._WATCHED),
             "open monitors": len(nfi_monitor.monitor._OPEN),
-            "locks": len(nfi_monitor.report.lock._HELD),
+            "locks": len(nfi_monitor.report.run_directory.lock._HELD),
         }
 
     model = mlp()

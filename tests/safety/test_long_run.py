@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nfi_monitor.report.jsonl import read_run
-from nfi_monitor.report.thinning import READINGS_BYTES
+from nfi_monitor.report.run_directory.reader import read_run
+from nfi_monitor.report.run_directory.thinning import READINGS_BYTES
 from tests.safety.long_run import MIB, run
 from tests.safety.table import Shown
 

@@ -19,8 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from nfi_monitor import Monitor
-from nfi_monitor.report.jsonl import RunDirectory, RunDirectoryError, read_run
-from nfi_monitor.report.lock import DirectoryInUseError, DirectoryLock
+from nfi_monitor.report.run_directory.files import RunDirectoryError
+from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
+from nfi_monitor.report.run_directory.reader import read_run
+from nfi_monitor.report.run_directory.writer import RunDirectory
 from nfi_monitor.types import Phase
 from tests.runs import batch, differences, mlp, snapshot
 from tests.safety.killed import Child, alert_of, limit_file_size, reading_of, write
@@ -259,7 +261,7 @@ def test_a_full_disk_while_readings_are_thinned_leaves_them_as_they_are(
     sink = RunDirectory(tmp_path, readings_bytes=2_000)
     sink.start({})
     with monkeypatch.context() as patched:
-        patched.setattr("nfi_monitor.report.thinning.os.fsync", full)
+        patched.setattr("nfi_monitor.report.run_directory.thinning.os.fsync", full)
         for step in range(1, 41):
             sink.reading(*reading_of(step))
     assert (tmp_path / "readings.jsonl").stat().st_size > 2_000
@@ -278,7 +280,7 @@ def test_a_full_disk_while_readings_are_thinned_leaves_them_as_they_are(
 def test_a_directory_removed_on_the_way_is_said_once_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nfi_monitor.report.jsonl.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("nfi_monitor.report.run_directory.files.LOOK_SECONDS", 0.0)
     bare = training(None, 12)
     run = tmp_path / "run"
     model, optimizer, monitor = training(run, 12, lambda step: shutil.rmtree(run) if step == 6 else None)

@@ -19,12 +19,14 @@ from rich.console import Console
 from torch import nn
 
 from nfi_monitor import Monitor, cli
-from nfi_monitor.capture.snapshots import Snapshot
+from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.report.console import ConsoleSink
-from nfi_monitor.report.explain import explain_run
-from nfi_monitor.report.jsonl import RunDirectory, read_run
-from nfi_monitor.report.plain import json_line, visible
+from nfi_monitor.report.explain.compose import explain_run
+from nfi_monitor.report.json_values import json_line
+from nfi_monitor.report.run_directory.reader import read_run
+from nfi_monitor.report.run_directory.writer import RunDirectory
 from nfi_monitor.report.summary import summarize
+from nfi_monitor.report.terminal import visible
 from nfi_monitor.types import Alert, Change, Evidence, Note
 from tests.report.builders import AT_RISK, INFO, SLINGSHOT, readings
 from tests.runs import batch
@@ -45,8 +47,8 @@ NETWORKS = {
     "smtplib", "xmlrpc", "asyncio", "paramiko",
 }  # fmt: skip
 HARMLESS = {
-    ("capture/snapshots.py", "pickle"): {"UnpicklingError"},  # what torch.load raises
-    ("report/lock.py", "socket"): {"gethostname"},
+    ("replay/snapshots.py", "pickle"): {"UnpicklingError"},  # what torch.load raises
+    ("run_directory/lock.py", "socket"): {"gethostname"},
     ("tensorboard/plugin.py", "urllib"): {"parse_qs"},
     ("reference/parallel.py", "joblib"): {"Parallel", "parallel_config"},  # processes, and no joblib.load
     ("reference/study.py", "joblib"): {"delayed"},

@@ -122,7 +122,7 @@ def family_key(family: Family) -> str:
 @cache
 def readings_key() -> str:
     """Hash of the code that makes readings; the report tells how many were made by other code."""
-    return _package("capture", "measure", without=("ring", "snapshots"))
+    return _package("capture", "measure")
 
 
 @cache
@@ -151,7 +151,7 @@ def alarms_key() -> str:
 
 def _package(*parts: str, without: tuple[str, ...] = ()) -> str:
     package = Path(nfi_monitor.__file__).parent
-    paths = [path for part in parts for path in sorted(package.glob(f"{part}/*.py"))]
+    paths = [path for part in parts for path in sorted((package / part).rglob("*.py"))]
     return _hash(*(_code(path) for path in paths if path.stem not in without))
 
 

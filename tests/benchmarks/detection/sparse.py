@@ -21,8 +21,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import track
 
-from nfi_monitor.cadence import next_read
 from nfi_monitor.detect.detector import Detector
+from nfi_monitor.engine.schedule import next_read
 from nfi_monitor.types import Alert, AlertKind, Reading
 from tests.benchmarks.detection import generate, score
 from tests.benchmarks.detection.families import EXTERNAL, NUMERIC, Family, suite
@@ -179,7 +179,7 @@ def page(compared: Sequence[Compared], made: Iterable[Sheet]) -> str:
         f'{len(compared)} recorded runs, {steps:,} steps, read again as `every="auto"` with '
         "`overhead_budget=None` would read them; the alarm is *imminent*, with the default constants, scored "
         "as in RESULTS.md. The rule by which the loss alone calls for readings "
-        "(`nfi_monitor/detect/unrest.py`) was chosen on the runs of seed 0 of `experiments/cadence.py`; the "
+        "(`nfi_monitor/detect/loss_watch.py`) was chosen on the runs of seed 0 of `experiments/cadence.py`; the "
         "smallest loss that counts there on parity-hinge-decay. On accelerators and with many processes "
         "losses are known with the next reading only, and that rule helps little.",
         "",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from nfi_monitor import Monitor
 from nfi_monitor.capture import sampling
-from nfi_monitor.report.jsonl import RunDirectory
+from nfi_monitor.report.run_directory.writer import RunDirectory
 from tests.benchmarks.overhead.cases import fused_loss, plain_loss
 
 NULL = "bare, again"

@@ -164,11 +164,11 @@ def _stablemax(
     input: Tensor, target: Tensor, weight: None = None, label_smoothing: float = 0.0, **options: Any
 ) -> Tensor:
     """No family that it is tried on has weights or smoothing."""
-    return remedies.stablemax_cross_entropy(input, target, **options)
+    return remedies.experimental.stablemax_cross_entropy(input, target, **options)
 
 
 def _with_z_loss(input: Tensor, target: Tensor, **options: Any) -> Tensor:
-    return F.cross_entropy(input, target, **options) + remedies.z_loss(input)
+    return F.cross_entropy(input, target, **options) + remedies.experimental.z_loss(input)
 
 
 def _head(training: Training) -> torch.nn.Module:
@@ -200,16 +200,16 @@ REMEDIES = {
                needs_classes=False),
         Remedy("raise_epsilon (1e-5)", lambda t, tau: remedies.raise_epsilon(t.optimizer, 1e-5),
                needs_classes=False),
-        Remedy("clip_update_rms", lambda t, tau: remedies.clip_update_rms(t.optimizer), needs_classes=False),
-        Remedy("reset_second_moment", lambda t, tau: remedies.reset_second_moment(t.optimizer),
+        Remedy("clip_update_rms", lambda t, tau: remedies.experimental.clip_update_rms(t.optimizer), needs_classes=False),
+        Remedy("reset_second_moment", lambda t, tau: remedies.experimental.reset_second_moment(t.optimizer),
                needs_classes=False, from_start=False),
-        Remedy("center_classifier", lambda t, tau: remedies.center_classifier(t.model, t.optimizer),
+        Remedy("center_classifier", lambda t, tau: remedies.experimental.center_classifier(t.model, t.optimizer),
                from_alarm=False),
-        Remedy("center_features", lambda t, tau: remedies.center_features(_head(t)),
+        Remedy("center_features", lambda t, tau: remedies.experimental.center_features(_head(t)),
                from_alarm=False),
         Remedy("z_loss", _loss(_with_z_loss), from_alarm=False),
         Remedy("stablemax_cross_entropy", _loss(_stablemax), from_alarm=False),
-        Remedy("orthogonal_gradients", lambda t, tau: remedies.orthogonal_gradients(t.optimizer),
+        Remedy("orthogonal_gradients", lambda t, tau: remedies.experimental.orthogonal_gradients(t.optimizer),
                needs_classes=False, from_alarm=False),
     )
 }  # fmt: skip

@@ -12,10 +12,19 @@ from torch import Tensor, nn
 
 from nfi_monitor import Monitor
 from nfi_monitor.capture.head import find_head
-from nfi_monitor.capture.snapshots import Snapshot
-from nfi_monitor.detect.causal import ReplayVerdict
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
-from nfi_monitor.replay import AS_IT_WAS, FLOAT64_LOSS, ZERO_SUM, Arm, Context, combined, replay, smaller_lr
+from nfi_monitor.replay.run import (
+    AS_IT_WAS,
+    FLOAT64_LOSS,
+    ZERO_SUM,
+    Arm,
+    Context,
+    combined,
+    replay,
+    smaller_lr,
+)
+from nfi_monitor.replay.snapshots import Snapshot
+from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.types import Thresholds
 from tests.benchmarks.detection.experiments.plan import Plan, Stretch, Trial, averted
 from tests.benchmarks.detection.families import Family
@@ -127,7 +136,7 @@ class Rerun:
     def follow(self, stretch: Stretch, arm: Arm) -> int | None:
         """Go on under an arm: where the first slingshot starts, or None.
 
-        :func:`nfi_monitor.replay.replay` stops soon after the slingshot of the run as it was: enough to tell
+        :func:`nfi_monitor.replay.run.replay` stops soon after the slingshot of the run as it was: enough to tell
         what caused it, not to tell that none comes for 10 τ.  The training is left where it got to.
         """
         model, optimizer = self.training.model, self.training.optimizer

@@ -1,0 +1,93 @@
+"""The pair of hooks around ``optimizer.step()``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+
+def has_closure(given: Sequence[Any]) -> bool:
+    """Whether a closure is among what ``optimizer.step()`` was given (which may begin with the optimizer)."""
+    return any(callable(value) and not isinstance(value, Optimizer) for value in given)
+
+
+class StepHooks:
+    """The pair of hooks around ``optimizer.step()``, with their handles. ``before`` gets what it was given.
+
+    The last guard of a training: whatever ``before`` and ``after`` raise goes to ``failed("step", error)``.
+    ``remove`` and ``serve`` may be called from inside them: an ``on_alert`` that closes its monitor.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        before: Callable[[Sequence[Any]], None],
+        after: Callable[[], None],
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        self._before, self._after, self._failed = before, after, failed
+        self._inside: int | None = None  # which of the two hooks is running
+        self._removed = False
+
+        def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inside = 0
+            try:
+                try:
+                    self._before((*args, *kwargs.values()) if kwargs else args)
+                finally:
+                    self._leave_hook()
+            except Exception as error:
+                self._failed("step", error)
+
+        def post(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._inside = 1
+            try:
+                try:
+                    self._after()
+                finally:
+                    self._leave_hook()
+            except Exception as error:
+                self._failed("step", error)
+
+        # A compiled step must not trace the monitor.
+        pre, post = torch.compiler.disable(pre), torch.compiler.disable(post)
+
+        self._handles = [
+            optimizer.register_step_pre_hook(pre),
+            optimizer.register_step_post_hook(post),
+        ]
+
+    def serve(
+        self,
+        before: Callable[[Sequence[Any]], None],
+        after: Callable[[], None],
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        """The hooks stay where they are and call these from now on."""
+        self._before, self._after, self._failed = before, after, failed
+
+    def remove(self) -> None:
+        self.serve(lambda given: None, lambda: None, lambda part, error: None)
+        self._removed = True
+        if self._inside is None:
+            for handle in self._handles:
+                handle.remove()
+
+    def _leave_hook(self) -> None:
+        """The end of a hook in which, or before which, ``remove`` was called.
+
+        Torch iterates over its hooks and raises into the training if one goes meanwhile, unless that one is
+        the last.  So a hook that is not the last goes when the other one is run; at worst one stays that
+        does nothing.
+        """
+        inside, self._inside = self._inside, None
+        if not self._removed or inside is None:
+            return
+        hooks, own = self._handles[inside].hooks_dict_ref(), self._handles[inside].id
+        if inside == 0 or (hooks and next(reversed(hooks)) == own):
+            self._handles[1 - inside].remove()
+        if hooks and own in hooks and next(reversed(hooks)) == own:
+            self._handles[inside].remove()

@@ -1,0 +1,203 @@
+"""What one process measures of an optimizer step: its rows, the step itself, the probe batch.
+
+Capture and measure meet here, and nothing is judged: a process that trains alone packs all of it into one
+vector (:meth:`StepReader.read`), one of many hands its parts to the other ranks (:mod:`nfi_monitor.ranks.membership`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nfi_monitor.capture import devices
+from nfi_monitor.capture.head_probe import Rows
+from nfi_monitor.capture.optimizer import OptimizerReader, Update
+from nfi_monitor.capture.probe_batch import ProbeBatch
+from nfi_monitor.capture.step_hooks import has_closure
+from nfi_monitor.engine.loss_queue import LossQueue
+from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
+from nfi_monitor.measure.step import Memory, step_statistics
+
+_ROW_WIDTH = len(SUMS) + len(MAXIMA)
+
+
+class Contents(NamedTuple):
+    """What a packed vector holds: row sums and maxima where ``rows``, then the quantities ``names``."""
+
+    step: int
+    rows: bool
+    names: tuple[str, ...]
+    known: dict[str, float]
+    """Quantities that were on the host already."""
+    single_output: bool
+
+    def unpack(self, numbers: Sequence[float]) -> dict[str, float]:
+        """The quantities by name."""
+        values = dict(self.known)
+        if self.rows:
+            sums, maxima = numbers[: len(SUMS)], numbers[len(SUMS) : _ROW_WIDTH]
+            values |= finish(sums, maxima, single_output=self.single_output)
+            numbers = numbers[_ROW_WIDTH:]
+        return values | dict(zip(self.names, numbers, strict=True))
+
+
+class StepReader:
+    """Reads one optimizer step between :meth:`begin` and :meth:`forget`.
+
+    ``quiet`` are the parts of the monitor that failed; ``failed(part, error)`` adds one.  ``memory`` is what
+    the next step is compared with.
+    """
+
+    def __init__(
+        self,
+        reader: OptimizerReader,
+        rows: RowAccumulator,
+        probe_batch: ProbeBatch | None,
+        quiet: AbstractSet[str],
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        self.reader, self.rows = reader, rows
+        self.quiet, self.failed = quiet, failed
+        self.memory: Memory | None = None
+        self._probe_batch = probe_batch
+        self._before: Any = None
+
+    def add(self, rows: Rows) -> None:
+        """Rows of a micro-batch, as its backward pass has brought them."""
+        with torch.no_grad(), full_precision(rows.grad):
+            self.rows.add(rows)
+
+    def begin(self, step: int, given: Sequence[Any]) -> None:
+        """Before the optimizer step, which was ``given`` these arguments."""
+        with torch.no_grad():
+            self._before = self.reader.before(step, closure=has_closure(given))
+
+    def forget(self) -> None:
+        """The step is over, and read."""
+        self._before = None
+
+    def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
+        """One packed vector for this step: row sums, row maxima, step quantities, loss."""
+        rows = self.rows
+        packed: list[Tensor] = []
+        if rows.sums is not None and rows.maxima is not None:
+            packed += [rows.sums, rows.maxima]
+        has_rows = bool(packed)
+        values: dict[str, Tensor] = {}
+        known: dict[str, float] = {}
+        if self._before is not None and "optimizer" not in self.quiet:
+            try:
+                values, known = self._step_quantities(step)
+            except Exception as error:
+                self.failed("optimizer", error)
+        self.add_probe(values, step)
+        loss = losses.mean()
+        parts = [*packed, *values.values()]
+        if isinstance(loss, Tensor) and devices.on_host(loss) and not all(map(devices.on_host, parts)):
+            loss = loss.item()  # known already: it need not go there and back
+        if isinstance(loss, Tensor):
+            values["loss"] = loss
+        elif loss is not None:
+            known["loss"] = loss
+        parts = devices.together([*packed, *values.values()])
+        packed, quantities = parts[: len(packed)], parts[len(packed) :]
+        if quantities:
+            packed.append(torch.stack(quantities))
+        contents = Contents(step, has_rows, tuple(values), known, bool(rows.single_output))
+        return contents, torch.cat(packed) if packed else torch.empty(0)
+
+    def _step_quantities(self, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """What the optimizer step did: quantities on the device, and those known on the host."""
+        update = self.update(step)
+        if update is None:
+            self.memory = None
+            return {}, {}
+        values = self.statistics(update, self.rows.feature_mean, step)
+        if isinstance(update.lr, Tensor):
+            values["learning_rate"] = update.lr
+        elif math.isfinite(update.lr):
+            return values, {"learning_rate": update.lr}
+        return values, {}
+
+    def update(self, step: int) -> Update | None:
+        """What the optimizer step did; None where nothing was seen of it."""
+        return None if self._before is None else self.reader.after(self._before, step)
+
+    def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor]:
+        """The step's quantities, 0-d each; the next step is compared with this one."""
+        features, device = self.rows.features, update.grad.device
+        if features is not None and features.device != device:
+            if devices.on_host(update.grad):  # bringing them there would be waiting for them
+                self.reader.unreadable.add(f"features on {features.device}, with the head on {device}")
+                features = feature_mean = None
+            else:
+                features = devices.send(features, device)
+                feature_mean = None if feature_mean is None else devices.send(feature_mean, device)
+        with full_precision(update.grad):
+            values, self.memory = step_statistics(update, features, feature_mean, self.memory, step)
+        return values
+
+    def add_probe(self, values: dict[str, Tensor], step: int) -> None:
+        """How far the probe batch's margins have moved, if there is one."""
+        if self._probe_batch is not None and "probe" not in self.quiet:
+            try:
+                displacement = self._probe_batch.displacement(step)
+                if displacement is not None:
+                    values["margin_displacement"] = displacement
+            except Exception as error:
+                self.failed("probe", error)
+
+    def absorbing_classes(self, limit: int | None = 10) -> list[list[float]]:
+        """[class, absorbed rows seen], most first."""
+        return [[float(k), count] for k, count in self.rows.most_absorbed(limit)]
+
+    def state_dict(self, step: int) -> dict[str, Any]:
+        """After ``step``, in plain types: what later steps are compared with."""
+        kind, memory = self.rows.loss_kind, self.memory
+        return {
+            "absorbing_classes": self.absorbing_classes(limit=None),
+            "loss_kind": None if kind is None else [float(x) for x in kind],
+            "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in kind or ()],
+            "single_output": self.rows.single_output,
+            # Only the step right after it is compared with it.
+            "last_step": None if memory is None or memory.step != step else memory.state_dict(),
+            "probe": None if self._probe_batch is None else self._probe_batch.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """``device``: where the head's rows are."""
+        rows = self.rows
+        rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
+        rows.absorbed_classes = None  # those of a run that goes back are among the earlier ones
+        rows.loss_kind = None
+        if state["loss_kind"] is not None:
+            dtypes = [getattr(torch, name) for name in state.get("loss_kind_dtypes") or ["float32"] * 4]
+            rows.loss_kind = LossKind(
+                *(
+                    torch.tensor(x, dtype=t, device=device)
+                    for x, t in zip(state["loss_kind"], dtypes, strict=True)
+                )
+            )
+        rows.single_output = state.get("single_output")
+        last = state.get("last_step")
+        self.memory = None if last is None else Memory.from_state(last, device)
+        if self._probe_batch is not None and state.get("probe") is not None:
+            self._probe_batch.load_state_dict(state["probe"])
+
+    def let_go(self) -> None:
+        """Nothing is read any more: model, optimizer and tensors of theirs go; the row counts stay."""
+        self._before = self.memory = self._probe_batch = None
+        del self.reader
+
+
+def full_precision(tensor: Tensor | None) -> Any:
+    """Autocast would turn the monitor's own dot products into half precision, where ``tensor`` is."""
+    device = "cpu" if tensor is None else tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -1,0 +1,1 @@
+"""Several processes, one monitor: who trains together, what they exchange, how one of them leaves."""

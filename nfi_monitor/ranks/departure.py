@@ -1,0 +1,58 @@
+"""What a closed monitor still owes the other ranks.
+
+The ranks of a team read the same steps because they conclude the same from the same numbers.  One that closes
+its monitor may not just stay away from the next exchange: the others would wait for it.
+"""
+
+from __future__ import annotations
+
+import copy
+
+from nfi_monitor.capture import devices
+from nfi_monitor.capture.step_hooks import StepHooks
+from nfi_monitor.detect.detector import Detector
+from nfi_monitor.engine.schedule import next_read
+from nfi_monitor.measure.step import with_non_finite
+from nfi_monitor.ranks.exchange import Exchange
+from nfi_monitor.types import Reading
+
+
+class Departure:
+    """Stays on the optimizer of a closed monitor until the other ranks have heard that it is gone.
+
+    They count on an answer at the next step that is read, and on an accelerator, where they hear late, at
+    those right after it.  Takes itself off.
+    """
+
+    def __init__(
+        self, pool: Exchange, hooks: StepHooks, step: int, detector: Detector, every: int | str
+    ) -> None:
+        """``hooks``: the closed monitor's, which are taken over: it may be closed from inside one of them."""
+        self._pool, self._step, self._every = pool, step, every
+        self._detector = copy.deepcopy(detector)  # the closed monitor's alerts stay as they are
+        self._next_read = self._look_ahead()
+        self._hooks = hooks
+        hooks.serve(lambda given: None, self._after_step, lambda part, error: None)
+
+    def _after_step(self) -> None:
+        if devices.capturing():
+            return
+        self._step += 1
+        try:
+            if self._step == self._next_read:
+                self._pool.send(self._pool.nothing(self._step, left=True), self._step)
+            for reduced in self._pool.receive(self._step):
+                if reduced.left or reduced.out_of_step:
+                    self._hooks.remove()
+                    return
+                for step, loss in reduced.losses:
+                    self._detector.update(Reading(step, {"loss": loss}))
+                if not reduced.skipped:
+                    self._detector.update(Reading(reduced.step, with_non_finite(reduced.values)))
+            self._next_read = self._look_ahead()
+        except Exception:  # the others are gone: nobody is left to tell
+            self._hooks.remove()
+
+    def _look_ahead(self) -> int:
+        detector = self._detector
+        return next_read(self._step, self._every, detector.attention, detector.context.tau)

@@ -1,0 +1,120 @@
+"""Which processes train a model together, asked of torch.distributed and of the model's wrappers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch.distributed as dist
+from torch import nn
+
+from nfi_monitor.capture.sharding import is_sharded
+
+
+def rank() -> int:
+    """This process's rank; 0 outside distributed training."""
+    return dist.get_rank() if _running() else 0
+
+
+def _running() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def processes(group: Any = None) -> int:
+    """How many processes may train together: those of ``group``, where it names them, or all that run."""
+    return len(_ranks_of(group) or ()) or (dist.get_world_size() if _running() else 1)
+
+
+def check_group(group: Any) -> None:
+    """Raises TypeError for a ``group`` that is none of None, False, a ProcessGroup and a DeviceMesh, and
+    ValueError for a group that this process is not in."""
+    if group is None or group is False:
+        return
+    ranks = _ranks_of(group)
+    if ranks is None:
+        raise TypeError(
+            "group must be None (found from DDP or FSDP), False (read this process alone), a ProcessGroup "
+            f"or a DeviceMesh, got {type(group).__name__}."
+        )
+    if rank() not in ranks:
+        raise ValueError(f"group holds ranks {ranks}, and this process is rank {rank()}.")
+
+
+def find_ranks(model: nn.Module, group: Any = None) -> tuple[int, ...] | None:
+    """Global ranks that train ``model`` together, ascending; None where this process trains it alone.
+
+    ``group`` as for :class:`nfi_monitor.Monitor`.  Found are DistributedDataParallel (also around or inside
+    torch.compile), FSDP and FSDP2, tensor parallel meshes; of several meshes the largest.
+    """
+    if group is False or not _running():
+        return None
+    if group is not None:
+        return _several(_ranks_of(group))
+    wrapper: Any = wrapper_of(model)
+    if wrapper is not None:
+        return _several(_ranks_of(wrapper.process_group))
+    sharded: list[Any] = [param for param in model.parameters() if is_sharded(param)]
+    meshes = [_ranks_of(param.device_mesh) or () for param in sharded]
+    return _several(max(meshes, key=len, default=()))
+
+
+def wrapper_of(model: nn.Module) -> nn.Module | None:
+    """The DDP or FSDP around ``model``, or the DDP whose forward is under way: a framework may wrap the model
+    later than the monitor is attached, or outside what it was given. None if there is neither."""
+    for module in model.modules():
+        if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+            return module
+    return getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+
+
+def lets_ranks_stop_early(wrapper: nn.Module | None) -> bool:
+    """Whether DDP's join() is, or was, in use: ranks may have made different numbers of optimizer steps."""
+    return bool(getattr(getattr(wrapper, "_join_config", None), "enable", False))
+
+
+def flat_shards(wrapper: nn.Module | None) -> int:
+    """Into how many parts the older FullyShardedDataParallel cuts every tensor; 1 for any other wrapper."""
+    if type(wrapper).__name__ != "FullyShardedDataParallel":
+        return 1
+    strategy = getattr(getattr(wrapper, "sharding_strategy", None), "name", "")
+    return 1 if strategy == "NO_SHARD" else len(_ranks_of(getattr(wrapper, "process_group", None)) or ())
+
+
+def rows_alike(model: nn.Module, world: int) -> bool:
+    """Whether all ``world`` ranks read the same rows: tensor parallelism over all of them, nothing else."""
+    sharded: list[Any] = [param for param in model.parameters() if is_sharded(param)]
+    meshes = {param.device_mesh for param in sharded}
+    flat = all(mesh.ndim == 1 and mesh.size() == world for mesh in meshes)
+    return bool(meshes) and flat and data_ranks(model, world) == 1
+
+
+def data_ranks(model: nn.Module, world: int) -> int:
+    """How many of the ``world`` ranks read rows of their own: all, but for the tensor parallel ones."""
+    if not any(is_sharded(param) for param in model.parameters()):
+        return world
+    for module in model.modules():
+        state = getattr(module, "_get_fsdp_state", None)
+        if callable(state):
+            group = getattr(state(), "_fsdp_param_group", None)
+            if group is not None:
+                return int(group.mesh_info.mesh.size())
+    return 1  # DTensors without FSDP: tensor parallel only
+
+
+def _ranks_of(group: Any) -> tuple[int, ...] | None:
+    if hasattr(group, "mesh") and hasattr(group, "get_group"):
+        return tuple(sorted(int(one) for one in group.mesh.flatten().tolist()))
+    if _running() and isinstance(group, dist.ProcessGroup):
+        return tuple(sorted(dist.get_process_group_ranks(group)))
+    return None
+
+
+def _several(ranks: Iterable[int] | None) -> tuple[int, ...] | None:
+    found = tuple(ranks or ())
+    return found if len(found) > 1 and rank() in found else None
+
+
+def any_accelerator(model: nn.Module) -> bool:
+    """Whether the model's parameters are on a device that is read late."""
+    first = next(model.parameters(), None)
+    return first is not None and first.device.type not in ("cpu", "meta")

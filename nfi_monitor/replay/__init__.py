@@ -1,0 +1,65 @@
+"""Diagnosis by replay: go back to before a slingshot, take one possible cause away, see whether it happens.
+
+Names are resolved on first use (PEP 562): a report reads verdicts and must not import torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nfi_monitor.replay.arms import (
+        ARMS,
+        AS_IT_WAS,
+        FLOAT64_LOSS,
+        LARGER_EPS,
+        LR_HELD,
+        NUDGED,
+        OTHER_DATA,
+        SECOND_MOMENT_HELD,
+        SECOND_MOMENT_RESET,
+        SMALLER_LR,
+        ZERO_SUM,
+        Arm,
+        Context,
+        combined,
+        larger_eps,
+        smaller_lr,
+    )
+    from nfi_monitor.replay.run import replay
+    from nfi_monitor.replay.snapshots import Snapshot
+    from nfi_monitor.replay.verdict import Outcome, ReplayVerdict
+
+_HOMES = {
+    "Outcome": "verdict",
+    "ReplayVerdict": "verdict",
+    "Snapshot": "snapshots",
+    "replay": "run",
+    **dict.fromkeys(
+        (
+            "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
+            "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context",
+            "combined", "larger_eps", "smaller_lr",
+        ),
+        "arms",
+    ),
+}  # fmt: skip
+
+__all__ = [
+    "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
+    "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context", "Outcome",
+    "ReplayVerdict", "Snapshot", "combined", "larger_eps", "replay", "smaller_lr",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

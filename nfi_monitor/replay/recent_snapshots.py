@@ -1,0 +1,144 @@
+"""The last few snapshots of a run at risk, within a bound on memory.
+
+A replay has to begin before the slingshot's cause has done its work, and nobody knows the step beforehand: so
+the monitor keeps some, older ones giving way.  Copies are made inside the optimizer's post-step hook, where
+weights and moments belong together; what moves after it (schedulers, scalers) is added before the next step.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.replay.snapshots import Snapshot, state_bytes
+
+CHEAP = 16 << 20
+"""Bytes up to which one snapshot is taken unasked; copying so much takes some 5 ms."""
+KEPT = 4
+
+
+class RecentSnapshots:
+    """``take`` after a step, ``complete`` before the next one.
+
+    ``limit``: "auto" keeps snapshots if everything is on the CPU and one is at most :data:`CHEAP`; an int is
+    the bytes that all together may take, on any device; 0 keeps none.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: Any, extras: Sequence[Any], limit: int | str) -> None:
+        self._parts: tuple[nn.Module, Any, tuple[Any, ...]] | None = (model, unwrap(optimizer), tuple(extras))
+        self.limit = limit
+        self._kept: deque[tuple[Snapshot, Any]] = deque(maxlen=KEPT)  # with the event of its copies
+        self._pending: tuple[Snapshot, Any] | None = None
+        self._last: int | None = None
+        self._size = 0
+        self.refused = ""
+        """Why none is kept, in words; empty while they are."""
+
+    @property
+    def snapshots(self) -> list[Snapshot]:
+        """Complete ones, oldest first."""
+        return [snapshot for snapshot, event in self._kept if event is None or event.query()]
+
+    @property
+    def pending(self) -> bool:
+        return self._pending is not None
+
+    def clear(self) -> None:
+        """The run goes back, or another one goes on: what is kept is of steps that will not have been."""
+        self._kept.clear()
+        self._pending = self._last = None
+
+    def due(self, step: int, tau: float) -> bool:
+        """Whether the last one is so old, 2 τ and at least 20 steps, that another is wanted.
+
+        Also where *at risk* has just begun again: an alert that comes and goes must not use the ring up.
+        """
+        return self._last is None or step - self._last >= max(round(2 * tau), 20)
+
+    def take(self, step: int, spike: Mapping[str, Any] | None, second_moment_decay: float = 0.0) -> None:
+        """Copy the state after ``step``; does nothing where snapshots would cost too much."""
+        if self._parts is None or self.refused or self.limit == 0:
+            return
+        self._last = step
+        model, optimizer, extras = self._parts
+        size = max(state_bytes(model, optimizer), self._size)
+        bound = self._bound(model, optimizer, size)
+        if bound is None:
+            return
+        self._make_room(bound - size)  # before the copy: the bound holds while it is made, too
+        pinned = _Pinned()
+        snapshot = Snapshot.take(
+            step, model, optimizer, extras, spike, second_moment_decay=second_moment_decay, to_host=pinned
+        )
+        self._size = snapshot.nbytes  # with extras and random state, which no estimate knows
+        bound = self._bound(model, optimizer, self._size)
+        if bound is not None:
+            self._make_room(bound - self._size)
+            self._pending = (snapshot, pinned.event())
+
+    def complete(self) -> None:
+        """Hyperparameters and extras as the next step finds them; from now on the snapshot is offered."""
+        if self._pending is None or self._parts is None:
+            return
+        (snapshot, event), self._pending = self._pending, None
+        _, optimizer, extras = self._parts
+        self._kept.append((snapshot.completed(optimizer, extras), event))
+
+    def close(self) -> None:
+        """Let go of the model, the optimizer and the extras; what was copied stays."""
+        try:
+            self.complete()
+        finally:
+            self._parts, self._pending = None, None
+
+    def _make_room(self, left: float) -> None:
+        while self._kept and sum(snapshot.nbytes for snapshot, _ in self._kept) > left:
+            self._kept.popleft()
+
+    def _bound(self, model: nn.Module, optimizer: Any, size: int) -> float | None:
+        """Bytes that all may take; None, with the reason in ``refused``, where one is too large."""
+        if isinstance(self.limit, int):
+            if size > self.limit:
+                self.refused = (
+                    f"one takes {size / 2**20:.1f} MiB and snapshots={self.limit} allows "
+                    f"{self.limit / 2**20:.1f} MiB for all together"
+                )
+            return None if self.refused else self.limit
+        tensors = [*model.parameters(), *model.buffers()]
+        states = (value for state in optimizer.state.values() for value in state.values())
+        tensors += [value for value in states if isinstance(value, Tensor)]
+        elsewhere = {tensor.device.type for tensor in tensors} - {"cpu"}
+        if elsewhere:
+            self.refused = f"the model is on {', '.join(sorted(elsewhere))}, where none is taken unasked"
+        elif size > CHEAP:
+            self.refused = f"one takes {size / 2**20:.0f} MiB, too much to be taken unasked"
+        return None if self.refused else float(KEPT * CHEAP)
+
+
+class _Pinned:
+    """Copies tensors to the host without waiting for the device; ``event`` has passed when all are there."""
+
+    def __init__(self) -> None:
+        self._device: torch.device | None = None
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.device.type == "cpu":
+            return tensor.clone()
+        if tensor.device.type != "cuda":
+            return tensor.cpu()
+        self._device = tensor.device
+        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        return host.copy_(tensor, non_blocking=True)
+
+    def event(self) -> Any:
+        if self._device is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self._device))
+        return event

@@ -1,0 +1,349 @@
+"""Everything a run needs to be continued from one of its steps, copied to host memory.
+
+A snapshot is restored *in place*: the same parameters, the same state tensors, the same parameter groups
+get their old values back.  ``load_state_dict`` lost: it casts optimizer state to the parameters' dtype and
+replaces the groups, so a run continued from it need not be the same run to the last bit.  Non-persistent
+buffers are copied, too, because a replay moves them like any others.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import pickle
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nfi_monitor.atomic_write import replacing
+from nfi_monitor.capture.optimizer import unwrap
+
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The state after optimizer step ``step``; :meth:`restore` continues from there."""
+
+    step: int
+    model: dict[str, Any]
+    """``parameters`` and ``buffers`` {name: tensor in host memory}, ``training`` {module's name: mode}."""
+    optimizer: dict[str, Any]
+    """Laid out as ``optimizer.state_dict()``, tensors in host memory."""
+    extras: tuple[dict[str, Any], ...]
+    """States of the objects given as ``extras``, in their order."""
+    rng: dict[str, Any]
+    """torch (CPU and, where it is in use, CUDA), ``random`` and ``numpy.random``."""
+    spike: dict[str, Any] | None
+    """State of the spike detector at this step; None where nobody watched the loss."""
+    nbytes: int
+    lrs: tuple[Any, ...] = ()
+    """Learning rate of each group *in* step ``step``: a schedule may have moved on since."""
+    second_moment_decay: float = 0.0
+    """Decades that the head's sqrt(v̂) had fallen by then (the quantity of this name, at most 0)."""
+
+    @classmethod
+    def take(
+        cls,
+        step: int,
+        model: nn.Module,
+        optimizer: Any,
+        extras: Sequence[Any] = (),
+        spike: Mapping[str, Any] | None = None,
+        *,
+        second_moment_decay: float = 0.0,
+        to_host: Callable[[Tensor], Tensor] | None = None,
+    ) -> Snapshot:
+        """Copy everything to host memory; draws no random number and changes nothing.
+
+        ``extras``: what else a step moves: learning-rate scheduler, gradient scaler, sampler, average of
+        the weights (anything with ``state_dict``/``load_state_dict``, or a ``torch.Generator``).
+        ``second_moment_decay``: what a replay gives back to the second moment that it holds, decades.
+        ``to_host`` copies one tensor (default: a blocking copy).  Raises TypeError for other extras.
+        """
+        to_host = to_host or _to_host
+        unwrapped = unwrap(optimizer)
+        with torch.no_grad():
+            parts: dict[str, Any] = {
+                "model": {
+                    "parameters": {n: to_host(p) for n, p in model.named_parameters()},
+                    "buffers": {n: to_host(b) for n, b in model.named_buffers()},
+                    "training": {n: module.training for n, module in model.named_modules()},
+                },
+                "optimizer": _optimizer_state(unwrapped, to_host),
+                "extras": tuple(_copied(_state_of(extra), to_host) for extra in extras),
+                "rng": _rng_state(),
+            }
+        return cls(
+            step=step,
+            **parts,
+            spike=None if spike is None else dict(spike),
+            nbytes=sum(tensor.numel() * tensor.element_size() for tensor in _tensors(parts)),
+            lrs=tuple(_copied(group.get("lr"), to_host) for group in unwrapped.param_groups),
+            second_moment_decay=second_moment_decay if math.isfinite(second_moment_decay) else 0.0,
+        )
+
+    def completed(self, optimizer: Any, extras: Sequence[Any] = ()) -> Snapshot:
+        """This snapshot with the hyperparameters and the extras of *now*.
+
+        Schedulers, scalers and weight averages move after the optimizer's step, so their states belong to a
+        snapshot that was taken inside it.  What hands out data has by then moved on to the next batch:
+        generators, samplers and loaders keep the state they had.
+        """
+        states = tuple(
+            old if feeds_data(extra) else _copied(_state_of(extra), _to_host)
+            for old, extra in zip(self.extras, extras, strict=True)
+        )
+        groups = [
+            {name: _copied(value, _to_host) for name, value in group.items() if name != "params"}
+            | {"params": old["params"]}
+            for old, group in zip(self.optimizer["param_groups"], unwrap(optimizer).param_groups, strict=True)
+        ]
+        return replace(self, optimizer={**self.optimizer, "param_groups": groups}, extras=states)
+
+    def restore(self, model: nn.Module, optimizer: Any, extras: Sequence[Any] = ()) -> None:
+        """Put everything back in place, random state included. May be called any number of times.
+
+        Raises ValueError, before anything is changed, where the model, the parameter groups or the number
+        of extras are not those of the snapshot.
+        """
+        optimizer = unwrap(optimizer)
+        parameters = dict(model.named_parameters())
+        self._check(parameters, optimizer, extras)
+        with torch.no_grad():
+            for name, value in self.model["parameters"].items():
+                parameters[name].copy_(value)
+            _restore_buffers(model, self.model["buffers"])
+            for name, module in model.named_modules():
+                module.training = self.model["training"].get(name, module.training)
+            _restore_optimizer(optimizer, self.optimizer)
+        for extra, state in zip(extras, self.extras, strict=True):
+            # A copy: load_state_dict of a scheduler keeps the lists it is given, and goes on writing to them.
+            _load_into(extra, _copied(state, _to_host))
+        _restore_rng(self.rng)  # last: a loader's load_state_dict may draw
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write to ``path``, atomically: after a crash there is the old file, the new one or none."""
+        content = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
+        with replacing(Path(path)) as file:
+            torch.save(content, file)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], *, trusted: bool = False) -> Snapshot:
+        """Read what :meth:`save` wrote. Raises ValueError for a file that is none.
+
+        Only tensors and plain types are unpickled, unless ``trusted`` says that the file may run code:
+        some schedulers and samplers keep objects of their own in their state.
+        """
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=not trusted)
+        except pickle.UnpicklingError as error:
+            raise ValueError(
+                f"{path} holds more than tensors and plain types ({str(error).splitlines()[0]}). If you "
+                "wrote it yourself: Snapshot.load(path, trusted=True)."
+            ) from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f"{path} is no snapshot of this version. Pass what snapshot.save(path) wrote.")
+        return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
+
+    def _check(self, parameters: Mapping[str, Tensor], optimizer: Any, extras: Sequence[Any]) -> None:
+        def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+            return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+        here, there = shapes(parameters), shapes(self.model["parameters"])
+        if here != there:
+            odd = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+            raise ValueError(
+                f"The snapshot of step {self.step} is of another model: {', '.join(odd[:5])} "
+                f"{'differs' if len(odd) == 1 else 'differ'} in name or shape. Pass the model it is of."
+            )
+        groups = [len(group["params"]) for group in optimizer.param_groups]
+        known = [len(group["params"]) for group in self.optimizer["param_groups"]]
+        if groups != known:
+            raise ValueError(
+                f"The snapshot of step {self.step} knows {len(known)} parameter group(s) of {known} tensors, "
+                f"the optimizer has {len(groups)} of {groups}. Take one after the last group was added."
+            )
+        if len(extras) != len(self.extras):
+            raise ValueError(
+                f"The snapshot of step {self.step} holds the states of {len(self.extras)} extras, "
+                f"{len(extras)} were given. Pass the same objects in the same order."
+            )
+
+
+def feeds_data(extra: Any) -> bool:
+    """Whether an extra hands out data (generator, sampler, loader) and so moves before the step it is for."""
+    return isinstance(extra, torch.Generator) or hasattr(type(extra), "__iter__")
+
+
+def state_bytes(model: nn.Module, optimizer: Any) -> int:
+    """About how large a snapshot is, in bytes, without taking one (two moments where there are none yet)."""
+    tensors = [*model.parameters(), *model.buffers()]
+    state = sum(_size(tensor) for tensor in _tensors([*unwrap(optimizer).state.values()]))
+    return sum(map(_size, tensors)) + (state or 2 * sum(map(_size, model.parameters())))
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+# --- copies -----------------------------------------------------------------------------------------
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
+
+
+def _copied(value: Any, to_host: Callable[[Tensor], Tensor]) -> Any:
+    """A copy that shares nothing with ``value``, tensors in host memory."""
+    if isinstance(value, Tensor):
+        return to_host(value)
+    if isinstance(value, np.generic):
+        return value.item()  # a plain number can be loaded without trusting the file
+    if type(value) is dict:
+        return {key: _copied(item, to_host) for key, item in value.items()}
+    if type(value) in (list, tuple):
+        return type(value)(_copied(item, to_host) for item in value)
+    return copy.deepcopy(value)
+
+
+def _tensors(value: Any) -> Iterable[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def check_extra(extra: Any) -> None:
+    """Raises TypeError for what keeps no state that could be copied and put back."""
+    if not isinstance(extra, torch.Generator) and not (
+        hasattr(extra, "state_dict") and hasattr(extra, "load_state_dict")
+    ):
+        raise TypeError(
+            f"extras holds a {type(extra).__name__}, which has no state_dict and load_state_dict. Pass "
+            "schedulers, gradient scalers, samplers, weight averages or torch.Generators."
+        )
+
+
+def _state_of(extra: Any) -> Any:
+    check_extra(extra)
+    if isinstance(extra, torch.Generator):
+        return {"generator": extra.get_state()}
+    state = extra.state_dict()
+    return dict(state) if isinstance(state, Mapping) else state  # an OrderedDict loads as a plain one
+
+
+def _load_into(extra: Any, state: Any) -> None:
+    if isinstance(extra, torch.Generator):
+        extra.set_state(state["generator"])
+    else:
+        extra.load_state_dict(state)
+
+
+def _restore_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    buffers = dict(model.named_buffers())
+    for name, value in values.items():
+        buffer = buffers.get(name)
+        if buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype:
+            buffer.copy_(value)
+            continue
+        owner, _, attribute = name.rpartition(".")  # a cache that grew, or is gone
+        module = model.get_submodule(owner)
+        device = buffer.device if buffer is not None else next(model.parameters(), value).device
+        module._buffers[attribute] = value.to(device, copy=True)
+
+
+# --- optimizer --------------------------------------------------------------------------------------
+
+
+def _optimizer_state(optimizer: torch.optim.Optimizer, to_host: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+    """As ``optimizer.state_dict()``, whose hooks (of sharded optimizers) would gather from all ranks."""
+    order = {
+        id(param): index
+        for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"])
+    }
+    return {
+        "state": {
+            order[id(param)]: _copied(dict(state), to_host)
+            for param, state in optimizer.state.items()
+            if id(param) in order
+        },
+        "param_groups": [
+            {
+                name: [order[id(param)] for param in value] if name == "params" else _copied(value, to_host)
+                for name, value in group.items()
+            }
+            for group in optimizer.param_groups
+        ],
+    }
+
+
+def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    groups = [group for group in optimizer.param_groups for _ in group["params"]]
+    for index, (param, group) in enumerate(zip(params, groups, strict=True)):
+        state = saved["state"].get(index)
+        if state is None:
+            optimizer.state.pop(param, None)
+            continue
+        here = optimizer.state[param]
+        for name in [name for name in here if name not in state]:
+            del here[name]
+        for name, value in state.items():
+            # torch's rule: the step count stays on the host unless the step runs on the device.
+            counts = name == "step" and not (group.get("capturable") or group.get("fused"))
+            here[name] = _put(here.get(name), value, torch.device("cpu") if counts else param.device)
+    for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        for name in [name for name in group if name not in old]:
+            del group[name]
+        for name, value in old.items():
+            if name != "params":
+                group[name] = _put(group.get(name), value, torch.device("cpu"))
+
+
+def _put(here: Any, value: Any, device: torch.device) -> Any:
+    """``value`` in the tensor that is here, where it fits, or else in a new one."""
+    if not isinstance(value, Tensor):
+        return _copied(value, _to_host)
+    if isinstance(here, Tensor) and here.shape == value.shape and here.dtype == value.dtype:
+        return here.detach().copy_(value) if here.requires_grad else here.copy_(value)
+    return value.to(device, copy=True)
+
+
+# --- random state -----------------------------------------------------------------------------------
+
+
+def _rng_state() -> dict[str, Any]:
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if _cuda_in_use() else [],
+        "python": random.getstate(),
+        # As a tensor: plain types are loaded without trusting the file.
+        "numpy": (name, torch.from_numpy(np.asarray(keys, dtype=np.int64)), position, has_gauss, cached),
+    }
+
+
+def _restore_rng(state: Mapping[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and _cuda_in_use():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+
+
+def _cuda_in_use() -> bool:
+    return bool(torch.cuda.is_available() and torch.cuda.is_initialized())

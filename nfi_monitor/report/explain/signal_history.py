@@ -1,0 +1,137 @@
+"""A run's readings as the detector judged them, and the steps in which an alert's causes are looked for.
+
+The detector judges averages, not single readings, so the readings on record are averaged here by the
+detector's own code (:class:`~nfi_monitor.detect.signals.Signals`).  (Raw readings lost: they cross a
+threshold many times where the average crosses it once, and the steps they give are not those at which the
+alert began.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from nfi_monitor.detect.detector import Context
+from nfi_monitor.detect.signals import Signals, felt_displacement
+from nfi_monitor.history import History
+from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase, Reading, Thresholds
+
+LEAD_UP = 3.0
+"""Steps, in τ, that are looked at at least: what comes out of a healthy phase has its lead-up in it."""
+FINITE = {
+    "loss": "the loss",
+    "head_loss": "the loss at the head",
+    "gradient_norm": "the gradient norm",
+    "weight_norm": "the weight norm",
+    "non_finite_rows": "rows",
+}
+"""What can be NaN or Inf, as it is called; rows are a count of such rows."""
+
+_EVENT = (Phase.SLINGSHOT, Phase.RECOVERING)
+_VIOLATIONS = ("zero_sum_violation", "zero_sum_violation_weight", "zero_sum_violation_batch")
+
+
+class Series(NamedTuple):
+    steps: list[int]
+    values: list[float]
+
+
+class SignalHistory:
+    """``series``: by name, each of the detector's signals. Computed once for any number of alerts."""
+
+    def __init__(
+        self,
+        history: History,
+        phases: Sequence[tuple[int, Phase]],
+        limits: Thresholds,
+        context: Context,
+        notes: Sequence[Note],
+    ) -> None:
+        self.history, self.phases, self.notes = history, phases, notes
+        self.limits, self.context = limits, context
+        edges = list(pairwise(phases))
+        self.ends = [step for (_, was), (step, phase) in edges if was in _EVENT and phase not in _EVENT]
+        self.starts = [step for (_, was), (step, phase) in edges if was not in _EVENT and phase in _EVENT]
+        self.series: dict[str, Series] = {}
+        self.first_step: int | None = None
+        self.last_step = 0
+        self._replay()
+
+    def _replay(self) -> None:
+        """Feed the readings to the detector's own averages; a slingshot resets them where it does there."""
+        readings: dict[int, dict[str, float]] = {}
+        for name in self.history.names():
+            steps, column = self.history[name]
+            for step, value in zip(steps.tolist(), column.tolist(), strict=True):
+                readings.setdefault(step, {})[name] = value
+        signals, starts, ends = Signals(), set(self.starts), set(self.ends)
+        self.first_step, self.last_step = min(readings, default=None), max(readings, default=0)
+        for step in sorted(readings):
+            values = readings[step]
+            if values.keys() <= {"loss"}:
+                self._keep("loss", step, values.get("loss", math.nan), finite=False)
+                if step in starts:
+                    signals.restart()
+                if step in ends:
+                    signals.calm()
+                continue  # between readings the loss comes alone; the detector's averages stand still
+            reading = Reading(step, values)
+            signals.update(reading, self.context.tau, self.limits)
+            if step in ends:
+                signals.calm()
+            judged = {
+                "violation": (_VIOLATIONS, signals.violation),
+                "growth": (("feature_mean_norm",), signals.growth * self.context.tau),
+                "displacement": (("margin_displacement", "logit_displacement"), signals.displacement),
+                "decay": (("head_sqrt_exp_avg_sq_mean", "sqrt_exp_avg_sq_mean"), signals.decay_lowest),
+                "rms_t_mean": (("rms_t_max",), signals.rms_t_mean),
+                "rms_t": (("rms_t_max",), signals.rms_t),
+                "alignment": (("gradient_alignment",), signals.alignment),
+                "update_jump": (("update_rms",), signals.update_jump),
+            }
+            for key, (made_of, value) in judged.items():
+                if any(name in values for name in made_of):
+                    self._keep(key, step, value)
+            self._keep("feature_displacement", step, felt_displacement(reading))
+            for name in ("secant_curvature", "learning_rate"):
+                self._keep(name, step, values.get(name, math.nan))
+            for name in FINITE:
+                if name in values:
+                    self._keep(name, step, values[name], finite=False)
+            if step in starts:
+                signals.restart()
+
+    def _keep(self, key: str, step: int, value: float, *, finite: bool = True) -> None:
+        if math.isfinite(value) or not finite:
+            series = self.series.setdefault(key, Series([], []))
+            series.steps.append(step)
+            series.values.append(value)
+
+    def window(self, alert: Alert) -> tuple[int, int, int, str]:
+        """(earliest step a crossing is searched back to, first, last, why from there)."""
+        floor = max((step for step in self.ends if step <= alert.first_step), default=None)
+        begin = self.first_step if self.first_step is not None else alert.first_step
+        earliest = begin if floor is None else max(floor, begin)
+        healthy = None
+        for (step, phase), following in zip(self.phases, [*self.phases[1:], None], strict=True):
+            if phase is Phase.HEALTHY and step < alert.first_step:
+                until = alert.first_step if following is None else min(following[0], alert.first_step)
+                healthy = max(until - 1, 1)
+        lead_up = alert.first_step - math.ceil(LEAD_UP * self.context.tau)
+        first, why = lead_up, f"from {LEAD_UP:g} τ before it began"
+        if healthy is None or healthy < lead_up:
+            first, why = healthy or earliest, "since the run was last healthy"
+        if first <= earliest:
+            ended = floor is not None and floor >= begin
+            first, why = earliest, "since the last slingshot ended" if ended else "all there is on record"
+        last = alert.last_step
+        if alert.kind in (AlertKind.SLINGSHOT, AlertKind.NON_FINITE):
+            last = alert.first_step - 1  # what is read in the event itself is its effect, not its cause
+        else:
+            if alert.state is AlertState.FIRING:
+                last = max(last, self.last_step)  # of a run that was killed, files hold only what was told
+            last = min([last, *(step - 1 for step in self.starts if step > alert.first_step)])
+        last = max(last, min(first, alert.first_step))
+        return earliest, min(first, last), last, why

@@ -1,0 +1,358 @@
+"""What TensorBoard's NFI tab reads: every reading's key quantities, every alert in words, the run.
+
+What decides the form:
+
+- TensorBoard keeps 1,000 random points of a scalar and 10 random records of any other tag, so a spike of
+  three steps is gone from its own curves.  It always keeps a tag's last record: what must not be lost
+  therefore has a tag of its own (128 readings are one tensor, one alert is one), rewritten while it grows.
+- The words are written, not only the numbers.  The tab draws what a run says of itself (titles, labels,
+  bands, advice), so runs of older and newer versions stand side by side and vocabulary lives in one place.
+- A long run must not grow without bound: every 1,024 tensors the next ones cover four times as many readings,
+  as the smallest and the largest value of each bucket.
+- A resumed run writes under tags of a new *session*; the tab drops what it measured again.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.replay.verdict import ReplayVerdict
+from nfi_monitor.report import wording
+from nfi_monitor.report.json_values import plain
+from nfi_monitor.types import Alert, Note, Phase, Reading
+
+PLUGIN = "nfi"
+FORMAT = 1
+"""Raised when an old tab could no longer read a new run; it then says so instead of guessing."""
+ROWS = 128
+CHUNKS_PER_WIDTH = 1024
+UPDATES = 360
+"""The tab shows a run up to this share of its length ago, and at least ten seconds."""
+_PHASES = {phase: float(index) for index, phase in enumerate(Phase)}
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Quantities that share an axis, each with the few words that tell it from the others there."""
+
+    title: str
+    curves: Mapping[str, str]
+    log: bool = True
+    key: bool = True  # shown at once; the others on request
+    band: tuple[str, str] | None = None
+    """The thresholds between which a state neither begins nor ends."""
+    band_means: str = ""
+    per_tau: bool = False  # the threshold is per τ, the quantity per step
+
+
+CHARTS = (
+    Chart(
+        "loss",
+        {"loss": "observed", "head_loss": "at the head"},
+        band=("spike_low", "spike_high"),
+        band_means="slingshot",
+    ),
+    Chart(
+        "zero-sum violation",
+        {"zero_sum_violation": "rows", "zero_sum_violation_weight": "weight gradient"},
+        band=("absorbing_exit", "absorbing_enter"),
+        band_means="at risk",
+    ),
+    Chart(
+        "rows that rounding silences",
+        {
+            "absorbed_fraction": "absorbed",
+            "partially_absorbed_fraction": "partially",
+            "underflowed_fraction": "underflowed",
+        },
+        log=False,
+    ),
+    Chart("global means", {"feature_mean_norm": "‖μ_G‖", "classifier_mean_norm": "‖W_G‖"}),
+    Chart(
+        "displacement by one update",
+        {
+            "logit_displacement": "logits δ",
+            "feature_displacement": "by the features",
+            "margin_displacement": "probe margins",
+        },
+        band=("imminent_exit", "imminent_displacement"),
+        band_means="imminent",
+    ),
+    Chart(
+        "RMS_t",
+        {"rms_t_max": "worst tensor", "rms_t_head": "head"},
+        band=("rms_t_exit", "rms_t_imminent"),
+        band_means="imminent",
+    ),
+    Chart("margins", {"margin_median": "median", "margin_min": "smallest"}, log=False),
+    Chart(
+        "second moment, median sqrt(v̂)",
+        {"sqrt_exp_avg_sq_median": "all tensors", "head_sqrt_exp_avg_sq_median": "head"},
+    ),
+    Chart(
+        "growth of the means",
+        {"feature_mean_growth": "‖μ_G‖", "classifier_mean_growth": "‖W_G‖"},
+        log=False,
+        key=False,
+        band=("inflating_growth", "imminent_growth"),
+        band_means="imminent",
+        per_tau=True,
+    ),
+    Chart(
+        "alignment",
+        {"mean_alignment": "cos(W_G, μ_G)", "gradient_alignment": "successive gradients"},
+        log=False,
+        key=False,
+    ),
+    Chart("learning rate", {"effective_learning_rate": "effective", "learning_rate": "as set"}, key=False),
+    Chart("second-moment decay", {"second_moment_decay": "head"}, log=False, key=False),
+    Chart("curvature along the update", {"secant_curvature": "secant"}, log=False, key=False),
+    Chart("gradient norm", {"gradient_norm": "all tensors"}, key=False),
+    Chart("update RMS", {"update_rms": "all tensors"}, key=False),
+    Chart("weight norms", {"weight_norm": "all tensors", "head_weight_norm": "head"}, key=False),
+)
+_SHOWN = frozenset(name for chart in CHARTS for name in chart.curves)
+
+
+class TabWriter:
+    """Writes for the tab through ``file_writer``, the ``FileWriter`` inside torch's SummaryWriter.
+
+    At most every ``seconds`` the tensor that is being filled is written as it is, and flushed, so that
+    someone who watches the run sees it move.  Raises ImportError where tensorboard is missing.
+    """
+
+    def __init__(self, file_writer: Any, info: Mapping[str, Any], seconds: float = 10.0) -> None:
+        from tensorboard.compat.proto import summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2
+
+        self._protos: Any = (summary_pb2, tensor_pb2, tensor_shape_pb2, types_pb2)
+        self._writer = file_writer
+        self._seconds = seconds
+        self._session = f"{time.time_ns() // 1_000_000:014d}"
+        self._info = info
+        self._notes: list[dict[str, Any]] = []
+        self._replays: list[str] = []
+        self._columns: dict[str, None] = {}  # an ordered set
+        self._rows: list[Sequence[float]] = []
+        self._bucket: list[Sequence[float]] = []
+        self._width = 1
+        self._chunk = 0
+        self._unwritten = False
+        self._started = time.monotonic()
+        self._written = -math.inf
+        self._step = 0
+        self._write_run(closed=False)
+
+    def reading(self, reading: Reading, phase: Phase) -> None:
+        values = reading.values
+        if new := [name for name in values if name in _SHOWN and name not in self._columns]:
+            self._end_bucket()
+            self._end_chunk()  # the columns of a tag are fixed by its first record
+            self._columns.update(dict.fromkeys(new))
+        self._step = reading.step
+        index = _PHASES[phase]
+        if self._bucket and (len(self._bucket) == self._width or self._bucket[0][1] != index):
+            self._end_bucket()
+        self._bucket.append((reading.step, index, *(_cell(values.get(name)) for name in self._columns)))
+        if self._width == 1:
+            self._end_bucket()
+        now = time.monotonic()
+        # The last tag is written again as it grows, and files only grow: seldomer as the run gets longer.
+        if now - self._written >= max(self._seconds, (now - self._started) / UPDATES):
+            self._written = now
+            self._write_chunk()
+            self._writer.flush()
+
+    def alert(self, alert: Alert) -> None:
+        evidence = [
+            [
+                wording.label(name),
+                *(wording.amount(name, x) for x in (item.value, item.threshold, item.baseline)),
+                QUANTITIES[name].meaning if name in QUANTITIES else "",
+            ]
+            for name, item in wording.ordered_evidence(alert).items()
+        ]
+        record = {
+            **alert.to_json(),
+            "what": wording.kind_in_words(alert.kind),
+            "headline": wording.headline(alert),
+            "mechanism": wording.mechanism_name(alert.mechanism),
+            "mechanism_in_words": wording.mechanism_in_words(alert),
+            "forecast": wording.forecast_in_words(alert),
+            "evidence": evidence,
+        }
+        self._write_json(f"alerts/{self._session}/{alert.id}", record, alert.last_step)
+
+    def note(self, note: Note) -> None:
+        self._notes.append(asdict(note))
+        self._write_run(closed=False)
+
+    def replay(self, verdict: ReplayVerdict) -> None:
+        replayed = verdict.slingshot or f"step {verdict.snapshot_step:,}"
+        self._replays.append(f"replay of {replayed}: {wording.replay_in_words(verdict)}")
+        self._write_run(closed=False)
+
+    def describe(self, info: Mapping[str, Any]) -> None:
+        """``info`` has grown: the classes that absorb, above all."""
+        self._info = info
+        self._write_run(closed=False)
+
+    def close(self, info: Mapping[str, Any]) -> None:
+        self._end_bucket()
+        self._write_chunk()
+        self._info = info
+        self._write_run(closed=True)
+
+    def _end_bucket(self) -> None:
+        rows, self._bucket = self._bucket, []
+        if len(rows) > 2:
+            rows = _extremes(rows)
+        for row in rows:
+            self._rows.append(row)
+            self._unwritten = True
+            if len(self._rows) == ROWS:
+                self._end_chunk()
+
+    def _end_chunk(self) -> None:
+        if self._rows:
+            self._write_chunk()
+            self._rows = []
+            self._chunk += 1
+            if self._chunk % CHUNKS_PER_WIDTH == 0:
+                self._width *= 4
+
+    def _write_chunk(self) -> None:
+        if not self._unwritten:
+            return
+        self._unwritten = False
+        _, tensor_pb2, tensor_shape_pb2, types_pb2 = self._protos
+        first = int(self._rows[0][0])
+        # float32 holds no step beyond 2^24; a distance to the first one always fits.
+        numbers = array("f", (x for row in self._rows for x in (row[0] - first, *row[1:])))
+        shape = tensor_shape_pb2.TensorShapeProto(
+            dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=n) for n in (len(self._rows), len(self._rows[0]))]
+        )
+        tensor = tensor_pb2.TensorProto(
+            dtype=types_pb2.DT_FLOAT, tensor_shape=shape, tensor_content=numbers.tobytes()
+        )
+        content = {"format": FORMAT, "first": first, "columns": list(self._columns)}
+        self._write(f"readings/{self._session}/{self._chunk:06d}", tensor, content, int(self._rows[-1][0]))
+
+    def _write_run(self, *, closed: bool) -> None:
+        info = plain(self._info)
+        notes = {note.get("code"): note for note in [*(info.get("notes") or []), *self._notes]}
+        record = {
+            "format": FORMAT,
+            "closed": closed,
+            "step": self._step,
+            "tau": info.get("tau"),
+            "facts": facts(info),
+            "phases": [str(phase) for phase in Phase],
+            "classes": info.get("absorbing_classes") or [],
+            "notes": list(notes.values()),
+            "replays": self._replays,
+            "charts": [chart_json(chart, info) for chart in CHARTS],
+        }
+        self._write_json(f"run/{self._session}", record, self._step)
+
+    def _write_json(self, tag: str, record: Mapping[str, Any], step: int) -> None:
+        _, tensor_pb2, tensor_shape_pb2, types_pb2 = self._protos
+        text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
+        tensor = tensor_pb2.TensorProto(
+            dtype=types_pb2.DT_STRING, tensor_shape=tensor_shape_pb2.TensorShapeProto(), string_val=[text]
+        )
+        self._write(tag, tensor, {"format": FORMAT}, step)
+
+    def _write(self, tag: str, tensor: Any, content: Mapping[str, Any], step: int) -> None:
+        summary_pb2 = self._protos[0]
+        plugin_data = summary_pb2.SummaryMetadata.PluginData(
+            plugin_name=PLUGIN, content=json.dumps(content).encode()
+        )
+        metadata = summary_pb2.SummaryMetadata(
+            plugin_data=plugin_data, data_class=summary_pb2.DATA_CLASS_TENSOR
+        )
+        value = summary_pb2.Summary.Value(tag=f"nfi-tab/{tag}", metadata=metadata, tensor=tensor)
+        self._writer.add_summary(summary_pb2.Summary(value=[value]), step)
+
+
+def _cell(value: float | None) -> float:
+    """NaN: not measured.  What was measured and is NaN or Inf becomes ±Inf: a gap that is a finding."""
+    if value is None:
+        return math.nan
+    return math.inf if value != value else value
+
+
+def _extremes(rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
+    """Two rows for many: each column's smallest and largest value, in the order its ends suggest."""
+    first, last = rows[0], rows[-1]
+    low: list[float] = [first[0], first[1]]
+    high: list[float] = [last[0], last[1]]
+    for column in zip(*(row[2:] for row in rows), strict=True):
+        present = [x for x in column if x == x] or [math.nan]
+        pair = (min(present), max(present))
+        falls = present[0] > present[-1]
+        low.append(pair[falls])
+        high.append(pair[not falls])
+    return [low, high]
+
+
+def facts(info: Mapping[str, Any]) -> list[list[str]]:
+    """``[label, text]`` of what a reader wants to know of a run at a glance."""
+    optimizer = info.get("optimizer")
+    optimizer = optimizer if isinstance(optimizer, Mapping) else {}
+    settings = [
+        f"{name} {value}"
+        for key, name in (("lr", "lr"), ("betas", "β"), ("eps", "ε"), ("weight_decay", "decay"))
+        if (value := _short(optimizer.get(key)))
+    ]
+    parameters = info.get("parameters")
+    model = [info.get("model"), f"{parameters:,} parameters" if isinstance(parameters, int) else None]
+    found = {
+        "model": _joined(model),
+        "head": _joined([info.get("head")]),
+        "optimizer": _joined([optimizer.get("name"), *settings]),
+        "dtype": _joined([info.get("dtype")]),
+        "τ": _short(info.get("tau")) + " steps" if info.get("tau") else "",
+        "sees": _joined([info.get("level")]),
+    }
+    return [[label, text] for label, text in found.items() if text]
+
+
+def _joined(parts: Iterable[Any]) -> str:
+    return " · ".join(str(part) for part in parts if part)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, (list, tuple)):
+        return "/".join(_short(item) for item in value)
+    return f"{value:g}" if isinstance(value, (int, float)) and value else ""
+
+
+def chart_json(chart: Chart, info: Mapping[str, Any]) -> dict[str, Any]:
+    """A chart as the tab draws it, with the thresholds of this run; no band where they are not known."""
+    thresholds = info.get("thresholds")
+    thresholds = thresholds if isinstance(thresholds, Mapping) else {}
+    scale = info.get("tau") if chart.per_tau else 1.0
+    band = None
+    if chart.band and scale and all(name in thresholds for name in chart.band):
+        low, high = (float(thresholds[name]) / float(scale) for name in chart.band)
+        band = {"low": low, "high": high, "means": chart.band_means}
+    units = {QUANTITIES[name].unit for name in chart.curves}
+    unit = units.pop() if len(units) == 1 else ""
+    return {
+        "title": chart.title,
+        "unit": "" if unit == "1" else unit,
+        "log": chart.log,
+        "key": chart.key,
+        "band": band,
+        "series": [
+            {"name": name, "label": label, "meaning": f"{wording.label(name)}: {QUANTITIES[name].meaning}"}
+            for name, label in chart.curves.items()
+        ],
+    }

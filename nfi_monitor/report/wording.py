@@ -1,0 +1,206 @@
+"""Alerts in plain words, so that the console, TensorBoard and the after-run report say the same.
+
+Pure functions from an alert to a string.  Quantities keep the names of the papers; what has a unit
+people read at a glance (fractions, nats) is written with it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.replay.verdict import ReplayVerdict
+from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Phase, Severity
+
+_LABELS = {
+    "zero_sum_violation": "zero-sum violation",
+    "zero_sum_violation_max": "largest zero-sum violation",
+    "zero_sum_violation_share": "rows with a zero-sum violation",
+    "zero_sum_violation_batch": "zero-sum violation of the batch",
+    "zero_sum_violation_weight": "zero-sum violation of the head's weight gradient",
+    "zero_sum_violation_bias": "zero-sum violation of the head's bias gradient",
+    "absorbed_fraction": "absorbed rows",
+    "partially_absorbed_fraction": "partially absorbed rows",
+    "underflowed_fraction": "underflowed rows",
+    "ignored_fraction": "ignored rows",
+    "live_fraction": "live rows",
+    "unexplained_violation_fraction": "rows whose violation rounding cannot explain",
+    "soft_target_fraction": "rows with soft targets",
+    "residual_mass": "residual mass ε",
+    "margin_min": "smallest margin",
+    "margin_median": "median margin",
+    "max_probability": "mean largest probability",
+    "head_loss": "loss at the head",
+    "classifier_mean_norm": "‖W_G‖",
+    "feature_mean_norm": "‖μ_G‖",
+    "mean_alignment": "cos(W_G, μ_G)",
+    "classifier_mean_growth": "growth of ‖W_G‖",
+    "feature_mean_growth": "growth of ‖μ_G‖",
+    "second_moment_decay": "second-moment decay",
+    "rms_t_max": "RMS_t",
+    "rms_t_head": "RMS_t of the head",
+    "update_rms": "update RMS",
+    "logit_displacement": "logit displacement δ",
+    "logit_displacement_rms": "logit displacement δ (RMS)",
+}
+
+_MECHANISMS = {
+    Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
+    Mechanism.SECOND_MOMENT: "decayed second moment",
+    Mechanism.EDGE_OF_STABILITY: "edge of stability",
+    Mechanism.EXTERNAL: "a kick from outside",
+    Mechanism.UNKNOWN: "mechanism not clear",
+}
+
+_AT_RISK = {
+    Mechanism.NUMERICAL_FEATURE_INFLATION: "rounding absorbs confident rows, gradients no longer sum to zero",
+    Mechanism.SECOND_MOMENT: "the gradient is gone, weight decay alone moves the weights",
+    Mechanism.EDGE_OF_STABILITY: "successive updates overshoot along the gradient",
+    Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
+    Mechanism.UNKNOWN: "what precedes a slingshot is there",
+}
+
+_IMMINENT = {
+    Mechanism.NUMERICAL_FEATURE_INFLATION: "rows are absorbed and one update already moves the logits",
+    Mechanism.SECOND_MOMENT: "gradients are back on a second moment that has let go of them",
+    Mechanism.EDGE_OF_STABILITY: "successive updates overshoot along the gradient",
+    Mechanism.EXTERNAL: "the batch or the learning rate has just moved the weights far",
+    Mechanism.UNKNOWN: "one update already moves the logits",
+}
+
+_FIRST = {
+    Mechanism.NUMERICAL_FEATURE_INFLATION: ("zero_sum_violation", "feature_mean_growth"),
+    Mechanism.SECOND_MOMENT: ("rms_t_max", "second_moment_decay"),
+    Mechanism.EDGE_OF_STABILITY: ("secant_curvature", "rms_t_max"),
+    Mechanism.EXTERNAL: ("learning_rate", "rms_t_max"),
+    Mechanism.UNKNOWN: (),
+}
+
+
+def number(value: float | None) -> str:
+    """Three significant digits; whole numbers with thousands separators; ``NaN``, ``Inf``, ``-`` for None."""
+    if value is None:
+        return "-"
+    if math.isnan(value):
+        return "NaN"
+    if math.isinf(value):
+        return "Inf" if value > 0 else "-Inf"
+    if float(value).is_integer() and abs(value) < 1e9:
+        return f"{int(value):,}"
+    if 1e3 <= abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:.3g}"
+
+
+def label(name: str) -> str:
+    """A quantity's name as people write it; unknown names (a newer writer's) with spaces."""
+    return _LABELS.get(name, name.replace("_", " "))
+
+
+def amount(name: str, value: float | None) -> str:
+    """A quantity's value with the unit people expect: fractions in percent, displacements in nat."""
+    quantity = QUANTITIES.get(name)
+    unit = quantity.unit if quantity else ""
+    if unit == "fraction" and value is not None and math.isfinite(value):
+        return f"{100 * value:.3g}%"
+    return f"{number(value)} nat" if unit == "nat" and value is not None else number(value)
+
+
+def kind_in_words(kind: AlertKind) -> str:
+    return {AlertKind.NON_FINITE: "not finite"}.get(kind, str(kind).replace("_", " "))
+
+
+def headline(alert: Alert) -> str:
+    """What is going on, in one plain clause; the past tense of it once the alert is resolved."""
+    over = alert.state is AlertState.RESOLVED
+    steps = alert.last_step - alert.first_step
+    since = f"steps {alert.first_step:,}–{alert.last_step:,}, {steps:,} {'step' if steps == 1 else 'steps'}"
+    if alert.kind is AlertKind.SLINGSHOT:
+        if over:
+            after = alert.evidence.get("loss_afterwards")
+            how = (
+                "is back" if after is None else f"stayed at {number(after.value)}, which is usual from now on"
+            )
+            return f"slingshot over, the loss {how} ({since})"
+        return "slingshot: the loss has left its floor"
+    if alert.kind is AlertKind.NON_FINITE:
+        loss_alone = alert.severity is Severity.WARNING
+        what = f"NaN or Inf in the loss{'' if loss_alone else ', the gradients or the weights'}"
+        return f"finite again ({since})" if over else what
+    if alert.kind is AlertKind.IMMINENT:
+        if over:
+            return f"was imminent ({since})"
+        return f"slingshot imminent: {_IMMINENT[alert.mechanism]}"
+    if over:
+        return f"was at risk ({since})"
+    what = _AT_RISK[alert.mechanism]
+    if alert.phase is Phase.INFLATING and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
+        what = "rounding absorbs confident rows and the feature mean grows"
+    return f"at risk: {what}"
+
+
+def mechanism_in_words(alert: Alert) -> str:
+    """``numerical feature inflation (confidence 82%)``; no number where no mechanism is named."""
+    words = _MECHANISMS[alert.mechanism]
+    if alert.mechanism is Mechanism.UNKNOWN:
+        return words
+    return f"{words} (confidence {100 * alert.confidence:.0f}%)"
+
+
+def mechanism_name(mechanism: Mechanism) -> str:
+    """The mechanism without its confidence."""
+    return _MECHANISMS[mechanism]
+
+
+def one_evidence_in_words(name: str, item: Evidence) -> str:
+    """``zero-sum violation 0.134 (threshold 0.1)``."""
+    words = f"{label(name)} {amount(name, item.value)}"
+    return words if item.threshold is None else f"{words} (threshold {_bare(name, item.threshold)})"
+
+
+def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
+    """The alert's evidence, what its kind and mechanism rest on first, the rest in the alert's order."""
+    first: tuple[str, ...] = _FIRST[alert.mechanism]
+    if alert.kind is AlertKind.SLINGSHOT:
+        first = ("loss", "loss_afterwards", "head_loss", *first)
+    elif alert.kind is AlertKind.IMMINENT and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
+        first = ("logit_displacement", "margin_displacement", *first)
+    names = dict.fromkeys([*(name for name in first if name in alert.evidence), *alert.evidence])
+    return {name: alert.evidence[name] for name in names}
+
+
+def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
+    """The evidence as one comma-separated clause, the ``limit`` items that matter most (None: all)."""
+    items = list(ordered_evidence(alert).items())[:limit]
+    return ", ".join(one_evidence_in_words(name, item) for name, item in items)
+
+
+def forecast_in_words(alert: Alert) -> str:
+    """``≈ 90 steps left (45–180)``; empty where a countdown would be a guess, or the event is over."""
+    if alert.steps_to_spike is None or alert.state is AlertState.RESOLVED:
+        return ""
+    low, median, high = alert.steps_to_spike
+    return f"≈ {median:,} {'step' if median == 1 else 'steps'} left ({low:,}–{high:,})"
+
+
+def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
+    """Headline, mechanism, evidence and forecast of an alert as one line, parts separated by `` · ``."""
+    if alert.state is AlertState.RESOLVED:
+        return headline(alert)
+    parts = [headline(alert)]
+    if alert.kind is not AlertKind.NON_FINITE:
+        parts.append(mechanism_in_words(alert))
+    parts.append(evidence_in_words(alert, evidence))
+    parts.append(forecast_in_words(alert))
+    return " · ".join(part for part in parts if part)
+
+
+def replay_in_words(verdict: ReplayVerdict) -> str:
+    """``numerical feature inflation: as it was, the slingshot comes at step 895; float64 loss averts …``"""
+    said = f"{mechanism_name(verdict.mechanism)}: {'; '.join(verdict.reasons)}"
+    return said + ("; reproduced to the last bit" if verdict.reproduced else "")
+
+
+def _bare(name: str, value: float) -> str:
+    """The threshold without repeating the unit that its value already shows."""
+    return amount(name, value).removesuffix(" nat")

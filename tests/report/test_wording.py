@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.report import terminal, wording
+from nfi_monitor.types import AlertKind, AlertState, Evidence, Mechanism, Phase
+from tests.report.builders import AT_RISK, IMMINENT, SLINGSHOT, resolved
+
+
+def test_an_alert_is_one_line_of_headline_mechanism_evidence_and_forecast() -> None:
+    assert wording.alert_in_words(AT_RISK, 2) == (
+        "at risk: rounding absorbs confident rows and the feature mean grows"
+        " · numerical feature inflation (confidence 86%)"
+        " · zero-sum violation 0.134 (threshold 0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01)"
+        " · ≈ 360 steps left (180–720)"
+    )
+
+
+def test_what_the_alert_rests_on_comes_first_in_its_evidence() -> None:
+    assert wording.evidence_in_words(SLINGSHOT, 1) == "loss 2.3 (threshold 0.1)"
+    assert wording.evidence_in_words(IMMINENT, 1) == "logit displacement δ 0.41 nat (threshold 0.3)"
+    behind = replace(
+        AT_RISK,
+        mechanism=Mechanism.SECOND_MOMENT,
+        evidence={"zero_sum_violation": Evidence(1e-8, 0.1), "rms_t_max": Evidence(3.0, 2.3)},
+    )
+    assert wording.evidence_in_words(behind, 1) == "RMS_t 3 (threshold 2.3)"
+
+
+def test_fractions_are_percent_and_nats_carry_their_unit() -> None:
+    assert wording.one_evidence_in_words("absorbed_fraction", Evidence(0.63, 0.1)) == (
+        "absorbed rows 63% (threshold 10%)"
+    )
+    assert wording.amount("logit_displacement", 0.41) == "0.41 nat"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(None, "-"), (math.nan, "NaN"), (math.inf, "Inf"), (-math.inf, "-Inf"), (0.0, "0"), (12345.6, "12,346"),
+     (1.2e-7, "1.2e-07"), (-3.0, "-3"), (2e12, "2e+12")],
+)  # fmt: skip
+def test_every_number_has_a_short_form(value: float | None, text: str) -> None:
+    assert wording.number(value) == text
+
+
+@pytest.mark.parametrize("kind", list(AlertKind))
+@pytest.mark.parametrize("mechanism", list(Mechanism))
+@pytest.mark.parametrize("phase", list(Phase))
+def test_every_alert_has_words_firing_and_resolved(
+    kind: AlertKind, mechanism: Mechanism, phase: Phase
+) -> None:
+    firing = replace(AT_RISK, kind=kind, mechanism=mechanism, phase=phase)
+    over = replace(firing, state=AlertState.RESOLVED, last_step=600)
+    assert wording.headline(firing) and wording.headline(over) != wording.headline(firing)
+    assert "535–600, 65 steps" in wording.headline(over)
+    assert wording.forecast_in_words(over) == ""
+
+
+def test_no_mechanism_has_no_confidence() -> None:
+    assert wording.mechanism_in_words(replace(AT_RISK, mechanism=Mechanism.UNKNOWN)) == "mechanism not clear"
+
+
+def test_an_alert_without_a_forecast_does_not_count_down() -> None:
+    assert "left" not in wording.alert_in_words(replace(AT_RISK, steps_to_spike=None))
+
+
+def test_one_step_is_singular() -> None:
+    assert wording.forecast_in_words(replace(AT_RISK, steps_to_spike=(0, 1, 2))) == "≈ 1 step left (0–2)"
+    assert "1 step)" in wording.headline(resolved(SLINGSHOT, 896))
+
+
+def test_labels_are_of_known_quantities_and_strange_names_still_read_well() -> None:
+    assert set(wording._LABELS) <= set(QUANTITIES)
+    assert wording.label("quantity_of_tomorrow") == "quantity of tomorrow"
+    assert wording.amount("quantity_of_tomorrow", 0.5) == "0.5"
+
+
+def test_all_words_can_be_said_in_ascii_without_question_marks() -> None:
+    alerts = [replace(AT_RISK, kind=k, mechanism=m) for k in AlertKind for m in Mechanism]
+    text = " ".join([*map(wording.alert_in_words, alerts), *map(wording.label, QUANTITIES)])
+    assert "?" not in terminal.to_ascii(text)
+    assert terminal.to_ascii("‖μ_G‖ ≈ 3 日") == "|mu_G| ~ 3 ?"
