@@ -65,6 +65,8 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         experimental = importlib.import_module(f"{__name__}.experimental")
+        if name == "experimental":
+            return experimental
         if name in experimental.HOMES:
             warnings.warn(
                 f"{name} has moved: from nfi_monitor.remedies.experimental import {name}.",
