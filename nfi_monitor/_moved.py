@@ -11,7 +11,7 @@ import importlib.abc
 import importlib.util
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -71,6 +71,19 @@ RENAMED: dict[str, str] = {
     "Unrest": "LossWatch",
 }
 """Old name of a class → its name now."""
+
+
+def moved_name(module: str, name: str, homes: Mapping[str, str]) -> Any:
+    """Return what ``homes`` (name → the module where it is now) says of ``name``, with a warning.
+
+    For a module's ``__getattr__`` where some of its names have moved and others have not.  Raises
+    AttributeError for a name that is not in ``homes``.
+    """
+    if name not in homes:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    home = homes[name]
+    warnings.warn(f"{module}.{name} has moved: from {home} import {name}.", DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(home), name)
 
 
 class _Moved(ModuleType):

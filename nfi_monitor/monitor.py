@@ -28,10 +28,11 @@ from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.head_probe import HeadProbe, Rows
 from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.loss import LossProbe
-from nfi_monitor.capture.optimizer import OptimizerReader, choose
+from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.sampling import auto_interval, local
 from nfi_monitor.capture.step_hooks import StepHooks
+from nfi_monitor.capture.unwrap import choose
 from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue

@@ -9,101 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nfi_monitor._moved import moved_name
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
-from nfi_monitor.capture.quantized import Quantized, quantized_moment
+from nfi_monitor.capture.quantized import Quantized
 from nfi_monitor.capture.sampling import CoordinateSample, local
+from nfi_monitor.capture.second_moment import sample_moments, second_moment
+from nfi_monitor.capture.update import BeforeStep, Update
 
 HEAD_ELEMENTS = 1 << 18
 """Head weights up to this many entries are compared whole; of larger ones, a stride of class rows."""
 
 MEAN_ELEMENTS = 1 << 20
 """Head weights read for W_G and for the batch-level zero-sum per step; larger heads are read less often."""
-
-SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2")
-"""Names of the second moment in an optimizer's state; with amsgrad the maximum is what divides; the last is
-bitsandbytes'."""
-
-
-@dataclass(frozen=True)
-class Update:
-    """One optimizer step as tensors: [C] over sampled coordinates, head tensors classes first."""
-
-    sample: CoordinateSample
-    params: tuple[nn.Parameter, ...]  # whose coordinates they are
-    grad: Tensor  # [C]
-    before: Tensor  # [C]
-    after: Tensor  # [C]
-    exp_avg_sq: Tensor | None  # [C]
-    correction: Tensor | float  # 1 − β2^t, scalar or [C]
-    eps: Tensor | float  # ε_A, scalar or [C]
-    lr: Tensor | float  # of the head's group
-    lrs: Tensor | None  # [C], where not all groups have the same
-    found_inf: Tensor | None  # > 0: a fused step under a gradient scaler skipped itself
-    head_position: int | None  # which of the sample's tensors the head's weight is
-    head_weight_update: Tensor | None  # [k, d], a stride of class rows
-    head_bias_update: Tensor | None  # [k], the same classes
-    head_weight: Tensor | None  # [K, d] view; None at steps when a large head is not read
-    head_weight_grad: Tensor | None  # [K, c] view, a block of feature columns
-    head_bias_grad: Tensor | None  # [K]
-
-
-@dataclass(frozen=True)
-class _Before:
-    sample: CoordinateSample
-    params: tuple[nn.Parameter, ...]
-    grad: Tensor | None  # None: to be read after the step
-    before: Tensor
-    found_inf: Tensor | None
-    head_weight: Tensor | None
-    head_bias: Tensor | None
-    head_weight_grad: Tensor | None
-    head_bias_grad: Tensor | None
-
-
-def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside wrappers such as accelerate's, whose own hooks never fire.
-
-    Raises TypeError, saying what was given, if there is none.
-    """
-    seen = optimizer
-    while not isinstance(seen, Optimizer):
-        inner = getattr(seen, "optimizer", None)
-        if inner is None or inner is seen:
-            raise TypeError(
-                f"Monitor needs a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-                "Pass the optimizer whose step() updates the model."
-            )
-        seen = inner
-    # accelerate.AcceleratedOptimizer is an Optimizer subclass that delegates.
-    inner = getattr(seen, "optimizer", None)
-    return unwrap(inner) if isinstance(inner, Optimizer) else seen
-
-
-def choose(optimizer: Any, head: Head | None) -> Optimizer:
-    """The optimizer of a monitor: the one given, or of several the one that trains the head.
-
-    Raises TypeError as :func:`unwrap`; the first of several is taken where none or no head is found.
-    """
-    if not isinstance(optimizer, (list, tuple)):
-        return unwrap(optimizer)
-    if not optimizer:
-        raise TypeError("Monitor needs an optimizer, got an empty list. Pass the one that trains the head.")
-    several = [unwrap(one) for one in optimizer]
-    weight = head.weight if head is not None else None
-    trains = [
-        one
-        for one in several
-        if weight is not None and any(p is weight for group in one.param_groups for p in group["params"])
-    ]
-    return (trains or several)[0]
 
 
 class OptimizerReader:
@@ -152,9 +76,9 @@ class OptimizerReader:
     def has_second_moment(self) -> bool | None:
         """Whether the state keeps ``exp_avg_sq``; None before the first step, when nobody can know."""
         states = [state for state in self.optimizer.state.values() if state]
-        return any(_second_moment(state) is not None for state in states) if states else None
+        return any(second_moment(state) is not None for state in states) if states else None
 
-    def before(self, step: int, *, closure: bool = False) -> _Before | None:
+    def before(self, step: int, *, closure: bool = False) -> BeforeStep | None:
         """Call in the step's pre-hook. None when no parameter has a gradient.
 
         ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning): they are read after it.
@@ -172,7 +96,7 @@ class OptimizerReader:
         found_inf = getattr(self.optimizer, "found_inf", None)
         weight, bias = self._head_rows()
         weight_grad, bias_grad = (None, None) if closure else self._head_gradients(step)
-        return _Before(
+        return BeforeStep(
             sample=sample,
             params=params,
             grad=grad,
@@ -184,7 +108,7 @@ class OptimizerReader:
             head_bias_grad=bias_grad,
         )
 
-    def after(self, start: _Before, step: int) -> Update | None:
+    def after(self, start: BeforeStep, step: int) -> Update | None:
         """Call in the step's post-hook, with what :meth:`before` returned. None without gradients."""
         grad, weight_grad, bias_grad = start.grad, start.head_weight_grad, start.head_bias_grad
         if grad is None:
@@ -195,7 +119,7 @@ class OptimizerReader:
             grad = start.sample.gather(gradients)
             weight_grad, bias_grad = self._head_gradients(step)
         states = [self.optimizer.state.get(param, {}) for param in start.params]
-        moments = [_second_moment(state) for state in states]
+        moments = [second_moment(state) for state in states]
         exp_avg_sq = None
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
@@ -203,7 +127,7 @@ class OptimizerReader:
         if all(isinstance(moment, Tensor) for moment in moments):
             exp_avg_sq = start.sample.gather(moments)  # type: ignore[arg-type]
         elif all(moment is not None for moment in moments):
-            exp_avg_sq = start.sample.pack(_in_bits(start.sample, moments))
+            exp_avg_sq = start.sample.pack(sample_moments(start.sample, moments))
         if exp_avg_sq is not None:
             correction, eps = self._constants(start, states)
             lrs = self._rates(start)
@@ -277,7 +201,7 @@ class OptimizerReader:
                 dense = [param for param in dense if param.device == device]
         with_moment = []
         for param in dense:
-            moment = _second_moment(self.optimizer.state.get(param, {}))
+            moment = second_moment(self.optimizer.state.get(param, {}))
             if moment is None:
                 continue
             if isinstance(moment, Quantized):
@@ -306,7 +230,7 @@ class OptimizerReader:
         return with_moment or dense
 
     def _constants(
-        self, start: _Before, states: list[Mapping[str, Any]]
+        self, start: BeforeStep, states: list[Mapping[str, Any]]
     ) -> tuple[Tensor | float, Tensor | float]:
         """(1 − β2^t, ε_A): scalars when all tensors agree, else one value per coordinate."""
         pairs: list[tuple[float, float]] = []
@@ -328,7 +252,7 @@ class OptimizerReader:
         corrections, epsilons = [max(pair[0], 1e-12) for pair in pairs], [pair[1] for pair in pairs]
         return _spread(corrections, start), _spread(epsilons, start)
 
-    def _rates(self, start: _Before) -> Tensor | None:
+    def _rates(self, start: BeforeStep) -> Tensor | None:
         """The learning rate of each coordinate, or None where all groups have one."""
         groups = self.optimizer.param_groups
         rates = [_host(group.get("lr")) for group in groups]
@@ -390,28 +314,7 @@ def gradient_columns(features: int, outputs: int) -> int:
     return max(1, min(features, MEAN_ELEMENTS // 4 // outputs))
 
 
-def _second_moment(state: Mapping[str, Any]) -> Tensor | Quantized | None:
-    in_bits = quantized_moment(state)
-    if in_bits is not None:
-        return in_bits
-    for name in SECOND_MOMENTS:
-        if isinstance(state.get(name), Tensor):
-            return state[name]  # type: ignore[no-any-return]
-    return None
-
-
-def _in_bits(sample: CoordinateSample, moments: Sequence[Tensor | Quantized | None]) -> list[Tensor]:
-    """The sampled coordinates of moments of which some are kept in 8 bits; small tensors are not."""
-    values = []
-    for moment, stride in zip(moments, sample.strides, strict=True):
-        if isinstance(moment, Quantized):
-            values.append(moment.sample(stride))
-        elif moment is not None:
-            values.append(local(moment).detach().reshape(-1)[::stride].float())
-    return values
-
-
-def _spread(numbers: Sequence[Tensor | float], start: _Before) -> Tensor:
+def _spread(numbers: Sequence[Tensor | float], start: BeforeStep) -> Tensor:
     """One number for each tensor → one for each coordinate [C]."""
     like = start.before
     if any(isinstance(number, Tensor) for number in numbers):
@@ -435,3 +338,12 @@ def _host(value: Any) -> Any:
     if isinstance(value, Tensor) and not devices.on_host(value):
         return value
     return math.nan if value is None else float(value)
+
+
+def __getattr__(name: str) -> Any:
+    homes = {
+        "SECOND_MOMENTS": "nfi_monitor.capture.second_moment",
+        "choose": "nfi_monitor.capture.unwrap",
+        "unwrap": "nfi_monitor.capture.unwrap",
+    }
+    return moved_name(__name__, name, homes)

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head_probe import Rows
-from nfi_monitor.capture.optimizer import OptimizerReader, Update
+from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.step_hooks import has_closure
+from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.steps import REPLAY, around_steps, step_now
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 
 _RAISED: weakref.WeakKeyDictionary[Optimizer, _Raised] = weakref.WeakKeyDictionary()

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nfi_monitor.capture.head import Head
-from nfi_monitor.capture.optimizer import SECOND_MOMENTS
 from nfi_monitor.capture.sampling import local
+from nfi_monitor.capture.second_moment import SECOND_MOMENTS
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.replay.verdict import BASELINE
 

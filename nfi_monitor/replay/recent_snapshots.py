@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.replay.snapshots import Snapshot, state_bytes
 
 CHEAP = 16 << 20

@@ -32,7 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.head import find_head
-from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
+from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.remedies.cooling import undated

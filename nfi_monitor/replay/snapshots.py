@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.atomic_write import replacing
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 
 _FORMAT = 1
 

@@ -11,7 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nfi_monitor import Monitor
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.host_transfer import HostTransfer
-from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
+from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.capture.unwrap import unwrap
 from tests.runs import batch, mlp
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.head import Head, find_head
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.projection import classes_last
 from nfi_monitor.remedies.steps import acts, around_steps, step_now

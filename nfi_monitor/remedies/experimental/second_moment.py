@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture.optimizer import SECOND_MOMENTS, unwrap
+from nfi_monitor.capture.second_moment import SECOND_MOMENTS
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.steps import around_steps
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.optimizer import SECOND_MOMENTS, unwrap
+from nfi_monitor.capture.second_moment import SECOND_MOMENTS
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.steps import around_steps
 
