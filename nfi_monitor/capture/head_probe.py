@@ -32,6 +32,10 @@ class Rows:
     shard: ClassShard | None = None  # the K are some of the classes, other ranks hold the rest
 
 
+Sampler = Callable[[Tensor], Tensor]
+"""Rows [..., K or d] → those of them that are read, [n, K or d]."""
+
+
 class HeadProbe:
     """Forward hook of the head. Copies and pickles of the model get an inert one.
 
@@ -152,14 +156,34 @@ class HeadProbe:
         def sample(tensor: Tensor) -> Tensor:
             return rows_of(tensor.detach(), first, stride)
 
+        kept = self._copies(shown, features, sample, whole=stride == 1)
+        self._deliver_at_backward(logits, kept, sample, total, shard, tapped=tapped)
+
+    def _copies(
+        self, shown: Tensor, features: Tensor | None, sample: Sampler, *, whole: bool
+    ) -> list[Tensor]:
+        """The rows that are sampled of the logits and, where these are known, of their features."""
         # Copies: some losses write their gradient over the logits, and a strided view would keep the whole
         # [N, K] and [N, d] storages alive.  All rows of the features are autograd's own and are shared.
         kept = [sample(shown).clone()]
         same_rows = features is not None and features.shape[:-1] == shown.shape[:-1]
         if features is not None and same_rows and features.device == shown.device:
-            kept.append(sample(features).clone() if stride > 1 else sample(features))
+            kept.append(sample(features) if whole else sample(features).clone())
         else:
             self.without_features += 1
+        return kept
+
+    def _deliver_at_backward(
+        self,
+        logits: Tensor,
+        kept: list[Tensor],
+        sample: Sampler,
+        total: int,
+        shard: ClassShard | None,
+        *,
+        tapped: bool,
+    ) -> None:
+        """Register the hook on ``logits`` that delivers their gradient with what was ``kept`` of the forward."""
 
         def on_gradient(grad: Tensor | None) -> None:
             # None: some compiled outer graphs call tensor hooks so.  Tapped after this forward: the
