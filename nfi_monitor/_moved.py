@@ -16,6 +16,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_EXCHANGE = tuple(f"nfi_monitor.ranks.{name}" for name in ("exchange", "layout", "reduced", "shape"))
 _RANKS = ("nfi_monitor.ranks.processes", "nfi_monitor.ranks.team", "nfi_monitor.capture.sharding")
 
 MOVED: dict[str, tuple[str, ...]] = {
@@ -36,7 +37,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "nfi_monitor.measure.shards": ("nfi_monitor.measure.sharded.step",),
     "nfi_monitor.meter": ("nfi_monitor.engine.step_reader",),
     "nfi_monitor.notes": ("nfi_monitor.engine.notes",),
-    "nfi_monitor.pool": ("nfi_monitor.ranks.exchange",),
+    "nfi_monitor.pool": _EXCHANGE,
     "nfi_monitor.remedies.centering": ("nfi_monitor.remedies.experimental.centering",),
     "nfi_monitor.remedies.penalties": ("nfi_monitor.remedies.experimental.penalties",),
     "nfi_monitor.remedies.prieto": ("nfi_monitor.remedies.experimental.stablemax",),

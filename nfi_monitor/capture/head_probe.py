@@ -183,7 +183,7 @@ class HeadProbe:
         *,
         tapped: bool,
     ) -> None:
-        """Register the hook on ``logits`` that delivers their gradient with what was ``kept`` of the forward."""
+        """Hook ``logits``: their gradient is delivered with what was ``kept`` of the forward pass."""
 
         def on_gradient(grad: Tensor | None) -> None:
             # None: some compiled outer graphs call tensor hooks so.  Tapped after this forward: the

@@ -28,7 +28,9 @@ from nfi_monitor.measure.step import SKIPPED
 from nfi_monitor.ranks import processes
 from nfi_monitor.ranks import team as teams
 from nfi_monitor.ranks.departure import Departure
-from nfi_monitor.ranks.exchange import Exchange, Message, Reduced
+from nfi_monitor.ranks.exchange import Exchange
+from nfi_monitor.ranks.layout import Message
+from nfi_monitor.ranks.reduced import Reduced
 
 RECENT = 64
 """Steps for which a rank's own fault explains that it and the others have lost each other."""
@@ -68,7 +70,7 @@ class Membership:
     def speaks(self) -> bool:
         """Whether this process is the one that reports."""
         alone = self._group is False or processes.processes(self._group) == 1
-        return alone or processes.rank() == (0 if self.pool is None else self.pool.speaks)
+        return alone or processes.rank() == (0 if self.pool is None else self.pool.reporter)
 
     def may_act(self, step: int) -> bool:
         """As :meth:`nfi_monitor.Monitor.may_act`.
@@ -130,7 +132,7 @@ class Membership:
                 self._apart(why, step)
                 return False
             if pool.team.meet():
-                self.rank = pool.speaks
+                self.rank = pool.reporter
                 return True
             why = (
                 f"only {pool.team.here} of {pool.team.world} had attached a monitor (to this head, under the "

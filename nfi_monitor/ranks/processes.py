@@ -80,7 +80,7 @@ def flat_shards(wrapper: nn.Module | None) -> int:
     return 1 if strategy == "NO_SHARD" else len(_ranks_of(getattr(wrapper, "process_group", None)) or ())
 
 
-def rows_alike(model: nn.Module, world: int) -> bool:
+def same_rows_everywhere(model: nn.Module, world: int) -> bool:
     """Whether all ``world`` ranks read the same rows: tensor parallelism over all of them, nothing else."""
     sharded: list[Any] = [param for param in model.parameters() if is_sharded(param)]
     meshes = {param.device_mesh for param in sharded}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from nfi_monitor.capture.unwrap import unwrap
+from tests.runs import mlp
 
 
 class Wrapper:
