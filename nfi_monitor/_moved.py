@@ -16,11 +16,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_ARMS = tuple(f"nfi_monitor.replay.{name}" for name in ("arm", "arms", "loss_arms", "optimizer_arms"))
 _EXCHANGE = tuple(f"nfi_monitor.ranks.{name}" for name in ("exchange", "layout", "reduced", "shape"))
 _RANKS = ("nfi_monitor.ranks.processes", "nfi_monitor.ranks.team", "nfi_monitor.capture.sharding")
 
 MOVED: dict[str, tuple[str, ...]] = {
-    "nfi_monitor.arms": ("nfi_monitor.replay.arms",),
+    "nfi_monitor.arms": _ARMS,
     "nfi_monitor.attach": ("nfi_monitor.integrations.attach",),
     "nfi_monitor.cadence": ("nfi_monitor.engine.schedule",),
     "nfi_monitor.capture.outbox": ("nfi_monitor.capture.host_transfer",),
@@ -60,6 +61,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 RENAMED: dict[str, str] = {
     "Clock": "Schedule",
+    "Context": "ArmContext",
     "Fanout": "Sinks",
     "Hindsight": "SignalHistory",
     "Leaver": "Departure",

@@ -57,7 +57,7 @@ from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, T
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nfi_monitor.replay.arms import Arm
+    from nfi_monitor.replay.arm import Arm
     from nfi_monitor.report.explain.explanation import Explanation
     from nfi_monitor.report.summary import Summary
 
@@ -423,7 +423,8 @@ class Monitor:
 
         Raises MonitorError, saying what is needed, without a snapshot or a usable ``step_fn``.
         """
-        from nfi_monitor.replay.run import RECIPE, STEP_FN, plan, replay
+        from nfi_monitor.replay.plan import plan
+        from nfi_monitor.replay.run import RECIPE, STEP_FN, replay
 
         if not callable(step_fn):
             raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")

@@ -6,9 +6,11 @@ Names are resolved on first use (PEP 562): a report reads verdicts and must not 
 from __future__ import annotations
 
 import importlib
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nfi_monitor.replay.arm import Arm, ArmContext, combined
     from nfi_monitor.replay.arms import (
         ARMS,
         AS_IT_WAS,
@@ -21,12 +23,8 @@ if TYPE_CHECKING:
         SECOND_MOMENT_RESET,
         SMALLER_LR,
         ZERO_SUM,
-        Arm,
-        Context,
-        combined,
-        larger_eps,
-        smaller_lr,
     )
+    from nfi_monitor.replay.optimizer_arms import larger_eps, smaller_lr
     from nfi_monitor.replay.run import replay
     from nfi_monitor.replay.snapshots import Snapshot
     from nfi_monitor.replay.verdict import Outcome, ReplayVerdict
@@ -36,11 +34,12 @@ _HOMES = {
     "ReplayVerdict": "verdict",
     "Snapshot": "snapshots",
     "replay": "run",
+    **dict.fromkeys(("Arm", "ArmContext", "combined"), "arm"),
+    **dict.fromkeys(("larger_eps", "smaller_lr"), "optimizer_arms"),
     **dict.fromkeys(
         (
             "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
-            "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context",
-            "combined", "larger_eps", "smaller_lr",
+            "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM",
         ),
         "arms",
     ),
@@ -48,12 +47,19 @@ _HOMES = {
 
 __all__ = [
     "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
-    "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context", "Outcome",
-    "ReplayVerdict", "Snapshot", "combined", "larger_eps", "replay", "smaller_lr",
+    "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "ArmContext",
+    "Outcome", "ReplayVerdict", "Snapshot", "combined", "larger_eps", "replay", "smaller_lr",
 ]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
+    if name == "Context":
+        warnings.warn(
+            "Context has a new name: from nfi_monitor.replay import ArmContext.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        name = "ArmContext"
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,62 @@
+"""Where the replay of a watched run begins, and for how long it goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nfi_monitor.errors import MonitorError
+from nfi_monitor.replay.recent_snapshots import RecentSnapshots
+from nfi_monitor.replay.snapshots import Snapshot
+from nfi_monitor.replay.verdict import margin
+from nfi_monitor.types import Alert, AlertKind
+
+
+class Plan(NamedTuple):
+    """Where a replay of a watched run begins, for how many steps (None: the default), and of what."""
+
+    snapshot: Snapshot
+    steps: int | None
+    slingshot: Alert | None
+
+
+def plan(
+    alerts: Sequence[Alert],
+    ring: RecentSnapshots,
+    tau: float,
+    snapshot: Snapshot | None = None,
+    steps: int | None = None,
+) -> Plan:
+    """How to replay the last slingshot of a run: from the newest snapshot at least 2 τ before it, or else the
+    oldest, until max(2 τ, 20) steps after it. What is given stays.
+
+    Raises MonitorError, saying why, where there is no snapshot.
+    """
+    slingshot = next((a for a in reversed(alerts) if a.kind is AlertKind.SLINGSHOT), None)
+    if snapshot is None:
+        snapshot = _snapshot_before(slingshot, ring, tau)
+    if slingshot is not None and slingshot.first_step <= snapshot.step:
+        slingshot = None  # the given snapshot is of later: what comes is another one
+    if steps is None and slingshot is not None:
+        steps = slingshot.first_step - snapshot.step + margin(tau)
+    return Plan(snapshot, steps, slingshot)
+
+
+def _snapshot_before(slingshot: Alert | None, ring: RecentSnapshots, tau: float) -> Snapshot:
+    kept = ring.snapshots
+    before = [s for s in kept if slingshot is None or s.step < slingshot.first_step]
+    if before:
+        early = [s for s in before if slingshot is None or s.step <= slingshot.first_step - round(2 * tau)]
+        return early[-1] if early else before[0]
+    if kept and slingshot is not None:
+        why = f"those kept are of steps {kept[0].step:,}–{kept[-1].step:,}, after the slingshot began"
+    elif ring.refused:
+        why = ring.refused
+    elif not ring.limit:
+        why = "the monitor was told to keep none"
+    else:
+        why = "one is taken when an at-risk alert begins, and none has, or it failed (see monitor.notes)"
+    raise MonitorError(
+        f"No snapshot to replay from: {why}. Pass snapshots=<bytes> to Monitor (say snapshots=4 << 30), "
+        "or take one yourself with Snapshot.take(step, model, optimizer, extras) and pass snapshot=."
+    )
