@@ -29,9 +29,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
-from functools import partial
-from pathlib import Path
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
@@ -39,35 +37,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nfi_monitor.errors import MonitorError
-from nfi_monitor.ranks import processes
+from nfi_monitor.remedies.action import Action, AutopilotStop
 from nfi_monitor.remedies.cooling import CoolDown, cool_down
 from nfi_monitor.remedies.cross_entropy import zero_sum_cross_entropy
 from nfi_monitor.remedies.handle import Handle
+from nfi_monitor.remedies.last_snapshot import LastSnapshot
 from nfi_monitor.remedies.policy import Policy, Rung
 from nfi_monitor.remedies.projection import project_zero_sum
+from nfi_monitor.remedies.rate_hold import RateHold
 from nfi_monitor.remedies.steps import REPLAY, acts, around_steps
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.types import Alert, AlertKind, AlertState
 
 if TYPE_CHECKING:
     from nfi_monitor.monitor import Monitor
-
-RELAPSE = 10.0
-"""τ after a cool-down within which another one counts as its repetition and is held longer."""
-
-
-class AutopilotStop(RuntimeError):
-    """Raised from ``optimizer.step()`` where ``Policy(stop="raise")`` asks for it."""
-
-
-@dataclass(frozen=True)
-class Action:
-    """Something that was done, or in a dry run would have been, after optimizer step ``step``."""
-
-    step: int
-    what: str  # "loss", "projection", "cool", "release", "stop", or "nothing" where a rung is out of reach
-    alert: str  # id of the alert that it answers
-    message: str
 
 
 class Autopilot:
@@ -110,11 +93,7 @@ class Autopilot:
         self._raised = False
         self._firing: dict[str, Alert] = {}
         self._taken: dict[str, dict[Rung, int]] = {}  # alert → what it was answered with, and when
-        self._held_since: int | None = None
-        self._held_for = 0  # the alert's step until which the rate stays low at least
-        self._calm_since = 0  # when the last alert that asked for a smaller rate ended
-        self._released: int | None = None
-        self._repeated = 0
+        self._hold = RateHold()
 
     # --- the user's side -----------------------------------------------------------------------------
 
@@ -160,7 +139,7 @@ class Autopilot:
     @property
     def cooling(self) -> bool:
         """Whether the learning rate is being held down."""
-        return self._held_since is not None
+        return self._hold.held_since is not None
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs, in plain types; beside ``monitor.state_dict()``."""
@@ -172,11 +151,7 @@ class Autopilot:
                 alert: {str(rung): step for rung, step in rungs.items()}
                 for alert, rungs in self._taken.items()
             },
-            "held_since": self._held_since,
-            "held_for": self._held_for,
-            "calm_since": self._calm_since,
-            "released": self._released,
-            "repeated": self._repeated,
+            **self._hold.state_dict(),
             "actions": [asdict(action) for action in self.actions],
         }
 
@@ -198,8 +173,7 @@ class Autopilot:
             alert: {Rung[rung.upper()]: int(step) for rung, step in rungs.items()}
             for alert, rungs in state["taken"].items()
         }
-        for name in ("held_since", "held_for", "calm_since", "released", "repeated"):
-            setattr(self, f"_{name}", state[name])
+        self._hold.load_state_dict(state)
         self.actions = [Action(**action) for action in state["actions"]]
         self._loaded = True
         if self._monitor is not None:
@@ -237,7 +211,7 @@ class Autopilot:
         if alert.state is AlertState.RESOLVED:
             self._firing.pop(alert.id, None)
             if Rung.COOL in self._taken.get(alert.id, ()):
-                self._calm_since = monitor.step
+                self._hold.calm_since = monitor.step
             return
         self._firing[alert.id] = alert
         for rung in self.policy.advised(alert):
@@ -266,7 +240,7 @@ class Autopilot:
 
     def _after_step(self, optimizer: Optimizer) -> None:
         monitor = self._monitor
-        if monitor is None or (not self._firing and self._held_since is None and not self._stopped):
+        if monitor is None or (not self._firing and self._hold.held_since is None and not self._stopped):
             return
         if REPLAY.step is not None:
             return
@@ -296,8 +270,8 @@ class Autopilot:
                     rung = self.policy.next_rung(alert, last, monitor.phase)
                     if rung is not None:
                         self._answer(alert, rung, monitor, escalated=True)
-        if self._held_since is not None and self._may_release(monitor):
-            self._held_since, self._released = None, step
+        if self._hold.held_since is not None and self._may_release(monitor):
+            self._hold.held_since, self._hold.released = None, step
             if self._cooling is not None:
                 self._cooling.release()
                 self._cooling = None
@@ -308,9 +282,7 @@ class Autopilot:
             Rung.COOL in self._taken.get(alert.id, ()) and self.policy.asks_to_cool(alert, monitor.phase)
             for alert in self._firing.values()
         )
-        calm = round(self.policy.calm * monitor.tau)
-        over = not asking and monitor.step - self._calm_since >= calm
-        return over and monitor.step >= self._held_for
+        return not asking and self._hold.may_end(monitor.step, monitor.tau, self.policy)
 
     # --- the rungs -----------------------------------------------------------------------------------
 
@@ -349,17 +321,12 @@ class Autopilot:
         self._act(monitor, "projection", alert.id, why + what)
 
     def _cool(self, alert: Alert, monitor: Monitor, why: str) -> None:
-        step, tau, policy = monitor.step, monitor.tau, self.policy
-        if self._held_since is None:
-            soon = self._released is not None and step - self._released <= RELAPSE * tau
-            self._repeated = self._repeated + 1 if soon else 0
-        hold = policy.hold_in_steps(tau, self._repeated)
-        self._held_for = max(self._held_for, step + hold)
-        if self._held_since is not None:
+        hold = self._hold.ask(monitor.step, monitor.tau, self.policy)
+        if hold is None:
             return
-        what = f"{why}learning rate × {policy.factor:g} for {hold:,} steps or more"
+        what = f"{why}learning rate × {self.policy.factor:g} for {hold:,} steps or more"
         if not self.dry_run:
-            self._held_since = step
+            self._hold.held_since = monitor.step
             self._cool_now(monitor)
         self._act(monitor, "cool", alert.id, what)
 
@@ -375,24 +342,9 @@ class Autopilot:
         if self._stopped:
             return
         self._stopped = True
-        spoilt = alert.kind in (AlertKind.SLINGSHOT, AlertKind.NON_FINITE)
-        earlier = [kept for kept in monitor.snapshots if kept.step < alert.first_step]
-        if spoilt:
-            self.snapshot = earlier[-1] if earlier else None
-        else:
-            with monitor.guarded("autopilot_snapshot"):
-                self.snapshot = monitor.take_snapshot()
-        path = None
-        if self.snapshot is not None:
-            # Of a sharded model each rank keeps its own part, in memory.
-            sharded = monitor.head is not None and hasattr(monitor.head.weight, "to_local")
-            if monitor.run_dir is not None and processes.rank() == 0 and not sharded:
-                path = Path(monitor.run_dir) / f"autopilot-{self.snapshot.step}.pt"
-            moves = None if spoilt else (monitor.optimizer, monitor.extras)
-            self._pending = partial(_finished, self.snapshot, moves, path, monitor)
-        kept = "no snapshot" if self.snapshot is None else f"a snapshot of step {self.snapshot.step:,}"
-        kept += "" if path is None else f" in {path.name}"
-        self._act(monitor, "stop", alert.id, f"{why}training should end; {kept}")
+        last = LastSnapshot.of(alert, monitor)
+        self.snapshot, self._pending = last.snapshot, last.finish
+        self._act(monitor, "stop", alert.id, f"{why}training should end; {last.in_words}")
 
     def _complete(self) -> None:
         """Schedulers and scalers move after the optimizer's step; their state belongs to the snapshot."""
@@ -417,7 +369,7 @@ class Autopilot:
             return
         if self._exchanged == "projection" and monitor.head is not None:
             self._projection = project_zero_sum(monitor.head.module, failed=self._told)
-        if self._held_since is not None:
+        if self._hold.held_since is not None:
             self._cool_now(monitor)
 
     def _let_go(self) -> None:
@@ -432,19 +384,7 @@ class Autopilot:
         if self._cooling is None or monitor.may_act():
             if self._cooling is not None:
                 self._cooling.release()
-            self._cooling, self._held_since = None, None
+            self._cooling, self._hold.held_since = None, None
         self._firing.clear()
         if self._take_off is not None:
             self._take_off()
-
-
-def _finished(
-    snapshot: Snapshot, moves: tuple[Any, tuple[Any, ...]] | None, path: Path | None, monitor: Monitor
-) -> Snapshot:
-    """The snapshot with what has moved since the step (None: it has that already), written to ``path``."""
-    with monitor.guarded("autopilot_snapshot"):
-        if moves is not None:
-            snapshot = snapshot.completed(*moves)
-        if path is not None:
-            snapshot.save(path)
-    return snapshot

@@ -18,8 +18,9 @@ the mechanism; :mod:`nfi_monitor.replay.verdict` holds the rules.
 
 The price is one short training per arm.  Afterwards weights, buffers, gradients, optimizer state,
 hyperparameters, extras, training mode and random state are as they were, to the last bit.  Monitors that are
-open on the model are paused.  A remedy takes effect at its original step (if it began without an open monitor,
-that step is unknown: then in all).  It is not used up, and an eps that was raised since is not raised again.
+open on the model are paused.  A remedy takes effect at its original step.  Where no monitor was open
+when it began, that step is unknown, and the remedy acts in all.  It is not used up.  An eps that was raised
+since is not raised again.
 """
 
 from __future__ import annotations

@@ -61,9 +61,7 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
                         continue
                     values, square = before[param]
                     unbiased = moment / (1.0 - beta2 ** state["step"])
-                    floor = eps * eps or torch.finfo(moment.dtype).tiny
-                    rms = (square / unbiased.clamp_min(floor)).mean().sqrt()
-                    share = (limit / rms).clamp_max(1.0)
+                    share = (limit / _rms(square, unbiased, eps)).clamp_max(1.0)
                     if skipped is not None:  # a fused step whose gradients overflowed has moved nothing
                         share = torch.where(skipped > 0, 1.0, share)
                     # Interpolated from what it was: the optimizer knows one rate a group, not one a tensor.
@@ -78,3 +76,9 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
         _CLIPPED.discard(optimizer)
 
     return Handle(f"updates clipped at RMS_t {limit:g}", undo)
+
+
+def _rms(square: Tensor, moment: Tensor, eps: float) -> Tensor:
+    """RMS_t [] of a gradient² against an unbiased second moment of the same shape."""
+    floor = eps * eps or torch.finfo(moment.dtype).tiny
+    return (square / moment.clamp_min(floor)).mean().sqrt()
