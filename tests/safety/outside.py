@@ -6,11 +6,11 @@ _COPIES = ("deepcopy", "reduce")
 
 CALLED_FROM_OUTSIDE = {
     "torch calls it, and what it does is in its own try block": (
-        "capture/head:HeadProbe.__call__",
-        "capture/head:HeadProbe._watch.<locals>.on_gradient",
+        "capture/head_probe:HeadProbe.__call__",
+        "capture/head_probe:HeadProbe._deliver_at_backward.<locals>.on_gradient",
         "capture/loss:LossProbe.__call__",
-        "capture/optimizer:StepHooks.__init__.<locals>.pre",
-        "capture/optimizer:StepHooks.__init__.<locals>.post",
+        "capture/step_hooks:StepHooks.__init__.<locals>.pre",
+        "capture/step_hooks:StepHooks.__init__.<locals>.post",
         "remedies/projection:_Project._project",
     ),
     "the user calls it, and what it does is in its own try block": (
@@ -43,7 +43,7 @@ CALLED_FROM_OUTSIDE = {
         "remedies/projection:_Project.__call__",
         *(
             f"capture/{probe}.__{name}__"
-            for probe in ("head:HeadProbe", "loss:LossProbe")
+            for probe in ("head_probe:HeadProbe", "loss:LossProbe")
             for name in _COPIES
         ),
     ),
@@ -57,8 +57,8 @@ CALLED_FROM_OUTSIDE = {
         "remedies/cooling:_Scaled._after",
     ),
     "backward of the loss that the training was given: without it there is no gradient": (
-        "remedies/cross_entropy:_Known.backward",
-        "remedies/cross_entropy:_gradient",
+        "remedies/few_rows:_Known.backward",
+        "remedies/row_losses:saved_gradient",
     ),
 }
 OUTSIDE = {function for functions in CALLED_FROM_OUTSIDE.values() for function in functions}
@@ -67,7 +67,7 @@ SILENT = {
     "notes:NoteTaker.failed",
     "notes:NoteTaker.note",
     "monitor:Monitor.notes",
-    "leaving capture/optimizer:StepHooks.remove last",
+    "leaving capture/step_hooks:StepHooks.remove last",
 }
 """What says so is itself broken: nothing is said.  In the last, what a closed monitor has left behind for the
 other ranks cannot take itself off: its hooks stay and do nothing."""
