@@ -1,13 +1,13 @@
-"""What the ranks of a team tell each other of one measured step: one vector each, one sum.
+"""Exchange the readings of one measured step between the ranks of a team: one vector a rank, one sum.
 
-The vector has a layout fixed at attach.  Sums (rows, features, losses, shards of step quantities) stand at
-the same place on every rank; what has to be compared and not added (maxima, flags, the step's number) stands
-in a line that each rank has for itself, so that one sum brings both.  A rank that saw nothing, or whose
-capture failed, sends zeros: it always joins.
+The layout of the vector is fixed when the monitor is attached (:mod:`nfi_monitor.ranks.layout`).  Sums (rows,
+features, losses, shards of step quantities) have the same position on every rank.  Maxima, flags and the
+step's number must not be added: each rank writes them to a line of its own.  So one sum brings both.  A rank
+that saw nothing, or whose capture failed, sends zeros: every rank joins every exchange.
 
-On an accelerator numbers reach the host late, and on each rank at another time.  There an exchange is begun
-``lag`` steps after its step and taken up one step later, on all ranks alike, so that what depends on it
-(phase, cadence) is decided equally everywhere.
+On an accelerator numbers reach the host late, and at another time on each rank.  There all ranks begin an
+exchange ``lag`` steps after its step, and use its sum one step later.  So all ranks decide the same (phase,
+schedule).
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ from nfi_monitor.ranks.shape import Shape, Shares, survey
 from nfi_monitor.ranks.team import Team
 
 LAG = 2
-"""Steps after which an accelerator's numbers are waited for: so far the host may run ahead of the device."""
+"""Steps that the host may run ahead of an accelerator before an exchange waits for the numbers."""
 
 
 class Exchange:
-    """Exchanges the readings of a team. Every call is made by all ranks at the same step."""
+    """Exchange the readings of a team. All ranks make every call, at the same step."""
 
     def __init__(self, team: Team, shape: Shape, shares: Shares, places: Mapping[int, int]) -> None:
         """``places``: id of a parameter → which of the optimizer's tensors it is."""
@@ -91,7 +91,7 @@ class Exchange:
         *,
         slots: int,
     ) -> Exchange:
-        """Sign this rank up. Whether the others come is asked at the first step that is read."""
+        """Register this rank with the others. The first step that is read waits for them."""
         shape, shares = survey(model, optimizer, head, len(ranks), slots=slots)
         name = f"{type(model).__name__} {head.name if head is not None else None} {shape}"
         line = Team(ranks, name, timeout=1800.0 if shape.late else teams.TIMEOUT)
@@ -109,7 +109,7 @@ class Exchange:
 
     @property
     def reporter(self) -> int:
-        """The global rank that reports for all."""
+        """The global rank that reports for all ranks."""
         return self.team.ranks[0]
 
     # --- send --------------------------------------------------------------------------------------
@@ -118,16 +118,16 @@ class Exchange:
         return Message(self._layout, self.team.index)
 
     def keep_loss(self, step: int, loss: Tensor | float) -> None:
-        """A loss between readings goes with the next exchange; of more than fit, the latest.
+        """Keep the loss of a step between readings for the next exchange; drop the oldest if too many wait.
 
-        A copy: whose tensor it is may write into it meanwhile.
+        The loss is copied: the training may write into its tensor meanwhile.
         """
         self._losses[step] = loss.clone() if isinstance(loss, Tensor) else loss
         while len(self._losses) > self.shape.slots + 1:
             del self._losses[next(iter(self._losses))]
 
     def add_rows(self, message: Message, rows: RowAccumulator) -> None:
-        """Row statistics and features of this rank's micro-batches, if it has seen any."""
+        """Add row statistics and features of this rank's micro-batches, if it has seen any."""
         share = self._shares.rows
         if rows.sums is not None and rows.maxima is not None:
             message.add("rows", rows.sums if share == 1 else rows.sums * share)
@@ -158,7 +158,7 @@ class Exchange:
             message.add("probe_rows", features[: self.shape.probe_rows])
 
     def add_values(self, message: Message, values: Mapping[str, Tensor | float]) -> None:
-        """Quantities that are whole on every rank that has them."""
+        """Add quantities that every rank can compute alone."""
         for name, value in values.items():
             if name in OWN + LARGEST:
                 message.own(LINE.index(name), value)
@@ -167,13 +167,13 @@ class Exchange:
                 message.add("mean_counts", 1.0, MEANS.index(name))
 
     def whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Of a step's quantities those that a rank can read whole: all, or the head's with sharded layers."""
+        """Return the quantities of a step that a rank can compute alone: with sharded layers, the head's."""
         if not self.shape.sharded:
             return values
         return {name: value for name, value in values.items() if name in WHOLE_ON_EACH_RANK}
 
     def add_step(self, message: Message, update: Update | None, step: int) -> None:
-        """This rank's shards; ``update`` None: it holds none."""
+        """Add step quantities of this rank's shards; ``update`` None: this rank holds none."""
         if not self.shape.sharded:
             return
         message.add("step_ranks", 1.0)
@@ -187,7 +187,7 @@ class Exchange:
         message.add("tensors", parts.tensors)
 
     def add_head(self, message: Message, update: Update | None, step: int) -> None:
-        """This rank's classes of the head; ``update`` None: it holds none."""
+        """Add sums over this rank's classes of the head; ``update`` None: this rank holds none."""
         if not self.shape.pooled_head:
             return
         if self.shape.same_rows_everywhere:
@@ -213,13 +213,13 @@ class Exchange:
             self._means.append((step, mean))
 
     def _moved_mean(self) -> Tensor | None:
-        """Δμ_G of the newest two neighbouring steps that all ranks know."""
+        """Return Δμ_G [d] of the newest two steps, if these are neighbours and all ranks know both."""
         if len(self._means) < 2 or self._means[1][0] != self._means[0][0] + 1:
             return None
         return self._means[1][1] - self._means[0][1]
 
     def finish(self, message: Message, step: int, *, left: bool = False, failed: bool = False) -> Packed:
-        """Add what every message holds: the step, its flags, and the losses that were kept."""
+        """Add the step, its flags and the waiting losses, and pack the message."""
         message.own(FLAGS.index("step"), float(step))
         message.own(FLAGS.index("left"), float(left))
         message.own(FLAGS.index("failed"), float(failed))
@@ -232,12 +232,13 @@ class Exchange:
         return message.pack()
 
     def nothing(self, step: int, *, left: bool = False, failed: bool = False) -> Packed:
-        """The message of a rank that has nothing to say, but is there."""
+        """Return the message of a rank that joins without a reading."""
         self._losses.clear()
         return self.finish(self.message(), step, left=left, failed=failed)
 
     def send(self, packed: Packed, step: int, *, head_weight: Tensor | None = None) -> None:
-        """``head_weight`` [K, d], if whole: for the quantities that need the mean features of all ranks."""
+        """Begin the copy to the host. ``head_weight`` [K, d], if whole: for quantities of all ranks' mean
+        features."""
         self._losses.clear()
         rows = 0 if self._probe_rows is None else len(self._probe_rows)
         self._probed.append((step, rows, self._moved_mean() is not None))
@@ -249,7 +250,8 @@ class Exchange:
     # --- receive -----------------------------------------------------------------------------------
 
     def receive(self, step: int) -> list[Reduced]:
-        """What is due at this step, oldest first; raises RuntimeError when a rank is gone."""
+        """Return the exchanges that are due at this step, oldest first. Raises RuntimeError if a rank is
+        gone."""
         arrived = []
         while self._under_way and self._under_way[0][0] < step:
             arrived.append(self._finish(*self._under_way.popleft()))
@@ -327,7 +329,7 @@ class Exchange:
         self, vector: Tensor, head_weight: Tensor | None, mean: Tensor | None
     ) -> dict[str, float]:
         """Quantities of the mean features μ_G [d] of all ranks."""
-        # Only if all ranks can: what one of them concludes alone would part their decisions.
+        # Only if all ranks can: a value that one rank has alone would let the ranks decide differently.
         whole_heads = float(self._layout.cut(vector, "whole_heads")) == self.team.world
         if head_weight is not None and whole_heads and mean is not None:
             before = self._means[0][1] if self._moved_mean() is not None else None

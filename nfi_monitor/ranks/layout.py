@@ -1,4 +1,4 @@
-"""The vector that the ranks of a team add up: where each number stands in it, and one rank's share of it."""
+"""Lay out the vector that the ranks of a team add up, and fill in one rank's share of it."""
 
 from __future__ import annotations
 
@@ -17,21 +17,25 @@ from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.ranks.shape import Shape
 
 FLAGS = ("step", "left", "failed", "single_output", "wide_rows", "wide_loss")
-"""The step's number; 1 for a closed monitor's last words, where a part of it has failed, for a head with one
-output, for rows and for losses that are not float32."""
+"""Numbers in a rank's line: the step; then 1 where the monitor leaves, where a part of it failed, where the
+head has one output, where rows are float64, where losses are float64."""
 OWN = ("logit_displacement", "logit_displacement_rms")
-"""Of the rows that a rank keeps features of: taken from the first rank that has any, as one process takes
-them from the first micro-batch.  The largest of all ranks would be of more rows than the thresholds mean."""
+"""Quantities that are taken from the first rank that has them, as one process takes them from its first
+micro-batch.  The largest of all ranks would be of more rows than the thresholds are meant for."""
 LARGEST = ("margin_displacement", SKIPPED)
+"""Quantities of which the largest of all ranks counts."""
 LINE = (*FLAGS, *MAXIMA, *OWN, *LARGEST)
+"""Names of the numbers in a rank's line."""
 WHOLE_ON_EACH_RANK = (
     *OWN, "head_weight_norm", "classifier_mean_norm", "zero_sum_violation_weight", "zero_sum_violation_bias",
 )  # fmt: skip
+"""Quantities that every rank can compute alone although layers are sharded."""
 MEANS = tuple(name for name in QUANTITIES if name not in OWN + LARGEST + ("loss",))
+"""Quantities of which the mean over the ranks counts."""
 
 
 class Layout:
-    """Where everything stands in the vector."""
+    """The position of each field in the vector."""
 
     def __init__(self, shape: Shape, world: int) -> None:
         self.line = len(LINE) + (2 * (shape.probe_rows + 1) if shape.pooled_head else 0)
@@ -71,7 +75,7 @@ class Layout:
 
 
 class Message:
-    """What one rank has to say, put together where it is and on the host."""
+    """One rank's share of the vector: tensors where they are, numbers on the host."""
 
     def __init__(self, layout: Layout, index: int) -> None:
         self._layout = layout
@@ -85,7 +89,7 @@ class Message:
         self._put(self._layout.at(name) + place, value)
 
     def own(self, place: int, value: Tensor | float) -> None:
-        """In this rank's line."""
+        """Put ``value`` into this rank's line."""
         self._put(self._own + place, value)
 
     def _put(self, position: int, value: Tensor | float) -> None:
@@ -95,7 +99,7 @@ class Message:
             self.numbers.append((position, float(value)))
 
     def pack(self) -> Packed:
-        """One tensor, and where its parts belong."""
+        """Return all tensors in one, with the position of each."""
         places = [(position, tensor.numel()) for position, tensor in self.tensors]
         parts = devices.together([tensor for _, tensor in self.tensors])
         return Packed(torch.cat(parts) if parts else torch.empty(0), places, self.numbers)

@@ -1,4 +1,4 @@
-"""What all ranks have measured of one step, read out of the sum of their vectors."""
+"""Read what all ranks have measured of one step out of the sum of their vectors."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from nfi_monitor.ranks.layout import LARGEST, MEANS, OWN, Layout
 
 @dataclass
 class Reduced:
-    """One step as all ranks have seen it. ``values`` is empty where nobody measured anything."""
+    """One step, measured on all ranks. ``values`` is empty if no rank measured anything."""
 
     step: int
     values: dict[str, float]
     losses: list[tuple[int, float]]
-    """(step, loss) of the steps since the reading before, oldest first."""
+    """(step, loss) since the last reading, oldest first."""
     skipped: bool
     single_output: bool
     failed: list[int] = field(default_factory=list)
-    """Ranks on which a part of the monitor failed: their share is missing."""
+    """Indices of ranks on which a part of the monitor failed: their share is missing."""
     left: list[int] = field(default_factory=list)
-    """Ranks (of the team) that take part for the last time."""
+    """Indices of ranks that take part for the last time."""
     together: Together | None = None
-    """Rows whose classes are on several ranks, if there are any."""
+    """Rows whose classes are on several ranks; None if there are none."""
     out_of_step: list[int] = field(default_factory=list)
-    """Ranks that are at another step than this one: they cannot be read together."""
+    """Indices of ranks that are at another step: they cannot be read together."""
 
 
 def finish_values(layout: Layout, vector: Tensor, line: Mapping[str, Tensor]) -> dict[str, float]:
@@ -48,7 +48,8 @@ def finish_values(layout: Layout, vector: Tensor, line: Mapping[str, Tensor]) ->
 
 
 def finish_losses(layout: Layout, vector: Tensor, step: int, *, wide: bool) -> list[tuple[int, float]]:
-    """(step, mean loss of the ranks that had one), newest first; ``wide``: some rank's loss is a float64."""
+    """Return (step, mean loss over the ranks that had one), newest first; ``wide``: a rank has float64
+    losses."""
     # The mean of float32 losses is a float32, as one process would have it.
     counted = layout.cut(vector, "loss_counts")
     means = layout.cut(vector, "losses") / counted

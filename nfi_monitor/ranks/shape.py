@@ -16,11 +16,12 @@ from nfi_monitor.measure.sharded.rows import FIELDS
 from nfi_monitor.ranks import processes
 
 PROBE_ELEMENTS = 1 << 15
-"""Feature rows made known to all ranks for the displacement of a sharded head: as many as fit in here."""
+"""Most feature entries that all ranks receive to measure the displacement of a sharded head."""
 ROW_SLOTS = 512
-"""Rows a step of which ranks tell each other what their classes show, where logits are cut along them ..."""
+"""Most rows exchanged a step where logits are sharded along the classes ..."""
 ROW_NUMBERS = 1 << 18
-"""... and fewer where many ranks do: all of that together takes at most 2 MiB, but for 8 rows of each."""
+"""... and fewer where many ranks exchange: all rows together take 2 MiB at most, unless 8 rows a rank are
+more."""
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,12 @@ class Shape:
 
     @property
     def pooled_head(self) -> bool:
-        """Whether the head is read by sums over classes: it is cut, or what it needs of μ_G comes late."""
+        """Whether the head is read by sums over classes: it is sharded, or μ_G reaches the host late."""
         return bool(self.features) and (self.head_sharded or self.late)
 
 
 class Shares(NamedTuple):
-    """1 over the number of ranks that hold the same: part of each tensor, classes of the head, rows."""
+    """1 / (ranks that hold the same): for each tensor, for the classes of the head, and for rows."""
 
     tensors: tuple[float, ...]
     head: float
@@ -82,7 +83,8 @@ class Shares(NamedTuple):
 def survey(
     model: nn.Module, optimizer: Optimizer, head: Head | None, world: int, *, slots: int
 ) -> tuple[Shape, Shares]:
-    """How a model lies on the ``world`` ranks that train it."""
+    """Return how a model lies on the ``world`` ranks that train it; ``slots``: losses between two
+    readings."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     flat = processes.flat_shards(processes.wrapper_of(model))
     weight = head.weight if head is not None else None
