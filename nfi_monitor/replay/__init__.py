@@ -1,4 +1,4 @@
-"""Diagnosis by replay: go back to before a slingshot, take one possible cause away, see whether it happens.
+"""Find the cause of a slingshot by replay: go back to before it, remove one possible cause, look again.
 
 Names are resolved on first use (PEP 562): a report reads verdicts and must not import torch.
 """

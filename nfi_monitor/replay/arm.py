@@ -1,4 +1,4 @@
-"""What an arm of a replay is: one change to the training, open while its steps are done."""
+"""Define an arm of a replay: one change to the training while some of its steps are repeated."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from nfi_monitor.replay.snapshots import Snapshot
 
 @dataclass
 class ArmContext:
-    """What an arm may change. The snapshot has been restored when :attr:`Arm.change` is entered."""
+    """What an arm may change. The replay restores the snapshot before it enters :attr:`Arm.change`."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     head: Head | None
     snapshot: Snapshot
-    steps: int  # how many are replayed at most
+    steps: int  # most optimizer steps that are replayed
     data_step: Callable[[int], int] = field(default=lambda step: step)
-    """Optimizer step → the step whose data ``step_fn`` is asked for."""
+    """Optimizer step → the number that ``step_fn`` gets: the step whose data it should use."""
     applied: bool = True
-    """An arm sets it to False while it has found nothing to change."""
+    """An arm sets it to False if it found nothing to change."""
     note: str = ""
-    """What an arm has to say of what it did."""
+    """What else a reader of the outcome must know of the arm; empty if there is nothing."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant: ``change(context)`` is a context manager that is open while the arm's steps are done."""
+    """One variant. ``change(context)`` is a context manager that is open while the arm's steps run."""
 
     name: str
     what: str
@@ -42,7 +42,7 @@ class Arm:
 
 
 def combined(*arms: Arm) -> Arm:
-    """Several changes at once; applied if each of them is."""
+    """Return an arm that makes several changes at once; it counts as applied if each of them does."""
 
     @contextmanager
     def change(context: ArmContext) -> Iterator[None]:

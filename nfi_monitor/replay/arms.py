@@ -1,4 +1,4 @@
-"""The arms of a replay: each takes one possible cause of a slingshot away and leaves the rest as it is."""
+"""List the arms of a replay: each removes one possible cause of a slingshot and changes nothing else."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def _other_data(context: ArmContext) -> Iterator[None]:
     start, back = context.snapshot.step, context.steps
 
     def earlier(step: int) -> int:
-        return (step - back - 1) % max(start, 1) + 1  # of a young run, its steps once more
+        return (step - back - 1) % max(start, 1) + 1  # early in a run: its first steps again
 
     context.data_step = earlier
-    # Batches may be drawn from the random state instead; what is put back afterwards includes it.
+    # step_fn may draw its batches from the random state instead. The replay restores that afterwards.
     torch.manual_seed(0x5EED + start)
     random.seed(0x5EED + start)
     np.random.seed((0x5EED + start) % (1 << 32))
@@ -75,4 +75,4 @@ ARMS = (
     AS_IT_WAS, NUDGED, FLOAT64_LOSS, ZERO_SUM, LR_HELD, OTHER_DATA, SECOND_MOMENT_HELD, SMALLER_LR,
     LARGER_EPS, SECOND_MOMENT_RESET,
 )  # fmt: skip
-"""What is tried unless told otherwise; the last two are reported and decide nothing."""
+"""The default arms. The last two are only reported: they never decide the verdict."""

@@ -1,6 +1,6 @@
-"""Arms that change the loss, from outside: at the head's output and at torch's own loss functions.
+"""Change the loss in a replay: at the head's output and in torch's own loss functions.
 
-The loss is computed in code that is not ours, so there is no other place.
+The user's code computes the loss, so there is no other place to change it.
 """
 
 from __future__ import annotations
@@ -23,17 +23,16 @@ _LOSSES = {getattr(F, name) for name in _NAMES if callable(getattr(F, name))}
 
 
 class _AtTheLoss(TorchFunctionMode):
-    """Keeps what comes after the head in float64 until the backward pass begins.
+    """Keep everything after the head in float64 until the backward pass begins.
 
-    Between head and backward, casts of a float64 tensor to a lower precision are left out: losses of
-    HuggingFace models begin with ``logits.float()``.  That holds for any float64 tensor in this stretch, not
-    for the logits alone: nothing but the loss is computed there.  Losses and log-softmaxes are computed in
-    float64 wherever they stand, which is all that can be done without a head.
+    Between head and backward it skips casts of a float64 tensor to a lower precision: losses of HuggingFace
+    models begin with ``logits.float()``.  It skips them for any float64 tensor, because only the loss is
+    computed there.  Losses and log-softmaxes are computed in float64 everywhere; without a head that is all.
     """
 
     def __init__(self, always: bool) -> None:
         super().__init__()
-        self.always = always  # no head whose output would tell where the loss begins
+        self.always = always  # there is no head, so nothing shows where the loss begins
         self.after_head = False
         self.reached = False
 
@@ -72,7 +71,7 @@ def _lower(value: Any) -> bool:
 
 
 def _in_float64(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Class weights and soft targets, too: a loss wants one dtype."""
+    """Convert class weights and soft targets, too: a loss needs one dtype."""
 
     def wide(value: Any) -> Any:
         return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
@@ -87,7 +86,7 @@ def _without_lower_dtype(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def _without_casts(
     args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """``.to(float32)``, ``.to(other)`` and ``.type(...)`` without the dtype; a move to a device stays."""
+    """Remove the dtype from ``.to(float32)``, ``.to(other)`` and ``.type(...)``; keep a move to a device."""
     kept: list[Any] = [args[0]]
     for value in args[1:]:
         if isinstance(value, Tensor):
@@ -99,7 +98,7 @@ def _without_casts(
     if isinstance(other, Tensor):
         rest["device"] = other.device
     if len(kept) > 1 and all(isinstance(value, bool) for value in kept[1:]):
-        kept = kept[:1]  # non_blocking and copy alone ask for nothing
+        kept = kept[:1]  # non_blocking and copy alone change nothing
     if rest.keys() <= {"non_blocking", "copy", "memory_format"} and len(kept) == 1:
         rest = {}
     return tuple(kept), rest
@@ -126,7 +125,7 @@ def float64_loss(context: ArmContext) -> Iterator[None]:
 
 
 class _LogitsOfTheLoss(TorchFunctionMode):
-    """Shows the logits that a cross-entropy is given, where no module makes them."""
+    """Pass on the logits that a cross-entropy gets, for models without a head module."""
 
     def __init__(self, seen: Callable[[Tensor], None]) -> None:
         super().__init__()

@@ -1,6 +1,7 @@
-"""Arms that change the optimizer, inside its step alone: between a pre-hook and a post-hook.
+"""Change the optimizer in a replay.
 
-Schedulers read and write hyperparameters between steps, and find what they left.
+Learning rates change inside the step alone, between a pre-hook and a post-hook: schedulers read and write
+them between steps.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def _second_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
 def second_moment_reset(context: ArmContext) -> Iterator[None]:
     optimizer = context.optimizer
     context.applied = bool(_second_moments(optimizer))
-    kept = dict(optimizer.state)  # the tensors themselves: views and compiled steps hold on to them
+    kept = dict(optimizer.state)  # the tensors themselves: views and compiled steps refer to them
     optimizer.state.clear()
     try:
         yield
@@ -39,13 +40,13 @@ def second_moment_reset(context: ArmContext) -> Iterator[None]:
 
 
 MOST_GIVEN_BACK = 10.0
-"""Decades of sqrt(v̂): more is no other outcome, and 0 · ∞ would be NaN."""
+"""Most decades of sqrt(v̂) that are restored: more changes no outcome, and 0 · ∞ would be NaN."""
 
 
 @contextmanager
 def second_moment_held(context: ArmContext) -> Iterator[None]:
-    # A snapshot is taken when something is at risk: by then much is forgotten. Held at what was left, a
-    # second moment averted half of the slingshots that it averts when given back what it had.
+    # The monitor takes a snapshot when an alert begins: by then the second moment has decayed. Held at that
+    # value it averts only half of the slingshots that it averts at the value from before the decay.
     given_back = 10.0 ** (-2.0 * max(context.snapshot.second_moment_decay, -MOST_GIVEN_BACK))
     if given_back >= 4.0:
         context.note = (
@@ -63,7 +64,7 @@ def second_moment_held(context: ArmContext) -> Iterator[None]:
                 moment.copy_(floor)
 
     hold()
-    # After each step, and so before the next: what divides is at least β2 times the floor.
+    # After each step, and so before the next: the step divides by β2 times the floor or more.
     hook = context.optimizer.register_step_post_hook(hold)
     try:
         yield
@@ -72,7 +73,7 @@ def second_moment_held(context: ArmContext) -> Iterator[None]:
 
 
 def larger_eps(eps: float = 1e-6) -> Arm:
-    """Adam's ε_A raised to ``eps`` (where it is smaller)."""
+    """Return an arm that raises Adam's ε_A to ``eps`` where it is smaller."""
 
     @contextmanager
     def change(context: ArmContext) -> Iterator[None]:
@@ -92,9 +93,9 @@ def larger_eps(eps: float = 1e-6) -> Arm:
 
 @contextmanager
 def _lr(context: ArmContext, lr_of: Callable[[int, Any], Any]) -> Iterator[None]:
-    """``lr_of(index of the group, its lr)`` is used inside each optimizer step and nowhere else.
+    """Use ``lr_of(index of the group, its lr)`` inside each optimizer step and nowhere else.
 
-    Schedulers read and write ``group["lr"]`` between steps: they must not see it.
+    Schedulers read and write ``group["lr"]`` between steps: they must not see the change.
     """
     groups = context.optimizer.param_groups
     before: list[Any] = []
@@ -119,7 +120,8 @@ def _lr(context: ArmContext, lr_of: Callable[[int, Any], Any]) -> Iterator[None]
 
 
 def smaller_lr(factor: float = 0.1, steps: int | None = None) -> Arm:
-    """The learning rate times ``factor``, in the first ``steps`` optimizer steps (None: in all)."""
+    """Return an arm that multiplies the learning rate by ``factor`` in the first ``steps`` steps (None:
+    all)."""
 
     @contextmanager
     def change(context: ArmContext) -> Iterator[None]:

@@ -13,7 +13,8 @@ from nfi_monitor.types import Alert, AlertKind
 
 
 class Plan(NamedTuple):
-    """Where a replay of a watched run begins, for how many steps (None: the default), and of what."""
+    """From which snapshot a replay starts, for how many steps (None: the default), and the alert it
+    repeats."""
 
     snapshot: Snapshot
     steps: int | None
@@ -27,16 +28,18 @@ def plan(
     snapshot: Snapshot | None = None,
     steps: int | None = None,
 ) -> Plan:
-    """How to replay the last slingshot of a run: from the newest snapshot at least 2 τ before it, or else the
-    oldest, until max(2 τ, 20) steps after it. What is given stays.
+    """Return how to replay the last slingshot of a run.
 
-    Raises MonitorError, saying why, where there is no snapshot.
+    From the newest snapshot at least 2 τ before the slingshot, or else the oldest, until max(2 τ, 20) steps
+    after it.  ``snapshot`` and ``steps`` are kept where they are given.
+
+    Raises MonitorError, with the reason, if there is no snapshot.
     """
     slingshot = next((a for a in reversed(alerts) if a.kind is AlertKind.SLINGSHOT), None)
     if snapshot is None:
         snapshot = _snapshot_before(slingshot, ring, tau)
     if slingshot is not None and slingshot.first_step <= snapshot.step:
-        slingshot = None  # the given snapshot is of later: what comes is another one
+        slingshot = None  # the given snapshot is of a later step: the next slingshot is another one
     if steps is None and slingshot is not None:
         steps = slingshot.first_step - snapshot.step + margin(tau)
     return Plan(snapshot, steps, slingshot)

@@ -1,9 +1,9 @@
-"""Diagnosis by replay: go back to before a slingshot and see which change makes it not happen.
+"""Find the cause of a slingshot by replay: restore an earlier step and see which change averts it.
 
-A signal that precedes a spike may be its cause or its companion.  Here the run is continued from a snapshot
-once as it was and then under *arms*, each of which takes one possible cause away: the loss in float64, the
-zero-sum restored, the second moment held, the learning rate held.  The arm under which nothing happens names
-the mechanism; :mod:`nfi_monitor.replay.verdict` holds the rules.
+A signal that precedes a spike may be its cause, or only come with it.  So the run is continued from a
+snapshot, once unchanged and then under *arms*.  Each arm removes one possible cause: the loss in float64, the
+zero-sum restored, the second moment held, the learning rate held.  The arm without a slingshot names the
+mechanism, by the rules of :mod:`nfi_monitor.replay.verdict`.
 
     def step_fn(step):                       # one whole optimizer step, its data included
         x, y = batches[step]
@@ -99,25 +99,25 @@ def replay(
     recorded: Mapping[int, float] | None = None,
     thresholds: Thresholds | None = None,
 ) -> ReplayVerdict:
-    """Continue from ``snapshot`` under each arm; which arms spike is the verdict.
+    """Continue from ``snapshot`` under each arm, and conclude from the arms that spike.
 
     Args:
-        snapshot: where to go back to; at least 1.25 τ before the slingshot, or float64 comes too late.
+        snapshot: where to start; at least 1.25 τ before the slingshot, or float64 comes too late.
         step_fn: ``step_fn(step) -> loss`` does optimizer step number ``step`` (from 1) as the run did,
             deterministic in ``step`` and in the random state, and returns its loss.
-        arms: which to try, default :data:`ARMS`; the run as it was is always replayed first.
-        steps: how many optimizer steps to wait for the slingshot (default: max(10 τ, 200)). The other arms
-            run until max(2 τ, 20) steps after the slingshot of the run as it was, however long that is.
+        arms: default :data:`ARMS`; the unchanged run is always replayed first.
+        steps: most optimizer steps until the slingshot of the unchanged run (default: max(10 τ, 200)). The
+            other arms run until max(2 τ, 20) steps after that slingshot.
         model, optimizer, head, extras: as for :class:`nfi_monitor.Monitor`, ``extras`` as for the snapshot.
         beta2: for τ = 1/(1−β2); default: that of the head's parameter group.
         recorded: optimizer step → loss of the original run, for the bitwise check.
         thresholds: what counts as a slingshot.
 
-    Afterwards, exceptions included, everything is what it was before the call (see the module).
+    The call leaves everything as it was, also when it raises (see the module).
 
     Raises:
         MonitorError: step_fn is no function, returns no loss, makes no optimizer step, or raises; or a
-            learning rate is lowered for a number of steps, nobody knows since when.
+            timed cool-down is on whose start step is unknown.
         ValueError: the snapshot is of another model or optimizer, or two arms have one name.
     """
     tried = _tried(step_fn, arms, steps)
@@ -140,7 +140,7 @@ def replay(
 
 
 def _tried(step_fn: StepFunction, arms: Sequence[Arm] | None, steps: int | None) -> list[Arm]:
-    """Return the arms in the order they are run, the run as it was first; raises as :func:`replay`."""
+    """Return the arms in their order, the unchanged run first. Raises as :func:`replay`."""
     if not callable(step_fn):
         raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
     if steps is not None and steps < 1:
@@ -172,7 +172,7 @@ def _outcomes(
     extras: Sequence[Any],
     parameters: Sequence[nn.Parameter],
 ) -> dict[str, Outcome]:
-    """Run the arms, the first for ``wait`` steps; only that one where it has no slingshot."""
+    """Run the arms, the first for ``wait`` steps. Stop after the first if it has no slingshot."""
     outcomes: dict[str, Outcome] = {}
     snapshot = run.snapshot
     for arm in tried:
@@ -297,7 +297,8 @@ def _loss(value: Any, step: int) -> float:
 def _detector(
     snapshot: Snapshot, tau: float, limits: Thresholds, recorded: Mapping[int, float] | None
 ) -> SpikeDetector:
-    """The spike detector as it stood at the snapshot; without its state, one fed the losses until then."""
+    """Return the spike detector with its state at the snapshot, or one that has read the losses until
+    then."""
     detector = SpikeDetector()
     if snapshot.spike is not None:
         detector.load_state_dict(dict(snapshot.spike))
@@ -336,18 +337,18 @@ def _not_reproduced(optimizer: torch.optim.Optimizer, extras: Sequence[Any]) -> 
     return text
 
 
-# --- nothing of a replay stays ----------------------------------------------------------------------
+# --- restore everything -----------------------------------------------------------------------------
 
 
 @contextmanager
 def _put_back(
     model: nn.Module, optimizer: torch.optim.Optimizer, extras: Sequence[Any]
 ) -> Iterator[list[nn.Parameter]]:
-    """All that a replay moves, restored at the end; gives the parameters, whose gradients it may drop."""
+    """Restore at the end whatever a replay changes. Gives the parameters, whose gradients may be dropped."""
     before = Snapshot.take(0, model, optimizer, extras)
     params = {id(p): p for p in model.parameters()}
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    # The gradients' own tensors are kept aside: step_fn may zero or scale them in place.
+    # The gradients' own tensors are kept: step_fn may zero or scale them in place.
     gradients = [(param, param.grad) for param in params.values()]
     try:
         yield list(params.values())
