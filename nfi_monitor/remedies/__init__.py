@@ -1,8 +1,8 @@
-"""What the advice tells people to do, as functions: exact, undoable, one line each.
+"""Apply what an alert advises, each remedy in one line that can be undone.
 
-Losses are called in the place of the old one; the others return a :class:`Handle` whose ``undo()`` takes them
-back.  Remedies that no alert recommends are in :mod:`nfi_monitor.remedies.experimental`.  Names are resolved
-on first use (PEP 562), as in the package itself.
+Losses replace the training's own; the other remedies return a :class:`Handle` whose ``undo()`` ends them.
+Remedies that no alert recommends are in :mod:`nfi_monitor.remedies.experimental`.  Names are resolved on
+first use (PEP 562), as in the package itself.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Cross-entropy that cannot absorb: in the input's own precision, without float64, cheaper than torch's.
+"""Compute a cross-entropy that cannot absorb: in the input's own precision, cheaper than torch's.
 
 ``F.cross_entropy`` gets the correct class's gradient as p_r − 1.  Once p_r is within half an ulp of 1 that is
 exactly 0, the other gradients are not, and a row's gradient no longer sums to zero (Liu et al. 2026, section
@@ -12,9 +12,9 @@ With weights, label smoothing or probabilities as targets, a_k the (weighted) ta
 
 where ℓ_r is the loss above and r the class with the largest target.
 
-One [N, K] tensor is made in the forward pass and none in a plain backward pass: the gradient itself is kept,
-not what it is made of.  ``F.cross_entropy`` makes three.  A few rows on a CPU go a shorter way: there each
-call counts, not each number.
+The forward pass makes one [N, K] tensor, the gradient itself; a plain backward pass makes none.
+``F.cross_entropy`` makes three.  A few rows on a CPU are computed by NumPy: there each call counts, not each
+number.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ def zero_sum_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """A drop-in for :func:`torch.nn.functional.cross_entropy` whose gradient obeys the zero-sum.
+    """Return what :func:`torch.nn.functional.cross_entropy` returns, with a gradient that sums to zero.
 
-    For numerical feature inflation: used from the start no row absorbs; switched on at least 1.25 τ before a
-    slingshot it averts it.  It changes no other loss and does nothing about spikes of other mechanisms.
+    For numerical feature inflation.  Used from the start, no row absorbs; used from 1.25 τ before a slingshot
+    or earlier, it averts the slingshot.  It does not avert spikes of other mechanisms.
 
     Args:
         input: logits [K], [N, K] or [N, K, d1, ...], floating point.  Half precisions are summed in float32.
@@ -114,7 +114,8 @@ def _smoothed(
 
 
 def float64_cross_entropy(input: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """``F.cross_entropy`` in float64, parameters as they are: the reference of the other.
+    """Return ``F.cross_entropy`` in float64, with parameters as they are: the reference of the function
+    above.
 
     For numerical feature inflation up to margins of 36 nats, where float64 absorbs as well (2⁻⁵³).  Costs two
     [N, K] tensors of twice the width.  ``options`` and shapes as for ``F.cross_entropy``; returns float64.
@@ -158,7 +159,7 @@ class ZeroSumCrossEntropyLoss(nn.Module):
 def _check(
     input: Tensor, target: Tensor, weight: Tensor | None, reduction: str, label_smoothing: float
 ) -> int:
-    """The class axis; raises what ``F.cross_entropy`` raises, saying which shapes were given."""
+    """Return the class axis. Raises what ``F.cross_entropy`` raises, with the shapes that were given."""
     if reduction not in REDUCTIONS:
         raise ValueError(_unknown_reduction(reduction))
     if not 0.0 <= label_smoothing <= 1.0:

@@ -1,7 +1,7 @@
-"""The mean cross-entropy of a few rows on a CPU, computed by NumPy in the same memory.
+"""Compute the mean cross-entropy of a few rows on a CPU with NumPy, in the same memory.
 
-An operation of torch costs more there than what it does, and several times as much as one of NumPy.  The long
-way (:mod:`nfi_monitor.remedies.row_losses`) is what this is tested against.
+There a call of torch costs more than its arithmetic, and several times as much as a call of NumPy.  The tests
+compare the result with :mod:`nfi_monitor.remedies.row_losses`.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 from nfi_monitor.remedies.row_losses import saved_gradient
 
 SMALL = 1 << 14
-"""Logits up to which the fewest and cheapest calls win."""
+"""Most logits for which NumPy is faster."""
 
 _Array = np.ndarray[Any, Any]
 _UNSIGNED = np.dtype(np.uint64)
 
 
 def mean_of_few_rows(logits: Tensor, target: Tensor) -> Tensor | None:
-    """None where the long way has to be taken: other inputs, an ignored row, an overflow, a wrong index."""
+    """Return the mean loss, or None where torch must compute it: other inputs, ignored rows, an overflow."""
     if not (
         not torch.compiler.is_compiling()  # first: the sizes are not to be guarded
         and type(logits) is Tensor  # a subclass may hold something else than its values
@@ -52,10 +52,10 @@ def mean_of_few_rows(logits: Tensor, target: Tensor) -> Tensor | None:
 
 @np.errstate(all="ignore")
 def _mean_and_gradient(z: _Array, index: _Array, wanted: bool) -> tuple[_Array, _Array | None] | None:
-    """(mean loss [], its gradient [N, K] if ``wanted``), with everything relative to the target's own logit.
+    """Return (mean loss [], its gradient [N, K] if ``wanted``), with all logits relative to the target's.
 
-    loss = ln(1 + Σ_{k≠r} e_k), e_k = e^(z_k − z_r): no maximum is looked for, so that a margin below some −80
-    (float32) overflows, and the answer is None.
+    loss = ln(1 + Σ_{k≠r} e_k), e_k = e^(z_k − z_r).  No maximum is computed, so a margin below about −80
+    (float32) overflows; then the answer is None.
     """
     rows, classes = z.shape
     starts, ones, counts, shares = _constants(rows, classes, z.dtype)
@@ -91,7 +91,7 @@ def _constants(rows: int, classes: int, dtype: np.dtype[Any]) -> tuple[_Array, _
 
 
 class _Known(torch.autograd.Function):
-    """A loss [] whose gradient [N, K], where one is wanted, has been computed with it."""
+    """A loss [] whose gradient [N, K], if it is needed, has been computed with it."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: _Array, gradient: _Array | None) -> Tensor:

@@ -1,4 +1,6 @@
-"""The losses of rows whose gradient sums to zero, as autograd functions (formulas: ``cross_entropy.py``).
+"""Compute losses whose gradient sums to zero in each row, as autograd functions.
+
+Formulas: ``cross_entropy.py``.
 
 All take logits [N, K] and work in float32 (float64 for float64 logits).
 """
@@ -14,8 +16,8 @@ from torch import Tensor, nn
 class CrossEntropy(torch.autograd.Function):
     """Hard targets, int64 [N] → the reduced loss (one a row [N] for "none").
 
-    Reduced in here: at ten classes each autograd operation of a row's loss costs as much as the softmax.  And
-    so the gradient is known up to its incoming factor, which is 1 in a plain training step: no second [N, K].
+    The loss is reduced here: at ten classes each autograd operation costs as much as the softmax.  Then the
+    gradient is known except for its incoming factor, which is 1 in a plain training step: no second [N, K].
     """
 
     @staticmethod
@@ -122,7 +124,7 @@ _LINEAR = 40.0
 
 
 def saved_gradient(ctx: Any) -> Tensor:
-    """What was saved. A second derivative would silently be taken for 0: it is an error instead."""
+    """Return the saved gradient. Raises RuntimeError for a second derivative, which would silently be 0."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
             "zero_sum_cross_entropy has no second derivative (create_graph=True). Use "
@@ -133,19 +135,19 @@ def saved_gradient(ctx: Any) -> Tensor:
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Only where looking is free: never a synchronisation, never a graph break."""
+    """Whether ``grad`` is 1; False where the answer would cost a synchronisation or a graph break."""
     return not torch.compiler.is_compiling() and grad.device.type == "cpu" and grad.item() == 1.0
 
 
 def _times(found: Tensor, grad: Tensor, dtype: torch.dtype) -> Tensor:
-    """A new tensor: a second backward pass finds ``found`` as it was."""
+    """Return a new tensor: a second backward pass needs ``found`` unchanged."""
     if found.dtype is dtype:
         return found * grad
     return torch.mul(found, grad, out=torch.empty_like(found, dtype=dtype))
 
 
 def weighted_targets(soft: Tensor, weight: Tensor | None, smoothing: float, dtype: torch.dtype) -> Tensor:
-    """a [N, K]: probabilities, smoothed and weighted."""
+    """Return the targets a [N, K]: probabilities, smoothed and weighted."""
     soft = soft.detach().to(wide_dtype(dtype))
     if smoothing:
         soft = soft * (1.0 - smoothing) + smoothing / soft.shape[-1]
