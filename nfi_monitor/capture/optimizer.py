@@ -24,14 +24,14 @@ from nfi_monitor.capture.second_moment import sample_moments, second_moment
 from nfi_monitor.capture.update import BeforeStep, Update
 
 HEAD_ELEMENTS = 1 << 18
-"""Head weights up to this many entries are compared whole; of larger ones, a stride of class rows."""
+"""Head weights up to this many entries are compared whole, larger ones at a stride of class rows."""
 
 MEAN_ELEMENTS = 1 << 20
-"""Head weights read for W_G and for the batch-level zero-sum per step; larger heads are read less often."""
+"""Most head weights read in each step for W_G and the batch's zero-sum; larger heads are read less often."""
 
 
 class OptimizerReader:
-    """Gathers an :class:`Update` for the steps that are measured."""
+    """Gather an :class:`Update` for each step that is measured."""
 
     def __init__(self, optimizer: Optimizer, head: Head | None) -> None:
         self.optimizer = optimizer
@@ -49,7 +49,7 @@ class OptimizerReader:
         return any(sample.can_lower for sample, _ in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
-        """The parameter group that holds ``param``; the first one if none does."""
+        """Return the parameter group that holds ``param``, or the first group if none does."""
         groups = self.optimizer.param_groups
         known = self._found
         # load_state_dict replaces the groups: one that is no longer in the list is stale.
@@ -67,21 +67,22 @@ class OptimizerReader:
         )
 
     def betas(self) -> tuple[float, float] | None:
-        """(β1, β2) of the head's group; None for optimizers without a second moment of that form."""
+        """Return (β1, β2) of the head's group; None for optimizers without such a pair."""
         betas = self.group_of(self.head.weight if self.head else None).get("betas")
         if betas is None or len(betas) < 2:
             return None
         return float(betas[0]), float(betas[1])
 
     def has_second_moment(self) -> bool | None:
-        """Whether the state keeps ``exp_avg_sq``; None before the first step, when nobody can know."""
+        """Whether the state has a second moment; None before the first step, when it is unknown."""
         states = [state for state in self.optimizer.state.values() if state]
         return any(second_moment(state) is not None for state in states) if states else None
 
     def before(self, step: int, *, closure: bool = False) -> BeforeStep | None:
-        """Call in the step's pre-hook. None when no parameter has a gradient.
+        """Read what the step will change. Call it in the pre-hook. None if no parameter has a gradient.
 
-        ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning): they are read after it.
+        ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning), so they are read after
+        it.
         """
         layout = self._layout(needs_gradient=not closure)
         if layout is None:
@@ -109,7 +110,7 @@ class OptimizerReader:
         )
 
     def after(self, start: BeforeStep, step: int) -> Update | None:
-        """Call in the step's post-hook, with what :meth:`before` returned. None without gradients."""
+        """Read what the step changed. Call it in the post-hook, with the result of :meth:`before`."""
         grad, weight_grad, bias_grad = start.grad, start.head_weight_grad, start.head_bias_grad
         if grad is None:
             gradients = [param.grad for param in start.params if param.grad is not None]
@@ -182,7 +183,7 @@ class OptimizerReader:
         return found
 
     def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Dense real parameters on one device; of those, the ones with a second moment if any has one."""
+        """Return the dense real parameters on one device; if any has a second moment, only those with one."""
         anchor = self.head.weight if self.head is not None and self.head.weight is not None else None
         dense = []
         for param in params:
@@ -232,7 +233,7 @@ class OptimizerReader:
     def _constants(
         self, start: BeforeStep, states: list[Mapping[str, Any]]
     ) -> tuple[Tensor | float, Tensor | float]:
-        """(1 − β2^t, ε_A): scalars when all tensors agree, else one value per coordinate."""
+        """Return (1 − β2^t, ε_A): scalars if all tensors agree, else one value per coordinate."""
         pairs: list[tuple[float, float]] = []
         for param, state in zip(start.params, states, strict=True):
             group = self._groups.get(id(param)) or self.group_of(param)
@@ -253,11 +254,13 @@ class OptimizerReader:
         return _spread(corrections, start), _spread(epsilons, start)
 
     def _rates(self, start: BeforeStep) -> Tensor | None:
-        """The learning rate of each coordinate, or None where all groups have one."""
+        """Return the learning rate of each coordinate, or None if all groups have the same."""
         groups = self.optimizer.param_groups
         rates = [_host(group.get("lr")) for group in groups]
         first = rates[0]
-        on_device = any(isinstance(rate, Tensor) for rate in rates)  # comparing those would wait for them
+        on_device = any(
+            isinstance(rate, Tensor) for rate in rates
+        )  # comparing them would wait for the device
         if all(rate is first or (not on_device and rate == first) for rate in rates):
             return None
         rate_of = {
@@ -268,15 +271,16 @@ class OptimizerReader:
     # --- the head --------------------------------------------------------------------------------
 
     def _readable_head(self) -> Head | None:
-        """The head, unless its weight is sharded and nobody adds up the shards: a part of the classes alone
-        means nothing."""
+        """Return the head; None if its weight is sharded and the ranks do not add up the shards.
+
+        A part of the classes alone means nothing."""
         if self.head is not None and not self.pooled and hasattr(self.head.weight, "to_local"):
             self.unreadable.add("the head's weight, which is sharded over ranks")
             return None
         return self.head
 
     def _head_rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """Views of a stride of the head's class rows and of the bias entries of the same classes."""
+        """Return views of a stride of the head's class rows, and of the bias entries of the same classes."""
         head = self._readable_head()
         if head is None or head.weight is None or not self.holds(head.weight):
             return None, None
@@ -310,12 +314,12 @@ class OptimizerReader:
 
 
 def gradient_columns(features: int, outputs: int) -> int:
-    """How many columns of the head's gradient [K, d] are read per step."""
+    """Return how many columns of the head's gradient [K, d] are read per step."""
     return max(1, min(features, MEAN_ELEMENTS // 4 // outputs))
 
 
 def _spread(numbers: Sequence[Tensor | float], start: BeforeStep) -> Tensor:
-    """One number for each tensor → one for each coordinate [C]."""
+    """Repeat one number for each tensor to one for each coordinate [C]."""
     like = start.before
     if any(isinstance(number, Tensor) for number in numbers):
         each = torch.stack(
@@ -334,7 +338,8 @@ def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
 
 
 def _host(value: Any) -> Any:
-    """A float where that costs no synchronisation, else the tensor; NaN for None (self-scheduled rates)."""
+    """Return a float if that costs no synchronisation, else the tensor; NaN for None (self-scheduled
+    rates)."""
     if isinstance(value, Tensor) and not devices.on_host(value):
         return value
     return math.nan if value is None else float(value)

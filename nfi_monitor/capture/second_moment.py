@@ -11,11 +11,12 @@ from nfi_monitor.capture.quantized import Quantized, quantized_moment
 from nfi_monitor.capture.sampling import CoordinateSample, local
 
 SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2")
-"""Names of the second moment in an optimizer's state; with amsgrad the maximum is what divides; the last is
-bitsandbytes'."""
+"""Names of the second moment in an optimizer's state. With amsgrad the step divides by the maximum; the last
+name is bitsandbytes'."""
 
 
 def second_moment(state: Mapping[str, Any]) -> Tensor | Quantized | None:
+    """Return the second moment of one parameter's optimizer state; None if it has none."""
     in_bits = quantized_moment(state)
     if in_bits is not None:
         return in_bits
@@ -26,7 +27,7 @@ def second_moment(state: Mapping[str, Any]) -> Tensor | Quantized | None:
 
 
 def sample_moments(sample: CoordinateSample, moments: Sequence[Tensor | Quantized | None]) -> list[Tensor]:
-    """The sampled coordinates of moments of which some are kept in 8 bits; small tensors are not."""
+    """Return the sampled coordinates of each moment, float32 [n]; some moments may be kept in 8 bits."""
     values = []
     for moment, stride in zip(moments, sample.strides, strict=True):
         if isinstance(moment, Quantized):

@@ -10,9 +10,9 @@ from nfi_monitor.capture.head import Head
 
 
 def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside wrappers such as accelerate's, whose own hooks never fire.
+    """Return the torch optimizer inside wrappers such as accelerate's, whose own hooks never fire.
 
-    Raises TypeError, saying what was given, if there is none.
+    Raises TypeError if there is none.
     """
     seen = optimizer
     while not isinstance(seen, Optimizer):
@@ -29,9 +29,9 @@ def unwrap(optimizer: Any) -> Optimizer:
 
 
 def choose(optimizer: Any, head: Head | None) -> Optimizer:
-    """The optimizer of a monitor: the one given, or of several the one that trains the head.
+    """Return the optimizer to watch: the given one, or of several the one that trains the head.
 
-    Raises TypeError as :func:`unwrap`; the first of several is taken where none or no head is found.
+    Without a head, or if none trains it, returns the first.  Raises TypeError as :func:`unwrap`.
     """
     if not isinstance(optimizer, (list, tuple)):
         return unwrap(optimizer)

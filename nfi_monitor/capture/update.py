@@ -1,4 +1,4 @@
-"""One optimizer step as tensors: what is read before it, and what it did."""
+"""Hold one optimizer step as tensors: what is read before it, and what it changed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class Update:
     """One optimizer step as tensors: [C] over sampled coordinates, head tensors classes first."""
 
     sample: CoordinateSample
-    params: tuple[nn.Parameter, ...]  # whose coordinates they are
+    params: tuple[nn.Parameter, ...]  # the parameters that the sample is of
     grad: Tensor  # [C]
     before: Tensor  # [C]
     after: Tensor  # [C]
@@ -24,7 +24,7 @@ class Update:
     lr: Tensor | float  # of the head's group
     lrs: Tensor | None  # [C], where not all groups have the same
     found_inf: Tensor | None  # > 0: a fused step under a gradient scaler skipped itself
-    head_position: int | None  # which of the sample's tensors the head's weight is
+    head_position: int | None  # index of the head's weight among the sample's tensors
     head_weight_update: Tensor | None  # [k, d], a stride of class rows
     head_bias_update: Tensor | None  # [k], the same classes
     head_weight: Tensor | None  # [K, d] view; None at steps when a large head is not read

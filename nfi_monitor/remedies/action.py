@@ -1,4 +1,4 @@
-"""What an Autopilot has done, and how it ends a training."""
+"""Record what an Autopilot does, and end a training with an exception."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 
 class AutopilotStop(RuntimeError):
-    """Raised from ``optimizer.step()`` where ``Policy(stop="raise")`` asks for it."""
+    """Training should end. Raised from ``optimizer.step()`` under ``Policy(stop="raise")``."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """Something that was done, or in a dry run would have been, after optimizer step ``step``."""
+    """One action after optimizer step ``step``; in a dry run, one that would have been taken."""
 
     step: int
     what: str  # "loss", "projection", "cool", "release", "stop", or "nothing" where a rung is out of reach
-    alert: str  # id of the alert that it answers
+    alert: str  # id of the alert that caused it
     message: str

@@ -1,27 +1,27 @@
-"""Apply what the alerts advise, watch whether it helps, take it back, and say so.
+"""Apply what the alerts advise, watch whether it helps, undo it, and report each action.
 
-The monitor never changes a run. This does, because it is asked to: it is the part of the package that acts.
+The monitor never changes a run.  The Autopilot does: it is the only part of the package that acts.
 
     autopilot = Autopilot()
     with Monitor(model, optimizer, on_alert=autopilot):
         for x, y in loader:
-            loss = autopilot.loss(model(x), y)      # F.cross_entropy to the last bit, until it has to be more
+            loss = autopilot.loss(model(x), y)      # F.cross_entropy to the last bit, until it is replaced
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()
             if autopilot.should_stop:
                 break
 
-The rungs are those of :class:`nfi_monitor.remedies.policy.Rung`: exchange the loss, lower the learning rate
-for a while, take a snapshot and ask for an end.  An alert gets what its mechanism needs at once, each rung
-once, and the next rung only if it outlasts the policy's patience.  The learning rate comes back once the
-alarm has been over for a while.  The loss stays exchanged: margins at which ``F.cross_entropy`` rounds do not
-go away, and the other loss is the same function.
+The rungs are those of :class:`nfi_monitor.remedies.policy.Rung`: replace the loss, lower the learning rate
+for a while, take a snapshot and ask for an end.  At once an alert gets the rungs that its mechanism needs,
+each once.  It gets the next rung only if it outlasts the policy's patience.  The learning rate comes back
+when the alarm has been over for a while.  The loss stays replaced: margins at which ``F.cross_entropy``
+rounds remain, and the other loss is the same function.
 
-All ranks of a training act at the same step: while they are read together they agree on every alert.  Where
-they are not, or no longer (also after ``monitor.close()``), none acts, and what is on stays on, even a rate
-that is held down: taken back on one rank alone it would let the replicas drift apart.  A new monitor with the
-Autopilot, on every rank, begins anew.
+All ranks of a training act at the same step: while they are read together they agree on every alert.  Ranks
+that are not read together, or no longer (also after ``monitor.close()``), never act.  Remedies that are on
+then stay on, even a low learning rate: undone on one rank alone it would let the replicas drift apart.  A new
+monitor with the Autopilot, on every rank, starts anew.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ if TYPE_CHECKING:
 
 
 class Autopilot:
-    """Give it to the monitor: ``Monitor(model, optimizer, on_alert=Autopilot())``.
+    """Act on alerts. Pass it to the monitor: ``Monitor(model, optimizer, on_alert=Autopilot())``.
 
     Args:
         policy: what it may do, and when.
-        dry_run: only say what would be done at each alert; training stays the same to the last bit.
+        dry_run: only report what would be done at each alert; training stays the same to the last bit.
 
-    What it does appears among the monitor's notes (console, run directory, TensorBoard, summary) and in
-    ``actions``.  With losses that are not computed through :meth:`loss` the gradient at the head is projected
-    instead, which is less (``tests/benchmarks/remedies/RESULTS.md``).  An error of its own is reported once;
-    what is switched on stays, but for what the error was in: a rate or a gradient goes back to its own.
+    Its actions appear among the monitor's notes (console, run directory, TensorBoard, summary) and in
+    ``actions``.  If the loss is not computed through :meth:`loss`, the gradient at the head is projected
+    instead, which averts less (``tests/benchmarks/remedies/RESULTS.md``).  An error of its own is reported
+    once.  Then only the remedy that failed is undone.
 
-    For numeric slingshots first of all; the others are only met by a smaller learning rate, often too late to
-    avert them.  When not to use it: where a run has to be repeated from its seed alone.
+    It is made for numeric slingshots.  Against the others it only lowers the learning rate, often too late to
+    avert them.  When not to use it: if a run must be repeatable from its seed alone.
     """
 
     def __init__(self, policy: Policy | None = None, *, dry_run: bool = False) -> None:
@@ -75,24 +75,24 @@ class Autopilot:
         self.policy = policy or Policy()
         self.dry_run = dry_run
         self.actions: list[Action] = []
-        """Everything that was done, oldest first."""
+        """All actions so far, oldest first."""
         self.snapshot: Snapshot | None = None
-        """The state that was saved before an end was asked for; also written to the run directory."""
+        """The state that was saved when training should end; also written to the run directory."""
         self._monitor: Monitor | None = None
         self._take_off: Any = None
-        self._pending: Any = None  # completes the snapshot, once what moves after the step has moved
+        self._pending: Any = None  # completes the snapshot once schedulers and scalers have moved
         self._projection: Handle | None = None
         self._cooling: CoolDown | None = None
-        self._routed = False  # a loss has come through loss()
+        self._routed = False  # loss() has been called
         self._loaded = False
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._exchanged = ""  # "loss" or "projection", also where a dry run only says so
+        self._exchanged = ""  # "loss" or "projection", also in a dry run
         self._stopped = False
         self._raised = False
         self._firing: dict[str, Alert] = {}
-        self._taken: dict[str, dict[Rung, int]] = {}  # alert → what it was answered with, and when
+        self._taken: dict[str, dict[Rung, int]] = {}  # alert → rungs, each with its step
         self._hold = RateHold()
 
     # --- the user's side -----------------------------------------------------------------------------
@@ -106,9 +106,10 @@ class Autopilot:
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """``F.cross_entropy``, to the last bit; :func:`zero_sum_cross_entropy` once it has been exchanged.
+        """Return ``F.cross_entropy``, to the last bit, or :func:`zero_sum_cross_entropy` once that replaces
+        it.
 
-        Arguments, shapes, units and errors as for these two.
+        Arguments, shapes, units and errors as for these two functions.
         """
         self._routed = True
         options: dict[str, Any] = {
@@ -126,23 +127,23 @@ class Autopilot:
 
     @property
     def should_stop(self) -> bool:
-        """Whether nothing is left to be done: ask after each step, and leave the loop."""
+        """Whether training should end. Check it after each step, and leave the loop if it is true."""
         with self._guarded():
             self._complete()
         return self._stopped
 
     @property
     def swapped(self) -> bool:
-        """Whether :meth:`loss` is the repaired one by now."""
+        """Whether :meth:`loss` returns the repaired loss now."""
         return self._exchanged == "loss" and not self.dry_run
 
     @property
     def cooling(self) -> bool:
-        """Whether the learning rate is being held down."""
+        """Whether the learning rate is held low now."""
         return self._hold.held_since is not None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs, in plain types; beside ``monitor.state_dict()``."""
+        """Return what a resumed run needs besides ``monitor.state_dict()``, in plain types."""
         return {
             "exchanged": self._exchanged,
             "stopped": self._stopped,
@@ -156,9 +157,9 @@ class Autopilot:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` left off, before or after the monitor is made.
+        """Restore what :meth:`state_dict` returned, before or after the monitor is made.
 
-        Raises ValueError for a state of another kind.
+        Raises ValueError for another state.
         """
         if "taken" not in state or "exchanged" not in state:
             raise ValueError(
@@ -182,8 +183,9 @@ class Autopilot:
     # --- the monitor's side --------------------------------------------------------------------------
 
     def attach_monitor(self, monitor: Monitor) -> None:
-        """Called by the monitor whose ``on_alert`` this is. A new monitor is a new run, unless a state has
-        been loaded. Raises ValueError while another one is open."""
+        """Serve ``monitor``, which calls this when it is made. Forget earlier runs unless a state was loaded.
+
+        Raises ValueError while another monitor is open."""
         if self._monitor is not None and not self._monitor.closed:
             raise ValueError("This Autopilot serves an open monitor already: make one for each.")
         if not self._loaded:
@@ -193,13 +195,13 @@ class Autopilot:
         self._monitor = monitor
         if self._take_off is not None:
             self._take_off()
-        # Here and not at the first alert: that comes from inside a step.
+        # Here and not at the first alert: alerts come from inside a step.
         self._take_off = around_steps(monitor.optimizer, self._before_step, self._after_step)
         self._loaded = False
         self._take_up()
 
     def __call__(self, alert: Alert) -> None:
-        """Called by the monitor when an alert begins, changes or ends."""
+        """Act on an alert. The monitor calls this when an alert begins, changes or ends."""
         monitor = self._monitor
         if monitor is None:
             raise MonitorError(
@@ -218,12 +220,13 @@ class Autopilot:
             self._answer(alert, rung, monitor)
 
     def _guarded(self) -> AbstractContextManager[None]:
-        """An error in here is reported once, and training goes on; without a monitor nobody can report it."""
+        """Report an error inside the block once, and let training go on; without a monitor the error is
+        raised."""
         return nullcontext() if self._monitor is None else self._monitor.guarded("autopilot")
 
     @property
     def _told(self) -> Callable[[Exception], None]:
-        """For what stays switched on: it hears of errors, and keeps neither pilot nor monitor alive."""
+        """The error callback of remedies that stay on. It keeps neither Autopilot nor monitor alive."""
         pilot = weakref.ref(self)
 
         def told(error: Exception) -> None:
@@ -256,15 +259,16 @@ class Autopilot:
             raise AutopilotStop(f"{self.actions[-1].message} Catch AutopilotStop around the training loop.")
 
     def _watch(self, monitor: Monitor) -> None:
-        """Once a step: what goes on in spite of a remedy, and what may be taken back."""
+        """Once a step: go to the next rung if an alert goes on in spite of a remedy; end a cool-down that may
+        end."""
         step, tau = monitor.step, monitor.tau
-        if not self.dry_run:  # nothing was done, so that nothing has failed
+        if not self.dry_run:  # a dry run applies no remedy, so none can have failed
             patience = self.policy.patience_in_steps(tau)
             for alert in list(self._firing.values()):
                 taken = self._taken.get(alert.id, {})
                 last = max(taken, default=None)
                 since = alert.first_step if last is None else taken[last]
-                if alert.kind is AlertKind.SLINGSHOT:  # after a loss that was back for a while, anew
+                if alert.kind is AlertKind.SLINGSHOT:  # counted anew after each recovery of the loss
                     since = max(since, monitor.phases[-1][0])
                 if step - since >= patience:
                     rung = self.policy.next_rung(alert, last, monitor.phase)
@@ -287,7 +291,7 @@ class Autopilot:
     # --- the rungs -----------------------------------------------------------------------------------
 
     def _answer(self, alert: Alert, rung: Rung, monitor: Monitor, *, escalated: bool = False) -> None:
-        """One rung for one alert, once."""
+        """Apply ``rung`` for ``alert``, unless it has been applied."""
         taken = self._taken.setdefault(alert.id, {})
         if rung in taken:
             return
@@ -347,7 +351,7 @@ class Autopilot:
         self._act(monitor, "stop", alert.id, f"{why}training should end; {last.in_words}")
 
     def _complete(self) -> None:
-        """Schedulers and scalers move after the optimizer's step; their state belongs to the snapshot."""
+        """Complete the snapshot: schedulers and scalers move after the optimizer's step."""
         if REPLAY.step is not None:
             return
         pending, self._pending = self._pending, None
@@ -363,7 +367,7 @@ class Autopilot:
     # --- coming and going ----------------------------------------------------------------------------
 
     def _take_up(self) -> None:
-        """Switch on again what a loaded state says is on."""
+        """Apply the remedies again that were on in a loaded state."""
         monitor = self._monitor
         if monitor is None or self.dry_run:
             return
@@ -379,8 +383,7 @@ class Autopilot:
         self._projection, self._cooling = None, None
 
     def _retire(self, monitor: Monitor) -> None:
-        """The monitor was closed and training goes on: nobody watches, so the rate comes back, unless that
-        could be on this rank alone."""
+        """End the cool-down after the monitor was closed, unless it could end on this rank alone."""
         if self._cooling is None or monitor.may_act():
             if self._cooling is not None:
                 self._cooling.release()

@@ -1,4 +1,4 @@
-"""The snapshot with which the Autopilot ends a training."""
+"""Take the snapshot with which the Autopilot ends a training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class LastSnapshot(NamedTuple):
 
     @classmethod
     def of(cls, alert: Alert, monitor: Monitor) -> LastSnapshot:
-        """Take one now; after a slingshot or NaN, take the newest that was kept from before it."""
+        """Take a snapshot now; after a slingshot or NaN, use the newest that was kept from before it."""
         spoilt = alert.kind in (AlertKind.SLINGSHOT, AlertKind.NON_FINITE)
         earlier = [kept for kept in monitor.snapshots if kept.step < alert.first_step]
         snapshot: Snapshot | None = None
@@ -50,7 +50,8 @@ class LastSnapshot(NamedTuple):
 def _finished(
     snapshot: Snapshot, moves: tuple[Any, tuple[Any, ...]] | None, path: Path | None, monitor: Monitor
 ) -> Snapshot:
-    """The snapshot with what has moved since the step (None: it has that already), written to ``path``."""
+    """Return the snapshot with the state that ``moves`` has now (None: as it is), and write it to
+    ``path``."""
     with monitor.guarded("autopilot_snapshot"):
         if moves is not None:
             snapshot = snapshot.completed(*moves)

@@ -1,4 +1,4 @@
-"""How long the Autopilot holds the learning rate down, and when the rate may come back."""
+"""Decide how long the Autopilot keeps the learning rate low, and when the rate may come back."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 from nfi_monitor.remedies.policy import Policy
 
 RELAPSE = 10.0
-"""τ after a cool-down within which another one counts as its repetition and is held longer."""
+"""A cool-down that begins within so many τ after the last one lasts longer."""
 
 
 class RateHold:
-    """All steps are optimizer steps.
+    """One cool-down after the other. All steps are optimizer steps.
 
     Attributes:
         held_since: the step at which the rate was lowered; None while it is not.
@@ -39,7 +39,7 @@ class RateHold:
         return hold if self.held_since is None else None
 
     def may_end(self, step: int, tau: float, policy: Policy) -> bool:
-        """Whether the rate may come back, if no alert asks for a smaller one any more."""
+        """Whether the rate has been low long enough, provided that no alert asks for a low rate."""
         calm = round(policy.calm * tau)
         return step - self.calm_since >= calm and step >= self.held_for
 
