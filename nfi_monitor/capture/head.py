@@ -100,7 +100,7 @@ def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
     rivals = [name for name in linears if name != last and _same_input(linears, name, last)]
     if rivals:
         raise HeadNotFoundError(
-            _advice(f"{last!r} and {rivals[-1]!r} read the same features: which is the head?", linears)
+            _advice(f"has two layers that read the same features, {last!r} and {rivals[-1]!r}", linears)
         )
     after = list(modules)[list(modules).index(last) + 1 :]
     convolutions = [name for name in after if isinstance(modules[name], nn.modules.conv._ConvNd)]
@@ -169,8 +169,8 @@ def _advice(problem: str, linears: dict[str, nn.Module]) -> str:
     example = list(linears)[-1] if linears else "classifier"
     return (
         f"No classifier head: the model {problem}.\nLinear layers (last 8):\n{listing}\n"
-        f"Name it: Monitor(model, optimizer, head={example!r}), or pass the module itself. If the logits "
-        "are not a module's output, use head=False and logits = monitor.tap(logits)."
+        f"Name the head: Monitor(model, optimizer, head={example!r}), or pass the module itself. If no "
+        "module returns the logits, use head=False and logits = monitor.tap(logits)."
     )
 
 

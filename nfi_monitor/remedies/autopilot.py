@@ -205,7 +205,7 @@ class Autopilot:
         monitor = self._monitor
         if monitor is None:
             raise MonitorError(
-                "This Autopilot has no monitor. Give it to one itself, not a function that calls it: "
+                "This Autopilot has no monitor. Pass the Autopilot itself, not a function that calls it: "
                 "Monitor(model, optimizer, on_alert=autopilot)."
             )
         if monitor.closed or not monitor.may_act():  # what is told while it closes comes too late
@@ -297,7 +297,7 @@ class Autopilot:
             return
         taken[rung] = monitor.step
         do = {Rung.LOSS: self._exchange, Rung.COOL: self._cool, Rung.STOP: self._stop}[rung]
-        do(alert, monitor, "still firing: " if escalated else "")
+        do(alert, monitor, "the alert goes on; " if escalated else "")
 
     def _exchange(self, alert: Alert, monitor: Monitor, why: str) -> None:
         if self._exchanged:
@@ -309,13 +309,11 @@ class Autopilot:
         head = monitor.head
         if head is None or not monitor.sees_rows:
             lacking = (
-                "no head is known whose gradient could be projected"
+                "no head is known at which the gradient could be projected"
                 if head is None
-                else f"no gradient that could be projected comes to the output of {head.name}"
+                else f"no gradient reaches the output of {head.name}, where it could be projected"
             )
-            what = (
-                f"the loss cannot be exchanged, and {lacking}: compute it as autopilot.loss(logits, target)"
-            )
+            what = f"the loss cannot be replaced, and {lacking}: compute it as autopilot.loss(logits, target)"
             self._act(monitor, "nothing", alert.id, why + what)
             return
         self._exchanged = "projection"
@@ -328,7 +326,7 @@ class Autopilot:
         hold = self._hold.ask(monitor.step, monitor.tau, self.policy)
         if hold is None:
             return
-        what = f"{why}learning rate × {self.policy.factor:g} for {hold:,} steps or more"
+        what = f"{why}learning rate × {self.policy.factor:g} for at least {hold:,} steps"
         if not self.dry_run:
             self._hold.held_since = monitor.step
             self._cool_now(monitor)

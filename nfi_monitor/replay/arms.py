@@ -55,7 +55,7 @@ def _nudged(context: ArmContext) -> Iterator[None]:
 
 
 AS_IT_WAS = Arm(BASELINE, "nothing changed", lambda context: contextlib.nullcontext())
-NUDGED = Arm("nudged", "the weights moved by a part in a million: the control of the others", _nudged)
+NUDGED = Arm("nudged", "the weights moved by a part in a million: the control for the other arms", _nudged)
 FLOAT64_LOSS = Arm("float64_loss", "the loss in float64, parameters as they are", float64_loss)
 ZERO_SUM = Arm("zero_sum", "the logits' gradient projected to sum to zero over the classes", zero_sum)
 LARGER_EPS = larger_eps()
@@ -64,11 +64,11 @@ SECOND_MOMENT_RESET = Arm(
 )
 SECOND_MOMENT_HELD = Arm(
     "second_moment_held",
-    "exp_avg_sq given back what it had forgotten when the snapshot was taken, and falling no more",
+    "exp_avg_sq set to its value before it decayed, and kept from decaying",
     second_moment_held,
 )
 SMALLER_LR = smaller_lr()
-LR_HELD = Arm("lr_held", "the learning rate of the snapshot, whatever the schedule does", lr_held)
+LR_HELD = Arm("lr_held", "the learning rate held at that of the snapshot", lr_held)
 OTHER_DATA = Arm("other_data", "the batches of earlier steps, other random numbers", _other_data)
 
 ARMS = (

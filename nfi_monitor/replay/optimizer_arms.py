@@ -50,8 +50,8 @@ def second_moment_held(context: ArmContext) -> Iterator[None]:
     given_back = 10.0 ** (-2.0 * max(context.snapshot.second_moment_decay, -MOST_GIVEN_BACK))
     if given_back >= 4.0:
         context.note = (
-            f"the second moment was given back {given_back:.3g} times what was left of it, which shortens "
-            f"the next steps as a learning rate {given_back**0.5:.3g} times smaller would"
+            f"the second moment was set to {given_back:.3g} times its value in the snapshot, which shortens "
+            f"the next steps like a learning rate {given_back**0.5:.3g} times smaller"
         )
     with torch.no_grad():
         floors = [(moment, moment * given_back) for moment in _second_moments(context.optimizer)]

@@ -52,13 +52,19 @@ def _snapshot_before(slingshot: Alert | None, ring: RecentSnapshots, tau: float)
         early = [s for s in before if slingshot is None or s.step <= slingshot.first_step - round(2 * tau)]
         return early[-1] if early else before[0]
     if kept and slingshot is not None:
-        why = f"those kept are of steps {kept[0].step:,}–{kept[-1].step:,}, after the slingshot began"
+        why = (
+            f"those that the monitor kept are of steps {kept[0].step:,}–{kept[-1].step:,}, after the "
+            "slingshot began"
+        )
     elif ring.refused:
         why = ring.refused
     elif not ring.limit:
-        why = "the monitor was told to keep none"
+        why = "the monitor keeps none (snapshots=False or 0)"
     else:
-        why = "one is taken when an at-risk alert begins, and none has, or it failed (see monitor.notes)"
+        why = (
+            "the monitor takes one when an at-risk alert begins; none began, or the copy failed (see "
+            "monitor.notes)"
+        )
     raise MonitorError(
         f"No snapshot to replay from: {why}. Pass snapshots=<bytes> to Monitor (say snapshots=4 << 30), "
         "or take one yourself with Snapshot.take(step, model, optimizer, extras) and pass snapshot=."

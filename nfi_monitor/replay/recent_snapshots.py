@@ -117,9 +117,11 @@ class RecentSnapshots:
         tensors += [value for value in states if isinstance(value, Tensor)]
         elsewhere = {tensor.device.type for tensor in tensors} - {"cpu"}
         if elsewhere:
-            self.refused = f"the model is on {', '.join(sorted(elsewhere))}, where none is taken unasked"
+            self.refused = (
+                f"the model is on {', '.join(sorted(elsewhere))}, where snapshots='auto' takes none"
+            )
         elif size > CHEAP:
-            self.refused = f"one takes {size / 2**20:.0f} MiB, too much to be taken unasked"
+            self.refused = f"one takes {size / 2**20:.0f} MiB, more than snapshots='auto' takes"
         return None if self.refused else float(KEPT * CHEAP)
 
 

@@ -125,8 +125,8 @@ def replay(
     inner = unwrap(optimizer)
     if undated(inner):
         raise MonitorError(
-            "A cool_down(...) of this optimizer began while no monitor was open: how much of it was over in "
-            "the replayed steps is not known. undo() what it returned, and replay then."
+            "A cool_down(...) of this optimizer began while no monitor was open, so its rate in the replayed "
+            "steps is unknown. Call undo() on what it returned, then replay."
         )
     if beta2 is None:
         betas = OptimizerReader(inner, found).betas()
@@ -199,7 +199,7 @@ def _verdict(run: _Run, outcomes: dict[str, Outcome], extras: Sequence[Any]) -> 
         reasons.append(_not_reproduced(run.optimizer, extras))
     idle = [arm for arm in outcomes.values() if not arm.applied]
     if idle:
-        reasons.append(f"made no difference at all: {', '.join(arm_in_words(arm.arm) for arm in idle)}")
+        reasons.append(f"had no effect: {', '.join(arm_in_words(arm.arm) for arm in idle)}")
     return ReplayVerdict(step, outcomes, mechanism, tuple(reasons), reproduced)
 
 
@@ -239,7 +239,7 @@ def _try(arm: Arm, context: ArmContext, run: _Run) -> Outcome:
         raise MonitorError(
             f"The arm {arm.name!r} failed at step {start + len(losses) + 1}: {type(error).__name__}: "
             f"{error}. Everything is as it was before the replay. Leave that arm out with arms=[...], or "
-            "mend step_fn."
+            "correct step_fn."
         ) from error
     finally:
         steps.remove()
@@ -328,8 +328,8 @@ def _as_float32(value: float) -> float:
 
 def _not_reproduced(optimizer: torch.optim.Optimizer, extras: Sequence[Any]) -> str:
     text = (
-        "as it was, the losses are not those of the original run to the last bit: step_fn, its batches or "
-        "its random numbers differ from the run's"
+        "the unchanged arm does not give the original losses to the last bit: step_fn, its batches or its "
+        "random numbers differ from the run's"
     )
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
     if scheduled and not any(getattr(extra, "optimizer", None) is optimizer for extra in extras):

@@ -122,10 +122,10 @@ def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tu
     baseline = outcomes[BASELINE]
     if baseline.spiked_at is None:
         return Mechanism.UNKNOWN, [
-            f"it did not happen again: as it was, no slingshot in the {baseline.steps:,} steps after step "
-            f"{snapshot_step:,}"
+            f"the slingshot did not happen again: the unchanged run has none in the {baseline.steps:,} steps "
+            f"after step {snapshot_step:,}"
         ]
-    reasons = [f"as it was, the slingshot comes at step {baseline.spiked_at:,}"]
+    reasons = [f"unchanged, the run has the slingshot at step {baseline.spiked_at:,}"]
 
     def asked(*arms: str) -> list[str]:
         return [arm for arm in arms if arm in outcomes and outcomes[arm].applied]
@@ -137,14 +137,14 @@ def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tu
         # The control: if any change averts the slingshot, an arm without one is chance.
         return Mechanism.UNKNOWN, [
             *reasons,
-            "weights moved by a part in a million avert it as well: which arm is silent is chance. Replay "
-            "from an earlier snapshot, or look at several slingshots",
+            "moving the weights by a part in a million averts it as well, so the other arms prove nothing. "
+            "Replay from an earlier snapshot, or compare several slingshots",
         ]
     for arms, mechanism, why in _RULES:
         silent, failed = averted(*arms), [arm for arm in asked(*arms) if arm not in averted(*arms)]
         if silent == ["lr_held"] and baseline.rate_jump < JUMP:
             # In a warm-up the snapshot's rate is smaller than later ones: that averts nearly everything.
-            reasons.append("lr held averts it, but the rate only climbed: as a smaller rate would")
+            reasons.append("lr held averts it, but the rate only rose: a smaller rate would avert it, too")
             continue
         if silent:
             notes = [outcomes[arm].note for arm in silent if outcomes[arm].note]
@@ -154,7 +154,8 @@ def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tu
     lead = (baseline.spiked_at - snapshot_step) / tau
     if asked("float64_loss") and lead < FLOAT64_NEEDS:
         reasons.append(
-            f"the snapshot is {lead:.2g} τ before it: float64 may have come too late; replay an earlier one"
+            f"the snapshot is {lead:.2g} τ before the slingshot, so float64 may have come too late: replay "
+            "from an earlier one"
         )
     return Mechanism.UNKNOWN, [*reasons, "no arm that names a mechanism averts it"]
 
@@ -170,12 +171,12 @@ _RULES: tuple[tuple[tuple[str, ...], Mechanism, str], ...] = (
     (
         ("second_moment_held",),
         Mechanism.SECOND_MOMENT,
-        "a second moment that has let go of the gradient is the cause",
+        "a second moment that has decayed is the cause",
     ),
     (
         ("smaller_lr",),
         Mechanism.EDGE_OF_STABILITY,
-        "the learning rate is above what the curvature bears",
+        "the learning rate is too large for the curvature",
     ),
 )
 

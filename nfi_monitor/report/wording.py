@@ -196,7 +196,7 @@ def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
 
 
 def replay_in_words(verdict: ReplayVerdict) -> str:
-    """``numerical feature inflation: as it was, the slingshot comes at step 895; float64 loss averts …``"""
+    """``numerical feature inflation: unchanged, the run has the slingshot at step 895; …``"""
     said = f"{mechanism_name(verdict.mechanism)}: {'; '.join(verdict.reasons)}"
     return said + ("; reproduced to the last bit" if verdict.reproduced else "")
 

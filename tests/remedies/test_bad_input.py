@@ -102,7 +102,7 @@ def test_an_optimizer_without_what_a_remedy_changes_is_refused_and_left_alone() 
             ),
             (
                 lambda optimizer: remedies.experimental.clip_update_rms(optimizer),
-                "has no second moment to hold",
+                "has no second moment to compare",
             ),
         ):
             with pytest.raises(ValueError, match=message):

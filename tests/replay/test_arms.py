@@ -124,7 +124,7 @@ def test_the_second_moment_is_given_back_what_it_forgot_and_falls_in_no_coordina
         floors = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
         for floor, had in zip(floors, left, strict=True):
             torch.testing.assert_close(floor, 10.0 * had)  # half a decade of its root
-        assert "given back 10 times what was left of it" in context.note
+        assert "set to 10 times its value in the snapshot" in context.note
         for number in range(5):
             run.step(number)
             moments = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]

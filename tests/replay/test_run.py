@@ -64,7 +64,7 @@ def test_the_replay_of_the_run_as_it_was_is_the_run_to_the_last_bit() -> None:
     assert list(verdict.outcomes["as_it_was"].losses) == [run.losses[step] for step in range(21, 51)]
     assert verdict.mechanism is Mechanism.UNKNOWN
     assert verdict.reasons == (
-        "it did not happen again: as it was, no slingshot in the 30 steps after step 20",
+        "the slingshot did not happen again: the unchanged run has none in the 30 steps after step 20",
     )
 
 
@@ -232,7 +232,7 @@ def test_a_slingshot_of_rounding_is_averted_by_float64_and_by_the_zero_sum() -> 
     assert spiked["float64_loss"] is None and spiked["zero_sum"] is None and "larger_eps" in spiked
     assert verdict.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
     assert not verdict.outcomes["lr_held"].applied, "the rate was constant: holding it changes nothing"
-    assert "made no difference at all: lr held" in verdict.reasons
+    assert "had no effect: lr held" in verdict.reasons
     assert verdict.outcomes["float64_loss"].steps == detector.start - early.step + 40
 
 
@@ -462,7 +462,7 @@ def test_the_verdict_is_on_disk_and_in_the_report(tmp_path: Path, capsys: pytest
     for text in (said, printed):
         flat = " ".join(text.split())
         assert re.search("slingshot-1, from step 61 · monitor: .{5,40} · replay: mechanism not clear", flat)
-        assert "as it was, the slingshot comes at step 100" in flat
+        assert "unchanged, the run has the slingshot at step 100" in flat
         assert "as it was: step 100, smaller lr: no difference" in flat
         assert "the original losses were reproduced to the last bit" in flat
     assert "replays.jsonl: skipped 1 torn line" in printed and "cannot read: 'outcomes'" in printed
@@ -472,7 +472,9 @@ def test_the_verdict_is_on_disk_and_in_the_report(tmp_path: Path, capsys: pytest
 
 def test_without_a_snapshot_the_monitor_says_what_to_do() -> None:
     run, monitor = watched(30, snapshots=False)
-    with pytest.raises(MonitorError, match=r"told to keep none. Pass snapshots=<bytes> to Monitor"):
+    with pytest.raises(
+        MonitorError, match=r"keeps none \(snapshots=False or 0\). Pass snapshots=<bytes> to Monitor"
+    ):
         monitor.replay(run.step)
     with pytest.raises(MonitorError, match=r"needs a function, got Trainer.*HuggingFace Trainer"):
         monitor.replay(type("Trainer", (), {})())  # type: ignore[arg-type]
@@ -480,7 +482,7 @@ def test_without_a_snapshot_the_monitor_says_what_to_do() -> None:
     with pytest.raises(MonitorError, match=r"closed monitor .*nfi_monitor.replay.run.replay\(snapshot"):
         monitor.replay(run.step)
     run, monitor = watched(30)
-    with pytest.raises(MonitorError, match="when an at-risk alert begins, and none has"):
+    with pytest.raises(MonitorError, match="when an at-risk alert begins; none began"):
         monitor.replay(run.step)
     monitor.close()
 
@@ -491,7 +493,9 @@ def test_snapshots_only_after_the_slingshot_are_no_help_and_named() -> None:
     monitor._ring._kept.clear()
     monitor._ring.take(110, None)
     monitor._ring.complete()
-    with pytest.raises(MonitorError, match="those kept are of steps 110–110, after the slingshot began"):
+    with pytest.raises(
+        MonitorError, match="those that the monitor kept are of steps 110–110, after the slingshot began"
+    ):
         monitor.replay(run.step)
     monitor.close()
 

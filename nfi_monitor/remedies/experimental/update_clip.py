@@ -33,7 +33,7 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit!r}.")
     if not any("betas" in group for group in optimizer.param_groups):
-        raise ValueError(f"{type(optimizer).__name__} has no second moment to hold updates against.")
+        raise ValueError(f"{type(optimizer).__name__} has no second moment to compare updates with.")
     if optimizer in _CLIPPED:
         raise ValueError(
             f"The updates of this {type(optimizer).__name__} are clipped already: undo that first."
