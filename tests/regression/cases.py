@@ -104,7 +104,7 @@ def _resumed(out: Path) -> None:
             step(monitor, n)
         state, begin = json.dumps(monitor.state_dict()), end
         monitor.close()
-    dump(monitor, out, extra={"state": json.loads(state or "null")})
+    dump(monitor, out)
 
 
 def _gone_back(out: Path) -> None:

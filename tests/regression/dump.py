@@ -101,7 +101,6 @@ def recorded(path: Path, out: Path) -> None:
     info = {"tau": context.tau, "thresholds": limits.to_json()}
     _write(out / "report.json", [str(one) for one in explain_run(info, history, phases, detector.alerts, [])])
     _write(out / "summary.json", summarize(info, history, phases, detector.alerts, []))
-    _write(out / "state.json", detector.state_dict())
 
 
 def _explanation(explanation: Any) -> Any:

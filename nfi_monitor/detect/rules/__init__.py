@@ -1,1 +1,31 @@
-"""The rules: each owns its switch, its levels, its evidence, the mechanism it speaks for, advice and words."""
+"""The rules, in the order in which they are asked: a rule may depend on those before it.
+
+Each owns its switch, its levels, its evidence, the mechanism it speaks for, its advice, its words and its charts.
+To add one, write it into a file of this package and put it into :data:`RULES`; ``tests/detect/rules`` says what is
+missing.
+"""
+
+from __future__ import annotations
+
+from nfi_monitor.detect.rules.base import Level, Rule
+from nfi_monitor.detect.rules.non_finite import NonFinite
+from nfi_monitor.detect.rules.numeric import Absorbing, Imminent, Inflating
+from nfi_monitor.detect.rules.oscillation import Swinging
+from nfi_monitor.detect.rules.second_moment import Coasting, Kicking
+from nfi_monitor.types import AlertKind, Mechanism, Phase
+
+__all__ = ["PROVEN", "RULES", "Level", "Rule", "rule_of"]
+
+RULES: tuple[Rule, ...] = (
+    NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Kicking(), Swinging(),
+)  # fmt: skip
+
+PROVEN = frozenset(rule.mechanism for rule in RULES if rule.proves)
+"""Mechanisms that a rule sees at work. The others are inferred."""
+
+
+def rule_of(mechanism: Mechanism, kind: AlertKind, phase: Phase | None = None) -> Rule | None:
+    """Return the rule that has the most to say of an alert: of those of its mechanism with words for its kind, the
+    one of its phase, or else the first. None where no rule speaks for the mechanism."""
+    speaking = [rule for rule in RULES if rule.mechanism is mechanism and kind in rule.labels]
+    return next((rule for rule in speaking if rule.phase is phase), speaking[0] if speaking else None)

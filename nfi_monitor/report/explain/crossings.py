@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from nfi_monitor.detect.mechanism import FORGOTTEN, UNMOVED
+from nfi_monitor.detect.causes import FORGOTTEN, UNMOVED
 from nfi_monitor.report import wording
 from nfi_monitor.report.explain.explanation import Finding, Seen
 from nfi_monitor.report.explain.signal_history import FINITE, Series, SignalHistory

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from nfi_monitor.detect.detector import Context
 from nfi_monitor.detect.signals import Signals, felt_displacement
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
 from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase, Reading, Thresholds
 
@@ -46,7 +46,7 @@ class SignalHistory:
         history: History,
         phases: Sequence[tuple[int, Phase]],
         limits: Thresholds,
-        context: Context,
+        context: RunContext,
         notes: Sequence[Note],
     ) -> None:
         self.history, self.phases, self.notes = history, phases, notes
