@@ -14,11 +14,14 @@ from nfi_monitor.detect.rules.oscillation import Swinging
 from nfi_monitor.detect.rules.second_moment import Coasting, Kicking
 from nfi_monitor.types import AlertKind, Mechanism, Phase
 
-__all__ = ["PROVEN", "RULES", "Level", "Rule", "rule_of"]
+__all__ = ["LEVELS", "PROVEN", "RULES", "Level", "Rule", "first_evidence", "rule_of"]
 
 RULES: tuple[Rule, ...] = (
     NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Kicking(), Swinging(),
 )  # fmt: skip
+
+LEVELS: tuple[Level, ...] = tuple(level for rule in RULES for level in rule.levels)
+"""What the rules look at, in the order in which an explanation tells it."""
 
 PROVEN = frozenset(rule.mechanism for rule in RULES if rule.proves)
 """Mechanisms that a rule sees at work. The others are inferred."""
@@ -29,3 +32,12 @@ def rule_of(mechanism: Mechanism, kind: AlertKind, phase: Phase | None = None) -
     one of its phase, or else the first. None where no rule speaks for the mechanism."""
     speaking = [rule for rule in RULES if rule.mechanism is mechanism and kind in rule.labels]
     return next((rule for rule in speaking if rule.phase is phase), speaking[0] if speaking else None)
+
+
+def first_evidence(mechanism: Mechanism, kind: AlertKind) -> tuple[str, ...]:
+    """Return the quantities that an alert shows first: by a rule of its mechanism, for its kind if one says so."""
+    said = [rule.first_evidence for rule in RULES if rule.mechanism is mechanism and rule.first_evidence]
+    for of_kind in said:
+        if kind in of_kind:
+            return of_kind[kind]
+    return next(iter(said[0].values())) if said else ()
