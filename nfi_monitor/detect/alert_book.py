@@ -27,7 +27,9 @@ class Claim:
 
 
 class AlertBook:
-    """Keeps ``alerts``, oldest first, at most one of a kind firing. What happens to one goes into a judgement."""
+    """Keeps ``alerts``, oldest first, at most one of a kind firing. What happens to one goes into a
+    judgement.
+    """
 
     def __init__(self, writer: AlertWriter) -> None:
         self.alerts: list[Alert] = []
@@ -67,9 +69,8 @@ class AlertBook:
     def _developed(self, alert: Alert, claim: Claim, judgement: Judgement) -> Alert:
         """The alert as its event stands now.
 
-        Its best evidence names the cause: near the spike the signals of all mechanisms look alike.  Rounding, once
-        seen, is proven; the other mechanisms are inferred.
-        """
+        Its best evidence names the cause: near the spike the signals of all mechanisms look alike.
+        Rounding, once seen, is proven; the other mechanisms are inferred."""
         firmer = claim.confidence > alert.confidence or (
             claim.mechanism in PROVEN and alert.mechanism not in PROVEN
         )
@@ -108,7 +109,9 @@ class AlertBook:
         judgement.changes.append((Change.BEGIN, alert))
 
     def end(self, kind: AlertKind, step: int, judgement: Judgement, *renewed: str) -> None:
-        """End the alert of this kind, if one fires, at ``step``; its evidence of ``renewed`` is that of now."""
+        """End the alert of this kind, if one fires, at ``step``; its evidence of ``renewed`` is that of
+        now.
+        """
         index = self._firing.pop(kind, None)
         if index is None:
             return

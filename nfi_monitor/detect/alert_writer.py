@@ -25,7 +25,9 @@ class AlertWriter:
         return self._now.context.layer, self._now.context.rank
 
     def evidence(self, kind: AlertKind) -> dict[str, Evidence]:
-        """Every rule's signals against their usual levels; of the rules that are on, against those they asked for."""
+        """Every rule's signals against their usual levels; of the rules that are on, against those they
+        asked for.
+        """
         now = self._now
         for rule in RULES:
             if rule.anytime and kind in rule.holds:
@@ -45,7 +47,9 @@ class AlertWriter:
         return finite(items)
 
     def renewed(self, alert: Alert) -> dict[str, Evidence]:
-        """The evidence of an alert that goes on. The threshold with which it began is kept, where that is lower."""
+        """The evidence of an alert that goes on. The threshold with which it began is kept, where that is
+        lower.
+        """
         new = self.evidence(alert.kind)
         for name in _LASTING & new.keys() & alert.evidence.keys():
             levels = (new[name].threshold, alert.evidence[name].threshold)
@@ -53,7 +57,9 @@ class AlertWriter:
         return new
 
     def forecast(self, kind: AlertKind, mechanism: Mechanism) -> tuple[int, int, int] | None:
-        """(low, median, high) steps left, of the first rule of the mechanism that is on and gives a number."""
+        """(low, median, high) steps left, of the first rule of the mechanism that is on and gives a
+        number.
+        """
         if kind not in (AlertKind.AT_RISK, AlertKind.IMMINENT):
             return None
         for rule in RULES:

@@ -24,8 +24,9 @@ all gradients so far, and holding it averted nothing (0 of 3 replayed)."""
 JUMP = 3.0
 """Factor by which the learning rate leaves its own average in a step: no schedule that warms up does."""
 UNMOVED = 1.5
-"""Largest ratio of an ordinary update's RMS to its own average. After such an update it was not the weights that
-made the loss rise."""
+"""Largest ratio of an ordinary update's RMS to its own average. After such an update it was not the weights
+that made the loss rise.
+"""
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,9 @@ class Causes:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Causes:
-        """The inverse of :meth:`state_dict`; also reads what version 0.1 saved, which kept a flag for each rule."""
+        """The inverse of :meth:`state_dict`; also reads what version 0.1 saved, which kept a flag for each
+        rule.
+        """
         values = {"gone": False, "step": 0, **state}
         flags = {"kicked": "kicking", "coasting": "coasting", "swinging": "swinging"}
         on = [rule for flag, rule in flags.items() if values.pop(flag, False)]

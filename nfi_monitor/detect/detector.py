@@ -1,8 +1,8 @@
 """The state machine: readings in, phase and alerts out.
 
-The detector smooths a reading into signals, asks every rule of :data:`~nfi_monitor.detect.rules.RULES` whether it
-is on, and lets the alert book begin, hold and end alerts.  Whether a slingshot is under way it sees in the loss.
-"""
+The detector smooths a reading into signals, asks every rule of :data:`~nfi_monitor.detect.rules.RULES`
+whether it is on, and lets the alert book begin, hold and end alerts.  Whether a slingshot is under way it
+sees in the loss."""
 
 from __future__ import annotations
 
@@ -149,8 +149,9 @@ class Detector:
         return judgement
 
     def _loss_of(self, reading: Reading) -> float:
-        """The loss to judge. Once the user reports a loss, never fall back to the head's own: penalties and weights
-        make the two differ."""
+        """The loss to judge. Once the user reports a loss, never fall back to the head's own: penalties and
+        weights make the two differ.
+        """
         self._loss_reported = self._loss_reported or "loss" in reading.values
         loss = reading.get("loss")
         self.is_unusual(reading.step, loss)
@@ -272,7 +273,9 @@ class Detector:
         self._causes = Causes.from_state(state["causes"])
 
     def _load_switch(self, rule: Rule, saved: Mapping[str, Any]) -> None:
-        """A rule that the checkpoint does not know begins switched off, unless an alert that it alone holds fires."""
+        """A rule that the checkpoint does not know begins switched off, unless an alert that it alone holds
+        fires.
+        """
         switch = self._switches[rule.name]
         known = saved.get(rule.name, saved.get(f"_{rule.name}"))  # version 0.1 wrote an underscore
         if known is not None:

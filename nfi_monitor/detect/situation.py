@@ -63,7 +63,9 @@ class Situation:
 
     @property
     def gone(self) -> bool:
-        """Whether within the last τ there was next to no gradient, on a second moment that had learned one."""
+        """Whether within the last τ there was next to no gradient, on a second moment that had learned
+        one.
+        """
         step, tau = self.signals.last_step, self.context.tau
         return step >= LEARNED * tau and step - self.signals.gone_at <= tau
 
@@ -78,7 +80,8 @@ class Situation:
         return bool(self.signals.curvature_peak >= self.limits.kick_curvature * self.context.stability_limit)
 
     def pulled(self, step: int) -> bool:
-        """Whether decoupled decay moves the weights on a second moment that has had the time to learn a gradient.
+        """Whether decoupled decay moves the weights on a second moment that has had the time to learn a
+        gradient.
 
         In its first steps a bias-corrected second moment is an average over a moving target, no memory.
         """

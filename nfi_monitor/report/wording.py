@@ -45,7 +45,7 @@ _LABELS = {
     "logit_displacement_rms": "logit displacement δ (RMS)",
 }
 
-_MECHANISMS = {
+MECHANISM_NAMES = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
     Mechanism.SECOND_MOMENT: "decayed second moment",
     Mechanism.EDGE_OF_STABILITY: "edge of stability",
@@ -134,7 +134,7 @@ def _what(alert: Alert) -> str:
 
 def mechanism_in_words(alert: Alert) -> str:
     """``numerical feature inflation (confidence 82%)``; no number where no mechanism is named."""
-    words = _MECHANISMS[alert.mechanism]
+    words = MECHANISM_NAMES[alert.mechanism]
     if alert.mechanism is Mechanism.UNKNOWN:
         return words
     return f"{words} (confidence {100 * alert.confidence:.0f}%)"
@@ -142,7 +142,7 @@ def mechanism_in_words(alert: Alert) -> str:
 
 def mechanism_name(mechanism: Mechanism) -> str:
     """The mechanism without its confidence."""
-    return _MECHANISMS[mechanism]
+    return MECHANISM_NAMES[mechanism]
 
 
 def one_evidence_in_words(name: str, item: Evidence) -> str:

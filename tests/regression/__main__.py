@@ -1,13 +1,12 @@
 """Write down everything that the monitor says of a fixed set of trainings, and compare two such records.
 
     python -m tests.regression record OUT                       # all live cases (some minutes), into OUT
-    python -m tests.regression record OUT --recordings runs/detection    # and the proving ground's recorded runs
-    python -m tests.regression record OUT --only division resumed
-    python -m tests.regression compare BEFORE AFTER             # exit code 1, and where, if they differ
+    python -m tests.regression record OUT --recordings runs/detection    # and the proving ground's recorded
+    runs python -m tests.regression record OUT --only division resumed python -m tests.regression compare
+    BEFORE AFTER             # exit code 1, and where, if they differ
 
-For a change that may only move code: record before it, record after it, compare.  Both records have to come from
-one machine: rounding differs between processors, and so do the trainings.
-"""
+For a change that may only move code: record before it, record after it, compare.  Both records have to come
+from one machine: rounding differs between processors, and so do the trainings."""
 
 from __future__ import annotations
 

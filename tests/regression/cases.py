@@ -1,7 +1,7 @@
 """The trainings that are written down: each is ``case(out)`` and leaves plain files in the directory ``out``.
 
-No case may depend on the clock: the interval between readings follows from τ alone (``overhead_budget=None``).
-"""
+No case may depend on the clock: the interval between readings follows from τ alone
+(``overhead_budget=None``)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Write down what a monitor, or a detector that is fed recorded readings, has said: plain files, no clock in them."""
+"""Write down what a monitor, or a detector that is fed recorded readings, has said: plain files, no clock
+in them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _OF_THE_DAY = ("nfi_monitor", "torch", "overhead", "run_dir", "version")
 
 
 def stop_the_clock() -> None:
-    """Readings follow from τ alone, and each is written to TensorBoard, also where an example makes the monitor."""
+    """Readings follow from τ alone, and each is written to TensorBoard, also where an example makes the
+    monitor.
+    """
     TensorBoardSink.__init__.__defaults__ = (0.0, *(TensorBoardSink.__init__.__defaults__ or ())[1:])
     for module, name in (("nfi_monitor.engine.schedule", "Schedule"), ("nfi_monitor.cadence", "Clock")):
         try:

@@ -1,9 +1,8 @@
 """The rules, in the order in which they are asked: a rule may depend on those before it.
 
-Each owns its switch, its levels, its evidence, the mechanism it speaks for, its advice, its words and its charts.
-To add one, write it into a file of this package and put it into :data:`RULES`; ``tests/detect/rules`` says what is
-missing.
-"""
+Each owns its switch, its levels, its evidence, the mechanism it speaks for, its advice, its words and its
+charts. To add one, write it into a file of this package and put it into :data:`RULES`;
+``tests/detect/rules`` says what is missing."""
 
 from __future__ import annotations
 
@@ -28,14 +27,17 @@ PROVEN = frozenset(rule.mechanism for rule in RULES if rule.proves)
 
 
 def rule_of(mechanism: Mechanism, kind: AlertKind, phase: Phase | None = None) -> Rule | None:
-    """Return the rule that has the most to say of an alert: of those of its mechanism with words for its kind, the
-    one of its phase, or else the first. None where no rule speaks for the mechanism."""
+    """Return the rule that has the most to say of an alert: of those of its mechanism with words for its
+    kind, the one of its phase, or else the first. None where no rule speaks for the mechanism.
+    """
     speaking = [rule for rule in RULES if rule.mechanism is mechanism and kind in rule.labels]
     return next((rule for rule in speaking if rule.phase is phase), speaking[0] if speaking else None)
 
 
 def first_evidence(mechanism: Mechanism, kind: AlertKind) -> tuple[str, ...]:
-    """Return the quantities that an alert shows first: by a rule of its mechanism, for its kind if one says so."""
+    """Return the quantities that an alert shows first: by a rule of its mechanism, for its kind if one says
+    so.
+    """
     said = [rule.first_evidence for rule in RULES if rule.mechanism is mechanism and rule.first_evidence]
     for of_kind in said:
         if kind in of_kind:

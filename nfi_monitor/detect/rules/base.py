@@ -19,8 +19,8 @@ Limit = Callable[[Thresholds, RunContext], float]
 class Level:
     """A signal, and the level at which a rule takes it for a sign: what an explanation looks for.
 
-    ``enter`` is where the sign begins; ``leave(limits, level)`` where it ends, from the level that it began at.
-    """
+    ``enter`` is where the sign begins; ``leave(limits, level)`` where it ends, from the level that it began
+    at."""
 
     signal: str
     """Its name in an explanation's series."""
@@ -37,7 +37,9 @@ class Level:
     below: bool = False
     """Whether low values are the sign."""
     lowered: bool = False
-    """Whether the rule asks for less in some states: the alert's evidence has the level that it was raised by."""
+    """Whether the rule asks for less in some states: the alert's evidence has the level that it was raised
+    by.
+    """
     keeps_lowest: bool = False
     """Whether an alert keeps the lowest level of its whole life, though the rule may ask for more by now."""
     others_up_to: Limit | None = None
@@ -51,9 +53,8 @@ class Level:
 class Rule:
     """One rule. It has no state of its own: the detector keeps its switch.
 
-    A rule is asked at each full reading, and between slingshots only (unless ``anytime``).  While it is on, it holds
-    the alerts ``holds`` with at least the severity given there.
-    """
+    A rule is asked at each full reading, and between slingshots only (unless ``anytime``).  While it is on,
+    it holds the alerts ``holds`` with at least the severity given there."""
 
     name: ClassVar[str]
     """Of its switch, in checkpoints and for other rules."""
@@ -78,6 +79,11 @@ class Rule:
     confidence: ClassVar[float] = 0.7
     """In its mechanism, where nothing else is known."""
 
+    @property
+    def looks_at(self) -> tuple[str, ...]:
+        """The measured quantities that it decides on."""
+        return tuple(dict.fromkeys(name for level in self.levels for name in level.made_of))
+
     def enter(self, now: Situation) -> bool:
         """Whether to switch on."""
         raise NotImplementedError
@@ -87,7 +93,9 @@ class Rule:
         raise NotImplementedError
 
     def nears(self, now: Situation) -> bool:
-        """Whether its signals are half way to switching on: every step is read then, or it would be seen late."""
+        """Whether its signals are half way to switching on: every step is read then, or it would be seen
+        late.
+        """
         return False
 
     def severity(self, kind: AlertKind, now: Situation) -> Severity:

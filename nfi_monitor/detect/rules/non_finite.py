@@ -27,6 +27,10 @@ class NonFinite(Rule):
     anytime = True
     confidence = 0.0
 
+    @property
+    def looks_at(self) -> tuple[str, ...]:
+        return ("loss", "non_finite_gradients", "weight_norm")
+
     def enter(self, now: Situation) -> bool:
         return spoilt(now.reading) or not math.isfinite(now.reading.get("loss", 0.0))
 
@@ -39,6 +43,5 @@ class NonFinite(Rule):
         return Severity.CRITICAL if spoilt(now.reading) else Severity.WARNING
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
-        values = now.reading.values
-        levels = (("loss", None), ("non_finite_gradients", 0.0), ("weight_norm", None))
-        return {name: Evidence(values[name], level) for name, level in levels if name in values}
+        values, levels = now.reading.values, {"non_finite_gradients": 0.0}
+        return {name: Evidence(values[name], levels.get(name)) for name in self.looks_at if name in values}

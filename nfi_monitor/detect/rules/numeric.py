@@ -1,8 +1,7 @@
 """Numerical feature inflation in three stages: absorbing, inflating, imminent (Liu et al. 2026).
 
-Absorbing: rounding breaks the zero-sum of the rows' gradients.  Inflating: and the feature mean grows (Theorem 3.7).
-Imminent: and updates move the logits by a good part of a nat within a twentieth of τ.
-"""
+Absorbing: rounding breaks the zero-sum of the rows' gradients.  Inflating: and the feature mean grows
+(Theorem 3.7). Imminent: and updates move the logits by a good part of a nat within a twentieth of τ."""
 
 from __future__ import annotations
 
@@ -179,9 +178,8 @@ def displacing(now: Situation) -> bool:
 def swelling(now: Situation) -> bool:
     """Whether the layers below the head move the logits more and more.
 
-    Behind a LayerNorm the head hardly moves: what grows is what those layers do.  Between minibatches the mean row
-    moves by itself; so the movement has to have grown, not only to be there.
-    """
+    Behind a LayerNorm the head hardly moves: what grows is what those layers do.  Between minibatches the
+    mean row moves by itself; so the movement has to have grown, not only to be there."""
     signals, limits = now.signals, now.limits
     held = 0.25 if now.on(Imminent.name) else 1.0
     return signals.swing >= held * limits.imminent_exit and signals.swell >= held * limits.imminent_swell

@@ -1,8 +1,8 @@
-"""Edge of stability: the optimizer overshoots from wall to wall, further each time (Cohen et al. 2022; Bai et al. 2025).
+"""Edge of stability: the optimizer overshoots from wall to wall, further each time (Cohen et al. 2022; Bai
+et al. 2025).
 
-Successive gradients oppose each other, the curvature along the update is no longer small, and the layers below the
-head swing the logits by a good part of a nat.  Noise of minibatches opposes nothing.
-"""
+Successive gradients oppose each other, the curvature along the update is no longer small, and the layers
+below the head swing the logits by a good part of a nat.  Noise of minibatches opposes nothing."""
 
 from __future__ import annotations
 

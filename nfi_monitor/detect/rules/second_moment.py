@@ -1,9 +1,9 @@
 """Second-moment slingshots: coasting, then a kick (W. Wu 2024, section 2.1; Wortsman et al. 2023).
 
-Coasting: the gradient is gone (RMS_t far below 1), the second moment is letting go of it, and decoupled weight
-decay alone moves the weights, towards the place where the gradient comes back.  Kicking: RMS_t above 2.3 on a second
-moment that had let go, and the features move.  Where rows absorb, RMS_t tells the same story later.
-"""
+Coasting: the gradient is gone (RMS_t far below 1), the second moment is letting go of it, and decoupled
+weight decay alone moves the weights, towards the place where the gradient comes back.  Kicking: RMS_t above
+2.3 on a second moment that had let go, and the features move.  Where rows absorb, RMS_t tells the same
+story later."""
 
 from __future__ import annotations
 
@@ -136,7 +136,8 @@ class Kicking(Rule):
         signals, claimed = now.signals, {}
         if now.forgotten:
             claimed["rms_t_max"] = Evidence(signals.rms_t_peak, self._level(now), signals.rms_t_mean)
-        # An oscillation asks for less curvature than a kick does: its level is the one that was crossed first.
+        # An oscillation asks for less curvature than a kick does: its level is the one that was crossed
+        # first.
         if now.steep and not now.on("swinging"):
             share = now.limits.kick_curvature * now.context.stability_limit
             claimed["secant_curvature"] = Evidence(signals.curvature_peak, share)
@@ -154,9 +155,8 @@ class Kicking(Rule):
 def kick_or_swing(causes: Causes, confidence: float) -> tuple[Mechanism, float]:
     """Tell a kick from a swing by what came before them.
 
-    In the last steps both look alike: a kick is thrown back and forth, a swing refills the second moment.  Only a
-    vanished gradient makes the second moment's decay meaningful.
-    """
+    In the last steps both look alike: a kick is thrown back and forth, a swing refills the second moment.
+    Only a vanished gradient makes the second moment's decay meaningful."""
     if causes.forgotten and causes.gone:
         return Mechanism.SECOND_MOMENT, 0.9
     return Mechanism.EDGE_OF_STABILITY, confidence

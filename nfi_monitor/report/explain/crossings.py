@@ -69,8 +69,9 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 
 
 def _levels(alert: Alert, record: SignalHistory) -> list[_Held]:
-    """What the signals are held against. A rule may ask for less in some states: then the alert's evidence has the
-    level that it was raised by."""
+    """What the signals are held against. A rule may ask for less in some states: then the alert's evidence
+    has the level that it was raised by.
+    """
     held = []
     for level in LEVELS:
         enter = level.enter(record.limits, record.context)

@@ -40,7 +40,9 @@ HINGE = RunContext(beta2=0.999, decoupled_decay=True, no_classes=True)
 class Run:
     """A detector's run over readings, recorded as a monitor records it."""
 
-    def __init__(self, readings: Iterable[Reading], context: RunContext, notes: tuple[Note, ...] = ()) -> None:
+    def __init__(
+        self, readings: Iterable[Reading], context: RunContext, notes: tuple[Note, ...] = ()
+    ) -> None:
         self.context, self.notes = context, notes
         self.history, self.phases = History(), [(0, Phase.HEALTHY)]
         detector = Detector(None, context)
