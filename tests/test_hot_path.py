@@ -23,7 +23,7 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.sampling import CoordinateSample
 from nfi_monitor.measure.sharded.step import head_parts, step_parts
-from tests.measure.test_shards import SHAPES, D, update_of
+from tests.measure.sharded.test_step import SHAPES, D, update_of
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
 """Operations; those of a CPU tensor that only fetch it dispatch none, and are seen as calls."""
