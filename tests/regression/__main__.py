@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from joblib import Parallel, delayed
 
+from tests.regression import golden
 from tests.regression.cases import CASES, recordings
 from tests.regression.dump import finish, stop_the_clock
 
@@ -85,7 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     comparing.add_argument("--only", nargs="+", metavar="CASE")
+    commands.add_parser("golden")
     args = parser.parse_args(argv)
+    if args.command == "golden":
+        golden.write()
+        return 0
     if args.command == "compare":
         return compare(args.before, args.after, args.only)
     return record(args.out.resolve(), args.only, args.recordings, args.jobs)

@@ -139,7 +139,7 @@ def _told(item: Any) -> Any:
         return item
     text = item.decode("utf-8", "replace")
     try:
-        return _today(json.loads(text))
+        return plain(json.loads(text))
     except ValueError:
         return [
             line
@@ -148,12 +148,12 @@ def _told(item: Any) -> Any:
         ]
 
 
-def _today(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Without the keys of the day; what is not finite as text, so that the file stays JSON."""
     if isinstance(value, Mapping):
-        return {str(key): _today(item) for key, item in value.items() if key not in _OF_THE_DAY}
+        return {str(key): plain(item) for key, item in value.items() if key not in _OF_THE_DAY}
     if isinstance(value, (list, tuple)):
-        return [_today(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value
@@ -161,4 +161,4 @@ def _today(value: Any) -> Any:
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_today(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

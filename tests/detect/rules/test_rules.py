@@ -96,7 +96,7 @@ def demand_words(rule: Rule) -> None:
         assert (found := rule_of(rule.mechanism, alert.kind, rule.phase)) is not None
         if not rule.anytime:
             assert found.labels[alert.kind] in wording.headline(alert)
-            assert list(wording.ordered_evidence(alert))[0] in first_evidence(rule.mechanism, alert.kind)
+            assert next(iter(wording.ordered_evidence(alert))) in first_evidence(rule.mechanism, alert.kind)
     assert rule.mechanism in wording.MECHANISM_NAMES
 
 
