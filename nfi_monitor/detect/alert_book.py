@@ -16,7 +16,7 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Claim:
-    """What the detector has found: an alert of this kind has to fire."""
+    """A demand of the detector: an alert of this kind has to fire."""
 
     kind: AlertKind
     severity: Severity
@@ -27,8 +27,9 @@ class Claim:
 
 
 class AlertBook:
-    """Keeps ``alerts``, oldest first, at most one of a kind firing. What happens to one goes into a
-    judgement.
+    """Keep ``alerts``, oldest first: of each kind at most one fires.
+
+    Whatever happens to an alert is added to the judgement that is passed in.
     """
 
     def __init__(self, writer: AlertWriter) -> None:
@@ -67,10 +68,11 @@ class AlertBook:
         self.alerts[self._firing[claim.kind]] = new
 
     def _developed(self, alert: Alert, claim: Claim, judgement: Judgement) -> Alert:
-        """The alert as its event stands now.
+        """Return the alert as its event stands now.
 
-        Its best evidence names the cause: near the spike the signals of all mechanisms look alike.
-        Rounding, once seen, is proven; the other mechanisms are inferred."""
+        The best evidence so far names the cause, because near the spike all mechanisms look alike.  Rounding
+        that was seen is proven; the other mechanisms are inferred.
+        """
         firmer = claim.confidence > alert.confidence or (
             claim.mechanism in PROVEN and alert.mechanism not in PROVEN
         )
@@ -109,8 +111,9 @@ class AlertBook:
         judgement.changes.append((Change.BEGIN, alert))
 
     def end(self, kind: AlertKind, step: int, judgement: Judgement, *renewed: str) -> None:
-        """End the alert of this kind, if one fires, at ``step``; its evidence of ``renewed`` is that of
-        now.
+        """End the alert of this kind at ``step``, if one fires.
+
+        ``renewed``: quantities whose evidence is read again at the end.
         """
         index = self._firing.pop(kind, None)
         if index is None:

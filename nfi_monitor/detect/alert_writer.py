@@ -14,19 +14,21 @@ _LASTING = {level.quantity for rule in RULES for level in rule.levels if level.k
 
 
 class AlertWriter:
-    """Reads the detector's situation as it is when an alert begins or goes on."""
+    """Write the parts of an alert from the detector's situation."""
 
     def __init__(self, now: Situation) -> None:
         self._now = now
 
     @property
     def origin(self) -> tuple[str | None, int]:
-        """(layer, rank) that an alert speaks of."""
+        """The (layer, rank) that an alert is about."""
         return self._now.context.layer, self._now.context.rank
 
     def evidence(self, kind: AlertKind) -> dict[str, Evidence]:
-        """Every rule's signals against their usual levels; of the rules that are on, against those they
-        asked for.
+        """Return what an alert of ``kind`` rests on, quantity by quantity.
+
+        Every rule's signals stand beside their usual levels.  A rule that is on replaces them by the levels
+        that it asked for.
         """
         now = self._now
         for rule in RULES:
@@ -47,8 +49,9 @@ class AlertWriter:
         return finite(items)
 
     def renewed(self, alert: Alert) -> dict[str, Evidence]:
-        """The evidence of an alert that goes on. The threshold with which it began is kept, where that is
-        lower.
+        """Return the evidence of an alert that goes on.
+
+        Where the alert began with a lower threshold, that threshold is kept.
         """
         new = self.evidence(alert.kind)
         for name in _LASTING & new.keys() & alert.evidence.keys():
@@ -57,8 +60,9 @@ class AlertWriter:
         return new
 
     def forecast(self, kind: AlertKind, mechanism: Mechanism) -> tuple[int, int, int] | None:
-        """(low, median, high) steps left, of the first rule of the mechanism that is on and gives a
-        number.
+        """Return (low, median, high) steps left, or None where no rule gives a number.
+
+        Asked are the rules of the mechanism that are on, in their order.
         """
         if kind not in (AlertKind.AT_RISK, AlertKind.IMMINENT):
             return None
@@ -70,5 +74,5 @@ class AlertWriter:
         return None
 
     def advice(self, kind: AlertKind, mechanism: Mechanism, severity: Severity) -> tuple[str, ...]:
-        """What to do, in the order to try it."""
+        """Return what to do, in the order to try it."""
         return advice_for(kind, mechanism, self._now.context.tau, severity)

@@ -51,14 +51,12 @@ class Causes:
         return self.decay <= FORGOTTEN
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types."""
+        """Return plain types."""
         return asdict(self) | {"on": list(self.on)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Causes:
-        """The inverse of :meth:`state_dict`; also reads what version 0.1 saved, which kept a flag for each
-        rule.
-        """
+        """Read what :meth:`state_dict` returned, or what version 0.1 saved: it kept a flag for each rule."""
         values = {"gone": False, "step": 0, **state}
         flags = {"kicked": "kicking", "coasting": "coasting", "swinging": "swinging"}
         on = [rule for flag, rule in flags.items() if values.pop(flag, False)]

@@ -1,8 +1,9 @@
 """The state machine: readings in, phase and alerts out.
 
-The detector smooths a reading into signals, asks every rule of :data:`~nfi_monitor.detect.rules.RULES`
-whether it is on, and lets the alert book begin, hold and end alerts.  Whether a slingshot is under way it
-sees in the loss."""
+The detector smooths a reading into signals.  It asks every rule of
+:data:`~nfi_monitor.detect.rules.RULES` whether the rule is on.  The alert book begins, holds and ends alerts.
+Whether a slingshot is under way follows from the loss (:mod:`~nfi_monitor.detect.spike`).
+"""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ _WARNINGS = (AlertKind.AT_RISK, AlertKind.IMMINENT)
 
 
 class Attention(Enum):
-    """How closely the detector wants to look."""
+    """How many of the next steps the detector wants to read."""
 
     RARELY = "rarely"
     OFTEN = "often"
@@ -39,7 +40,9 @@ class Attention(Enum):
 
 
 class Detector:
-    """Feed it readings in the order of their steps; ask ``phase`` and ``alerts``."""
+    """Judge readings, which must come in the order of their steps. ``phase`` and ``alerts`` are the
+    result.
+    """
 
     def __init__(self, thresholds: Thresholds | None = None, context: RunContext | None = None) -> None:
         self.limits = thresholds or Thresholds()
@@ -100,19 +103,19 @@ class Detector:
 
     @property
     def at_risk(self) -> bool:
-        """Whether something that precedes a slingshot is there now, and no slingshot."""
+        """Whether an *at risk* or *imminent* alert fires."""
         return any(self._book.firing(kind) is not None for kind in _WARNINGS)
 
     # --- judging ---------------------------------------------------------------------------------------
 
     def is_unusual(self, step: int, loss: float) -> bool:
-        """Take note of a loss as soon as it is known; return whether it calls for closer attention."""
+        """Record a loss as soon as it is known; return whether it calls for closer attention."""
         return self.loss_watch.update(step, loss, self.limits)
 
     def absorb_ordinary_loss(self, step: int, loss: float) -> bool:
-        """Take in a loss that begins nothing, and that :meth:`is_unusual` has seen.
+        """Add an ordinary loss, which :meth:`is_unusual` has seen, to the running average.
 
-        Returns False for a loss that :meth:`update` has to judge; it was not taken in.
+        Returns False, and adds nothing, for a loss that :meth:`update` has to judge.
         """
         if not 0.0 <= loss < self.spike.usual_below(self.limits):
             return False
@@ -149,8 +152,10 @@ class Detector:
         return judgement
 
     def _loss_of(self, reading: Reading) -> float:
-        """The loss to judge. Once the user reports a loss, never fall back to the head's own: penalties and
-        weights make the two differ.
+        """Return the loss to judge: the reported one, or else the one recovered at the head.
+
+        Once the user reports a loss, never fall back to the head's own.  Penalties and class weights make the
+        two differ.
         """
         self._loss_reported = self._loss_reported or "loss" in reading.values
         loss = reading.get("loss")
@@ -160,7 +165,7 @@ class Detector:
         return loss
 
     def _ask_anytime(self, rule: Rule, judgement: Judgement) -> None:
-        """Ask a rule that is about single readings: its alerts are held by what this reading shows."""
+        """Ask a rule that judges single readings, and hold or end its alerts."""
         now, step = self._now, self._now.step
         shown = rule.enter(now)
         on = self._switches[rule.name].update(step, shown, rule.stay(now))
@@ -273,9 +278,10 @@ class Detector:
         self._causes = Causes.from_state(state["causes"])
 
     def _load_switch(self, rule: Rule, saved: Mapping[str, Any]) -> None:
-        """A rule that the checkpoint does not know begins switched off, unless an alert that it alone holds
-        fires.
-        """
+        """Load the switch of one rule.
+
+        A rule that the checkpoint does not know begins switched off, unless an alert fires that only this
+        rule holds."""
         switch = self._switches[rule.name]
         known = saved.get(rule.name, saved.get(f"_{rule.name}"))  # version 0.1 wrote an underscore
         if known is not None:

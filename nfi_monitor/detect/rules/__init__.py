@@ -1,8 +1,8 @@
-"""The rules, in the order in which they are asked: a rule may depend on those before it.
+"""The rules, in the order in which the detector asks them: a rule may depend on those before it.
 
-Each owns its switch, its levels, its evidence, the mechanism it speaks for, its advice, its words and its
-charts. To add one, write it into a file of this package and put it into :data:`RULES`;
-``tests/detect/rules`` says what is missing."""
+Each rule owns its switch, levels, evidence, mechanism, advice, words and charts.  To add one, write it into a
+file of this package and put it into :data:`RULES`.  The tests in ``tests/detect/rules`` name what is missing.
+"""
 
 from __future__ import annotations
 
@@ -20,15 +20,16 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 LEVELS: tuple[Level, ...] = tuple(level for rule in RULES for level in rule.levels)
-"""What the rules look at, in the order in which an explanation tells it."""
+"""All levels, in the order in which an explanation lists them."""
 
 PROVEN = frozenset(rule.mechanism for rule in RULES if rule.proves)
 """Mechanisms that a rule sees at work. The others are inferred."""
 
 
 def rule_of(mechanism: Mechanism, kind: AlertKind, phase: Phase | None = None) -> Rule | None:
-    """Return the rule that has the most to say of an alert: of those of its mechanism with words for its
-    kind, the one of its phase, or else the first. None where no rule speaks for the mechanism.
+    """Return the rule whose words describe an alert; None where no rule speaks for the mechanism.
+
+    Among the rules of the mechanism that have words for the kind, the one of the phase wins, else the first.
     """
     speaking = [rule for rule in RULES if rule.mechanism is mechanism and kind in rule.labels]
     return next((rule for rule in speaking if rule.phase is phase), speaking[0] if speaking else None)
