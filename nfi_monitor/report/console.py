@@ -15,7 +15,8 @@ from rich.text import Text
 
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import terminal, wording
-from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, Severity
+from nfi_monitor.report.sink import SinkBase
+from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Severity
 
 if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
@@ -26,7 +27,7 @@ _EVIDENCE = 3  # what matters most; the rest is in alerts.jsonl and in the after
 _PHASES = {phase: rank for rank, phase in enumerate(Phase)} | {Phase.RECOVERING: -1}
 
 
-class ConsoleSink:
+class ConsoleSink(SinkBase):
     """Prints alerts, notes, and one line at start and close.
 
     ``console=None`` prints to stderr, so that what a training script writes to stdout stays its own.
@@ -44,9 +45,6 @@ class ConsoleSink:
     def start(self, info: Mapping[str, Any]) -> None:
         if not self._quiet:
             self._print(Text(watching(info), style="dim"))
-
-    def reading(self, reading: Reading, phase: Phase) -> None:
-        """Nothing: readings are for files."""
 
     def alert(self, alert: Alert, change: Change) -> None:
         advice = alert.advice[0] if alert.advice else ""

@@ -6,33 +6,17 @@ an alert when it begins, becomes more severe, or ends.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
 
-from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import wording
-from nfi_monitor.report.sink import Sink
-from nfi_monitor.types import Alert, Change, Note, Phase, Reading, Severity
-
-if TYPE_CHECKING:
-    from nfi_monitor.report.summary import Summary
+from nfi_monitor.report.sink import Sink, SinkBase
+from nfi_monitor.types import Alert, Change, Phase, Reading, Severity
 
 TITLE = 63  # characters; wandb refuses longer titles
 _PHASES = {phase: index for index, phase in enumerate(Phase)}
 
 
-class _Quiet:
-    """A sink that lets everything pass; the others override what they are for."""
-
-    def start(self, info: Mapping[str, Any]) -> None: ...
-    def reading(self, reading: Reading, phase: Phase) -> None: ...
-    def alert(self, alert: Alert, change: Change) -> None: ...
-    def note(self, note: Note) -> None: ...
-    def replay(self, verdict: ReplayVerdict) -> None: ...
-    def close(self, info: Mapping[str, Any], summary: Summary) -> None: ...
-
-
-class ScalarLog(_Quiet):
+class ScalarLog(SinkBase):
     """Calls ``log({"nfi/<quantity>": value, "nfi/phase": 0 … 5}, step)`` at most every ``every`` steps.
 
     Where the phase changes it is called at once: a curve must not miss the beginning of what it is for.
@@ -51,7 +35,7 @@ class ScalarLog(_Quiet):
         self._log({**values, "nfi/phase": float(_PHASES[phase])}, reading.step)
 
 
-class AlertLog(_Quiet):
+class AlertLog(SinkBase):
     """Calls ``tell(alert, change)`` when an alert begins, becomes more severe, or ends."""
 
     def __init__(self, tell: Callable[[Alert, Change], None]) -> None:

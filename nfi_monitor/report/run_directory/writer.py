@@ -33,6 +33,7 @@ from nfi_monitor.report.run_directory.files import (
 )
 from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
 from nfi_monitor.report.run_directory.thinning import READINGS_BYTES, thin
+from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading, finite_or_none
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ LOOK_SECONDS = 1.0
 # --- writing ----------------------------------------------------------------------------------------
 
 
-class RunDirectory:
+class RunDirectory(SinkBase):
     """A sink that writes a run into a directory (created at :meth:`start`, with its parents).
 
     Starting in a directory that already holds a run appends to it: a resumed run is one run.  From

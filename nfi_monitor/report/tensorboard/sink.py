@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import wording
 from nfi_monitor.report.json_values import plain
+from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.tensorboard.tab_data import TabWriter
 from nfi_monitor.types import Alert, AlertState, Change, Evidence, Note, Phase, Reading
 
@@ -53,7 +54,7 @@ def available() -> bool:
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "tensorboard"))
 
 
-class TensorBoardSink:
+class TensorBoardSink(SinkBase):
     """A sink that writes TensorBoard event files into ``log_dir`` (made if need be).
 
     Readings closer together than ``min_seconds`` are left out (0: none are), except where the phase
