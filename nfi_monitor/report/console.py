@@ -16,12 +16,12 @@ from rich.text import Text
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import terminal, wording
 from nfi_monitor.report.sink import SinkBase
-from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Severity
+from nfi_monitor.report.styles import SEVERITY_STYLES
+from nfi_monitor.types import Alert, AlertState, Change, Note, Phase
 
 if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
 
-SEVERITY_STYLES = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.CRITICAL: "bold red"}
 _INDENT = 5
 _EVIDENCE = 3  # what matters most; the rest is in alerts.jsonl and in the after-run report
 _PHASES = {phase: rank for rank, phase in enumerate(Phase)} | {Phase.RECOVERING: -1}

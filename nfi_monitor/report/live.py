@@ -35,8 +35,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nfi_monitor.report import terminal, wording
-from nfi_monitor.report.console import SEVERITY_STYLES
-from nfi_monitor.report.summary import PHASE_STYLES
+from nfi_monitor.report.styles import PHASE_STYLES, SEVERITY_STYLES
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
 
 if TYPE_CHECKING:

@@ -40,7 +40,7 @@ def open_sinks(
 
 
 class Sinks:
-    """Call a method of every sink that has it. Drop a sink that raises, and call ``failed(name, error)`` once."""
+    """Call a method of every sink that has it; drop a sink that raises, and call ``failed(name, error)``."""
 
     def __init__(self, sinks: list[Sink], failed: Callable[[str, BaseException], None]) -> None:
         self.sinks = sinks
@@ -106,8 +106,8 @@ class Sinks:
                 if callable(method):
                     methods.setdefault(name, []).append((sink, method))
         self._methods, self._listening, self._resolved = methods, listening, list(self.sinks)
-        for sink, error in broken:
-            self._drop(sink, error)
+        for sink, reason in broken:
+            self._drop(sink, reason)
 
     def _drop(self, sink: Sink, error: BaseException) -> None:
         # Dropped before it is reported: the report goes to the sinks that are left.

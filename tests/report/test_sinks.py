@@ -28,7 +28,7 @@ CALLS: dict[str, tuple[Any, ...]] = {
     "reading": (Reading(1, {"loss": 1.0}), Phase.HEALTHY),
     "alert": (AT_RISK, Change.BEGIN),
     "note": (Note("code", "message", 1),),
-    "replay": (ReplayVerdict(Mechanism.UNKNOWN, (), 0, None, {}),),
+    "replay": (ReplayVerdict(0, {}, Mechanism.UNKNOWN, (), None),),
     "went_back": (),
     "close": ({}, Summary()),
 }
