@@ -1,0 +1,87 @@
+"""The ``nfi-monitor`` command: demo, report, tail.  Imports no torch: a report must open at once.
+
+Exit codes: 0 done, 2 wrong usage or a run that cannot be read (one line on stderr, no traceback), 130
+interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from nfi_monitor._version import __version__
+from nfi_monitor.cli import report, tail
+from nfi_monitor.cli.output import fail
+
+_DEMO = "nfi_monitor.examples.02_modular_division"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line ``argv`` (default: the process's); returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if arguments[:1] == ["demo"]:  # its options are the example's own, --help among them
+            return _demo(arguments[1:])
+        options = _parser().parse_args(arguments)
+        return report.run(options) if options.command == "report" else tail.run(options)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Whoever read us has seen enough. Without this, flushing stdout at exit would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nfi-monitor", description="Look at runs watched by nfi-monitor, or watch one live."
+    )
+    parser.add_argument("--version", action="version", version=f"nfi-monitor {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser("demo", help="train a network through slingshots under the monitor", add_help=False)
+    report_ = commands.add_parser("report", help="the after-run report of a run directory, and its figure")
+    report_.add_argument("run", metavar="RUN", help="the directory given to Monitor(run_dir=...)")
+    report_.add_argument("--figure", metavar="PATH", help="where to write it (default: RUN/report.png)")
+    report_.add_argument("--no-figure", action="store_true", help="print the report only")
+    report_.add_argument(
+        "--json", action="store_true", help="print the report as JSON (and draw a figure only with --figure)"
+    )
+    report_.add_argument(
+        "--explain", metavar="ID", help="this alert only, as imminent-1: what crossed what, and what did not"
+    )
+    tail_ = commands.add_parser("tail", help="the latest readings and alerts, one line each")
+    tail_.add_argument("run", metavar="RUN", help="the directory given to Monitor(run_dir=...)")
+    tail_.add_argument("--json", action="store_true", help="strict JSON lines, for scripts")
+    tail_.add_argument("--follow", "-f", action="store_true", help="wait for more until interrupted")
+    tail_.add_argument(
+        "-n", type=_count, default=10, metavar="N", help="how many of each kind (default: 10)"
+    )
+    return parser
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative, got {value}")
+    return value
+
+
+def _demo(arguments: list[str]) -> int:
+    try:
+        module = importlib.import_module(_DEMO)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing == _DEMO or _DEMO.startswith(f"{missing}."):
+            return fail(
+                f"the demo ({_DEMO}) is not installed. Install the package from its repository "
+                "(pip install -e .) or run examples/02_modular_division.py there."
+            )
+        return fail(
+            f"the demo needs {missing}, which is not installed: pip install {missing.split('.')[0]}"
+            ' (or pip install "nfi-monitor[examples,plots]" for all that the examples use)'
+        )
+    result = module.main(arguments)
+    return result if isinstance(result, int) else 0
