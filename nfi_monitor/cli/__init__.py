@@ -56,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     tail_.add_argument("run", metavar="RUN", help="the directory given to Monitor(run_dir=...)")
     tail_.add_argument("--json", action="store_true", help="strict JSON lines, for scripts")
     tail_.add_argument("--follow", "-f", action="store_true", help="wait for more until interrupted")
-    tail_.add_argument(
-        "-n", type=_count, default=10, metavar="N", help="how many of each kind (default: 10)"
-    )
+    tail_.add_argument("-n", type=_count, default=10, metavar="N", help="how many of each kind (default: 10)")
     return parser
 
 

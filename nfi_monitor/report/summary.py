@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console, ConsoleOptions, RenderableType
 
+from nfi_monitor import _moved
 from nfi_monitor.history import History
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import summary_view, terminal, wording
@@ -218,3 +219,9 @@ def _phase_share(phases: Sequence[tuple[int, Phase]], last_step: int | None) -> 
         counts[str(phase)] = counts.get(str(phase), 0) + max(end - start, 0)
     total = sum(counts.values())
     return {phase: count / total for phase, count in counts.items()} if total else {}
+
+
+if not TYPE_CHECKING:  # for a type checker, any name would exist
+
+    def __getattr__(name: str) -> Any:
+        return _moved.left(__name__, name)
