@@ -1,8 +1,9 @@
 """Keep old imports working, with a DeprecationWarning that names the new place.
 
-:data:`MOVED` lists modules that are gone, :data:`RENAMED` classes that have a new name, :data:`LEFT` names that
-left a module which still exists.  One finder at the end of ``sys.meta_path`` makes the old modules; Python asks
-it only for modules that no other finder knows.  (One file for each old module would keep the package crowded.)
+:data:`MOVED` lists modules that are gone, :data:`RENAMED` classes that have a new name, :data:`LEFT` names
+that left a module which still exists.  One finder at the end of ``sys.meta_path`` makes the old modules:
+Python asks it only for modules that no other finder knows.  (One file for each old module would keep the
+package crowded.)
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Every import that worked before a module or a name moved works still, with a warning that says where it is."""
+"""An import that worked before a module or a name moved works still, and warns with the new place."""
 
 from __future__ import annotations
 

@@ -6,13 +6,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 RUN, READINGS, ALERTS = "run.json", "readings.jsonl", "alerts.jsonl"
-
 REPLAYS = "replays.jsonl"  # made by the first replay
 
 

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nfi_monitor.history import History
 from nfi_monitor.quantities import QUANTITIES
@@ -25,11 +25,6 @@ from nfi_monitor.report.run_directory.files import (
     parse_line,
 )
 from nfi_monitor.types import Alert, Note, Phase
-
-if TYPE_CHECKING:
-    pass
-
-# --- reading ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

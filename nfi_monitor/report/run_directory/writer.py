@@ -23,14 +23,7 @@ from typing import TYPE_CHECKING, Any
 from nfi_monitor.atomic_write import remove_leftovers, replacing
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.json_values import json_line, plain
-from nfi_monitor.report.run_directory.files import (
-    ALERTS,
-    READINGS,
-    REPLAYS,
-    RUN,
-    as_int,
-    notes_of,
-)
+from nfi_monitor.report.run_directory.files import ALERTS, READINGS, REPLAYS, RUN, as_int, notes_of
 from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
 from nfi_monitor.report.run_directory.thinning import READINGS_BYTES, thin
 from nfi_monitor.report.sink import SinkBase
@@ -41,8 +34,6 @@ if TYPE_CHECKING:
 
 LOOK_SECONDS = 1.0
 """Between two looks whether the file is still there: a look makes a network file system flush it."""
-
-# --- writing ----------------------------------------------------------------------------------------
 
 
 class RunDirectory(SinkBase):
@@ -131,9 +122,7 @@ class RunDirectory(SinkBase):
             now = time.monotonic()
             if self._linked and now - self._looked >= LOOK_SECONDS:
                 self._looked = now
-                if (
-                    os.fstat(self._files[name]).st_nlink == 0
-                ):  # written on, it would be a file nobody can open
+                if os.fstat(self._files[name]).st_nlink == 0:  # nobody could open what is written now
                     raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
             while rest:  # a full disk may take a part of a line before it says no
                 rest = rest[os.write(self._files[name], rest) :]
