@@ -1,6 +1,6 @@
 """Keep old imports working, with a DeprecationWarning that names the new place.
 
-:data:`MOVED` lists modules that are gone, :data:`RENAMED` classes that have a new name, :data:`LEFT` names
+:data:`MOVED` lists modules that are gone, :data:`RENAMED` what has a new name, :data:`LEFT` names
 that left a module which still exists.  One finder at the end of ``sys.meta_path`` makes the old modules:
 Python asks it only for modules that no other finder knows.  (One file for each old module would keep the
 package crowded.)
@@ -73,8 +73,14 @@ RENAMED: dict[str, str] = {
     "Ranks": "Membership",
     "SnapshotRing": "RecentSnapshots",
     "Unrest": "LossWatch",
+    "LOOK_SECONDS": "CHECK_SECONDS",
+    "lingers": "warning_gap",
+    "plain": "as_json",
+    "shown": "cleaner",
+    "visible": "escape_controls",
+    "watching": "start_line",
 }
-"""Old name of a class → its name now."""
+"""Old name of a class, function or constant → its name now."""
 
 _HEAD_PROBE = "nfi_monitor.capture.head_probe"
 _RUN, _RANK = "nfi_monitor.replay.run", "nfi_monitor.ranks.membership"
@@ -89,7 +95,11 @@ LEFT: dict[str, dict[str, str]] = {
     ),
     "nfi_monitor.ranks": dict.fromkeys(("RECENT", "Ranks"), _RANK),
     "nfi_monitor.replay": dict.fromkeys(("Plan", "RECIPE", "STEP_FN", "StepFunction", "plan"), _RUN),
-    "nfi_monitor.report.summary": {"PHASE_STYLES": "nfi_monitor.report.styles"},
+    "nfi_monitor.report.console": {"watching": "nfi_monitor.report.console"},
+    "nfi_monitor.report.summary": {
+        "PHASE_STYLES": "nfi_monitor.report.styles",
+        "lingers": "nfi_monitor.report.summary",
+    },
     "nfi_monitor.report.tensorboard": {
         **dict.fromkeys(("EVENTS", "SLINGSHOT_EVENTS"), f"{_TENSORBOARD}.sink"),
         **dict.fromkeys(("info_markdown", "overview_markdown"), f"{_TENSORBOARD}.texts"),

@@ -57,6 +57,7 @@ OLD: dict[str, str] = {
     "remedies.update_clip": "clip_update_rms",
     "replacing": "replacing remove_leftovers",
     "replay": "StepFunction Plan STEP_FN RECIPE plan replay",
+    "report.console": "SEVERITY_STYLES ConsoleSink watching",
     "report.explanation": "Seen Finding Explanation",
     "report.fanout": "open_sinks Fanout",
     "report.findings": "LR_CHANGE look_for",

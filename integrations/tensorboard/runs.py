@@ -1,7 +1,7 @@
 """The runs of the tab, read back through TensorBoard's data provider and kept between polls.
 
-``nfi_monitor/report/tensorboard/tab_data.py`` writes what is read here.  Imports the standard library alone: the
-data provider hands out numpy arrays, and their own methods are enough.
+``nfi_monitor/report/tensorboard/tab_data.py`` writes what is read here.  Imports the standard library alone:
+the data provider hands out numpy arrays, and their own methods are enough.
 
 A poll lists the tags and reads those that changed, so watching a run costs what it has newly written.
 A record that cannot be read becomes a sentence in :attr:`Run.problems`; the rest of the run is shown.

@@ -1,7 +1,7 @@
-"""The ``nfi-monitor`` command: demo, report, tail.  Imports no torch: a report must open at once.
+"""Run the ``nfi-monitor`` command: demo, report, tail.  It imports no torch, so that a report opens fast.
 
-Exit codes: 0 done, 2 wrong usage or a run that cannot be read (one line on stderr, no traceback), 130
-interrupted.
+Exit codes: 0 for success, 2 for wrong usage or a run that cannot be read (one line on stderr, no traceback),
+130 if interrupted.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ _DEMO = "nfi_monitor.examples.02_modular_division"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line ``argv`` (default: the process's); returns the exit code."""
+    """Run the command line ``argv`` (default: ``sys.argv``) and return the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        if arguments[:1] == ["demo"]:  # its options are the example's own, --help among them
+        if arguments[:1] == ["demo"]:  # the example parses the rest itself, --help included
             return _demo(arguments[1:])
         options = _parser().parse_args(arguments)
         return report.run(options) if options.command == "report" else tail.run(options)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read us has seen enough. Without this, flushing stdout at exit would complain.
+        # The reader of a pipe (head, less) has ended. Without this, flushing stdout at exit would fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 

@@ -1,4 +1,4 @@
-"""``nfi-monitor report``: the after-run report of a run directory, its explanations and its figure."""
+"""Run ``nfi-monitor report``: print the after-run report of a run directory, and draw its figure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 
     from nfi_monitor.report.run_directory.reader import RunRecord
 
-_EXPLAINED = 20  # alerts under a report; any other by its id
+_EXPLAINED = 20  # explanations printed under a report; --explain prints any other
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command and return the exit code."""
     from nfi_monitor.report.run_directory.files import RunDirectoryError
     from nfi_monitor.report.run_directory.reader import read_run
     from nfi_monitor.report.summary import summarize
@@ -57,14 +58,14 @@ def run(options: argparse.Namespace) -> int:
         message = f"cannot write the figure {path}: {error}. Pass another place with --figure."
         if options.figure:
             return fail(message)
-        say(console, f"no figure: {message}", style="yellow")  # a run kept read-only can still be reported
+        say(console, f"no figure: {message}", style="yellow")  # the run directory may be read-only
     else:
         say(console, f"figure: {path}")
     return 0
 
 
 def _explain(options: argparse.Namespace, record: RunRecord) -> int:
-    """``report RUN --explain ID``: one alert, and no figure."""
+    """Run ``report RUN --explain ID``: print one explanation, and draw no figure."""
     from nfi_monitor.report.explain.compose import explain_run
 
     parts = (record.info, record.history, record.phases, record.alerts, record.notes)
@@ -82,7 +83,7 @@ def _explain(options: argparse.Namespace, record: RunRecord) -> int:
 
 
 def _print_explanations(console: Console, record: RunRecord) -> None:
-    """Under the summary: every slingshot, and the alert that still fires."""
+    """Print the explanations under the summary: every slingshot, and the last alert that still fires."""
     from rich.text import Text
 
     from nfi_monitor.report.explain.compose import explain_run

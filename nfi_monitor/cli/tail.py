@@ -1,4 +1,4 @@
-"""``nfi-monitor tail``: the latest readings, alerts and notes of a run, and those that are still to come."""
+"""Run ``nfi-monitor tail``: print the latest readings, alerts and notes of a run, and follow new ones."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ _SHOWN = (
 
 
 def run(options: argparse.Namespace) -> int:
+    """Run the command and return the exit code."""
     from nfi_monitor.report.run_directory.files import ALERTS, READINGS, RunDirectoryError, check_run
 
     try:
@@ -63,25 +64,24 @@ def run(options: argparse.Namespace) -> int:
 
 
 class Tail:
-    """The end of a file of JSON lines that may still grow, or not exist yet; torn lines are left out."""
+    """Read the end of a file of JSON lines that may still grow or not exist yet. Torn lines are skipped."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._offset = 0
         self._rest = b""
-        self._seen = b""  # the last line of all, to be found again in a file that was thinned
+        self._seen = b""  # the last line read: more() searches for it in a file that was thinned
         self._file: tuple[int, int] | None = None
 
     def last(self, count: int) -> list[dict[str, Any]]:
-        """The last ``count`` records, read backwards: the file may be gigabytes long."""
+        """Return the last ``count`` records. Read backwards, since the file may have gigabytes."""
         try:
             with open(self._path, "rb") as file:
                 self._file = _identity(file)
                 position = file.seek(0, os.SEEK_END)
                 blocks: list[bytes] = []
                 newlines = 0
-                # One line more than asked for, since the first of the block may be cut, and some to
-                # make up for torn ones.
+                # Read some lines more: the first one of the block may be cut, and others may be torn.
                 while position and newlines <= count + 8:
                     size = min(1 << 16, position)
                     position -= size
@@ -98,7 +98,7 @@ class Tail:
         return records[len(records) - count :] if count < len(records) else records
 
     def more(self) -> list[dict[str, Any]]:
-        """What was appended since."""
+        """Return the records that were appended since the last call."""
         try:
             with open(self._path, "rb") as file:
                 if (now := _identity(file)) != self._file:
@@ -121,7 +121,7 @@ def _identity(file: BinaryIO) -> tuple[int, int]:
 
 
 def _end_of(line: bytes, file: BinaryIO) -> int:
-    """Where ``line`` ends in a file that took the place of another one; its end, if it is not there."""
+    """Return the offset after ``line`` in the file; the file's size if it does not hold the line."""
     size = os.fstat(file.fileno()).st_size
     if not size:
         return 0
@@ -152,7 +152,7 @@ def _step_of(kind: str, record: dict[str, Any]) -> int:
 
 
 def _new_notes(path: Path, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Notes that run.json holds and ``seen`` does not; they are added to it."""
+    """Return the notes of run.json that are not in ``seen``, and add them to it."""
     from nfi_monitor.report.run_directory.files import RUN
 
     try:
@@ -169,15 +169,15 @@ def _show(kind: str, record: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps({"type": kind, **record}, allow_nan=False))
     else:
-        from nfi_monitor.report.terminal import shown
+        from nfi_monitor.report.terminal import cleaner
 
-        # A terminal that cannot show μ must not stop the tail.
+        # A terminal without UTF-8 cannot show μ: spell it out.
         ascii_only = not (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-        print(shown(ascii_only)(_line(kind, record)))
+        print(cleaner(ascii_only)(_line(kind, record)))
 
 
 def _line(kind: str, record: dict[str, Any]) -> str:
-    """One record in plain words."""
+    """Return one record as a line of text."""
     from nfi_monitor.report import wording
 
     if kind == "note":
@@ -187,7 +187,7 @@ def _line(kind: str, record: dict[str, Any]) -> str:
             alert = Alert.from_json(record["alert"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             return f"alert of a kind this version cannot read: {error}"
-        # A threshold a line is enough for a tail; the rest is in the report.
+        # One item of evidence is enough here; the report has the others.
         text = wording.alert_in_words(alert, 1)
         return f"step {alert.last_step:>7,}  {record.get('change', ''):<8}  {alert.id}: {text}"
     values = record.get("values")

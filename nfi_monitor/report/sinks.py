@@ -1,4 +1,4 @@
-"""Hand everything to all sinks; a sink that fails is dropped, and the rest go on."""
+"""Call all sinks. Drop a sink that fails; the others go on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def open_sinks(
     run_dir: str | PathLike[str] | None,
     describe: Callable[[], Mapping[str, Any]] | None = None,
 ) -> list[Sink]:
-    """The sinks of a monitor's ``console`` and ``run_dir``; ``describe`` gives the run as it is now."""
+    """Return the sinks of a monitor's ``console`` and ``run_dir``.
+
+    ``describe`` returns the run's description as it is when it is called.
+    """
     sinks: list[Sink] = []
     if console is not False and console is not None:
         from nfi_monitor.report.console import ConsoleSink
@@ -76,14 +79,14 @@ class Sinks:
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         self._each("close", info, summary)
-        # What fails later (an Autopilot whose run goes on) is told to nobody: files are closed, and the
-        # directory may be another run's by then.
+        # A later failure (of an Autopilot whose run goes on) reaches no sink: the files are closed, and
+        # another run may use the directory.
         self.sinks.clear()
 
     def _each(self, method: str, *arguments: Any) -> None:
         if self._resolved != self.sinks:
             self._resolve()
-        # A sink that is dropped makes new lists; this one stays as it is.
+        # If a sink is dropped, _resolve makes new lists; the list of this loop does not change.
         for sink, call in self._methods.get(method, ()):
             try:
                 call(*arguments)
@@ -110,7 +113,7 @@ class Sinks:
             self._drop(sink, reason)
 
     def _drop(self, sink: Sink, error: BaseException) -> None:
-        # Dropped before it is reported: the report goes to the sinks that are left.
+        # Drop the sink first: ``failed`` calls the sinks that are left.
         if sink in self.sinks:
             self.sinks.remove(sink)
         self._failed(type(sink).__name__, error)

@@ -1,4 +1,4 @@
-"""The colours of severities and phases on a terminal, as rich names them."""
+"""Name the colours of severities and phases on a terminal, as rich writes them."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""The after-run report as one object: a dict that json can dump and rich can print.
+"""Summarize a run in one object: a dict that json can dump and rich can print.
 
-Built from the same five things live (``monitor.summary()``) and from disk (``nfi-monitor report``),
-so both say the same.
+``monitor.summary()`` and ``nfi-monitor report`` make it from the same data, so both say the same.
 """
 
 from __future__ import annotations
@@ -18,10 +17,10 @@ from nfi_monitor import _moved
 from nfi_monitor.history import History
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import summary_view, terminal, wording
-from nfi_monitor.report.json_values import plain
+from nfi_monitor.report.json_values import as_json
 from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase
 
-# The quantities worth a line after a run, and on which side their extreme lies.
+# The quantities that have a line in the report, and which extreme is of interest.
 KEY_QUANTITIES: dict[str, str] = {
     "loss": "max",
     "head_loss": "max",
@@ -46,18 +45,19 @@ _RUN = ("model", "parameters", "head", "dtype", "optimizer", "tau", "every", "le
 
 
 class Summary(dict[str, Any]):
-    """What happened in a run. Keys: ``run, last_step, readings, phase, phase_share, slingshots, replays,
-    events, quantities, absorbing_classes, notes, overhead``; only JSON's own types, no NaN.
+    """What happened in a run: a dict of JSON's own types, without NaN.
 
-    ``rich.print(summary)`` and ``print(summary)`` show the report, ``json.dumps(summary)`` the data.
+    Keys: ``run, last_step, readings, phase, phase_share, slingshots, replays, events, quantities,
+    absorbing_classes, notes, overhead``.  ``rich.print(summary)`` and ``print(summary)`` show the report,
+    ``json.dumps(summary)`` the data.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        say = terminal.shown(options.ascii_only)
+        say = terminal.cleaner(options.ascii_only)
         yield summary_view.render(self, say)
 
     def __str__(self) -> str:
-        """The report as plain text, 100 columns wide."""
+        """Return the report as text without colours, 100 columns wide."""
         out = io.StringIO()
         Console(file=out, width=100, color_system=None, force_jupyter=False).print(self)
         return "\n".join(line.rstrip() for line in out.getvalue().splitlines())
@@ -71,19 +71,19 @@ def summarize(
     notes: Sequence[Note],
     replays: Sequence[ReplayVerdict] = (),
 ) -> Summary:
-    """The summary of a run, also of one that has measured nothing yet.
+    """Summarize a run, also one that has no reading yet.
 
-    ``info`` is the content of ``run.json``; every key of it is optional. ``phases`` holds the changes
-    only, as ``(optimizer step, phase)``.
+    ``info`` is the content of ``run.json``; every key is optional.  ``phases`` holds the changes of phase, as
+    ``(optimizer step, phase)``.
     """
-    info = plain(info)
+    info = as_json(info)
     quantities = {name: _extremes(history, name, side) for name, side in KEY_QUANTITIES.items()}
     steps = [item["last_step"] for item in quantities.values() if item]
     steps += [phases[-1][0]] if phases else []
     steps += [alert.last_step for alert in alerts]
     steps += [info["steps"]] if isinstance(info.get("steps"), int) and info["steps"] > 0 else []
     last_step = max([*steps, *_any_last_step(history)], default=None)
-    # What run.json says of a run that was killed is from its first moment.
+    # If the run was killed, run.json still holds the overhead of its start: leave it out.
     overhead, tau = info.get("overhead"), info.get("tau")
     if isinstance(overhead, dict) and len(history) and not overhead.get("measured_steps"):
         overhead = None
@@ -104,20 +104,21 @@ def summarize(
 
 
 def slingshots(alerts: Sequence[Alert], tau: float) -> list[dict[str, Any]]:
-    """One dict a slingshot: ``id, start, end (None while it lasts), at_risk_lead, imminent_lead, mechanism,
-    confidence``.
+    """Return one dict for each slingshot, oldest first.
 
-    A lead is the slingshot's first step minus that of the alert which announced it: the first of that kind
-    that began by then and still fired, or had ended no more than :func:`lingers` steps before.  What ended
-    when the previous slingshot was seen, some steps after its first, has no part in this one.  None: nothing
-    announced it.
+    Keys: ``id, start, end (None while it lasts), at_risk_lead, imminent_lead, mechanism, confidence``.
+
+    A lead is the number of steps from the first step of the warning to the first step of the slingshot; None
+    if there was no warning.  The warning is the earliest alert of that kind that still fired when the
+    slingshot began, or had ended at most :func:`warning_gap` steps before.  An alert that ended with the
+    previous slingshot does not count.
     """
     found = sorted((a for a in alerts if a.kind is AlertKind.SLINGSHOT), key=lambda a: a.first_step)
     rows = []
     previous_end = 0
     for slingshot in found:
         start = slingshot.first_step
-        since = max(previous_end + 1, start - lingers(tau))
+        since = max(previous_end + 1, start - warning_gap(tau))
         rows.append(
             {
                 "id": slingshot.id,
@@ -126,7 +127,7 @@ def slingshots(alerts: Sequence[Alert], tau: float) -> list[dict[str, Any]]:
                 "at_risk_lead": _lead(alerts, AlertKind.AT_RISK, start, since),
                 "imminent_lead": _lead(alerts, AlertKind.IMMINENT, start, since),
                 "mechanism": str(slingshot.mechanism),
-                "confidence": plain(float(slingshot.confidence)),
+                "confidence": as_json(float(slingshot.confidence)),
             }
         )
         previous_end = slingshot.last_step
@@ -144,17 +145,17 @@ def _lead(alerts: Sequence[Alert], kind: AlertKind, start: int, since: float) ->
     return max(announced, default=None)
 
 
-def lingers(tau: float) -> float:
-    """Steps before a slingshot by which an alert may have ended and still have announced it.
+def warning_gap(tau: float) -> float:
+    """Return how many steps before a slingshot an alert may have ended and still count as its warning.
 
-    The pause that makes no new alarm where the detection benchmark scores warnings: τ, and 50 steps at most,
-    for a kick or a swing leads to a slingshot within steps, whatever τ is, or to none.
+    τ steps, at most 50: a kick or an oscillation leads to a slingshot within a few steps, whatever τ is, or
+    to none.  The detection benchmark joins alarms by the same gap.
     """
     return min(tau, 50.0)
 
 
 def _replay(verdict: ReplayVerdict) -> dict[str, Any]:
-    """A verdict without its losses, which are in replays.jsonl."""
+    """Return a verdict without its losses; replays.jsonl has them."""
     return {
         "slingshot": verdict.slingshot,
         "snapshot_step": verdict.snapshot_step,
@@ -176,8 +177,8 @@ def _replay(verdict: ReplayVerdict) -> dict[str, Any]:
 def _event(alert: Alert) -> dict[str, Any]:
     record = alert.to_json()
     keys = ("id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence")
-    found: dict[str, Any] = plain({key: record[key] for key in (*keys, "advice")})
-    found["evidence"] = plain({name: record["evidence"][name] for name in wording.ordered_evidence(alert)})
+    found: dict[str, Any] = as_json({key: record[key] for key in (*keys, "advice")})
+    found["evidence"] = as_json({name: record["evidence"][name] for name in wording.ordered_evidence(alert)})
     return found
 
 
@@ -187,7 +188,7 @@ def _extremes(history: History, name: str, side: str) -> dict[str, Any] | None:
         return None
     finite = np.flatnonzero(np.isfinite(values))
     found: dict[str, Any] = {
-        "last": plain(float(values[-1])),
+        "last": as_json(float(values[-1])),
         "last_step": int(steps[-1]),
         "extreme": side,
         "value": None,
@@ -209,10 +210,10 @@ def _any_last_step(history: History) -> Iterator[int]:
 
 
 def _phase_share(phases: Sequence[tuple[int, Phase]], last_step: int | None) -> dict[str, float]:
-    """Share of steps spent in each phase, from the first known one to the last step."""
+    """Return the share of steps in each phase, from the first known phase to the last step."""
     if not phases or last_step is None:
         return {}
-    # A phase entered "at step 0", before the first step, has that step as its first.
+    # A phase that is entered at step 0, before the first step, begins with step 1.
     edges = [*((max(step, 1), phase) for step, phase in phases), (last_step + 1, Phase.HEALTHY)]
     counts: dict[str, int] = {}
     for (start, phase), (end, _) in pairwise(edges):

@@ -1,7 +1,7 @@
 """Show the after-run report on a terminal: a title, a header and one block a subject.
 
 Each function makes one block of :class:`nfi_monitor.report.summary.Summary`; None where there is nothing to
-show.  ``say`` makes text safe for the terminal (:func:`nfi_monitor.report.terminal.shown`).
+show.  ``say`` makes text safe for the terminal (:func:`nfi_monitor.report.terminal.cleaner`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def render(summary: Mapping[str, Any], say: Callable[[str], str]) -> Group:
 
 def _title(say: Callable[[str], str]) -> RenderableType:
     title = Text(say("nfi-monitor · after-run report"), style="bold")
-    # A rule cuts its title off with an ellipsis, which is not ASCII.
+    # A rule may cut off its title with an ellipsis, which is not ASCII.
     return title if "|" in title.plain else Rule(title, style="dim", align="left")
 
 
@@ -72,7 +72,7 @@ def _header(summary: Mapping[str, Any], say: Callable[[str], str]) -> Renderable
 
 
 def _describe(value: Any) -> str:
-    """``head (classes 23, features 128)`` from a dict with a name, anything else as it is."""
+    """Show a dict that has a name as ``head (classes 23, features 128)``, anything else by its ``str``."""
     if not isinstance(value, dict):
         return str(value)
     name = value.get("name") or value.get("class") or value.get("type")
@@ -103,7 +103,7 @@ def _certain(mechanism: str, confidence: float | None) -> tuple[str, str]:
 
 
 def _table(*columns: tuple[str, str]) -> Table:
-    # No outer box: the report is also read in log files and pasted into issues.
+    # No outer box: people also read the report in log files and paste it into issues.
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for name, justify in columns:
         table.add_column(name, justify="right" if justify == "right" else "left", overflow="fold")
@@ -137,7 +137,7 @@ def _slingshot_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> R
 
 
 def _replay_lines(summary: Mapping[str, Any], say: Callable[[str], str]) -> RenderableType | None:
-    """Each replay's verdict beside the monitor's own guess, and what every arm did."""
+    """Show each replay's verdict beside the monitor's mechanism, and the result of every arm."""
     rows = summary["replays"]
     if not rows:
         return None
@@ -190,13 +190,13 @@ def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
             Text(str(severity), style=SEVERITY_STYLES[severity]),
             say(_steps(row["first_step"], end)),
             say(" ".join(_certain(row["mechanism"], row["confidence"])).strip()),
-            Text(say(evidence)),  # names of quantities as the file has them, and no markup
+            Text(say(evidence)),  # names of quantities come from a file: they must not be read as markup
         )
     return _with(table, _earlier(rows, say, "events"))
 
 
 def _evidence(name: str, item: Mapping[str, Any]) -> str:
-    """The value alone: a terminal has no room for the threshold, which the alert itself shows."""
+    """Show the value without its threshold: a table on a terminal is too narrow for both."""
     value = math.nan if item["value"] is None else item["value"]
     return wording.one_evidence_in_words(name, Evidence(value))
 
@@ -217,7 +217,7 @@ def _phase_lines(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
 
 
 def _percent(share: float) -> str:
-    """Never 0% for what has happened nor 100% for what has not always."""
+    """Show a share in percent: 0% only for exactly 0, 100% only for exactly 1."""
     if 0 < share < 0.001:
         return "<0.1%"
     if 0.999 < share < 1:

@@ -138,4 +138,4 @@ def test_many_alerts_leave_nothing_behind() -> None:
         alert = replace(AT_RISK, id=f"at_risk-{number}")
         sink.alert(alert, Change.BEGIN)
         sink.alert(resolved(alert, 600), Change.END)
-    assert not sink._said
+    assert not sink._printed

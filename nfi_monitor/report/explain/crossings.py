@@ -27,7 +27,7 @@ def look_for(alert: Alert, record: SignalHistory, window: tuple[int, int, int]) 
     findings = [
         _held_against(level, alert, record, window, own=level.key in own) for level in _levels(alert, record)
     ]
-    findings += [replace(_learning_rate(record, first, last), own="learning_rate" in own)]
+    findings += [replace(_learning_rate(record, first, last), supports_mechanism="learning_rate" in own)]
     findings += [*_last_update(alert, record, first, last), *_not_finite(alert, record, first)]
     return findings + _loss(alert, record, last)
 
@@ -121,7 +121,7 @@ def _held_against(
     extreme = max(among) if level.sign > 0 else min(among)
     if not any(beyond[index] for index in inside):
         text = f"{level.label} stayed {other} {value} ({which} {level.show(extreme)})"
-        return Finding(level.quantity, Seen.NOT_CROSSED, text, limit, extreme=extreme, own=own)
+        return Finding(level.quantity, Seen.NOT_CROSSED, text, limit, extreme=extreme, supports_mechanism=own)
     # The last time it was beyond, back to when it first was since it had last been properly back.
     latest = max(index for index in inside if beyond[index])
     start = index = latest
@@ -170,14 +170,15 @@ def _from_evidence(level: _Level, alert: Alert, record: SignalHistory, *, own: b
     # RMS_t is held against two levels; the threshold beside the evidence says which one it means.
     other = level.quantity == "rms_t_max" and (item is None or item.threshold != level.enter)
     if other or not math.isfinite(value):
-        return Finding(level.quantity, Seen.NOT_MEASURED, level.label.rstrip(","), level.enter, own=own)
+        label = level.label.rstrip(",")
+        return Finding(level.quantity, Seen.NOT_MEASURED, label, level.enter, supports_mechanism=own)
     crossed = level.sign * value >= level.sign * level.enter
     text = (
         f"{level.label} {level.show(value)} in the alert's own evidence (threshold "
         f"{level.show(level.enter)}), its readings are not on record"
     )
     seen = Seen.CROSSED if crossed else Seen.NOT_CROSSED
-    return Finding(level.quantity, seen, text, level.enter, now=value, extreme=value, own=own)
+    return Finding(level.quantity, seen, text, level.enter, now=value, extreme=value, supports_mechanism=own)
 
 
 def _learning_rate(record: SignalHistory, first: int, last: int) -> Finding:
@@ -224,7 +225,9 @@ def _not_finite(alert: Alert, record: SignalHistory, first: int) -> list[Finding
             text = f"{what} {'were' if counted else 'was'} NaN or Inf {_between(after, at, 'first ')}"
             text += f", at {len(bad):,} readings" if len(bad) > 1 else ""
             own = alert.kind is AlertKind.NON_FINITE
-            found.append(Finding(name, Seen.CROSSED, text, after=after, at=at, then=values[bad[0]], own=own))
+            then = values[bad[0]]
+            finding = Finding(name, Seen.CROSSED, text, after=after, at=at, then=then, supports_mechanism=own)
+            found.append(finding)
     if found or not looked:
         return found
     text = "neither the loss nor a gradient nor a weight was NaN or Inf"
@@ -240,7 +243,8 @@ def _loss(alert: Alert, record: SignalHistory, last: int) -> list[Finding]:
         above = "its level" if item.threshold is None else wording.number(item.threshold)
         at, peak = alert.first_step, wording.number(item.value)
         text = f"the loss rose above {above} at step {at:,} (largest {peak}{floor})"
-        return [Finding("loss", Seen.CROSSED, text, item.threshold, at=at, extreme=item.value, own=True)]
+        crossed = Finding("loss", Seen.CROSSED, text, item.threshold, at=at, extreme=item.value)
+        return [replace(crossed, supports_mechanism=True)]
     if alert.kind is AlertKind.NON_FINITE:
         return []
     name = "loss" if "loss" in record.series else "head_loss"

@@ -1,4 +1,4 @@
-"""Read a run directory back, also one that is still being written or was killed."""
+"""Read a run directory, also of a run that still trains or was killed."""
 
 from __future__ import annotations
 
@@ -29,28 +29,28 @@ from nfi_monitor.types import Alert, Note, Phase
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as read back from its directory."""
+    """A run as read from its directory."""
 
     info: dict[str, Any]
-    """What ``run.json`` holds; empty if it is missing."""
+    """The content of ``run.json``; empty if it is missing."""
     history: History
     phases: list[tuple[int, Phase]]
-    """(optimizer step, phase entered there); changes only, the first is (0, HEALTHY)."""
+    """Changes of phase as (optimizer step, new phase); the first is (0, HEALTHY)."""
     alerts: list[Alert]
     """The last state of each alert, oldest first."""
     notes: list[Note]
     problems: list[str] = field(default_factory=list)
-    """What could not be read, each a sentence with the file's name."""
+    """One sentence for each thing that could not be read, with the file's name."""
     replays: list[ReplayVerdict] = field(default_factory=list)
     """Verdicts of replays, in the order they were made."""
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:
-    """Read a run directory back, also one that is still being written or was killed.
+    """Read a run directory, also of a run that still trains or was killed.
 
-    What is torn, or comes from a newer version, is skipped and listed in ``problems``.  Where a run
-    was resumed from an earlier step, what was measured again replaces what was measured first.
-    Raises RunDirectoryError for a path that is no run directory.
+    Torn lines, and those of a newer version that cannot be read, are skipped and listed in ``problems``.  If
+    the run was resumed from an earlier step, the later readings of the same steps replace the earlier ones.
+    Raises RunDirectoryError if the path is not a run directory.
     """
     path = check_run(path)
     problems: list[str] = []
@@ -90,14 +90,14 @@ def _lines(path: Path, problems: list[str]) -> Iterator[bytes]:
         problems.append(f"{path.name}: cannot be read ({error.strerror})")
 
 
-# The writer puts the step first and the session last, so the first pass need not parse forty numbers.
+# The writer puts the step first and the session last: the first pass does not parse the numbers between them.
 _EDGES = re.compile(rb'\{"step": (-?\d+),.*\}(?:, "session": (\d+))?\}\s*')
 
 
 def _resumed_at(path: Path) -> dict[int, int]:
-    """Session → its first step, for the sessions after the first one."""
+    """Return {session: its first step} for all sessions but the first."""
     first: dict[int, int] = {}
-    for line in _lines(path, []):  # the second pass says what cannot be read
+    for line in _lines(path, []):  # the second pass collects the problems
         match = _EDGES.fullmatch(line)
         if match and match[2]:
             session, step = int(match[2]), int(match[1])
@@ -106,7 +106,7 @@ def _resumed_at(path: Path) -> dict[int, int]:
 
 
 def _replaced(step: int, session: int, resumed_at: Mapping[int, int]) -> bool:
-    """Whether a later session went back to this step or before it, and so did it again."""
+    """Return whether a later session began at this step or before it, and so measured it again."""
     return any(later > session and first <= step for later, first in resumed_at.items())
 
 
@@ -152,7 +152,7 @@ def _read_readings(
 
 
 def _read_alerts(path: Path, resumed_at: Mapping[int, int], problems: list[str]) -> list[Alert]:
-    # Not by id alone: a run that was resumed without the monitor's state counts its alerts anew.
+    # The id alone is no key: a run that was resumed without the monitor's state numbers alerts from 1 again.
     alerts: dict[tuple[str, int], Alert] = {}
     torn, torn_last, strange = 0, False, set[str]()
     for line in _lines(path, problems):
@@ -166,7 +166,7 @@ def _read_alerts(path: Path, resumed_at: Mapping[int, int], problems: list[str])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             strange.add(str(error))
             continue
-        # By its last step: of an alert that the run went back into, what came after that has not happened.
+        # By its last step: if the run went back into an alert, the later part of that alert was undone.
         if not _replaced(alert.last_step, as_int(record.get("session"), 1), resumed_at):
             alerts[alert.id, alert.first_step] = alert
     if torn:

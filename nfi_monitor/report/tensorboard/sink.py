@@ -1,14 +1,16 @@
-"""Scalars, panels with threshold bands and alerts as text, for a stock TensorBoard, and what the tab reads.
+"""Write scalars, panels with threshold bands, and alerts as text for a stock TensorBoard.
 
-The tab's part is in :mod:`nfi_monitor.report.tensorboard.tab_data`.  What decides the form of the stock part:
+The same sink writes the records of the NFI tab (:mod:`nfi_monitor.report.tensorboard.tab_data`).  Why the
+stock part has its form:
 
-- One event a reading that carries all its scalars, and in quick runs not every reading: TensorBoard's
-  writer computes its checksums in Python, 0.7 ms for forty scalars, and shows 1,000 points a curve.
-- TensorBoard keeps a sample of the text records of a tag, but always the last.  So each alert has a tag
-  of its own, and the overview ``nfi/alerts`` is rewritten as a whole.
-- Files can only grow: of a long run, fewer and fewer readings are written.
-- A margin chart draws a band only where value, lower and upper edge have the same steps; thresholds are
-  therefore written beside every value, not once.
+- All scalars of a reading are one event, and a run with fast steps writes only some readings.  TensorBoard's
+  writer computes checksums in Python (0.7 ms for forty scalars), and a curve shows 1,000 points at most.
+- TensorBoard keeps a sample of the text records of a tag, but always the last one.  So each alert has a tag
+of
+  its own, and the overview ``nfi/alerts`` is always written as a whole.
+- Files can only grow: the longer a run is, the fewer readings are written.
+- A margin chart draws a band only where the value, the lower and the upper edge have the same steps.  So the
+  thresholds are written beside every value, not once.
 """
 
 from __future__ import annotations
@@ -32,9 +34,9 @@ if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
 
 EVENTS = 2048
-"""Readings written as scalars before only every second one is, then every fourth, and so on."""
+"""Readings written before the stride doubles: then every second one is written, later every fourth ..."""
 SLINGSHOT_EVENTS = 256
-"""Readings from a slingshot's beginning on that are written in any case."""
+"""Readings from the first one of a slingshot that are all written."""
 
 # quantity → the names in Thresholds where its state ends and begins
 _BANDS = {
@@ -44,23 +46,24 @@ _BANDS = {
     "rms_t_max": ("rms_t_exit", "rms_t_imminent"),
 }
 
-_OVERVIEW = 20  # alerts in the overview text; it is rewritten with each alert, so it must not grow
+_OVERVIEW = 20  # alerts in the overview text; it is written with each alert, so it must not grow
 _PHASES = {phase: index for index, phase in enumerate(Phase)}
 
 
 def available() -> bool:
-    """Whether torch and tensorboard are installed, without importing either."""
+    """Return whether torch and tensorboard are installed, without importing them."""
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "tensorboard"))
 
 
 class TensorBoardSink(SinkBase):
-    """A sink that writes TensorBoard event files into ``log_dir`` (made if need be).
+    """Write TensorBoard event files into ``log_dir``. A sink; it makes the directory if it is missing.
 
-    Readings closer together than ``min_seconds`` are left out (0: none are), except where the phase
-    changes, at the beginning of a slingshot, and the last; ``readings.jsonl`` and the tab have more of them.
-    ``describe`` gives the run's description as it is now: asked when an alert begins or ends, for the classes
-    that absorb.  ``lock``: held while files are open.  Raises ImportError at :meth:`start`, with what to
-    install, where tensorboard is missing, and DirectoryInUseError where another process writes there.
+    Readings that follow the last written one by less than ``min_seconds`` are left out (0: none), except
+    where the phase changes, at the beginning of a slingshot, and at the end.  ``readings.jsonl`` and the tab
+    have them.  ``describe`` returns the run's description; it is called when an alert begins or ends, for the
+    classes that absorb.  ``lock`` is held while files are open.  :meth:`start` raises ImportError, with what
+    to install, if tensorboard is missing, and DirectoryInUseError if another process writes into the
+    directory.
     """
 
     def __init__(
@@ -122,7 +125,7 @@ class TensorBoardSink(SinkBase):
         self._phase = phase
         self._skipped += 1
         due = now - self._written >= self._min_seconds and self._skipped >= self._stride
-        # A loss that never comes back makes a slingshot that never ends.
+        # Only the first SLINGSHOT_EVENTS of a slingshot: if the loss never recovers, it never ends.
         if due or self._in_phase == 0 or (phase is Phase.SLINGSHOT and self._in_phase < SLINGSHOT_EVENTS):
             self._written, self._skipped = now, 0
             self._write(reading, phase)
@@ -142,14 +145,14 @@ class TensorBoardSink(SinkBase):
         scalars["nfi/phase"] = _PHASES[phase]
         value = self._proto.Value
         proto = self._proto(value=[value(tag=tag, simple_value=number) for tag, number in scalars.items()])
-        file_writer: Any = self._open().file_writer  # set by its constructor; only close() takes it away
+        file_writer: Any = self._open().file_writer  # not None between the constructor and close()
         file_writer.add_summary(proto, reading.step)
 
     def alert(self, alert: Alert, change: Change) -> None:
         writer, tab = self._open(), self._opened_tab()
         writer.add_text(f"nfi/alerts/{alert.id}", alert_markdown(alert), alert.last_step)
         tab.alert(alert)
-        self._alerts.pop(alert.id, None)  # to the end: the overview lists the latest changes
+        self._alerts.pop(alert.id, None)  # move it to the end: the overview lists the latest changes
         self._alerts[alert.id] = alert
         if len(self._alerts) > _OVERVIEW:
             del self._alerts[next(iter(self._alerts))]
@@ -159,18 +162,18 @@ class TensorBoardSink(SinkBase):
             writer.add_text("nfi/alerts", text, alert.last_step)
             if self._describe is not None:
                 tab.describe(self._describe())
-            writer.flush()  # someone may be watching just for this
+            writer.flush()  # show it at once in a TensorBoard that is open
 
     def note(self, note: Note) -> None:
         self._open().add_text(f"nfi/notes/{note.code}", note.message, note.step)
         self._opened_tab().note(note)
 
     def replay(self, verdict: ReplayVerdict) -> None:
-        """For the tab only: a paragraph has no place among the stock panels."""
+        """Write the result for the tab only: the stock panels have no place for it."""
         self._opened_tab().replay(verdict)
 
     def went_back(self) -> None:
-        """For the tab a new session, as of a resumed run; the stock curves go back, as they do there."""
+        """Begin a new session for the tab, as a resumed run does. The stock curves go back in their steps."""
         tab = self._opened_tab()
         info = self._info if self._describe is None else self._describe()
         tab.close(info)
@@ -195,7 +198,7 @@ class TensorBoardSink(SinkBase):
 
     def _opened_tab(self) -> TabWriter:
         self._open()
-        assert self._tab is not None  # made where the writer is
+        assert self._tab is not None  # start() makes both
         return self._tab
 
 
@@ -204,9 +207,9 @@ def _threshold_tag(quantity: str, edge: str) -> str:
 
 
 def layout(bands: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
-    """The custom-scalars layout: panels zero-sum, means, displacement, second moment, norms.
+    """Return the custom-scalars layout: panels zero-sum, means, displacement, second moment, norms.
 
-    A quantity in ``bands`` gets a margin chart; without thresholds it would show an error.
+    A quantity in ``bands`` gets a margin chart.  Without thresholds, a margin chart shows an error.
     """
 
     def lines(*names: str) -> list[Any]:

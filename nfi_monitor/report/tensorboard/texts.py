@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from nfi_monitor.report import wording
-from nfi_monitor.report.json_values import plain
+from nfi_monitor.report.json_values import as_json
 from nfi_monitor.types import Alert, AlertState, Evidence
 
 
 def alert_markdown(alert: Alert) -> str:
-    """One alert with its evidence table and its advice."""
+    """Return one alert with a table of its evidence and its advice."""
     forecast = wording.forecast_in_words(alert)
     over = alert.state is AlertState.RESOLVED
     lines = [
@@ -40,7 +40,7 @@ def _evidence_row(name: str, item: Evidence) -> str:
 
 
 def overview_markdown(alerts: list[Alert], earlier: int) -> str:
-    """A table of the latest alerts, one row each, newest last."""
+    """Return a table of the latest alerts, newest last. ``earlier``: number of alerts that are left out."""
     lines = ["| alert | severity | state | steps | what |", "|---|---|---|---|---|"]
     lines += [
         f"| {a.id} | {a.severity} | {a.state} | {a.first_step:,}–{a.last_step:,} | {wording.headline(a)} |"
@@ -52,9 +52,9 @@ def overview_markdown(alerts: list[Alert], earlier: int) -> str:
 
 
 def info_markdown(info: Mapping[str, Any]) -> str:
-    """The run's description as a table; what is nested as compact ``key value`` pairs."""
+    """Return the run's description as a table, with a nested dict as ``key: value`` pairs in one cell."""
     lines = ["| | |", "|---|---|"]
-    for key, value in plain(info).items():
+    for key, value in as_json(info).items():
         if value is not None and value != [] and value != {}:
             lines.append(f"| {key.replace('_', ' ')} | {_cell(value)} |")
     return "\n".join(lines)

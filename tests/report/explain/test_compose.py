@@ -282,7 +282,9 @@ def test_what_raised_an_imminent_alert_is_among_what_crossed(
     alert = run.alerts["imminent-1"]
     evidence = alert.evidence[quantity]
     assert evidence.threshold is not None and evidence.value >= evidence.threshold
-    crossed = [f for f in run.explain(alert).of(Seen.CROSSED) if f.quantity == quantity and f.own]
+    crossed = [
+        f for f in run.explain(alert).of(Seen.CROSSED) if f.quantity == quantity and f.supports_mechanism
+    ]
     assert crossed, str(run.explain(alert))
     assert crossed[-1].at is not None and crossed[-1].at <= alert.first_step
 
