@@ -6,8 +6,7 @@ stock part has its form:
 - All scalars of a reading are one event, and a run with fast steps writes only some readings.  TensorBoard's
   writer computes checksums in Python (0.7 ms for forty scalars), and a curve shows 1,000 points at most.
 - TensorBoard keeps a sample of the text records of a tag, but always the last one.  So each alert has a tag
-of
-  its own, and the overview ``nfi/alerts`` is always written as a whole.
+  of its own, and the overview ``nfi/alerts`` is always written as a whole.
 - Files can only grow: the longer a run is, the fewer readings are written.
 - A margin chart draws a band only where the value, the lower and the upper edge have the same steps.  So the
   thresholds are written beside every value, not once.

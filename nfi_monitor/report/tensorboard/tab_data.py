@@ -7,13 +7,11 @@ Why the records have their form:
   must not be lost has a tag of its own: 128 readings are one tensor, an alert is one.  It is written again
   while it grows.
 - Titles, labels, bands and advice are written with the numbers, and the tab shows them as they are.  So runs
-of
-  older and newer versions can be shown together, and the words are in one place, this package.
+  of older and newer versions can be shown together, and the words are in one place, this package.
 - The files of a long run must not grow without bound: after every 1,024 tensors, each row covers four times
-as
-  many readings, by the smallest and the largest value of each bucket.
+  as many readings, by the smallest and the largest value of each bucket.
 - A resumed run writes under the tags of a new *session*.  The tab drops the earlier readings of the same
-steps.
+  steps.
 """
 
 from __future__ import annotations
