@@ -37,26 +37,37 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="nfi-monitor", description="Look at runs watched by nfi-monitor, or watch one live."
+        prog="nfi-monitor",
+        description="Report on runs that nfi-monitor has watched, or follow one that trains.",
     )
     parser.add_argument("--version", action="version", version=f"nfi-monitor {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("demo", help="train a network through slingshots under the monitor", add_help=False)
-    report_ = commands.add_parser("report", help="the after-run report of a run directory, and its figure")
-    report_.add_argument("run", metavar="RUN", help="the directory given to Monitor(run_dir=...)")
-    report_.add_argument("--figure", metavar="PATH", help="where to write it (default: RUN/report.png)")
-    report_.add_argument("--no-figure", action="store_true", help="print the report only")
+    commands.add_parser(
+        "demo", help="train a small network that has slingshots, under the monitor", add_help=False
+    )
+    report_ = commands.add_parser("report", help="print the report of a run and draw its figure")
+    report_.add_argument("run", metavar="RUN", help="the directory that you gave to Monitor(run_dir=...)")
+    report_.add_argument("--figure", metavar="PATH", help="write the figure here (default: RUN/report.png)")
+    report_.add_argument("--no-figure", action="store_true", help="print the report and draw no figure")
     report_.add_argument(
-        "--json", action="store_true", help="print the report as JSON (and draw a figure only with --figure)"
+        "--json", action="store_true", help="print the report as JSON, and draw a figure only with --figure"
     )
     report_.add_argument(
-        "--explain", metavar="ID", help="this alert only, as imminent-1: what crossed what, and what did not"
+        "--explain",
+        metavar="ID",
+        help="explain only this alert, such as imminent-1: which thresholds were crossed, and when",
     )
-    tail_ = commands.add_parser("tail", help="the latest readings and alerts, one line each")
-    tail_.add_argument("run", metavar="RUN", help="the directory given to Monitor(run_dir=...)")
-    tail_.add_argument("--json", action="store_true", help="strict JSON lines, for scripts")
-    tail_.add_argument("--follow", "-f", action="store_true", help="wait for more until interrupted")
-    tail_.add_argument("-n", type=_count, default=10, metavar="N", help="how many of each kind (default: 10)")
+    tail_ = commands.add_parser("tail", help="print the latest readings and alerts, one line each")
+    tail_.add_argument("run", metavar="RUN", help="the directory that you gave to Monitor(run_dir=...)")
+    tail_.add_argument("--json", action="store_true", help="print strict JSON lines, for scripts")
+    tail_.add_argument("--follow", "-f", action="store_true", help="print new ones too, until interrupted")
+    tail_.add_argument(
+        "-n",
+        type=_count,
+        default=10,
+        metavar="N",
+        help="number of readings and of alerts to print (default: 10)",
+    )
     return parser
 
 

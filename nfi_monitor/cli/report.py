@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     except ImportError as error:
         say(console, f"no figure: {error}", style="yellow")
     except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib cannot write
-        message = f"cannot write the figure {path}: {error}. Pass another place with --figure."
+        message = f"cannot write the figure {path}: {error}. Pass another path with --figure."
         if options.figure:
             return fail(message)
         say(console, f"no figure: {message}", style="yellow")  # the run directory may be read-only
@@ -91,10 +91,10 @@ def _print_explanations(console: Console, record: RunRecord) -> None:
     parts = (record.info, record.history, record.phases, record.alerts, record.notes)
     explanations = explain_run(*parts)
     if explanations:
-        console.print(Text("\nExplained", style="bold"))
+        console.print(Text("\nExplanations", style="bold"))
     if len(explanations) > _EXPLAINED:
         known = ", ".join(item.alert.id for item in explanations[:-_EXPLAINED])
-        say(console, f"and earlier: {known} (nfi-monitor report RUN --explain ID)", style="dim")
+        say(console, f"earlier ones: {known} (nfi-monitor report RUN --explain ID)", style="dim")
     for explanation in explanations[-_EXPLAINED:]:
         console.print(explanation)
 

@@ -186,7 +186,7 @@ def _line(kind: str, record: dict[str, Any]) -> str:
         try:
             alert = Alert.from_json(record["alert"])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
-            return f"alert of a kind this version cannot read: {error}"
+            return f"alert that this version cannot read: {error}"
         # One item of evidence is enough here; the report has the others.
         text = wording.alert_in_words(alert, 1)
         return f"step {alert.last_step:>7,}  {record.get('change', ''):<8}  {alert.id}: {text}"

@@ -110,13 +110,19 @@ def start_line(info: Mapping[str, Any]) -> str:
     every, interval = info.get("every"), info.get("interval")
     number = interval if isinstance(interval, int) else every
     if isinstance(number, int):
-        text += ", every step" if number == 1 else f", every {number:,} steps"
+        text += ", reads every step" if number == 1 else f", reads every {_ordinal(number)} step"
         # With an interval of one step, every step is read in any case.
-        text += " and each one once something stirs" if every == "auto" and number > 1 else ""
+        text += ", and every step once something changes" if every == "auto" and number > 1 else ""
     tau = info.get("tau")
     if isinstance(tau, (int, float)):
-        text += f" · τ = {wording.number(float(f'{tau:.4g}'))} steps"
+        text += f" · time constant τ = {wording.number(float(f'{tau:.4g}'))} steps"
     return text
+
+
+def _ordinal(number: int) -> str:
+    """Return ``1st``, ``2nd``, ``3rd``, ``4th`` ..."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number:,}{ending}"
 
 
 def _each(text: Text, change: Callable[[str], str]) -> Text:

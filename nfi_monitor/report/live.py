@@ -125,11 +125,13 @@ class LivePanel:
             with contextlib.suppress(Exception):
                 live.stop()
             with contextlib.suppress(Exception):
-                self.console.print(f"nfi  the live panel is off: {type(error).__name__}", highlight=False)
+                self.console.print(
+                    f"nfi  the live panel is switched off: {type(error).__name__}", highlight=False
+                )
 
     def _render(self) -> RenderableType:
         monitor = self.monitor
-        body: RenderableType = Text("no monitor attached yet", style="dim")
+        body: RenderableType = Text("no monitor is attached yet", style="dim")
         border = "dim"
         if monitor is not None:
             phase = monitor.phase

@@ -31,12 +31,12 @@ def render(summary: Mapping[str, Any], say: Callable[[str], str]) -> Group:
     ]
     for title, block in (
         ("Slingshots and their warnings", _slingshot_table(summary, say)),
-        ("Causes, found by replay", _replay_lines(summary, say)),
+        ("Causes found by replay", _replay_lines(summary, say)),
         ("Events", _event_table(summary, say)),
         ("Phases", _phase_lines(summary, say)),
         ("Key quantities", _quantity_table(summary, say)),
         ("Classes absorbed most often", _class_line(summary, say)),
-        ("What could not be seen, and other notes", _note_lines(summary, say)),
+        ("Notes: what could not be measured, and more", _note_lines(summary, say)),
     ):
         if block is not None:
             blocks += [Text(), Text(say(title), style="bold"), Padding(block, (0, 0, 0, 2))]
@@ -64,7 +64,11 @@ def _header(summary: Mapping[str, Any], say: Callable[[str], str]) -> Renderable
                 )
             table.add_row(key, Text(say(text)))
     last = summary["last_step"]
-    steps = "no step measured yet" if last is None else f"{last:,}, with {summary['readings']:,} readings"
+    steps = (
+        "no step has been measured yet"
+        if last is None
+        else f"{last:,}, with {summary['readings']:,} readings"
+    )
     table.add_row("steps", Text(say(steps)))
     if run.get("run_dir"):
         table.add_row("run directory", Text(say(str(run["run_dir"]))))
@@ -114,16 +118,18 @@ def _earlier(rows: list[Any], say: Callable[[str], str], what: str) -> Text | No
     if len(rows) <= _SHOWN:
         return None
     where = "replays.jsonl" if what == "replays" else "alerts.jsonl"
-    text = f"… and {len(rows) - _SHOWN:,} earlier {what}, in {where} and in the JSON form"
+    text = f"… and {len(rows) - _SHOWN:,} earlier {what}: see {where}, or use --json"
     return Text(say(text), style="dim")
 
 
 def _slingshot_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> RenderableType:
     rows = summary["slingshots"]
     if not rows:
-        return Text("none" if summary["last_step"] is not None else "nothing measured yet", style="green")
+        return Text(
+            "none" if summary["last_step"] is not None else "nothing has been measured yet", style="green"
+        )
     table = _table(
-        ("#", "right"), ("steps", ""), ("at risk, lead", "right"), ("imminent, lead", "right"),
+        ("#", "right"), ("steps", ""), ("at-risk lead", "right"), ("imminent lead", "right"),
         ("mechanism", ""), ("confidence", "right"),
     )  # fmt: skip
     for index, row in enumerate(rows[-_SHOWN:], start=max(len(rows) - _SHOWN, 0) + 1):
@@ -151,8 +157,8 @@ def _replay_lines(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rend
             say(f"{row['slingshot'] or 'no slingshot'}, from step {row['snapshot_step']:,}"), style="bold"
         )
         if guess is not None:
-            told = " ".join(_certain(guess["mechanism"], guess["confidence"])).strip()
-            text.append(say(f" · monitor: {told}"), style="not bold")
+            name = " ".join(_certain(guess["mechanism"], guess["confidence"])).strip()
+            text.append(say(f" · monitor: {name}"), style="not bold")
         name = wording.mechanism_name(Mechanism(row["mechanism"]))
         text.append(say(f" · replay: {name}"), style="not bold")
         table.add_row(say("·"), text)
@@ -207,7 +213,7 @@ def _phase_lines(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
         return None
     text = Text("now ")
     text.append(summary["phase"], style=PHASE_STYLES[Phase(summary["phase"])])
-    text.append(say(" · steps in "), style="dim")
+    text.append(say(" · share of steps: "), style="dim")
     parts = [
         Text.assemble((str(phase), PHASE_STYLES[phase]), f" {_percent(share[str(phase)])}")
         for phase in Phase
@@ -266,19 +272,19 @@ def _note_lines(summary: Mapping[str, Any], say: Callable[[str], str]) -> Render
     for note in notes[:_SHOWN]:
         table.add_row(say("·"), Text(say(f"{note['message']} (step {note['step']:,})")))
     if len(notes) > _SHOWN:
-        table.add_row(say("…"), f"and {len(notes) - _SHOWN:,} more, in run.json")
+        table.add_row(say("…"), f"and {len(notes) - _SHOWN:,} more in run.json")
     return table
 
 
 def _overhead_line(summary: Mapping[str, Any], say: Callable[[str], str]) -> Text:
     overhead = summary["overhead"]
     if not isinstance(overhead, dict) or overhead.get("seconds") is None:
-        return Text("The monitor's own time is not recorded: the run has not been closed.", style="dim")
-    text = f"The monitor took {overhead['seconds']:.3g} s of its own"
+        return Text("The monitor's overhead is unknown: the run was not closed.", style="dim")
+    text = f"The monitor took {overhead['seconds']:.3g} s"
+    if overhead.get("measured_steps") is not None:
+        text += f" for {overhead['measured_steps']:,} measured steps"
     if overhead.get("share") is not None:
         text += f", {_percent(overhead['share'])} of the training's own time"
-    if overhead.get("measured_steps") is not None:
-        text += f", for {overhead['measured_steps']:,} measured steps"
     return Text(say(text + "."), style="dim")
 
 

@@ -71,7 +71,7 @@ def find_alert(alerts: Iterable[Alert], wanted: Alert | str) -> Alert:
     known = {alert.id: alert for alert in alerts}
     name = wanted.id if isinstance(wanted, Alert) else wanted
     if name not in known:
-        raise ValueError(f"No alert {name!r}. Known: {', '.join(known) or 'none, nothing has been alerted'}.")
+        raise ValueError(f"There is no alert {name!r}. Known alerts: {', '.join(known) or 'none'}.")
     return known[name]
 
 
@@ -135,9 +135,9 @@ def _not_visible(alert: Alert, record: SignalHistory, findings: list[Finding], f
             reason = _first_sentence(said[code].message)
             lines.append(f"{names}: {reason}" if names else reason)
     if record.first_step is None or record.first_step > alert.first_step:
-        lines.append("the steps before the alert began: the readings on record begin later")
+        lines.append("the steps before the alert began: the readings begin later")
     elif record.first_step > 1 and record.first_step >= first and record.phases[:1] == [(0, Phase.HEALTHY)]:
-        lines.append(f"the steps before {record.first_step:,}: the readings on record begin there")
+        lines.append(f"the steps before {record.first_step:,}: the readings begin there")
     elsewhere = ("margin_displacement", "feature_displacement")
     held = next((f for f in findings if f.quantity == "logit_displacement"), None)
     if (
@@ -146,8 +146,8 @@ def _not_visible(alert: Alert, record: SignalHistory, findings: list[Finding], f
         and not any(name in record.history for name in elsewhere)
     ):
         lines.append(
-            "displacement that a LayerNorm before the head hides: δ was read at the head alone, without a "
-            "probe batch (Monitor(probe=...))"
+            "displacement that a LayerNorm before the head hides: δ (how far one update moves the logits) "
+            "was measured at the head only. To measure it, pass a probe batch: Monitor(probe=...)"
         )
     return tuple(lines)
 
@@ -158,28 +158,26 @@ def _follows(alert: Alert, record: SignalHistory) -> str:
     firing = alert.state is AlertState.FIRING
     if alert.kind is AlertKind.SLINGSHOT:
         if firing:
-            return "The loss is not back yet."
+            return "The loss has not recovered yet."
         after = alert.evidence.get("loss_afterwards")
         if after is None:
-            return f"It is over: the loss was back at {last}."
+            return f"It is over: the loss had recovered at {last}."
         stayed = wording.number(after.value)
-        return (
-            f"It is over, but the loss is not back: at {last} it was {stayed}, which is usual from then on."
-        )
+        return f"It is over, but the loss has not recovered: at {last} it was {stayed}, its new level."
     if alert.kind is AlertKind.NON_FINITE:
-        return f"Not finite up to {last}." if firing else f"Numbers were finite again at {last}."
+        return f"NaN or Inf up to {last}." if firing else f"All numbers were finite again at {last}."
     if not firing:
         near = warning_gap(record.context.tau)
         came = next((step for step in record.starts if 0 <= step - alert.last_step <= near), None)
         if came is not None:
-            return f"It came: the slingshot was seen at step {came:,}."
-        return f"It passed without a slingshot, at {last}."
+            return f"The slingshot came: the loss rose at step {came:,}."
+        return f"It ended at {last} without a slingshot."
     forecast = wording.forecast_in_words(alert)
     if forecast:
-        return f"A slingshot is expected, {forecast}, counted from {last}."
+        return f"A slingshot is expected: {forecast}, counted from {last}."
     if alert.kind is AlertKind.IMMINENT:
-        return "A slingshot is near; a number of steps would be a guess."
-    return "Nothing yet: being at risk can last for thousands of steps, and a countdown would be a guess."
+        return "A slingshot is near. How many steps are left cannot be predicted here."
+    return "No slingshot yet. This state can last for thousands of steps, so no number of steps is given."
 
 
 def _first_sentence(message: str) -> str:

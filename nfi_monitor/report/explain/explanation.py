@@ -106,16 +106,16 @@ class Explanation:
         own = [finding.text for finding in crossed if finding.supports_mechanism or unknown]
         other = [finding.text for finding in crossed if not (finding.supports_mechanism or unknown)]
         missing = [finding.text for finding in self.of(Seen.NOT_CROSSED)]
-        lines = [("Looked at", f"steps {first:,}–{last:,}, {self.why_window}.")]
+        lines = [("Steps searched", f"steps {first:,}–{last:,}, {self.why_window}.")]
         if unknown and self.alert.kind is not AlertKind.NON_FINITE:
-            lines.append(("Cause", "No mechanism known to the monitor preceded it."))
-        lines.append(("What crossed", _sentence(own) if own else "nothing that is on record."))
+            lines.append(("Cause", "Unknown: no sign of a mechanism that the monitor knows came before it."))
+        lines.append(("Crossed", _sentence(own) if own else "nothing in these readings."))
         if other:
             lines.append(("Also crossed", _sentence(other)))
         if missing:
-            lines.append(("What was not seen", _sentence(missing)))
+            lines.append(("Did not cross", _sentence(missing)))
         if self.not_visible:
-            lines.append(("Not visible", _sentence(self.not_visible)))
+            lines.append(("Not measured", _sentence(self.not_visible)))
         lines.append(("What follows", self.follows))
         if self.advice:
             lines.append(("What to do", self.advice))

@@ -19,7 +19,7 @@ class RunDirectoryError(ValueError):
 def check_run(path: str | os.PathLike[str]) -> Path:
     """Return the path if it is a run directory. Raises RunDirectoryError that says what is there instead."""
     path = Path(path)
-    want = "Pass the directory that was given to Monitor(run_dir=...)."
+    want = "Pass the directory that you gave to Monitor(run_dir=...)."
     if not path.exists():
         raise RunDirectoryError(f"{path} does not exist. {want}")
     if not path.is_dir():
@@ -36,12 +36,12 @@ def check_run(path: str | os.PathLike[str]) -> Path:
         raise RunDirectoryError(f"cannot list {path}: {error.strerror}. {want}") from error
     if runs:
         raise RunDirectoryError(
-            f"{path} is not itself a run directory but holds {len(runs)}: "
+            f"{path} is not a run directory, but contains {len(runs)}: "
             f"pass one of {', '.join(str(run) for run in runs[:5])}{', ...' if len(runs) > 5 else ''}"
         )
     names = ", ".join(entry.name for entry in found[:5]) + (", ..." if len(found) > 5 else "")
     raise RunDirectoryError(
-        f"{path} holds no {RUN} and no {READINGS} (found: {names or 'nothing, it is empty'}). {want}"
+        f"{path} contains no {RUN} and no {READINGS} (found: {names or 'nothing, it is empty'}). {want}"
     )
 
 

@@ -92,8 +92,8 @@ class DirectoryLock:
         who = f"process {pid} on {host}" if pid.isdigit() else "another process"
         return DirectoryInUseError(
             errno.EBUSY,
-            f"{self._path} is being written by {who}: two runs in one directory would be a record of "
-            "neither. Pass a run_dir= of its own to each; the training goes on, without files",
+            f"{self._path} is in use: {who} writes a run into it. This run writes no files, and the training "
+            "goes on. Pass another run_dir= to write files",
         )
 
 

@@ -70,13 +70,13 @@ def _read_info(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         info = json.loads((path / RUN).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        problems.append(f"{RUN}: missing, so the head, the optimizer and the thresholds are not known")
+        problems.append(f"{RUN}: missing, so the head, the optimizer and the thresholds are unknown")
     except (OSError, ValueError) as error:
         problems.append(f"{RUN}: cannot be read ({error})")
     else:
         if isinstance(info, dict):
             return info
-        problems.append(f"{RUN}: holds no object")
+        problems.append(f"{RUN}: is not a JSON object")
     return {}
 
 
@@ -142,12 +142,16 @@ def _read_readings(
     if replaced:
         problems.append(
             f"{path.name}: the run was resumed from an earlier step; {replaced} "
-            f"{'reading was' if replaced == 1 else 'readings were'} replaced by what was measured again"
+            f"{'reading was' if replaced == 1 else 'readings were'} replaced by newer ones of the same steps"
         )
     if strange_names:
-        problems.append(f"{path.name}: skipped quantities this version does not know: {_some(strange_names)}")
+        problems.append(
+            f"{path.name}: skipped quantities that this version does not know: {_some(strange_names)}"
+        )
     if strange_phases:
-        problems.append(f"{path.name}: skipped phases this version does not know: {_some(strange_phases)}")
+        problems.append(
+            f"{path.name}: skipped phases that this version does not know: {_some(strange_phases)}"
+        )
     return history, phases
 
 
@@ -172,7 +176,7 @@ def _read_alerts(path: Path, resumed_at: Mapping[int, int], problems: list[str])
     if torn:
         problems.append(_torn(path.name, torn, torn_last))
     if strange:
-        problems.append(f"{path.name}: skipped alerts this version cannot read: {_some(strange)}")
+        problems.append(f"{path.name}: skipped alerts that this version cannot read: {_some(strange)}")
     # sorted() is stable: alerts that began at the same step stay in the order they were written.
     return sorted(alerts.values(), key=lambda alert: alert.first_step)
 
@@ -196,12 +200,12 @@ def _read_replays(path: Path, resumed_at: Mapping[int, int], problems: list[str]
     if torn:
         problems.append(_torn(path.name, torn, torn_last))
     if strange:
-        problems.append(f"{path.name}: skipped replays this version cannot read: {_some(strange)}")
+        problems.append(f"{path.name}: skipped replays that this version cannot read: {_some(strange)}")
     return verdicts
 
 
 def _torn(name: str, count: int, last: bool) -> str:
-    where = " (last)" if last and count == 1 else " (the last one among them)" if last else ""
+    where = " (last)" if last and count == 1 else " (including the last)" if last else ""
     return f"{name}: skipped {count} torn {'line' if count == 1 else 'lines'}{where}"
 
 

@@ -116,14 +116,14 @@ class RunDirectory(SinkBase):
     def _append(self, name: str, line: bytes) -> int:
         """Write a line and return its length in bytes."""
         if name not in self._files:
-            raise OSError(f"{self.path / name} is not open: call start() first, and nothing after close().")
+            raise OSError(f"{self.path / name} is not open: call start() before, and nothing after close().")
         rest = line
         with self._with_advice(self.path / name):
             now = time.monotonic()
             if self._linked and now - self._checked >= CHECK_SECONDS:
                 self._checked = now
                 if os.fstat(self._files[name]).st_nlink == 0:  # nobody could open what is written now
-                    raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
+                    raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
             while rest:  # a full disk may take a part of a line before it refuses the rest
                 rest = rest[os.write(self._files[name], rest) :]
         return len(line)
@@ -169,8 +169,8 @@ class RunDirectory(SinkBase):
             reason = error.strerror or str(error)
             raise OSError(
                 error.errno,
-                f"cannot write {path}: {reason}. Readings and alerts from here on are not on disk. "
-                "Free space or pass run_dir= a directory you can write to; the training goes on.",
+                f"cannot write {path}: {reason}. From here on, readings and alerts are not saved; the "
+                "training goes on. Free disk space, or pass a directory that you can write to as run_dir=.",
             ) from error
 
 

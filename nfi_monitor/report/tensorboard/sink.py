@@ -192,7 +192,7 @@ class TensorBoardSink(SinkBase):
 
     def _open(self) -> SummaryWriter:
         if self._writer is None:
-            raise RuntimeError("TensorBoardSink is not open: call start() first, and nothing after close().")
+            raise RuntimeError("TensorBoardSink is not open: call start() before, and nothing after close().")
         return self._writer
 
     def _opened_tab(self) -> TabWriter:

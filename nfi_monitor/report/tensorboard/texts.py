@@ -47,7 +47,10 @@ def overview_markdown(alerts: list[Alert], earlier: int) -> str:
         for a in alerts
     ]
     if earlier:
-        lines += ["", f"{earlier:,} earlier: each has its own text under `nfi/alerts/`."]
+        lines += [
+            "",
+            f"{earlier:,} earlier alerts are not in this table: each has its own text under `nfi/alerts/`.",
+        ]
     return "\n".join(lines)
 
 
