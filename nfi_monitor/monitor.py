@@ -33,7 +33,9 @@ from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.sampling import auto_interval, local
 from nfi_monitor.capture.step_hooks import StepHooks
 from nfi_monitor.capture.unwrap import choose
-from nfi_monitor.detect.detector import Attention, Context, Detector, Verdict
+from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.judgement import Judgement
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.notes import NoteTaker
@@ -194,7 +196,7 @@ class Monitor:
             group, every, clock=self._clock, meter=self._meter, probe=self._probe, notes=self._notes
         )
         self._detector = Detector(self._thresholds, self._read_context())
-        self._losses = LossQueue(self._detector.stirs, self._thresholds)
+        self._losses = LossQueue(self._detector.is_unusual, self._thresholds)
         self._outbox = HostTransfer()
         self._ring = RecentSnapshots(model, self._optimizer, self._extras, snapshots)
         self.replays: list[ReplayVerdict] = []
@@ -423,7 +425,7 @@ class Monitor:
 
         Raises MonitorError, saying what is needed, without a snapshot or a usable ``step_fn``.
         """
-        from nfi_monitor.replay.plan import plan
+        from nfi_monitor.replay.planning import plan
         from nfi_monitor.replay.run import RECIPE, STEP_FN, replay
 
         if not callable(step_fn):
@@ -703,7 +705,7 @@ class Monitor:
         self._probe.lowered = self._meter.reader.lowered = self._clock.lowered
         self._next_read = self._next_planned(attention)
         self._wanted_step = self._next_read if self._next_read == self._step + 1 else None
-        self._stirred = detector.stirred and self._next_planned(Attention.RARELY) != self._step + 1
+        self._stirred = detector.only_loss_unusual and self._next_planned(Attention.RARELY) != self._step + 1
 
     def _next_planned(self, attention: Attention) -> int:
         tau = self._detector.context.tau
@@ -815,7 +817,7 @@ class Monitor:
     def _judge(self, reading: Reading, *, full: bool) -> None:
         if self._let_go():
             return
-        verdict = Verdict(self._detector.phase)
+        verdict = Judgement(self._detector.phase)
         if "detector" not in self._quiet:
             try:
                 if full:
@@ -854,7 +856,7 @@ class Monitor:
             except Exception as error:
                 self._failed("on_alert", error)
 
-    def _read_context(self) -> Context:
+    def _read_context(self) -> RunContext:
         no_classes = bool(self._rows.single_output)
         return read_context(self._head, self._reader, no_classes=no_classes, rank=self._ranks.rank)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from nfi_monitor._moved import moved_name
+from nfi_monitor import _moved
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.quantized import Quantized
@@ -345,10 +345,7 @@ def _host(value: Any) -> Any:
     return math.nan if value is None else float(value)
 
 
-def __getattr__(name: str) -> Any:
-    homes = {
-        "SECOND_MOMENTS": "nfi_monitor.capture.second_moment",
-        "choose": "nfi_monitor.capture.unwrap",
-        "unwrap": "nfi_monitor.capture.unwrap",
-    }
-    return moved_name(__name__, name, homes)
+if not TYPE_CHECKING:  # for a type checker, any name would exist
+
+    def __getattr__(name: str) -> Any:
+        return _moved.left(__name__, name)

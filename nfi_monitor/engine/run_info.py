@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import OptimizerReader
-from nfi_monitor.detect.detector import Context
+from nfi_monitor.detect.situation import RunContext
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "momentum", "amsgrad", "decoupled_weight_decay", "foreach", "fused",
@@ -37,12 +37,12 @@ def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -
     }
 
 
-def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool, rank: int) -> Context:
+def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool, rank: int) -> RunContext:
     """How the optimizer trains the head as things stand, for the detector."""
     betas = reader.betas()
     group = reader.group_of(head.weight if head is not None else None)
     decoupled = group.get("decoupled_weight_decay", type(reader.optimizer).__name__.startswith("AdamW"))
-    return Context(
+    return RunContext(
         beta1=betas[0] if betas else 0.9,
         beta2=betas[1] if betas else 0.99,
         decoupled_decay=bool(decoupled) and float(group.get("weight_decay", 0.0) or 0.0) > 0,

@@ -6,8 +6,9 @@ Names are resolved on first use (PEP 562): a report reads verdicts and must not 
 from __future__ import annotations
 
 import importlib
-import warnings
 from typing import TYPE_CHECKING, Any
+
+from nfi_monitor import _moved
 
 if TYPE_CHECKING:
     from nfi_monitor.replay.arm import Arm, ArmContext, combined
@@ -53,15 +54,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Context":
-        warnings.warn(
-            "Context has a new name: from nfi_monitor.replay import ArmContext.",
-            DeprecationWarning,
-            stacklevel=2,
-        )
-        name = "ArmContext"
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return _moved.left(__name__, name)
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
     globals()[name] = value
     return value

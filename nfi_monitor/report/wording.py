@@ -1,16 +1,17 @@
-"""Alerts in plain words, so that the console, TensorBoard and the after-run report say the same.
+"""Describe alerts in words, so that the console, TensorBoard and the after-run report say the same.
 
-Pure functions from an alert to a string.  Quantities keep the names of the papers; what has a unit
-people read at a glance (fractions, nats) is written with it.
+Pure functions from an alert to a string.  Quantities keep the names of the papers; fractions are written in
+percent, displacements in nat.
 """
 
 from __future__ import annotations
 
 import math
 
+from nfi_monitor.detect.rules import first_evidence, rule_of
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.replay.verdict import ReplayVerdict
-from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Phase, Severity
+from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Severity
 
 _LABELS = {
     "zero_sum_violation": "zero-sum violation",
@@ -44,7 +45,7 @@ _LABELS = {
     "logit_displacement_rms": "logit displacement δ (RMS)",
 }
 
-_MECHANISMS = {
+MECHANISM_NAMES = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
     Mechanism.SECOND_MOMENT: "decayed second moment",
     Mechanism.EDGE_OF_STABILITY: "edge of stability",
@@ -52,33 +53,22 @@ _MECHANISMS = {
     Mechanism.UNKNOWN: "mechanism not clear",
 }
 
-_AT_RISK = {
-    Mechanism.NUMERICAL_FEATURE_INFLATION: "rounding absorbs confident rows, gradients no longer sum to zero",
-    Mechanism.SECOND_MOMENT: "the gradient is gone, weight decay alone moves the weights",
-    Mechanism.EDGE_OF_STABILITY: "successive updates overshoot along the gradient",
-    Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
-    Mechanism.UNKNOWN: "what precedes a slingshot is there",
+_NO_RULE = {
+    # What no rule speaks for: kind → mechanism → words.
+    AlertKind.AT_RISK: {
+        Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
+        Mechanism.UNKNOWN: "what precedes a slingshot is there",
+    },
+    AlertKind.IMMINENT: {
+        Mechanism.EXTERNAL: "the batch or the learning rate has just moved the weights far",
+        Mechanism.UNKNOWN: "one update already moves the logits",
+    },
 }
-
-_IMMINENT = {
-    Mechanism.NUMERICAL_FEATURE_INFLATION: "rows are absorbed and one update already moves the logits",
-    Mechanism.SECOND_MOMENT: "gradients are back on a second moment that has let go of them",
-    Mechanism.EDGE_OF_STABILITY: "successive updates overshoot along the gradient",
-    Mechanism.EXTERNAL: "the batch or the learning rate has just moved the weights far",
-    Mechanism.UNKNOWN: "one update already moves the logits",
-}
-
-_FIRST = {
-    Mechanism.NUMERICAL_FEATURE_INFLATION: ("zero_sum_violation", "feature_mean_growth"),
-    Mechanism.SECOND_MOMENT: ("rms_t_max", "second_moment_decay"),
-    Mechanism.EDGE_OF_STABILITY: ("secant_curvature", "rms_t_max"),
-    Mechanism.EXTERNAL: ("learning_rate", "rms_t_max"),
-    Mechanism.UNKNOWN: (),
-}
+_FIRST_WITHOUT_RULE = {Mechanism.EXTERNAL: ("learning_rate", "rms_t_max")}
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; whole numbers with thousands separators; ``NaN``, ``Inf``, ``-`` for None."""
+    """Format with three significant digits, whole numbers with separators of thousands; None as ``-``."""
     if value is None:
         return "-"
     if math.isnan(value):
@@ -93,12 +83,12 @@ def number(value: float | None) -> str:
 
 
 def label(name: str) -> str:
-    """A quantity's name as people write it; unknown names (a newer writer's) with spaces."""
+    """Return a quantity's name as people write it; an unknown name (from a newer version) with spaces."""
     return _LABELS.get(name, name.replace("_", " "))
 
 
 def amount(name: str, value: float | None) -> str:
-    """A quantity's value with the unit people expect: fractions in percent, displacements in nat."""
+    """Format a quantity's value with its unit: fractions in percent, displacements in nat."""
     quantity = QUANTITIES.get(name)
     unit = quantity.unit if quantity else ""
     if unit == "fraction" and value is not None and math.isfinite(value):
@@ -130,53 +120,54 @@ def headline(alert: Alert) -> str:
     if alert.kind is AlertKind.IMMINENT:
         if over:
             return f"was imminent ({since})"
-        return f"slingshot imminent: {_IMMINENT[alert.mechanism]}"
+        return f"slingshot imminent: {_what(alert)}"
     if over:
         return f"was at risk ({since})"
-    what = _AT_RISK[alert.mechanism]
-    if alert.phase is Phase.INFLATING and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
-        what = "rounding absorbs confident rows and the feature mean grows"
-    return f"at risk: {what}"
+    return f"at risk: {_what(alert)}"
+
+
+def _what(alert: Alert) -> str:
+    """What goes on, in the words of the rule that has the most to say of it."""
+    rule = rule_of(alert.mechanism, alert.kind, alert.phase)
+    return rule.labels[alert.kind] if rule is not None else _NO_RULE[alert.kind][alert.mechanism]
 
 
 def mechanism_in_words(alert: Alert) -> str:
-    """``numerical feature inflation (confidence 82%)``; no number where no mechanism is named."""
-    words = _MECHANISMS[alert.mechanism]
+    """Return ``numerical feature inflation (confidence 82%)``; no number if the mechanism is unknown."""
+    words = MECHANISM_NAMES[alert.mechanism]
     if alert.mechanism is Mechanism.UNKNOWN:
         return words
     return f"{words} (confidence {100 * alert.confidence:.0f}%)"
 
 
 def mechanism_name(mechanism: Mechanism) -> str:
-    """The mechanism without its confidence."""
-    return _MECHANISMS[mechanism]
+    """Return the mechanism's name without the confidence."""
+    return MECHANISM_NAMES[mechanism]
 
 
 def one_evidence_in_words(name: str, item: Evidence) -> str:
-    """``zero-sum violation 0.134 (threshold 0.1)``."""
+    """Return ``zero-sum violation 0.134 (threshold 0.1)``."""
     words = f"{label(name)} {amount(name, item.value)}"
     return words if item.threshold is None else f"{words} (threshold {_bare(name, item.threshold)})"
 
 
 def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
     """The alert's evidence, what its kind and mechanism rest on first, the rest in the alert's order."""
-    first: tuple[str, ...] = _FIRST[alert.mechanism]
+    first = first_evidence(alert.mechanism, alert.kind) or _FIRST_WITHOUT_RULE.get(alert.mechanism, ())
     if alert.kind is AlertKind.SLINGSHOT:
         first = ("loss", "loss_afterwards", "head_loss", *first)
-    elif alert.kind is AlertKind.IMMINENT and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
-        first = ("logit_displacement", "margin_displacement", *first)
     names = dict.fromkeys([*(name for name in first if name in alert.evidence), *alert.evidence])
     return {name: alert.evidence[name] for name in names}
 
 
 def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
-    """The evidence as one comma-separated clause, the ``limit`` items that matter most (None: all)."""
+    """Return the ``limit`` most important items of evidence (None: all), separated by commas."""
     items = list(ordered_evidence(alert).items())[:limit]
     return ", ".join(one_evidence_in_words(name, item) for name, item in items)
 
 
 def forecast_in_words(alert: Alert) -> str:
-    """``≈ 90 steps left (45–180)``; empty where a countdown would be a guess, or the event is over."""
+    """Return ``≈ 90 steps left (45–180)``; empty if there is no forecast or the alert is resolved."""
     if alert.steps_to_spike is None or alert.state is AlertState.RESOLVED:
         return ""
     low, median, high = alert.steps_to_spike
@@ -184,7 +175,7 @@ def forecast_in_words(alert: Alert) -> str:
 
 
 def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
-    """Headline, mechanism, evidence and forecast of an alert as one line, parts separated by `` · ``."""
+    """Return headline, mechanism, evidence and forecast of an alert on one line, separated by `` · ``."""
     if alert.state is AlertState.RESOLVED:
         return headline(alert)
     parts = [headline(alert)]
@@ -196,11 +187,11 @@ def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
 
 
 def replay_in_words(verdict: ReplayVerdict) -> str:
-    """``numerical feature inflation: unchanged, the run has the slingshot at step 895; …``"""
-    said = f"{mechanism_name(verdict.mechanism)}: {'; '.join(verdict.reasons)}"
-    return said + ("; reproduced to the last bit" if verdict.reproduced else "")
+    """Return a replay's mechanism and the reasons for it, separated by semicolons."""
+    text = f"{mechanism_name(verdict.mechanism)}: {'; '.join(verdict.reasons)}"
+    return text + ("; reproduced to the last bit" if verdict.reproduced else "")
 
 
 def _bare(name: str, value: float) -> str:
-    """The threshold without repeating the unit that its value already shows."""
+    """Format a threshold without the unit nat, which the value beside it has."""
     return amount(name, value).removesuffix(" nat")
