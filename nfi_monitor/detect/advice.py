@@ -1,7 +1,8 @@
-"""What to do about an alert: one concrete next action first, then the alternatives.
+"""Say what to do about an alert: one concrete next action first, then the alternatives.
 
-Whatever is named here stands in ``tests/benchmarks/remedies/RESULTS.md`` as averting at least half of the
-slingshots of that mechanism from that moment on; ``tests/remedies/test_advice.py`` holds the two together.
+Every remedy that is recommended here averts at least half of its mechanism's slingshots.  That holds if the
+remedy is applied at the moment of the alert (measured: ``tests/benchmarks/remedies/RESULTS.md``).
+``tests/remedies/test_advice.py`` compares the texts with that table.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ NON_FINITE_LOSS = (
     "nothing.",
     "No gradient or weight was seen to be NaN or Inf. Should one be, this alert becomes critical.",
 )
-"""Where it was seen in the loss alone."""
+"""Advice where only the loss was NaN or Inf."""
 
 
 _Table = dict[AlertKind, tuple[str, ...]]
@@ -89,13 +90,19 @@ ADVICE: dict[str, _Table] = {
     },
     "non_finite": {AlertKind.NON_FINITE: NON_FINITE},
 }  # fmt: skip
-"""Key of a rule, or of a mechanism that no rule speaks for → kind of alert → what to do, in this order."""
+"""Advice key → kind of alert → lines of advice, in the order to try them.
+
+The key is ``Rule.advice``, or the name of a mechanism that no rule has."""
 
 
 def advice_for(
     kind: AlertKind, mechanism: Mechanism, tau: float, severity: Severity = Severity.CRITICAL
 ) -> tuple[str, ...]:
-    """Return advice in the order to try it; the first is the action to take."""
+    """Return the lines of advice in the order to try them; the first line is the action to take.
+
+    ``tau``: τ in optimizer steps; it sets the number of steps that some lines name.  ``severity`` matters for
+    a NaN or Inf only: below critical, it was in the loss alone.
+    """
     if kind is AlertKind.NON_FINITE:
         return NON_FINITE if severity is Severity.CRITICAL else NON_FINITE_LOSS
     key = next(
