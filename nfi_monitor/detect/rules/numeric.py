@@ -66,7 +66,7 @@ class Absorbing(_Numeric):
     name = "absorbing"
     holds = {AlertKind.AT_RISK: Severity.INFO}
     phase = Phase.ABSORBING
-    labels = {AlertKind.AT_RISK: "rounding absorbs confident rows, gradients no longer sum to zero"}
+    labels = {AlertKind.AT_RISK: "rounding absorbs confident rows: their gradients no longer sum to zero"}
     charts = ("zero-sum violation", "rows that rounding silences", "margins")
     levels = (VIOLATION,)
     first_evidence = {AlertKind.AT_RISK: ("zero_sum_violation", "feature_mean_growth")}
@@ -130,7 +130,7 @@ class Imminent(_Numeric):
     name = "imminent"
     holds = {AlertKind.AT_RISK: Severity.WARNING, AlertKind.IMMINENT: Severity.CRITICAL}
     phase = Phase.IMMINENT
-    labels = {AlertKind.IMMINENT: "rows are absorbed and one update already moves the logits"}
+    labels = {AlertKind.IMMINENT: "rounding absorbs confident rows and updates already move the logits"}
     charts = ("displacement by one update",)
     levels = (DISPLACEMENT,)
     first_evidence = {

@@ -69,7 +69,7 @@ class Coasting(Rule):
     name = "coasting"
     mechanism = Mechanism.SECOND_MOMENT
     holds = {AlertKind.AT_RISK: Severity.INFO}
-    labels = {AlertKind.AT_RISK: "the gradient is gone, weight decay alone moves the weights"}
+    labels = {AlertKind.AT_RISK: "the gradient has vanished and weight decay alone moves the weights"}
     advice = "second_moment"
     charts = ("RMS_t", "second moment, median sqrt(v̂)", "second-moment decay", "weight norms")
     levels = (DECAY, RMS_T_MEAN)
@@ -100,7 +100,9 @@ class Kicking(Rule):
     mechanism = Mechanism.SECOND_MOMENT
     holds = {AlertKind.AT_RISK: Severity.INFO, AlertKind.IMMINENT: Severity.WARNING}
     phase = Phase.IMMINENT
-    labels = {AlertKind.IMMINENT: "gradients are back on a second moment that has let go of them"}
+    labels = {
+        AlertKind.IMMINENT: "the gradient is back after the second moment decayed: updates are too large"
+    }
     advice = "second_moment"
     charts = ("RMS_t", "curvature along the update")
     levels = (RMS_T, CURVATURE)

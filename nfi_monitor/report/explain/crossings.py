@@ -141,20 +141,20 @@ def _compare(
     at, then, now = series.steps[start], series.values[start], series.values[end]
     verb = "rose" if applied.sign > 0 else "fell"
     if after is None or at <= earliest:
-        since = "the readings began" if after is None else "the last slingshot"
-        text = f"{applied.label} was {side} {value} ever since {since} (step {at:,}; "
+        when = "the readings began" if after is None else "the last slingshot ended"
+        text = f"{applied.label} was already {side} {value} when {when} (step {at:,}; "
     elif at - after > 1:
         text = f"{applied.label} {verb} {side} {value} between steps {after:,} and {at:,} ("
     else:
         text = f"{applied.label} {verb} {side} {value} at step {at:,} ("
     if back is not None:
-        text += f"{which} {show(extreme)}, back at step {series.steps[back]:,})"
+        text += f"{which} {show(extreme)}, back {other} at step {series.steps[back]:,})"
     elif at == series.steps[end]:
         text += f"{show(then)})"
     else:
         text += f"{show(then)} then, {show(now)} {_at_end(alert)})"
     if applied.level.signal == "decay" and not own and not record.context.decoupled_decay:
-        text += ", which by itself gives no kick: no decoupled weight decay moves the weights"
+        text += ", which alone causes no slingshot: the run has no decoupled weight decay"
     back_at = None if back is None else series.steps[back]
     return Finding(quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own)
 
@@ -181,7 +181,7 @@ def _from_evidence(applied: _AppliedLevel, alert: Alert, record: SignalHistory, 
     crossed = applied.beyond(value)
     text = (
         f"{applied.label} {applied.show(value)} in the alert's own evidence (threshold "
-        f"{applied.show(enter)}), its readings are not on record"
+        f"{applied.show(enter)}), no reading in these steps"
     )
     seen = Seen.CROSSED if crossed else Seen.NOT_CROSSED
     return Finding(quantity, seen, text, enter, now=value, extreme=value, supports_mechanism=own)
@@ -202,7 +202,8 @@ def _learning_rate(record: SignalHistory, first: int, last: int) -> Finding:
         return Finding(name, Seen.NOT_CROSSED, "the learning rate did not change", LR_CHANGE, extreme=1.0)
     factor, after, at, x, y = max(pairs)
     if factor < LR_CHANGE:
-        text = f"the learning rate never changed by {LR_CHANGE:g} times between two readings"
+        most = wording.number(factor)
+        text = f"the learning rate never changed by a factor of {LR_CHANGE:g} or more (largest: {most})"
         return Finding(name, Seen.NOT_CROSSED, text, LR_CHANGE, extreme=factor)
     text = f"the learning rate went from {wording.number(x)} to {wording.number(y)} {_between(after, at)}"
     return Finding(name, Seen.CROSSED, text, LR_CHANGE, after, at, None, y, values[-1], factor)
@@ -217,7 +218,7 @@ def _last_update(alert: Alert, record: SignalHistory, first: int, last: int) -> 
     inside = [x for step, x in zip(steps, values, strict=True) if first <= step <= last]
     if alert.mechanism is not Mechanism.EXTERNAL or not inside:
         return []
-    text = f"the last update before it was {wording.number(inside[-1])} times the average one"
+    text = f"the last update in these steps was {wording.number(inside[-1])} times as large as the average"
     seen = Seen.NOT_CROSSED if inside[-1] <= UNMOVED else Seen.CROSSED
     return [Finding("update_rms", seen, text, UNMOVED, then=inside[-1], now=inside[-1], extreme=max(inside))]
 
@@ -234,7 +235,7 @@ def _not_finite(alert: Alert, record: SignalHistory, first: int) -> list[Finding
         if bad:
             at, after = steps[bad[0]], steps[bad[0] - 1] if bad[0] else None
             text = f"{what} {'were' if counted else 'was'} NaN or Inf {_between(after, at, 'first ')}"
-            text += f", at {len(bad):,} readings" if len(bad) > 1 else ""
+            text += f", in {len(bad):,} readings" if len(bad) > 1 else ""
             own = alert.kind is AlertKind.NON_FINITE
             then = values[bad[0]]
             finding = Finding(name, Seen.CROSSED, text, after=after, at=at, then=then, supports_mechanism=own)
@@ -266,7 +267,7 @@ def _loss(alert: Alert, record: SignalHistory, last: int) -> list[Finding]:
     inside = [x for step, x in zip(steps, values, strict=True) if begin <= step <= last and math.isfinite(x)]
     if not inside:
         return [Finding("loss", Seen.NOT_MEASURED, wording.label("loss"))]
-    text = f"the loss did not leave its floor meanwhile (largest {wording.number(max(inside))})"
+    text = f"the loss did not leave its floor while the alert fired (largest {wording.number(max(inside))})"
     return [Finding("loss", Seen.NOT_CROSSED, text, extreme=max(inside))]
 
 

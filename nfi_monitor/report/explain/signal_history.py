@@ -119,12 +119,12 @@ class SignalHistory:
                 until = alert.first_step if following is None else min(following[0], alert.first_step)
                 healthy = max(until - 1, 1)
         lead_up = alert.first_step - math.ceil(LEAD_UP * self.context.tau)
-        first, why = lead_up, f"from {LEAD_UP:g} τ before it began"
+        first, why = lead_up, f"from {LEAD_UP:g} τ (τ = {self.context.tau:.4g} steps) before the alert began"
         if healthy is None or healthy < lead_up:
             first, why = healthy or earliest, "since the run was last healthy"
         if first <= earliest:
             ended = last_end is not None and last_end >= begin
-            first, why = earliest, "since the last slingshot ended" if ended else "all there is on record"
+            first, why = earliest, "since the last slingshot ended" if ended else "since the readings began"
         last = alert.last_step
         if alert.kind in (AlertKind.SLINGSHOT, AlertKind.NON_FINITE):
             last = alert.first_step - 1  # readings of the event itself show its effect, not its cause
