@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.measure import extremes
+from nfi_monitor.measure.views import RowView
 
 
 class TopLogits(NamedTuple):
@@ -61,3 +62,18 @@ def row_loss(top: TopLogits, target_logit: Tensor) -> Tensor:
 def residual_mass(loss: Tensor) -> Tensor:
     """ε = Σ_{k≠r} p_k = 1 − e^{−loss}, [N] → [N] (Liu et al. 2026, Theorem 3.4)."""
     return -torch.expm1(-loss)
+
+
+def loss_of_rows(rows: RowView) -> Tensor:
+    """Return each row's loss, [N], nats: see :func:`row_loss`."""
+    return rows.loss
+
+
+def residual_mass_of_rows(rows: RowView) -> Tensor:
+    """Return each row's residual mass ε, [N]: see :func:`residual_mass`."""
+    return rows.residual
+
+
+def max_probability_of_rows(rows: RowView) -> Tensor:
+    """Return max_k p_k of each row, [N], accurate also where it rounds to 1."""
+    return torch.sigmoid(-rows.top.log_rest)

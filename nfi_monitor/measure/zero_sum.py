@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from nfi_monitor.measure.views import StepView
+
 _Eps = TypeVar("_Eps", float, Tensor)
 
 
@@ -84,3 +86,15 @@ def weight_violation(weight_grad: Tensor) -> Tensor:
 def bias_violation(bias_grad: Tensor) -> Tensor:
     """|Σ_k ∂L/∂b_k| / Σ_k |∂L/∂b_k|. ``bias_grad`` [K] → scalar tensor in [0, 1]."""
     return row_violation(*row_sums(bias_grad))
+
+
+def violation_of_head_weight(step: StepView) -> Tensor | None:
+    """Return :func:`weight_violation` of the head, a scalar; None where its gradient was not read."""
+    grad = step.update.head_weight_grad
+    return None if grad is None else weight_violation(grad)
+
+
+def violation_of_head_bias(step: StepView) -> Tensor | None:
+    """Return :func:`bias_violation` of the head, a scalar; None where its gradient was not read."""
+    grad = step.update.head_bias_grad
+    return None if grad is None else bias_violation(grad)

@@ -27,6 +27,7 @@ from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.step_reader import full_precision
 from nfi_monitor.measure.accumulator import RowAccumulator, looks
+from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.rows import MAXIMA, LossKind, finish
 from nfi_monitor.measure.sharded.rows import HEADER, SHOWN, Together, merged, together
 from nfi_monitor.measure.sharded.step import (
@@ -39,7 +40,7 @@ from nfi_monitor.measure.sharded.step import (
     head_parts,
     step_parts,
 )
-from nfi_monitor.measure.step import SKIPPED, Memory, mean_statistics
+from nfi_monitor.measure.step import SKIPPED, mean_statistics
 from nfi_monitor.ranks import processes
 from nfi_monitor.ranks import team as teams
 from nfi_monitor.ranks.layout import (

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.optimizer import OptimizerReader
-from nfi_monitor.measure.step import Memory, step_statistics
+from nfi_monitor.measure.memory import Memory
+from nfi_monitor.measure.step import step_statistics
 from nfi_monitor.quantities import QUANTITIES
 from tests.measure import reference as ref
 

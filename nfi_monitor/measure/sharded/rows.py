@@ -18,8 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nfi_monitor.measure import absorption, extremes, margins, shift_invariance, zero_sum
-from nfi_monitor.measure.rows import LOOK_SUMS, MAXIMA, SUMS, LossKind
+from nfi_monitor.measure import absorption, declared, extremes, margins, shift_invariance, zero_sum
+from nfi_monitor.measure.rows import LOOK_SUMS, MASKS, MAXIMA, SUMS, LossKind, row_view, unexplained_rows
+from nfi_monitor.measure.views import RowView
+from nfi_monitor.quantities import PerRow
 
 FIELDS = (
     "signed", "absolute", "lowest", "lowest_class", "lowest_logit",
@@ -195,59 +197,50 @@ def _whole_rows(
     """``numbers`` [shards, len(FIELDS), N], shards in the order of their classes."""
     part = dict(zip(FIELDS, numbers.unbind(1), strict=True))  # [shards, N] each
     whole, top, target = _joined(part, dtype)
-    signed, absolute, own, target_logit = (
-        whole[name] for name in ("signed", "absolute", "own", "target_logit")
-    )
-    violation = zero_sum.row_violation(signed, absolute)
-    finite = torch.isfinite(absolute + top.largest)
-    live = (absolute > 0) & finite
-    silent = (absolute == 0) & finite
-    above = live & (violation > kind.floor)
     batch = round(header["batch_rows"] / header["batches"])
-    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, batch, kind.level)
-    counts = live | underflowed
-    absorbed = absorption.absorbed_rows(own, live)
-    loss = margins.row_loss(top, target_logit)
-    residual = margins.residual_mass(loss)
-    margin = margins.margin(top, target, target_logit)
-
-    def total(values: Tensor, of: Tensor) -> float:
-        return float(torch.where(of, values.double(), 0.0).sum())
-
+    view, kinds = row_view(
+        (whole["signed"], whole["absolute"]), top, target, whole["target_logit"], whole["own"], batch, kind
+    )
     sums: dict[str, float] = dict.fromkeys(LOOK_SUMS, float("nan"))
     if look:
-        of_live = torch.where(live, absolute, torch.zeros_like(absolute))
-        scale = shift_invariance.gradient_scale(of_live, residual, live)
-        kind = kind._replace(scale=torch.maximum(scale, kind.scale.to(dtype)))
-        told = shift_invariance.gradient_residual(residual, of_live, kind.scale)
-        strange = shift_invariance.unexplained(violation, told, top.largest, kind.eps, outputs)
-        sums["unexplained"] = float((live & strange).sum())
-        sums["soft"] = float((live & (part["negatives"].sum(0) > 1)).sum())
-        sums["mean_logit"] = total(part["logit_sum"].sum(0) / part["logit_count"].sum(0), counts)
-    masks = (
-        ("live", live), ("absorbed", absorbed), ("above_floor", above),
-        ("underflowed", underflowed), ("silent", silent), ("finite", finite), ("counted", counts),
-    )  # fmt: skip
-    sums |= {name: float(mask.sum()) for name, mask in masks}
-    summed = (("violation", violation), ("signed", signed), ("absolute", absolute), ("residual", residual))
-    sums |= {name: total(values, live) for name, values in summed}
-    sums |= {"loss": total(loss, counts), "max_probability": total(torch.sigmoid(-top.log_rest), counts)}
-    median = torch.where(counts, margin, torch.nan).nanmedian().nan_to_num(0.0)
+        of_live = torch.where(view.live, view.absolute, torch.zeros_like(view.absolute))
+        kind, strange = unexplained_rows(view, of_live, kind, outputs)
+        sums["unexplained"] = float(strange.sum())
+        sums["soft"] = float((view.live & (part["negatives"].sum(0) > 1)).sum())
+        sums["mean_logit"] = _total(part["logit_sum"].sum(0) / part["logit_count"].sum(0), view.counts)
+    sums |= {name: float(mask.sum()) for name, mask in zip(MASKS, kinds, strict=True)}
+    sums["counted"] = float(view.counts.sum())
+    summed = (("violation", view.violation), ("signed", view.signed), ("absolute", view.absolute))
+    sums |= {name: _total(values, view.live) for name, values in summed}
+    sums |= _declared(view, declared.OVER_LIVE, view.live)
+    sums |= _declared(view, declared.OVER_COUNTED, view.counts)
+    median = torch.where(view.counts, view.margin, torch.nan).nanmedian().nan_to_num(0.0)
     sums |= {
         "rows": header["batch_rows"],
         "sampled": header["rows"],
         "margin_median_rows": float(median) * sums["counted"],
     }
     maxima = {
-        "violation_max": torch.where(live, violation, 0.0).amax(),
-        "negative_margin_min": torch.where(counts, -margin, -torch.inf).amax(),
+        "violation_max": torch.where(view.live, view.violation, 0.0).amax(),
+        "negative_margin_min": torch.where(view.counts, -view.margin, -torch.inf).amax(),
     }
     return (
         torch.tensor([sums[name] for name in SUMS], dtype=torch.float64),
         torch.stack([maxima[name].double() for name in MAXIMA]),
-        [int(index) for index in top.winner[absorbed].tolist()],
+        [int(index) for index in top.winner[kinds.absorbed].tolist()],
         kind,
     )
+
+
+def _total(values: Tensor, of: Tensor) -> float:
+    return float(torch.where(of, values.double(), 0.0).sum())
+
+
+def _declared(view: RowView, of: dict[str, PerRow], rows: Tensor) -> dict[str, float]:
+    """Sums of declared functions; NaN of those that need the gradient or the logits of whole rows."""
+    known = {name: per_row for name, per_row in of.items() if per_row.from_shards}
+    values = zip(known, declared.row_values(view, known), strict=True)
+    return dict.fromkeys(of, float("nan")) | {name: _total(value, rows) for name, value in values}
 
 
 def _joined(

@@ -24,7 +24,7 @@ from torch import Tensor
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.update import Update
 from nfi_monitor.measure import second_moment
-from nfi_monitor.measure.step import Memory
+from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.zero_sum import accumulation_dtype
 
 STEP_SUMS = (
