@@ -197,7 +197,7 @@ RUN = (
     Quantity(
         "loss", "loss", "loss", "what observe_loss was given, mean over the micro-batches of the step",
         nan=INPUT, merge=Merge.LOSS,
-        reference="tests/engine/test_loss_queue.py::test_the_loss_of_a_step_is_the_mean_of_its_micro_batches",
+        reference="tests/engine/test_loss_of_a_step.py::test_the_loss_of_a_step_is_the_mean_of_its_micro_batches",
         chart="loss", curve="observed", extreme="max", live=True, tail=True, place=10,
     ),
     Quantity(
