@@ -69,7 +69,6 @@ def test_a_quantity_has_a_reference_test_or_a_reason_why_not(quantity: Quantity)
             2
         ]
         name = quantity.name
-        # A name may be put together: "feature_mean" and "_growth".
         assert {name, measured_by} & words_of(file, test) - {""}, f"{test} does not mention {name}"
 
 
