@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,3 +107,18 @@ def test_no_two_quantities_have_one_name_one_label_or_one_place() -> None:
 def test_the_catalogue_needs_no_torch() -> None:
     code = "import sys, nfi_monitor.quantities; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_new_quantity_needs_a_declaration_and_a_function_and_nothing_else(tmp_path: Path) -> None:
+    script = [sys.executable, "-W", "ignore", "-m", "tests.new_quantities", str(tmp_path / "run")]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    first, *tail = done.stdout.splitlines()
+    found = json.loads(first)
+    for name, value in found["expected"].items():
+        assert found["history"][name] == pytest.approx(value, rel=1e-6)
+        assert found["readings"][name] == pytest.approx(value, rel=1e-6)
+    assert found["curves"] == {"largest_logit": "largest logit", "largest_move": "largest"}
+    assert found["summary"] == ["largest_logit"]  # the other one asks for no line there
+    assert "largest logit" in tail[-1] and "largest move" not in tail[-1]
+    assert found["of_shards"] == []  # no rank has all classes of a row: absent, never 0
