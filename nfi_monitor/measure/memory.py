@@ -17,7 +17,7 @@ _TENSORS = ("before", "feature_mean", "grad", "preconditioner")
 class Memory:
     """The part of the last measured step that the next one is compared with.
 
-    ``layout``: the sample's; None in what an earlier version has saved.
+    ``layout`` is that of the coordinate sample; None if an earlier version saved the state.
     """
 
     __slots__ = (*_TENSORS, "layout", "step")
@@ -39,7 +39,10 @@ class Memory:
         self.feature_mean = feature_mean
 
     def precedes(self, update: Update, step: int) -> bool:
-        """Whether this is the step before, at the same coordinates: layers of one size may take turns."""
+        """Return whether this is the step before ``step``, at the same coordinates as ``update``.
+
+        Sizes alone do not show this: layers of one size may be trained in turn.
+        """
         return (
             self.step == step - 1
             and self.grad.shape == update.grad.shape
@@ -47,7 +50,7 @@ class Memory:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types, every bit kept. Reads the tensors from their device: not for a hot path."""
+        """Return plain types that keep every bit. Reads from the device: not for a hot path."""
         layout = None if self.layout is None else [[*of] for of in self.layout]
         return {"step": self.step, "layout": layout} | {
             name: None if (tensor := getattr(self, name)) is None else to_text(tensor) for name in _TENSORS

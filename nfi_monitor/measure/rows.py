@@ -1,8 +1,10 @@
-"""All row quantities of one backward pass, packed into two small vectors.
+"""Measure the rows of one backward pass, packed into two small vectors.
 
-A micro-batch gives sums and maxima; both merge over micro-batches (and over ranks) by addition and by
-maximum, and become means on the host.  One stack and one reduction instead of a dozen 0-d tensors: at
-the sizes where a monitor is felt, kernel launches cost more than arithmetic.
+A micro-batch gives sums and maxima.  Micro-batches and ranks add the sums and take the largest of the maxima.
+The host turns them into means.  One stack and one reduction replace a dozen 0-d tensors: for small models,
+launching a kernel costs more than its arithmetic.
+
+Functions of a row that a declaration names (:class:`nfi_monitor.quantities.PerRow`) are summed with the rest.
 """
 
 from __future__ import annotations
@@ -33,15 +35,15 @@ class RowKinds(NamedTuple):
 MASKS = RowKinds._fields
 """Rows counted by kind."""
 LOOK_SUMS = ("unexplained", "soft", "mean_logit")
-"""What changes slowly or tells the kind of loss: NaN in passes that did not look."""
+"""Sums that change slowly or show the kind of loss: NaN in passes that did not look."""
 LIVE_SUMS = ("violation", "signed", "absolute", *declared.OVER_LIVE)
-"""Summed over live rows. The violation is no declared function: its rows also give a share and a maximum."""
+"""Sums over live rows. The violation is no declared function: its rows also give a share and a maximum."""
 COUNTED_SUMS = tuple(declared.OVER_COUNTED)
-"""Summed over rows that count: live or underflowed."""
+"""Sums over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
-"""Of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
+"""Numbers of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
 MAXIMA = ("violation_max", "negative_margin_min")
-"""Of the micro-batch, merged by maximum."""
+"""Numbers of the micro-batch of which the largest counts."""
 
 SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
@@ -49,9 +51,9 @@ SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 class LossKind(NamedTuple):
     """What the rows have shown of the loss so far, scalar tensors.
 
-    ``eps``: machine epsilon of the precision it is computed in; ``floor``: the violation that rounding may
-    cause in it; ``level``: ln of the gradients that underflow in it.  ``scale``: the largest s in
-    g = s·(p − y) seen, 0 while no unsure row has shown it.
+    ``eps``: machine epsilon of the precision in which the loss is computed.  ``floor``: the violation that
+    rounding may cause in this precision.  ``level``: ln of the size below which its gradients underflow.
+    ``scale``: the largest s in g = s·(p − y) so far, 0 while no unsure row has shown it.
     """
 
     eps: Tensor
@@ -82,7 +84,7 @@ def row_statistics(
         logits: z [N, K] of the same rows.
         rows: rows of the whole batch, which a mean reduction divides by.
         loss_kind: what earlier passes learned of the loss.
-        look: look at the kind of loss again (half of the work).
+        look: look at the kind of loss again. This is half of the work.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     if len(grad) == 0:
@@ -92,7 +94,7 @@ def row_statistics(
         loss_kind = shown_precision(grad, loss_kind)
     view, kinds = _view(grad, logits, rows, loss_kind)
 
-    # One bad row must not turn the means of all others into NaN: ``where`` drops it, and it is counted.
+    # A row with NaN must not turn the means of all others into NaN: ``where`` drops it. It is counted apart.
     zero = torch.zeros((), dtype=dtype, device=grad.device)
     masks = torch.stack(kinds)
     if look:
@@ -208,16 +210,16 @@ def unexplained_rows(
     """
     scale = shift_invariance.gradient_scale(absolute_live, view.residual, view.live)
     kind = kind._replace(scale=torch.maximum(scale, kind.scale.to(absolute_live.dtype)))
-    told = shift_invariance.gradient_residual(view.residual, absolute_live, kind.scale)
-    strange = shift_invariance.unexplained(view.violation, told, view.top.largest, kind.eps, classes)
+    residual = shift_invariance.gradient_residual(view.residual, absolute_live, kind.scale)
+    strange = shift_invariance.unexplained(view.violation, residual, view.top.largest, kind.eps, classes)
     return kind, view.live & strange
 
 
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
-    """The little that a head with one output shows: no classes, hence no zero-sum and no margin.
+    """Measure rows of a head with one output. Without classes there is no zero-sum and no margin.
 
-    ``grad`` and ``logits`` [N, 1].  Only live, silent and finite rows and the mean logit are filled;
-    every finite row counts.
+    ``grad`` and ``logits`` [N, 1].  Only live, silent and finite rows and the mean logit are filled.  Every
+    finite row counts.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     g, z = grad.reshape(-1).to(dtype), logits.reshape(-1).to(dtype)
@@ -241,7 +243,7 @@ def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStat
 
 
 def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: bool) -> dict[str, float]:
-    """Host side: merged sums and maxima → quantities by name. Quantities without a row are left out."""
+    """Turn merged sums and maxima into quantities by name, on the host, without those that no row shows."""
     s = dict(zip(SUMS, sums, strict=True))
     if s["sampled"] == 0:
         return {}
@@ -276,16 +278,16 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
 
 
 def _means(sums: dict[str, float], of: dict[str, PerRow], rows: float) -> dict[str, float]:
-    """Means of declared functions, without those whose sums are NaN: no rank had whole rows."""
+    """Return means of declared functions, without those whose sums are NaN: no rank had whole rows."""
     means = {name: sums[name] / rows for name in of}
     return {name: mean for name, mean in means.items() if of[name].from_shards or not math.isnan(mean)}
 
 
 def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
-    """The precision the gradient was computed in, which may be below its dtype's. ``grad`` [N, K].
+    """Find the precision in which the gradient was computed, which may be below its dtype's. ``grad`` [N, K].
 
-    A float32 gradient all of whose entries are bfloat16 (float16) numbers comes from a loss in that
-    precision.  A gradient of zeros shows nothing: what was ``known`` stands.
+    If all entries of a float32 gradient are bfloat16 (float16) numbers, the loss was computed in that
+    precision. A gradient of zeros shows nothing; then ``known`` is kept.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype)
     finite = absorption.finite_entries(grad)

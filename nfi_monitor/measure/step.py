@@ -1,4 +1,4 @@
-"""All quantities of one optimizer step, as named 0-d tensors on the device."""
+"""Measure one optimizer step, as named 0-d tensors on the device."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def step_statistics(
     previous: Memory | None,
     step: int,
 ) -> tuple[dict[str, Tensor], Memory | None]:
-    """Measure what one step did.
+    """Measure what one optimizer step did.
 
     Args:
         update: the tensors around the step.
         features: [n, d] features of some rows of the same step, or None.
         feature_mean: μ_G [d] of the same step, or None.
-        previous: memory of the last measured step; used only if it is the step before this one.
-        step: this optimizer step.
+        previous: the last measured step; used only if it is the step before this one.
+        step: the number of this optimizer step.
 
     Returns:
-        Quantities by name as scalar tensors, and the memory for the next step.
+        Quantities by name as scalar tensors, and what the next step is compared with.
     """
     sample = update.sample
     consecutive = previous is not None and previous.step == step - 1
@@ -76,7 +76,7 @@ def step_statistics(
 
 
 def _of_second_moment(update: Update, root: Tensor) -> dict[str, Tensor]:
-    """``root`` sqrt(v̂) [C]: they share it, so these are measured together."""
+    """Measure together what is computed from ``root``, sqrt(v̂) [C]."""
     sample, eps = update.sample, update.eps
     per_tensor = second_moment.rms_t(update.grad, root, eps, sample)
     values = {"rms_t_max": per_tensor.amax()}
@@ -110,8 +110,11 @@ def _of_two_steps(update: Update, previous: Memory) -> dict[str, Tensor]:
 def mean_statistics(
     head_weight: Tensor | None, feature_mean: Tensor | None, previous_mean: Tensor | None
 ) -> dict[str, Tensor]:
-    """The quantities of W_G and μ_G. ``head_weight`` [K, d] or None, ``feature_mean`` μ_G [d] or None,
-    ``previous_mean`` that of the step before, or None."""
+    """Measure W_G and μ_G, as scalar tensors by name.
+
+    ``head_weight`` [K, d] or None, ``feature_mean`` μ_G [d] or None, ``previous_mean`` μ_G of the step
+    before, or None.
+    """
     values: dict[str, Tensor] = {}
     if head_weight is not None:
         several = head_weight.shape[0] > 1
@@ -133,11 +136,11 @@ def mean_statistics(
 
 
 SKIPPED = "_found_inf"
-"""Not a quantity: > 0 marks a step that a gradient scaler made the fused optimizer skip."""
+"""No quantity: > 0 marks a step that the fused optimizer skipped because of a gradient scaler."""
 
 
 def with_non_finite(values: dict[str, float]) -> dict[str, float]:
-    """``values``, cosines without their rounding and, where gradients were read, whether they were finite."""
+    """Return ``values``, cosines clamped to [−1, 1], with "non_finite_gradients" if gradients were read."""
     if "gradient_norm" not in values:
         return values
     values = {**values, "non_finite_gradients": float(not math.isfinite(values["gradient_norm"]))}

@@ -1,12 +1,12 @@
-"""Rows whose logits are cut along the classes: what one rank sees of them, and what all see together.
+"""Measure rows whose logits are cut along the classes: the part of one rank, and all parts joined.
 
-Under a vocabulary-parallel head each rank holds [N, K/ranks] of the logits.  Sums over classes add up, but
-what a row is called (absorbed, underflowed, how large its violation) depends on the whole row, so the ranks
-tell each other a few numbers of each sampled row and put the rows together themselves.  No logits are
-gathered.  Nothing here knows what a rank is.
+With a vocabulary-parallel head, each rank holds [N, K/ranks] of the logits.  Sums over classes can be added.
+Whether a row is absorbed or underflowed, and how large its violation is, depends on the whole row.  Therefore
+the ranks exchange a few numbers of each sampled row, and each rank joins the rows itself.  No logits are
+gathered.  This module does not communicate.
 
-:func:`together` says of whole rows what :func:`nfi_monitor.measure.rows.row_statistics` says, from these
-numbers instead of [N, K]; a test holds the one against the other.
+:func:`together` computes from these numbers what :func:`nfi_monitor.measure.rows.row_statistics` computes
+from [N, K].  A test compares the two.
 """
 
 from __future__ import annotations
@@ -28,23 +28,33 @@ FIELDS = (
     "largest", "winner", "winner_grad", "runner_up", "log_rest",
     "negatives", "logit_sum", "logit_count",
 )  # fmt: skip
-"""Of one row's classes here: Σ g, Σ |g|, the smallest g with its class and logit, the largest logit with its
-class and g, the second largest, ln of the rest over the largest; how many g < 0, Σ z and number of unmasked
-z. The last three only in passes that look at the kind of loss."""
+"""Numbers of one row, over the classes of one rank.
+
+Σ g and Σ |g|; the smallest g with its class and logit; the largest logit with its class and g; the second
+largest logit; ln of the rest over the largest.  Only in passes that look at the kind of loss: the number of
+g < 0, Σ z, and the number of unmasked z.
+"""
 HEADER = (
     "rows", "first", "classes", "group", "batch_rows", "batches", "eps",
     "wider_than_float32", "wider_than_float16", "wider_than_bfloat16", "nonzero",
 )  # fmt: skip
-"""Of one rank's rows: their number, the first class held and how many, which ranks complete them; rows of the
-whole batch over all micro-batches, and those; the gradient dtype's epsilon, whether some gradient does not
-fit a narrower dtype, and whether one is not 0."""
+"""Numbers of all rows of one rank.
+
+Number of rows; first class and number of classes; the group of ranks that completes the rows; rows of the
+whole batch over all micro-batches; number of micro-batches; epsilon of the gradient's dtype; whether some
+gradient does not fit a narrower dtype (three of them); whether some gradient is not 0.
+"""
 SHOWN = HEADER.index("wider_than_float32")
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ShardRows(NamedTuple):
-    """``numbers`` [len(FIELDS), N], ``shown`` [4] (the end of ``HEADER``), ``counts`` [N]: 1.0 where this
-    rank's classes show that the row counts, so that several ranks say so of most rows; ``batch_rows``."""
+    """One micro-batch's rows, over the classes of this rank.
+
+    ``numbers`` [len(FIELDS), N].  ``shown`` [4]: the end of ``HEADER``.  ``counts`` [N]: 1.0 where the
+    classes of this rank show that the row counts; most rows count on several ranks.  ``batch_rows``: rows of
+    the whole batch.  ``eps``: epsilon of the gradient's dtype.
+    """
 
     numbers: Tensor
     shown: Tensor
@@ -89,10 +99,10 @@ def shard_rows(
         wider = [absorption.wider(finite, narrow) for narrow in _NARROW]
         shown = torch.stack([*wider, finite.abs().amax() > 0]).to(dtype)
     nothing = torch.zeros_like(absolute)
-    # Each rank counts what its own classes show, and features are averaged over all of them: exact where a
-    # row's gradient vanishes on every rank or on none (float32, bfloat16); where it underflows on some
-    # (float16), confident rows weigh less. The exact mask is known only after the exchange, and features in
-    # their own right would need another one.
+    # Each rank counts a row if its own classes show that the row counts, and features are averaged over all
+    # ranks. This is exact if a row's gradient vanishes on every rank or on none (float32, bfloat16). If it
+    # underflows on some ranks (float16), confident rows weigh less. The exact mask is known only after the
+    # exchange; using it would take a second exchange.
     finite = torch.isfinite(absolute + top.largest)
     counts = (absolute > 0) & finite
     if logits.shape[-1] > 1:
@@ -109,7 +119,7 @@ def shard_rows(
 
 
 class Sent(NamedTuple):
-    """What a rank sends: ``header`` [:SHOWN] numbers, ``shown`` [4], ``numbers`` [len(FIELDS), ≤ slots]."""
+    """The message of a rank: ``header`` up to ``SHOWN``, ``shown`` [4], ``numbers`` [len(FIELDS), slots]."""
 
     header: list[float]
     shown: Tensor
@@ -117,7 +127,7 @@ class Sent(NamedTuple):
 
 
 def merged(parts: Sequence[ShardRows], first: int, classes: int, group: int, slots: int) -> Sent:
-    """The micro-batches of one step as one message of at most ``slots`` rows: every n-th of more."""
+    """Pack the micro-batches of a step into at most ``slots`` rows; of more, take every n-th."""
     numbers = torch.cat([part.numbers for part in parts], dim=1)
     numbers = numbers[:, :: max(1, -(-numbers.shape[1] // slots))]
     shown = torch.stack([part.shown for part in parts]).amax(0)
@@ -128,8 +138,11 @@ def merged(parts: Sequence[ShardRows], first: int, classes: int, group: int, slo
 
 
 class Together(NamedTuple):
-    """``sums`` and ``maxima`` as of :class:`nfi_monitor.measure.rows.RowStatistics`; ``absorbed`` rows by
-    class; what is known of the loss now; ``groups``: how many sets of ranks were complete."""
+    """The joined rows of all ranks.
+
+    ``sums`` and ``maxima`` as in :class:`nfi_monitor.measure.rows.RowStatistics`; ``absorbed`` rows by class;
+    ``loss_kind``: what is now known of the loss; ``groups``: number of sets of ranks that were complete.
+    """
 
     sums: Tensor
     maxima: Tensor
@@ -141,15 +154,15 @@ class Together(NamedTuple):
 def together(
     blocks: Tensor, outputs: int, known: LossKind | None, *, look: bool, dtype: torch.dtype
 ) -> Together | None:
-    """Put the rows of all ranks together; None where no set of ranks holds all classes of its rows.
+    """Join the rows of all ranks; return None where no set of ranks holds all classes of its rows.
 
     Args:
-        blocks: [ranks, len(HEADER) + len(FIELDS)·slots] float64, header then numbers, zeros of ranks that
-            have sent nothing.
+        blocks: [ranks, len(HEADER) + len(FIELDS)·slots] float64, header then numbers; zeros for a rank that
+            has sent nothing.
         outputs: K.
         known: what earlier steps learned of the loss.
         look: look at the kind of loss again.
-        dtype: float64 if a rank's numbers were, else float32, which one process would have computed in.
+        dtype: float64 if the numbers of a rank were, else float32: the dtype that one process would use.
     """
     headers = [dict(zip(HEADER, row, strict=True)) for row in blocks[:, : len(HEADER)].tolist()]
     groups: dict[int, list[int]] = {}
@@ -194,7 +207,7 @@ def _whole_rows(
     *,
     look: bool,
 ) -> tuple[Tensor, Tensor, list[int], LossKind]:
-    """``numbers`` [shards, len(FIELDS), N], shards in the order of their classes."""
+    """Measure joined rows. ``numbers`` [shards, len(FIELDS), N], shards in the order of their classes."""
     part = dict(zip(FIELDS, numbers.unbind(1), strict=True))  # [shards, N] each
     whole, top, target = _joined(part, dtype)
     batch = round(header["batch_rows"] / header["batches"])
@@ -237,7 +250,7 @@ def _total(values: Tensor, of: Tensor) -> float:
 
 
 def _declared(view: RowView, of: dict[str, PerRow], rows: Tensor) -> dict[str, float]:
-    """Sums of declared functions; NaN of those that need the gradient or the logits of whole rows."""
+    """Sum declared functions; NaN for those that need the gradient or the logits of whole rows."""
     known = {name: per_row for name, per_row in of.items() if per_row.from_shards}
     values = zip(known, declared.row_values(view, known), strict=True)
     return dict.fromkeys(of, float("nan")) | {name: _total(value, rows) for name, value in values}
@@ -246,7 +259,7 @@ def _declared(view: RowView, of: dict[str, PerRow], rows: Tensor) -> dict[str, f
 def _joined(
     part: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], margins.TopLogits, Tensor]:
-    """Of whole rows [N]: sums and the target's gradient and logit; largest logits; the target's class."""
+    """Join rows: [N] sums and the target's gradient and logit, the largest logits, the target's class."""
     owner = part["largest"].argmax(0)
     lowest, where = part["lowest"].min(0)
 
@@ -256,7 +269,7 @@ def _joined(
     owns = torch.arange(len(part["largest"])).unsqueeze(-1) == owner
     largest = of("largest", owner)
     rest = torch.where(owns, part["log_rest"], torch.log1p(part["log_rest"].exp())) + part["largest"]
-    # A shard whose classes are all masked with −inf has none that could compete.
+    # A shard whose classes are all masked with −inf has no competitor.
     rest = torch.where(part["largest"] == -torch.inf, -torch.inf, rest)
     top = margins.TopLogits(
         largest.to(dtype),
@@ -279,7 +292,7 @@ def _joined(
 def _shown_precision(
     headers: Sequence[dict[str, float]], known: LossKind | None, outputs: int, dtype: torch.dtype
 ) -> LossKind:
-    """As :func:`nfi_monitor.measure.rows.shown_precision`, from what each rank's gradients show."""
+    """Do what :func:`nfi_monitor.measure.rows.shown_precision` does, from the headers of all ranks."""
     own = max(header["eps"] for header in headers)
     eps, half = own, torch.finfo(torch.float16).eps
     nonzero = any(header["nonzero"] for header in headers)
