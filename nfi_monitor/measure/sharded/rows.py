@@ -5,7 +5,7 @@ Whether a row is absorbed or underflowed, and how large its violation is, depend
 the ranks exchange a few numbers of each sampled row, and each rank joins the rows itself.  No logits are
 gathered.  This module does not communicate.
 
-:func:`together` computes from these numbers what :func:`nfi_monitor.measure.rows.row_statistics` computes
+:func:`join_shards` computes from these numbers what :func:`nfi_monitor.measure.rows.row_statistics` computes
 from [N, K].  A test compares the two.
 """
 
@@ -118,7 +118,7 @@ def shard_rows(
     )
 
 
-class Sent(NamedTuple):
+class PackedRows(NamedTuple):
     """The message of a rank: ``header`` up to ``SHOWN``, ``shown`` [4], ``numbers`` [len(FIELDS), slots]."""
 
     header: list[float]
@@ -126,7 +126,7 @@ class Sent(NamedTuple):
     numbers: Tensor
 
 
-def merged(parts: Sequence[ShardRows], first: int, classes: int, group: int, slots: int) -> Sent:
+def pack_shards(parts: Sequence[ShardRows], first: int, classes: int, group: int, slots: int) -> PackedRows:
     """Pack the micro-batches of a step into at most ``slots`` rows; of more, take every n-th."""
     numbers = torch.cat([part.numbers for part in parts], dim=1)
     numbers = numbers[:, :: max(1, -(-numbers.shape[1] // slots))]
@@ -134,10 +134,10 @@ def merged(parts: Sequence[ShardRows], first: int, classes: int, group: int, slo
     batch_rows = sum(part.batch_rows for part in parts)
     eps = max(part.eps for part in parts)
     header = [numbers.shape[1], first, classes, group, batch_rows, len(parts), eps]
-    return Sent([float(x) for x in header], shown, numbers)
+    return PackedRows([float(x) for x in header], shown, numbers)
 
 
-class Together(NamedTuple):
+class JoinedRows(NamedTuple):
     """The joined rows of all ranks.
 
     ``sums`` and ``maxima`` as in :class:`nfi_monitor.measure.rows.RowStatistics`; ``absorbed`` rows by class;
@@ -151,9 +151,9 @@ class Together(NamedTuple):
     groups: int
 
 
-def together(
+def join_shards(
     blocks: Tensor, outputs: int, known: LossKind | None, *, look: bool, dtype: torch.dtype
-) -> Together | None:
+) -> JoinedRows | None:
     """Join the rows of all ranks; return None where no set of ranks holds all classes of its rows.
 
     Args:
@@ -195,7 +195,7 @@ def together(
         sums += values
         maxima = torch.maximum(maxima, largest)
         absorbed.update(classes)
-    return Together(sums, maxima, absorbed, kind, len(complete))
+    return JoinedRows(sums, maxima, absorbed, kind, len(complete))
 
 
 def _whole_rows(
