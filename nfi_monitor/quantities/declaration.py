@@ -18,10 +18,10 @@ LAST = 1_000
 class Undefined(Enum):
     """Why a reading may be NaN."""
 
-    INPUT = "a number that it is read from is NaN, Inf, or too large for its square"
+    INPUT = "an input of the quantity is NaN, Inf, or too large to be squared"
     NO_ROWS = "no row of the step counts"
-    NO_DIRECTION = "a vector whose direction or growth is asked for is zero, or too small for its square"
-    STILL = "no parameter moved, or by too little for its square"
+    NO_DIRECTION = "a vector whose direction or growth is measured is zero, or too small to be squared"
+    STILL = "no parameter moved, or the movement is too small to be squared"
 
 
 class Merge(Enum):

@@ -17,13 +17,14 @@ ROWS = (
         tail=True, place=30,
     ),
     Quantity(
-        "zero_sum_violation_max", "1", "largest zero-sum violation", "largest of the rows",
+        "zero_sum_violation_max", "1", "largest zero-sum violation",
+        "largest |Σ_k g_k| / Σ_k |g_k| of the live rows",
         source=f"{LIU}, section 3", within=SHARE, merge=Merge.ROW_EXTREME,
         reference=_LABELLED,
     ),
     Quantity(
         "zero_sum_violation_share", "fraction", "rows with a zero-sum violation",
-        "live rows above the dtype's rounding floor",
+        "share of live rows whose violation is above the rounding floor of the dtype",
         source=f"{LIU}, section 3", within=SHARE, merge=Merge.ROW_SUMS,
         reference="tests/measure/test_rows.py::test_rows_above_the_rounding_floor_are_those_of_the_reference",
     ),
@@ -50,7 +51,7 @@ ROWS = (
     ),
     Quantity(
         "absorbed_fraction", "fraction", "absorbed rows",
-        "live rows whose correct-class gradient is exactly 0",
+        "share of live rows whose correct-class gradient is exactly 0",
         source=f"{LIU}, section 3; Prieto et al. 2025", within=SHARE, merge=Merge.ROW_SUMS,
         reference=_LABELLED,
         chart="rows that rounding silences", curve="absorbed", extreme="max", live=True, short="absorbed",
@@ -58,44 +59,45 @@ ROWS = (
     ),
     Quantity(
         "partially_absorbed_fraction", "fraction", "partially absorbed rows",
-        "live rows above the rounding floor, not absorbed",
+        "share of live rows that are not absorbed and whose violation is above the rounding floor",
         source=f"{LIU}, section 3", within=SHARE, merge=Merge.ROW_SUMS,
         reference="tests/measure/test_rows.py::test_rows_above_the_rounding_floor_are_those_of_the_reference",
         chart="rows that rounding silences", curve="partially", extreme="max", place=60,
     ),
     Quantity(
         "underflowed_fraction", "fraction", "underflowed rows",
-        "rows that count whose whole gradient underflowed to 0",
+        "share of the rows that count whose whole gradient underflowed to 0",
         within=SHARE, merge=Merge.ROW_SUMS,
         reference=_LABELLED,
         chart="rows that rounding silences", curve="underflowed",
     ),
     Quantity(
         "ignored_fraction", "fraction", "ignored rows",
-        "rows with no gradient because they do not count (padding, −100)",
+        "share of rows without a gradient because they do not count (padding, −100)",
         within=SHARE, merge=Merge.ROW_SUMS,
         reference=_LABELLED,
     ),
     Quantity(
-        "live_fraction", "fraction", "live rows", "rows with a gradient that is not all zero",
+        "live_fraction", "fraction", "live rows", "share of rows whose gradient is not all zero",
         within=SHARE, merge=Merge.ROW_SUMS,
         reference=_LABELLED,
     ),
     Quantity(
         "unexplained_violation_fraction", "fraction", "rows whose violation rounding cannot explain",
-        "live rows whose violation rounding cannot explain",
+        "share of live rows whose violation rounding cannot explain",
         within=SHARE, merge=Merge.ROW_SUMS,
         no_reference="a judgement with a safety factor: tried on losses of both kinds in "
         "tests/measure/test_shift_invariance.py",
     ),
     Quantity(
         "soft_target_fraction", "fraction", "rows with soft targets",
-        "live rows with more than one negative gradient: soft targets",
+        "share of live rows with more than one negative gradient, which soft targets cause",
         within=SHARE, merge=Merge.ROW_SUMS,
         reference="tests/measure/test_rows.py::test_soft_targets_are_the_rows_with_several_negative_gradients",
     ),
     Quantity(
-        "non_finite_rows", "rows", "non finite rows", "rows with NaN or Inf in logits or gradient",
+        "non_finite_rows", "rows", "rows that are not finite",
+        "number of rows with NaN or Inf in logits or gradient",
         within=POSITIVE, merge=Merge.ROW_SUMS,
         reference="tests/measure/test_rows.py::test_rows_that_are_not_finite_are_counted_as_in_the_reference",
     ),
@@ -112,13 +114,13 @@ ROWS = (
         chart="margins", curve="smallest",
     ),
     Quantity(
-        "margin_median", "nat", "median margin", "median of the margins",
+        "margin_median", "nat", "median margin", "median of z_r − max_{k≠r} z_k over rows that count",
         source=_PRIETO, nan=INPUT, merge=Merge.ROW_SUMS,
         reference=_LABELLED,
         chart="margins", curve="median", extreme="max", place=70,
     ),
     Quantity(
-        "max_probability", "1", "mean largest probability", "mean over rows of max_k p_k",
+        "max_probability", "1", "mean largest probability", "mean over rows that count of max_k p_k",
         within=SHARE, merge=Merge.ROW_SUMS,
         per_row=PerRow(
             "nfi_monitor.measure.margins:max_probability_of_rows", over="counted", from_shards=True
@@ -126,14 +128,14 @@ ROWS = (
         reference=_LABELLED,
     ),
     Quantity(
-        "mean_logit", "nat", "mean logit", "mean of the logits over rows that count and classes",
+        "mean_logit", "nat", "mean logit", "mean of the logits over classes and rows that count",
         source=f"{LIU}, section 3", nan=INPUT, merge=Merge.ROW_SUMS,
         reference=_LABELLED,
         extreme="min", place=120,
     ),
     Quantity(
         "head_loss", "nat", "loss at the head",
-        "cross-entropy of live rows, recovered from logits and gradient signs",
+        "cross-entropy of the rows that count, computed from logits and the signs of the gradient",
         within=POSITIVE, merge=Merge.ROW_SUMS,
         per_row=PerRow("nfi_monitor.measure.margins:loss_of_rows", over="counted", from_shards=True),
         reference=_LABELLED,

@@ -57,27 +57,27 @@ MEANS = (
 
 SECOND_MOMENT = (
     Quantity(
-        "sqrt_exp_avg_sq_median", "gradient", "sqrt exp avg sq median",
+        "sqrt_exp_avg_sq_median", "gradient", "median root second moment",
         "median of sqrt(v̂) over coordinates of all tensors",
         source=ADAM, within=POSITIVE, nan=INPUT,
         reference=_FORMULAS,
         chart="second moment, median sqrt(v̂)", curve="all tensors",
     ),
     Quantity(
-        "sqrt_exp_avg_sq_mean", "gradient", "sqrt exp avg sq mean",
+        "sqrt_exp_avg_sq_mean", "gradient", "mean root second moment",
         "mean of sqrt(v̂) over coordinates of all tensors",
         source=ADAM, within=POSITIVE, nan=INPUT,
         reference=_FORMULAS,
     ),
     Quantity(
-        "head_sqrt_exp_avg_sq_median", "gradient", "head sqrt exp avg sq median",
+        "head_sqrt_exp_avg_sq_median", "gradient", "median root second moment of the head",
         "median of sqrt(v̂) of the head's weight",
         source=ADAM, within=POSITIVE, nan=INPUT,
         reference=_FORMULAS,
         chart="second moment, median sqrt(v̂)", curve="head",
     ),
     Quantity(
-        "head_sqrt_exp_avg_sq_mean", "gradient", "head sqrt exp avg sq mean",
+        "head_sqrt_exp_avg_sq_mean", "gradient", "mean root second moment of the head",
         "mean of sqrt(v̂) of the head's weight",
         source=ADAM, within=POSITIVE, nan=INPUT,
         reference=_FORMULAS,
@@ -91,7 +91,8 @@ SECOND_MOMENT = (
     ),
     Quantity(
         "second_moment_decay", "decade", "second-moment decay",
-        "log10 of head mean sqrt(v̂) over its maximum since the last slingshot (which fades over 100 τ)",
+        "log10 of the head's mean sqrt(v̂) over its maximum since the last slingshot; "
+        "the maximum fades over 100 τ",
         source="W. Wu 2024, section 2.1", within=(-inf, 0.0), merge=Merge.DERIVED,
         reference="tests/detect/test_signals.py::test_the_decay_is_in_decades_below_the_fading_maximum",
         chart="second-moment decay", curve="head", extreme="min", place=180,
@@ -103,7 +104,7 @@ SECOND_MOMENT = (
         chart="RMS_t", curve="worst tensor", extreme="max", live=True, place=160,
     ),
     Quantity(
-        "rms_t_head", "1", "RMS_t of the head", "the same for the head's weight",
+        "rms_t_head", "1", "RMS_t of the head", "sqrt(mean(g²/max(v, ε_A²))) of the head's weight",
         source=_WORTSMAN, within=POSITIVE, nan=INPUT,
         reference=_FORMULAS,
         chart="RMS_t", curve="head",
@@ -112,7 +113,7 @@ SECOND_MOMENT = (
 
 UPDATES = (
     Quantity(
-        "learning_rate", "1", "learning rate", "lr of the parameter group that holds the head",
+        "learning_rate", "1", "learning rate", "learning rate of the parameter group that holds the head",
         within=POSITIVE, nan=INPUT,
         no_reference="read from the optimizer, not computed",
         chart="learning rate", curve="as set",
@@ -139,7 +140,8 @@ UPDATES = (
         tail=True, place=130,
     ),
     Quantity(
-        "logit_displacement_rms", "nat", "logit displacement δ (RMS)", "root mean square of the same",
+        "logit_displacement_rms", "nat", "logit displacement δ (RMS)",
+        "root mean square over rows and classes of (ΔW − mean_k ΔW)·h",
         within=POSITIVE, nan=INPUT, merge=Merge.FIRST_RANK,
         reference=_FORMULAS,
     ),
@@ -152,7 +154,7 @@ UPDATES = (
     ),
     Quantity(
         "feature_displacement", "nat", "feature displacement",
-        "max_k |(W_k − W_G)·Δμ_G|: the mean row's logits moved by the layers below the head",
+        "max_k |(W_k − W_G)·Δμ_G|: how far the layers below the head moved the mean row's logits",
         within=POSITIVE, nan=MEAN_ROW, merge=Merge.MEAN_FEATURES,
         reference=_FORMULAS,
         chart="displacement by one update", curve="by the features", place=140,
@@ -171,22 +173,22 @@ UPDATES = (
         chart="weight norms", curve="all tensors", extreme="max", place=190,
     ),
     Quantity(
-        "head_weight_norm", "weight", "head weight norm", "Frobenius norm of the head's weight",
+        "head_weight_norm", "weight", "weight norm of the head", "Frobenius norm of the head's weight",
         source=_THILAK, within=POSITIVE, nan=INPUT,
         reference=_FORMULAS,
         chart="weight norms", curve="head",
     ),
     Quantity(
         "secant_curvature", "1", "secant curvature",
-        "lr · sᵀy / sᵀPs along the update s, P = sqrt(v̂)+ε_A; "
-        "sᵀy / sᵀ(P/lr)s where groups have their own lr; unstable above 2(1+β1)/(1−β1)",
+        "lr · sᵀy / sᵀPs of the update s and the change y of the gradient, P = sqrt(v̂)+ε_A; "
+        "sᵀy / sᵀ(P/lr)s if groups have their own lr; unstable above 2(1+β1)/(1−β1)",
         source="Bai et al. (arXiv 2506.04805)", nan=(*INPUT, Undefined.STILL),
         reference=_FORMULAS,
         chart="curvature along the update", curve="secant",
     ),
     Quantity(
         "gradient_alignment", "1", "gradient alignment",
-        "cos of this step's gradient and the last one's; towards −1 the optimizer overshoots",
+        "cos of the gradients of this step and of the step before; near −1 the optimizer overshoots",
         within=COSINE, nan=INPUT,
         reference=_FORMULAS,
         chart="alignment", curve="successive gradients",
@@ -195,14 +197,14 @@ UPDATES = (
 
 RUN = (
     Quantity(
-        "loss", "loss", "loss", "what observe_loss was given, mean over the micro-batches of the step",
+        "loss", "loss", "loss", "loss given to observe_loss, mean over the micro-batches of the step",
         nan=INPUT, merge=Merge.LOSS,
         reference="tests/engine/test_loss_of_a_step.py::test_the_loss_of_a_step_is_the_mean_of_its_micro_batches",
         chart="loss", curve="observed", extreme="max", live=True, tail=True, place=10,
     ),
     Quantity(
-        "non_finite_gradients", "0 or 1", "non finite gradients",
-        "1 where a sampled gradient is NaN or Inf (or too large to square)",
+        "non_finite_gradients", "0 or 1", "gradients that are not finite",
+        "1 if a sampled gradient is NaN, Inf or too large to square, else 0",
         within=SHARE, merge=Merge.DERIVED,
         reference="tests/measure/test_step.py::test_non_finite_gradients_are_those_whose_norm_is_not_finite",
     ),
