@@ -5,12 +5,14 @@ A process of its own (:mod:`tests.test_quantities` starts it): the declarations 
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from rich.console import Console
 from torch import Tensor, nn
 
 from nfi_monitor import quantities
@@ -43,6 +45,7 @@ def main(out: Path) -> None:
     quantities.READING_ORDER += NEW
     from nfi_monitor import Monitor
     from nfi_monitor.cli import main as command_line
+    from nfi_monitor.report.live import LivePanel
     from nfi_monitor.report.tensorboard.tab_data import CHARTS
     from tests.measure.sharded.test_rows import absorbing, joined, quantities_of
 
@@ -66,6 +69,9 @@ def main(out: Path) -> None:
             expected["largest_move"] = float((after - before).abs().max())
     grad, z, _ = absorbing()
     last = json.loads((out / "readings.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+    screen = Console(file=io.StringIO(), force_terminal=True, width=160, color_system=None)
+    with LivePanel(monitor, 3, console=screen):
+        pass
     found = {
         "expected": expected,
         "history": {name: monitor.history.last(name) for name in expected},
@@ -74,6 +80,7 @@ def main(out: Path) -> None:
             name: curve for chart in CHARTS for name, curve in chart.curves.items() if name in expected
         },
         "summary": [name for name in monitor.summary()["quantities"] if name in expected],
+        "live": "largest logit" in screen.file.getvalue(),
         "of_shards": [name for name in quantities_of(joined(grad, z, 2)) if name in expected],
     }
     print(json.dumps(found))

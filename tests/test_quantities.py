@@ -120,5 +120,6 @@ def test_a_new_quantity_needs_a_declaration_and_a_function_and_nothing_else(tmp_
         assert found["readings"][name] == pytest.approx(value, rel=1e-6)
     assert found["curves"] == {"largest_logit": "largest logit", "largest_move": "largest"}
     assert found["summary"] == ["largest_logit"]  # the other one asks for no line there
+    assert found["live"]
     assert "largest logit" in tail[-1] and "largest move" not in tail[-1]
     assert found["of_shards"] == []  # no rank has all classes of a row: absent, never 0
