@@ -23,8 +23,9 @@ from nfi_monitor.capture.step_hooks import has_closure
 from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
-from nfi_monitor.measure.step import Memory, step_statistics
+from nfi_monitor.measure.step import step_statistics
 
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 
