@@ -24,18 +24,18 @@ TOGETHER = 32
 
 
 class LossQueue:
-    """``told`` of the micro-batches of this step, ``waiting`` (step, loss) of earlier ones, oldest first.
+    """``observed`` of the micro-batches of this step, ``waiting`` (step, loss) of earlier ones, oldest first.
 
     ``share``: where not None, losses, times this, add up to the step's.  ``usual_below``: losses from 0 up to
     here begin nothing and may wait; −inf while none may.
     """
 
-    def __init__(self, stirs: Callable[[int, float], bool], limits: Thresholds) -> None:
-        """``stirs(step, loss)``: whether a loss calls for closer attention; asked at its own step."""
-        self._stirs = stirs
+    def __init__(self, is_unusual: Callable[[int, float], bool], limits: Thresholds) -> None:
+        """``is_unusual(step, loss)``: whether a loss calls for closer attention; asked at its own step."""
+        self._is_unusual = is_unusual
         self._limits = limits
         self._lowest = math.inf  # of those that wait
-        self.told: list[Tensor | float] = []
+        self.observed: list[Tensor | float] = []
         self.share: float | None = None
         self.usual_below = -math.inf
         self.waiting: list[tuple[int, float]] = []
@@ -47,23 +47,23 @@ class LossQueue:
         What is judged does not change by it, nor when something is seen: the loss that may begin a slingshot
         is judged at once.
         """
-        told, usual_below = self.told, self.usual_below
+        observed, usual_below = self.observed, self.usual_below
         if usual_below < 0:
             return False
-        if not told:
+        if not observed:
             return True
-        loss = told[0]
-        if len(told) > 1 or self.share is not None or len(self.waiting) >= TOGETHER:
+        loss = observed[0]
+        if len(observed) > 1 or self.share is not None or len(self.waiting) >= TOGETHER:
             return False
         if isinstance(loss, Tensor):
             if loss.ndim or not devices.on_host(loss):
                 return False
             loss = loss.item()
-        if not 0.0 <= loss < usual_below or self._stirs(step, loss):
+        if not 0.0 <= loss < usual_below or self._is_unusual(step, loss):
             return False
         self._lower(loss)
         self.waiting.append((step, loss))
-        told.clear()
+        observed.clear()
         return True
 
     def look_ahead(self, usual_below: float) -> None:
@@ -80,7 +80,7 @@ class LossQueue:
 
     def forget(self) -> None:
         """The step is over, and its loss was judged."""
-        self.told.clear()
+        self.observed.clear()
         self.share = None
 
     def take_waiting(self) -> list[tuple[int, float]]:
@@ -94,14 +94,14 @@ class LossQueue:
         A micro-batch whose loss is NaN or Inf counts only if all are: a gradient scaler that skipped a step
         leaves that step's loss behind.
         """
-        told = self.told
-        if not told:
+        observed = self.observed
+        if not observed:
             return None
-        if len(told) == 1 and self.share is None and getattr(told[0], "ndim", 0) == 0:
-            return told[0]  # the usual case, and one that every step passes through: no kernel
+        if len(observed) == 1 and self.share is None and getattr(observed[0], "ndim", 0) == 0:
+            return observed[0]  # the usual case, and one that every step passes through: no kernel
         with torch.no_grad():
-            tensors = [x.mean(dtype=_mean_dtype(x)) for x in told if isinstance(x, Tensor)]
-            numbers = [loss for loss in told if not isinstance(loss, Tensor)]
+            tensors = [x.mean(dtype=_mean_dtype(x)) for x in observed if isinstance(x, Tensor)]
+            numbers = [loss for loss in observed if not isinstance(loss, Tensor)]
             if numbers:
                 finite = [number for number in numbers if math.isfinite(number)] or numbers
                 return sum(finite) / len(finite)
@@ -116,12 +116,12 @@ class LossQueue:
         """
         self._late.append((step, loss.clone()))
 
-    def flush(self, outbox: HostTransfer) -> None:
+    def flush(self, transfer: HostTransfer) -> None:
         """Send the late ones to the host in one copy, labelled with the list of their steps."""
         late, self._late = self._late, []  # should it fail below, it fails once
         if late:
             losses = devices.together([loss.reshape(()) for _, loss in late])
-            outbox.put([step for step, _ in late], torch.stack(losses))
+            transfer.put([step for step, _ in late], torch.stack(losses))
 
 
 def _mean_dtype(loss: Tensor) -> torch.dtype:

@@ -246,7 +246,7 @@ class NoteTaker:
                 f"most{still}. {otherwise}",
                 step,
             )
-        if clock.lowered:
+        if clock.reduced_sample:
             self.note(
                 "overhead_samples",
                 f"{beside}readings hold one in {LOWERED} of the rows and coordinates that they may from now "

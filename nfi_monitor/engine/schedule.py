@@ -41,6 +41,11 @@ def next_read(
     return following if following % pair <= 1 else -(-following // pair) * pair
 
 
+def shared_schedule(every: int | str) -> Callable[[int, Attention, float], int]:
+    """Return ``next_read(step, attention, tau)`` for ranks that are read together."""
+    return lambda step, attention, tau: next_read(step, every, attention, tau)
+
+
 class Schedule:
     """The monitor's own seconds beside the training's, and the longest pause between readings they call for.
 
@@ -53,7 +58,7 @@ class Schedule:
         self.readings = 0
         self.healthy: int | None = None
         """Steps between readings while nothing is going on; None: τ alone decides."""
-        self.lowered = False
+        self.reduced_sample = False
         """Whether readings hold fewer rows and coordinates."""
         self._started = self._last = time.perf_counter()
         self._own_before = 0.0
@@ -76,11 +81,11 @@ class Schedule:
         """What a hook took between two steps."""
         self.own += seconds
 
-    def step_done(self, read: bool, now: float, *, stirred: bool = False) -> None:
-        """An optimizer step is over, and all that the monitor had to do for it. ``stirred``: nothing but an
+    def step_done(self, read: bool, now: float, *, unplanned: bool = False) -> None:
+        """An optimizer step is over, and all that the monitor had to do for it. ``unplanned``: nothing but an
         unusual loss had it read, of a healthy run."""
         self._steps += 1
-        self._unplanned += read and stirred
+        self._unplanned += read and unplanned
         own = self.own - self._own_before
         self._training.append(now - self._last - own)
         if read:
@@ -95,10 +100,15 @@ class Schedule:
         self._started += seconds
         self._last += seconds
 
+    def give_up_budget(self) -> None:
+        """Let τ alone decide, and read full samples: ranks have to agree, and no two clocks do."""
+        self.budget = self.healthy = None
+        self.reduced_sample = False
+
     def finish(self) -> None:
         self._finished = time.perf_counter()
 
-    def decide(self, step: int, tau: float, *, can_lower: Callable[[], bool] = lambda: True) -> bool:
+    def decide(self, step: int, tau: float, *, can_reduce: Callable[[], bool] = lambda: True) -> bool:
         """A few times in a run: fit the interval to the budget, between the one of τ and a tenth of τ.
 
         Only so far: what precedes a slingshot lasts for some τ, and must still be seen.  In its first τ steps
@@ -107,7 +117,7 @@ class Schedule:
         stirring loss has read costs as well: a minibatch loss may stir as often as all else is read.  Seldom,
         so that the cadence does not follow every mood of the machine.  Where the interval is as long as it
         will ever be and a healthy step still costs too much, rows and coordinates are lowered, if
-        ``can_lower`` says so; for good, because what is measured of two samples differs by more than what
+        ``can_reduce`` says so; for good, because what is measured of two samples differs by more than what
         grows in a few steps.  True if something was lowered that was not before.
         """
         if self.budget is None or step < self._next_decision:
@@ -126,8 +136,8 @@ class Schedule:
             interval = min(2 * interval, longest)
         before, self.healthy = self.healthy or shortest, interval if interval > shortest else None
         dear = step / 32 >= tau / 10 and reading > left * interval
-        lower = dear and not self.lowered and can_lower()
-        self.lowered = self.lowered or lower
+        lower = dear and not self.reduced_sample and can_reduce()
+        self.reduced_sample = self.reduced_sample or lower
         return interval > before or lower
 
     def expected(self, tau: float) -> float:

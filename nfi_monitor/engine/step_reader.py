@@ -1,7 +1,8 @@
 """What one process measures of an optimizer step: its rows, the step itself, the probe batch.
 
 Capture and measure meet here, and nothing is judged: a process that trains alone packs all of it into one
-vector (:meth:`StepReader.read`), one of many hands its parts to the other ranks (:mod:`nfi_monitor.ranks.membership`).
+vector (:meth:`StepReader.read`), one of many puts its parts into a message to the others
+(:meth:`StepReader.fill`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nfi_monitor.capture import devices
+from nfi_monitor.capture.devices import full_precision
 from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.optimizer import OptimizerReader, Update
 from nfi_monitor.capture.probe_batch import ProbeBatch
@@ -23,7 +24,8 @@ from nfi_monitor.capture.step_hooks import has_closure
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
-from nfi_monitor.measure.step import Memory, step_statistics
+from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics
+from nfi_monitor.ranks.exchange import Exchange, Message
 
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 
@@ -191,13 +193,41 @@ class StepReader:
         if self._probe_batch is not None and state.get("probe") is not None:
             self._probe_batch.load_state_dict(state["probe"])
 
+    def fill(self, losses: LossQueue, exchange: Exchange, message: Message, step: int) -> Tensor | None:
+        """Put this process's part of a reading into the message to the other ranks.
+
+        Returns the head's weight, where this process holds all of it."""
+        exchange.add_rows(message, self.rows)
+        values: dict[str, Tensor] = {}
+        weight = None
+        if "optimizer" not in self.quiet:
+            try:
+                weight = self._fill_step(exchange, message, step)
+            except Exception as error:
+                self.failed("optimizer", error)
+        self.add_probe(values, step)
+        exchange.add_values(message, values)
+        loss = losses.mean()
+        if loss is not None:
+            exchange.keep_loss(step, loss)
+        return weight
+
+    def _fill_step(self, exchange: Exchange, message: Message, step: int) -> Tensor | None:
+        update = self.update(step)
+        values: dict[str, Tensor | float] = {}
+        if update is not None:
+            values["learning_rate"] = update.lr
+            if update.found_inf is not None:
+                values[SKIPPED] = update.found_inf
+            if not exchange.shape.head_sharded:
+                values |= exchange.whole(self.statistics(update, None, step))
+        exchange.add_values(message, values)
+        with full_precision(None if update is None else update.grad):
+            exchange.add_step(message, update, step)
+            exchange.add_head(message, update, step)
+        return None if update is None or exchange.shape.head_sharded else update.head_weight
+
     def let_go(self) -> None:
         """Nothing is read any more: model, optimizer and tensors of theirs go; the row counts stay."""
         self._before = self.memory = self._probe_batch = None
         del self.reader
-
-
-def full_precision(tensor: Tensor | None) -> Any:
-    """Autocast would turn the monitor's own dot products into half precision, where ``tensor`` is."""
-    device = "cpu" if tensor is None else tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -7,14 +7,17 @@ its monitor may not just stay away from the next exchange: the others would wait
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.step_hooks import StepHooks
-from nfi_monitor.detect.detector import Detector
-from nfi_monitor.engine.schedule import next_read
+from nfi_monitor.detect.detector import Attention, Detector
 from nfi_monitor.measure.step import with_non_finite
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.types import Reading
+
+NextRead = Callable[[int, Attention, float], int]
+"""``next_read(step, attention, tau)``: the first optimizer step after ``step`` that all ranks read."""
 
 
 class Departure:
@@ -25,10 +28,10 @@ class Departure:
     """
 
     def __init__(
-        self, pool: Exchange, hooks: StepHooks, step: int, detector: Detector, every: int | str
+        self, exchange: Exchange, hooks: StepHooks, step: int, detector: Detector, next_read: NextRead
     ) -> None:
         """``hooks``: the closed monitor's, which are taken over: it may be closed from inside one of them."""
-        self._pool, self._step, self._every = pool, step, every
+        self._exchange, self._step, self._next_read_after = exchange, step, next_read
         self._detector = copy.deepcopy(detector)  # the closed monitor's alerts stay as they are
         self._next_read = self._look_ahead()
         self._hooks = hooks
@@ -40,8 +43,8 @@ class Departure:
         self._step += 1
         try:
             if self._step == self._next_read:
-                self._pool.send(self._pool.nothing(self._step, left=True), self._step)
-            for reduced in self._pool.receive(self._step):
+                self._exchange.send(self._exchange.nothing(self._step, left=True), self._step)
+            for reduced in self._exchange.receive(self._step):
                 if reduced.left or reduced.out_of_step:
                     self._hooks.remove()
                     return
@@ -55,4 +58,4 @@ class Departure:
 
     def _look_ahead(self) -> int:
         detector = self._detector
-        return next_read(self._step, self._every, detector.attention, detector.context.tau)
+        return self._next_read_after(self._step, detector.attention, detector.context.tau)

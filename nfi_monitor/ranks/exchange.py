@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfi_monitor.capture import devices, sharding
+from nfi_monitor.capture.devices import full_precision
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.optimizer import Update, gradient_columns
-from nfi_monitor.engine.step_reader import full_precision
 from nfi_monitor.measure.accumulator import FEATURE_ROWS, RowAccumulator, looks
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.sharded.rows import FIELDS, HEADER, SHOWN, Together, merged, together

@@ -26,6 +26,7 @@ Autopilot, on every rank, begins anew.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -38,6 +39,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nfi_monitor.alert_handler import AlertHandler
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.ranks import processes
 from nfi_monitor.remedies.cooling import CoolDown, cool_down
@@ -45,7 +47,8 @@ from nfi_monitor.remedies.cross_entropy import zero_sum_cross_entropy
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.policy import Policy, Rung
 from nfi_monitor.remedies.projection import project_zero_sum
-from nfi_monitor.remedies.steps import REPLAY, acts, around_steps
+from nfi_monitor.remedies.steps import around_steps
+from nfi_monitor.replay.replayed_step import REPLAY, acts
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.types import Alert, AlertKind, AlertState
 
@@ -70,7 +73,7 @@ class Action:
     message: str
 
 
-class Autopilot:
+class Autopilot(AlertHandler):
     """Give it to the monitor: ``Monitor(model, optimizer, on_alert=Autopilot())``.
 
     Args:
@@ -208,6 +211,11 @@ class Autopilot:
     # --- the monitor's side --------------------------------------------------------------------------
 
     def attach_monitor(self, monitor: Monitor) -> None:
+        """Old name of :meth:`attach`."""
+        warnings.warn("autopilot.attach_monitor is now autopilot.attach.", DeprecationWarning, stacklevel=2)
+        self.attach(monitor)
+
+    def attach(self, monitor: Monitor) -> None:
         """Called by the monitor whose ``on_alert`` this is. A new monitor is a new run, unless a state has
         been loaded. Raises ValueError while another one is open."""
         if self._monitor is not None and not self._monitor.closed:
@@ -232,7 +240,7 @@ class Autopilot:
                 "This Autopilot has no monitor. Give it to one itself, not a function that calls it: "
                 "Monitor(model, optimizer, on_alert=autopilot)."
             )
-        if monitor.closed or not monitor.may_act():  # what is told while it closes comes too late
+        if monitor.closed or not monitor.port.may_act():  # what is told while it closes comes too late
             return
         if alert.state is AlertState.RESOLVED:
             self._firing.pop(alert.id, None)
@@ -245,7 +253,7 @@ class Autopilot:
 
     def _guarded(self) -> AbstractContextManager[None]:
         """An error in here is reported once, and training goes on; without a monitor nobody can report it."""
-        return nullcontext() if self._monitor is None else self._monitor.guarded("autopilot")
+        return nullcontext() if self._monitor is None else self._monitor.port.guarded("autopilot")
 
     @property
     def _told(self) -> Callable[[Exception], None]:
@@ -270,14 +278,14 @@ class Autopilot:
             return
         if REPLAY.step is not None:
             return
-        with monitor.guarded("autopilot"):
+        with monitor.port.guarded("autopilot"):
             if monitor.closed:
                 self._retire(monitor)
-            elif monitor.may_act():
+            elif monitor.port.may_act():
                 self._watch(monitor)
         if self._stopped and self.policy.stop == "raise" and not self._raised:
             self._raised = True
-            with monitor.guarded("autopilot"):
+            with monitor.port.guarded("autopilot"):
                 self._complete()
             raise AutopilotStop(f"{self.actions[-1].message} Catch AutopilotStop around the training loop.")
 
@@ -331,7 +339,7 @@ class Autopilot:
             self._act(monitor, "loss", alert.id, f"{why}the loss is zero_sum_cross_entropy from now on")
             return
         head = monitor.head
-        if head is None or not monitor.sees_rows:
+        if head is None or not monitor.port.sees_rows:
             lacking = (
                 "no head is known whose gradient could be projected"
                 if head is None
@@ -380,7 +388,7 @@ class Autopilot:
         if spoilt:
             self.snapshot = earlier[-1] if earlier else None
         else:
-            with monitor.guarded("autopilot_snapshot"):
+            with monitor.port.guarded("autopilot_snapshot"):
                 self.snapshot = monitor.take_snapshot()
         path = None
         if self.snapshot is not None:
@@ -388,7 +396,7 @@ class Autopilot:
             sharded = monitor.head is not None and hasattr(monitor.head.weight, "to_local")
             if monitor.run_dir is not None and processes.rank() == 0 and not sharded:
                 path = Path(monitor.run_dir) / f"autopilot-{self.snapshot.step}.pt"
-            moves = None if spoilt else (monitor.optimizer, monitor.extras)
+            moves = None if spoilt else (monitor.optimizer, monitor.port.stateful)
             self._pending = partial(_finished, self.snapshot, moves, path, monitor)
         kept = "no snapshot" if self.snapshot is None else f"a snapshot of step {self.snapshot.step:,}"
         kept += "" if path is None else f" in {path.name}"
@@ -429,7 +437,7 @@ class Autopilot:
     def _retire(self, monitor: Monitor) -> None:
         """The monitor was closed and training goes on: nobody watches, so the rate comes back, unless that
         could be on this rank alone."""
-        if self._cooling is None or monitor.may_act():
+        if self._cooling is None or monitor.port.may_act():
             if self._cooling is not None:
                 self._cooling.release()
             self._cooling, self._held_since = None, None
@@ -442,7 +450,7 @@ def _finished(
     snapshot: Snapshot, moves: tuple[Any, tuple[Any, ...]] | None, path: Path | None, monitor: Monitor
 ) -> Snapshot:
     """The snapshot with what has moved since the step (None: it has that already), written to ``path``."""
-    with monitor.guarded("autopilot_snapshot"):
+    with monitor.port.guarded("autopilot_snapshot"):
         if moves is not None:
             snapshot = snapshot.completed(*moves)
         if path is not None:

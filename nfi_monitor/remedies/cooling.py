@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture.optimizer import unwrap
 from nfi_monitor.remedies.handle import Handle
-from nfi_monitor.remedies.steps import REPLAY, around_steps, step_now
+from nfi_monitor.remedies.steps import around_steps, step_now
+from nfi_monitor.replay.replayed_step import OBJECTIONS, REPLAY
 
 _SCALED: weakref.WeakKeyDictionary[Optimizer, _Scaled] = weakref.WeakKeyDictionary()
 
@@ -67,12 +68,20 @@ def cool_down(
     return CoolDown(f"learning rate × {factor:g} {lasts}", remove, cooling.release)
 
 
-def undated(optimizer: Optimizer) -> bool:
-    """Whether a replay cannot tell how much of a cool-down was over in a step that it does once more."""
+def undated(optimizer: Optimizer) -> str | None:
+    """Return why a replay cannot tell how much of a cool-down was over at a step; None where it can."""
     scaled = _SCALED.get(optimizer)
-    return scaled is not None and any(
-        cooling.since is None and cooling.steps is not None for cooling in scaled._active
+    if scaled is None or all(
+        cooling.since is not None or cooling.steps is None for cooling in scaled._active
+    ):
+        return None
+    return (
+        "A cool_down(...) of this optimizer began while no monitor was open: how much of it was over in "
+        "the replayed steps is not known. undo() what it returned, and replay then."
     )
+
+
+OBJECTIONS.append(undated)
 
 
 class _Cooling:

@@ -14,7 +14,7 @@ the mechanism; :mod:`nfi_monitor.replay.verdict` holds the rules.
         scheduler.step()
         return loss
 
-    verdict = replay(snapshot, step_fn, model=model, optimizer=optimizer, extras=[scheduler])
+    verdict = replay(snapshot, step_fn, model=model, optimizer=optimizer, stateful=[scheduler])
 
 The price is one short training per arm.  Afterwards everything is as it was, to the last bit.
 """
@@ -33,10 +33,10 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
+from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
 from nfi_monitor.errors import MonitorError
-from nfi_monitor.remedies.cooling import undated
-from nfi_monitor.remedies.steps import replaying
+from nfi_monitor.open_monitors import open_monitors
 from nfi_monitor.replay.arms import (
     ARMS,
     AS_IT_WAS,
@@ -56,6 +56,7 @@ from nfi_monitor.replay.arms import (
     smaller_lr,
 )
 from nfi_monitor.replay.recent_snapshots import RecentSnapshots
+from nfi_monitor.replay.replayed_step import OBJECTIONS, replaying
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.replay.verdict import BASELINE, Outcome, ReplayVerdict, arm_in_words, judge, margin
 from nfi_monitor.types import Alert, AlertKind, Thresholds
@@ -88,7 +89,7 @@ RECIPE = (
     "trainer.get_batch_samples(batches, accumulation, device), losses = trainer.training_step(model, one, "
     "items) for each of them, clip by args.max_grad_norm, trainer.optimizer.step(), "
     "trainer.lr_scheduler.step(), model.zero_grad(); return the losses' sum (their mean, if the model is not "
-    "told items). extras=[trainer.lr_scheduler]; the callback has given it to its monitor."
+    "told items). stateful=[trainer.lr_scheduler]; the callback has given it to its monitor."
 )
 
 
@@ -130,10 +131,11 @@ def _snapshot_before(slingshot: Alert | None, ring: RecentSnapshots, tau: float)
         why = "one is taken when an at-risk alert begins, and none has, or it failed (see monitor.notes)"
     raise MonitorError(
         f"No snapshot to replay from: {why}. Pass snapshots=<bytes> to Monitor (say snapshots=4 << 30), "
-        "or take one yourself with Snapshot.take(step, model, optimizer, extras) and pass snapshot=."
+        "or take one yourself with Snapshot.take(step, model, optimizer, stateful) and pass snapshot=."
     )
 
 
+@renamed_keyword("extras", "stateful")
 def replay(
     snapshot: Snapshot,
     step_fn: StepFunction,
@@ -143,7 +145,7 @@ def replay(
     model: nn.Module,
     optimizer: Any,
     head: nn.Module | str | bool | None = None,
-    extras: Sequence[Any] = (),
+    stateful: Sequence[Any] = (),
     beta2: float | None = None,
     recorded: Mapping[int, float] | None = None,
     thresholds: Thresholds | None = None,
@@ -157,16 +159,18 @@ def replay(
         arms: which to try, default :data:`ARMS`; the run as it was is always replayed first.
         steps: how many optimizer steps to wait for the slingshot (default: max(10 τ, 200)). The other arms
             run until max(2 τ, 20) steps after the slingshot of the run as it was, however long that is.
-        model, optimizer, head, extras: as for :class:`nfi_monitor.Monitor`; in ``extras`` whatever else
+        model, optimizer, head, stateful: as for :class:`nfi_monitor.Monitor`; in ``stateful`` whatever else
             step_fn advances, in the order the snapshot was taken with.
-        beta2: for τ = 1/(1−β2); default: that of the head's parameter group.
+        beta2: for τ = 1/(1−β2); default: that of the head's parameter group, or .99 where it has no betas
+            (:data:`nfi_monitor.capture.optimizer.ASSUMED_BETAS`).
         recorded: optimizer step → loss of the original run, for the bitwise check.
         thresholds: what counts as a slingshot.
 
-    Afterwards, exceptions included, weights, buffers, gradients, optimizer state, hyperparameters, extras,
-    training mode and random state are what they were before the call.  Monitors open on the model are paused.
-    Remedies that are on act from the step from which they did in the run (of those that began without an
-    open monitor nobody knows: in all), and are not used up; an eps that was raised since is not raised again.
+    Afterwards, exceptions included, weights, buffers, gradients, optimizer state, hyperparameters, stateful
+    objects, training mode and random state are what they were before the call.  Monitors open on the model
+    are paused. Remedies that are on act from the step from which they did in the run (of those that began
+    without an open monitor nobody knows: in all), and are not used up; an eps that was raised since is not
+    raised again.
 
     Raises:
         MonitorError: step_fn is no function, returns no loss, makes no optimizer step, or raises; or a
@@ -183,22 +187,20 @@ def replay(
         raise ValueError(f"Two arms have the same name: {', '.join(names)}.")
     found = None if head is False else find_head(model, None if head is True else head)
     inner = unwrap(optimizer)
-    if undated(inner):
-        raise MonitorError(
-            "A cool_down(...) of this optimizer began while no monitor was open: how much of it was over in "
-            "the replayed steps is not known. undo() what it returned, and replay then."
-        )
+    for objection in OBJECTIONS:
+        why = objection(inner)
+        if why is not None:
+            raise MonitorError(why)
     if beta2 is None:
-        betas = OptimizerReader(inner, found).betas()
-        beta2 = 0.999 if betas is None else betas[1]
+        beta2 = OptimizerReader(inner, found).betas_or_assumed()[1]
     tau = 1.0 / max(1.0 - beta2, 1e-9)
     wait = math.ceil(max(10 * tau, 200.0)) if steps is None else steps
     limits = thresholds or Thresholds()
 
     outcomes: dict[str, Outcome] = {}
-    with _monitors_paused(model, inner), _put_back(model, inner, extras) as parameters:
+    with _monitors_paused(model, inner), _put_back(model, inner, stateful) as parameters:
         for arm in tried:
-            snapshot.restore(model, inner, extras)
+            snapshot.restore(model, inner, stateful)
             for param in parameters:
                 param.grad = None
             context = Context(model, inner, found, snapshot, wait)
@@ -213,7 +215,7 @@ def replay(
     mechanism, reasons = judge(outcomes, snapshot.step, tau)
     reproduced = _reproduced(outcomes[BASELINE], snapshot.step, recorded)
     if reproduced is False:
-        reasons.append(_not_reproduced(inner, extras))
+        reasons.append(_not_reproduced(inner, stateful))
     idle = [arm for arm in outcomes.values() if not arm.applied]
     if idle:
         reasons.append(f"made no difference at all: {', '.join(arm_in_words(arm.arm) for arm in idle)}")
@@ -334,14 +336,14 @@ def _as_float32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def _not_reproduced(optimizer: torch.optim.Optimizer, extras: Sequence[Any]) -> str:
+def _not_reproduced(optimizer: torch.optim.Optimizer, stateful: Sequence[Any]) -> str:
     text = (
         "as it was, the losses are not those of the original run to the last bit: step_fn, its batches or "
         "its random numbers differ from the run's"
     )
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
-    if scheduled and not any(getattr(extra, "optimizer", None) is optimizer for extra in extras):
-        text += ", or its learning rate does: the scheduler is not among extras="
+    if scheduled and not any(getattr(extra, "optimizer", None) is optimizer for extra in stateful):
+        text += ", or its learning rate does: the scheduler is not among stateful="
     return text
 
 
@@ -350,10 +352,10 @@ def _not_reproduced(optimizer: torch.optim.Optimizer, extras: Sequence[Any]) -> 
 
 @contextmanager
 def _put_back(
-    model: nn.Module, optimizer: torch.optim.Optimizer, extras: Sequence[Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, stateful: Sequence[Any]
 ) -> Iterator[list[nn.Parameter]]:
     """All that a replay moves, restored at the end; gives the parameters, whose gradients it may drop."""
-    before = Snapshot.take(0, model, optimizer, extras)
+    before = Snapshot.take(0, model, optimizer, stateful)
     params = {id(p): p for p in model.parameters()}
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
     # The gradients' own tensors are kept aside: step_fn may zero or scale them in place.
@@ -361,16 +363,13 @@ def _put_back(
     try:
         yield list(params.values())
     finally:
-        before.restore(model, optimizer, extras)
+        before.restore(model, optimizer, stateful)
         for param, gradient in gradients:
             param.grad = gradient
 
 
 @contextmanager
 def _monitors_paused(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    # Imported here: the monitor imports this module for Monitor.replay.
-    from nfi_monitor.monitor import open_monitors
-
     with ExitStack() as stack:
         for monitor in open_monitors(model, optimizer):
             stack.enter_context(monitor.paused())

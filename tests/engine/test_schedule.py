@@ -24,7 +24,7 @@ def clock_of(
         own = passing if step % 4 else reading
         now += training + own
         clock.own += own
-        clock.step_done(step % 4 == 0, now, stirred=step < 4 * stirs)
+        clock.step_done(step % 4 == 0, now, unplanned=step < 4 * stirs)
     return clock
 
 
@@ -60,7 +60,7 @@ def test_early_on_the_interval_is_a_small_part_of_the_steps_done(step, healthy):
 def test_where_tau_is_short_readings_hold_less_instead_of_coming_less_often(tau):
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
     assert clock.decide(4096, tau=tau)
-    assert clock.healthy is None and clock.lowered
+    assert clock.healthy is None and clock.reduced_sample
     assert not clock.decide(8192, tau=tau), "once is enough"
 
 
@@ -68,14 +68,14 @@ def test_where_tau_is_short_readings_hold_less_instead_of_coming_less_often(tau)
 def test_readings_hold_less_only_once_the_interval_is_as_long_as_it_will_be(step, lowered):
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
     clock.decide(step, tau=1000)
-    assert clock.lowered is lowered
+    assert clock.reduced_sample is lowered
 
 
 @pytest.mark.parametrize("tau", [20, 1000])
 def test_within_the_budget_readings_hold_all_they_may(tau):
     clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
     assert not clock.decide(4096, tau=tau)
-    assert not clock.lowered
+    assert not clock.reduced_sample
 
 
 def test_without_a_budget_the_clock_decides_nothing():
@@ -102,11 +102,11 @@ def test_what_a_stirring_loss_has_read_counts_against_the_budget():
     costs = {"training": 40e-3, "passing": 1e-5, "reading": 4.5e-3}
     assert not clock_of(**costs).decide(4096, tau=1000)
     clock = clock_of(**costs, stirs=4)  # a sixteenth of the steps: .28 of .4 ms
-    assert clock.decide(4096, tau=1000) and clock.healthy == 64 and not clock.lowered
+    assert clock.decide(4096, tau=1000) and clock.healthy == 64 and not clock.reduced_sample
     assert clock.expected(1000) <= clock.budget
     assert not clock.decide(8192, tau=1000) and clock.healthy is None, "it has stirred no more since then"
     clock = clock_of(**costs, stirs=8)  # more than the budget by itself
-    assert clock.decide(4096, tau=1000) and clock.healthy == 100 and clock.lowered
+    assert clock.decide(4096, tau=1000) and clock.healthy == 100 and clock.reduced_sample
 
 
 @pytest.mark.parametrize(("every", "unplanned"), [("auto", (6, 40)), (1, (0, 0)), (7, (0, 0))])
@@ -114,9 +114,9 @@ def test_readings_that_only_the_loss_called_for_are_told_from_those_of_the_caden
     with small(every=every) as monitor:
         for step in range(120):
             monitor.observe_loss(0.05 if step % 40 == 39 else 0.01)
-            F.cross_entropy(monitor._model(torch.ones(2, 8)), torch.zeros(2, dtype=torch.long)).backward()
+            F.cross_entropy(monitor._loop.model(torch.ones(2, 8)), torch.zeros(2, dtype=torch.long)).backward()
             monitor.optimizer.step()
-        found = monitor._clock._unplanned
+        found = monitor._loop.schedule._unplanned
         assert unplanned[0] <= found <= unplanned[1]
 
 
@@ -150,7 +150,7 @@ def train(monitor: Monitor, steps: int) -> None:
     torch.manual_seed(1)
     inputs, targets = torch.randn(16, 8), torch.randint(4, (16,))
     for _ in range(steps):
-        loss = F.cross_entropy(monitor._model(inputs), targets)
+        loss = F.cross_entropy(monitor._loop.model(inputs), targets)
         monitor.observe_loss(loss)
         monitor.optimizer.zero_grad()
         loss.backward()
@@ -194,7 +194,7 @@ def wide(**arguments) -> Monitor:
 
 def sampled(monitor: Monitor, steps: int) -> list[tuple[int, int]]:
     """(rows, coordinates) of each reading of so many steps on 2,000 rows."""
-    found, deliver, gather = [], monitor._probe._deliver, monitor._meter.reader.before
+    found, deliver, gather = [], monitor._loop.probe._deliver, monitor._loop.reader.before
     rows: list[int] = []
 
     def delivered(given):
@@ -206,8 +206,8 @@ def sampled(monitor: Monitor, steps: int) -> list[tuple[int, int]]:
         found.append((rows[-1], len(read.before)))
         return read
 
-    monitor._probe._deliver, monitor._meter.reader.before = delivered, before
-    model, optimizer = monitor._model, monitor._optimizer
+    monitor._loop.probe._deliver, monitor._loop.reader.before = delivered, before
+    model, optimizer = monitor._loop.model, monitor.optimizer
     inputs, targets = torch.randn(2_000, 300), torch.randint(200, (2_000,))
     for _ in range(steps):
         optimizer.zero_grad()
@@ -231,7 +231,7 @@ def test_a_lowered_reading_holds_a_quarter_of_the_rows_and_coordinates_and_says_
 def test_a_model_that_is_read_whole_anyway_is_told_nothing_of_fewer_rows():
     with small(overhead_budget=1e-9, beta2=0.9) as monitor:
         train(monitor, 200)
-    assert not monitor._clock.lowered
+    assert not monitor._loop.schedule.reduced_sample
     assert monitor.notes == []
 
 
@@ -241,9 +241,9 @@ def test_while_something_is_going_on_the_sample_stays_what_it_was(monkeypatch, a
     monkeypatch.setattr("nfi_monitor.detect.detector.Detector.attention", attention)
     with wide(overhead_budget=1e-9) as monitor:
         assert len(set(sampled(monitor, 80))) == 1
-        assert monitor._meter.reader.can_lower and not monitor._can_lower()
+        assert monitor._loop.reader.can_reduce and not monitor._loop.can_reduce()
         monkeypatch.undo()
-        assert monitor._can_lower()
+        assert monitor._loop.can_reduce()
         found = sampled(monitor, 80)
         assert found[-1][0] < 300 <= found[0][0]
         monkeypatch.setattr("nfi_monitor.detect.detector.Detector.attention", attention)
@@ -280,10 +280,10 @@ def test_a_run_resumed_at_a_cadence_of_its_own_gets_full_readings(arguments):
 def test_the_interval_survives_a_resume():
     with small() as first:
         train(first, 1_024)
-        state, weights = first.state_dict(), first._model.state_dict()
+        state, weights = first.state_dict(), first._loop.model.state_dict()
     assert state["interval"] == 32
     with small() as second:
-        second._model.load_state_dict(weights)
+        second._loop.model.load_state_dict(weights)
         second.load_state_dict(state)
         train(second, 60)
         assert second.history["rms_t_max"][0].tolist() == [1_025]  # at one step in 16 there would be more

@@ -115,7 +115,7 @@ def test_what_is_guarded_is_reported_once_and_does_not_raise() -> None:
     model, optimizer = pair()
     with Monitor(model, optimizer, console=False) as monitor:
         for _ in range(2):
-            with monitor.guarded("upload"):
+            with monitor.port.guarded("upload"):
                 raise OSError("no network")
     assert [note.message for note in monitor.notes if note.code == "failed_upload"] == [
         "The monitor's upload failed and is off from now on; training is not affected. OSError: no network"

@@ -562,7 +562,7 @@ def test_a_trainers_run_is_replayed_to_the_last_bit_as_the_recipe_says(tmp_path:
         steps=5,
         model=done.model,
         optimizer=done.optimizer,
-        extras=[done.lr_scheduler],
+        stateful=[done.lr_scheduler],
         recorded=dict(zip(*(column.tolist() for column in monitor.history["loss"]), strict=True)),
     )
     assert verdict.reproduced is True and verdict.spiked_at is None

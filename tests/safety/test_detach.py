@@ -75,7 +75,7 @@ def test_a_closed_monitor_keeps_no_model_no_optimizer_and_no_batch_alive(tmp_pat
         console=False,
         every=1,
         probe=(inputs, targets),
-        extras=[scheduler],
+        stateful=[scheduler],
     )
     loss = F.cross_entropy(model(inputs), targets)
     monitor.observe_loss(loss)
