@@ -79,7 +79,7 @@ def find_watched(
 ) -> tuple[Head | None, Optimizer]:
     """Return the head to watch and the optimizer that trains it, without wrappers.
 
-    Raises AlreadyMonitoredError where an open monitor watches that head (or the model, if it has none), and as
+    Raises AlreadyMonitoredError where an open monitor watches that head, or a model without one; and as
     :func:`~nfi_monitor.capture.head.find_head` and :func:`~nfi_monitor.capture.optimizer.choose`.
     """
     found = None if isinstance(head, bool) else find_head(model, head)

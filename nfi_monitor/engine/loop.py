@@ -35,6 +35,7 @@ from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.remarks import Seen
 from nfi_monitor.engine.run_info import read_context, run_json, said
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.step_reader import StepReader
@@ -282,14 +283,9 @@ class StepLoop:
         return read_context(self.head, self.reader, no_classes=no_classes, rank=self.membership.rank)
 
     def _note_reading(self, reading: Reading) -> None:
+        below_zero, measured = self.detector.spike.negative, self.schedule.readings
         self.notes.read(
-            reading,
-            self.detector.signals,
-            self.probe,
-            self.rows,
-            self.detector.spike.negative,
-            self.schedule.readings,
-            self.reader,
+            Seen(reading, self.detector.signals, self.probe, self.rows, below_zero, measured, self.reader)
         )
 
     # --- plan ------------------------------------------------------------------------------------

@@ -7,28 +7,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nfi_monitor.capture.sampling import (
-    COORDINATES,
-    FEWEST_ROWS,
-    LOWERED,
-    ROW_ELEMENTS,
-    auto_interval,
-)
-from nfi_monitor.types import Note, Reading
+from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, LOWERED, ROW_ELEMENTS, auto_interval
+from nfi_monitor.engine.remarks import REMARKS, Seen
+from nfi_monitor.types import Note
 
 if TYPE_CHECKING:
     from nfi_monitor.capture.head import Head
-    from nfi_monitor.capture.head_probe import HeadProbe
     from nfi_monitor.capture.optimizer import OptimizerReader
-    from nfi_monitor.detect.signals import Signals
     from nfi_monitor.engine.schedule import Schedule
-    from nfi_monitor.measure.accumulator import RowAccumulator
-
-FLOAT32_MARGIN = 10.0
-"""Nats. With float32 a row is absorbed from a margin of 16.6 on and rounds visibly from 13.2; with float16
-from 7.6 and 4.2, with bfloat16 from 5.6 and 2.0, measured on F.cross_entropy's own backward."""
-PATIENCE = 5
-"""Measured steps without a sign of life before something is said to be missing."""
 
 
 class NoteTaker:
@@ -76,138 +62,16 @@ class NoteTaker:
                 0,
             )
 
-    def read(
-        self,
-        reading: Reading,
-        signals: Signals,
-        probe: HeadProbe,
-        rows: RowAccumulator,
-        loss_below_zero: bool,
-        measured: int,
-        reader: OptimizerReader,
-    ) -> None:
-        """What a reading shows, or does not show."""
-        step, values = reading.step, reading.values
+    def read(self, seen: Seen) -> None:
+        """Say what a reading shows, or does not show."""
+        values = seen.reading.values
         self._without_rows = 0 if "live_fraction" in values else self._without_rows + 1
-        if self._without_rows == PATIENCE:
-            self._no_rows(step, probe, "zero_sum_violation_weight" in values)
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
-        if self._without_loss == PATIENCE:
-            self.note(
-                "no_loss",
-                "No loss to look at: causes are watched, but a slingshot itself cannot be seen. Call "
-                "monitor.observe_loss(loss) before optimizer.step().",
-                step,
-            )
-        if loss_below_zero:
-            self.note(
-                "loss_below_zero",
-                "The loss falls below zero: it has no floor to leave, and a slingshot itself cannot be seen. "
-                "Causes are watched as usual. If a part of the loss cannot be negative, tell that part "
-                "alone, from the first step on: monitor.observe_loss(part).",
-                step,
-            )
-        if rows.single_output:
-            self.note(
-                "single_output",
-                "The head has one output: there are no classes, so no zero-sum and no absorption to read. "
-                "Watched instead: RMS_t, second moment, curvature, weight norm and the observed loss.",
-                step,
-            )
-        if len(rows.devices) > 1:
-            first, *others = map(str, rows.devices)
-            self.note(
-                "rows_elsewhere",
-                f"Rows on {', '.join(others)} are not read, only those on {first}: of nn.DataParallel's "
-                "replicas, one's share of each batch. All else is watched as usual. "
-                "DistributedDataParallel is read whole: attach the monitor on every rank.",
-                step,
-            )
-        if measured >= PATIENCE and not reader.has_second_moment():
-            self.note(
-                "no_second_moment",
-                f"{type(reader.optimizer).__name__} keeps no exp_avg_sq: effective learning rate, RMS_t and "
-                "second-moment decay are not available. Rows, means, margins and norms are.",
-                step,
-            )
-        if signals.broken_by_design:
-            self.note(
-                "not_shift_invariant",
-                "The loss breaks the zero-sum by design, not by rounding: rows violate it whose residual "
-                "mass is far too large for absorption (z-loss, a penalty on logits, regression, one-vs-rest "
-                "BCE, or logits changed after the head, as by soft-capping). Violations are recorded and "
-                "not alarmed on. If the logits are changed after the head, watch the changed ones: "
-                "logits = monitor.tap(logits).",
-                step,
-            )
-        if signals.soft_targets:
-            self.note(
-                "soft_targets",
-                "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-                "distillation, mixup), or the gradient is projected. Absorption in the sense of a single "
-                "correct class is not defined; the zero-sum violation is.",
-                step,
-            )
-        absorbed = values.get("absorbed_fraction", 0.0) * values.get("live_fraction", 0.0)
-        margin = values.get("margin_median", math.inf)
-        if absorbed > 0.5 and margin < FLOAT32_MARGIN:
-            self.note(
-                "half_precision_loss",
-                f"Most rows are absorbed at a median margin of {margin:.1f} nats, which float32 would still "
-                "resolve (it does up to 13, bfloat16 up to 2, float16 up to 4): the loss is computed in half "
-                "precision. That corruption is chronic: expect *at risk* for the rest of the run. Compute "
-                "the loss in float32 or float64, outside autocast: criterion(logits.float(), target).",
-                step,
-            )
-        if values.get("ignored_fraction") == 1.0:
-            self.note(
-                "all_rows_ignored",
-                "A step without a single row that counts: every row's gradient was zero (all targets "
-                "ignored, or a loss that is exactly zero). Nothing is concluded from such steps.",
-                step,
-            )
-        if measured == PATIENCE and probe.delivered and probe.without_features >= probe.fired:
-            self.note(
-                "no_features",
-                "The watched logits come with no features of the same rows (another layer feeds them, or "
-                "features and logits lie on two devices): the feature mean, its growth and the logit "
-                "displacement are not available, so that *inflating* and *imminent* cannot be reached by "
-                "rounding. Name the linear layer that makes the logits with head=....",
-                step,
-            )
-        if reader.unreadable:
-            self.note(
-                "state_unreadable",
-                f"Not read: {', '.join(sorted(reader.unreadable))}. The rest of the model is watched.",
-                step,
-            )
-
-    def _no_rows(self, step: int, probe: HeadProbe, weight_seen: bool) -> None:
-        if probe.sharded:
-            cause = "each rank holds the logits of some classes only (a vocabulary-parallel head)"
-            cure = "For rows, let the head gather its logits: ColwiseParallel(output_layouts=Replicate())."
-        elif probe.traced:
-            cause = "the head runs inside torch.compile, where a hook would break the graph"
-            cure = "For rows, tap the compiled model's output: logits = monitor.tap(model(x))."
-        elif probe.fired:
-            cause = "the head fired, but no gradient came back to its output"
-            cure = "If the loss is computed from other logits, pass those through monitor.tap(logits)."
-        elif probe.fired_without_gradient:
-            cause = "the head fired only in eval mode or without gradients"
-            cure = "Call model.train() for training steps; gradients must be enabled at the head."
-        else:
-            cause = (
-                "the head never fired (a fused loss that reads its weight, another module that computes the "
-                "logits, or a model compiled before the monitor was attached)"
-            )
-            cure = "Name the right head with head=..., use monitor.tap(logits), or attach before compiling."
-        seen = (
-            "Its weight gradient is read instead, for the zero-sum violation of the whole batch; the feature "
-            "mean is not, so that by rounding *at risk* stays at *info* and *imminent* cannot be reached."
-            if weight_seen
-            else "Only the optimizer, the norms and the observed loss are watched."
-        )
-        self.note("head_never_fired", f"No rows seen: {cause}. {seen} {cure}", step)
+        seen = seen._replace(without_rows=self._without_rows, without_loss=self._without_loss)
+        for remark in REMARKS:
+            if remark.code not in self.said and remark.applies(seen):
+                text = remark.text if isinstance(remark.text, str) else remark.text(seen)
+                self.note(remark.code, text, seen.reading.step)
 
     def skipped_step(self, step: int) -> None:
         self.note(

@@ -114,7 +114,9 @@ def test_readings_that_only_the_loss_called_for_are_told_from_those_of_the_caden
     with small(every=every) as monitor:
         for step in range(120):
             monitor.observe_loss(0.05 if step % 40 == 39 else 0.01)
-            F.cross_entropy(monitor._loop.model(torch.ones(2, 8)), torch.zeros(2, dtype=torch.long)).backward()
+            F.cross_entropy(
+                monitor._loop.model(torch.ones(2, 8)), torch.zeros(2, dtype=torch.long)
+            ).backward()
             monitor.optimizer.step()
         found = monitor._loop.schedule._unplanned
         assert unplanned[0] <= found <= unplanned[1]

@@ -500,7 +500,9 @@ def test_what_it_cannot_work_with_is_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"expected keys 'taken' and 'exchanged', found \['step'\]"):
         Autopilot().load_state_dict({"step": 3})
     cockpit = Cockpit(Autopilot())
-    assert cockpit.monitor.port.stateful == (cockpit.scheduler,) and cockpit.monitor.tau == pytest.approx(10.0)
+    assert cockpit.monitor.port.stateful == (cockpit.scheduler,) and cockpit.monitor.tau == pytest.approx(
+        10.0
+    )
     other = mlp()
     with pytest.raises(ValueError, match="serves an open monitor already"):
         Monitor(other, torch.optim.AdamW(other.parameters()), console=False, on_alert=cockpit.pilot)

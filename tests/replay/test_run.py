@@ -256,7 +256,12 @@ def test_a_step_that_fails_in_an_arm_leaves_the_run_as_it_was() -> None:
         MonitorError, match=r"'larger_eps' failed at step 64: IndexError: no batch 64. .*Leave"
     ):
         replay(
-            taken, step, model=run.model, optimizer=run.optimizer, stateful=[run.scheduler], recorded=run.losses
+            taken,
+            step,
+            model=run.model,
+            optimizer=run.optimizer,
+            stateful=[run.scheduler],
+            recorded=run.losses,
         )
     assert differences(run.state(), before) == []
 
@@ -588,6 +593,24 @@ def test_what_step_fn_has_to_do_is_said() -> None:
         replay(taken, run.step, **{**given, "steps": 0})
 
 
+@pytest.mark.parametrize(("betas", "tau"), [({}, 100), ({"betas": (0.9, 0.95)}, 20)])
+def test_without_betas_a_replay_takes_the_tau_that_the_monitor_takes(betas: Any, tau: int) -> None:
+    model = nn.Linear(3, 2)
+    kind: Any = torch.optim.AdamW if betas else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=1e-3, **betas)
+    with Monitor(model, optimizer, console=False) as monitor:
+        assert monitor.tau == pytest.approx(tau)
+    made: list[int] = []
+
+    def step_fn(step: int) -> float:
+        made.append(step)
+        optimizer.step()
+        return 1.0
+
+    replay(Snapshot.take(0, model, optimizer), step_fn, [], model=model, optimizer=optimizer)
+    assert len(made) == pytest.approx(max(10 * tau, 200), abs=1)
+
+
 def test_a_loss_that_is_not_finite_counts_as_a_slingshot() -> None:
     run = Run()
     run.go(3)
@@ -597,7 +620,9 @@ def test_a_loss_that_is_not_finite_counts_as_a_slingshot() -> None:
         run.step(step)
         return float("nan") if step == 8 else 1.0
 
-    verdict = replay(taken, step_fn, [], 20, model=run.model, optimizer=run.optimizer, stateful=[run.scheduler])
+    verdict = replay(
+        taken, step_fn, [], 20, model=run.model, optimizer=run.optimizer, stateful=[run.scheduler]
+    )
     assert verdict.spiked_at == 8
 
 
