@@ -6,18 +6,20 @@ _COPIES = ("deepcopy", "reduce")
 
 CALLED_FROM_OUTSIDE = {
     "torch calls it, and what it does is in its own try block": (
-        "capture/head:HeadProbe.__call__",
-        "capture/head:HeadProbe._watch.<locals>.on_gradient",
+        "capture/head_probe:HeadProbe.__call__",
+        "capture/head_probe:HeadProbe._on_gradient.<locals>.on_gradient",
         "capture/loss:LossProbe.__call__",
-        "capture/optimizer:StepHooks.__init__.<locals>.pre",
-        "capture/optimizer:StepHooks.__init__.<locals>.post",
+        "capture/step_hooks:StepHooks.__init__.<locals>.pre",
+        "capture/step_hooks:StepHooks.__init__.<locals>.post",
         "remedies/projection:_Project._project",
     ),
     "the user calls it, and what it does is in its own try block": (
         "monitor:Monitor.observe_loss",
         "monitor:Monitor.tap",
-        "monitor:Monitor.end_micro_batch",
         "monitor:Monitor.close",
+        "engine/detach:close",
+        "engine/port:AdapterPort.end_micro_batch",
+        "engine/loop:StepLoop.end_micro_batch",
         "remedies/autopilot:Autopilot.loss",
         "remedies/autopilot:Autopilot.should_stop",
     ),
@@ -34,16 +36,17 @@ CALLED_FROM_OUTSIDE = {
         "integrations/accelerate:watch.<locals>.load",
     ),
     "it is the try block, or opens it": (
-        "monitor:Monitor.guarded",
-        "attach:Attachment.guarded",
+        "engine/port:AdapterPort.guarded",
+        "engine/faults:Faults.guarded",
+        "integrations/attach:Attachment.guarded",
         "remedies/autopilot:Autopilot._guarded",
     ),
     "called from outside, and a line or two of torch's or Python's own": (
-        "monitor:Monitor.begin_step",
+        "engine/port:AdapterPort.begin_step",
         "remedies/projection:_Project.__call__",
         *(
             f"capture/{probe}.__{name}__"
-            for probe in ("head:HeadProbe", "loss:LossProbe")
+            for probe in ("head_probe:HeadProbe", "loss:LossProbe")
             for name in _COPIES
         ),
     ),
@@ -63,11 +66,13 @@ CALLED_FROM_OUTSIDE = {
 }
 OUTSIDE = {function for functions in CALLED_FROM_OUTSIDE.values() for function in functions}
 SILENT = {
-    "monitor:Monitor._failed",
-    "notes:NoteTaker.failed",
-    "notes:NoteTaker.note",
+    "engine/faults:Faults.failed",
+    "engine/loop:StepLoop._own_fault",
+    "engine/loop:StepLoop._report_fault",
+    "engine/notes:NoteTaker.failed",
+    "engine/notes:NoteTaker.note",
     "monitor:Monitor.notes",
-    "leaving capture/optimizer:StepHooks.remove last",
+    "leaving capture/step_hooks:StepHooks.remove last",
 }
 """What says so is itself broken: nothing is said.  In the last, what a closed monitor has left behind for the
 other ranks cannot take itself off: its hooks stay and do nothing."""
