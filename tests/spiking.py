@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nfi_monitor.detect.detector import Context, Verdict
+from nfi_monitor.detect.judgement import Judgement
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.types import Alert, AlertKind, Reading
 
@@ -119,7 +120,7 @@ class Recorded:
     run_dir: Path
     monitor: Monitor
     readings: list[Reading]
-    context: Context
+    context: RunContext
     seen_by_callback: list[str]
     """``str(monitor.explain(alert))`` of every alert at the moment it was told."""
     checkpoints: dict[str, bytes]
@@ -142,7 +143,7 @@ def record(run_dir: Path) -> Recorded:
     monitor = Monitor(model, optimizer, console=False, run_dir=run_dir, on_alert=on_alert)
     update = monitor._loop.detector.update
 
-    def fed(reading: Reading) -> Verdict:
+    def fed(reading: Reading) -> Judgement:
         readings.append(reading)
         return update(reading)
 

@@ -18,12 +18,13 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from nfi_monitor import Monitor, meter
+from nfi_monitor import Monitor
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.sampling import CoordinateSample
+from nfi_monitor.engine import step_reader
 from nfi_monitor.measure.sharded.step import head_parts, step_parts
-from tests.measure.test_shards import SHAPES, D, update_of
+from tests.measure.sharded.test_step import SHAPES, D, update_of
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
 """Operations; those of a CPU tensor that only fetch it dispatch none, and are seen as calls."""
@@ -250,7 +251,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
     monkeypatch.setattr(HostTransfer, "take", lambda self, **_: [])
     monkeypatch.setattr(devices, "send", send)
-    monkeypatch.setattr(meter, "full_precision", lambda tensor: nullcontext())  # it knows no autocast
+    monkeypatch.setattr(step_reader, "full_precision", lambda tensor: nullcontext())  # it knows no autocast
     return torch.device("meta")
 
 

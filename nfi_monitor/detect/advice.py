@@ -6,7 +6,8 @@ slingshots of that mechanism from that moment on; ``tests/remedies/test_advice.p
 
 from __future__ import annotations
 
-from nfi_monitor.types import AlertKind, Mechanism
+from nfi_monitor.detect.rules import RULES
+from nfi_monitor.types import AlertKind, Mechanism, Severity
 
 _LOSS = (
     "Exchange the loss: nfi_monitor.remedies.zero_sum_cross_entropy(logits, target), or compute it in "
@@ -41,44 +42,64 @@ NON_FINITE_LOSS = (
 """Where it was seen in the loss alone."""
 
 
-def advice_for(kind: AlertKind, mechanism: Mechanism, tau: float) -> tuple[str, ...]:
-    """Advice in the order to try it; the first is the action to take."""
-    steps = max(10, round(2 * tau))
-    if kind is AlertKind.NON_FINITE:
-        return NON_FINITE
-    if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
-        if kind is AlertKind.IMMINENT:
-            return (_LOSS.replace("Exchange the loss", "Exchange the loss now"), _LAST_MOMENT, _SAVE)
-        if kind is AlertKind.SLINGSHOT:
-            return (_LOSS + " It prevents the next one.", _PROJECT, _EPSILON)
-        return (_LOSS, _EPSILON)
-    if mechanism is Mechanism.SECOND_MOMENT:
-        if kind is AlertKind.SLINGSHOT:
-            return (
-                _STAY_COOL,
-                "A lower β2 (0.99) or less weight decay make the next one smaller.",
-                _NOT_THE_LOSS,
-            )
-        return (
+_Table = dict[AlertKind, tuple[str, ...]]
+_OVERSHOOT = ("Successive updates overshoot along the gradient. " + _STAY_COOL, _NOT_THE_LOSS)
+_COASTING = (
+    _STAY_COOL,
+    _NOT_THE_LOSS + " Weight decay pulls the weights back onto a second moment that has forgotten "
+    "their gradient; resetting it brings the slingshot sooner.",
+    _SAVE,
+)
+_OUTSIDE = (
+    "Look at the batches and the learning-rate schedule of these steps; skip or clip what stands out.",
+    "Float64 does not help here: rounding is not the cause.",
+)
+
+ADVICE: dict[str, _Table] = {
+    "numeric": {
+        AlertKind.AT_RISK: (_LOSS, _EPSILON),
+        AlertKind.IMMINENT: (
+            _LOSS.replace("Exchange the loss", "Exchange the loss now"), _LAST_MOMENT, _SAVE,
+        ),
+        AlertKind.SLINGSHOT: (_LOSS + " It prevents the next one.", _PROJECT, _EPSILON),
+    },
+    "second_moment": {
+        AlertKind.AT_RISK: _COASTING,
+        AlertKind.IMMINENT: _COASTING,
+        AlertKind.SLINGSHOT: (
             _STAY_COOL,
-            _NOT_THE_LOSS + " Weight decay pulls the weights back onto a second moment that has forgotten "
-            "their gradient; resetting it brings the slingshot sooner.",
-            _SAVE,
-        )
-    if mechanism is Mechanism.EDGE_OF_STABILITY:
-        if kind is AlertKind.IMMINENT:
-            return (_STAY_COOL, _NOT_THE_LOSS, _SAVE)
-        return ("Successive updates overshoot along the gradient. " + _STAY_COOL, _NOT_THE_LOSS)
-    if mechanism is Mechanism.EXTERNAL:
-        return (
-            "Look at the batches and the learning-rate schedule of these steps; skip or clip what stands "
-            "out.",
-            "Float64 does not help here: rounding is not the cause.",
-        )
-    if kind is AlertKind.SLINGSHOT:
-        return (
+            "A lower β2 (0.99) or less weight decay make the next one smaller.",
+            _NOT_THE_LOSS,
+        ),
+    },
+    "edge_of_stability": {
+        AlertKind.AT_RISK: _OVERSHOOT,
+        AlertKind.IMMINENT: (_STAY_COOL, _NOT_THE_LOSS, _SAVE),
+        AlertKind.SLINGSHOT: _OVERSHOOT,
+    },
+    "external": dict.fromkeys((AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT), _OUTSIDE),
+    "unknown": {
+        AlertKind.AT_RISK: (_COOL, _SAVE),
+        AlertKind.IMMINENT: (_COOL, _SAVE),
+        AlertKind.SLINGSHOT: (
             "No mechanism known to this monitor preceded it: look at the batch and at the learning-rate "
             "schedule of this step.",
             "Attach with every=1 to see the steps before the next one in full.",
-        )
-    return (_COOL.format(steps=steps), _SAVE)
+        ),
+    },
+    "non_finite": {AlertKind.NON_FINITE: NON_FINITE},
+}  # fmt: skip
+"""Key of a rule, or of a mechanism that no rule speaks for → kind of alert → what to do, in this order."""
+
+
+def advice_for(
+    kind: AlertKind, mechanism: Mechanism, tau: float, severity: Severity = Severity.CRITICAL
+) -> tuple[str, ...]:
+    """Return advice in the order to try it; the first is the action to take."""
+    if kind is AlertKind.NON_FINITE:
+        return NON_FINITE if severity is Severity.CRITICAL else NON_FINITE_LOSS
+    key = next(
+        (rule.advice for rule in RULES if rule.mechanism is mechanism and not rule.anytime), str(mechanism)
+    )
+    steps = max(10, round(2 * tau))
+    return tuple(line.replace("{steps}", str(steps)) for line in ADVICE[key][kind])

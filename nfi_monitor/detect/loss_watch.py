@@ -1,12 +1,12 @@
-"""When to look closely although nothing was read: the loss, which comes at every step, has stirred.
+"""Decide from the loss alone when to look closely.
 
-An oscillation at the edge of stability builds up within 5–10 steps, less than the pause between two readings
-of a healthy run, and its first sign is in the loss: one that had been falling steadily rises, or a low one
-leaves what it was of late.  Neither is an alarm, minibatches do both now and then; it costs a few readings.
+The loss is known at every step, a reading only at some.  An oscillation at the edge of stability builds up
+within 5–10 steps, less than the pause between two readings of a healthy run.  Its first sign is in the
+loss: one that had been falling steadily rises, or a low one leaves its recent range.  Neither is an alarm,
+because minibatches do both now and then; it costs a few readings.
 
-Where losses are known late (on accelerators, in runs of many processes: with the next reading) this comes too
-late to help, but for what stirs right before a reading.
-"""
+On accelerators and in runs of many processes, losses become known with the next reading.  There this comes
+too late to help, except for an unusual loss right before a reading."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from nfi_monitor.detect.spike import MEMORY
 from nfi_monitor.types import Thresholds
 
 FALLS = 8
-"""Falls in a row that make a rise unusual: between minibatches that many come once in 2^8 steps."""
+"""Falls in a row after which a rise is unusual. Minibatch noise makes that many once in 2^8 steps."""
 BLOCK = 16
-"""Steps a block of losses has; a loss is held against the last one to two blocks."""
+"""Steps in a block of losses. A loss is compared with the last one to two blocks."""
 LEAP = 1.5
-"""... and has to be this many times as large as the largest of them."""
+"""Ratio to the largest loss of these blocks from which on a low loss is unusual."""
 STEPS = 6
-"""How long to look closely: an oscillation that grows goes on rising meanwhile."""
+"""Steps to look closely after an unusual loss. A growing oscillation rises again within that time."""
 
 
 class LossWatch(Stateful):
-    """Feed it every loss at its step; ``until`` is the last step that should be read for what was seen."""
+    """Watch every loss at its step. ``until`` is the last step to read because of an unusual loss."""
 
     __slots__ = ("average", "before", "count", "falls", "highest", "last", "losses", "step", "until")
 
@@ -43,8 +43,10 @@ class LossWatch(Stateful):
         self.until = 0
 
     def update(self, step: int, loss: float, limits: Thresholds) -> bool:
-        """Whether this loss stirs. A step that was seen already is passed over; NaN and Inf are alerts of
-        their own."""
+        """Return whether this loss is unusual.
+
+        A step that was seen already is skipped. NaN and Inf are skipped too; they are alerts of their own.
+        """
         if self.step - 2 * BLOCK < step <= self.step:
             return False
         if step < self.step:  # the counter was set back
@@ -56,7 +58,7 @@ class LossWatch(Stateful):
         # has it, lost: from there to a slingshot at τ = 1000 it is a step or two, and 17 of 41 were seen.)
         size = max(loss, 0.01 * limits.spike_low)
         low = self.average <= math.log(limits.spike_high)
-        stirs = (loss > self.last and self.falls >= FALLS) or (
+        unusual = (loss > self.last and self.falls >= FALLS) or (
             low and size > LEAP * max(self.highest, self.before)
         )
         self.losses = min(self.losses + 1, MEMORY)
@@ -71,6 +73,6 @@ class LossWatch(Stateful):
             self.before, self.highest, self.count = self.highest, 0.0, 0
         self.highest = max(self.highest, size)
         self.count += 1
-        if stirs:
+        if unusual:
             self.until = step + STEPS
-        return stirs
+        return unusual

@@ -4,13 +4,40 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from nfi_monitor.detect.smoothing import Ema, Growth, Hysteresis, Stateful
 from nfi_monitor.types import Reading, Thresholds
 
 NAN = math.nan
 _PARTS = (Ema, Growth, Hysteresis)
+
+
+class _Times(NamedTuple):
+    """Time constants of one reading, in steps."""
+
+    tau: float
+    gap: int  # since the last reading
+    window: float  # of violation and RMS_t
+    long: float  # of growth, a small difference of noisy numbers: the whole window, also at β2 = .999
+    short: float  # of displacements
+    keep: float
+    """What is left of a peak. Peaks fade within a few steps: they hold an alarm through the gaps of a
+    chattering gradient, and must not hold it through a calm one.
+    """
+
+    @classmethod
+    def of(cls, step: int, last_step: int, tau: float, limits: Thresholds) -> _Times:
+        gap = max(step - last_step, 1)
+        short = min(limits.displacement_smoothing * tau, limits.displacement_cap)
+        return cls(
+            tau=tau,
+            gap=gap,
+            window=min(limits.absorbing_smoothing * tau, limits.smoothing_cap),
+            long=max(limits.absorbing_smoothing * tau, 10.0),
+            short=short,
+            keep=math.exp(-gap / max(short, 1.0)),
+        )
 
 
 class Signals(Stateful):
@@ -75,84 +102,95 @@ class Signals(Stateful):
         return bool(self._unexplained_switch.on)
 
     def update(self, reading: Reading, tau: float, limits: Thresholds) -> dict[str, float]:
-        """Take a reading in; returns the quantities derived from it (growth rates, decay)."""
-        step, get = reading.step, reading.get
-        window = min(limits.absorbing_smoothing * tau, limits.smoothing_cap)
-        # Growth is a small difference of noisy numbers: it needs the whole window, also at β2 = .999.
-        long = max(limits.absorbing_smoothing * tau, 10.0)
-        short = min(limits.displacement_smoothing * tau, limits.displacement_cap)
-        derived: dict[str, float] = {}
+        """Take a reading in; return the quantities derived from it (growth rates, decay)."""
+        times = _Times.of(reading.step, self.last_step, tau, limits)
+        self._take_rows(reading, times, limits)
+        derived = self._take_growth(reading, times)
+        self._take_displacement(reading, times)
+        self._take_swing(reading, times)
+        self._take_optimizer(reading, times)
+        derived |= self._take_decay(reading, times)
+        self.last_step = reading.step
+        return derived
 
-        share = self._unexplained.update(step, get("unexplained_violation_fraction"), window)
+    def _take_rows(self, reading: Reading, times: _Times, limits: Thresholds) -> None:
+        step, get = reading.step, reading.get
+        share = self._unexplained.update(step, get("unexplained_violation_fraction"), times.window)
         self._unexplained_switch.update(
             step, share >= limits.unexplained_enter, not share < limits.unexplained_exit
         )
         if "soft_target_fraction" in reading.values:
             self.soft_targets = get("soft_target_fraction") > 0.5
-
-        smoothed = self._violation.update(step, _violation(reading), window)
+        smoothed = self._violation.update(step, _violation(reading), times.window)
         self.violation = NAN if self.broken_by_design else smoothed
 
+    def _take_growth(self, reading: Reading, times: _Times) -> dict[str, float]:
+        step, get = reading.step, reading.get
+        derived: dict[str, float] = {}
         if "feature_mean_norm" in reading.values:
-            self.growth = self._growth.update(step, _log(get("feature_mean_norm")), long)
+            self.growth = self._growth.update(step, _log(get("feature_mean_norm")), times.long)
             derived["feature_mean_growth"] = self.growth
         if "classifier_mean_norm" in reading.values:
             self.classifier_growth = self._classifier_growth.update(
-                step, _log(get("classifier_mean_norm")), long
+                step, _log(get("classifier_mean_norm")), times.long
             )
             derived["classifier_mean_growth"] = self.classifier_growth
+        return derived
 
-        gap = max(step - self.last_step, 1)
+    def _take_displacement(self, reading: Reading, times: _Times) -> None:
+        step, get = reading.step, reading.get
         delta = get("margin_displacement", get("logit_displacement"))
-        level = self._displacement.update(step, _log(delta), short, wary=True)
-        self._displacement_lowest = _lowest(self._displacement_lowest, level, gap / (10.0 * tau))
+        level = self._displacement.update(step, _log(delta), times.short, wary=True)
+        self._displacement_lowest = _lowest(self._displacement_lowest, level, times.gap / (10.0 * times.tau))
         self.displacement = math.exp(level)
-        by_head = self._head_displacement.update(step, _log(get("logit_displacement")), short)
+        by_head = self._head_displacement.update(step, _log(get("logit_displacement")), times.short)
         self.head_displacement = math.exp(by_head)
         self.displacement_rise = math.exp(level - self._displacement_lowest)
         root_mean_square = _log(get("logit_displacement_rms"))
-        self.displacement_rms = math.exp(self._displacement_rms.update(step, root_mean_square, short))
-        self.displacement_slope = self._slope.update(step, root_mean_square, long)
+        self.displacement_rms = math.exp(self._displacement_rms.update(step, root_mean_square, times.short))
+        self.displacement_slope = self._slope.update(step, root_mean_square, times.long)
 
-        # Peaks fade within a few steps: they hold an alarm through the gaps of a chattering gradient, and
-        # must not hold it through a calm one.
-        keep = math.exp(-gap / max(short, 1.0))
+    def _take_swing(self, reading: Reading, times: _Times) -> None:
+        step, get = reading.step, reading.get
         moved = felt_displacement(reading)
-        self.swing = _fading_max(self.swing, moved, math.exp(-gap / SWINGS))
+        self.swing = _fading_max(self.swing, moved, math.exp(-times.gap / SWINGS))
         if moved > 0:
-            level = self._swing.update(step, _log(moved), short)
-            self._swing_lowest = _lowest(self._swing_lowest, level, gap / (10.0 * tau))
+            level = self._swing.update(step, _log(moved), times.short)
+            self._swing_lowest = _lowest(self._swing_lowest, level, times.gap / (10.0 * times.tau))
             self.swell = self.swing / math.exp(self._swing_lowest)
         self.turn = get("gradient_alignment")
         self.alignment = self._alignment.update(step, get("gradient_alignment"), SWINGS)
+
+    def _take_optimizer(self, reading: Reading, times: _Times) -> None:
+        step, get = reading.step, reading.get
         rate = get("learning_rate")
         jump = rate / math.exp(self._learning_rate.value) if rate > 0 else NAN
-        self.learning_rate_jump = _fading_max(self.learning_rate_jump, jump, keep)
-        self._learning_rate.update(step, _log(rate), window)
+        self.learning_rate_jump = _fading_max(self.learning_rate_jump, jump, times.keep)
+        self._learning_rate.update(step, _log(rate), times.window)
         if "rms_t_max" in reading.values:
             self.rms_t = get("rms_t_max")
-            self.rms_t_mean = self._rms_t.update(step, self.rms_t, window)
+            self.rms_t_mean = self._rms_t.update(step, self.rms_t, times.window)
             if self.rms_t_mean <= GONE:
                 self.gone_at = step
-            self.rms_t_peak = _fading_max(self.rms_t_peak, self.rms_t, keep)
-            self.curvature_peak = _fading_max(self.curvature_peak, get("secant_curvature"), keep)
-            self.shrinkage = self._shrinkage.update(step, _log(get("weight_norm")), window)
+            self.rms_t_peak = _fading_max(self.rms_t_peak, self.rms_t, times.keep)
+            self.curvature_peak = _fading_max(self.curvature_peak, get("secant_curvature"), times.keep)
+            self.shrinkage = self._shrinkage.update(step, _log(get("weight_norm")), times.window)
         if get("update_rms") > 0:
             self.update_jump = get("update_rms") / math.exp(self._update_rms.value)
-            self._update_rms.update(step, _log(get("update_rms")), window)
+            self._update_rms.update(step, _log(get("update_rms")), times.window)
         if get("loss") > 0:
-            level = self._loss.update(step, _log(get("loss")), short)
-            self._loss_lowest = _lowest(self._loss_lowest, level, gap / (3.0 * tau))
+            level = self._loss.update(step, _log(get("loss")), times.short)
+            self._loss_lowest = _lowest(self._loss_lowest, level, times.gap / (3.0 * times.tau))
             self.loss_rise = level - self._loss_lowest
 
-        root = get("head_sqrt_exp_avg_sq_mean", get("sqrt_exp_avg_sq_mean"))
-        if math.isfinite(root) and root > 0:
-            self.root_max = max(self.root_max * math.exp(-gap / (REMEMBERED * tau)), root)
-            self.decay = math.log10(root / self.root_max)
-            self.decay_lowest = -_fading_max(-self.decay_lowest, -self.decay, keep)
-            derived["second_moment_decay"] = self.decay
-        self.last_step = step
-        return derived
+    def _take_decay(self, reading: Reading, times: _Times) -> dict[str, float]:
+        root = reading.get("head_sqrt_exp_avg_sq_mean", reading.get("sqrt_exp_avg_sq_mean"))
+        if not (math.isfinite(root) and root > 0):
+            return {}
+        self.root_max = max(self.root_max * math.exp(-times.gap / (REMEMBERED * times.tau)), root)
+        self.decay = math.log10(root / self.root_max)
+        self.decay_lowest = -_fading_max(-self.decay_lowest, -self.decay, times.keep)
+        return {"second_moment_decay": self.decay}
 
     def restart(self) -> None:
         """A slingshot begins: what the second moment has forgotten is counted from the gradients in it."""

@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from nfi_monitor.capture.host_transfer import HostTransfer
-from nfi_monitor.detect.detector import Context, Detector, Verdict
+from nfi_monitor.detect.detector import Detector
+from nfi_monitor.detect.judgement import Judgement
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.engine.notes import NoteTaker
@@ -47,7 +49,7 @@ class Judge:
         faults: Faults,
         *,
         on_alert: Callable[[Alert], None] | None,
-        read_context: Callable[[], Context],
+        read_context: Callable[[], RunContext],
         note_reading: Callable[[Reading], None],
     ) -> None:
         self.detector = detector
@@ -122,23 +124,23 @@ class Judge:
         """Judge one reading and report it. ``full``: False for a loss alone, between two readings."""
         if self.released():
             return
-        verdict = Verdict(self.detector.phase)
+        judgement = Judgement(self.detector.phase)
         if "detector" not in self._faults.quiet:
             try:
                 if full:
                     self.detector.context = self._read_context()
-                verdict = self.detector.update(reading)
+                judgement = self.detector.update(reading)
             except Exception as error:
                 self._faults.failed("detector", error)
-        for part, failure in verdict.failed:
+        for part, failure in judgement.failed:
             self._faults.failed(part, failure)
-        if verdict.derived:
-            reading = Reading(reading.step, {**reading.values, **verdict.derived})
-        if verdict.phase is not self.phases[-1][1]:
-            self.phases.append((reading.step, verdict.phase))
+        if judgement.derived:
+            reading = Reading(reading.step, {**reading.values, **judgement.derived})
+        if judgement.phase is not self.phases[-1][1]:
+            self.phases.append((reading.step, judgement.phase))
         self.recorded.append(reading.step, reading.values)
-        self._reports.reading(reading, verdict.phase)
-        for change, alert in verdict.changes:
+        self._reports.reading(reading, judgement.phase)
+        for change, alert in judgement.changes:
             self.report(change, alert)
             if self.released():
                 return

@@ -28,7 +28,8 @@ from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.step_hooks import StepHooks
-from nfi_monitor.detect.detector import Attention, Context, Detector
+from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.engine.checks import Options
 from nfi_monitor.engine.faults import Faults
@@ -100,7 +101,7 @@ class StepLoop:
             quiet=self.faults.quiet,
         )
         self.detector = Detector(self.thresholds, self._read_context())
-        self.losses = LossQueue(self.detector.stirs, self.thresholds)
+        self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
         self.transfer = HostTransfer()
         self.recent_snapshots = RecentSnapshots(model, optimizer, self.stateful, options.snapshot_limit)
         self.judge = Judge(
@@ -278,7 +279,7 @@ class StepLoop:
             else:
                 self.judge.judge(Reading(self.step, {"loss": float(loss)}), full=False)
 
-    def _read_context(self) -> Context:
+    def _read_context(self) -> RunContext:
         no_classes = bool(self.rows.single_output)
         return read_context(self.head, self.reader, no_classes=no_classes, rank=self.membership.rank)
 
@@ -308,7 +309,7 @@ class StepLoop:
             self._set_plan(replace(self.probe.plan, reduced_sample=schedule.reduced_sample))
         self.next_read = self._next_planned(attention)
         self.wanted_step = self.next_read if self.next_read == self.step + 1 else None
-        self._unplanned = detector.stirred and self._next_planned(Attention.RARELY) != self.step + 1
+        self._unplanned = detector.only_loss_unusual and self._next_planned(Attention.RARELY) != self.step + 1
 
     def _next_planned(self, attention: Attention) -> int:
         tau = self.detector.context.tau

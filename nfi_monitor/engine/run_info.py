@@ -13,7 +13,7 @@ from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.sampling import auto_interval
-from nfi_monitor.detect.detector import Context
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.engine.notes import NoteTaker
 
 if TYPE_CHECKING:
@@ -72,12 +72,12 @@ def said(notes: NoteTaker) -> list[dict[str, Any]]:
     return [asdict(note) for note in notes.said.values()]
 
 
-def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool, rank: int) -> Context:
+def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool, rank: int) -> RunContext:
     """How the optimizer trains the head as things stand, for the detector."""
     beta1, beta2 = reader.betas_or_assumed()
     group = reader.group_of(head.weight if head is not None else None)
     decoupled = group.get("decoupled_weight_decay", type(reader.optimizer).__name__.startswith("AdamW"))
-    return Context(
+    return RunContext(
         beta1=beta1,
         beta2=beta2,
         decoupled_decay=bool(decoupled) and float(group.get("weight_decay", 0.0) or 0.0) > 0,

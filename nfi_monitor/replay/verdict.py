@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nfi_monitor.detect.mechanism import JUMP
+from nfi_monitor.detect.causes import JUMP
 from nfi_monitor.types import Mechanism, finite_or_none
 
 BASELINE = "as_it_was"

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import math
 
+from nfi_monitor.detect.rules import first_evidence, rule_of
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.replay.verdict import ReplayVerdict
-from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Phase, Severity
+from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Severity
 
 _LABELS = {
     "zero_sum_violation": "zero-sum violation",
@@ -44,7 +45,7 @@ _LABELS = {
     "logit_displacement_rms": "logit displacement δ (RMS)",
 }
 
-_MECHANISMS = {
+MECHANISM_NAMES = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
     Mechanism.SECOND_MOMENT: "decayed second moment",
     Mechanism.EDGE_OF_STABILITY: "edge of stability",
@@ -52,29 +53,18 @@ _MECHANISMS = {
     Mechanism.UNKNOWN: "mechanism not clear",
 }
 
-_AT_RISK = {
-    Mechanism.NUMERICAL_FEATURE_INFLATION: "rounding absorbs confident rows, gradients no longer sum to zero",
-    Mechanism.SECOND_MOMENT: "the gradient is gone, weight decay alone moves the weights",
-    Mechanism.EDGE_OF_STABILITY: "successive updates overshoot along the gradient",
-    Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
-    Mechanism.UNKNOWN: "what precedes a slingshot is there",
+_NO_RULE = {
+    # What no rule speaks for: kind → mechanism → words.
+    AlertKind.AT_RISK: {
+        Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
+        Mechanism.UNKNOWN: "what precedes a slingshot is there",
+    },
+    AlertKind.IMMINENT: {
+        Mechanism.EXTERNAL: "the batch or the learning rate has just moved the weights far",
+        Mechanism.UNKNOWN: "one update already moves the logits",
+    },
 }
-
-_IMMINENT = {
-    Mechanism.NUMERICAL_FEATURE_INFLATION: "rows are absorbed and one update already moves the logits",
-    Mechanism.SECOND_MOMENT: "gradients are back on a second moment that has let go of them",
-    Mechanism.EDGE_OF_STABILITY: "successive updates overshoot along the gradient",
-    Mechanism.EXTERNAL: "the batch or the learning rate has just moved the weights far",
-    Mechanism.UNKNOWN: "one update already moves the logits",
-}
-
-_FIRST = {
-    Mechanism.NUMERICAL_FEATURE_INFLATION: ("zero_sum_violation", "feature_mean_growth"),
-    Mechanism.SECOND_MOMENT: ("rms_t_max", "second_moment_decay"),
-    Mechanism.EDGE_OF_STABILITY: ("secant_curvature", "rms_t_max"),
-    Mechanism.EXTERNAL: ("learning_rate", "rms_t_max"),
-    Mechanism.UNKNOWN: (),
-}
+_FIRST_WITHOUT_RULE = {Mechanism.EXTERNAL: ("learning_rate", "rms_t_max")}
 
 
 def number(value: float | None) -> str:
@@ -130,18 +120,21 @@ def headline(alert: Alert) -> str:
     if alert.kind is AlertKind.IMMINENT:
         if over:
             return f"was imminent ({since})"
-        return f"slingshot imminent: {_IMMINENT[alert.mechanism]}"
+        return f"slingshot imminent: {_what(alert)}"
     if over:
         return f"was at risk ({since})"
-    what = _AT_RISK[alert.mechanism]
-    if alert.phase is Phase.INFLATING and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
-        what = "rounding absorbs confident rows and the feature mean grows"
-    return f"at risk: {what}"
+    return f"at risk: {_what(alert)}"
+
+
+def _what(alert: Alert) -> str:
+    """What goes on, in the words of the rule that has the most to say of it."""
+    rule = rule_of(alert.mechanism, alert.kind, alert.phase)
+    return rule.labels[alert.kind] if rule is not None else _NO_RULE[alert.kind][alert.mechanism]
 
 
 def mechanism_in_words(alert: Alert) -> str:
     """``numerical feature inflation (confidence 82%)``; no number where no mechanism is named."""
-    words = _MECHANISMS[alert.mechanism]
+    words = MECHANISM_NAMES[alert.mechanism]
     if alert.mechanism is Mechanism.UNKNOWN:
         return words
     return f"{words} (confidence {100 * alert.confidence:.0f}%)"
@@ -149,7 +142,7 @@ def mechanism_in_words(alert: Alert) -> str:
 
 def mechanism_name(mechanism: Mechanism) -> str:
     """The mechanism without its confidence."""
-    return _MECHANISMS[mechanism]
+    return MECHANISM_NAMES[mechanism]
 
 
 def one_evidence_in_words(name: str, item: Evidence) -> str:
@@ -160,11 +153,9 @@ def one_evidence_in_words(name: str, item: Evidence) -> str:
 
 def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
     """The alert's evidence, what its kind and mechanism rest on first, the rest in the alert's order."""
-    first: tuple[str, ...] = _FIRST[alert.mechanism]
+    first = first_evidence(alert.mechanism, alert.kind) or _FIRST_WITHOUT_RULE.get(alert.mechanism, ())
     if alert.kind is AlertKind.SLINGSHOT:
         first = ("loss", "loss_afterwards", "head_loss", *first)
-    elif alert.kind is AlertKind.IMMINENT and alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
-        first = ("logit_displacement", "margin_displacement", *first)
     names = dict.fromkeys([*(name for name in first if name in alert.evidence), *alert.evidence])
     return {name: alert.evidence[name] for name in names}
 

@@ -11,14 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.detect.detector import Detector
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Phase, Reading
 from tests.detect.series import numeric_slingshot, second_moment_slingshot
 from tests.spiking import Recorded
 
-NUMERIC = Context(beta2=0.95, layer="head")
-DECAYED = Context(beta2=0.95, decoupled_decay=True, layer="head")
-HINGE = Context(beta2=0.999, decoupled_decay=True, no_classes=True)
+NUMERIC = RunContext(beta2=0.95, layer="head")
+DECAYED = RunContext(beta2=0.95, decoupled_decay=True, layer="head")
+HINGE = RunContext(beta2=0.999, decoupled_decay=True, no_classes=True)
 
 QUANTITIES = (
     "zero_sum_violation", "unexplained_violation_fraction", "feature_mean_norm", "logit_displacement",
@@ -79,13 +80,13 @@ def broken() -> Iterator[Reading]:
         yield Reading(r.step, values)
 
 
-def fed(readings: Iterable[Reading], context: Context) -> tuple[Detector, list[tuple[Change, Alert]]]:
+def fed(readings: Iterable[Reading], context: RunContext) -> tuple[Detector, list[tuple[Change, Alert]]]:
     detector = Detector(None, context)
     changes = [change for reading in readings for change in detector.update(reading).changes]
     return detector, changes
 
 
-def resumed(detector: Detector, context: Context) -> Detector:
+def resumed(detector: Detector, context: RunContext) -> Detector:
     """The detector that a checkpoint gives back."""
     copy = Detector(None, context)
     copy.load_state_dict(json.loads(json.dumps(detector.state_dict())))
@@ -98,7 +99,7 @@ def kinds(detector: Detector) -> set[AlertKind]:
 
 # --- resumed ----------------------------------------------------------------------------------------
 
-RUNS: dict[str, tuple[Callable[[], Iterable[Reading]], Context]] = {
+RUNS: dict[str, tuple[Callable[[], Iterable[Reading]], RunContext]] = {
     "numeric": (numeric, NUMERIC),
     "numeric, every 4th step": (lambda: numeric_slingshot(100, 400, every=4), NUMERIC),
     "second moment": (lambda: second_moment_slingshot(60, 1200), HINGE),
@@ -120,7 +121,7 @@ def test_a_recorded_run_resumed_after_every_single_reading_gives_the_same_alerts
     check_resumed_everywhere(spiking_run.readings, spiking_run.context)
 
 
-def check_resumed_everywhere(readings: list[Reading], context: Context) -> None:
+def check_resumed_everywhere(readings: list[Reading], context: RunContext) -> None:
     whole, cut = Detector(None, context), Detector(None, context)
     for reading in readings:
         cut = resumed(cut, context)
@@ -244,7 +245,7 @@ def test_readings_of_nothing_at_all_conclude_nothing() -> None:
 @settings(max_examples=10)
 @given(jumps=st.lists(st.tuples(st.integers(1, 599), st.integers(-2000, 2000)), max_size=4))
 def test_a_step_counter_that_jumps_on_a_calm_run_never_sounds_imminent(
-    jumps: list[tuple[int, int]], context: Context, violation: float
+    jumps: list[tuple[int, int]], context: RunContext, violation: float
 ) -> None:
     moved = [
         Reading(max(r.step + sum(by for at, by in jumps if r.step >= at), 0), r.values)
@@ -290,7 +291,7 @@ def test_the_same_step_twice_counts_once() -> None:
 
 @pytest.mark.parametrize("factor", [10.0, 0.1])
 @pytest.mark.parametrize("context", [NUMERIC, DECAYED, HINGE], ids=["adam", "adamw", "adamw-999"])
-def test_a_learning_rate_that_jumps_on_a_quiet_run_sounds_nothing(context: Context, factor: float) -> None:
+def test_a_learning_rate_that_jumps_on_a_quiet_run_sounds_nothing(context: RunContext, factor: float) -> None:
     """Updates, and with them displacement and curvature × lr, jump with it; gradients stay what they were."""
     scaled = ("logit_displacement", "logit_displacement_rms", "secant_curvature", "learning_rate")
     readings = [

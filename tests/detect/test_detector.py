@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from nfi_monitor.detect.detector import Attention, Context, Detector
-from nfi_monitor.detect.mechanism import FORGOTTEN
+from nfi_monitor.detect.causes import FORGOTTEN
+from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.types import (
     Alert,
     AlertKind,
@@ -23,12 +24,12 @@ from nfi_monitor.types import (
 )
 from tests.detect.series import numeric_slingshot, second_moment_slingshot
 
-NUMERIC = Context(beta2=0.95, layer="head")
-HINGE = Context(beta2=0.999, decoupled_decay=True, no_classes=True)
+NUMERIC = RunContext(beta2=0.95, layer="head")
+HINGE = RunContext(beta2=0.999, decoupled_decay=True, no_classes=True)
 
 
 def run(
-    readings: Iterable[Reading], context: Context, thresholds: Thresholds | None = None
+    readings: Iterable[Reading], context: RunContext, thresholds: Thresholds | None = None
 ) -> tuple[Detector, list[tuple[Change, Alert]], list[Phase]]:
     detector = Detector(thresholds, context)
     changes: list[tuple[Change, Alert]] = []
@@ -100,7 +101,7 @@ def test_a_second_moment_slingshot_is_at_risk_while_coasting_and_imminent_at_the
 
 
 def test_without_weight_decay_a_silent_gradient_is_not_at_risk() -> None:
-    detector, _, _ = run(second_moment_slingshot(300, 2400), Context(beta2=0.999, no_classes=True))
+    detector, _, _ = run(second_moment_slingshot(300, 2400), RunContext(beta2=0.999, no_classes=True))
     assert [
         alert for alert in detector.alerts if alert.kind is AlertKind.AT_RISK and alert.last_step < 2400
     ] == []
@@ -190,7 +191,7 @@ def test_attention_rises_before_the_first_alert() -> None:
     ids=["numeric", "second_moment"],
 )
 def test_a_resumed_detector_gives_the_alerts_of_an_uninterrupted_one(
-    at: int, series: Any, context: Context
+    at: int, series: Any, context: RunContext
 ) -> None:
     readings = list(series())
     whole, whole_changes, _ = run(readings, context)
@@ -297,7 +298,7 @@ def test_absorption_that_begins_while_the_optimizer_coasts_takes_the_alert_over(
             if r.step < 2400:
                 yield Reading(r.step, {**r.values, "zero_sum_violation": violation})
 
-    detector, _, _ = run(readings(), Context(beta2=0.999, decoupled_decay=True))
+    detector, _, _ = run(readings(), RunContext(beta2=0.999, decoupled_decay=True))
     at_risk = only(detector, AlertKind.AT_RISK)
     assert at_risk.first_step < 1800 and at_risk.state is AlertState.FIRING
     assert at_risk.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
@@ -325,14 +326,14 @@ def test_where_the_weights_cannot_be_read_the_batchs_violation_decides() -> None
 
 
 def test_without_weight_decay_noise_in_rms_t_is_no_kick() -> None:
-    detector, _, _ = run(second_moment_slingshot(300, 2500), Context(beta2=0.999, no_classes=True))
+    detector, _, _ = run(second_moment_slingshot(300, 2500), RunContext(beta2=0.999, no_classes=True))
     assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]
 
 
 def test_noise_in_rms_t_draws_no_attention_where_no_kick_could_follow() -> None:
     """Plain Adam on minibatches: RMS_t around 1.3 on a second moment that has halved is an ordinary day."""
     for decay, expected in ((False, Attention.RARELY), (True, Attention.ALWAYS)):
-        detector = Detector(None, Context(beta2=0.999, decoupled_decay=decay))
+        detector = Detector(None, RunContext(beta2=0.999, decoupled_decay=decay))
         for step in range(1, 600):
             root = 1.0 if step < 300 else 0.4
             rms_t = 1.3 if step % 20 == 19 else 0.9

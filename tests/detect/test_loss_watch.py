@@ -8,18 +8,19 @@ import random
 
 import pytest
 
-from nfi_monitor.detect.detector import Attention, Context, Detector
+from nfi_monitor.detect.detector import Attention, Detector
 from nfi_monitor.detect.loss_watch import BLOCK, FALLS, LEAP, STEPS, LossWatch
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.engine.schedule import next_read
 from nfi_monitor.types import Reading, Thresholds
 
 LIMITS = Thresholds()
 
 
-def feed(losses, *, unrest=None, first=1):
+def feed(losses, *, watch=None, first=1):
     """The steps at which it stirred."""
-    unrest = unrest or LossWatch()
-    return [step for step, loss in enumerate(losses, start=first) if unrest.update(step, loss, LIMITS)]
+    watch = watch or LossWatch()
+    return [step for step, loss in enumerate(losses, start=first) if watch.update(step, loss, LIMITS)]
 
 
 @pytest.mark.parametrize("size", [0.01, 2.0])
@@ -62,18 +63,18 @@ def test_a_loss_that_is_no_number_is_passed_over(bad):
 
 
 def test_a_step_is_looked_at_once_and_a_counter_that_is_set_back_starts_anew():
-    unrest = LossWatch()
+    watch = LossWatch()
     falling = [0.02 - 1e-4 * step for step in range(FALLS + 1)]
-    feed(falling, unrest=unrest, first=1000)
-    assert not unrest.update(1000, 1.0, LIMITS)  # seen already
-    assert unrest.update(1000 + FALLS + 1, 0.03, LIMITS)
-    assert unrest.until == 1000 + FALLS + 1 + STEPS
-    unrest.update(3, 0.03, LIMITS)
-    assert unrest.until == 0
+    feed(falling, watch=watch, first=1000)
+    assert not watch.update(1000, 1.0, LIMITS)  # seen already
+    assert watch.update(1000 + FALLS + 1, 0.03, LIMITS)
+    assert watch.until == 1000 + FALLS + 1 + STEPS
+    watch.update(3, 0.03, LIMITS)
+    assert watch.until == 0
 
 
 def test_attention_is_close_for_a_few_steps_and_no_alarm_is_raised():
-    detector = Detector(context=Context(beta2=0.999))
+    detector = Detector(context=RunContext(beta2=0.999))
     losses = [0.02 - 1e-4 * step for step in range(FALLS + 60)]
     losses[FALLS + 1] = losses[FALLS] * 1.01
     attention = []
@@ -87,7 +88,7 @@ def test_attention_is_close_for_a_few_steps_and_no_alarm_is_raised():
 
 
 def test_a_loss_that_is_told_no_more_does_not_keep_attention_close():
-    detector = Detector(context=Context(beta2=0.999))
+    detector = Detector(context=RunContext(beta2=0.999))
     for step, loss in enumerate([0.02 - 1e-4 * step for step in range(FALLS + 1)] + [0.03], start=1):
         detector.update(Reading(step, {"loss": loss}))
     assert detector.attention is Attention.ALWAYS
@@ -104,5 +105,5 @@ def test_the_state_survives_a_checkpoint():
     for each in (detector, again):
         each.update(Reading(FALLS + 2, {"loss": 0.03}))
     assert again.attention is detector.attention is Attention.ALWAYS
-    assert again.unrest.state_dict() == detector.unrest.state_dict()
+    assert again.loss_watch.state_dict() == detector.loss_watch.state_dict()
     assert next_read(FALLS + 2, "auto", again.attention, 1000.0) == FALLS + 3

@@ -5,20 +5,19 @@ from dataclasses import replace
 
 import pytest
 
-from nfi_monitor.detect.mechanism import Causes, name_mechanism
+from nfi_monitor.detect.causes import Causes
+from nfi_monitor.detect.mechanism import name_mechanism
 from nfi_monitor.types import Mechanism
 
 QUIET = Causes(
     step=1,
     violation=1e-8,
     no_classes=False,
-    kicked=False,
-    coasting=False,
+    on=(),
     gone=False,
     decay=0.0,
     curvature=1.0,
     stability_limit=38.0,
-    swinging=False,
     learning_rate_jump=1.0,
     update_jump=2.0,
     rms_t=1.0,
@@ -30,35 +29,35 @@ def name(**signals: object) -> Mechanism:
 
 
 def test_a_broken_zero_sum_names_numerical_feature_inflation_whatever_else_is_seen() -> None:
-    assert name(violation=0.3, kicked=True, coasting=True, decay=-2.0, curvature=90.0) is (
+    assert name(violation=0.3, on=("coasting", "kicking"), decay=-2.0, curvature=90.0) is (
         Mechanism.NUMERICAL_FEATURE_INFLATION
     )
 
 
 def test_coasting_on_a_forgotten_second_moment_names_it() -> None:
-    assert name(coasting=True, decay=-0.5) is Mechanism.SECOND_MOMENT
+    assert name(on=("coasting",), decay=-0.5) is Mechanism.SECOND_MOMENT
 
 
 def test_a_curvature_above_the_stability_limit_names_the_edge_of_stability() -> None:
-    assert name(curvature=50.0, kicked=True) is Mechanism.EDGE_OF_STABILITY
+    assert name(curvature=50.0, on=("kicking",)) is Mechanism.EDGE_OF_STABILITY
 
 
 def test_gradients_that_oppose_each_other_name_the_edge_of_stability_below_the_limit_too() -> None:
-    assert name(swinging=True, curvature=5.0) is Mechanism.EDGE_OF_STABILITY
+    assert name(on=("swinging",), curvature=5.0) is Mechanism.EDGE_OF_STABILITY
 
 
-@pytest.mark.parametrize("signs", [{"kicked": True}, {"swinging": True}, {"kicked": True, "swinging": True}])
+@pytest.mark.parametrize("signs", [("kicking",), ("swinging",), ("kicking", "swinging")])
 def test_a_kick_or_a_swing_is_the_second_moments_only_where_the_gradient_was_gone(
-    signs: dict[str, bool],
+    signs: tuple[str, ...],
 ) -> None:
     """In the last steps both look alike: a kick swings, and a swing kicks."""
-    assert name(**signs, decay=-1.0, gone=True) is Mechanism.SECOND_MOMENT
-    assert name(**signs, decay=-1.0, coasting=True) is Mechanism.EDGE_OF_STABILITY
-    assert name(**signs, decay=-0.1, gone=True) is Mechanism.EDGE_OF_STABILITY, "nothing was forgotten"
+    assert name(on=signs, decay=-1.0, gone=True) is Mechanism.SECOND_MOMENT
+    assert name(on=("coasting", *signs), decay=-1.0) is Mechanism.EDGE_OF_STABILITY
+    assert name(on=signs, decay=-0.1, gone=True) is Mechanism.EDGE_OF_STABILITY, "nothing was forgotten"
 
 
 def test_a_jump_of_the_learning_rate_comes_from_outside_whatever_it_sets_off() -> None:
-    assert name(learning_rate_jump=10.0, curvature=90.0, swinging=True) is Mechanism.EXTERNAL
+    assert name(learning_rate_jump=10.0, curvature=90.0, on=("swinging",)) is Mechanism.EXTERNAL
     assert name(learning_rate_jump=2.0, curvature=90.0) is Mechanism.EDGE_OF_STABILITY
 
 
@@ -74,10 +73,10 @@ def test_without_evidence_the_mechanism_is_unknown() -> None:
 
 
 def test_an_unseen_zero_sum_makes_every_other_name_less_certain() -> None:
-    seen = name_mechanism(replace(QUIET, coasting=True, decay=-1.0))[1]
-    unseen = name_mechanism(replace(QUIET, coasting=True, decay=-1.0, violation=math.nan))[1]
+    seen = name_mechanism(replace(QUIET, on=("coasting",), decay=-1.0))[1]
+    unseen = name_mechanism(replace(QUIET, on=("coasting",), decay=-1.0, violation=math.nan))[1]
     one_output = name_mechanism(
-        replace(QUIET, coasting=True, decay=-1.0, violation=math.nan, no_classes=True)
+        replace(QUIET, on=("coasting",), decay=-1.0, violation=math.nan, no_classes=True)
     )[1]
     assert unseen < seen == one_output
 
@@ -85,3 +84,15 @@ def test_an_unseen_zero_sum_makes_every_other_name_less_certain() -> None:
 def test_confidence_grows_with_the_violation() -> None:
     confidences = [name_mechanism(replace(QUIET, violation=v))[1] for v in (0.05, 0.1, 0.2, 0.9)]
     assert confidences == sorted(confidences) and confidences[0] == 0.6 and confidences[-1] == 0.95
+
+
+def test_what_an_earlier_version_saved_of_the_causes_is_read() -> None:
+    state = {**QUIET.state_dict(), "kicked": True, "coasting": False, "swinging": True}
+    del state["on"], state["gone"], state["step"]
+    read = Causes.from_state(state)
+    assert set(read.on) == {"kicking", "swinging"} and (read.gone, read.step) == (False, 0)
+
+
+def test_causes_survive_a_checkpoint() -> None:
+    causes = replace(QUIET, on=("coasting",), decay=-0.4)
+    assert Causes.from_state(causes.state_dict()) == causes

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.detect.detector import Detector
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.types import AlertKind, Mechanism, Reading
 
-ADAM = Context(beta2=0.95)
+ADAM = RunContext(beta2=0.95)
 SPIKE = 300
 
 
-def imminent(readings: Iterator[Reading], context: Context) -> list[tuple[int, Mechanism]]:
+def imminent(readings: Iterator[Reading], context: RunContext) -> list[tuple[int, Mechanism]]:
     detector = Detector(None, context)
     for reading in readings:
         detector.update(reading)
@@ -124,12 +125,12 @@ def long_memory(rising: bool) -> Iterator[Reading]:
 
 
 def test_with_a_long_memory_updates_add_up_over_a_twentieth_of_tau() -> None:
-    ((step, _),) = imminent(long_memory(rising=True), Context(beta2=0.999))
+    ((step, _),) = imminent(long_memory(rising=True), RunContext(beta2=0.999))
     assert 2500 < step < 4000, "δ reaches .15 nat over 50 steps, not in one"
 
 
 def test_a_run_that_goes_on_learning_adds_up_updates_for_ever_and_is_not_imminent() -> None:
-    assert imminent(long_memory(rising=False), Context(beta2=0.999)) == []
+    assert imminent(long_memory(rising=False), RunContext(beta2=0.999)) == []
 
 
 @pytest.mark.parametrize(("rising", "sounds"), [(True, True), (False, False)])
@@ -177,7 +178,7 @@ def quiet_for_ever(steps: int) -> Iterator[Reading]:
 
 
 def test_a_gradient_of_long_ago_is_not_forgotten_for_ever() -> None:
-    detector = Detector(None, Context(beta2=0.95, decoupled_decay=True))
+    detector = Detector(None, RunContext(beta2=0.95, decoupled_decay=True))
     for reading in quiet_for_ever(40_000):
         detector.update(reading)
     said = [alert.first_step for alert in detector.alerts if alert.kind is AlertKind.AT_RISK]
@@ -206,7 +207,7 @@ def test_a_kick_needs_decay_a_forgotten_gradient_and_features_that_move(
                 },
             )
 
-    found = imminent(readings(), Context(beta2=0.99, decoupled_decay=decayed, no_classes=True))
+    found = imminent(readings(), RunContext(beta2=0.99, decoupled_decay=decayed, no_classes=True))
     if sounds and decayed:
         assert found == [(797, Mechanism.SECOND_MOMENT)]
     else:
@@ -234,5 +235,5 @@ def test_under_strong_decay_a_kick_shows_as_a_gradient_that_turns_at_a_steep_wal
                 },
             )
 
-    found = imminent(readings(), Context(beta2=0.999, decoupled_decay=True, no_classes=True))
+    found = imminent(readings(), RunContext(beta2=0.999, decoupled_decay=True, no_classes=True))
     assert [step for step, _ in found] == ([497] if sounds else [])

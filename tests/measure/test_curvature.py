@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfi_monitor.detect.detector import Context
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.measure import curvature
 
 FAST = settings(deadline=None, derandomize=True, max_examples=40)
@@ -66,7 +66,7 @@ def test_adam_oscillates_on_a_quadratic_just_above_the_stability_limit_and_not_j
     """The limit is a claim about torch's Adam, so torch's Adam decides: preconditioner held constant."""
     beta1 = 0.9
     for factor, stable in ((0.97, True), (1.03, False)):
-        sharpness = factor * Context(beta1=beta1).stability_limit
+        sharpness = factor * RunContext(beta1=beta1).stability_limit
         # So small that sqrt(v̂) is nothing beside ε_A, and the preconditioner is P = ε_A = 1.
         x = torch.tensor([1e-30], dtype=torch.float64, requires_grad=True)
         optimizer = torch.optim.Adam([x], lr=1.0, betas=(beta1, 0.999), eps=1.0)
@@ -80,4 +80,4 @@ def test_adam_oscillates_on_a_quadratic_just_above_the_stability_limit_and_not_j
 
 @pytest.mark.parametrize("beta1, limit", [(0.9, 38.0), (0.0, 2.0), (0.5, 6.0)])
 def test_the_stability_limit_of_cohen_et_al(beta1, limit):
-    assert Context(beta1=beta1).stability_limit == pytest.approx(limit)
+    assert RunContext(beta1=beta1).stability_limit == pytest.approx(limit)

@@ -1,1 +1,3 @@
-"""Everything the monitor says of a fixed set of trainings, written down so that two versions can be compared."""
+"""Everything the monitor says of a fixed set of trainings, written down so that two versions can be
+compared.
+"""

@@ -1,13 +1,12 @@
 """Write down everything that the monitor says of a fixed set of trainings, and compare two such records.
 
     python -m tests.regression record OUT                       # all live cases (some minutes), into OUT
-    python -m tests.regression record OUT --recordings runs/detection    # and the proving ground's recorded runs
-    python -m tests.regression record OUT --only division resumed
-    python -m tests.regression compare BEFORE AFTER             # exit code 1, and where, if they differ
+    python -m tests.regression record OUT --recordings runs/detection    # and the proving ground's recorded
+    runs python -m tests.regression record OUT --only division resumed python -m tests.regression compare
+    BEFORE AFTER             # exit code 1, and where, if they differ
 
-For a change that may only move code: record before it, record after it, compare.  Both records have to come from
-one machine: rounding differs between processors, and so do the trainings.
-"""
+For a change that may only move code: record before it, record after it, compare.  Both records have to come
+from one machine: rounding differs between processors, and so do the trainings."""
 
 from __future__ import annotations
 
@@ -21,6 +20,7 @@ from pathlib import Path
 import torch
 from joblib import Parallel, delayed
 
+from tests.regression import golden
 from tests.regression.cases import CASES, recordings
 from tests.regression.dump import finish, stop_the_clock
 
@@ -86,7 +86,11 @@ def main(argv: list[str] | None = None) -> int:
     comparing.add_argument("before", type=Path)
     comparing.add_argument("after", type=Path)
     comparing.add_argument("--only", nargs="+", metavar="CASE")
+    commands.add_parser("golden")
     args = parser.parse_args(argv)
+    if args.command == "golden":
+        golden.write()
+        return 0
     if args.command == "compare":
         return compare(args.before, args.after, args.only)
     return record(args.out.resolve(), args.only, args.recordings, args.jobs)

@@ -1,7 +1,7 @@
 """The trainings that are written down: each is ``case(out)`` and leaves plain files in the directory ``out``.
 
-No case may depend on the clock: the interval between readings follows from τ alone (``overhead_budget=None``).
-"""
+No case may depend on the clock: the interval between readings follows from τ alone
+(``overhead_budget=None``)."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _resumed(out: Path) -> None:
             step(monitor, n)
         state, begin = json.dumps(monitor.state_dict()), end
         monitor.close()
-    dump(monitor, out, extra={"state": json.loads(state or "null")})
+    dump(monitor, out)
 
 
 def _gone_back(out: Path) -> None:

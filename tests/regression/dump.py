@@ -1,4 +1,6 @@
-"""Write down what a monitor, or a detector that is fed recorded readings, has said: plain files, no clock in them."""
+"""Write down what a monitor, or a detector that is fed recorded readings, has said: plain files, no clock
+in them.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _OF_THE_DAY = ("nfi_monitor", "torch", "overhead", "run_dir", "version")
 
 
 def stop_the_clock() -> None:
-    """Readings follow from τ alone, and each is written to TensorBoard, also where an example makes the monitor."""
+    """Readings follow from τ alone, and each is written to TensorBoard, also where an example makes the
+    monitor.
+    """
     TensorBoardSink.__init__.__defaults__ = (0.0, *(TensorBoardSink.__init__.__defaults__ or ())[1:])
     for module, name in (("nfi_monitor.engine.schedule", "Schedule"), ("nfi_monitor.cadence", "Clock")):
         try:
@@ -101,7 +105,6 @@ def recorded(path: Path, out: Path) -> None:
     info = {"tau": context.tau, "thresholds": limits.to_json()}
     _write(out / "report.json", [str(one) for one in explain_run(info, history, phases, detector.alerts, [])])
     _write(out / "summary.json", summarize(info, history, phases, detector.alerts, []))
-    _write(out / "state.json", detector.state_dict())
 
 
 def _explanation(explanation: Any) -> Any:
@@ -136,7 +139,7 @@ def _told(item: Any) -> Any:
         return item
     text = item.decode("utf-8", "replace")
     try:
-        return _today(json.loads(text))
+        return plain(json.loads(text))
     except ValueError:
         return [
             line
@@ -145,12 +148,12 @@ def _told(item: Any) -> Any:
         ]
 
 
-def _today(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Without the keys of the day; what is not finite as text, so that the file stays JSON."""
     if isinstance(value, Mapping):
-        return {str(key): _today(item) for key, item in value.items() if key not in _OF_THE_DAY}
+        return {str(key): plain(item) for key, item in value.items() if key not in _OF_THE_DAY}
     if isinstance(value, (list, tuple)):
-        return [_today(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return repr(value)
     return value
@@ -158,4 +161,4 @@ def _today(value: Any) -> Any:
 
 def _write(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_today(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(plain(value), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -280,7 +280,7 @@ def test_a_full_disk_while_readings_are_thinned_leaves_them_as_they_are(
 def test_a_directory_removed_on_the_way_is_said_once_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nfi_monitor.report.run_directory.files.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("nfi_monitor.report.run_directory.writer.LOOK_SECONDS", 0.0)
     bare = training(None, 12)
     run = tmp_path / "run"
     model, optimizer, monitor = training(run, 12, lambda step: shutil.rmtree(run) if step == 6 else None)

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from nfi_monitor.detect.detector import Context
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
 from nfi_monitor.report import wording
 from nfi_monitor.report.explain.crossings import look_for
@@ -27,7 +27,7 @@ def explain(
     history: History,
     phases: Sequence[tuple[int, Phase]],
     thresholds: Thresholds | None = None,
-    context: Context | None = None,
+    context: RunContext | None = None,
     notes: Sequence[Note] = (),
 ) -> Explanation:
     """Explain one alert from what is on record.
@@ -35,7 +35,7 @@ def explain(
     ``phases`` are (optimizer step, phase) changes; ``notes`` say what could not be seen. Where the record
     begins after the alert did (a resumed run), the alert's own evidence is all there is, and said to be.
     """
-    record = SignalHistory(history, phases, thresholds or Thresholds(), context or Context(), notes)
+    record = SignalHistory(history, phases, thresholds or Thresholds(), context or RunContext(), notes)
     return _explain(alert, record)
 
 
@@ -194,13 +194,13 @@ def _thresholds_of(info: Mapping[str, Any]) -> Thresholds:
         return Thresholds()
 
 
-def _context_of(info: Mapping[str, Any]) -> Context:
+def _context_of(info: Mapping[str, Any]) -> RunContext:
     """What ``run.json`` tells of the optimizer, as the detector had it."""
     optimizer = info.get("optimizer")
     group: Mapping[str, Any] = optimizer if isinstance(optimizer, Mapping) else {}
     betas = group.get("betas")
     tau = info.get("tau")
-    default = Context()
+    default = RunContext()
     pair = isinstance(betas, Sequence) and len(betas) >= 2 and all(isinstance(b, (int, float)) for b in betas)
     beta1 = float(betas[0]) if pair and betas is not None else default.beta1
     if isinstance(tau, (int, float)) and tau > 0:
@@ -208,4 +208,4 @@ def _context_of(info: Mapping[str, Any]) -> Context:
     else:
         beta2 = float(betas[1]) if pair and betas is not None else default.beta2
     decoupled = group.get("decoupled_weight_decay", str(group.get("name", "")).startswith("AdamW"))
-    return Context(beta1, beta2, bool(decoupled) and bool(group.get("weight_decay")))
+    return RunContext(beta1, beta2, bool(decoupled) and bool(group.get("weight_decay")))

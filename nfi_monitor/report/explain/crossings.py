@@ -10,7 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from nfi_monitor.detect.mechanism import FORGOTTEN, UNMOVED
+from nfi_monitor.detect.causes import UNMOVED
+from nfi_monitor.detect.rules import LEVELS, Level
 from nfi_monitor.report import wording
 from nfi_monitor.report.explain.explanation import Finding, Seen
 from nfi_monitor.report.explain.signal_history import FINITE, Series, SignalHistory
@@ -23,67 +24,71 @@ LR_CHANGE = 2.0
 def look_for(alert: Alert, record: SignalHistory, window: tuple[int, int, int]) -> list[Finding]:
     """All findings. ``window``: earliest step a crossing is searched back to, first and last step."""
     _, first, last = window
-    own = _own(alert)
+    own = _supporting(alert)
     findings = [
-        _held_against(level, alert, record, window, own=level.key in own) for level in _levels(alert, record)
+        _held_against(held, alert, record, window, own=held.level.signal in own)
+        for held in _levels(alert, record)
     ]
     findings += [replace(_learning_rate(record, first, last), own="learning_rate" in own)]
     findings += [*_last_update(alert, record, first, last), *_not_finite(alert, record, first)]
     return findings + _loss(alert, record, last)
 
 
-class _Level(NamedTuple):
-    """A signal and the levels it is held against; ``sign`` −1 where *below* is the sign of trouble."""
+class _Held(NamedTuple):
+    """A rule's level with the numbers it has in this run and this alert."""
 
-    key: str  # of the series
-    quantity: str
-    label: str
+    level: Level
     enter: float
     leave: float
-    sign: int = 1
-    show: Callable[[float], str] = wording.number
+
+    @property
+    def sign(self) -> int:
+        """−1 where *below* is the sign of trouble, else 1."""
+        return -1 if self.level.below else 1
+
+    @property
+    def label(self) -> str:
+        return self.level.label or wording.label(self.level.quantity)
+
+    def show(self, value: float) -> str:
+        return _SHOWN[self.level.show](value)
+
+    def beyond(self, value: float) -> bool:
+        return self.sign * value >= self.sign * self.enter
+
+    def stays(self, value: float) -> bool:
+        return self.sign * value >= self.sign * self.leave
 
 
-def _levels(alert: Alert, record: SignalHistory) -> list[_Level]:
-    """What the signals are held against. Some levels are lower in some states: the alert's evidence has those
-    that it was raised by."""
-    limits, limit = record.limits, record.context.stability_limit
-
-    def told(quantity: str, level: float) -> float:
-        item = alert.evidence.get(quantity)
-        return level if item is None or item.threshold is None else min(level, item.threshold)
-
-    displacement = told("logit_displacement", limits.imminent_displacement)
-    kick = told("rms_t_max", limits.rms_t_imminent)
-    if kick <= limits.rms_t_exit:  # of another rule, for which a low RMS_t is the sign
-        kick = limits.rms_t_imminent
-    curvature = told("secant_curvature", limit)
-    swing = told("feature_displacement", limits.swing_displacement)
-    grown = 0.5 * limits.inflating_growth  # where the detector lets *inflating* end
-    return [
-        _Level("violation", "zero_sum_violation", wording.label("zero_sum_violation"),
-               limits.absorbing_enter, limits.absorbing_exit),
-        _Level("growth", "feature_mean_growth", wording.label("feature_mean_growth"),
-               limits.inflating_growth, grown, show=lambda x: f"{100 * x:.3g}% per τ"),
-        _Level("displacement", "logit_displacement", wording.label("logit_displacement"),
-               displacement, min(limits.imminent_exit, displacement / 3),
-               show=lambda x: f"{wording.number(x)} nat"),
-        _Level("decay", "second_moment_decay", "sqrt(v) against its maximum", FORGOTTEN, FORGOTTEN, -1,
-               show=lambda x: _percent(100 * 10**x)),
-        _Level("rms_t_mean", "rms_t_max", "RMS_t, averaged,",
-               limits.coasting_enter, limits.coasting_exit, -1),
-        _Level("rms_t", "rms_t_max", wording.label("rms_t_max"), kick, limits.rms_t_exit),
-        _Level("secant_curvature", "secant_curvature", wording.label("secant_curvature"), curvature, curvature),
-        _Level("alignment", "gradient_alignment", wording.label("gradient_alignment"),
-               -limits.swing_alignment, -limits.swing_alignment, -1),
-        _Level("feature_displacement", "feature_displacement", wording.label("feature_displacement"),
-               swing, min(limits.swing_exit, swing / 3), show=lambda x: f"{wording.number(x)} nat"),
-    ]  # fmt: skip
+_SHOWN: dict[str, Callable[[float], str]] = {
+    "number": wording.number,
+    "nat": lambda value: f"{wording.number(value)} nat",
+    "percent of τ": lambda value: f"{100 * value:.3g}% per τ",
+    "percent of its maximum": lambda value: _percent(100 * 10**value),
+}
 
 
-def _own(alert: Alert) -> set[str]:
-    """Keys of the signals that the alert's mechanism is known by."""
-    own = set(_OWN.get(alert.mechanism, ()))
+def _levels(alert: Alert, record: SignalHistory) -> list[_Held]:
+    """What the signals are held against. A rule may ask for less in some states: then the alert's evidence
+    has the level that it was raised by.
+    """
+    held = []
+    for level in LEVELS:
+        enter = level.enter(record.limits, record.context)
+        item = alert.evidence.get(level.quantity)
+        if level.lowered and item is not None and item.threshold is not None:
+            others = level.others_up_to
+            own = others is None or min(enter, item.threshold) > others(record.limits, record.context)
+            enter = min(enter, item.threshold) if own else enter
+        held.append(_Held(level, enter, level.leave(record.limits, enter)))
+    return held
+
+
+def _supporting(alert: Alert) -> set[str]:
+    """Names of the signals that the alert's mechanism is known by."""
+    found = {level.signal for level in LEVELS if alert.mechanism in level.supports}
+    if alert.mechanism is Mechanism.EXTERNAL:
+        found.add("learning_rate")
     swung = alert.evidence.get("feature_displacement")
     if (
         alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
@@ -92,67 +97,57 @@ def _own(alert: Alert) -> set[str]:
         and swung.threshold is not None
         and swung.value >= swung.threshold
     ):
-        own.add("feature_displacement")  # behind a LayerNorm it is this by which the alert was raised
-    return own
-
-
-_OWN: dict[Mechanism, tuple[str, ...]] = {
-    Mechanism.NUMERICAL_FEATURE_INFLATION: ("violation", "growth", "displacement"),
-    Mechanism.SECOND_MOMENT: ("decay", "rms_t_mean", "rms_t"),
-    Mechanism.EDGE_OF_STABILITY: ("secant_curvature", "alignment", "feature_displacement", "rms_t"),
-    Mechanism.EXTERNAL: ("learning_rate",),
-}
+        found.add("feature_displacement")  # behind a LayerNorm it is this by which the alert was raised
+    return found
 
 
 def _held_against(
-    level: _Level, alert: Alert, record: SignalHistory, window: tuple[int, int, int], *, own: bool
+    held: _Held, alert: Alert, record: SignalHistory, window: tuple[int, int, int], *, own: bool
 ) -> Finding:
     earliest, first, last = window
-    series = record.series.get(level.key, Series([], []))
+    series = record.series.get(held.level.signal, Series([], []))
     inside = [index for index, step in enumerate(series.steps) if first <= step <= last]
     if not inside:
-        return _from_evidence(level, alert, record, own=own)
-    beyond = [level.sign * x >= level.sign * level.enter for x in series.values]
-    value, limit = level.show(level.enter), level.enter
-    side, other = ("above", "below") if level.sign > 0 else ("below", "above")
-    which = "largest" if level.sign > 0 else "smallest"
+        return _from_evidence(held, alert, record, own=own)
+    beyond = [held.beyond(x) for x in series.values]
+    value, limit = held.show(held.enter), held.enter
+    side, other = ("above", "below") if held.sign > 0 else ("below", "above")
+    which = "largest" if held.sign > 0 else "smallest"
     end = inside[-1]
     among = [series.values[index] for index in inside]
-    extreme = max(among) if level.sign > 0 else min(among)
+    extreme = max(among) if held.sign > 0 else min(among)
     if not any(beyond[index] for index in inside):
-        text = f"{level.label} stayed {other} {value} ({which} {level.show(extreme)})"
-        return Finding(level.quantity, Seen.NOT_CROSSED, text, limit, extreme=extreme, own=own)
+        text = f"{held.label} stayed {other} {value} ({which} {held.show(extreme)})"
+        return Finding(held.level.quantity, Seen.NOT_CROSSED, text, limit, extreme=extreme, own=own)
     # The last time it was beyond, back to when it first was since it had last been properly back.
     latest = max(index for index in inside if beyond[index])
     start = index = latest
-    while index >= 0 and series.steps[index] >= earliest and _stays(level, series.values[index]):
+    while index >= 0 and series.steps[index] >= earliest and held.stays(series.values[index]):
         start = index if beyond[index] else start
         index -= 1
-    back = next((i for i in range(latest + 1, end + 1) if not _stays(level, series.values[i])), None)
+    back = next((i for i in range(latest + 1, end + 1) if not held.stays(series.values[i])), None)
     after = series.steps[start - 1] if start > 0 else None
     at, then, now = series.steps[start], series.values[start], series.values[end]
-    verb = "rose" if level.sign > 0 else "fell"
+    verb = "rose" if held.sign > 0 else "fell"
     if after is None or at <= earliest:
         since = "the readings began" if after is None else "the last slingshot"
-        text = f"{level.label} was {side} {value} ever since {since} (step {at:,}; "
+        text = f"{held.label} was {side} {value} ever since {since} (step {at:,}; "
     elif at - after > 1:
-        text = f"{level.label} {verb} {side} {value} between steps {after:,} and {at:,} ("
+        text = f"{held.label} {verb} {side} {value} between steps {after:,} and {at:,} ("
     else:
-        text = f"{level.label} {verb} {side} {value} at step {at:,} ("
+        text = f"{held.label} {verb} {side} {value} at step {at:,} ("
     if back is not None:
-        text += f"{which} {level.show(extreme)}, back at step {series.steps[back]:,})"
+        text += f"{which} {held.show(extreme)}, back at step {series.steps[back]:,})"
     elif at == series.steps[end]:
-        text += f"{level.show(then)})"
+        text += f"{held.show(then)})"
     else:
-        text += f"{level.show(then)} then, {level.show(now)} {_at_end(alert)})"
-    if level.key == "decay" and not own and not record.context.decoupled_decay:
+        text += f"{held.show(then)} then, {held.show(now)} {_at_end(alert)})"
+    if held.level.signal == "decay" and not own and not record.context.decoupled_decay:
         text += ", which by itself gives no kick: no decoupled weight decay moves the weights"
     back_at = None if back is None else series.steps[back]
-    return Finding(level.quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own)
-
-
-def _stays(level: _Level, value: float) -> bool:
-    return level.sign * value >= level.sign * level.leave
+    return Finding(
+        held.level.quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own
+    )
 
 
 def _at_end(alert: Alert) -> str:
@@ -161,23 +156,23 @@ def _at_end(alert: Alert) -> str:
     return "now" if alert.state is AlertState.FIRING else "at the end"
 
 
-def _from_evidence(level: _Level, alert: Alert, record: SignalHistory, *, own: bool) -> Finding:
+def _from_evidence(held: _Held, alert: Alert, record: SignalHistory, *, own: bool) -> Finding:
     """No reading of it in these steps: the alert's own evidence, if it holds the same level."""
-    item = alert.evidence.get(level.quantity)
+    item = alert.evidence.get(held.level.quantity)
     value = item.value if item is not None else math.nan
-    if level.key == "growth":
+    if held.level.signal == "growth":
         value *= record.context.tau  # an alert gives it per step
     # RMS_t is held against two levels; the threshold beside the evidence says which one it means.
-    other = level.quantity == "rms_t_max" and (item is None or item.threshold != level.enter)
+    other = held.level.quantity == "rms_t_max" and (item is None or item.threshold != held.enter)
     if other or not math.isfinite(value):
-        return Finding(level.quantity, Seen.NOT_MEASURED, level.label.rstrip(","), level.enter, own=own)
-    crossed = level.sign * value >= level.sign * level.enter
+        return Finding(held.level.quantity, Seen.NOT_MEASURED, held.label.rstrip(","), held.enter, own=own)
+    crossed = held.beyond(value)
     text = (
-        f"{level.label} {level.show(value)} in the alert's own evidence (threshold "
-        f"{level.show(level.enter)}), its readings are not on record"
+        f"{held.label} {held.show(value)} in the alert's own evidence (threshold "
+        f"{held.show(held.enter)}), its readings are not on record"
     )
     seen = Seen.CROSSED if crossed else Seen.NOT_CROSSED
-    return Finding(level.quantity, seen, text, level.enter, now=value, extreme=value, own=own)
+    return Finding(held.level.quantity, seen, text, held.enter, now=value, extreme=value, own=own)
 
 
 def _learning_rate(record: SignalHistory, first: int, last: int) -> Finding:

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from nfi_monitor.detect.detector import Context
-from nfi_monitor.detect.signals import Signals, felt_displacement
+from nfi_monitor.detect.rules import LEVELS
+from nfi_monitor.detect.signals import Signals
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
 from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase, Reading, Thresholds
 
@@ -30,7 +31,6 @@ FINITE = {
 """What can be NaN or Inf, as it is called; rows are a count of such rows."""
 
 _EVENT = (Phase.SLINGSHOT, Phase.RECOVERING)
-_VIOLATIONS = ("zero_sum_violation", "zero_sum_violation_weight", "zero_sum_violation_batch")
 
 
 class Series(NamedTuple):
@@ -46,7 +46,7 @@ class SignalHistory:
         history: History,
         phases: Sequence[tuple[int, Phase]],
         limits: Thresholds,
-        context: Context,
+        context: RunContext,
         notes: Sequence[Note],
     ) -> None:
         self.history, self.phases, self.notes = history, phases, notes
@@ -81,22 +81,12 @@ class SignalHistory:
             signals.update(reading, self.context.tau, self.limits)
             if step in ends:
                 signals.calm()
-            judged = {
-                "violation": (_VIOLATIONS, signals.violation),
-                "growth": (("feature_mean_norm",), signals.growth * self.context.tau),
-                "displacement": (("margin_displacement", "logit_displacement"), signals.displacement),
-                "decay": (("head_sqrt_exp_avg_sq_mean", "sqrt_exp_avg_sq_mean"), signals.decay_lowest),
-                "rms_t_mean": (("rms_t_max",), signals.rms_t_mean),
-                "rms_t": (("rms_t_max",), signals.rms_t),
-                "alignment": (("gradient_alignment",), signals.alignment),
-                "update_jump": (("update_rms",), signals.update_jump),
-            }
-            for key, (made_of, value) in judged.items():
-                if any(name in values for name in made_of):
-                    self._keep(key, step, value)
-            self._keep("feature_displacement", step, felt_displacement(reading))
-            for name in ("secant_curvature", "learning_rate"):
-                self._keep(name, step, values.get(name, math.nan))
+            for level in LEVELS:
+                if any(name in values for name in level.made_of):
+                    self._keep(level.signal, step, level.value(signals, reading, self.context))
+            if "update_rms" in values:
+                self._keep("update_jump", step, signals.update_jump)
+            self._keep("learning_rate", step, values.get("learning_rate", math.nan))
             for name in FINITE:
                 if name in values:
                     self._keep(name, step, values[name], finite=False)

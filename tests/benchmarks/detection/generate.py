@@ -28,7 +28,7 @@ import torch
 import nfi_monitor
 from examples.reference.parallel import as_completed
 from nfi_monitor import Alert, Monitor
-from nfi_monitor.detect.detector import Context
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
 from nfi_monitor.types import Thresholds
 from tests.benchmarks.detection.families import Family
@@ -45,7 +45,7 @@ class Run:
     seed: int
     columns: dict[str, Column]
     """quantity → (optimizer steps int64, values float64), what the detector derives left out."""
-    contexts: list[tuple[int, Context]]
+    contexts: list[tuple[int, RunContext]]
     """(first step, what the detector is told from there on)."""
     alerts: list[Alert]
     """The live monitor's."""
@@ -75,7 +75,7 @@ def _record(family: Family, seed: int, steps: int) -> Run:
     training = family.build(seed, family.arm)
     monitor = Monitor(training.model, training.optimizer, console=False, every=1, **training.watch)
     monitor.history = History(max_rows=max(steps + 1, 4))  # nothing may be thinned here
-    contexts: list[tuple[int, Context]] = []
+    contexts: list[tuple[int, RunContext]] = []
     with monitor:
         for number in range(1, steps + 1):
             training.step(number, monitor)
@@ -209,9 +209,9 @@ def load(path: Path) -> Run:
         names = dict.fromkeys(name.rpartition("/")[0] for name in stored.files)
         columns = {name: (stored[f"{name}/steps"], stored[f"{name}/values"]) for name in names}
     # A detector of another version may know more or less of the run: readings outlive it.
-    known = {item.name for item in fields(Context)}
+    known = {item.name for item in fields(RunContext)}
     contexts = [
-        (int(step), Context(**{name: value for name, value in context.items() if name in known}))
+        (int(step), RunContext(**{name: value for name, value in context.items() if name in known}))
         for step, context in record["contexts"]
     ]
     alerts = [Alert.from_json(alert) for alert in record["alerts"]]

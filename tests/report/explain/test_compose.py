@@ -10,7 +10,8 @@ import pytest
 from rich.console import Console
 
 from nfi_monitor.cli import main
-from nfi_monitor.detect.detector import Context, Detector
+from nfi_monitor.detect.detector import Detector
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
 from nfi_monitor.report.explain.compose import explain, explain_run
 from nfi_monitor.report.explain.explanation import Explanation, Seen
@@ -32,14 +33,16 @@ from tests.detect.test_detector import steep_kick
 from tests.detect.test_precursors import behind_a_layer_norm, long_memory
 from tests.spiking import Recorded
 
-NUMERIC = Context(beta2=0.95, layer="head")
-HINGE = Context(beta2=0.999, decoupled_decay=True, no_classes=True)
+NUMERIC = RunContext(beta2=0.95, layer="head")
+HINGE = RunContext(beta2=0.999, decoupled_decay=True, no_classes=True)
 
 
 class Run:
     """A detector's run over readings, recorded as a monitor records it."""
 
-    def __init__(self, readings: Iterable[Reading], context: Context, notes: tuple[Note, ...] = ()) -> None:
+    def __init__(
+        self, readings: Iterable[Reading], context: RunContext, notes: tuple[Note, ...] = ()
+    ) -> None:
         self.context, self.notes = context, notes
         self.history, self.phases = History(), [(0, Phase.HEALTHY)]
         detector = Detector(None, context)
@@ -268,14 +271,14 @@ def oscillation() -> Iterable[Reading]:
     [
         (lambda: rich_numeric(until=230), NUMERIC, "logit_displacement"),
         (lambda: rich_numeric(until=300), NUMERIC, "logit_displacement"),
-        (lambda: long_memory(rising=True), Context(beta2=0.999), "logit_displacement"),
+        (lambda: long_memory(rising=True), RunContext(beta2=0.999), "logit_displacement"),
         (lambda: behind_a_layer_norm(1e-3), NUMERIC, "feature_displacement"),
         (oscillation, NUMERIC, "secant_curvature"),
         (lambda: second_moment_slingshot(300, 2500), HINGE, "rms_t_max"),
     ],
 )
 def test_what_raised_an_imminent_alert_is_among_what_crossed(
-    readings: Callable[[], Iterable[Reading]], context: Context, quantity: str
+    readings: Callable[[], Iterable[Reading]], context: RunContext, quantity: str
 ) -> None:
     """Each rule has its own level; the alert's evidence and its explanation hold the same."""
     run = Run(readings(), context)

@@ -109,14 +109,13 @@ def code_key(kind: str) -> str:
         "trials": [
             here / "plan.py",
             here / "trials.py",
-            package / "replay.py",
-            package / "arms.py",
+            *sorted((package / "replay").glob("*.py")),
             package / "capture" / "head.py",
-            package / "capture" / "snapshots.py",
         ],
         "cadence": [
             here / "cadence.py",
-            *(package / f"{name}.py" for name in ("monitor", "cadence", "losses", "meter")),
+            package / "monitor.py",
+            *sorted((package / "engine").glob("*.py")),
         ],
     }[kind]
     readings = generate.readings_key() if kind == "cadence" else ""

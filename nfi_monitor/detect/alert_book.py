@@ -1,0 +1,178 @@
+"""The alerts of a run: one event, one alert, which begins, is held, is updated, and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
+
+from nfi_monitor.detect.alert_writer import AlertWriter
+from nfi_monitor.detect.judgement import Judgement
+from nfi_monitor.detect.rules import PROVEN
+from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Evidence, Mechanism, Severity
+
+Part = TypeVar("Part")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A demand of the detector: an alert of this kind has to fire."""
+
+    kind: AlertKind
+    severity: Severity
+    mechanism: Mechanism
+    confidence: float
+    develops: bool = True
+    """Whether evidence, phase and forecast are renewed while it fires, or only where its severity rises."""
+
+
+class AlertBook:
+    """Keep ``alerts``, oldest first: of each kind at most one fires.
+
+    Whatever happens to an alert is added to the judgement that is passed in.
+    """
+
+    def __init__(self, writer: AlertWriter) -> None:
+        self.alerts: list[Alert] = []
+        self._writer = writer
+        self._firing: dict[AlertKind, int] = {}  # kind → index into alerts
+        self._counts: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        """Whether an alert fires."""
+        return bool(self._firing)
+
+    def firing(self, kind: AlertKind) -> Alert | None:
+        """Return the alert of this kind that fires, or None."""
+        index = self._firing.get(kind)
+        return None if index is None else self.alerts[index]
+
+    def hold(self, claim: Claim, step: int, judgement: Judgement) -> None:
+        """Begin an alert, or keep the one of its kind firing."""
+        if claim.kind not in self._firing:
+            self.begin(claim, step, judgement)
+            return
+        old = self.alerts[self._firing[claim.kind]]
+        rises = claim.severity.rank > old.severity.rank
+        new = replace(old, last_step=step, severity=claim.severity if rises else old.severity)
+        if claim.develops:
+            new = self._developed(new, claim, judgement)
+        elif rises:
+            new = replace(
+                new, evidence=self._made(judgement, "evidence", {}, self._writer.evidence, claim.kind)
+            )
+        if rises or new.mechanism is not old.mechanism:
+            known = old.advice if new.mechanism is old.mechanism else ()
+            new = replace(new, advice=self._advice(judgement, known, claim.kind, new.mechanism, new.severity))
+            judgement.changes.append((Change.UPDATE, new))
+        self.alerts[self._firing[claim.kind]] = new
+
+    def _developed(self, alert: Alert, claim: Claim, judgement: Judgement) -> Alert:
+        """Return the alert as its event stands now.
+
+        The best evidence so far names the cause, because near the spike all mechanisms look alike.  Rounding
+        that was seen is proven; the other mechanisms are inferred.
+        """
+        firmer = claim.confidence > alert.confidence or (
+            claim.mechanism in PROVEN and alert.mechanism not in PROVEN
+        )
+        return replace(
+            alert,
+            phase=judgement.phase,
+            mechanism=claim.mechanism if firmer else alert.mechanism,
+            confidence=claim.confidence if firmer else alert.confidence,
+            evidence=self._made(judgement, "evidence", alert.evidence, self._writer.renewed, alert),
+            steps_to_spike=self._forecast(judgement, claim),
+        )
+
+    def begin(self, claim: Claim, step: int, judgement: Judgement) -> None:
+        """Begin an alert at ``step``."""
+        kind = claim.kind
+        self._counts[kind.value] = number = self._counts.get(kind.value, 0) + 1
+        layer, rank = self._writer.origin
+        alert = Alert(
+            id=f"{kind}-{number}",
+            kind=kind,
+            severity=claim.severity,
+            state=AlertState.FIRING,
+            phase=judgement.phase,
+            first_step=step,
+            last_step=step,
+            mechanism=claim.mechanism,
+            confidence=claim.confidence,
+            evidence=self._made(judgement, "evidence", {}, self._writer.evidence, kind),
+            steps_to_spike=self._forecast(judgement, claim),
+            advice=self._advice(judgement, (), kind, claim.mechanism, claim.severity),
+            layer=layer,
+            rank=rank,
+        )
+        self._firing[kind] = len(self.alerts)
+        self.alerts.append(alert)
+        judgement.changes.append((Change.BEGIN, alert))
+
+    def end(self, kind: AlertKind, step: int, judgement: Judgement, *renewed: str) -> None:
+        """End the alert of this kind at ``step``, if one fires.
+
+        ``renewed``: quantities whose evidence is read again at the end.
+        """
+        index = self._firing.pop(kind, None)
+        if index is None:
+            return
+        evidence = dict(self.alerts[index].evidence)
+        if renewed:
+            now: Mapping[str, Evidence] = self._made(judgement, "evidence", {}, self._writer.evidence, kind)
+            evidence |= {name: item for name, item in now.items() if name in renewed}
+        ended = replace(
+            self.alerts[index],
+            state=AlertState.RESOLVED,
+            last_step=step,
+            evidence=evidence,
+            steps_to_spike=None,
+        )
+        self.alerts[index] = ended
+        judgement.changes.append((Change.END, ended))
+
+    # --- its parts: an alert is raised without the part that cannot be made ---------------------------
+
+    @staticmethod
+    def _made(
+        judgement: Judgement, part: str, otherwise: Part, make: Callable[..., Part], *arguments: object
+    ) -> Part:
+        try:
+            return make(*arguments)
+        except Exception as error:
+            judgement.failed.append((part, error))
+            return otherwise
+
+    def _forecast(self, judgement: Judgement, claim: Claim) -> tuple[int, int, int] | None:
+        return self._made(judgement, "forecast", None, self._writer.forecast, claim.kind, claim.mechanism)
+
+    def _advice(
+        self,
+        judgement: Judgement,
+        otherwise: tuple[str, ...],
+        kind: AlertKind,
+        mechanism: Mechanism,
+        severity: Severity,
+    ) -> tuple[str, ...]:
+        return self._made(judgement, "advice", otherwise, self._writer.advice, kind, mechanism, severity)
+
+    # --- resume ---------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types only: survives JSON and torch.save alike."""
+        return {
+            # to_json writes null for what is not finite; a resume must find it as it was.
+            "alerts": [
+                alert.to_json() | {"evidence": {name: asdict(item) for name, item in alert.evidence.items()}}
+                for alert in self.alerts
+            ],
+            "firing": {kind.value: index for kind, index in self._firing.items()},
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where :meth:`state_dict` left off; ``alerts`` stays the same list."""
+        self.alerts[:] = [Alert.from_json(record) for record in state["alerts"]]
+        self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
+        self._counts = dict(state["counts"])

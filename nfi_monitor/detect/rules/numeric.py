@@ -1,0 +1,185 @@
+"""Numerical feature inflation in three stages: absorbing, inflating, imminent (Liu et al. 2026).
+
+Absorbing: rounding breaks the zero-sum of the rows' gradients.  Inflating: and the feature mean grows
+(Theorem 3.7). Imminent: and updates move the logits by a good part of a nat within a twentieth of τ."""
+
+from __future__ import annotations
+
+from nfi_monitor.detect.causes import Causes
+from nfi_monitor.detect.forecast import steps_to_spike
+from nfi_monitor.detect.rules.base import Level, Rule
+from nfi_monitor.detect.situation import Situation
+from nfi_monitor.types import AlertKind, Evidence, Mechanism, Phase, Severity
+
+_NUMERIC = (Mechanism.NUMERICAL_FEATURE_INFLATION,)
+
+VIOLATION = Level(
+    signal="violation",
+    quantity="zero_sum_violation",
+    enter=lambda limits, context: limits.absorbing_enter,
+    leave=lambda limits, level: limits.absorbing_exit,
+    supports=_NUMERIC,
+    made_of=("zero_sum_violation", "zero_sum_violation_weight", "zero_sum_violation_batch"),
+    value=lambda signals, reading, context: signals.violation,
+)
+GROWTH = Level(
+    signal="growth",
+    quantity="feature_mean_growth",
+    enter=lambda limits, context: limits.inflating_growth,
+    leave=lambda limits, level: 0.5 * limits.inflating_growth,
+    supports=_NUMERIC,
+    made_of=("feature_mean_norm",),
+    value=lambda signals, reading, context: signals.growth * context.tau,
+    show="percent of τ",
+)
+DISPLACEMENT = Level(
+    signal="displacement",
+    quantity="logit_displacement",
+    enter=lambda limits, context: limits.imminent_displacement,
+    leave=lambda limits, level: min(limits.imminent_exit, level / 3),
+    supports=_NUMERIC,
+    made_of=("margin_displacement", "logit_displacement"),
+    value=lambda signals, reading, context: signals.displacement,
+    lowered=True,
+    keeps_lowest=True,
+    show="nat",
+)
+
+
+class _Numeric(Rule):
+    mechanism = Mechanism.NUMERICAL_FEATURE_INFLATION
+    advice = "numeric"
+    proves = True
+
+    def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
+        """None: the violation itself is asked first, and below its level the state is only kept alive."""
+        return None
+
+
+class Absorbing(_Numeric):
+    """Rounding breaks the zero-sum: a state that can last for thousands of steps."""
+
+    name = "absorbing"
+    holds = {AlertKind.AT_RISK: Severity.INFO}
+    phase = Phase.ABSORBING
+    labels = {AlertKind.AT_RISK: "rounding absorbs confident rows, gradients no longer sum to zero"}
+    charts = ("zero-sum violation", "rows that rounding silences", "margins")
+    levels = (VIOLATION,)
+    first_evidence = {AlertKind.AT_RISK: ("zero_sum_violation", "feature_mean_growth")}
+
+    def enter(self, now: Situation) -> bool:
+        return now.signals.violation >= VIOLATION.enter(now.limits, now.context)
+
+    def stay(self, now: Situation) -> bool:
+        return now.signals.violation >= now.limits.absorbing_exit
+
+    def nears(self, now: Situation) -> bool:
+        return now.signals.violation >= 0.5 * now.limits.absorbing_exit
+
+    def evidence(self, now: Situation) -> dict[str, Evidence]:
+        return {"zero_sum_violation": Evidence(now.signals.violation, now.limits.absorbing_enter, 0.0)}
+
+
+class Inflating(_Numeric):
+    """The feature mean grows under absorption."""
+
+    name = "inflating"
+    holds = {AlertKind.AT_RISK: Severity.WARNING}
+    phase = Phase.INFLATING
+    labels = {AlertKind.AT_RISK: "rounding absorbs confident rows and the feature mean grows"}
+    charts = ("global means", "growth of the means")
+    levels = (GROWTH,)
+
+    def enter(self, now: Situation) -> bool:
+        grown = now.signals.growth * now.context.tau >= GROWTH.enter(now.limits, now.context)
+        return now.on(Absorbing.name) and grown
+
+    def stay(self, now: Situation) -> bool:
+        level = GROWTH.leave(now.limits, now.limits.inflating_growth)
+        return now.on(Absorbing.name) and now.signals.growth * now.context.tau >= level
+
+    def evidence(self, now: Situation) -> dict[str, Evidence]:
+        level = now.limits.inflating_growth / now.context.tau
+        return {"feature_mean_growth": Evidence(now.signals.growth, level, 0.0)}
+
+    def forecast(self, now: Situation) -> tuple[int, int, int] | None:
+        """Without growth there is nothing to count down to."""
+        signals, context = now.signals, now.context
+        # Where the layers below the head move more than it does, its displacement is not what the slingshot
+        # will be made of; and decay takes margins away that the law counts on.
+        if signals.swing > signals.head_displacement or context.decoupled_decay:
+            return None
+        return steps_to_spike(
+            signals.displacement_rms * now.stretch,
+            signals.violation,
+            signals.displacement_slope,
+            signals.loss_rise,
+            context.beta2,
+            context.tau,
+        )
+
+
+class Imminent(_Numeric):
+    """Updates move the logits: a slingshot is predicted."""
+
+    name = "imminent"
+    holds = {AlertKind.AT_RISK: Severity.WARNING, AlertKind.IMMINENT: Severity.CRITICAL}
+    phase = Phase.IMMINENT
+    labels = {AlertKind.IMMINENT: "rows are absorbed and one update already moves the logits"}
+    charts = ("displacement by one update",)
+    levels = (DISPLACEMENT,)
+    first_evidence = {
+        AlertKind.IMMINENT: (
+            "logit_displacement", "margin_displacement", "zero_sum_violation", "feature_mean_growth",
+        )
+    }  # fmt: skip
+
+    def enter(self, now: Situation) -> bool:
+        signals, limits = now.signals, now.limits
+        return (
+            now.on(Absorbing.name)
+            and signals.growth * now.context.tau >= limits.imminent_growth
+            and (signals.displacement >= displacement_level(now) or swelling(now))
+        )
+
+    def stay(self, now: Situation) -> bool:
+        return now.on(Absorbing.name) and (displacing(now) or swelling(now))
+
+    def evidence(self, now: Situation) -> dict[str, Evidence]:
+        return {"logit_displacement": Evidence(now.signals.displacement, displacement_level(now))}
+
+    def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
+        return {"feature_displacement": Evidence(now.signals.swing, now.limits.imminent_exit)}
+
+
+def displacement_level(now: Situation) -> float:
+    """δ in nats from which on it is *imminent*: a part of the level where δ is on its way from far below.
+
+    Soft-capped logits reach half of the level for ever, between minibatches, and never double.  A run
+    that goes on learning from minibatches adds up small updates for ever, too.
+    """
+    limits, rise = now.limits, now.signals.displacement_rise
+    parts = 1.0
+    if rise >= limits.imminent_growing:
+        parts = limits.imminent_growing
+    if rise >= limits.imminent_rise:
+        parts = max(parts, now.stretch)
+    return limits.imminent_displacement / parts
+
+
+def displacing(now: Situation) -> bool:
+    """Whether δ over a twentieth of τ is above where *imminent* ends."""
+    signals, limits = now.signals, now.limits
+    held = 0.5 if now.on(Imminent.name) else 1.0
+    risen = signals.displacement_rise >= held * limits.imminent_rise
+    return signals.displacement * (now.stretch if risen else 1.0) >= limits.imminent_exit
+
+
+def swelling(now: Situation) -> bool:
+    """Whether the layers below the head move the logits more and more.
+
+    Behind a LayerNorm the head hardly moves: what grows is what those layers do.  Between minibatches the
+    mean row moves by itself; so the movement has to have grown, not only to be there."""
+    signals, limits = now.signals, now.limits
+    held = 0.25 if now.on(Imminent.name) else 1.0
+    return signals.swing >= held * limits.imminent_exit and signals.swell >= held * limits.imminent_swell

@@ -1,0 +1,88 @@
+"""Edge of stability: the optimizer overshoots from wall to wall, further each time (Cohen et al. 2022; Bai
+et al. 2025).
+
+Successive gradients oppose each other, the curvature along the update is no longer small, and the layers
+below the head swing the logits by a good part of a nat.  Noise of minibatches opposes nothing."""
+
+from __future__ import annotations
+
+from nfi_monitor.detect.causes import Causes
+from nfi_monitor.detect.rules.base import Level, Rule
+from nfi_monitor.detect.rules.numeric import Absorbing
+from nfi_monitor.detect.rules.second_moment import kick_or_swing
+from nfi_monitor.detect.signals import felt_displacement
+from nfi_monitor.detect.situation import Situation
+from nfi_monitor.types import AlertKind, Evidence, Mechanism, Phase, Severity
+
+_EDGE = (Mechanism.EDGE_OF_STABILITY,)
+_OVERSHOOT = "successive updates overshoot along the gradient"
+
+ALIGNMENT = Level(
+    signal="alignment",
+    quantity="gradient_alignment",
+    enter=lambda limits, context: -limits.swing_alignment,
+    leave=lambda limits, level: -limits.swing_alignment,
+    supports=_EDGE,
+    made_of=("gradient_alignment",),
+    value=lambda signals, reading, context: signals.alignment,
+    below=True,
+)
+SWING = Level(
+    signal="feature_displacement",
+    quantity="feature_displacement",
+    enter=lambda limits, context: limits.swing_displacement,
+    leave=lambda limits, level: min(limits.swing_exit, level / 3),
+    supports=_EDGE,
+    made_of=("feature_displacement",),
+    value=lambda signals, reading, context: felt_displacement(reading),
+    lowered=True,
+    show="nat",
+)
+
+
+class Swinging(Rule):
+    """Updates overshoot, and the logits swing."""
+
+    name = "swinging"
+    mechanism = Mechanism.EDGE_OF_STABILITY
+    holds = {AlertKind.AT_RISK: Severity.INFO, AlertKind.IMMINENT: Severity.WARNING}
+    phase = Phase.IMMINENT
+    labels = {AlertKind.AT_RISK: _OVERSHOOT, AlertKind.IMMINENT: _OVERSHOOT}
+    advice = "edge_of_stability"
+    charts = ("displacement by one update", "alignment", "curvature along the update")
+    levels = (ALIGNMENT, SWING)
+    first_evidence = dict.fromkeys((AlertKind.AT_RISK, AlertKind.IMMINENT), ("secant_curvature", "rms_t_max"))
+
+    def enter(self, now: Situation) -> bool:
+        limits, signals = now.limits, now.signals
+        return (
+            now.has_floor
+            and not now.on(Absorbing.name)
+            and signals.alignment <= -limits.swing_alignment
+            and signals.curvature_peak >= limits.swing_curvature * now.context.stability_limit
+            and signals.swing >= limits.swing_displacement
+        )
+
+    def stay(self, now: Situation) -> bool:
+        limits, signals = now.limits, now.signals
+        # Features may go on moving for hundreds of steps when the gradients have long agreed again.
+        oppose = signals.alignment <= -0.5 * limits.swing_alignment
+        return not now.on(Absorbing.name) and signals.swing >= limits.swing_exit and oppose
+
+    def nears(self, now: Situation) -> bool:
+        limits, signals = now.limits, now.signals
+        return signals.alignment <= -limits.swing_alignment and signals.swing >= limits.swing_exit
+
+    def evidence(self, now: Situation) -> dict[str, Evidence]:
+        signals, limits = now.signals, now.limits
+        return {
+            "gradient_alignment": Evidence(signals.alignment, -limits.swing_alignment, 0.0),
+            "feature_displacement": Evidence(signals.swing, limits.swing_displacement),
+        }
+
+    def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
+        share = now.limits.swing_curvature * now.context.stability_limit
+        return {"secant_curvature": Evidence(now.signals.curvature_peak, share)}
+
+    def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
+        return kick_or_swing(causes, 0.9)
