@@ -1,8 +1,8 @@
-"""What every adapter of a training framework needs, so that the adapters themselves only translate events.
+"""What every adapter of a training framework needs: the adapters themselves only translate events.
 
-A framework's callback outlives its runs: it is made before a model is wrapped, started again after an
+A framework's callback outlives its runs.  It is made before a model is wrapped, started again after an
 out-of-memory error, and resumed in another process.  An :class:`Attachment` holds the user's options all that
-time and one open :class:`Monitor` while a run trains.
+time, and one open :class:`Monitor` while a run trains.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Remedy = Callable[[Alert, TrainerContext], object]
 
 @dataclass(frozen=True)
 class Due:
-    """What the alerts that began since the last time ask of the framework."""
+    """What the framework has to do because of the alerts that began since the last :meth:`Attachment.act`."""
 
     save: bool
     stop: bool
@@ -61,7 +61,7 @@ class Attachment:
         save_on, stop_on: kinds of alert ("imminent", ``AlertKind.SLINGSHOT``, or several) that have the
             framework save a checkpoint, or stop, after the optimizer step at which one begins.
         remedy: called as ``remedy(alert, context)`` after the step at which an alert begins, of every kind.
-            This alone changes the training, because you ask it to. Where several processes are not read
+            Nothing else here changes the training. Where several processes are not read
             together (``monitor.port.may_act()``), it is not called, and nothing is saved or stopped.
         on_alert, run_dir and options: as for :class:`Monitor`; ``run_dir="auto"`` is the adapter's choice.
 
@@ -108,11 +108,10 @@ class Attachment:
         state: Mapping[str, Any] | None = None,
         native: Mapping[str, Any] | None = None,
     ) -> Monitor:
-        """Attach to a run that is about to train; ``state`` (of :meth:`state`) continues an earlier one.
+        """Attach to a run that is about to train. ``state`` (of :meth:`state`) continues an earlier one.
 
-        ``directory``: where "auto" makes its run directory. ``native``: for the remedy's context.  A monitor
-        that was never closed, because its run was interrupted, and watches the same model is closed first.
-        Raises as :class:`Monitor`.
+        ``directory``: where "auto" makes its run directory. ``native``: for the remedy's context.  Closes
+        first what an interrupted run has left open on the same model.  Raises as :class:`Monitor`.
         """
         self.close()
         for left in open_monitors(model, optimizer):
@@ -132,7 +131,7 @@ class Attachment:
             self._handler.attach(monitor)
         self.monitor = monitor
         self._context = TrainerContext(monitor, model, monitor.optimizer, tuple(schedulers), native or {})
-        monitor.port.at_close(self._let_go)
+        monitor.port.at_close(self._release)
         _ATTACHED.add(monitor)
         if state.get("monitor"):
             with monitor.port.guarded("resume"):
@@ -142,18 +141,18 @@ class Attachment:
         return monitor
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on in the open monitor where :meth:`state` was asked. Raises for a state of another kind."""
+        """Continue in the open monitor from a :meth:`state`. Raises for a state of another kind."""
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
         if self._handler is not None and state.get("on_alert"):
             self._handler.load_state_dict(state["on_alert"])
 
     def guarded(self, part: str = "adapter") -> AbstractContextManager[None]:
-        """What a framework calls runs in here, and cannot stop its training: an error is reported once."""
+        """Run a block that must not stop the training: an error in it is reported once."""
         return nullcontext() if self.monitor is None else self.monitor.port.guarded(part)
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`open` needs to continue this run, in types that survive JSON; empty without a run."""
+        """Return what :meth:`open` needs to continue this run, in types that survive JSON."""
         monitor = self.monitor
         if monitor is None or monitor.closed:
             return {}
@@ -166,7 +165,7 @@ class Attachment:
         return state
 
     def act(self) -> Due:
-        """Call after each optimizer step: remedies are applied, the rest is the framework's to do."""
+        """Apply the remedies and return what the framework has to do. Call it after each optimizer step."""
         context, begun = self._context, self._begun
         if context is None:
             return Due(False, False)
@@ -182,18 +181,18 @@ class Attachment:
         return Due(bool(kinds & self._save_on), asked or bool(kinds & self._stop_on))
 
     def close(self) -> None:
-        """Detach. The monitor stays, for its history; the run's model and optimizer are let go."""
+        """Detach. The monitor stays, for its history; the run's model and optimizer are released."""
         if self.monitor is not None:
             self.monitor.close()
 
-    def _let_go(self) -> None:
-        """Also where the user closes the monitor, which holds this through ``on_alert``."""
+    def _release(self) -> None:
+        """Release the run, also where the user closes the monitor: it holds this by ``on_alert``."""
         self._context = None
 
     def _heard(self, alert: Alert) -> None:
         if alert.state is AlertState.FIRING and alert.id not in self._seen:
             self._seen.add(alert.id)
-            # Asked now: what began while the ranks agreed is done by all of them, though they part meanwhile.
+            # Asked now: what began while the ranks agreed is done by all of them, even if they part later.
             context, wanted = self._context, alert.kind in self._save_on | self._stop_on
             if (
                 context is not None
@@ -206,7 +205,7 @@ class Attachment:
 
 
 def free_directory(wanted: str | os.PathLike[str]) -> Path:
-    """``wanted``, or ``wanted-2``, ``wanted-3`` …: a new run is not appended to one that is there."""
+    """Return ``wanted``, or ``wanted-2``, ``wanted-3`` …: a new run is not appended to an earlier one."""
     path, number = Path(wanted), 2
     while path.exists():
         path = Path(f"{os.fspath(wanted)}-{number}")

@@ -110,7 +110,7 @@ class Calls(TorchFunctionMode):
 @contextmanager
 def looked_at(monitor: Monitor, operations: Operations):
     """Only what the monitor's own hooks do, those at the gradient included."""
-    originals = {name: getattr(monitor, name) for name in ("_before_step", "_after_step")}
+    originals = {name: getattr(monitor._loop, name) for name in ("_before_step", "_after_step")}
     probe_call, deliver = type(monitor._loop.probe).__call__, monitor._loop.probe._deliver
 
     def within(function):

@@ -19,11 +19,11 @@ def state_dict(loop: StepLoop) -> dict[str, Any]:
         "version": __version__,
         "step": loop.step,
         "detector": loop.detector.state_dict(),
-        "interval": loop.schedule.healthy,
+        "interval": loop.schedule.healthy_interval,
         "lowered": loop.schedule.reduced_sample,
         "phases": [[step, phase.value] for step, phase in loop.judge.phases],
         **loop.step_reader.state_dict(loop.step),
-        "plain_losses": [[step, loss] for step, loss in loop.losses.waiting],
+        "plain_losses": [[step, loss] for step, loss in loop.losses.deferred],
         "notes": [[note.code, note.message, note.step] for note in loop.notes.said.values()],
     }
 
@@ -44,15 +44,15 @@ def load_state_dict(loop: StepLoop, state: Mapping[str, Any]) -> None:
     loop.detector.load_state_dict(state["detector"])
     loop.recent_snapshots.clear()
     if loop.schedule.budget is not None:
-        loop.schedule.healthy = state.get("interval")
+        loop.schedule.healthy_interval = state.get("interval")
         loop.schedule.reduced_sample = isinstance(loop.every, str) and bool(state.get("lowered"))
     loop.judge.phases[:] = [(int(step), Phase(phase)) for step, phase in state["phases"]]
     weight = loop.head.weight if loop.head is not None else None
     device = weight.device if weight is not None else next(loop.model.parameters()).device
     loop.step_reader.load_state_dict(state, device)
-    loop.losses.waiting = waiting
+    loop.losses.deferred = waiting
     if loop.membership.exchange is not None:  # none waits there, and all ranks have to know the same
-        loop.judge.judge_waiting()
+        loop.judge.judge_deferred()
     loop.rows.clear(loop.step + 1)
     loop.look_ahead()
     for code, message, step in state["notes"]:

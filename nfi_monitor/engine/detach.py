@@ -47,7 +47,7 @@ def close(loop: StepLoop) -> None:
     with guarded("close"):
         loop.schedule.finish()
     with guarded("close"):
-        loop.step_reader.let_go()
+        loop.step_reader.release()
     with guarded("close"):  # never in the way of an exception of the user's own
         _finish_reports(loop)
     with guarded("close"):

@@ -74,20 +74,20 @@ class Judge:
     @property
     def history(self) -> History:
         """What was measured so far. The losses that wait are judged first."""
-        if self._losses.waiting:
+        if self._losses.deferred:
             with self._faults.guarded("step"):
-                self.judge_waiting()
+                self.judge_deferred()
         return self.recorded
 
     def settle(self) -> None:
         """Judge all that was measured, and wait for what is still on its way."""
-        self.judge_waiting()
+        self.judge_deferred()
         self._losses.flush(self._transfer)
         self.drain(everything=True)
 
-    def judge_waiting(self) -> None:
+    def judge_deferred(self) -> None:
         """Judge the losses that wait in the queue."""
-        for step, loss in self._losses.take_waiting():
+        for step, loss in self._losses.take_deferred():
             passed = False
             if "detector" not in self._faults.quiet:
                 with self._faults.guarded("detector"):

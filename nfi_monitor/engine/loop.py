@@ -37,7 +37,7 @@ from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.remarks import Seen
-from nfi_monitor.engine.run_info import read_context, run_json, said
+from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.step_reader import StepReader
 from nfi_monitor.measure.accumulator import RowAccumulator
@@ -151,7 +151,7 @@ class StepLoop:
         if self.paused or (devices.GRAPHS and self.recorded()):
             return None
         membership = self.membership
-        if self.step == 0 and membership.looking and membership.exchange is None and not self.closed:
+        if self.step == 0 and membership.searching and membership.exchange is None and not self.closed:
             membership.share_head(self.head, self._find_ranks())
         return self.wanted_step
 
@@ -194,7 +194,7 @@ class StepLoop:
             self.step_reader.begin(self.wanted_step, given)
         except Exception as error:
             self.faults.failed("optimizer", error)
-        self.schedule.own += time.perf_counter() - started
+        self.schedule.own_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
         if self.paused or (devices.GRAPHS and self.recorded()):
@@ -228,7 +228,7 @@ class StepLoop:
         if self.wanted_step is not None:
             self.rows.clear(self.wanted_step)
         now = time.perf_counter()
-        self.schedule.own += now - started
+        self.schedule.own_seconds += now - started
         self.schedule.step_done(read, now, unplanned=unplanned)
 
     def _end_step(self, read: bool) -> None:
@@ -255,7 +255,7 @@ class StepLoop:
         if self.membership.measure(self.step):
             return
         contents, packed = self.step_reader.read(self.step, self.losses)
-        self.judge.judge_waiting()
+        self.judge.judge_deferred()
         self.losses.flush(self.transfer)
         self.transfer.put(contents, packed)
 
@@ -272,8 +272,8 @@ class StepLoop:
         else:
             if self.transfer.waiting:  # an earlier reading, from an accelerator
                 self.judge.drain()
-            elif losses.waiting:
-                self.judge.judge_waiting()
+            elif losses.deferred:
+                self.judge.judge_deferred()
             if self.transfer.waiting:  # not here yet: a loss must not be judged before it
                 self.transfer.put([self.step], torch.tensor([float(loss)], dtype=torch.float64))
             else:
@@ -313,7 +313,7 @@ class StepLoop:
 
     def _next_planned(self, attention: Attention) -> int:
         tau = self.detector.context.tau
-        return next_read(self.step, self.every, attention, tau, self.schedule.healthy)
+        return next_read(self.step, self.every, attention, tau, self.schedule.healthy_interval)
 
     def can_reduce(self) -> bool:
         """Return whether a reduced sample would be smaller, and nothing goes on meanwhile: two samples do not
@@ -356,7 +356,7 @@ class StepLoop:
         started = time.perf_counter()
         with self.faults.guarded("snapshots"):
             self.recent_snapshots.complete()
-        self.schedule.own += time.perf_counter() - started
+        self.schedule.own_seconds += time.perf_counter() - started
 
     # --- reports ---------------------------------------------------------------------------------
 
@@ -369,7 +369,11 @@ class StepLoop:
 
     def info(self) -> dict[str, Any]:
         """Return what ``run.json`` holds."""
-        return run_json(self) if self.final_info is None else {**self.final_info, "notes": said(self.notes)}
+        return (
+            run_json(self)
+            if self.final_info is None
+            else {**self.final_info, "notes": notes_json(self.notes)}
+        )
 
     def summary(self) -> Summary:
         """Return everything so far as one object, with what is still on its way."""

@@ -1,4 +1,4 @@
-"""What is said once: what the monitor found that limits what it can see, and what it can still see."""
+"""Say, once each, what limits what the monitor can see, and what it can still see."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, LOWERED, ROW_ELEMENTS, auto_interval
+from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
 from nfi_monitor.engine.remarks import REMARKS, Seen
 from nfi_monitor.types import Note
 
@@ -25,15 +25,16 @@ class NoteTaker:
         self.said: dict[str, Note] = {}
         self._without_rows = 0
         self._without_loss = 0
-        self._stopped: dict[Any, list[str]] = {}  # by an error's type, text and place: the parts it stopped
+        self._stopped: dict[Any, list[str]] = {}  # an error's type, text and place → the parts it stopped
 
     def note(self, code: str, message: str, step: int) -> None:
+        """Make a note, unless there is one of this code."""
         if code not in self.said:
             self.said[code] = Note(code, message, step)
             self._say(self.said[code])
 
     def attached(self, head: Head | None, reader: OptimizerReader) -> None:
-        """What can be known before the first step."""
+        """Note what can be known before the first step."""
         if head is None:
             return
         if head.weight is None:
@@ -63,7 +64,7 @@ class NoteTaker:
             )
 
     def read(self, seen: Seen) -> None:
-        """Say what a reading shows, or does not show."""
+        """Note what a reading shows, or does not show."""
         values = seen.reading.values
         self._without_rows = 0 if "live_fraction" in values else self._without_rows + 1
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
@@ -74,6 +75,7 @@ class NoteTaker:
                 self.note(remark.code, text, seen.reading.step)
 
     def skipped_step(self, step: int) -> None:
+        """Note that a gradient scaler skipped a step."""
         self.note(
             "skipped_step",
             "The gradient scaler skipped an optimizer step (Inf in scaled gradients): such steps are not "
@@ -82,6 +84,7 @@ class NoteTaker:
         )
 
     def cuda_graph(self, step: int) -> None:
+        """Note that a CUDA graph is being captured."""
         self.note(
             "cuda_graph",
             "A CUDA graph is being captured: what goes into it is not watched, nor are its replays, in which "
@@ -90,37 +93,37 @@ class NoteTaker:
             step,
         )
 
-    def slowed(self, clock: Schedule, tau: float, step: int) -> None:
-        """The interval between readings was made longer, or what they hold smaller, for the budget."""
-        share = clock.expected(tau)
-        still = f"; a healthy step still costs {share:.1%}" if share > (clock.budget or math.inf) else ""
+    def slowed(self, schedule: Schedule, tau: float, step: int) -> None:
+        """Note that the interval between readings became longer, or their sample smaller, for the budget."""
+        share = schedule.expected(tau)
+        still = f"; a healthy step still costs {share:.1%}" if share > (schedule.budget or math.inf) else ""
         beside = (
-            f"A reading takes {1e3 * clock.reading_seconds():.1f} ms, much beside a step of "
-            f"{1e3 * clock.step_seconds():.1f} ms: for overhead_budget={clock.budget:g}, "
+            f"A reading takes {1e3 * schedule.reading_seconds():.1f} ms, much beside a step of "
+            f"{1e3 * schedule.step_seconds():.1f} ms: for overhead_budget={schedule.budget:g}, "
         )
         otherwise = (
             "Any sign of a slingshot is read as often as ever. overhead_budget=None or every=... decide "
             "otherwise."
         )
-        if clock.healthy is not None:
+        if schedule.healthy_interval is not None:
             self.note(
                 "overhead_budget",
                 f"{beside}while nothing is going on, fewer steps are read from now on: one in "
-                f"{clock.healthy} instead of one in {auto_interval(tau)}, later one in {round(tau / 10)} at "
-                f"most{still}. {otherwise}",
+                f"{schedule.healthy_interval} instead of one in {auto_interval(tau)}, later one in "
+                f"{round(tau / 10)} at most{still}. {otherwise}",
                 step,
             )
-        if clock.reduced_sample:
+        if schedule.reduced_sample:
             self.note(
                 "overhead_samples",
-                f"{beside}readings hold one in {LOWERED} of the rows and coordinates that they may from now "
-                f"on ({COORDINATES // LOWERED:,} coordinates, {ROW_ELEMENTS // LOWERED:,} logits or "
+                f"{beside}readings hold one in {REDUCTION} of the rows and coordinates that they may from "
+                f"now on ({COORDINATES // REDUCTION:,} coordinates, {ROW_ELEMENTS // REDUCTION:,} logits or "
                 f"{FEWEST_ROWS} rows; less than that is read whole). {otherwise}",
                 step,
             )
 
     def failed(self, part: str, error: BaseException, step: int) -> None:
-        """A part of the monitor stopped. What one fault stops after the first part is added to that note."""
+        """Note that a part of the monitor failed. Parts that the same error stops later join that note."""
         cause = (type(error), str(error), _place(error))
         parts = self._stopped.setdefault(cause, [])
         parts.append(part)
@@ -137,7 +140,7 @@ class NoteTaker:
 
 
 def _place(error: BaseException) -> tuple[str, int] | None:
-    """Where an error was raised: file and line."""
+    """Return where an error was raised: file and line."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

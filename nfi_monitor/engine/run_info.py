@@ -46,7 +46,7 @@ def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -
 def run_json(loop: StepLoop) -> dict[str, Any]:
     """Return what ``run.json`` holds of a run, as it is now."""
     schedule, tau = loop.schedule, loop.detector.context.tau
-    auto = schedule.healthy or auto_interval(tau)
+    auto = schedule.healthy_interval or auto_interval(tau)
     training = schedule.training
     return {
         **describe_run(loop.model, loop.head, loop.reader),
@@ -57,17 +57,17 @@ def run_json(loop: StepLoop) -> dict[str, Any]:
         "thresholds": loop.thresholds.to_json(),
         "steps": loop.step,
         "absorbing_classes": loop.step_reader.absorbing_classes(),
-        "notes": said(loop.notes),
+        "notes": notes_json(loop.notes),
         "overhead": {
-            "seconds": schedule.own,
-            "share": schedule.own / training if training > 0 else None,
+            "seconds": schedule.own_seconds,
+            "share": schedule.own_seconds / training if training > 0 else None,
             "measured_steps": schedule.readings,
         },
         "run_dir": None if loop.run_dir is None else str(loop.run_dir),
     }
 
 
-def said(notes: NoteTaker) -> list[dict[str, Any]]:
+def notes_json(notes: NoteTaker) -> list[dict[str, Any]]:
     """Return the notes so far in plain types, oldest first."""
     return [asdict(note) for note in notes.said.values()]
 

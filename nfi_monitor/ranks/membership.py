@@ -1,10 +1,9 @@
-"""This process's monitor among those of the ranks that train with it.
+"""Decide whether this process's monitor is read together with those of the other ranks.
 
 Once a rank falls out of step, each rank is read alone.  Each module here knows only those before it:
 :mod:`~nfi_monitor.ranks.processes` finds who trains together, :mod:`~nfi_monitor.ranks.team` connects them,
-:mod:`~nfi_monitor.ranks.exchange` exchanges what they measured of a step,
-:mod:`~nfi_monitor.ranks.departure` answers for a monitor that was closed, and this one decides whether a
-monitor is read together with others.
+:mod:`~nfi_monitor.ranks.exchange` exchanges what they measured of a step, :mod:`~nfi_monitor.ranks.departure`
+answers for a monitor that was closed, and this one is what the engine calls.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from nfi_monitor.ranks.departure import Departure, NextRead
 from nfi_monitor.ranks.exchange import Exchange, Message, Reduced
 
 RECENT = 64
-"""Steps for which a rank's own fault explains that it and the others have lost each other."""
+"""Steps for which a rank's own fault explains why it fell out of step with the others."""
 
 Fill = Callable[[Exchange, Message, int], "Tensor | None"]
 """``fill(exchange, message, step)`` adds what this process measured of a step to the message, and returns the
@@ -36,7 +35,7 @@ head's weight where this process holds all of it."""
 
 
 class Membership:
-    """``exchange``: with the ranks that are read together; None while this one is read alone. ``looking``:
+    """``exchange``: with the ranks that are read together; None while this one is read alone. ``searching``:
     whether they may still be found.  ``rank``: the global rank that reports what this one sees.  ``plan``:
     what the ranks agreed to read of a sharded head.
 
@@ -66,7 +65,7 @@ class Membership:
         quiet: AbstractSet[str],
     ) -> None:
         self.exchange: Exchange | None = None
-        self.looking = group is not False
+        self.searching = group is not False
         self.rank = processes.rank()
         self.plan = ReadingPlan()
         self.failed_at: int | None = None  # the step of this rank's last fault of its own
@@ -76,15 +75,15 @@ class Membership:
 
     @property
     def is_reporter(self) -> bool:
-        """Whether this process is the one that reports."""
+        """Whether this process reports: to the console, to files and to the user's sinks."""
         alone = self._group is False or processes.processes(self._group) == 1
         return alone or processes.rank() == (0 if self.exchange is None else self.exchange.speaks)
 
     def may_act(self, step: int) -> bool:
-        """As :meth:`nfi_monitor.Monitor.may_act`.
+        """Return whether an alert may change the training; see ``monitor.port.may_act``.
 
-        Asked of the process group and not of the model, whose wrapper need not be one that is recognised: to
-        act apart by mistake hangs a run, not to act costs a note.
+        The process group decides, not the model, whose wrapper may be unknown: to act apart by mistake hangs
+        a run, not to act costs a note.
         """
         if self.exchange is not None or processes.processes(self._group) == 1:
             return True
@@ -99,15 +98,15 @@ class Membership:
         )
         return False
 
-    def _broken(self, step: int) -> bool:
-        """Whether a fault of its own, a moment ago, may have kept this rank from an exchange."""
+    def _at_fault(self, step: int) -> bool:
+        """Return whether a recent fault of its own may have kept this rank from an exchange."""
         return self.failed_at is not None and step - self.failed_at <= RECENT
 
     # --- together, or apart ----------------------------------------------------------------------
 
     def find(self, model: nn.Module, optimizer: Optimizer, head: Head | None) -> str | None:
-        """Look for the ranks that train together, and sign up; returns why that failed, if it did."""
-        if not self.looking:
+        """Look for the ranks that train together, and sign up. Returns why that failed, if it did."""
+        if not self.searching:
             return None
         try:
             ranks = processes.find_ranks(model, self._group)
@@ -119,8 +118,10 @@ class Membership:
         return None
 
     def share_head(self, head: Head | None, apart: str | None) -> None:
-        """Read a part of the head's classes where the other ranks hold the rest. ``apart``: why :meth:`find`
-        failed, if it did."""
+        """Plan to read this rank's classes of the head where the other ranks hold the rest.
+
+        ``apart``: why :meth:`find` failed, if it did.
+        """
         plan = self.plan
         if head is not None and sharding.is_sharded(head.weight):
             plan = replace(plan, head_outputs=head.outputs)  # logits of fewer classes are a part of them
@@ -130,15 +131,15 @@ class Membership:
             self.plan = plan
             self._follow(plan)
         if apart is not None:
-            self.looking = False
-            self._apart(apart, 0)
+            self.searching = False
+            self._separate(apart, 0)
 
     def _meet(self, exchange: Exchange, step: int) -> bool:
-        """Whether all ranks are here; the first call of each rank waits for the others."""
+        """Return whether all ranks are here. The first call of each rank waits for the others."""
         try:
             if exchange.stops_early:
                 why = "DDP's join() lets a rank that has run out of batches stop making optimizer steps"
-                self._apart(why, step)
+                self._separate(why, step)
                 return False
             if exchange.team.meet():
                 self.rank = exchange.speaks
@@ -150,18 +151,18 @@ class Membership:
             )
         except Exception as error:
             why = f"they cannot be reached ({type(error).__name__}: {error})"
-        self._apart(why, step)
+        self._separate(why, step)
         return False
 
-    def _apart(self, why: str, step: int) -> None:
-        """From here on this rank reads its own rows: the others are not there, or not at the same step."""
+    def _separate(self, why: str, step: int) -> None:
+        """Read this rank alone from here on: the others are not there, or not at the same step."""
         if self.exchange is not None:
             self.exchange.team.disband()
-            self.looking = False
+            self.searching = False
             self.exchange = None
             self.plan = replace(self.plan, head_pooled=False, row_slots=0)
             self._follow(self.plan)
-        if self._broken(step):  # that is why, and it has been said
+        if self._at_fault(step):  # its own fault is the cause, and a note says so already
             return
         self._note(
             "ranks_apart",
@@ -171,25 +172,25 @@ class Membership:
         )
 
     def drop_out(self, step: int) -> None:
-        """After a fault with which this rank cannot go on with the others: they hear at once, as its end of
-        their channel closes."""
+        """Leave the other ranks after a fault. They notice at once: this end of their channel closes."""
         if self.exchange is not None:
-            self._apart("this one has failed", step)
+            self._separate("this one has failed", step)
 
     def leave(self, hooks: StepHooks, step: int, detector: Detector) -> bool:
-        """Tell the other ranks, with the next reading, that this one takes no part any more.
+        """Announce to the other ranks, with the next reading, that this one has closed its monitor.
 
-        Whether they wait for that; ``hooks``, the closed monitor's, are then taken over.
+        Returns whether they wait for that. ``hooks``, the closed monitor's, then belong to a
+        :class:`~nfi_monitor.ranks.departure.Departure`.
         """
         exchange = self.exchange
-        if self._broken(step):
+        if self._at_fault(step):
             self.drop_out(step)
             return False
         self.exchange = None
         try:
             if exchange is None or not exchange.team.leave():
                 return False
-        except RuntimeError:  # gloo's: the others are gone, and nobody is left to tell
+        except RuntimeError:  # gloo's: the others are gone
             return False
         Departure(exchange, hooks, step, detector, self._next_read)
         return True
@@ -197,9 +198,9 @@ class Membership:
     # --- send ------------------------------------------------------------------------------------
 
     def measure(self, step: int) -> bool:
-        """Send this rank's part of the step's reading; False: the step is read alone.
+        """Send this rank's part of the step's reading. False: this rank is read alone.
 
-        Whatever fails in here, the others are not kept waiting.
+        Whatever fails, something is sent: the others wait for it.
         """
         exchange = self.exchange
         if exchange is None or not self._meet(exchange, step):
@@ -217,9 +218,9 @@ class Membership:
     # --- receive ---------------------------------------------------------------------------------
 
     def receive(self, step: int) -> Iterator[Reduced]:
-        """Readings of all ranks that are due at this step: the same ones on each of them.
+        """Yield the readings of all ranks that are due at this step: the same ones on each rank.
 
-        Each is to be judged before the next is asked for: what is said here comes before or after it.
+        Judge each before taking the next: notes made here come before or after it.
         """
         exchange = self.exchange
         if exchange is None:
@@ -227,15 +228,18 @@ class Membership:
         try:
             received = exchange.receive(step)
         except Exception as error:
-            if not isinstance(error, RuntimeError):  # gloo's tell of other ranks, all else is this one's own
+            # gloo's RuntimeErrors are about other ranks, all other errors are this rank's own.
+            if not isinstance(error, RuntimeError):
                 self._failed("ranks", error)
-            self._apart(f"one of them is gone, or late ({type(error).__name__}: {error})", step)
+            self._separate(f"one of them is gone, or late ({type(error).__name__}: {error})", step)
             return
         rows = self._rows
         for reduced in received:
             if reduced.out_of_step:
                 where = _named(exchange, reduced.out_of_step)
-                self._apart(f"rank {where} is at another optimizer step than rank {processes.rank()}", step)
+                self._separate(
+                    f"rank {where} is at another optimizer step than rank {processes.rank()}", step
+                )
                 return
             if reduced.single_output:
                 rows.single_output = True
@@ -243,7 +247,7 @@ class Membership:
                 rows.learn(reduced.together.loss_kind, reduced.together.absorbed)
             elsewhere = [
                 index for index in reduced.failed if index != exchange.team.index
-            ]  # its own it has said
+            ]  # this rank's own is noted already
             if elsewhere:
                 self._note(
                     "failed_rank",
@@ -253,7 +257,7 @@ class Membership:
                 )
             yield reduced
             if reduced.left:
-                self._apart(f"the monitor of rank {_named(exchange, reduced.left)} was closed", step)
+                self._separate(f"the monitor of rank {_named(exchange, reduced.left)} was closed", step)
                 return
 
 

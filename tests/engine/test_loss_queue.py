@@ -217,10 +217,10 @@ def test_a_loss_on_the_host_is_not_judged_before_the_reading_that_is_on_its_way(
 
 def test_losses_really_wait_and_the_history_does_not_show_it():
     monitor, _ = run()
-    assert monitor._loop.losses.waiting
+    assert monitor._loop.losses.deferred
     steps, losses = monitor.history["loss"]
     assert steps.tolist() == list(range(1, STEPS + 1))
-    assert not monitor._loop.losses.waiting
+    assert not monitor._loop.losses.deferred
     assert all(0 < loss < 1 for loss in losses)
     monitor.close()
 
@@ -238,7 +238,7 @@ def test_what_is_no_loss_waits_for_nobody(bad):
     monitor, _ = run()
     monitor.observe_loss(bad)
     monitor.optimizer.step()
-    assert not monitor._loop.losses.waiting
+    assert not monitor._loop.losses.deferred
     assert (monitor._loop.detector.alerts != []) == (not math.isfinite(bad))
     monitor.close()
 
@@ -271,10 +271,10 @@ def test_what_waited_before_a_resume_makes_no_loss_look_usual_after_it():
 
 def test_saving_a_state_changes_nothing():
     monitor, _ = run()
-    waiting = list(monitor._loop.losses.waiting)
+    waiting = list(monitor._loop.losses.deferred)
     assert waiting
     assert monitor.state_dict() == monitor.state_dict()
-    assert monitor._loop.losses.waiting == waiting
+    assert monitor._loop.losses.deferred == waiting
     monitor.close()
 
 
@@ -287,7 +287,7 @@ def test_losses_of_half_precision_wait_with_the_value_they_have():
 
 def test_closing_judges_what_waits():
     monitor, _ = run()
-    assert monitor._loop.losses.waiting
+    assert monitor._loop.losses.deferred
     monitor.close()
     assert len(monitor.history["loss"][0]) == STEPS
 

@@ -23,7 +23,7 @@ def clock_of(
     for step in range(64):
         own = passing if step % 4 else reading
         now += training + own
-        clock.own += own
+        clock.own_seconds += own
         clock.step_done(step % 4 == 0, now, unplanned=step < 4 * stirs)
     return clock
 
@@ -31,20 +31,20 @@ def clock_of(
 def test_a_reading_that_is_cheap_beside_the_step_leaves_the_interval_alone():
     clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
     assert not clock.decide(64, tau=1000)
-    assert clock.healthy is None
+    assert clock.healthy_interval is None
 
 
 def test_the_interval_grows_until_a_healthy_step_keeps_within_the_budget():
     clock = clock_of(training=10e-3, passing=1e-5, reading=5e-3)
     assert clock.decide(4096, tau=1000)
-    assert clock.healthy == 64  # 16 costs 3.2%, 32 1.7%, 64 0.9%
+    assert clock.healthy_interval == 64  # 16 costs 3.2%, 32 1.7%, 64 0.9%
     assert clock.expected(1000) <= clock.budget
 
 
 def test_no_budget_makes_the_interval_longer_than_a_tenth_of_tau():
     clock = clock_of(training=1e-3, passing=1e-3, reading=1.0)
     clock.decide(4096, tau=1000)
-    assert clock.healthy == 100
+    assert clock.healthy_interval == 100
     assert clock.expected(1000) > clock.budget
 
 
@@ -53,14 +53,14 @@ def test_early_on_the_interval_is_a_small_part_of_the_steps_done(step, healthy):
     """In its first τ steps a second moment remembers no more than those."""
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
     assert clock.decide(step, tau=1000) is (healthy is not None)
-    assert clock.healthy == healthy
+    assert clock.healthy_interval == healthy
 
 
 @pytest.mark.parametrize("tau", [1, 20, 160])
 def test_where_tau_is_short_readings_hold_less_instead_of_coming_less_often(tau):
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
     assert clock.decide(4096, tau=tau)
-    assert clock.healthy is None and clock.reduced_sample
+    assert clock.healthy_interval is None and clock.reduced_sample
     assert not clock.decide(8192, tau=tau), "once is enough"
 
 
@@ -86,27 +86,29 @@ def test_the_interval_is_decided_on_once_after_each_power_of_two_and_shrinks_whe
     clock = clock_of(training=1e-3, passing=1e-6, reading=5e-3)
     assert not any(clock.decide(step, tau=1000) for step in (1, 8, FIRST_CHANGE, 513, 1023))
     assert clock.decide(1030, tau=1000)
-    assert clock.healthy == 32
+    assert clock.healthy_interval == 32
     assert not any(clock.decide(step, tau=1000) for step in (1031, 1600, 2047))
     now = clock._last
     for _ in range(4 * SAMPLES):  # the batch became larger
         now += 10.0
         clock.step_done(False, now)
     assert not clock.decide(2047, tau=1000)
-    assert clock.healthy == 32
+    assert clock.healthy_interval == 32
     assert not clock.decide(2048, tau=1000)
-    assert clock.healthy is None
+    assert clock.healthy_interval is None
 
 
 def test_what_a_stirring_loss_has_read_counts_against_the_budget():
     costs = {"training": 40e-3, "passing": 1e-5, "reading": 4.5e-3}
     assert not clock_of(**costs).decide(4096, tau=1000)
     clock = clock_of(**costs, stirs=4)  # a sixteenth of the steps: .28 of .4 ms
-    assert clock.decide(4096, tau=1000) and clock.healthy == 64 and not clock.reduced_sample
+    assert clock.decide(4096, tau=1000) and clock.healthy_interval == 64 and not clock.reduced_sample
     assert clock.expected(1000) <= clock.budget
-    assert not clock.decide(8192, tau=1000) and clock.healthy is None, "it has stirred no more since then"
+    assert not clock.decide(8192, tau=1000) and clock.healthy_interval is None, (
+        "it has stirred no more since then"
+    )
     clock = clock_of(**costs, stirs=8)  # more than the budget by itself
-    assert clock.decide(4096, tau=1000) and clock.healthy == 100 and clock.reduced_sample
+    assert clock.decide(4096, tau=1000) and clock.healthy_interval == 100 and clock.reduced_sample
 
 
 @pytest.mark.parametrize(("every", "unplanned"), [("auto", (6, 40)), (1, (0, 0)), (7, (0, 0))])
@@ -124,7 +126,7 @@ def test_readings_that_only_the_loss_called_for_are_told_from_those_of_the_caden
 
 def test_one_slow_step_is_no_cost():
     clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
-    clock.own += 30.0
+    clock.own_seconds += 30.0
     clock.step_done(True, clock._last + 31.0)
     assert not clock.decide(64, tau=1000)
 

@@ -104,7 +104,7 @@ class Watched(Arm):
 
     def own(self) -> tuple[float, int]:
         clock = self.monitor._loop.schedule  # summary() says the same, but costs more than what is timed
-        return clock.own, clock.readings
+        return clock.own_seconds, clock.readings
 
 
 class Default(Watched):
