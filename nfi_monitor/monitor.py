@@ -1,6 +1,6 @@
-"""The one public class: attaches to a training, offers what was found, detaches.
+"""The public class: attaches to a training, offers what was found, detaches.
 
-What runs in the hooks is in :class:`~nfi_monitor.engine.loop.StepLoop`.
+What runs in the hooks is :class:`~nfi_monitor.engine.loop.StepLoop`.
 """
 
 from __future__ import annotations
@@ -46,41 +46,39 @@ class Monitor:
     """Watch a training run for slingshots. Attaches at once; detaches on ``close()`` or when ``with`` ends.
 
     Args:
-        model: the module being trained (wrapped by DDP or torch.compile or not).
-        optimizer: the optimizer whose ``step()`` updates it; wrappers are looked through. Of several, given
-            as a list, the one that trains the head.
-        head: the classifier head, as a module or by its qualified name; None finds it; False says that
-            no module is the head and rows come from :meth:`tap` alone.
+        model: the module that is trained; it may be wrapped by DDP or torch.compile.
+        optimizer: the optimizer whose ``step()`` updates the model; it may be wrapped. Of a list, the monitor
+            takes the one that trains the head.
+        head: the classifier head, as a module or by its qualified name. None finds it; False says that
+            no module is the head, and that rows come from :meth:`tap` alone.
         run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, where tensorboard is
             installed, event files. None writes nothing.
-        console: True prints a line when something begins or ends, False or None nothing; or a ``Console``.
+        console: True prints a line when an alert begins or ends; False or None prints nothing; or a
+            ``Console`` to print to.
         on_alert: called with the :class:`Alert` whenever one begins, changes or ends: a function, or an
-            :class:`nfi_monitor.AlertHandler`, which gets the monitor once before
-            (:class:`nfi_monitor.remedies.Autopilot` is one).
-        probe: a fixed batch ``(inputs, targets)`` whose margins are compared between readings: sees
-            displacement that the head alone does not show (a head fed by LayerNorm). One extra forward
+            :class:`nfi_monitor.AlertHandler`, such as :class:`nfi_monitor.remedies.Autopilot`.
+        probe: a fixed batch ``(inputs, targets)`` whose margins are compared between readings. It shows
+            displacement that the head alone does not show (a head fed by LayerNorm), for one extra forward
             pass per reading. ``inputs`` is a tensor, a tuple of arguments or a dict of keywords;
             ``targets`` int64, of the logits' shape without the class axis.
         thresholds: the constants of detection.
-        every: "auto" reads sparsely while nothing is going on and every step once something is; an
-            int reads the first optimizer step and those it divides.
-        overhead_budget: share of the training's own time that healthy steps may cost. Where τ leaves room,
-            ``every="auto"`` reads a small model less often for it, up to every τ/10 steps, and where that is
-            not enough, from then on a quarter of the rows and coordinates (each said once); what is at risk
-            is read as often as ever. None: what is read depends on τ alone, never on the clock.
+        every: "auto" reads a healthy run sparsely, and every step once something changes. An int reads the
+            first optimizer step and those that it divides.
+        overhead_budget: share of the training's own time that healthy steps may cost. To keep to it,
+            ``every="auto"`` reads a small model less often, at least once in τ/10 steps. Where that is not
+            enough, it reads a quarter of the rows and coordinates from then on. A note says so. At risk it
+            reads as often as before. None: what is read depends on τ alone, never on the clock.
         snapshots: while *at risk*, keep the last four states of the run in host memory, one every 2 τ, for
-            :meth:`replay`. "auto" does so on a CPU while one takes at most 16 MiB; an int is the bytes all
+            :meth:`replay`. "auto" does so on a CPU if one takes at most 16 MiB. An int is the bytes that all
             may take together, on any device; False keeps none.
-        stateful: what else belongs to a state: schedulers, gradient scalers, samplers, weight averages (with
-            ``state_dict``/``load_state_dict``) and ``torch.Generator`` objects.
-        sinks: further places that readings and alerts go to, on rank 0
-            (:class:`nfi_monitor.report.sink.Sink`).
+        stateful: what else belongs to a state of the run: schedulers, gradient scalers, samplers, weight
+            averages (with ``state_dict``/``load_state_dict``) and ``torch.Generator`` objects.
+        sinks: further :class:`nfi_monitor.report.sink.Sink` objects for readings and alerts, on rank 0.
         group: the processes that train this model together, whose rows and shards make one reading. None
             finds them (DDP, FSDP, tensor parallel meshes); a ``ProcessGroup`` or a ``DeviceMesh`` names them;
-            False reads and reports this process alone. Attach on every one of them: they agree on phase,
-            cadence and alerts, ``on_alert`` is called on each, and the first of them reports. Read apart,
-            adapters and the Autopilot act on no alert
-            (:meth:`nfi_monitor.engine.port.AdapterPort.may_act`).
+            False reads and reports this process alone. Attach on each of them: they agree on phase, steps to
+            read and alerts, ``on_alert`` is called on each, and the first reports. Where they are not read
+            together, adapters and the Autopilot act on no alert (``port.may_act()``).
 
     Raises:
         HeadNotFoundError: no module, or more than one, could be the head; lists the candidates.
@@ -88,7 +86,7 @@ class Monitor:
         TypeError, ValueError: arguments of the wrong kind.
 
     Training is never changed: every hook returns None, tensors are detached before they are read, no
-    random number is drawn.  Training is never stopped: what fails inside is reported once and goes quiet.
+    random number is drawn.  Training is never stopped: a part that fails is reported once and stays quiet.
     """
 
     @renamed_keyword("extras", "stateful")
@@ -136,7 +134,7 @@ class Monitor:
     def observe_loss(self, loss: Tensor | float) -> None:
         """Tell the monitor the loss of this micro-batch; call it before ``optimizer.step()``.
 
-        Never synchronises: a tensor is kept as it is and read with the step's other numbers.
+        Never synchronises: a tensor is kept and read later, with the step's other numbers.
         """
         loop = self._loop
         if loop.closed or loop.paused:
@@ -151,17 +149,17 @@ class Monitor:
     def observe_outputs(self, scale: float = 1.0) -> None:
         """Read the loss from what the model returns (``output.loss``, ``output[0]``): no call per step.
 
-        Where the model is told ``num_items_in_batch``, its losses are shares of the step's and are added up,
+        Where the model gets ``num_items_in_batch``, its losses are shares of the step's loss: they are summed,
         times ``scale`` (the number of processes, if that counts the items of all of them).
         """
         self._loop.observe_outputs(scale, self.observe_loss)
 
     @torch.compiler.disable
     def tap(self, logits: Tensor) -> Tensor:
-        """Watch exactly this tensor [..., K] instead of the head's output; returns it unchanged.
+        """Watch exactly this tensor [..., K] instead of the head's output. Returns it unchanged.
 
-        For logits that are no module's output, or are cast, scaled or capped between head and loss. Called
-        outside of what is compiled it costs no graph break, inside one.
+        For logits that are no module's output, or are cast, scaled or capped between head and loss. Inside a
+        compiled function it costs one graph break, outside none.
         """
         loop = self._loop
         if not loop.closed and not loop.paused:
@@ -176,8 +174,9 @@ class Monitor:
 
     @property
     def history(self) -> History:
-        """Everything measured so far: ``history["zero_sum_violation"]`` → (steps, values). Asking for it
-        judges the losses that waited. Assign a longer one (``History(max_rows=...)``) to thin less."""
+        """Everything measured so far: ``history["zero_sum_violation"]`` → (steps, values).
+
+        Deferred losses are judged first. Assign a longer one (``History(max_rows=...)``) to thin less."""
         return self._loop.judge.history
 
     @history.setter
@@ -201,32 +200,32 @@ class Monitor:
 
     @property
     def notes(self) -> list[Note]:
-        """What was said once: what could not be seen."""
+        """What limits what the monitor can see; each is noted once."""
         return list(self._loop.notes.said.values())
 
     @property
     def replays(self) -> list[ReplayVerdict]:
-        """What replays of this run's slingshots have shown, oldest first."""
+        """The verdicts of the replays of this run's slingshots, oldest first."""
         return self._loop.replays
 
     @property
     def snapshots(self) -> list[Snapshot]:
-        """States of the run while it was at risk, oldest first; kept after ``close()``, too."""
+        """States of the run while it was at risk, oldest first; also after ``close()``."""
         return self._loop.recent_snapshots.snapshots
 
     def summary(self) -> Summary:
-        """Everything so far as one object: rich prints it, ``json.dumps`` writes it."""
+        """Return everything so far as one object: rich prints it, ``json.dumps`` writes it."""
         return self._loop.summary()
 
     def explain(self, alert: Alert | str) -> Explanation:
-        """An alert, or the one of this id, in plain words: what crossed what and when, and what was not seen.
+        """Explain an alert, or the one of this id: what crossed which threshold when, and what was not seen.
 
         From the readings in ``history``; also after ``close()`` and in ``on_alert``. Raises ValueError,
-        naming the known ids, for an alert that is not this monitor's.
+        with the known ids, for an alert that is not this monitor's.
         """
         from nfi_monitor.report.explain.compose import explain, find_alert
 
-        # Nothing is drained here: on_alert is called from there, and an alert's readings are on record.
+        # No pending reading is judged here: on_alert may call this while one is being judged.
         loop = self._loop
         found = find_alert(loop.detector.alerts, alert)
         return explain(
@@ -268,24 +267,24 @@ class Monitor:
         return self._loop.run_dir
 
     def watches(self, model: nn.Module, optimizer: Any) -> bool:
-        """Whether steps of this optimizer, or of a model that holds the watched head, would be the run's."""
+        """Return whether steps of this optimizer, or of a model that has the watched head, are the run's."""
         loop = self._loop
         return not loop.closed and (
             loop.optimizer is optimizer or loop.watched_module in set(model.modules())
         )
 
     def note(self, code: str, message: str) -> None:
-        """Say something of your own where the monitor's notes go; once for each ``code``."""
+        """Add a note of your own to the monitor's; once for each ``code``."""
         self._loop.notes.note(code, message, self._loop.step)
 
     def weight_norms(self) -> dict[str, float]:
-        """Euclidean norm of every parameter by its name, now. Reads all weights: on request, not per step."""
+        """Return the Euclidean norm of every parameter by its name. Reads all weights: not for every step."""
         if self._loop.closed:
             raise MonitorError("weight_norms() reads the model, and a closed monitor has let go of it.")
         return parameter_norms(self._loop.model)
 
     def take_snapshot(self) -> Snapshot:
-        """The run as it is after the last step, ``stateful`` included. Raises MonitorError once closed."""
+        """Return the run's state after the last step, ``stateful`` included. Raises MonitorError once closed."""
         from nfi_monitor.engine.replays import take_snapshot
 
         return take_snapshot(self._loop)
@@ -297,12 +296,12 @@ class Monitor:
         steps: int | None = None,
         snapshot: Snapshot | None = None,
     ) -> ReplayVerdict:
-        """Find the last slingshot's cause: go on from before it under each arm (:mod:`nfi_monitor.replay`).
+        """Find the last slingshot's cause: repeat it from before its start under each arm, and compare.
 
-        ``step_fn(step)`` does optimizer step number ``step`` as the run did, its data included, and returns
-        the loss.  ``snapshot``: default the newest that is 2 τ before the slingshot, or else the oldest.
-        ``steps``: default until max(2 τ, 20) steps after the slingshot.  The verdict is written to
-        ``replays.jsonl`` and stands in the report; the run itself is not changed and may go on.
+        ``step_fn(step)`` does optimizer step number ``step`` as the run did, with the same data, and returns
+        the loss.  ``arms``: default :data:`nfi_monitor.replay.ARMS`.  ``steps``: default until max(2 τ, 20)
+        steps after the slingshot.  ``snapshot``: default the newest 2 τ before it, or else the oldest.
+        The verdict goes to ``replays.jsonl`` and into the report.  The run is not changed and may go on.
 
         Raises MonitorError, saying what is needed, without a snapshot or a usable ``step_fn``.
         """
@@ -313,15 +312,17 @@ class Monitor:
     # --- the life of a monitor -------------------------------------------------------------------
 
     def paused(self) -> AbstractContextManager[None]:
-        """While this is open, forwards, steps and losses are not the run's: nothing is seen, counted or said.
+        """Ignore forwards, steps and losses while this is open: they are not the run's.
 
-        For whatever trains the model on the side and puts it back afterwards, such as a replay.
+        For code that trains the model and restores it afterwards, such as a replay.
         """
         return self._loop.pause()
 
     def state_dict(self) -> dict[str, Any]:
-        """Detector, alerts and clock, in plain types, for the run's checkpoint. Readings are not in it, but
-        what the next one is compared with is: a resumed run reads what the uninterrupted one would have."""
+        """Return the monitor's state in plain types, for the run's checkpoint.
+
+        It holds what the next reading is compared with, not the readings: a resumed run reads what the
+        uninterrupted one would have."""
         return checkpoint.state_dict(self._loop)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -329,7 +330,7 @@ class Monitor:
         checkpoint.load_state_dict(self._loop, state)
 
     def close(self) -> None:
-        """Detach all hooks and finish the reports. Calling it again does nothing."""
+        """Detach all hooks and finish the reports. A second call does nothing."""
         detach.close(self._loop)
 
     def __enter__(self) -> Monitor:
