@@ -149,7 +149,7 @@ class Monitor:
     def observe_outputs(self, scale: float = 1.0) -> None:
         """Read the loss from what the model returns (``output.loss``, ``output[0]``): no call per step.
 
-        Where the model gets ``num_items_in_batch``, its losses are shares of the step's loss: they are summed,
+        Where the model gets ``num_items_in_batch``, its losses are shares of the step's loss: they are added,
         times ``scale`` (the number of processes, if that counts the items of all of them).
         """
         self._loop.observe_outputs(scale, self.observe_loss)
@@ -284,7 +284,7 @@ class Monitor:
         return parameter_norms(self._loop.model)
 
     def take_snapshot(self) -> Snapshot:
-        """Return the run's state after the last step, ``stateful`` included. Raises MonitorError once closed."""
+        """Return the run's state after the last step, with ``stateful``. Raises MonitorError once closed."""
         from nfi_monitor.engine.replays import take_snapshot
 
         return take_snapshot(self._loop)
