@@ -248,7 +248,7 @@ class Monitor:
     def optimizer(self) -> Optimizer:
         """The optimizer that is watched, without wrappers. Raises MonitorError once closed."""
         if self._loop.closed:
-            raise MonitorError("A closed monitor has let go of the optimizer.")
+            raise MonitorError("A closed monitor does not hold the optimizer.")
         return self._loop.optimizer
 
     @property
@@ -280,7 +280,7 @@ class Monitor:
     def weight_norms(self) -> dict[str, float]:
         """Return the Euclidean norm of every parameter by its name. Reads all weights: not for every step."""
         if self._loop.closed:
-            raise MonitorError("weight_norms() reads the model, and a closed monitor has let go of it.")
+            raise MonitorError("weight_norms() reads the model, which a closed monitor does not hold.")
         return parameter_norms(self._loop.model)
 
     def take_snapshot(self) -> Snapshot:

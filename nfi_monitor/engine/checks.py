@@ -51,7 +51,9 @@ class Options:
         if budget is not None and not (isinstance(budget, (int, float)) and 0 < budget < math.inf):
             raise ValueError(f"overhead_budget={budget!r}: use a share such as 0.01, or None.")
         if self.head is True:
-            raise ValueError("head=True means nothing: name the module, or leave it out to have it found.")
+            raise ValueError(
+                "head=True is no head: name the module, or leave head= out and the monitor finds it."
+            )
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"thresholds must be a Thresholds(...), got {type(self.thresholds).__name__}.")
         if self.probe is not None and not (isinstance(self.probe, (tuple, list)) and len(self.probe) == 2):
@@ -88,6 +90,6 @@ def find_watched(
         where = found.describe() if found is not None else type(model).__name__
         raise AlreadyMonitoredError(
             f"{where} is already watched by an open monitor. Close it first (monitor.close(), or leave "
-            "its with block); one monitor sees everything two would."
+            "its with block): one monitor sees everything that two would see."
         )
     return found, chosen

@@ -40,9 +40,9 @@ class NoteTaker:
         if head.weight is None:
             self.note(
                 "head_without_weight",
-                f"The head {head.name!r} keeps no weight matrix of its own (parametrized, adapted, or not "
+                f"The head {head.name!r} has no weight matrix of its own (parametrized, adapted, or not "
                 "linear): classifier mean, logit displacement and the zero-sum of the weight gradient are "
-                "not available. Rows are watched as usual.",
+                "not measured. Rows are watched as usual.",
                 0,
             )
             return
@@ -50,16 +50,16 @@ class NoteTaker:
             why = "is frozen" if not head.weight.requires_grad else "is not among the optimizer's parameters"
             self.note(
                 "optimizer_without_head",
-                f"The head {head.name!r} {why}: its second moment and displacement cannot be read. "
-                "Rows are still watched. If another optimizer trains it, pass that one to Monitor; one that "
-                "trains flat copies of the parameters (DeepSpeed ZeRO, master weights) cannot be read so.",
+                f"The head {head.name!r} {why}: its second moment and displacement are not measured. "
+                "Rows are still watched. If another optimizer trains the head, pass that one to Monitor. An "
+                "optimizer of flat copies of the parameters (DeepSpeed ZeRO, master weights) cannot be read.",
                 0,
             )
         if head.tied:
             self.note(
                 "tied_head",
-                f"The head {head.name!r} shares its weight with an input embedding: the zero-sum of its "
-                "weight gradient means nothing here and is not read. Rows are watched as usual.",
+                f"The head {head.name!r} shares its weight with an input embedding. The gradient of that "
+                "weight has no zero-sum, so it is not read. Rows are watched as usual.",
                 0,
             )
 
@@ -78,7 +78,7 @@ class NoteTaker:
         """Note that a gradient scaler skipped a step."""
         self.note(
             "skipped_step",
-            "The gradient scaler skipped an optimizer step (Inf in scaled gradients): such steps are not "
+            "The gradient scaler skipped an optimizer step (Inf in scaled gradients). Skipped steps are not "
             "judged. A few at the start are normal.",
             step,
         )
@@ -87,9 +87,9 @@ class NoteTaker:
         """Note that a CUDA graph is being captured."""
         self.note(
             "cuda_graph",
-            "A CUDA graph is being captured: what goes into it is not watched, nor are its replays, in which "
-            "no hook is called; they are not counted as steps either. What runs eagerly is watched. To watch "
-            "all of the training, leave the head and optimizer.step() out of the graph.",
+            "A CUDA graph is being captured. The steps in it are neither watched nor counted: no hook "
+            "runs when the graph is replayed. Steps outside of the graph are watched. To watch the whole "
+            "training, leave the head and optimizer.step() out of the graph.",
             step,
         )
 
@@ -97,28 +97,26 @@ class NoteTaker:
         """Note that the interval between readings became longer, or their sample smaller, for the budget."""
         share = schedule.expected(tau)
         still = f"; a healthy step still costs {share:.1%}" if share > (schedule.budget or math.inf) else ""
-        beside = (
-            f"A reading takes {1e3 * schedule.reading_seconds():.1f} ms, much beside a step of "
-            f"{1e3 * schedule.step_seconds():.1f} ms: for overhead_budget={schedule.budget:g}, "
+        because = (
+            f"Monitoring costs more than the {100 * (schedule.budget or 0):g}% that was asked for: a reading "
+            f"takes {1e3 * schedule.reading_seconds():.1f} ms, "
+            f"a step {1e3 * schedule.step_seconds():.1f} ms. "
         )
-        otherwise = (
-            "Any sign of a slingshot is read as often as ever. overhead_budget=None or every=... decide "
-            "otherwise."
-        )
+        otherwise = "overhead_budget=None or every=... changes this."
         if schedule.healthy_interval is not None:
             self.note(
                 "overhead_budget",
-                f"{beside}while nothing is going on, fewer steps are read from now on: one in "
-                f"{schedule.healthy_interval} instead of one in {auto_interval(tau)}, later one in "
-                f"{round(tau / 10)} at most{still}. {otherwise}",
+                f"{because}From now on one step in {schedule.healthy_interval} is read instead of one in "
+                f"{auto_interval(tau)}, later one in {round(tau / 10)} at most{still}. At any sign of a "
+                f"slingshot as many are read as before. {otherwise}",
                 step,
             )
         if schedule.reduced_sample:
             self.note(
                 "overhead_samples",
-                f"{beside}readings hold one in {REDUCTION} of the rows and coordinates that they may from "
-                f"now on ({COORDINATES // REDUCTION:,} coordinates, {ROW_ELEMENTS // REDUCTION:,} logits or "
-                f"{FEWEST_ROWS} rows; less than that is read whole). {otherwise}",
+                f"{because}From now on a reading holds one in {REDUCTION} of its rows and coordinates: "
+                f"{COORDINATES // REDUCTION:,} coordinates, {ROW_ELEMENTS // REDUCTION:,} logits or "
+                f"{FEWEST_ROWS} rows (smaller models are read whole). {otherwise}",
                 step,
             )
 

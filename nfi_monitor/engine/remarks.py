@@ -81,8 +81,8 @@ def _no_rows_text(seen: Seen) -> str:
         )
         cure = "Name the right head with head=..., use monitor.tap(logits), or attach before compiling."
     instead = (
-        "Its weight gradient is read instead, for the zero-sum violation of the whole batch; the feature "
-        "mean is not, so that by rounding *at risk* stays at *info* and *imminent* cannot be reached."
+        "Its weight gradient is read instead, for the zero-sum violation of the whole batch. The feature "
+        "mean is not read: by rounding, *at risk* stays at *info* and *imminent* cannot be reached."
         if "zero_sum_violation_weight" in seen.reading.values
         else "Only the optimizer, the norms and the observed loss are watched."
     )
@@ -92,26 +92,26 @@ def _no_rows_text(seen: Seen) -> str:
 def _rows_elsewhere_text(seen: Seen) -> str:
     first, *others = map(str, seen.rows.devices)
     return (
-        f"Rows on {', '.join(others)} are not read, only those on {first}: of nn.DataParallel's "
-        "replicas, one's share of each batch. All else is watched as usual. "
-        "DistributedDataParallel is read whole: attach the monitor on every rank."
+        f"Rows on {', '.join(others)} are not read, only those on {first}: the share of each batch that one "
+        "of nn.DataParallel's replicas gets. Everything else is watched as usual. With "
+        "DistributedDataParallel all rows are read: attach the monitor on every rank."
     )
 
 
 def _no_second_moment_text(seen: Seen) -> str:
     return (
         f"{type(seen.reader.optimizer).__name__} keeps no exp_avg_sq: effective learning rate, RMS_t and "
-        "second-moment decay are not available. Rows, means, margins and norms are."
+        "second-moment decay are not measured. Rows, means, margins and norms are."
     )
 
 
 def _half_precision_loss_text(seen: Seen) -> str:
     margin = seen.reading.values["margin_median"]
     return (
-        f"Most rows are absorbed at a median margin of {margin:.1f} nats, which float32 would still "
-        "resolve (it does up to 13, bfloat16 up to 2, float16 up to 4): the loss is computed in half "
-        "precision. That corruption is chronic: expect *at risk* for the rest of the run. Compute "
-        "the loss in float32 or float64, outside autocast: criterion(logits.float(), target)."
+        f"Most rows are absorbed at a median margin of {margin:.1f} nats. float32 resolves margins up to 13, "
+        "float16 up to 4, bfloat16 up to 2: this loss is computed in half precision. Its rounding does "
+        "not go away: expect *at risk* for the rest of the run. Compute the loss in float32 or float64, "
+        "outside autocast: criterion(logits.float(), target)."
     )
 
 
@@ -125,7 +125,7 @@ REMARKS: tuple[Remark, ...] = (
         "no_loss",
         lambda seen: seen.without_loss == PATIENCE,
         (
-            "No loss to look at: causes are watched, but a slingshot itself cannot be seen. Call "
+            "No loss is observed. Causes are watched, but a slingshot itself cannot be seen. Call "
             "monitor.observe_loss(loss) before optimizer.step()."
         ),
     ),
@@ -133,8 +133,8 @@ REMARKS: tuple[Remark, ...] = (
         "loss_below_zero",
         lambda seen: seen.loss_below_zero,
         (
-            "The loss falls below zero: it has no floor to leave, and a slingshot itself cannot be seen. "
-            "Causes are watched as usual. If a part of the loss cannot be negative, tell that part "
+            "The loss is below zero. A slingshot is seen where a loss rises from its floor, and this loss "
+            "has none; causes are watched as usual. If a part of the loss cannot be negative, pass that part "
             "alone, from the first step on: monitor.observe_loss(part)."
         ),
     ),
@@ -142,7 +142,7 @@ REMARKS: tuple[Remark, ...] = (
         "single_output",
         lambda seen: bool(seen.rows.single_output),
         (
-            "The head has one output: there are no classes, so no zero-sum and no absorption to read. "
+            "The head has one output. Without classes there is no zero-sum and no absorption to measure. "
             "Watched instead: RMS_t, second moment, curvature, weight norm and the observed loss."
         ),
     ),
@@ -156,11 +156,10 @@ REMARKS: tuple[Remark, ...] = (
         "not_shift_invariant",
         lambda seen: seen.signals.broken_by_design,
         (
-            "The loss breaks the zero-sum by design, not by rounding: rows violate it whose residual "
-            "mass is far too large for absorption (z-loss, a penalty on logits, regression, one-vs-rest "
-            "BCE, or logits changed after the head, as by soft-capping). Violations are recorded and "
-            "not alarmed on. If the logits are changed after the head, watch the changed ones: "
-            "logits = monitor.tap(logits)."
+            "The loss violates the zero-sum by design, not by rounding: even rows far from absorption "
+            "violate it. Possible reasons: z-loss, a penalty on logits, regression, one-vs-rest BCE, or "
+            "logits changed after the head (soft-capping). Violations are recorded, but raise no alert. If "
+            "the logits are changed after the head, watch the changed ones: logits = monitor.tap(logits)."
         ),
     ),
     Remark(
@@ -168,8 +167,8 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.soft_targets,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-            "distillation, mixup), or the gradient is projected. Absorption in the sense of a single "
-            "correct class is not defined; the zero-sum violation is."
+            "distillation, mixup), or the gradient is projected. Absorption is defined only for rows with a "
+            "single correct class. The zero-sum violation is defined for all rows and still watched."
         ),
     ),
     Remark("half_precision_loss", _half_precision, _half_precision_loss_text),
@@ -177,18 +176,18 @@ REMARKS: tuple[Remark, ...] = (
         "all_rows_ignored",
         lambda seen: seen.reading.values.get("ignored_fraction") == 1.0,
         (
-            "A step without a single row that counts: every row's gradient was zero (all targets "
-            "ignored, or a loss that is exactly zero). Nothing is concluded from such steps."
+            "In one step the gradient of every row was zero (all targets ignored, or a loss of exactly "
+            "zero). Nothing is concluded from such steps."
         ),
     ),
     Remark(
         "no_features",
         _no_features,
         (
-            "The watched logits come with no features of the same rows (another layer feeds them, or "
-            "features and logits lie on two devices): the feature mean, its growth and the logit "
-            "displacement are not available, so that *inflating* and *imminent* cannot be reached by "
-            "rounding. Name the linear layer that makes the logits with head=...."
+            "No features of the same rows come with the watched logits (another layer feeds them, or "
+            "features and logits are on two devices). The feature mean, its growth and the logit "
+            "displacement are not measured: *inflating* and *imminent* cannot be reached by rounding. Name "
+            "the linear layer that makes the logits: head=...."
         ),
     ),
     Remark("state_unreadable", lambda seen: bool(seen.reader.unreadable), _state_unreadable_text),

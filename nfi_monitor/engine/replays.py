@@ -17,7 +17,7 @@ from nfi_monitor.replay.verdict import ReplayVerdict
 def take_snapshot(loop: StepLoop) -> Snapshot:
     """Return the run as it is after the last step. Raises MonitorError once the monitor is closed."""
     if loop.closed:
-        raise MonitorError("A closed monitor has let go of the model. Use Snapshot.take(step, model, ...).")
+        raise MonitorError("A closed monitor does not hold the model. Use Snapshot.take(step, model, ...).")
     spike, decay = loop.detector.spike.state_dict(), loop.detector.signals.decay
     return Snapshot.take(
         loop.step, loop.model, loop.optimizer, loop.stateful, spike, second_moment_decay=decay
@@ -37,7 +37,7 @@ def replay_slingshot(
         raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
     if loop.closed:
         raise MonitorError(
-            "A closed monitor has let go of the model. Call monitor.replay before close(), inside the "
+            "A closed monitor does not hold the model. Call monitor.replay before close(), inside the "
             "with block, or nfi_monitor.replay.run.replay(snapshot, step_fn, model=..., optimizer=...) with "
             f"one of monitor.snapshots. {RECIPE}"
         )

@@ -89,11 +89,10 @@ class Membership:
             return True
         self._note(
             "no_action",
-            "Nothing is done about alerts: several processes run, they are not read together, and each would "
-            "act by itself, at another step than the others. Alerts are told as usual, and what an Autopilot "
-            "has changed stays as it is. Attach the monitor on every rank; where the ranks are not found, "
-            "name them: group=torch.distributed.group.WORLD. A process that trains alone names a group of "
-            "itself.",
+            "Alerts do not change the training: several processes run that are not read together, and each "
+            "would act at another step. Alerts are reported as usual, and what an Autopilot has changed "
+            "stays as it is. Attach the monitor on every rank. If the ranks are not found, name them: "
+            "group=torch.distributed.group.WORLD. For a process that trains alone, pass a group of itself.",
             step,
         )
         return False
@@ -147,7 +146,7 @@ class Membership:
             why = (
                 f"only {exchange.team.here} of {exchange.team.world} had attached a monitor (to this head, "
                 f"under the same settings) within {teams.WAIT:g} seconds. Attach it on every rank, before "
-                "the first optimizer step; or pass group=False, and nobody waits"
+                "the first optimizer step; or pass group=False, and no rank waits"
             )
         except Exception as error:
             why = f"they cannot be reached ({type(error).__name__}: {error})"
@@ -167,7 +166,7 @@ class Membership:
         self._note(
             "ranks_apart",
             f"The ranks are not read together: {why}. Each watches its own rows (and only whole tensors), "
-            "rank 0 alone reports. Training is not affected.",
+            "and only rank 0 reports. Training is not affected.",
             step,
         )
 

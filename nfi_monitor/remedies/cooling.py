@@ -76,8 +76,8 @@ def undated(optimizer: Optimizer) -> str | None:
     ):
         return None
     return (
-        "A cool_down(...) of this optimizer began while no monitor was open: how much of it was over in "
-        "the replayed steps is not known. undo() what it returned, and replay then."
+        "A cool_down(...) of this optimizer began while no monitor was open: its start step is not known, so "
+        "the replayed steps cannot be cooled as they were. Call undo() on what it returned, and replay then."
     )
 
 

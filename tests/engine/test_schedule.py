@@ -173,8 +173,9 @@ def test_a_model_smaller_than_its_reading_is_read_seldom_and_told_so_once():
         train(monitor, 2_200)
     (note,) = [note for note in monitor.notes if note.code == "overhead_budget"]
     assert note.step == 1024
-    assert "one in 32 instead of one in 16, later one in 100 at most" in note.message
-    assert "overhead_budget=0.01" in note.message
+    assert "one step in 32 is read instead of one in 16, later one in 100 at most" in note.message
+    assert "costs more than the 1% that was asked for" in note.message
+    assert "overhead_budget=None" in note.message
     read = monitor.history["rms_t_max"][0]
     assert read[read > 2_048].tolist() == [2_049, 2_176, 2_177]
 
@@ -229,7 +230,7 @@ def test_a_lowered_reading_holds_a_quarter_of_the_rows_and_coordinates_and_says_
     assert found[7] == full and full[0] == 1_000
     assert 250 <= less[0] <= 290 and 2_000 < less[1] < 0.6 * full[1] < 6_000
     (note,) = [note for note in monitor.notes if note.code == "overhead_samples"]
-    assert note.step == 64 and "one in 4 of the rows and coordinates" in note.message
+    assert note.step == 64 and "one in 4 of its rows and coordinates" in note.message
 
 
 def test_a_model_that_is_read_whole_anyway_is_told_nothing_of_fewer_rows():

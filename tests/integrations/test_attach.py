@@ -83,7 +83,7 @@ def test_after_a_run_model_and_optimizer_are_let_go_and_the_history_is_kept(tmp_
     attachment.close()
     assert attachment._context is None and attachment.state() == {}
     assert attachment.monitor is monitor and len(monitor.history) == 2
-    with pytest.raises(MonitorError, match="let go of the optimizer"):
+    with pytest.raises(MonitorError, match="does not hold the optimizer"):
         _ = monitor.optimizer
 
 

@@ -508,6 +508,6 @@ def test_what_it_cannot_work_with_is_refused_with_what_to_do() -> None:
         Monitor(other, torch.optim.AdamW(other.parameters()), console=False, on_alert=cockpit.pilot)
     Monitor(other, torch.optim.AdamW(other.parameters()), console=False).close()  # nothing was left attached
     cockpit.monitor.close()
-    with pytest.raises(MonitorError, match="A closed monitor has let go of the model"):
+    with pytest.raises(MonitorError, match="A closed monitor does not hold the model"):
         cockpit.monitor.take_snapshot()
     assert cockpit.monitor.head is None and cockpit.monitor.port.stateful == ()
