@@ -66,9 +66,9 @@ def test_what_began_before_a_checkpoint_is_not_acted_on_again() -> None:
 
     resumed = attachment.open(model, optimizer, directory="unused", state=state)
     assert [alert.id for alert in resumed.alerts] == [alert.id for alert in monitor.alerts]
-    resumed._report(Change.UPDATE, resumed.alerts[0])
+    resumed._loop.judge.report(Change.UPDATE, resumed.alerts[0])
     assert not attachment.act().save
-    resumed._report(Change.BEGIN, replace(resumed.alerts[0], id="at_risk-9"))
+    resumed._loop.judge.report(Change.BEGIN, replace(resumed.alerts[0], id="at_risk-9"))
     assert attachment.act().save
     attachment.close()
 

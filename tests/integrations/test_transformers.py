@@ -329,7 +329,7 @@ def test_what_is_told_at_the_very_end_leaves_the_runs_totals_the_last_log_entry(
 
     class Late(transformers.TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            watched(callback)._report(Change.END, watched(callback).alerts[0])
+            watched(callback)._loop.judge.report(Change.END, watched(callback).alerts[0])
 
     trainer = hf.trainer(tmp_path, callbacks=[Late(), callback])
     trainer.train()

@@ -123,8 +123,8 @@ def leaks(times: int, tmp_path: Path) -> dict[str, int]:
             "objects": len(gc.get_objects()) // 200,  # interned names and caches come and go
             "open files": len(os.listdir("/proc/self/fd")),
             "threads": threading.active_count(),
-            "watched": len(nfi_monitor.monitor._WATCHED),
-            "open monitors": len(nfi_monitor.monitor._OPEN),
+            "watched": len(nfi_monitor.open_monitors._WATCHED),
+            "open monitors": len(nfi_monitor.open_monitors._OPEN),
             "locks": len(nfi_monitor.report.run_directory.lock._HELD),
         }
 
