@@ -64,7 +64,7 @@ class NFICallback(Callback):
                 logger.log_metrics(values, step)
 
         def tell(alert: Alert, change: Change) -> None:
-            from nfi_monitor.report.tensorboard.sink import alert_markdown
+            from nfi_monitor.report.tensorboard.texts import alert_markdown
 
             for logger in trainer.loggers:
                 experiment = getattr(logger, "experiment", None)  # a logger of the user's own has none

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nfi_monitor.monitor import Monitor
     from nfi_monitor.remedies.autopilot import Autopilot
     from nfi_monitor.replay.snapshots import Snapshot
+    from nfi_monitor.report.sink import SinkBase
     from nfi_monitor.types import (
         Alert,
         AlertKind,
@@ -40,6 +41,7 @@ _HOMES = {
     "AlertHandler": "nfi_monitor.alert_handler",
     "Autopilot": "nfi_monitor.remedies.autopilot",
     "Monitor": "nfi_monitor.monitor",
+    "SinkBase": "nfi_monitor.report.sink",
     "Snapshot": "nfi_monitor.replay.snapshots",
     **dict.fromkeys(("AlreadyMonitoredError", "HeadNotFoundError", "MonitorError"), "nfi_monitor.errors"),
     **dict.fromkeys(
@@ -52,7 +54,7 @@ _HOMES = {
 __all__ = [
     "Alert", "AlertHandler", "AlertKind", "AlertState", "AlreadyMonitoredError", "Autopilot", "Change",
     "Evidence", "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading",
-    "Severity", "Snapshot", "Thresholds", "__version__",
+    "Severity", "SinkBase", "Snapshot", "Thresholds", "__version__",
 ]  # fmt: skip
 
 _beside.install()

@@ -1,7 +1,9 @@
-"""Modules that moved, and classes that were renamed with them: the old import works, with a DeprecationWarning.
+"""Keep old imports working, with a DeprecationWarning that names the new place.
 
-One finder at the end of ``sys.meta_path``, asked only for what no other finder knows.  (A file of its own for
-each old name would keep the package as crowded as it was.)
+:data:`MOVED` lists modules that are gone, :data:`RENAMED` what has a new name, :data:`LEFT` names
+that left a module which still exists.  One finder at the end of ``sys.meta_path`` makes the old modules:
+Python asks it only for modules that no other finder knows.  (One file for each old module would keep the
+package crowded.)
 """
 
 from __future__ import annotations
@@ -47,15 +49,17 @@ MOVED: dict[str, tuple[str, ...]] = {
     "nfi_monitor.report.fanout": ("nfi_monitor.report.sinks",),
     "nfi_monitor.report.findings": ("nfi_monitor.report.explain.crossings",),
     "nfi_monitor.report.hindsight": ("nfi_monitor.report.explain.signal_history",),
-    "nfi_monitor.report.jsonl": ("nfi_monitor.report.run_directory",),
+    "nfi_monitor.report.jsonl": (
+        "nfi_monitor.report.run_directory", "nfi_monitor.report.run_directory.writer",
+    ),
     "nfi_monitor.report.lock": ("nfi_monitor.report.run_directory.lock",),
-    "nfi_monitor.report.plain": ("nfi_monitor.report.plain",),
+    "nfi_monitor.report.plain": ("nfi_monitor.report.json_values", "nfi_monitor.report.terminal"),
     "nfi_monitor.report.tensorboard_tab": ("nfi_monitor.report.tensorboard.tab_data",),
     "nfi_monitor.report.thinning": ("nfi_monitor.report.run_directory.thinning",),
-    "nfi_monitor.report.words": ("nfi_monitor.report.wording",),
+    "nfi_monitor.report.words": ("nfi_monitor.report.wording", "nfi_monitor.report.terminal"),
     "nfi_monitor.run_info": ("nfi_monitor.engine.run_info",),
-}
-"""Old module → where its names are now, in the order they are looked up."""
+}  # fmt: skip
+"""Old module → the modules that have its names now, in the order they are searched."""
 
 RENAMED: dict[str, str] = {
     "Clock": "Schedule",
@@ -69,12 +73,57 @@ RENAMED: dict[str, str] = {
     "Ranks": "Membership",
     "SnapshotRing": "RecentSnapshots",
     "Unrest": "LossWatch",
+    "LOOK_SECONDS": "CHECK_SECONDS",
+    "lingers": "warning_gap",
+    "plain": "as_json",
+    "shown": "cleaner",
+    "visible": "escape_controls",
+    "watching": "start_line",
 }
-"""Old name of a class → its name now."""
+"""Old name of a class, function or constant → its name now."""
+
+_HEAD_PROBE = "nfi_monitor.capture.head_probe"
+_RUN, _RANK = "nfi_monitor.replay.run", "nfi_monitor.ranks.membership"
+_TENSORBOARD = "nfi_monitor.report.tensorboard"
+
+LEFT: dict[str, dict[str, str]] = {
+    "nfi_monitor.capture.head": dict.fromkeys(
+        ("HeadProbe", "INERT", "Rows", "classes_of", "rows_of", "whole_rows"), _HEAD_PROBE
+    ),
+    "nfi_monitor.capture.optimizer": dict.fromkeys(
+        ("StepHooks", "has_closure"), "nfi_monitor.capture.step_hooks"
+    ),
+    "nfi_monitor.ranks": dict.fromkeys(("RECENT", "Ranks"), _RANK),
+    "nfi_monitor.replay": dict.fromkeys(("Plan", "RECIPE", "STEP_FN", "StepFunction", "plan"), _RUN),
+    "nfi_monitor.report.console": {"watching": "nfi_monitor.report.console"},
+    "nfi_monitor.report.summary": {
+        "PHASE_STYLES": "nfi_monitor.report.styles",
+        "lingers": "nfi_monitor.report.summary",
+    },
+    "nfi_monitor.report.tensorboard": {
+        **dict.fromkeys(("EVENTS", "SLINGSHOT_EVENTS"), f"{_TENSORBOARD}.sink"),
+        **dict.fromkeys(("info_markdown", "overview_markdown"), f"{_TENSORBOARD}.texts"),
+    },
+}
+"""Module that still exists → names that it had once, each with the module that has it now."""
+
+
+def left(module: str, name: str) -> Any:
+    """Return a name that ``module`` had once, with a DeprecationWarning that points at the importing file.
+
+    For the ``__getattr__`` of a module in :data:`LEFT`. Raises AttributeError for any other name.
+    """
+    home = LEFT[module].get(name)
+    if home is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    now = RENAMED.get(name, name)
+    message = f"{module}.{name} has moved: import {now} from {home}."
+    warnings.warn(message, DeprecationWarning, stacklevel=3)
+    return getattr(importlib.import_module(home), now)
 
 
 class _Moved(ModuleType):
-    """Stands where the old module stood; its attributes are those of the new ones, as they are now."""
+    """A module under an old name. Its attributes are looked up in the new modules at each access."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -98,11 +147,11 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         homes = " and ".join(MOVED[module.__name__])
-        # The frames of the import system between here and who imports are passed over by warnings itself.
+        # The importing file is at level 2: warnings skips the frames of the import system.
         warnings.warn(f"{module.__name__} has moved: import from {homes}.", DeprecationWarning, stacklevel=2)
 
 
 def install() -> None:
-    """Make the old imports work. Calling it again does nothing."""
+    """Add the finder of old modules to ``sys.meta_path``. A second call does nothing."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.append(_Finder())

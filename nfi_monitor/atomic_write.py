@@ -1,7 +1,7 @@
-"""Replace a file as a whole: whoever opens it, even after a crash, finds the old one or the new one.
+"""Replace a file atomically: a reader, even after a crash, finds either the old file or the new one.
 
-The new one is written beside it (a rename across file systems is a copy, and can be torn) and reaches the
-disk before it takes the name: else a power cut may leave the name on an empty file.
+The new file is written into the same directory, because a rename across file systems is a copy and can be
+torn. It is on the disk before it takes the name: otherwise a power failure could leave an empty file.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write bytes into, that is found at ``path`` once the block has ended.
+    """Open a file to write bytes into; it replaces ``path`` when the block ends.
 
-    Where the block raises, or the disk is full (OSError), ``path`` is as it was, with nothing left beside it.
+    If the block raises, or the disk is full (OSError), ``path`` is unchanged and the new file is removed.
     """
-    # The process's number: two that write one file at once each replace it by a whole one.
+    # With the process id in the name, two processes do not write into the same temporary file.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
@@ -34,7 +34,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """What processes left that were killed while they replaced ``path``."""
+    """Remove the temporary files of processes that were killed while they replaced ``path``."""
     for file in path.parent.glob(f".{path.name}.*.tmp"):
         with contextlib.suppress(OSError):
             file.unlink()

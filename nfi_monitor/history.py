@@ -1,11 +1,11 @@
-"""What was measured, in bounded memory: two columns a quantity (steps, values), thinned as they grow.
+"""Keep all readings in bounded memory: two columns for each quantity (steps, values), thinned as they grow.
 
-A run of a million steps must not cost a million Python dicts.  Quantities keep their own steps because most
-readings hold only a few of them (between full readings, the loss alone).  When a column reaches its limit,
-about half of its older half goes: what stays is the first of every so many steps, so that the recent past
-keeps its full resolution and the distant past one that is the same from the beginning on.  (A ring buffer
-lost: the beginning of a run is what people plot first.  So did dropping every second entry: pass after pass
-halves the oldest again, until nothing of the beginning is left.)
+A run of a million steps must not need a million Python dicts.  Each quantity has its own steps, because most
+readings hold only a few quantities (between full readings, the loss alone).  When a column reaches its limit,
+about half of the entries in its older half are removed.  Steps are divided into intervals of equal length,
+and the first entry of each interval stays.  So recent entries keep their full resolution, and all old entries
+have the same, coarser one.  (A ring buffer was tried: it loses the beginning of a run, which people plot
+first. Removing every second entry was tried: each pass halves the oldest again, until the beginning is gone.)
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from nfi_monitor.quantities import QUANTITIES
 
 
 class History:
-    """Append-only readings. ``history[name] -> (steps int64 [T], values float64 [T])``.
+    """Readings by quantity: ``history[name] -> (steps int64 [T], values float64 [T])``.
 
-    Steps at which the quantity was not measured are left out; NaN and Inf that *were* measured stay.
-    Raises KeyError, listing the known names, for a name that is no quantity.
+    Steps at which the quantity was not measured are absent; NaN and Inf that *were* measured are kept.
+    Raises KeyError for a name that is not a quantity, and lists the known ones.
     """
 
     def __init__(self, max_rows: int = 32_768) -> None:
@@ -35,6 +35,7 @@ class History:
         self._readings = 0
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
+        """Add the reading of one step. Raises KeyError for a name that is not a quantity."""
         self._readings += 1
         for name, value in values.items():
             column = self._columns.get(name)
@@ -48,7 +49,7 @@ class History:
             column[1].append(value)
 
     def cut(self, last: int) -> None:
-        """Forget what was measured after step ``last``."""
+        """Remove all entries after step ``last``."""
         for name, (steps, values) in list(self._columns.items()):
             kept = np.array(steps, dtype=np.int64) <= last
             if kept.any():
@@ -64,7 +65,7 @@ class History:
             if name in QUANTITIES:
                 return np.empty(0, np.int64), np.empty(0, np.float64)
             raise KeyError(self._unknown(name))
-        # Copies: a view would lock the arrays against growing while the caller holds it.
+        # Return copies: while the caller holds a view, the arrays cannot grow.
         steps, values = self._columns[name]
         return np.array(steps, dtype=np.int64), np.array(values, dtype=np.float64)
 
@@ -75,15 +76,15 @@ class History:
         return iter(self.names())
 
     def __len__(self) -> int:
-        """Number of readings taken in, thinned ones included."""
+        """Return the number of readings that were added, removed ones included."""
         return self._readings
 
     def names(self) -> list[str]:
-        """Names recorded so far, in the order of the catalogue."""
+        """Return the names recorded so far, in the order of ``QUANTITIES``."""
         return [name for name in QUANTITIES if name in self._columns]
 
     def last(self, name: str) -> float:
-        """The newest value of a quantity; NaN if there is none yet."""
+        """Return the newest value of a quantity; NaN if there is none yet."""
         column = self._columns.get(name)
         return column[1][-1] if column is not None else math.nan
 
@@ -92,6 +93,7 @@ class History:
 
 
 def _thinned(steps: array[int], values: array[float]) -> tuple[array[int], array[float]]:
+    """Return both columns with about half of the entries of their older half removed."""
     half = len(steps) // 2
     old = np.array(steps[:half], dtype=np.int64)
     buckets = old // thinning_interval(old)
@@ -104,7 +106,11 @@ def _thinned(steps: array[int], values: array[float]) -> tuple[array[int], array
 
 
 def thinning_interval(steps: np.ndarray[Any, Any]) -> int:
-    """The smallest power of two such that about half of the ``steps`` int64 [T] are the first of so many."""
+    """Return the length of the intervals that keep about half of the ``steps`` (int64 [T]).
+
+    It is the smallest power of two for which at most about half of the steps are the first one of an
+    interval.
+    """
     every = 1
     while every < 1 << 40 and 2 * (1 + np.count_nonzero(np.diff(steps // every))) > len(steps) + 2:
         every *= 2

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from nfi_monitor import __version__
-from nfi_monitor.cli import _Tail, main
+from nfi_monitor.cli import main
+from nfi_monitor.cli.tail import Tail
 from nfi_monitor.report import figure
 from nfi_monitor.report.run_directory.thinning import thin
 from nfi_monitor.report.run_directory.writer import RunDirectory
@@ -153,7 +154,7 @@ def test_tail_reads_the_end_of_a_long_file_only(run: Path, capsys: pytest.Captur
         file.truncate(1 << 30)  # a gigabyte of holes before the last line
         file.seek(0, os.SEEK_END)
         file.write(b'\n{"step": 7, "phase": "healthy", "values": {}}\n' * 300)
-    assert [record["step"] for record in _Tail(run / "readings.jsonl").last(5)] == [7] * 5
+    assert [record["step"] for record in Tail(run / "readings.jsonl").last(5)] == [7] * 5
     os.truncate(run / "readings.jsonl", 0)
 
 
@@ -178,7 +179,7 @@ def test_follow_shows_what_is_appended_and_ends_quietly_when_interrupted(
         elif polls == 4:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("nfi_monitor.cli.time.sleep", step)
+    monkeypatch.setattr("nfi_monitor.cli.tail.time.sleep", step)
     assert main(["tail", str(run), "--json", "--follow", "-n", "0"]) == 130
     records = lines(capsys.readouterr().out)
     assert [record["type"] for record in records] == ["note", "reading", "note", "alert"]
@@ -255,7 +256,7 @@ def test_a_followed_tail_goes_on_where_it_was_when_readings_are_thinned(tmp_path
     path = tmp_path / "readings.jsonl"
     lines = [f'{{"step": {n}, "phase": "healthy", "values": {{"loss": 1.0}}}}\n' for n in range(1000, 1100)]
     path.write_text("".join(lines[:90]))
-    tail = _Tail(path)
+    tail = Tail(path)
     assert [record["step"] for record in tail.last(2)] == [1088, 1089]
     with open(path, "a") as file:
         file.writelines(lines[90:95])

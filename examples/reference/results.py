@@ -23,7 +23,7 @@ from torch import Tensor
 
 from nfi_monitor import Alert
 from nfi_monitor.report.figure import thin
-from nfi_monitor.report.json_values import plain
+from nfi_monitor.report.json_values import as_json
 from nfi_monitor.types import Thresholds
 
 RESULTS = Path(__file__).parent / "results"
@@ -86,7 +86,7 @@ class Result:
     def to_json(self) -> dict[str, Any]:
         record = {item.name: getattr(self, item.name) for item in fields(self) if item.name != "path"}
         record["alerts"] = [_short(alert) for alert in self.alerts]
-        return plain(record)  # type: ignore[no-any-return]
+        return as_json(record)  # type: ignore[no-any-return]
 
     @classmethod
     def read(cls, path: Path) -> Result:

@@ -37,7 +37,7 @@ from examples.reference.results import (
 from nfi_monitor import Alert, Monitor
 from nfi_monitor.history import History
 from nfi_monitor.quantities import QUANTITIES
-from nfi_monitor.report.json_values import plain
+from nfi_monitor.report.json_values import as_json
 
 if TYPE_CHECKING:
     from examples.reference.study import Arm, Preset, Study
@@ -199,7 +199,7 @@ def finished(path: Path, config: Mapping[str, Any], steps: int) -> Result | None
         result = Result.read(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    same = result.config == plain(config) and result.steps == steps
+    same = result.config == as_json(config) and result.steps == steps
     return result if same else None
 
 
@@ -310,7 +310,7 @@ class _Job:
         record.monitor.close()
         training = record.training
         state = {
-            "config": plain(self.config),
+            "config": as_json(self.config),
             "seconds": self.seconds,
             "record": record.state_dict(),
             "model": training.model.state_dict(),
@@ -331,7 +331,7 @@ class _Job:
             state = torch.load(path, map_location="cpu", weights_only=True)
         except Exception:  # written by another torch, or damaged: then the run starts anew
             return None
-        same = state["config"] == plain(self.config) and state["record"]["steps"] < self.total
+        same = state["config"] == as_json(self.config) and state["record"]["steps"] < self.total
         return state if same else None
 
     def _restore(self, record: Record, state: Mapping[str, Any]) -> None:

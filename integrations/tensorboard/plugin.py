@@ -1,8 +1,8 @@
-"""The server's side of the NFI tab: a few JSON routes over :mod:`.runs`, and the files of ``static/``.
+"""Serve the NFI tab: a few JSON routes over :mod:`.runs`, and the files of ``static/``.
 
-Imports tensorboard and the standard library, nothing else, and does no work at import or construction: a
-plugin that fails there takes TensorBoard down for everyone in the environment.  What fails in a request is
-answered as JSON that says what happened; the tab shows it and tries again.
+It imports only tensorboard and the standard library, and does no work at import or construction: an error
+there would stop TensorBoard for everyone in the environment.  An error in a request is answered as JSON that
+says what happened; the tab shows it and tries again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from .runs import PLUGIN, Run, Runs
 
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".js": "text/javascript", ".css": "text/css"}
-_POINTS = (50, 600, 4000)  # fewest, default, most buckets of a request
-# What a row of the list shows, and what it is searched by; the rest comes with a click.
+_POINTS = (50, 600, 4000)  # smallest, default and largest number of buckets of a request
+# The keys that the list of alerts shows or searches; a click on an alert requests the others.
 _ROW = (
     "id", "what", "kind", "severity", "state", "phase", "first_step", "last_step", "headline", "mechanism",
     "forecast", "layer",
@@ -35,7 +35,7 @@ Query = Mapping[str, str]
 
 
 class NFIPlugin(base_plugin.TBPlugin):
-    """Serves ``runs``, ``run?run=``, ``alert?run=&id=&first=``, ``series?run=&from=&to=&points=&names=``."""
+    """Serve ``runs``, ``run?run=``, ``alert?run=&id=&first=``, ``series?run=&from=&to=&points=&names=``."""
 
     plugin_name = PLUGIN
 
@@ -52,12 +52,12 @@ class NFIPlugin(base_plugin.TBPlugin):
                 ("series", self._serve_series),
             )
         }
-        # Listed, not looked up by name: no request can name a file that is not one of these.
+        # Only files that are listed here have a route: no request can reach another file.
         files = [path for path in _STATIC.iterdir() if path.suffix in _TYPES] if _STATIC.is_dir() else []
         return routes | {f"/{path.name}": _file_app(path) for path in files}
 
     def is_active(self) -> bool:
-        return False  # TensorBoard itself asks its data provider first; without data there is no tab to show
+        return False  # TensorBoard has asked its data provider before: without data there is no tab
 
     def frontend_metadata(self) -> Any:
         return base_plugin.FrontendMetadata(es_module_path="/index.js", tab_name="NFI", disable_reload=True)
@@ -81,7 +81,7 @@ class NFIPlugin(base_plugin.TBPlugin):
         run = self._find(environ, query)
         with run.lock:
             if query.get("version") == run.version:
-                # Who polls a run that rests gets a few bytes.
+                # Nothing new: answer a poll with a few bytes.
                 return {"version": run.version, "unchanged": True, "seconds_ago": _ago(run)}
             chunks = run.chunks
             return {
@@ -121,7 +121,7 @@ class _NotFound(LookupError):
 
 
 def _ago(run: Run) -> float:
-    """Seconds since the run last wrote, by the clocks of the two machines."""
+    """Return the seconds since the run last wrote; the clocks of the two machines may differ."""
     return round(max(0.0, time.time() - run.wall_time), 1)
 
 
@@ -149,7 +149,7 @@ def _json_app(handler: Callable[[dict[str, Any], Query], Any]) -> Application:
         except ValueError as error:
             status, answer = "400 Bad Request", {"error": str(error)}
         except Exception as error:
-            traceback.print_exc()  # to TensorBoard's own terminal, where it can be reported from
+            traceback.print_exc()  # to TensorBoard's own terminal, for a bug report
             status = "500 Internal Server Error"
             answer = {"error": f"The NFI tab failed on the server: {type(error).__name__}: {error}"}
         body = json.dumps(answer, separators=(",", ":")).encode()
@@ -161,7 +161,7 @@ def _json_app(handler: Callable[[dict[str, Any], Query], Any]) -> Application:
 def _file_app(path: Path) -> Application:
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
         kind = f"{_TYPES[path.suffix]}; charset=utf-8"
-        # no-cache: an upgraded tab must not run with the old version's scripts.
+        # no-cache: after an upgrade, the browser must not use the old version's scripts.
         return _respond(environ, start_response, "200 OK", kind, path.read_bytes(), "no-cache")
 
     return application

@@ -1,10 +1,10 @@
-"""The runs of the tab, read back through TensorBoard's data provider and kept between polls.
+"""Read the tab's runs through TensorBoard's data provider, and keep them between polls.
 
-``nfi_monitor/report/tensorboard/tab_data.py`` writes what is read here.  Imports the standard library alone: the
-data provider hands out numpy arrays, and their own methods are enough.
+``nfi_monitor/report/tensorboard/tab_data.py`` writes what is read here.  Imports the standard library alone:
+the data provider hands out numpy arrays, and their own methods are enough.
 
-A poll lists the tags and reads those that changed, so watching a run costs what it has newly written.
-A record that cannot be read becomes a sentence in :attr:`Run.problems`; the rest of the run is shown.
+A poll lists the tags and reads only those that changed.  A record that cannot be read becomes a sentence in
+:attr:`Run.problems`; the rest of the run is shown.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 PLUGIN = "nfi"
 PREFIX = "nfi-tab/"
 FORMAT = 1
-_RECORDS = 1000  # of one tag; the last one is always among them, and it alone counts
+_RECORDS = 1000  # records requested of each tag: the last one is always among them, and only it is used
 
 Read = Callable[[str, list[str]], Mapping[str, Any]]
 """``(run, tags) → {tag: its data}``"""
@@ -27,8 +27,8 @@ Read = Callable[[str, list[str]], Mapping[str, Any]]
 class Chunk:
     """Up to 128 readings: ``array`` [rows, 2 + columns] of step, index of the phase, one column a quantity.
 
-    NaN is *not measured*; ±Inf is *measured and not finite*.  Raises ValueError or KeyError where array and
-    description do not fit.
+    NaN means *not measured*; ±Inf means *measured and not finite*.  Raises ValueError or KeyError if the
+    array does not fit its description.
     """
 
     def __init__(self, content: Mapping[str, Any], array: Any) -> None:
@@ -51,7 +51,7 @@ class Chunk:
 
     @property
     def edges(self) -> list[list[int]]:
-        """``[step, index of the phase]`` of the first reading and wherever the phase changes."""
+        """Return ``[step, index of the phase]`` of the first reading and of each change of phase."""
         if self._edges is None:
             phases = self.array[:, 1]
             changed = [0, *((phases[1:] != phases[:-1]).nonzero()[0] + 1).tolist()]
@@ -59,17 +59,17 @@ class Chunk:
         return self._edges
 
     def before(self, step: float) -> Chunk | None:
-        """The readings before ``step``; None where there are none."""
+        """Return the readings before ``step``; None if there are none."""
         kept = self.array[self.array[:, 0] < step]
         return Chunk({"columns": self.columns, "first": 0}, kept) if len(kept) else None
 
     def within(self, low: float, high: float) -> list[list[float]]:
-        """Rows with a step in [low, high]."""
+        """Return the rows with a step in [low, high]."""
         rows: list[list[float]] = self._between(low, high).tolist()
         return rows
 
     def latest(self, low: float, high: float) -> dict[str, float]:
-        """The last value measured in [low, high] of each quantity that was measured there."""
+        """Return the last value in [low, high] of each quantity that was measured there."""
         if not (low <= self.first and self.last <= high):
             return _latest(self.columns, self._between(low, high))
         if self._latest is None:
@@ -81,7 +81,7 @@ class Chunk:
         return self.array[(steps >= low) & (steps <= high)]
 
     def blocks(self, width: int) -> list[list[list[float]]]:
-        """Each ``width`` rows as two that hold each column's extremes; one row stays one."""
+        """Return every ``width`` rows as two rows with each column's extremes; a single row stays one."""
         if width not in self._blocks:
             starts = range(0, len(self.array), width)
             self._blocks[width] = [_extremes(self.array[i : i + width]) for i in starts]
@@ -92,7 +92,8 @@ def _latest(columns: list[str], rows: Any) -> dict[str, float]:
     if not len(rows):
         return {}
     backwards = rows[::-1, 2:]
-    newest = (backwards == backwards).argmax(axis=0).tolist()  # 0 also where no row was measured: NaN then
+    # 0 also if no row was measured: the value is NaN then.
+    newest = (backwards == backwards).argmax(axis=0).tolist()
     values = (float(backwards[row, i]) for i, row in enumerate(newest))
     return {name: value for name, value in zip(columns, values, strict=True) if value == value}
 
@@ -110,7 +111,7 @@ def _extremes(rows: Any) -> list[list[float]]:
 
 
 def _merged(blocks: list[list[list[float]]]) -> list[list[float]]:
-    """Several blocks as one, by the same rule."""
+    """Merge several blocks into one, by the rule of :func:`_extremes`."""
     rows = [row for block in blocks for row in block]
     if len(rows) == 1:
         return rows
@@ -125,7 +126,7 @@ def _merged(blocks: list[list[list[float]]]) -> list[list[float]]:
 def _in_order(
     first: list[float], last: list[float], low: list[float], high: list[float]
 ) -> list[list[float]]:
-    """Two rows at the first and the last step; what falls over the block has its largest value first."""
+    """Return two rows, at the first and the last step. A column that falls has its largest value first."""
     early, late = [first[0], first[1]], [last[0], last[1]]
     for i in range(2, len(first)):
         falls = first[i] > last[i]
@@ -135,7 +136,7 @@ def _in_order(
 
 
 class Session:
-    """What one start of the monitor wrote into a run: a resumed run has several."""
+    """The records of one start of the monitor: a resumed run has several sessions."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -153,9 +154,10 @@ def _refuse(constant: str) -> None:
 
 
 class Run:
-    """One run, its sessions put together: what was measured again after a resume replaces the first time.
+    """One run with its sessions joined: a later session replaces the earlier readings of the same steps.
 
-    Requests come in threads: hold ``lock`` while reading, as :meth:`update` does while it changes the run.
+    TensorBoard answers requests in threads.  Hold ``lock`` while reading, as :meth:`update` does while it
+    changes the run.
     """
 
     def __init__(self, name: str) -> None:
@@ -180,7 +182,7 @@ class Run:
         changed = [tag for tag, mark in now.items() if self._seen.get(tag) != mark]
         if not changed and len(now) == len(self._seen):
             return
-        if self._seen.keys() - now.keys():  # the run was deleted and begun anew
+        if self._seen.keys() - now.keys():  # the run was deleted, and another one began under its name
             self._sessions, self._problems = {}, {}
             changed = list(now)
         data = read(self.name, changed)
@@ -220,13 +222,13 @@ class Run:
                     "last_step": int(record["last_step"]),
                 }
         except Exception as error:
-            # Anything at all: a damaged record must cost itself, not the tab.
+            # Any exception: a damaged record must not hide the others.
             self._problems[tag] = (
                 f"{tag.removeprefix(PREFIX)} could not be read ({error}); the rest is shown."
             )
 
     def _in_order(self) -> list[tuple[Session, float]]:
-        """Sessions, oldest first, each with the step from which a later one measured again."""
+        """Return the sessions, oldest first, each with the first step of the later sessions."""
         sessions = [self._sessions[name] for name in sorted(self._sessions)]
         cut = float("inf")
         pairs = []
@@ -237,12 +239,12 @@ class Run:
 
     @property
     def record(self) -> dict[str, Any]:
-        """The run's description, of its latest session."""
+        """Return the run's description, from its latest session."""
         records = [self._sessions[name].record for name in sorted(self._sessions)]
         return next((record for record in reversed(records) if record), {})
 
     def key_quantities(self) -> list[str] | None:
-        """What the run's own charts show at first; None where it does not say."""
+        """Return the quantities that the run's charts show at first; None if the run has no charts."""
         charts = self.record.get("charts")
         if not isinstance(charts, list):
             return None
@@ -266,9 +268,9 @@ class Run:
 
     @property
     def alerts(self) -> list[dict[str, Any]]:
-        """The last state of each alert, oldest first."""
+        """Return the last state of each alert, oldest first."""
         if self._alerts is None:
-            # Not by id alone: a run that was resumed without the monitor's state counts its alerts anew.
+            # The id alone is no key: a run resumed without the monitor's state numbers alerts from 1 again.
             kept: dict[tuple[str, int], dict[str, Any]] = {}
             for session, cut in self._in_order():
                 for alert in session.alerts.values():
@@ -278,7 +280,7 @@ class Run:
         return self._alerts
 
     def phases(self) -> list[list[int]]:
-        """``[step, index of the phase entered there]``; the first one at the first reading."""
+        """Return ``[step, index of the new phase]`` for each change; the first is the first reading."""
         if self._phases is None:
             edges: list[list[int]] = []
             for chunk in self.chunks:
@@ -291,14 +293,15 @@ class Run:
     def series(
         self, low: float, high: float, points: int, wanted: Collection[str] | None = None
     ) -> dict[str, Any]:
-        """The readings of [low, high] in at most about ``2 · points`` rows that keep every extreme.
+        """Return the readings of [low, high] in about ``2 · points`` rows at most, with every extreme.
 
-        Where there are more, each bucket becomes two rows with each quantity's smallest and largest value:
-        a spike of one step is as high as it was.  ``{steps, series: {name: [...]}, latest: {name: value},
-        measured, rows, exact}``, with null where a quantity was not measured and ``"NaN"`` where it was not
-        finite; ``series`` has the ``wanted`` quantities (None: all), ``latest`` the last value measured of
-        each (the last row is an extreme, not it; in a run so long that it was thinned as it was written, one
-        of its last few), ``measured`` the names of all there are.
+        If there are more readings, each bucket becomes two rows with each quantity's smallest and largest
+        value: a spike of one step keeps its height.
+
+        Keys: ``steps``; ``series`` {name: values} of the ``wanted`` quantities (None: all), with null where a
+        quantity was not measured and ``"NaN"`` where it was not finite; ``latest`` {name: last measured
+        value} (of a run that was thinned while it was written, one of the last few values); ``measured``, the
+        names of all quantities; ``rows``, the number of readings; ``exact``, True if nothing was merged.
         """
         chunks = [chunk for chunk in self.chunks if chunk.last >= low and chunk.first <= high]
         total = sum(len(chunk.array) for chunk in chunks)
@@ -356,7 +359,7 @@ def _buckets(
         if width < longest:
             yield chunk, [row for block in chunk.blocks(width) for row in block if low <= row[0] <= high]
             continue
-        # Whole chunks, several to a bucket; a bucket never mixes two sets of columns.
+        # A bucket is several whole chunks with the same columns.
         if group and (chunk.columns != group[0].columns or sum(len(other.array) for other in group) >= width):
             yield group[0], _merged([other.blocks(longest)[0] for other in group])
             group = []
@@ -372,7 +375,7 @@ def _plain(value: float) -> Any:
 
 
 class Runs:
-    """All runs of a TensorBoard. ``data_provider`` may be None: there are no runs then."""
+    """All runs of a TensorBoard. If ``data_provider`` is None, there are no runs."""
 
     def __init__(self, data_provider: Any, clock: Callable[[], float] = time.monotonic) -> None:
         self._provider = data_provider
@@ -382,7 +385,7 @@ class Runs:
         self._refreshed: dict[str, float] = {}
 
     def refresh(self, context: Any, experiment: str) -> dict[str, Run]:
-        """The runs by name, as they are now: at most one look a second, however many tabs are open."""
+        """Read what is new, at most once a second for all open tabs, and return the runs by name."""
         with self._lock:
             runs = self._runs.setdefault(experiment, {})
             now = self._clock()

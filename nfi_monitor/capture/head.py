@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from nfi_monitor import _moved
 from nfi_monitor.capture.sampling import local
 from nfi_monitor.errors import HeadNotFoundError
 
@@ -177,3 +179,9 @@ def _clean(name: str, model: nn.Module) -> str:
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel") and parts[0] == "module":
         parts = parts[1:]
     return ".".join(parts)
+
+
+if not TYPE_CHECKING:  # for a type checker, any name would exist
+
+    def __getattr__(name: str) -> Any:
+        return _moved.left(__name__, name)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nfi_monitor import _moved
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.quantized import Quantized, quantized_moment
@@ -447,3 +448,9 @@ def _host(value: Any) -> Any:
     if isinstance(value, Tensor) and not devices.on_host(value):
         return value
     return math.nan if value is None else float(value)
+
+
+if not TYPE_CHECKING:  # for a type checker, any name would exist
+
+    def __getattr__(name: str) -> Any:
+        return _moved.left(__name__, name)

@@ -26,6 +26,10 @@ class Handle:
         if undo is not None:
             undo()
 
+    def remove(self) -> None:
+        """Do the same as :meth:`undo`: torch's own handles (of hooks) have a method of this name."""
+        self.undo()
+
     def __enter__(self) -> Handle:
         return self
 

@@ -1,9 +1,9 @@
-"""Numbers and alerts → people: console, JSON lines, TensorBoard, the after-run report and its figure.
+"""Report numbers and alerts to people: console, run directory, TensorBoard, after-run report and figure.
 
-Each report drags in its own library (rich, tensorboard, matplotlib), and a run that uses one of them should
-not pay for the others: import from the submodules.  Only the part of rich that draws a random number when it
-is first imported is imported here, and the number put back: a training that draws from Python's global
-generator, too (to augment data, say), would be another one with the monitor.
+Import from the submodules: each needs a library of its own (rich, tensorboard, matplotlib), and a run should
+not load those that it does not use.  This file imports one part of rich, ``rich.style``: its first import
+draws a random number from Python's global generator.  The state of the generator is restored here, because
+the training may draw from it, too (to augment data).
 """
 
 import random

@@ -1,8 +1,8 @@
-"""One line on the terminal when something begins or ends, never one per step.
+"""Print one line when an alert begins or ends, never one per step.
 
-The lines go through a rich Console, so that they land above a progress bar that is open on the same
-console.  On a terminal they wrap with a hanging indent; in a file or a pipe each event stays one line,
-so that ``grep nfi`` finds all of it.
+The lines go through a rich Console.  So they appear above a progress bar that is open on the same console.
+On a terminal they wrap with a hanging indent.  In a file or a pipe each event is one line, so that
+``grep nfi`` finds all of it.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from nfi_monitor import _moved
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import terminal, wording
-from nfi_monitor.types import Alert, AlertState, Change, Note, Phase, Reading, Severity
+from nfi_monitor.report.sink import SinkBase
+from nfi_monitor.report.styles import SEVERITY_STYLES
+from nfi_monitor.types import Alert, AlertState, Change, Note, Phase
 
 if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
 
-SEVERITY_STYLES = {Severity.INFO: "cyan", Severity.WARNING: "yellow", Severity.CRITICAL: "bold red"}
 _INDENT = 5
-_EVIDENCE = 3  # what matters most; the rest is in alerts.jsonl and in the after-run report
+_EVIDENCE = 3  # items printed, the most important first; alerts.jsonl and the report have all of them
 _PHASES = {phase: rank for rank, phase in enumerate(Phase)} | {Phase.RECOVERING: -1}
 
 
-class ConsoleSink:
-    """Prints alerts, notes, and one line at start and close.
+class ConsoleSink(SinkBase):
+    """Print alerts, notes and replays, and one line at start and close.
 
-    ``console=None`` prints to stderr, so that what a training script writes to stdout stays its own.
-    ``quiet`` leaves out everything but alerts.
+    ``console=None`` prints to stderr: stdout belongs to the training script.  ``quiet`` leaves out notes and
+    the lines at start and close.
     """
 
     takes_readings = False
@@ -38,27 +40,24 @@ class ConsoleSink:
     def __init__(self, console: Console | None = None, quiet: bool = False) -> None:
         self.console = console if console is not None else Console(stderr=True)
         self._quiet = quiet
-        # What was last said about each firing alert: (severity, phase, advice).
-        self._said: dict[str, tuple[int, int, str]] = {}
+        # For each firing alert, the (severity, phase, advice) that was printed last.
+        self._printed: dict[str, tuple[int, int, str]] = {}
 
     def start(self, info: Mapping[str, Any]) -> None:
         if not self._quiet:
-            self._print(Text(watching(info), style="dim"))
-
-    def reading(self, reading: Reading, phase: Phase) -> None:
-        """Nothing: readings are for files."""
+            self._print(Text(start_line(info), style="dim"))
 
     def alert(self, alert: Alert, change: Change) -> None:
         advice = alert.advice[0] if alert.advice else ""
         now = (alert.severity.rank, _PHASES[alert.phase], advice)
-        before = self._said.get(alert.id)
+        before = self._printed.get(alert.id)
         if change is Change.END:
-            self._said.pop(alert.id, None)
+            self._printed.pop(alert.id, None)
             advice = ""
-        elif before is None:  # also an UPDATE whose BEGIN was printed by the run this one resumes
-            self._said[alert.id] = now
+        elif before is None:  # also an UPDATE in a resumed run: the earlier run has printed its BEGIN
+            self._printed[alert.id] = now
         elif now[0] > before[0] or now[1] > before[1]:
-            self._said[alert.id] = now
+            self._printed[alert.id] = now
             advice = advice if advice != before[2] else ""
         else:
             return
@@ -91,7 +90,7 @@ class ConsoleSink:
 
     def _print(self, text: Text, indent: bool = False) -> None:
         console = self.console
-        shown = terminal.shown(console.options.ascii_only)
+        shown = terminal.cleaner(console.options.ascii_only)
         prefix = Text(" " * _INDENT) if indent else Text("nfi  ", style="bold")
         text = _each(text, lambda part: shown(part.replace("\n", " ")))
         if not console.is_terminal:
@@ -101,28 +100,40 @@ class ConsoleSink:
         whole = Text("\n").join(
             (Text(" " * _INDENT) if number else prefix) + line for number, line in enumerate(lines)
         )
-        # One print: between two, another thread's output or a Live refresh could land.
+        # Print once: between two prints, another thread or a Live refresh could write.
         console.print(whole, soft_wrap=True, highlight=False)
 
 
-def watching(info: Mapping[str, Any]) -> str:
-    """``watching head (Linear 128→23), every 10 steps · τ = 20 steps``, as much of it as is known."""
+def start_line(info: Mapping[str, Any]) -> str:
+    """Return the line at start: the head, how often it is read, and τ, as far as they are known."""
     text = f"watching {info.get('head') or 'the head'}"
     every, interval = info.get("every"), info.get("interval")
     number = interval if isinstance(interval, int) else every
     if isinstance(number, int):
-        text += ", every step" if number == 1 else f", every {number:,} steps"
-        # A run whose quiet interval is one step is read at every step anyway.
-        text += " and each one once something stirs" if every == "auto" and number > 1 else ""
+        text += ", reads every step" if number == 1 else f", reads every {_ordinal(number)} step"
+        # With an interval of one step, every step is read in any case.
+        text += ", and every step once something changes" if every == "auto" and number > 1 else ""
     tau = info.get("tau")
     if isinstance(tau, (int, float)):
-        text += f" · τ = {wording.number(float(f'{tau:.4g}'))} steps"
+        text += f" · time constant τ = {wording.number(float(f'{tau:.4g}'))} steps"
     return text
 
 
+def _ordinal(number: int) -> str:
+    """Return ``1st``, ``2nd``, ``3rd``, ``4th`` ..."""
+    ending = "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+    return f"{number:,}{ending}"
+
+
 def _each(text: Text, change: Callable[[str], str]) -> Text:
-    """The text changed, with its styles: spans are re-made because some symbols grow when spelled out."""
-    plain = Text(style=text.style)
+    """Apply ``change`` to the text and keep its styles, also where the text becomes longer."""
+    changed = Text(style=text.style)
     for segment in text.divide(sorted({edge for span in text.spans for edge in (span.start, span.end)})):
-        plain.append(change(segment.plain), style=segment.spans[0].style if segment.spans else None)
-    return plain
+        changed.append(change(segment.plain), style=segment.spans[0].style if segment.spans else None)
+    return changed
+
+
+if not TYPE_CHECKING:  # for a type checker, any name would exist
+
+    def __getattr__(name: str) -> Any:
+        return _moved.left(__name__, name)

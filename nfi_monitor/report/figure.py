@@ -1,7 +1,7 @@
-"""The after-run figure: loss, zero-sum violation, ‖μ_G‖ and δ over the optimizer steps, with the phases.
+"""Draw the after-run figure: loss, zero-sum violation, ‖μ_G‖ and δ over the optimizer steps, with the phases.
 
-Drawn through matplotlib's object interface on an Agg canvas: no pyplot, so no global state of the
-user's session is touched and no display is needed.
+It uses matplotlib's object interface on an Agg canvas and no pyplot.  So it changes no global state of the
+user's session, and needs no display.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 from nfi_monitor.history import History
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase, Thresholds
 
-# Tints that keep their order in greyscale and under the common colour blindnesses; healthy is paper.
+# Colours that keep their order in greyscale and under common colour blindness; healthy has no colour.
 PHASE_COLOURS = {
     Phase.ABSORBING: "#FFF1B8",
     Phase.INFLATING: "#FFCE7A",
@@ -39,14 +39,14 @@ _ALERT_ROWS = {
 }
 _ARMS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito
 _INK, _GREY, _GRID = "#1B2733", "#66727F", "#DDE2E7"
-_BINS = 1_500  # about one a pixel; each keeps its minimum and maximum
-_LABELLED = 24  # alerts; more ids than that would lie on top of each other
+_BINS = 1_500  # about one for each pixel; each keeps its minimum and maximum
+_LABELLED = 24  # alerts that get their id as a label; more labels would overlap
 
 Array = np.ndarray[Any, Any]
 
 
 class Drawable(Protocol):
-    """What :func:`compare` needs of a run; a ``RunRecord`` has it."""
+    """The part of a run that :func:`compare` reads; a ``RunRecord`` has it."""
 
     @property
     def history(self) -> History: ...
@@ -55,7 +55,7 @@ class Drawable(Protocol):
 
 
 class _Panel(NamedTuple):
-    names: tuple[str, ...]  # the first of these that was recorded is drawn
+    names: tuple[str, ...]  # the first one that was recorded is drawn
     title: str
     log: bool
 
@@ -76,10 +76,10 @@ def draw(
     title: str = "",
     thresholds: Mapping[str, float] | None = None,
 ) -> Path:
-    """Draw one run into ``path`` (the suffix decides the format) and return it.
+    """Draw one run into ``path`` (its suffix decides the format), and return the path.
 
-    Phases are coloured bands, alerts bars on top.  An exact 0 on a logarithmic axis is shown on the
-    panel's floor, with a note; NaN and Inf are gaps.  ``thresholds`` is ``Thresholds.to_json()`` of the
+    Phases are coloured bands; alerts are bars above the panels.  An exact 0 on a logarithmic axis is drawn at
+    the panel's floor, with a note; NaN and Inf are gaps.  ``thresholds`` is ``Thresholds.to_json()`` of the
     run (default: the defaults).  Raises ImportError, with what to install, without matplotlib.
     """
     limits = Thresholds().to_json() | dict(thresholds or {})
@@ -104,10 +104,11 @@ def draw(
 
 
 def compare(records: Mapping[str, Drawable], path: str | os.PathLike[str], title: str = "") -> Path:
-    """Overlay runs (label → run), one colour each, in the panels of :func:`draw`; returns ``path``.
+    """Draw several runs (label → run) over each other, one colour each; return the path.
 
-    On top, one row an arm: its *at risk* (light) and *imminent* (dark) alerts and slingshots (stars).
-    Raises ImportError, with what to install, without matplotlib.
+    The panels are those of :func:`draw`.  Above them, one row for each run shows its alerts: *at risk*
+    (light), *imminent* (dark) and slingshots (stars).  Raises ImportError, with what to install, without
+    matplotlib.
     """
     figure, strip, axes = _figure(title, max(len(records), 1))
     arms = [(name, record, _ARMS[index % len(_ARMS)]) for index, (name, record) in enumerate(records.items())]
@@ -126,11 +127,11 @@ def compare(records: Mapping[str, Drawable], path: str | os.PathLike[str], title
     for axis, panel in zip(axes, _PANELS, strict=True):
         notes = []
         for order, (name, record, colour) in enumerate(arms):
-            # The first arm is the one that is asked about: it lies on top.
+            # The first run is the one of interest: draw it on top.
             notes.append(_curve(axis, panel, record.history, colour, name, zorder=3 + len(arms) - order))
         _finish(axis, panel, notes)
     limits = Thresholds().to_json()
-    for _, record, _ in arms[:1]:  # arms of one experiment share their thresholds
+    for _, record, _ in arms[:1]:  # runs of one experiment share their thresholds
         limits |= dict(getattr(record, "info", {}).get("thresholds") or {})
     _threshold(axes[1], limits["absorbing_enter"], "enter")
     _threshold(axes[3], limits["imminent_displacement"], "imminent")
@@ -144,7 +145,7 @@ def compare(records: Mapping[str, Drawable], path: str | os.PathLike[str], title
 
 
 def _figure(title: str, rows: int) -> tuple[Any, Any, list[Any]]:
-    """A figure with a strip of ``rows`` rows for alerts above the four panels."""
+    """Make a figure with a strip of ``rows`` rows for alerts above the four panels."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -191,7 +192,7 @@ def _of_kind(alerts: Sequence[Alert], kind: AlertKind) -> list[Alert]:
 def _extent(
     histories: Sequence[History], phases: Sequence[tuple[int, Phase]], alerts: Sequence[Alert]
 ) -> tuple[int, int]:
-    """First and last step of everything drawn; (0, 1) if there is nothing."""
+    """Return the first and the last step of everything that is drawn; (0, 1) if there is nothing."""
     steps = [step for step, _ in phases] + [alert.last_step for alert in alerts]
     steps += [alert.first_step for alert in alerts]
     for history in histories:
@@ -207,14 +208,14 @@ def _limits(first: int, last: int) -> tuple[float, float]:
 
 
 def _shade(axis: Any, phases: Sequence[tuple[int, Phase]], last: int) -> None:
-    """Phases as bands over the whole height, one collection a phase."""
+    """Draw phases as bands over the whole height, one matplotlib collection for each phase."""
     for phase, colour in PHASE_COLOURS.items():
         spans = [
             (start, max(end - start, 1))
             for (start, current), (end, _) in pairwise([*phases, (last, Phase.HEALTHY)])
             if current is phase
         ]
-        # A slingshot can be one step in a hundred thousand: its outline keeps it visible.
+        # A slingshot can be one step in a hundred thousand: an outline keeps it visible.
         width = 1.2 if phase is Phase.SLINGSHOT and len(spans) < 100 else 0
         axis.broken_barh(
             spans, (0, 1), transform=axis.get_xaxis_transform(), facecolor=colour, zorder=0,
@@ -240,7 +241,7 @@ def _stars(axis: Any, steps: list[int], row: int, colour: str) -> None:
 
 
 def _alert_bars(axis: Any, alerts: list[Alert], row: int, last: int, label: bool) -> None:
-    """One row of the strip: a bar from each alert's first to its last step, its id beside the beginning."""
+    """Draw one row of the strip: a bar from each alert's first to its last step, with its id."""
     axis.axhline(row, color=_GRID, linewidth=0.8, zorder=0)
     if not alerts:
         return
@@ -260,7 +261,7 @@ def _alert_bars(axis: Any, alerts: list[Alert], row: int, last: int, label: bool
 
 
 def _curve(axis: Any, panel: _Panel, history: History, colour: str, name: str, zorder: int = 3) -> str:
-    """Draw a panel's quantity; returns what has to be said about it, or an empty string."""
+    """Draw a panel's quantity. Return a note for the reader, or an empty string."""
     steps, values = np.empty(0, np.int64), np.empty(0)
     for quantity in panel.names:
         if len(history[quantity][0]):
@@ -291,9 +292,9 @@ def _curve(axis: Any, panel: _Panel, history: History, colour: str, name: str, z
 
 
 def thin(steps: Array, values: Array, bins: int = _BINS) -> tuple[Array, Array]:
-    """At most ``2 * bins`` points that keep each bin's smallest and largest value, in step order.
+    """Return at most ``2 * bins`` points: each bin's smallest and largest value, in step order.
 
-    Every n-th point instead would lose a slingshot of three steps.
+    Taking every n-th point instead would lose a slingshot of three steps.
     """
     if len(steps) <= 2 * bins:
         return steps, values
@@ -304,7 +305,7 @@ def thin(steps: Array, values: Array, bins: int = _BINS) -> tuple[Array, Array]:
     rows = np.flatnonzero(~np.isnan(blocks).all(axis=1))
     low = rows * size + np.where(np.isnan(blocks[rows]), np.inf, blocks[rows]).argmin(axis=1)
     high = rows * size + np.where(np.isnan(blocks[rows]), -np.inf, blocks[rows]).argmax(axis=1)
-    # A bin with nothing finite stays as one NaN, so that the line has its gap.
+    # A bin without a finite value stays as one NaN, so that the line has a gap.
     empty = np.flatnonzero(np.isnan(blocks).all(axis=1)) * size
     keep = np.unique(np.concatenate([low, high, empty[empty < len(values)]]))
     return steps[keep], values[keep]
@@ -329,14 +330,14 @@ def _finish(axis: Any, panel: _Panel, notes: Sequence[str]) -> None:
     axis.grid(axis="y", color=_GRID, linewidth=0.6, zorder=1)
     axis.set_axisbelow(False)
     said = " · ".join(note for note in notes if note)
-    if said:  # above the panel: inside, it would lie on a curve sooner or later
+    if said:  # above the panel: inside, it could lie on a curve
         axis.text(
             1, 1.015, said, transform=axis.transAxes, fontsize=6.5, color=_GREY, ha="right", va="bottom"
         )
 
 
 def _threshold(axis: Any, value: float, name: str, shift: float = 0) -> None:
-    """A dashed line with its name in the right margin, where no curve runs."""
+    """Draw a dashed line, with its name in the right margin, where there is no curve."""
     low, high = axis.get_ylim()
     if not axis.get_lines() or not low <= value:
         return

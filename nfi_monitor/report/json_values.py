@@ -1,4 +1,7 @@
-"""Anything → what strict JSON can hold: one place, so that live and offline reports see the same."""
+"""Convert values to what strict JSON can hold.
+
+All reports use this module, so that a report of a live run and one of its files see the same values.
+"""
 
 from __future__ import annotations
 
@@ -10,38 +13,39 @@ from typing import Any
 from nfi_monitor.report.terminal import CONTROL
 
 
-def plain(value: Any) -> Any:
-    """The same data in dicts, lists, strings, numbers, booleans and None; NaN and Inf become None.
+def as_json(value: Any) -> Any:
+    """Convert to dicts, lists, strings, numbers, booleans and None. NaN and Inf become None.
 
-    Objects of other types (a ``torch.dtype``, a ``Path``) become their ``str``: a run description
-    must never fail to be written because someone put a new kind of object into it.
+    Objects of other types (a ``torch.dtype``, a ``Path``) become their ``str``: a new kind of object must not
+    stop a run's description from being written.
     """
     if value is None or isinstance(value, (bool, int, float)):
-        # float(): a numpy float64 is a float whose repr is not JSON's business.
+        # A numpy float64 is a float, but its repr is not JSON: convert it.
         if isinstance(value, float):
             return float(value) if math.isfinite(value) else None
         return int(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if isinstance(value, str):
         return str(value)
     if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
+        return {str(key): as_json(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
+        return [as_json(item) for item in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((plain(item) for item in value), key=str)
+        return sorted((as_json(item) for item in value), key=str)
     to_json = getattr(value, "to_json", None)
     if callable(to_json):
-        return plain(to_json())
+        return as_json(to_json())
     item = getattr(value, "item", None)
     if callable(item) and getattr(value, "ndim", None) == 0:  # numpy scalars and 0-d arrays
-        return plain(item())
+        return as_json(item())
     return str(value)
 
 
 def json_line(record: object, indent: int | None = None) -> bytes:
-    """One line (without ``indent``) of strict JSON. Control characters are escaped in it, ``μ`` is not.
+    """Encode a record as strict JSON, on one line unless ``indent`` is given.
 
-    Raises ValueError for NaN and Inf, as :func:`json.dumps` does, and TypeError for what is not plain.
+    Control characters are escaped, other characters (``μ``) are not.  Raises ValueError for NaN and Inf and
+    TypeError for objects that JSON does not have, as :func:`json.dumps` does.
     """
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent)
     return (CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n").encode()

@@ -1,4 +1,4 @@
-"""A live panel for training scripts: a progress bar and the numbers a person would watch.
+"""Show a live panel in a training script: a progress bar and the key quantities.
 
     with LivePanel(monitor=None, total=3000) as panel:
         with Monitor(model, optimizer, console=panel.console) as panel.monitor:
@@ -6,8 +6,8 @@
                 ...
                 panel.advance()
 
-Refreshed from :meth:`LivePanel.advance` and not from a thread: a thread would read the history while
-the training loop writes it.
+:meth:`LivePanel.advance` redraws the panel.  A thread does not: it would read the history while the training
+loop writes it.
 """
 
 from __future__ import annotations
@@ -35,8 +35,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nfi_monitor.report import terminal, wording
-from nfi_monitor.report.console import SEVERITY_STYLES
-from nfi_monitor.report.summary import PHASE_STYLES
+from nfi_monitor.report.styles import PHASE_STYLES, SEVERITY_STYLES
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
 
 if TYPE_CHECKING:
@@ -61,11 +60,11 @@ class Watched(Protocol):
 
 
 class LivePanel:
-    """Context manager: a progress bar over ``total`` optimizer steps above a monitor's key numbers.
+    """Show a progress bar over ``total`` optimizer steps, and a monitor's key quantities below it.
 
-    Give ``panel.console`` to ``Monitor(console=...)``, so that its alerts appear above the panel.
-    ``monitor`` may be set later (``panel.monitor = ...``).  Where the console is no terminal nothing is
-    drawn, and everything else works.
+    A context manager.  Give ``panel.console`` to ``Monitor(console=...)``, so that its alerts appear above
+    the panel.  ``monitor`` may be set later (``panel.monitor = ...``).  If the console is not a terminal,
+    nothing is drawn.
     """
 
     def __init__(
@@ -77,7 +76,7 @@ class LivePanel:
         self._title = title
         self._next = 0.0
         ascii_only = self.console.options.ascii_only
-        self._say = terminal.shown(ascii_only)
+        self._say = terminal.cleaner(ascii_only)
         self._box = ASCII if ascii_only else ROUNDED
         # rich's own ellipsis is not ASCII.
         self._overflow: Literal["crop", "ellipsis"] = "crop" if ascii_only else "ellipsis"
@@ -105,7 +104,7 @@ class LivePanel:
             self._live = None
 
     def advance(self, n: int = 1) -> None:
-        """Count ``n`` optimizer steps; redraws at most eight times a second."""
+        """Count ``n`` optimizer steps, and redraw the panel at most eight times a second."""
         self.done += n
         if self._live is not None and (now := time.monotonic()) >= self._next:
             self._next = now + _REFRESH_SECONDS
@@ -121,16 +120,18 @@ class LivePanel:
             )
             self._progress.update(self._task, completed=self.done, rate=rate)
             self._live.update(self._render(), refresh=True)
-        except Exception as error:  # a terminal that has gone away must not end the training
+        except Exception as error:  # a closed terminal must not end the training
             live, self._live = self._live, None
             with contextlib.suppress(Exception):
                 live.stop()
             with contextlib.suppress(Exception):
-                self.console.print(f"nfi  the live panel is off: {type(error).__name__}", highlight=False)
+                self.console.print(
+                    f"nfi  the live panel is switched off: {type(error).__name__}", highlight=False
+                )
 
     def _render(self) -> RenderableType:
         monitor = self.monitor
-        body: RenderableType = Text("no monitor attached yet", style="dim")
+        body: RenderableType = Text("no monitor is attached yet", style="dim")
         border = "dim"
         if monitor is not None:
             phase = monitor.phase
@@ -171,7 +172,8 @@ class LivePanel:
     def _last_alert(self, alert: Alert) -> Text:
         over = alert.state is AlertState.RESOLVED
         style = "green" if over else SEVERITY_STYLES[alert.severity]
-        parts = [wording.forecast_in_words(alert), wording.headline(alert)]  # the first survives a narrow one
+        # A narrow terminal cuts off the end.
+        parts = [wording.forecast_in_words(alert), wording.headline(alert)]
         return Text.assemble(
             ("last alert ", "dim"), (self._say(" · ".join(part for part in parts if part)), style),
             no_wrap=True, overflow=self._overflow,

@@ -1,41 +1,25 @@
-"""Hand readings and alerts to the loggers of a framework, and alerts to services that notify people.
+"""Send readings and alerts to the loggers of a framework, and alerts to services that notify people.
 
-A run directory keeps everything; these keep what someone looks at during training: scalars now and then, and
-an alert when it begins, becomes more severe, or ends.
+A run directory keeps everything.  These sinks send less: scalars every few steps, and an alert when it
+begins, becomes more severe, or ends.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable
 
-from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import wording
-from nfi_monitor.report.sink import Sink
-from nfi_monitor.types import Alert, Change, Note, Phase, Reading, Severity
-
-if TYPE_CHECKING:
-    from nfi_monitor.report.summary import Summary
+from nfi_monitor.report.sink import Sink, SinkBase
+from nfi_monitor.types import Alert, Change, Phase, Reading, Severity
 
 TITLE = 63  # characters; wandb refuses longer titles
 _PHASES = {phase: index for index, phase in enumerate(Phase)}
 
 
-class _Quiet:
-    """A sink that lets everything pass; the others override what they are for."""
+class ScalarLog(SinkBase):
+    """Call ``log({"nfi/<quantity>": value, "nfi/phase": 0 … 5}, step)`` at most every ``every`` steps.
 
-    def start(self, info: Mapping[str, Any]) -> None: ...
-    def reading(self, reading: Reading, phase: Phase) -> None: ...
-    def alert(self, alert: Alert, change: Change) -> None: ...
-    def note(self, note: Note) -> None: ...
-    def replay(self, verdict: ReplayVerdict) -> None: ...
-    def close(self, info: Mapping[str, Any], summary: Summary) -> None: ...
-
-
-class ScalarLog(_Quiet):
-    """Calls ``log({"nfi/<quantity>": value, "nfi/phase": 0 … 5}, step)`` at most every ``every`` steps.
-
-    Where the phase changes it is called at once: a curve must not miss the beginning of what it is for.
+    A change of phase is logged at once, whatever ``every`` is.
     """
 
     def __init__(self, log: Callable[[dict[str, float], int], None], every: int = 1) -> None:
@@ -51,24 +35,24 @@ class ScalarLog(_Quiet):
         self._log({**values, "nfi/phase": float(_PHASES[phase])}, reading.step)
 
 
-class AlertLog(_Quiet):
-    """Calls ``tell(alert, change)`` when an alert begins, becomes more severe, or ends."""
+class AlertLog(SinkBase):
+    """Call ``notify(alert, change)`` when an alert begins, becomes more severe, or ends."""
 
-    def __init__(self, tell: Callable[[Alert, Change], None]) -> None:
-        self._tell = tell
-        self._told: dict[str, int] = {}
+    def __init__(self, notify: Callable[[Alert, Change], None]) -> None:
+        self._notify = notify
+        self._severity: dict[str, int] = {}  # id of an alert → rank of the severity last notified
 
     def alert(self, alert: Alert, change: Change) -> None:
-        if change is Change.UPDATE and alert.severity.rank <= self._told.get(alert.id, -1):
+        if change is Change.UPDATE and alert.severity.rank <= self._severity.get(alert.id, -1):
             return
-        self._told[alert.id] = alert.severity.rank
-        self._tell(alert, change)
+        self._severity[alert.id] = alert.severity.rank
+        self._notify(alert, change)
 
 
 def notifiers(services: Iterable[str]) -> list[Sink]:
-    """A sink for each of these services that can notify people ("wandb", "trackio"); others have none.
+    """Return one sink for each service that can notify people ("wandb", "trackio"); ignore the others.
 
-    One sink each: a service that fails is dropped by itself.
+    Each has its own sink, so that a service that fails is dropped alone.
     """
     return [AlertLog(_NOTIFY[name]) for name in dict.fromkeys(services) if name in _NOTIFY]
 
@@ -76,7 +60,7 @@ def notifiers(services: Iterable[str]) -> list[Sink]:
 def _wandb(alert: Alert, change: Change) -> None:
     import wandb
 
-    if change is not Change.END and wandb.run is not None:  # no run: its project is switched off
+    if change is not Change.END and wandb.run is not None:  # None: wandb is disabled
         level = {Severity.INFO: "INFO", Severity.WARNING: "WARN", Severity.CRITICAL: "ERROR"}
         wandb.run.alert(title=_title(alert), text=_text(alert), level=level[alert.severity])
 

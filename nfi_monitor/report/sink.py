@@ -1,4 +1,4 @@
-"""What the monitor tells a report, and when."""
+"""Where the monitor sends readings, alerts, notes and replays: the base class of a sink, and its type."""
 
 from __future__ import annotations
 
@@ -12,36 +12,55 @@ if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
 
 
-class Sink(Protocol):
-    """A place where readings and alerts go.
+class SinkBase:
+    """Receive readings and alerts of a run. Override the methods you need; each does nothing by default.
 
-    A sink may raise: the monitor catches the first exception, reports it once and lets the sink go
-    quiet, so a message has to say what to do.  One that does nothing with readings may say so by an attribute
-    ``takes_readings = False``: where no other listens, losses that begin nothing are judged a few at a time.
-    One that keeps what it is told may have a method ``went_back()``, called where a run goes back to an
-    earlier step: what comes then replaces what was told of the same steps.
+        class Pager(SinkBase):
+            def alert(self, alert, change):
+                ...
+
+        Monitor(model, optimizer, sinks=[Pager()])
+
+    All methods run in the training's process, on rank 0 only.  A sink may raise: the monitor catches the
+    exception, says so once, drops the sink and goes on.  So a message has to say what to do.  A sink needs
+    not inherit from this class: the monitor calls the methods that an object has.
     """
 
+    takes_readings: bool = True
+    """Set this to False if :meth:`reading` does nothing.  Where no sink takes readings, the monitor judges
+    uneventful losses a few at a time, which is cheaper.  It is read once, when the first reading is due."""
+
     def start(self, info: Mapping[str, Any]) -> None:
-        """Called once, at attach, with what ``run.json`` will hold."""
-        ...
+        """Open the sink. Called once, at attach; ``info`` is what ``run.json`` will hold."""
 
     def reading(self, reading: Reading, phase: Phase) -> None:
-        """Called at every measured optimizer step, with the phase after it."""
-        ...
+        """Take the numbers of one measured optimizer step, and the phase after it."""
 
     def alert(self, alert: Alert, change: Change) -> None:
-        """Called when an alert begins, changes in a way worth a line, or ends."""
-        ...
+        """Take an alert that begins, changes in a way worth a line, or ends."""
 
     def note(self, note: Note) -> None:
-        """Called once for each thing that could not be seen."""
-        ...
+        """Take a note: something that the monitor cannot see. Called once for each."""
 
     def replay(self, verdict: ReplayVerdict) -> None:
-        """Called once for each replay of a slingshot, with what it showed."""
-        ...
+        """Take the result of one replay of a slingshot."""
+
+    def went_back(self) -> None:
+        """Prepare to get steps again: the run went back to an earlier step.
+
+        Implement this if the sink stores data: later records replace earlier ones of the same steps.
+        """
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
-        """Called once; ``info`` may have grown since :meth:`start` (notes, overhead)."""
-        ...
+        """Close the sink. Called once; ``info`` may have grown since :meth:`start` (notes, overhead)."""
+
+
+class Sink(Protocol):
+    """The type of a complete sink, for type checkers; :class:`SinkBase` documents the methods."""
+
+    def start(self, info: Mapping[str, Any]) -> None: ...
+    def reading(self, reading: Reading, phase: Phase) -> None: ...
+    def alert(self, alert: Alert, change: Change) -> None: ...
+    def note(self, note: Note) -> None: ...
+    def replay(self, verdict: ReplayVerdict) -> None: ...
+    def close(self, info: Mapping[str, Any], summary: Summary) -> None: ...

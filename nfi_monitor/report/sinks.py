@@ -1,4 +1,4 @@
-"""Hand everything to all sinks; a sink that fails is dropped, and the rest go on."""
+"""Call all sinks. Drop a sink that fails; the others go on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def open_sinks(
     run_dir: str | PathLike[str] | None,
     describe: Callable[[], Mapping[str, Any]] | None = None,
 ) -> list[Sink]:
-    """The sinks of a monitor's ``console`` and ``run_dir``; ``describe`` gives the run as it is now."""
+    """Return the sinks of a monitor's ``console`` and ``run_dir``.
+
+    ``describe`` returns the run's description as it is when it is called.
+    """
     sinks: list[Sink] = []
     if console is not False and console is not None:
         from nfi_monitor.report.console import ConsoleSink
@@ -40,16 +43,21 @@ def open_sinks(
 
 
 class Sinks:
-    """``failed(name, error)`` hears of each sink that raised, once: it is dropped then."""
+    """Call a method of every sink that has it; drop a sink that raises, and call ``failed(name, error)``."""
 
     def __init__(self, sinks: list[Sink], failed: Callable[[str, BaseException], None]) -> None:
         self.sinks = sinks
         self._failed = failed
+        self._resolved: list[Sink] = []
+        self._methods: dict[str, list[tuple[Sink, Callable[..., None]]]] = {}
+        self._listening = False
 
     @property
     def listening(self) -> bool:
-        """Whether anybody does something with a reading."""
-        return any(getattr(sink, "takes_readings", True) for sink in self.sinks)
+        """True if at least one sink takes readings."""
+        if self._resolved != self.sinks:
+            self._resolve()
+        return self._listening
 
     def start(self, info: Mapping[str, Any]) -> None:
         self._each("start", info)
@@ -67,20 +75,48 @@ class Sinks:
         self._each("replay", verdict)
 
     def went_back(self) -> None:
-        self._each("went_back", among=[sink for sink in self.sinks if hasattr(sink, "went_back")])
+        self._each("went_back")
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         self._each("close", info, summary)
-        # What fails later (an Autopilot whose run goes on) is told to nobody: files are closed, and the
-        # directory may be another run's by then.
+        # A later failure (of an Autopilot whose run goes on) reaches no sink: the files are closed, and
+        # another run may use the directory.
         self.sinks.clear()
 
-    def _each(self, method: str, *arguments: Any, among: list[Sink] | None = None) -> None:
-        for sink in list(self.sinks) if among is None else among:
+    def _each(self, method: str, *arguments: Any) -> None:
+        if self._resolved != self.sinks:
+            self._resolve()
+        # If a sink is dropped, _resolve makes new lists; the list of this loop does not change.
+        for sink, call in self._methods.get(method, ()):
             try:
-                getattr(sink, method)(*arguments)
+                call(*arguments)
             except Exception as error:
-                # Dropped before it is reported: the report goes to the sinks that are left.
-                if sink in self.sinks:
-                    self.sinks.remove(sink)
-                self._failed(type(sink).__name__, error)
+                self._drop(sink, error)
+
+    def _resolve(self) -> None:
+        """Look up once which methods the sinks have: every measured step calls them."""
+        methods: dict[str, list[tuple[Sink, Callable[..., None]]]] = {}
+        broken: list[tuple[Sink, Exception]] = []
+        listening = False
+        for sink in self.sinks:
+            try:
+                found = {name: getattr(sink, name, None) for name in _METHODS}
+                listening |= bool(getattr(sink, "takes_readings", callable(found["reading"])))
+            except Exception as error:  # a property that raises
+                broken.append((sink, error))
+                continue
+            for name, method in found.items():
+                if callable(method):
+                    methods.setdefault(name, []).append((sink, method))
+        self._methods, self._listening, self._resolved = methods, listening, list(self.sinks)
+        for sink, reason in broken:
+            self._drop(sink, reason)
+
+    def _drop(self, sink: Sink, error: BaseException) -> None:
+        # Drop the sink first: ``failed`` calls the sinks that are left.
+        if sink in self.sinks:
+            self.sinks.remove(sink)
+        self._failed(type(sink).__name__, error)
+
+
+_METHODS = ("start", "reading", "alert", "note", "replay", "went_back", "close")

@@ -1,7 +1,7 @@
-"""Text → what a terminal can be given.
+"""Make text safe for a terminal.
 
-Layer names, paths and messages of exceptions come from the user's program or from a run directory that
-somebody sent: a terminal must not take orders from them.
+Layer names, paths and messages of exceptions come from the user's program, or from a run directory that
+somebody sent.  Control characters in them must not reach the terminal: it would obey them.
 """
 
 from __future__ import annotations
@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-# C0 but tab and newline, DEL, C1, line and paragraph separators, what turns the direction of text round, and
-# halves of surrogate pairs (a path that is no UTF-8).
+# C0 without tab and newline, DEL, C1, line and paragraph separators, marks that change the direction of text,
+# and halves of surrogate pairs (from a path that is not UTF-8).
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def visible(text: str) -> str:
-    """The text with control characters spelled out as ``\\x1b``: what is printed can only be read."""
+def escape_controls(text: str) -> str:
+    """Replace control characters by their escapes, such as ``\\x1b``."""
     return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
@@ -29,10 +29,10 @@ _ASCII = str.maketrans(
 
 
 def to_ascii(text: str) -> str:
-    """The same text for a terminal that cannot show it: symbols spelled out, anything else as ``?``."""
+    """Spell out symbols in ASCII (``τ`` → ``tau``); replace other characters outside ASCII by ``?``."""
     return text.translate(_ASCII).encode("ascii", "replace").decode("ascii")
 
 
-def shown(ascii_only: bool) -> Callable[[str], str]:
-    """What every text goes through on its way to a terminal: control characters are spelled out."""
-    return (lambda text: to_ascii(visible(text))) if ascii_only else visible
+def cleaner(ascii_only: bool) -> Callable[[str], str]:
+    """Return the function that makes text safe for a terminal, and spells out symbols if ``ascii_only``."""
+    return (lambda text: to_ascii(escape_controls(text))) if ascii_only else escape_controls

@@ -1,7 +1,7 @@
-"""Alerts in plain words, so that the console, TensorBoard and the after-run report say the same.
+"""Describe alerts in words, so that the console, TensorBoard and the after-run report say the same.
 
-Pure functions from an alert to a string.  Quantities keep the names of the papers; what has a unit
-people read at a glance (fractions, nats) is written with it.
+Pure functions from an alert to a string.  Quantities keep the names of the papers; fractions are written in
+percent, displacements in nat.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ _FIRST_WITHOUT_RULE = {Mechanism.EXTERNAL: ("learning_rate", "rms_t_max")}
 
 
 def number(value: float | None) -> str:
-    """Three significant digits; whole numbers with thousands separators; ``NaN``, ``Inf``, ``-`` for None."""
+    """Format with three significant digits, whole numbers with separators of thousands; None as ``-``."""
     if value is None:
         return "-"
     if math.isnan(value):
@@ -83,12 +83,12 @@ def number(value: float | None) -> str:
 
 
 def label(name: str) -> str:
-    """A quantity's name as people write it; unknown names (a newer writer's) with spaces."""
+    """Return a quantity's name as people write it; an unknown name (from a newer version) with spaces."""
     return _LABELS.get(name, name.replace("_", " "))
 
 
 def amount(name: str, value: float | None) -> str:
-    """A quantity's value with the unit people expect: fractions in percent, displacements in nat."""
+    """Format a quantity's value with its unit: fractions in percent, displacements in nat."""
     quantity = QUANTITIES.get(name)
     unit = quantity.unit if quantity else ""
     if unit == "fraction" and value is not None and math.isfinite(value):
@@ -133,7 +133,7 @@ def _what(alert: Alert) -> str:
 
 
 def mechanism_in_words(alert: Alert) -> str:
-    """``numerical feature inflation (confidence 82%)``; no number where no mechanism is named."""
+    """Return ``numerical feature inflation (confidence 82%)``; no number if the mechanism is unknown."""
     words = MECHANISM_NAMES[alert.mechanism]
     if alert.mechanism is Mechanism.UNKNOWN:
         return words
@@ -141,12 +141,12 @@ def mechanism_in_words(alert: Alert) -> str:
 
 
 def mechanism_name(mechanism: Mechanism) -> str:
-    """The mechanism without its confidence."""
+    """Return the mechanism's name without the confidence."""
     return MECHANISM_NAMES[mechanism]
 
 
 def one_evidence_in_words(name: str, item: Evidence) -> str:
-    """``zero-sum violation 0.134 (threshold 0.1)``."""
+    """Return ``zero-sum violation 0.134 (threshold 0.1)``."""
     words = f"{label(name)} {amount(name, item.value)}"
     return words if item.threshold is None else f"{words} (threshold {_bare(name, item.threshold)})"
 
@@ -161,13 +161,13 @@ def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
 
 
 def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
-    """The evidence as one comma-separated clause, the ``limit`` items that matter most (None: all)."""
+    """Return the ``limit`` most important items of evidence (None: all), separated by commas."""
     items = list(ordered_evidence(alert).items())[:limit]
     return ", ".join(one_evidence_in_words(name, item) for name, item in items)
 
 
 def forecast_in_words(alert: Alert) -> str:
-    """``≈ 90 steps left (45–180)``; empty where a countdown would be a guess, or the event is over."""
+    """Return ``≈ 90 steps left (45–180)``; empty if there is no forecast or the alert is resolved."""
     if alert.steps_to_spike is None or alert.state is AlertState.RESOLVED:
         return ""
     low, median, high = alert.steps_to_spike
@@ -175,7 +175,7 @@ def forecast_in_words(alert: Alert) -> str:
 
 
 def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
-    """Headline, mechanism, evidence and forecast of an alert as one line, parts separated by `` · ``."""
+    """Return headline, mechanism, evidence and forecast of an alert on one line, separated by `` · ``."""
     if alert.state is AlertState.RESOLVED:
         return headline(alert)
     parts = [headline(alert)]
@@ -187,11 +187,11 @@ def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
 
 
 def replay_in_words(verdict: ReplayVerdict) -> str:
-    """``numerical feature inflation: as it was, the slingshot comes at step 895; float64 loss averts …``"""
-    said = f"{mechanism_name(verdict.mechanism)}: {'; '.join(verdict.reasons)}"
-    return said + ("; reproduced to the last bit" if verdict.reproduced else "")
+    """Return a replay's mechanism and the reasons for it, separated by semicolons."""
+    text = f"{mechanism_name(verdict.mechanism)}: {'; '.join(verdict.reasons)}"
+    return text + ("; reproduced to the last bit" if verdict.reproduced else "")
 
 
 def _bare(name: str, value: float) -> str:
-    """The threshold without repeating the unit that its value already shows."""
+    """Format a threshold without the unit nat, which the value beside it has."""
     return amount(name, value).removesuffix(" nat")

@@ -52,6 +52,16 @@ def test_what_is_undone_at_once_has_changed_nothing(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", APPLY)
+def test_a_handle_answers_to_torchs_word_remove(name: str) -> None:
+    model = mlp()
+    handle = APPLY[name](model, adam(model))
+    assert handle.active
+    handle.remove()
+    handle.remove()
+    assert not handle.active
+
+
+@pytest.mark.parametrize("name", APPLY)
 def test_each_changes_the_training_while_it_is_on_and_ends_with_its_block(name: str) -> None:
     model, other = mlp(), mlp()
     optimizer, plain = adam(model), adam(other)

@@ -41,7 +41,8 @@ def test_a_run_on_a_terminal_reads_like_this() -> None:
     a_whole_run(ConsoleSink(console))
     assert text_of(console) == (
         """\
-nfi  watching head (Linear 128→23), every 5 steps and each one once something stirs · τ = 20 steps
+nfi  watching head (Linear 128→23), reads every 5th step, and every step once something changes ·
+     time constant τ = 20 steps
 nfi  note: The head is tied.
 nfi  step 535  INFO  at risk: rounding absorbs confident rows, gradients no longer sum to zero ·
      numerical feature inflation (confidence 86%) · zero-sum violation 0.134 (threshold 0.1), growth
@@ -138,4 +139,4 @@ def test_many_alerts_leave_nothing_behind() -> None:
         alert = replace(AT_RISK, id=f"at_risk-{number}")
         sink.alert(alert, Change.BEGIN)
         sink.alert(resolved(alert, 600), Change.END)
-    assert not sink._said
+    assert not sink._printed

@@ -79,7 +79,7 @@ def test_it_works_before_a_monitor_is_attached_and_on_a_run_without_readings() -
         panel.advance()
         panel.monitor = SimpleNamespace(history=recorded([])[0], phase=Phase.HEALTHY, alerts=[])
         panel.advance(9)
-    assert "no monitor attached yet" in raw.getvalue().decode() and "10/10" in raw.getvalue().decode()
+    assert "no monitor is attached yet" in raw.getvalue().decode() and "10/10" in raw.getvalue().decode()
 
 
 def test_an_ascii_terminal_is_no_error() -> None:

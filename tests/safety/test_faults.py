@@ -126,7 +126,7 @@ def missing(name: str) -> None:
     [
         ("measure/rows:row_statistics", "weight_norm"),  # what the optimizer did is still read
         ("measure/step:step_statistics", "zero_sum_violation"),  # the rows are
-        ("report/jsonl:RunDirectory.reading", "zero_sum_violation"),
+        ("report/run_directory/writer:RunDirectory.reading", "zero_sum_violation"),
         ("detect/detector:Detector.update", "zero_sum_violation"),
     ],
 )

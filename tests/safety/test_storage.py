@@ -280,12 +280,12 @@ def test_a_full_disk_while_readings_are_thinned_leaves_them_as_they_are(
 def test_a_directory_removed_on_the_way_is_said_once_and_changes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nfi_monitor.report.run_directory.writer.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("nfi_monitor.report.run_directory.writer.CHECK_SECONDS", 0.0)
     bare = training(None, 12)
     run = tmp_path / "run"
     model, optimizer, monitor = training(run, 12, lambda step: shutil.rmtree(run) if step == 6 else None)
     said = [note.message for note in monitor.notes if note.code == "failed_RunDirectory"]
-    assert len(said) == 1 and "it was removed while the run went on" in said[0]
+    assert len(said) == 1 and "it was deleted during the run" in said[0]
     monitor.close()
     assert not differences(snapshot(model, optimizer), snapshot(*bare[:2]))
     assert len(monitor.history["loss"][0]) == 12
@@ -349,7 +349,7 @@ def test_a_second_process_in_one_directory_is_refused_and_told_who_holds_it(tmp_
     _, _, first = training(tmp_path, 3)
 
     def work(said: Callable[[int], None]) -> None:
-        with pytest.raises(DirectoryInUseError, match=rf"written by process {os.getppid()} on .*run_dir="):
+        with pytest.raises(DirectoryInUseError, match=rf"in use: process {os.getppid()} on .*run_dir="):
             DirectoryLock(tmp_path).acquire()
         bare = training(None, 3)
         model, optimizer, second = training(tmp_path, 3)

@@ -26,7 +26,7 @@ from nfi_monitor.report.json_values import json_line
 from nfi_monitor.report.run_directory.reader import read_run
 from nfi_monitor.report.run_directory.writer import RunDirectory
 from nfi_monitor.report.summary import summarize
-from nfi_monitor.report.terminal import visible
+from nfi_monitor.report.terminal import escape_controls
 from nfi_monitor.types import Alert, Change, Evidence, Note
 from tests.report.builders import AT_RISK, INFO, SLINGSHOT, readings
 from tests.runs import batch
@@ -314,8 +314,8 @@ def test_a_wrong_path_is_shown_as_text(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_spelling_out_loses_nothing_and_leaves_symbols() -> None:
-    assert visible("‖μ_G‖ → [K]\n\ta") == "‖μ_G‖ → [K]\n\ta"
-    assert visible("\x1b\x9b\u202e\udcff") == r"\x1b\x9b\u202e\udcff"
+    assert escape_controls("‖μ_G‖ → [K]\n\ta") == "‖μ_G‖ → [K]\n\ta"
+    assert escape_controls("\x1b\x9b\u202e\udcff") == r"\x1b\x9b\u202e\udcff"
     assert json_line({"μ": HOSTILE}).decode().startswith('{"μ": "') and b"\x1b" not in json_line(HOSTILE)
     assert json.loads(json_line({"μ": HOSTILE})) == {"μ": HOSTILE}
 

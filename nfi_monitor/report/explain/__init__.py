@@ -1,4 +1,4 @@
-"""An alert in plain words: which quantities crossed what, when, and what was *not* seen."""
+"""Explain an alert: which quantities crossed which thresholds, when, and which did not."""
 
 from nfi_monitor.report.explain.compose import explain, explain_run, find_alert
 from nfi_monitor.report.explain.explanation import Explanation, Finding, Seen

@@ -1,9 +1,9 @@
-"""An alert in plain words: which quantities crossed what, when, and what was *not* seen.
+"""Explain an alert: which quantities crossed which thresholds, when, and which did not.
 
-An alert names a mechanism; whoever has to act on it wants the reasons, and what speaks against the other
-mechanisms.  :mod:`~nfi_monitor.report.explain.signal_history` goes back to what the detector saw,
-:mod:`~nfi_monitor.report.explain.crossings` holds it against the thresholds; here it becomes an
-:class:`~nfi_monitor.report.explain.explanation.Explanation`, with what could not be seen and what follows.
+An alert names a mechanism.  The explanation gives the reasons, and what speaks against the other mechanisms.
+:mod:`~nfi_monitor.report.explain.signal_history` computes what the detector saw,
+:mod:`~nfi_monitor.report.explain.crossings` compares it with the thresholds, and this module makes an
+:class:`~nfi_monitor.report.explain.explanation.Explanation` of both.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from nfi_monitor.report import wording
 from nfi_monitor.report.explain.crossings import look_for
 from nfi_monitor.report.explain.explanation import Explanation, Finding, Seen
 from nfi_monitor.report.explain.signal_history import SignalHistory
-from nfi_monitor.report.summary import lingers
+from nfi_monitor.report.summary import warning_gap
 from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase, Thresholds
 
 
@@ -30,10 +30,11 @@ def explain(
     context: RunContext | None = None,
     notes: Sequence[Note] = (),
 ) -> Explanation:
-    """Explain one alert from what is on record.
+    """Explain one alert from the readings of its run.
 
-    ``phases`` are (optimizer step, phase) changes; ``notes`` say what could not be seen. Where the record
-    begins after the alert did (a resumed run), the alert's own evidence is all there is, and said to be.
+    ``phases`` holds the changes as (optimizer step, phase).  ``notes`` say what the monitor could not
+    measure.  Where the readings begin after the alert (a resumed run), only the alert's own evidence is used,
+    and the explanation says so.
     """
     record = SignalHistory(history, phases, thresholds or Thresholds(), context or RunContext(), notes)
     return _explain(alert, record)
@@ -47,15 +48,17 @@ def explain_run(
     notes: Sequence[Note],
     wanted: str | None = None,
 ) -> list[Explanation]:
-    """Explain a run that is read back: every slingshot and the last alert that still fires, or one by its id.
+    """Explain the alerts of a run that was read from disk.
 
-    ``info`` is the content of ``run.json``. Raises ValueError, naming the known ids, for an unknown one.
+    Without ``wanted``: every slingshot, and the last other alert that still fires.  ``wanted``: the id of one
+    alert.  ``info`` is the content of ``run.json``.  Raises ValueError for an unknown id, naming the known
+    ones.
     """
     if wanted is None:
         firing = [a for a in alerts if a.state is AlertState.FIRING and a.kind is not AlertKind.SLINGSHOT]
         chosen = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT] + firing[-1:]
     else:
-        # A run resumed without the monitor's state counts its alerts anew: the last of that id is meant.
+        # A run that was resumed without the monitor's state numbers alerts from 1 again: take the newest.
         chosen = [find_alert(alerts, wanted)]
     if not chosen:
         return []
@@ -64,11 +67,11 @@ def explain_run(
 
 
 def find_alert(alerts: Iterable[Alert], wanted: Alert | str) -> Alert:
-    """The newest state of an alert. Raises ValueError, naming the known ids, where there is none."""
+    """Return the newest state of an alert. Raises ValueError for an unknown id, naming the known ones."""
     known = {alert.id: alert for alert in alerts}
     name = wanted.id if isinstance(wanted, Alert) else wanted
     if name not in known:
-        raise ValueError(f"No alert {name!r}. Known: {', '.join(known) or 'none, nothing has been alerted'}.")
+        raise ValueError(f"There is no alert {name!r}. Known alerts: {', '.join(known) or 'none'}.")
     return known[name]
 
 
@@ -86,14 +89,14 @@ def _explain(alert: Alert, record: SignalHistory) -> Explanation:
     )
 
 
-# --- what could not be seen, and what follows -----------------------------------------------------
+# --- what could not be measured, and what follows -------------------------------------------------
 
 _ROWS = ("zero_sum_violation", "feature_mean_growth", "logit_displacement", "feature_displacement")
 _OPTIMIZER = (
     "second_moment_decay", "rms_t_max", "secant_curvature", "logit_displacement", "gradient_alignment",
 )  # fmt: skip
 _BLIND: dict[str, tuple[str, ...]] = {
-    # Note code → what it explains the absence of; the first that fits is given as the reason.
+    # Code of a note → quantities that are missing because of it; the first note that fits is the reason.
     "head_never_fired": (*_ROWS, "loss"),
     "single_output": _ROWS,
     "not_shift_invariant": ("zero_sum_violation",),
@@ -116,6 +119,7 @@ _BLIND: dict[str, tuple[str, ...]] = {
 
 
 def _not_visible(alert: Alert, record: SignalHistory, findings: list[Finding], first: int) -> tuple[str, ...]:
+    """Return what could not be measured, each with the reason if a note gives one."""
     said = {note.code: note for note in record.notes if note.step <= alert.last_step and note.code in _BLIND}
     missing: dict[str | None, list[str]] = {code: [] for code in said}
     for finding in findings:
@@ -131,9 +135,9 @@ def _not_visible(alert: Alert, record: SignalHistory, findings: list[Finding], f
             reason = _first_sentence(said[code].message)
             lines.append(f"{names}: {reason}" if names else reason)
     if record.first_step is None or record.first_step > alert.first_step:
-        lines.append("the steps before the alert began: the readings on record begin later")
+        lines.append("the steps before the alert began: the readings begin later")
     elif record.first_step > 1 and record.first_step >= first and record.phases[:1] == [(0, Phase.HEALTHY)]:
-        lines.append(f"the steps before {record.first_step:,}: the readings on record begin there")
+        lines.append(f"the steps before {record.first_step:,}: the readings begin there")
     elsewhere = ("margin_displacement", "feature_displacement")
     held = next((f for f in findings if f.quantity == "logit_displacement"), None)
     if (
@@ -142,50 +146,49 @@ def _not_visible(alert: Alert, record: SignalHistory, findings: list[Finding], f
         and not any(name in record.history for name in elsewhere)
     ):
         lines.append(
-            "displacement that a LayerNorm before the head hides: δ was read at the head alone, without a "
-            "probe batch (Monitor(probe=...))"
+            "displacement that a LayerNorm before the head hides: δ (how far one update moves the logits) "
+            "was measured at the head only. To measure it, pass a probe batch: Monitor(probe=...)"
         )
     return tuple(lines)
 
 
 def _follows(alert: Alert, record: SignalHistory) -> str:
+    """Return what happened after the alert, or what to expect if it still fires."""
     last = f"step {alert.last_step:,}"
     firing = alert.state is AlertState.FIRING
     if alert.kind is AlertKind.SLINGSHOT:
         if firing:
-            return "The loss is not back yet."
+            return "The loss has not recovered yet."
         after = alert.evidence.get("loss_afterwards")
         if after is None:
-            return f"It is over: the loss was back at {last}."
+            return f"It is over: the loss had recovered at {last}."
         stayed = wording.number(after.value)
-        return (
-            f"It is over, but the loss is not back: at {last} it was {stayed}, which is usual from then on."
-        )
+        return f"It is over, but the loss has not recovered: at {last} it was {stayed}, its new level."
     if alert.kind is AlertKind.NON_FINITE:
-        return f"Not finite up to {last}." if firing else f"Numbers were finite again at {last}."
+        return f"NaN or Inf up to {last}." if firing else f"All numbers were finite again at {last}."
     if not firing:
-        near = lingers(record.context.tau)
+        near = warning_gap(record.context.tau)
         came = next((step for step in record.starts if 0 <= step - alert.last_step <= near), None)
         if came is not None:
-            return f"It came: the slingshot was seen at step {came:,}."
-        return f"It passed without a slingshot, at {last}."
+            return f"The slingshot came: the loss rose at step {came:,}."
+        return f"It ended at {last} without a slingshot."
     forecast = wording.forecast_in_words(alert)
     if forecast:
-        return f"A slingshot is expected, {forecast}, counted from {last}."
+        return f"A slingshot is expected: {forecast}, counted from {last}."
     if alert.kind is AlertKind.IMMINENT:
-        return "A slingshot is near; a number of steps would be a guess."
-    return "Nothing yet: being at risk can last for thousands of steps, and a countdown would be a guess."
+        return "A slingshot is near. How many steps are left cannot be predicted here."
+    return "No slingshot yet. This state can last for thousands of steps, so no number of steps is given."
 
 
 def _first_sentence(message: str) -> str:
     return message.split(". ")[0].rstrip(".")
 
 
-# --- a run that is read back ------------------------------------------------------------------------
+# --- a run that was read from disk -----------------------------------------------------------------
 
 
 def _thresholds_of(info: Mapping[str, Any]) -> Thresholds:
-    """Those of ``run.json``; what it does not hold, or holds wrongly, is as it is by default."""
+    """Return the thresholds of ``run.json``; the defaults for those that are missing or invalid."""
     found = info.get("thresholds")
     known = {item.name for item in fields(Thresholds)}
     try:
@@ -195,7 +198,7 @@ def _thresholds_of(info: Mapping[str, Any]) -> Thresholds:
 
 
 def _context_of(info: Mapping[str, Any]) -> RunContext:
-    """What ``run.json`` tells of the optimizer, as the detector had it."""
+    """Return the optimizer's settings from ``run.json``, in the form that the detector used."""
     optimizer = info.get("optimizer")
     group: Mapping[str, Any] = optimizer if isinstance(optimizer, Mapping) else {}
     betas = group.get("betas")

@@ -29,7 +29,7 @@ def look_for(alert: Alert, record: SignalHistory, window: tuple[int, int, int]) 
         _held_against(held, alert, record, window, own=held.level.signal in own)
         for held in _levels(alert, record)
     ]
-    findings += [replace(_learning_rate(record, first, last), own="learning_rate" in own)]
+    findings += [replace(_learning_rate(record, first, last), supports_mechanism="learning_rate" in own)]
     findings += [*_last_update(alert, record, first, last), *_not_finite(alert, record, first)]
     return findings + _loss(alert, record, last)
 
@@ -118,7 +118,9 @@ def _held_against(
     extreme = max(among) if held.sign > 0 else min(among)
     if not any(beyond[index] for index in inside):
         text = f"{held.label} stayed {other} {value} ({which} {held.show(extreme)})"
-        return Finding(held.level.quantity, Seen.NOT_CROSSED, text, limit, extreme=extreme, own=own)
+        return Finding(
+            held.level.quantity, Seen.NOT_CROSSED, text, limit, extreme=extreme, supports_mechanism=own
+        )
     # The last time it was beyond, back to when it first was since it had last been properly back.
     latest = max(index for index in inside if beyond[index])
     start = index = latest
@@ -165,14 +167,18 @@ def _from_evidence(held: _Held, alert: Alert, record: SignalHistory, *, own: boo
     # RMS_t is held against two levels; the threshold beside the evidence says which one it means.
     other = held.level.quantity == "rms_t_max" and (item is None or item.threshold != held.enter)
     if other or not math.isfinite(value):
-        return Finding(held.level.quantity, Seen.NOT_MEASURED, held.label.rstrip(","), held.enter, own=own)
+        return Finding(
+            held.level.quantity, Seen.NOT_MEASURED, held.label.rstrip(","), held.enter, supports_mechanism=own
+        )
     crossed = held.beyond(value)
     text = (
         f"{held.label} {held.show(value)} in the alert's own evidence (threshold "
         f"{held.show(held.enter)}), its readings are not on record"
     )
     seen = Seen.CROSSED if crossed else Seen.NOT_CROSSED
-    return Finding(held.level.quantity, seen, text, held.enter, now=value, extreme=value, own=own)
+    return Finding(
+        held.level.quantity, seen, text, held.enter, now=value, extreme=value, supports_mechanism=own
+    )
 
 
 def _learning_rate(record: SignalHistory, first: int, last: int) -> Finding:
@@ -219,7 +225,9 @@ def _not_finite(alert: Alert, record: SignalHistory, first: int) -> list[Finding
             text = f"{what} {'were' if counted else 'was'} NaN or Inf {_between(after, at, 'first ')}"
             text += f", at {len(bad):,} readings" if len(bad) > 1 else ""
             own = alert.kind is AlertKind.NON_FINITE
-            found.append(Finding(name, Seen.CROSSED, text, after=after, at=at, then=values[bad[0]], own=own))
+            then = values[bad[0]]
+            finding = Finding(name, Seen.CROSSED, text, after=after, at=at, then=then, supports_mechanism=own)
+            found.append(finding)
     if found or not looked:
         return found
     text = "neither the loss nor a gradient nor a weight was NaN or Inf"
@@ -235,7 +243,8 @@ def _loss(alert: Alert, record: SignalHistory, last: int) -> list[Finding]:
         above = "its level" if item.threshold is None else wording.number(item.threshold)
         at, peak = alert.first_step, wording.number(item.value)
         text = f"the loss rose above {above} at step {at:,} (largest {peak}{floor})"
-        return [Finding("loss", Seen.CROSSED, text, item.threshold, at=at, extreme=item.value, own=True)]
+        crossed = Finding("loss", Seen.CROSSED, text, item.threshold, at=at, extreme=item.value)
+        return [replace(crossed, supports_mechanism=True)]
     if alert.kind is AlertKind.NON_FINITE:
         return []
     name = "loss" if "loss" in record.series else "head_loss"

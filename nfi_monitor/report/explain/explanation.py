@@ -1,7 +1,8 @@
-"""What an explanation of an alert holds, and how it is shown: as text, in colours, as JSON."""
+"""Hold the explanation of an alert, and show it as text, in colours or as JSON."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -12,11 +13,13 @@ from rich.padding import Padding
 from rich.text import Text
 
 from nfi_monitor.report import terminal, wording
-from nfi_monitor.report.json_values import plain
+from nfi_monitor.report.json_values import as_json
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism
 
 
 class Seen(str, Enum):
+    """Whether a quantity crossed its threshold in the steps that were searched."""
+
     CROSSED = "crossed"
     NOT_CROSSED = "not_crossed"
     NOT_MEASURED = "not_measured"
@@ -27,16 +30,17 @@ class Seen(str, Enum):
 
 @dataclass(frozen=True)
 class Finding:
-    """One quantity, held against one threshold over the steps that were looked at.
+    """One quantity compared with one threshold over the steps that were searched.
 
-    ``after`` and ``at`` are the readings between which it crossed (``after`` None: there is none before
-    ``at``; both None: not on record), ``then`` and ``now`` its value at ``at`` and at the end, ``extreme``
-    the value nearest to the threshold, or farthest beyond it.  Values in the unit of ``threshold``.
+    It crossed between the readings at steps ``after`` and ``at``.  ``after`` is None if there is no earlier
+    reading; both are None if the crossing is not on record.  ``then`` is its value at ``at``, ``now`` its
+    value at the end, ``extreme`` the value nearest to the threshold or farthest beyond it.  All values are in
+    the unit of ``threshold``.
     """
 
     quantity: str  # a name of nfi_monitor.quantities.QUANTITIES
     seen: Seen
-    text: str  # the same in plain words
+    text: str  # the finding in words, without a full stop
     threshold: float | None = None
     after: int | None = None
     at: int | None = None
@@ -44,30 +48,44 @@ class Finding:
     then: float | None = None
     now: float | None = None
     extreme: float | None = None
-    own: bool = False  # one of those that the alert's mechanism is known by
+    supports_mechanism: bool = False  # the alert's mechanism is recognized by this quantity
+
+    @property
+    def own(self) -> bool:
+        """The old name of ``supports_mechanism``."""
+        warnings.warn("Finding.own is now supports_mechanism.", DeprecationWarning, stacklevel=2)
+        return self.supports_mechanism
 
     def to_json(self) -> dict[str, Any]:
-        record: dict[str, Any] = plain({**asdict(self), "seen": str(self.seen)})
+        """Return a dict of JSON's own types, no NaN. The key of ``supports_mechanism`` is ``own``."""
+        values = asdict(self)
+        values["own"] = values.pop("supports_mechanism")
+        record: dict[str, Any] = as_json({**values, "seen": str(self.seen)})
         return record
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What :mod:`nfi_monitor.report.explain.compose` found. ``print`` and ``rich.print`` show it."""
+    """Why an alert was raised, and what speaks against other causes. ``print`` and ``rich.print`` show it."""
 
     alert: Alert
     window: tuple[int, int]
-    """First and last optimizer step that were looked at for causes."""
+    """First and last optimizer step that were searched for causes."""
     why_window: str
+    """Why the window begins where it does."""
     findings: tuple[Finding, ...]
     not_visible: tuple[str, ...]
+    """What the monitor could not measure, each with the reason."""
     follows: str
+    """What happened after the alert, or what to expect."""
     advice: str | None
 
     def of(self, seen: Seen) -> tuple[Finding, ...]:
+        """Return the findings with this status, in their order."""
         return tuple(finding for finding in self.findings if finding.seen is seen)
 
     def title(self) -> str:
+        """Return the alert's id, its steps and its mechanism with the confidence."""
         alert = self.alert
         if alert.state is AlertState.FIRING:
             steps = f"since step {alert.first_step:,}"
@@ -81,33 +99,33 @@ class Explanation:
         return f"{alert.id}, {steps} ({name}, confidence {100 * alert.confidence:.0f}%)"
 
     def lines(self) -> list[tuple[str, str]]:
-        """(what, text), in the order they are read."""
+        """Return the paragraphs as (heading, text), in the order they are read."""
         first, last = self.window
         crossed = self.of(Seen.CROSSED)
         unknown = self.alert.mechanism is Mechanism.UNKNOWN
-        own = [finding.text for finding in crossed if finding.own or unknown]
-        other = [finding.text for finding in crossed if not (finding.own or unknown)]
+        own = [finding.text for finding in crossed if finding.supports_mechanism or unknown]
+        other = [finding.text for finding in crossed if not (finding.supports_mechanism or unknown)]
         missing = [finding.text for finding in self.of(Seen.NOT_CROSSED)]
-        lines = [("Looked at", f"steps {first:,}–{last:,}, {self.why_window}.")]
+        lines = [("Steps searched", f"steps {first:,}–{last:,}, {self.why_window}.")]
         if unknown and self.alert.kind is not AlertKind.NON_FINITE:
-            lines.append(("Cause", "No mechanism known to the monitor preceded it."))
-        lines.append(("What crossed", _sentence(own) if own else "nothing that is on record."))
+            lines.append(("Cause", "Unknown: no sign of a mechanism that the monitor knows came before it."))
+        lines.append(("Crossed", _sentence(own) if own else "nothing in these readings."))
         if other:
             lines.append(("Also crossed", _sentence(other)))
         if missing:
-            lines.append(("What was not seen", _sentence(missing)))
+            lines.append(("Did not cross", _sentence(missing)))
         if self.not_visible:
-            lines.append(("Not visible", _sentence(self.not_visible)))
+            lines.append(("Not measured", _sentence(self.not_visible)))
         lines.append(("What follows", self.follows))
         if self.advice:
             lines.append(("What to do", self.advice))
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain types, no NaN."""
+        """Return a dict of JSON's own types, no NaN."""
         alert = self.alert.to_json()
         keys = ("id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence")
-        record: dict[str, Any] = plain(
+        record: dict[str, Any] = as_json(
             {
                 **{key: alert[key] for key in keys},
                 "window": list(self.window),
@@ -124,7 +142,7 @@ class Explanation:
         return "\n".join([self.title() + ".", *(f"{what}: {text}" for what, text in self.lines())])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        say = terminal.shown(options.ascii_only)
+        say = terminal.cleaner(options.ascii_only)
         yield Text(say(self.title()), style="bold")
         for what, text in self.lines():
             yield Padding(Text.assemble((f"{what}: ", "dim"), say(text)), (0, 0, 0, 2))

@@ -1,4 +1,4 @@
-"""A run on disk: written while it trains, read back for reports, by one process at a time."""
+"""Write a run to disk while it trains, and read it for reports."""
 
 from nfi_monitor.report.run_directory.files import (
     ALERTS,

@@ -1,4 +1,4 @@
-"""The files of a run directory: their names, whether they are there, and what a line of them holds."""
+"""Name the files of a run directory, check that they exist, and parse one line."""
 
 from __future__ import annotations
 
@@ -6,24 +6,20 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
+from typing import Any
 
 RUN, READINGS, ALERTS = "run.json", "readings.jsonl", "alerts.jsonl"
-
 REPLAYS = "replays.jsonl"  # made by the first replay
 
 
 class RunDirectoryError(ValueError):
-    """A path that holds no readable run; the message says what is there and what to pass instead."""
+    """Raised for a path without a readable run; the message says what is there and what to pass instead."""
 
 
 def check_run(path: str | os.PathLike[str]) -> Path:
-    """The path, if a run directory is there. Raises RunDirectoryError that says what is there instead."""
+    """Return the path if it is a run directory. Raises RunDirectoryError that says what is there instead."""
     path = Path(path)
-    want = "Pass the directory that was given to Monitor(run_dir=...)."
+    want = "Pass the directory that you gave to Monitor(run_dir=...)."
     if not path.exists():
         raise RunDirectoryError(f"{path} does not exist. {want}")
     if not path.is_dir():
@@ -40,20 +36,20 @@ def check_run(path: str | os.PathLike[str]) -> Path:
         raise RunDirectoryError(f"cannot list {path}: {error.strerror}. {want}") from error
     if runs:
         raise RunDirectoryError(
-            f"{path} is not itself a run directory but holds {len(runs)}: "
+            f"{path} is not a run directory, but contains {len(runs)}: "
             f"pass one of {', '.join(str(run) for run in runs[:5])}{', ...' if len(runs) > 5 else ''}"
         )
     names = ", ".join(entry.name for entry in found[:5]) + (", ..." if len(found) > 5 else "")
     raise RunDirectoryError(
-        f"{path} holds no {RUN} and no {READINGS} (found: {names or 'nothing, it is empty'}). {want}"
+        f"{path} contains no {RUN} and no {READINGS} (found: {names or 'nothing, it is empty'}). {want}"
     )
 
 
 def parse_line(line: bytes | str) -> dict[str, Any] | None:
-    """One line of a ``.jsonl`` file, or None if it is torn or holds something else than an object."""
+    """Parse one line of a ``.jsonl`` file. Return None if the line is torn or is not a JSON object."""
     try:
         record = json.loads(line)
-    except ValueError:  # also what is no UTF-8: a torn line may end inside a character
+    except ValueError:  # also for invalid UTF-8: a torn line may end inside a character
         return None
     return record if isinstance(record, dict) else None
 
@@ -63,9 +59,11 @@ def _is_run(path: Path) -> bool:
 
 
 def notes_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the notes in ``run.json``; an empty list if there are none or they are damaged."""
     notes = info.get("notes")
     return [note for note in notes if isinstance(note, dict)] if isinstance(notes, list) else []
 
 
 def as_int(value: Any, default: int = 0) -> int:
+    """Return ``value`` if it is an int, else ``default``."""
     return value if isinstance(value, int) else default

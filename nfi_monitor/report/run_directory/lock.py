@@ -1,10 +1,10 @@
-"""One process at a time writes into a run directory.
+"""Lock a run directory, so that one process at a time writes into it.
 
-Two that write into one would give a record of neither, so the second is refused, and told who holds it.  A
-POSIX record lock: network file systems honour it, the kernel drops it with the process that was killed, and a
-forked worker does not inherit it.  (``flock`` lost: orphaned workers would hold it.  A file that is the lock
-by being there lost: it outlives a ``kill -9``.)  Within one process nobody is refused: what resumes a run in
-the same program takes over from a monitor that was never closed, and the record counts that as a session.
+The files of two processes would mix.  So the second process is refused, with a message that names the first.
+The lock is a POSIX record lock: network file systems support it, the kernel releases it when the process is
+killed, and a forked worker does not inherit it.  (``flock`` was tried: orphaned workers keep it.  A lock file
+without a lock was tried: it survives ``kill -9``.)  The same process may lock a directory twice: a program
+that resumes a run takes over from a monitor that was never closed, and the files count that as a new session.
 """
 
 from __future__ import annotations
@@ -19,27 +19,29 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows: nobody is refused there
+except ImportError:  # Windows: no locks there, so no process is refused
     fcntl = None  # type: ignore[assignment]
 
 LOCK = ".lock"
 
 
 class DirectoryInUseError(OSError):
-    """Another process writes into this run directory; the message says which."""
+    """Raised if another process writes into this run directory; the message names it."""
 
 
-# (Process, directory) → descriptor and how many hold it.  One for the process: closing any descriptor of a
-# file gives up all of the process's POSIX locks on it.  With its id: a forked child holds nothing.
+# (Process id, directory) → descriptor and the number of holders.  One descriptor for the whole process:
+# closing any descriptor of a file releases all POSIX locks of the process on it.  The process id is a part of
+# the key because a forked child holds no lock.
 _HELD: dict[tuple[int, str], tuple[int, int]] = {}
 _GUARD = threading.Lock()
 
 
 class DirectoryLock:
-    """``acquire`` and ``release`` may be called any number of times; the directory has to exist.
+    """Lock an existing directory. ``acquire`` and ``release`` may be called any number of times.
 
-    Raises DirectoryInUseError where another process holds it, OSError where nothing can be written.
-    Where the file system has no locks, nobody is refused.  Released with the object, too.
+    ``acquire`` raises DirectoryInUseError if another process holds the lock, and OSError if the lock file
+    cannot be written.  On a file system without locks, no process is refused.  The lock is also released when
+    the object is deleted.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -58,7 +60,7 @@ class DirectoryLock:
         self._held = weakref.finalize(self, _release, key)
 
     def release(self) -> None:
-        """The last holder of this process removes the file."""
+        """Release the lock; the last holder in this process removes the lock file."""
         held, self._held = self._held, None
         if held is not None:
             held()
@@ -72,10 +74,10 @@ class DirectoryLock:
                     fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except OSError as error:
                     if error.errno not in (errno.EACCES, errno.EAGAIN):
-                        return descriptor  # no locks here
+                        return descriptor  # this file system has no locks
                     raise self._refused(descriptor) from None
-                # Who held it may have removed the file between open and lock: then somebody else may make and
-                # lock another one.
+                # The last holder may have removed the file between open and lock.  Then the lock is on a file
+                # without a name, and another process can make and lock a new one: try again.
                 if _same(file, descriptor):
                     os.ftruncate(descriptor, 0)
                     os.write(descriptor, f"{os.getpid()} {socket.gethostname()}".encode())
@@ -90,14 +92,14 @@ class DirectoryLock:
         who = f"process {pid} on {host}" if pid.isdigit() else "another process"
         return DirectoryInUseError(
             errno.EBUSY,
-            f"{self._path} is being written by {who}: two runs in one directory would be a record of "
-            "neither. Pass a run_dir= of its own to each; the training goes on, without files",
+            f"{self._path} is in use: {who} writes a run into it. This run writes no files, and the training "
+            "goes on. Pass another run_dir= to write files",
         )
 
 
 def _release(key: tuple[int, str]) -> None:
     if key[0] != os.getpid():
-        return  # a forked child: the lock is its parent's
+        return  # in a forked child: the parent holds the lock
     with _GUARD:
         descriptor, holders = _HELD.pop(key, (-1, 0))
         if holders > 1:
@@ -105,7 +107,7 @@ def _release(key: tuple[int, str]) -> None:
         elif descriptor >= 0:
             file = Path(key[1], LOCK)
             with contextlib.suppress(OSError):
-                if _same(file, descriptor):  # not where the directory was made anew by somebody else
+                if _same(file, descriptor):  # False if the directory was deleted and made again
                     file.unlink()
             os.close(descriptor)
 

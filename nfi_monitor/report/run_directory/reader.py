@@ -1,4 +1,4 @@
-"""Read a run directory back, also one that is still being written or was killed."""
+"""Read a run directory, also of a run that still trains or was killed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nfi_monitor.history import History
 from nfi_monitor.quantities import QUANTITIES
@@ -26,36 +26,31 @@ from nfi_monitor.report.run_directory.files import (
 )
 from nfi_monitor.types import Alert, Note, Phase
 
-if TYPE_CHECKING:
-    pass
-
-# --- reading ----------------------------------------------------------------------------------------
-
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run as read back from its directory."""
+    """A run as read from its directory."""
 
     info: dict[str, Any]
-    """What ``run.json`` holds; empty if it is missing."""
+    """The content of ``run.json``; empty if it is missing."""
     history: History
     phases: list[tuple[int, Phase]]
-    """(optimizer step, phase entered there); changes only, the first is (0, HEALTHY)."""
+    """Changes of phase as (optimizer step, new phase); the first is (0, HEALTHY)."""
     alerts: list[Alert]
     """The last state of each alert, oldest first."""
     notes: list[Note]
     problems: list[str] = field(default_factory=list)
-    """What could not be read, each a sentence with the file's name."""
+    """One sentence for each thing that could not be read, with the file's name."""
     replays: list[ReplayVerdict] = field(default_factory=list)
     """Verdicts of replays, in the order they were made."""
 
 
 def read_run(path: str | os.PathLike[str]) -> RunRecord:
-    """Read a run directory back, also one that is still being written or was killed.
+    """Read a run directory, also of a run that still trains or was killed.
 
-    What is torn, or comes from a newer version, is skipped and listed in ``problems``.  Where a run
-    was resumed from an earlier step, what was measured again replaces what was measured first.
-    Raises RunDirectoryError for a path that is no run directory.
+    Torn lines, and those of a newer version that cannot be read, are skipped and listed in ``problems``.  If
+    the run was resumed from an earlier step, the later readings of the same steps replace the earlier ones.
+    Raises RunDirectoryError if the path is not a run directory.
     """
     path = check_run(path)
     problems: list[str] = []
@@ -75,13 +70,13 @@ def _read_info(path: Path, problems: list[str]) -> dict[str, Any]:
     try:
         info = json.loads((path / RUN).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        problems.append(f"{RUN}: missing, so the head, the optimizer and the thresholds are not known")
+        problems.append(f"{RUN}: missing, so the head, the optimizer and the thresholds are unknown")
     except (OSError, ValueError) as error:
         problems.append(f"{RUN}: cannot be read ({error})")
     else:
         if isinstance(info, dict):
             return info
-        problems.append(f"{RUN}: holds no object")
+        problems.append(f"{RUN}: is not a JSON object")
     return {}
 
 
@@ -95,14 +90,14 @@ def _lines(path: Path, problems: list[str]) -> Iterator[bytes]:
         problems.append(f"{path.name}: cannot be read ({error.strerror})")
 
 
-# The writer puts the step first and the session last, so the first pass need not parse forty numbers.
+# The writer puts the step first and the session last: the first pass does not parse the numbers between them.
 _EDGES = re.compile(rb'\{"step": (-?\d+),.*\}(?:, "session": (\d+))?\}\s*')
 
 
 def _resumed_at(path: Path) -> dict[int, int]:
-    """Session → its first step, for the sessions after the first one."""
+    """Return {session: its first step} for all sessions but the first."""
     first: dict[int, int] = {}
-    for line in _lines(path, []):  # the second pass says what cannot be read
+    for line in _lines(path, []):  # the second pass collects the problems
         match = _EDGES.fullmatch(line)
         if match and match[2]:
             session, step = int(match[2]), int(match[1])
@@ -111,7 +106,7 @@ def _resumed_at(path: Path) -> dict[int, int]:
 
 
 def _replaced(step: int, session: int, resumed_at: Mapping[int, int]) -> bool:
-    """Whether a later session went back to this step or before it, and so did it again."""
+    """Return whether a later session began at this step or before it, and so measured it again."""
     return any(later > session and first <= step for later, first in resumed_at.items())
 
 
@@ -147,17 +142,21 @@ def _read_readings(
     if replaced:
         problems.append(
             f"{path.name}: the run was resumed from an earlier step; {replaced} "
-            f"{'reading was' if replaced == 1 else 'readings were'} replaced by what was measured again"
+            f"{'reading was' if replaced == 1 else 'readings were'} replaced by newer ones of the same steps"
         )
     if strange_names:
-        problems.append(f"{path.name}: skipped quantities this version does not know: {_some(strange_names)}")
+        problems.append(
+            f"{path.name}: skipped quantities that this version does not know: {_some(strange_names)}"
+        )
     if strange_phases:
-        problems.append(f"{path.name}: skipped phases this version does not know: {_some(strange_phases)}")
+        problems.append(
+            f"{path.name}: skipped phases that this version does not know: {_some(strange_phases)}"
+        )
     return history, phases
 
 
 def _read_alerts(path: Path, resumed_at: Mapping[int, int], problems: list[str]) -> list[Alert]:
-    # Not by id alone: a run that was resumed without the monitor's state counts its alerts anew.
+    # The id alone is no key: a run that was resumed without the monitor's state numbers alerts from 1 again.
     alerts: dict[tuple[str, int], Alert] = {}
     torn, torn_last, strange = 0, False, set[str]()
     for line in _lines(path, problems):
@@ -171,13 +170,13 @@ def _read_alerts(path: Path, resumed_at: Mapping[int, int], problems: list[str])
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             strange.add(str(error))
             continue
-        # By its last step: of an alert that the run went back into, what came after that has not happened.
+        # By its last step: if the run went back into an alert, the later part of that alert was undone.
         if not _replaced(alert.last_step, as_int(record.get("session"), 1), resumed_at):
             alerts[alert.id, alert.first_step] = alert
     if torn:
         problems.append(_torn(path.name, torn, torn_last))
     if strange:
-        problems.append(f"{path.name}: skipped alerts this version cannot read: {_some(strange)}")
+        problems.append(f"{path.name}: skipped alerts that this version cannot read: {_some(strange)}")
     # sorted() is stable: alerts that began at the same step stay in the order they were written.
     return sorted(alerts.values(), key=lambda alert: alert.first_step)
 
@@ -201,12 +200,12 @@ def _read_replays(path: Path, resumed_at: Mapping[int, int], problems: list[str]
     if torn:
         problems.append(_torn(path.name, torn, torn_last))
     if strange:
-        problems.append(f"{path.name}: skipped replays this version cannot read: {_some(strange)}")
+        problems.append(f"{path.name}: skipped replays that this version cannot read: {_some(strange)}")
     return verdicts
 
 
 def _torn(name: str, count: int, last: bool) -> str:
-    where = " (last)" if last and count == 1 else " (the last one among them)" if last else ""
+    where = " (last)" if last and count == 1 else " (including the last)" if last else ""
     return f"{name}: skipped {count} torn {'line' if count == 1 else 'lines'}{where}"
 
 

@@ -1,13 +1,13 @@
-"""Keep ``readings.jsonl`` within its budget: old readings get sparser.
+"""Keep ``readings.jsonl`` within its budget: remove about every second reading of the older half.
 
-Of the older half about every second reading goes: what stays is the first of every so many steps, full
-readings and those of the loss alone counted apart.  So the recent past keeps its full resolution and all of
-the distant past the same, coarser one.  (Dropping every second line lost: pass after pass halves the oldest
-again, until nothing of a run's beginning is left.)  The first reading of a phase and of a session stays.
-They say when phases began and where a run was resumed.  Alerts have a file of their own: none is removed.
+Steps are divided into intervals of equal length, and the first reading of each interval stays; full readings
+and readings of the loss alone are treated separately.  So recent readings keep their full resolution, and all
+old readings have the same, coarser one.  (Removing every second line was tried: each pass halves the oldest
+lines again, until the beginning of the run is gone.)  The first reading of each phase and of each session
+stays: it says when the phase began, or where the run was resumed.  Alerts are in another file, and all stay.
 
-The thinned file takes the old one's place at once (:mod:`nfi_monitor.atomic_write`).  (Numbered segments lost:
-every reader would have to know them, and one that opens them in turn would mix two generations.)
+The thinned file replaces the old one in one step (:mod:`nfi_monitor.atomic_write`).  (Numbered segments were
+tried: every reader would have to know them, and could mix two generations.)
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from nfi_monitor.atomic_write import replacing
 from nfi_monitor.history import thinning_interval
 
 READINGS_BYTES = 64 << 20
-"""Size of ``readings.jsonl`` at which it is thinned, to about three quarters."""
+"""Size of ``readings.jsonl`` at which it is thinned, to about three quarters of it."""
 
-# Both ends of a line, as the writer makes them: what is between need not be looked at.
+# Both ends of a line, as the writer makes them; the numbers between them are not parsed.
 _BEGIN = re.compile(rb'\{"step": (-?\d+), "phase": "(\w+)", "values": \{("loss": [^,}]*\})?')
 _END = re.compile(rb'\}(?:, "session": (\d+))?\}\s*$')
 
 
 def thin(path: Path) -> None:
-    """Replace the file of readings by a thinner one. Raises OSError, the file being as it was."""
+    """Replace the file of readings by a thinner one. Raises OSError, and then leaves the file unchanged."""
     with replacing(path) as new, open(path, "rb") as old:
         half = os.fstat(old.fileno()).st_size // 2
         every = [thinning_interval(np.array(steps, dtype=np.int64)) for steps in _steps(old, half)]
@@ -43,7 +43,7 @@ def thin(path: Path) -> None:
         while done < half and (line := old.readline()):
             done += len(line)
             begin, end = _BEGIN.match(line), _END.search(line, max(0, len(line) - 40))
-            if begin is None or end is None:  # torn, or a newer version's: not ours to judge
+            if begin is None or end is None:  # torn, or from a newer version: keep it
                 new.write(line)
                 continue
             of, full = (begin[2], end[1]), begin[3] is None
@@ -55,7 +55,7 @@ def thin(path: Path) -> None:
 
 
 def _steps(file: BinaryIO, end: int) -> tuple[array[int], array[int]]:
-    """The steps of the readings of the loss alone, and of the full ones, up to byte ``end``."""
+    """Return the steps of the readings of the loss alone, and of the full ones, up to byte ``end``."""
     steps = (array("q"), array("q"))
     done = 0
     while done < end and (line := file.readline()):

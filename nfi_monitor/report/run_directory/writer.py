@@ -1,9 +1,9 @@
 """Write a run into its directory: ``run.json``, ``readings.jsonl``, ``alerts.jsonl``, ``replays.jsonl``.
 
-Each line is one ``os.write`` of a complete line on a descriptor opened with ``O_APPEND``: no buffer
-that a ``kill -9`` could swallow.  At worst the last line is torn; the reader skips it and says so, and a
-resumed run starts on a fresh line.  ``run.json`` changes rarely and is replaced atomically.  One process
-writes (:mod:`~nfi_monitor.report.run_directory.lock`); ``readings.jsonl`` keeps to a budget
+Each line is written by one ``os.write`` on a descriptor that was opened with ``O_APPEND``.  There is no
+buffer that ``kill -9`` could lose.  At worst the last line is torn: the reader skips it and says so, and a
+resumed run begins a new line.  ``run.json`` changes rarely and is replaced atomically.  One process at a time
+writes (:mod:`~nfi_monitor.report.run_directory.lock`).  ``readings.jsonl`` has a budget
 (:mod:`~nfi_monitor.report.run_directory.thinning`).
 """
 
@@ -22,35 +22,27 @@ from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.atomic_write import remove_leftovers, replacing
 from nfi_monitor.replay.verdict import ReplayVerdict
-from nfi_monitor.report.json_values import json_line, plain
-from nfi_monitor.report.run_directory.files import (
-    ALERTS,
-    READINGS,
-    REPLAYS,
-    RUN,
-    as_int,
-    notes_of,
-)
+from nfi_monitor.report.json_values import as_json, json_line
+from nfi_monitor.report.run_directory.files import ALERTS, READINGS, REPLAYS, RUN, as_int, notes_of
 from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
 from nfi_monitor.report.run_directory.thinning import READINGS_BYTES, thin
+from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading, finite_or_none
 
 if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
 
-LOOK_SECONDS = 1.0
-"""Between two looks whether the file is still there: a look makes a network file system flush it."""
-
-# --- writing ----------------------------------------------------------------------------------------
+CHECK_SECONDS = 1.0
+"""Seconds between two checks that the file still exists: a check makes a network file system flush it."""
 
 
-class RunDirectory:
-    """A sink that writes a run into a directory (created at :meth:`start`, with its parents).
+class RunDirectory(SinkBase):
+    """Write a run into a directory. A sink; :meth:`start` creates the directory and its parents.
 
-    Starting in a directory that already holds a run appends to it: a resumed run is one run.  From
-    ``readings_bytes`` on, old readings are thinned.  Raises OSError, with the path and what to do, where the
-    directory cannot be made or a line not written, and DirectoryInUseError where another process writes to
-    it.  What has raised is closed: nothing is written after a gap.
+    If the directory holds a run, this one is appended: a resumed run is one run.  At ``readings_bytes``, old
+    readings are thinned.  Raises OSError, with the path and what to do, if the directory cannot be made or a
+    line cannot be written, and DirectoryInUseError if another process writes there.  After an error all files
+    are closed: nothing is written after a gap.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, readings_bytes: int = READINGS_BYTES) -> None:
@@ -59,15 +51,15 @@ class RunDirectory:
         self._budget = readings_bytes
         self._thin_at = readings_bytes
         self._size = 0  # of the readings
-        self._linked = False  # whether this file system counts links
-        self._looked = -math.inf
+        self._linked = False  # True if this file system counts links: 0 then means a deleted file
+        self._checked = -math.inf
         self._info: dict[str, Any] = {}
         self._notes: list[dict[str, Any]] = []
         self._files: dict[str, int] = {}
-        self._session: dict[str, int] = {}  # {"session": 2} in each line after a resume
+        self._session: dict[str, int] = {}  # {"session": 2}, added to each line after a resume
 
     def start(self, info: Mapping[str, Any]) -> None:
-        with self._explained(self.path):
+        with self._with_advice(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
             for name in (RUN, READINGS):
@@ -77,7 +69,7 @@ class RunDirectory:
         if previous or (self.path / READINGS).exists():
             self._session = {"session": as_int(previous.get("session"), 1) + 1}
         for name in (READINGS, ALERTS):
-            with self._explained(self.path / name):
+            with self._with_advice(self.path / name):
                 self._files[name] = _open_for_lines(self.path / name)
         opened = os.fstat(self._files[READINGS])
         self._size, self._linked = opened.st_size, opened.st_nlink > 0
@@ -86,7 +78,7 @@ class RunDirectory:
     def reading(self, reading: Reading, phase: Phase) -> None:
         values = {name: finite_or_none(value) for name, value in reading.values.items()}
         record = {"step": reading.step, "phase": str(phase), "values": values, **self._session}
-        # Names and numbers of our own: nothing in them has to be spelled out as in an alert.
+        # Only names and numbers of the monitor's own: no control character can be in them.
         self._size += self._append(READINGS, (json.dumps(record, allow_nan=False) + "\n").encode())
         if self._size >= self._thin_at:
             self._thin()
@@ -99,12 +91,12 @@ class RunDirectory:
 
     def replay(self, verdict: ReplayVerdict) -> None:
         if self._files and REPLAYS not in self._files:
-            with self._explained(self.path / REPLAYS):
+            with self._with_advice(self.path / REPLAYS):
                 self._files[REPLAYS] = _open_for_lines(self.path / REPLAYS)
         self._append(REPLAYS, json_line({**verdict.to_json(), **self._session}))
 
     def went_back(self) -> None:
-        """What is measured again replaces what was measured first, as in a run that is resumed."""
+        """Begin a new session, as a resumed run does: its readings replace earlier ones of the same steps."""
         self._session = {"session": self._session.get("session", 1) + 1}
         self._write_info(self._info)
 
@@ -112,55 +104,53 @@ class RunDirectory:
         try:
             self._write_info(info)
         finally:
-            self._let_go()
+            self._close_files()
 
-    def _let_go(self) -> None:
+    def _close_files(self) -> None:
         files, self._files = self._files, {}
         for descriptor in files.values():
-            with contextlib.suppress(OSError):  # a network file system may complain of what it wrote before
+            with contextlib.suppress(OSError):  # a network file system may report an earlier error here
                 os.close(descriptor)
         self._lock.release()
 
     def _append(self, name: str, line: bytes) -> int:
-        """Write a line; returns its length in bytes."""
+        """Write a line and return its length in bytes."""
         if name not in self._files:
-            raise OSError(f"{self.path / name} is not open: call start() first, and nothing after close().")
+            raise OSError(f"{self.path / name} is not open: call start() before, and nothing after close().")
         rest = line
-        with self._explained(self.path / name):
+        with self._with_advice(self.path / name):
             now = time.monotonic()
-            if self._linked and now - self._looked >= LOOK_SECONDS:
-                self._looked = now
-                if (
-                    os.fstat(self._files[name]).st_nlink == 0
-                ):  # written on, it would be a file nobody can open
-                    raise FileNotFoundError(errno.ENOENT, "it was removed while the run went on")
-            while rest:  # a full disk may take a part of a line before it says no
+            if self._linked and now - self._checked >= CHECK_SECONDS:
+                self._checked = now
+                if os.fstat(self._files[name]).st_nlink == 0:  # nobody could open what is written now
+                    raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
+            while rest:  # a full disk may take a part of a line before it refuses the rest
                 rest = rest[os.write(self._files[name], rest) :]
         return len(line)
 
     def _thin(self) -> None:
-        # No room for the copy beside it is no reason to stop: the file stays as it is for now.
+        # The copy may not fit on the disk.  Then the file stays as it is, and the run goes on.
         with contextlib.suppress(OSError):
             thin(self.path / READINGS)
-        with self._explained(self.path / READINGS):
+        with self._with_advice(self.path / READINGS):
             old, self._files[READINGS] = self._files[READINGS], _open_for_lines(self.path / READINGS)
             os.close(old)
             self._size = os.fstat(self._files[READINGS]).st_size
-        # Where little could go, the next pass waits until it is worth its while.
+        # If little could be removed, wait until the file has grown by an eighth of the budget.
         self._thin_at = max(self._budget, self._size + self._budget // 8)
 
     def _write_info(self, info: Mapping[str, Any], notes: list[dict[str, Any]] | None = None) -> None:
-        """Replace run.json; notes are the union of all that were ever said, in their order."""
-        for note in [*notes_of(plain(info)), *(notes or [])]:
+        """Replace run.json. Its notes are those of all sessions, in their order and without repetition."""
+        for note in [*notes_of(as_json(info)), *(notes or [])]:
             if note not in self._notes:
                 self._notes.append(note)
-        self._info = {**plain(info), **self._session, "notes": self._notes}
+        self._info = {**as_json(info), **self._session, "notes": self._notes}
         target = self.path / RUN
-        with self._explained(target), replacing(target) as file:
+        with self._with_advice(target), replacing(target) as file:
             file.write(json_line(self._info, indent=2))
 
     def _previous_info(self) -> dict[str, Any]:
-        """What an earlier run left here; an unreadable run.json is about to be replaced anyway."""
+        """Return the run.json of an earlier session; empty if there is none or it cannot be read."""
         try:
             info = json.loads((self.path / RUN).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -168,24 +158,24 @@ class RunDirectory:
         return info if isinstance(info, dict) else {}
 
     @contextlib.contextmanager
-    def _explained(self, path: Path) -> Iterator[None]:
-        """Re-raise an OSError of the same errno whose message says what to do; and write no more."""
+    def _with_advice(self, path: Path) -> Iterator[None]:
+        """Close all files after an OSError, and raise one with the same errno that says what to do."""
         try:
             yield
         except DirectoryInUseError:
             raise
         except OSError as error:
-            self._let_go()
+            self._close_files()
             reason = error.strerror or str(error)
             raise OSError(
                 error.errno,
-                f"cannot write {path}: {reason}. Readings and alerts from here on are not on disk. "
-                "Free space or pass run_dir= a directory you can write to; the training goes on.",
+                f"cannot write {path}: {reason}. From here on, readings and alerts are not saved; the "
+                "training goes on. Free disk space, or pass a directory that you can write to as run_dir=.",
             ) from error
 
 
 def _open_for_lines(path: Path) -> int:
-    """A descriptor that appends, at the start of a line even if the last writer was killed in one."""
+    """Open a file for appending; end its last line first if the last writer was killed inside it."""
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
     try:
         if os.fstat(descriptor).st_size:

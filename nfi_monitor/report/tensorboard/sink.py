@@ -1,14 +1,15 @@
-"""Scalars, panels with threshold bands and alerts as text, for a stock TensorBoard, and what the tab reads.
+"""Write scalars, panels with threshold bands, and alerts as text for a stock TensorBoard.
 
-The tab's part is in :mod:`nfi_monitor.report.tensorboard.tab_data`.  What decides the form of the stock part:
+The same sink writes the records of the NFI tab (:mod:`nfi_monitor.report.tensorboard.tab_data`).  Why the
+stock part has its form:
 
-- One event a reading that carries all its scalars, and in quick runs not every reading: TensorBoard's
-  writer computes its checksums in Python, 0.7 ms for forty scalars, and shows 1,000 points a curve.
-- TensorBoard keeps a sample of the text records of a tag, but always the last.  So each alert has a tag
-  of its own, and the overview ``nfi/alerts`` is rewritten as a whole.
-- Files can only grow: of a long run, fewer and fewer readings are written.
-- A margin chart draws a band only where value, lower and upper edge have the same steps; thresholds are
-  therefore written beside every value, not once.
+- All scalars of a reading are one event, and a run with fast steps writes only some readings.  TensorBoard's
+  writer computes checksums in Python (0.7 ms for forty scalars), and a curve shows 1,000 points at most.
+- TensorBoard keeps a sample of the text records of a tag, but always the last one.  So each alert has a tag
+  of its own, and the overview ``nfi/alerts`` is always written as a whole.
+- Files can only grow: the longer a run is, the fewer readings are written.
+- A margin chart draws a band only where the value, the lower and the upper edge have the same steps.  So the
+  thresholds are written beside every value, not once.
 """
 
 from __future__ import annotations
@@ -20,10 +21,10 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.replay.verdict import ReplayVerdict
-from nfi_monitor.report import wording
-from nfi_monitor.report.json_values import plain
+from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.tensorboard.tab_data import TabWriter
-from nfi_monitor.types import Alert, AlertState, Change, Evidence, Note, Phase, Reading
+from nfi_monitor.report.tensorboard.texts import alert_markdown, info_markdown, overview_markdown
+from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -32,9 +33,9 @@ if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
 
 EVENTS = 2048
-"""Readings written as scalars before only every second one is, then every fourth, and so on."""
+"""Readings written before the stride doubles: then every second one is written, later every fourth ..."""
 SLINGSHOT_EVENTS = 256
-"""Readings from a slingshot's beginning on that are written in any case."""
+"""Readings from the first one of a slingshot that are all written."""
 
 # quantity → the names in Thresholds where its state ends and begins
 _BANDS = {
@@ -44,23 +45,24 @@ _BANDS = {
     "rms_t_max": ("rms_t_exit", "rms_t_imminent"),
 }
 
-_OVERVIEW = 20  # alerts in the overview text; it is rewritten with each alert, so it must not grow
+_OVERVIEW = 20  # alerts in the overview text; it is written with each alert, so it must not grow
 _PHASES = {phase: index for index, phase in enumerate(Phase)}
 
 
 def available() -> bool:
-    """Whether torch and tensorboard are installed, without importing either."""
+    """Return whether torch and tensorboard are installed, without importing them."""
     return all(importlib.util.find_spec(name) is not None for name in ("torch", "tensorboard"))
 
 
-class TensorBoardSink:
-    """A sink that writes TensorBoard event files into ``log_dir`` (made if need be).
+class TensorBoardSink(SinkBase):
+    """Write TensorBoard event files into ``log_dir``. A sink; it makes the directory if it is missing.
 
-    Readings closer together than ``min_seconds`` are left out (0: none are), except where the phase
-    changes, at the beginning of a slingshot, and the last; ``readings.jsonl`` and the tab have more of them.
-    ``describe`` gives the run's description as it is now: asked when an alert begins or ends, for the classes
-    that absorb.  ``lock``: held while files are open.  Raises ImportError at :meth:`start`, with what to
-    install, where tensorboard is missing, and DirectoryInUseError where another process writes there.
+    Readings that follow the last written one by less than ``min_seconds`` are left out (0: none), except
+    where the phase changes, at the beginning of a slingshot, and at the end.  ``readings.jsonl`` and the tab
+    have them.  ``describe`` returns the run's description; it is called when an alert begins or ends, for the
+    classes that absorb.  ``lock`` is held while files are open.  :meth:`start` raises ImportError, with what
+    to install, if tensorboard is missing, and DirectoryInUseError if another process writes into the
+    directory.
     """
 
     def __init__(
@@ -122,7 +124,7 @@ class TensorBoardSink:
         self._phase = phase
         self._skipped += 1
         due = now - self._written >= self._min_seconds and self._skipped >= self._stride
-        # A loss that never comes back makes a slingshot that never ends.
+        # Only the first SLINGSHOT_EVENTS of a slingshot: if the loss never recovers, it never ends.
         if due or self._in_phase == 0 or (phase is Phase.SLINGSHOT and self._in_phase < SLINGSHOT_EVENTS):
             self._written, self._skipped = now, 0
             self._write(reading, phase)
@@ -142,14 +144,14 @@ class TensorBoardSink:
         scalars["nfi/phase"] = _PHASES[phase]
         value = self._proto.Value
         proto = self._proto(value=[value(tag=tag, simple_value=number) for tag, number in scalars.items()])
-        file_writer: Any = self._open().file_writer  # set by its constructor; only close() takes it away
+        file_writer: Any = self._open().file_writer  # not None between the constructor and close()
         file_writer.add_summary(proto, reading.step)
 
     def alert(self, alert: Alert, change: Change) -> None:
         writer, tab = self._open(), self._opened_tab()
         writer.add_text(f"nfi/alerts/{alert.id}", alert_markdown(alert), alert.last_step)
         tab.alert(alert)
-        self._alerts.pop(alert.id, None)  # to the end: the overview lists the latest changes
+        self._alerts.pop(alert.id, None)  # move it to the end: the overview lists the latest changes
         self._alerts[alert.id] = alert
         if len(self._alerts) > _OVERVIEW:
             del self._alerts[next(iter(self._alerts))]
@@ -159,18 +161,18 @@ class TensorBoardSink:
             writer.add_text("nfi/alerts", text, alert.last_step)
             if self._describe is not None:
                 tab.describe(self._describe())
-            writer.flush()  # someone may be watching just for this
+            writer.flush()  # show it at once in a TensorBoard that is open
 
     def note(self, note: Note) -> None:
         self._open().add_text(f"nfi/notes/{note.code}", note.message, note.step)
         self._opened_tab().note(note)
 
     def replay(self, verdict: ReplayVerdict) -> None:
-        """For the tab only: a paragraph has no place among the stock panels."""
+        """Write the result for the tab only: the stock panels have no place for it."""
         self._opened_tab().replay(verdict)
 
     def went_back(self) -> None:
-        """For the tab a new session, as of a resumed run; the stock curves go back, as they do there."""
+        """Begin a new session for the tab, as a resumed run does. The stock curves go back in their steps."""
         tab = self._opened_tab()
         info = self._info if self._describe is None else self._describe()
         tab.close(info)
@@ -190,12 +192,12 @@ class TensorBoardSink:
 
     def _open(self) -> SummaryWriter:
         if self._writer is None:
-            raise RuntimeError("TensorBoardSink is not open: call start() first, and nothing after close().")
+            raise RuntimeError("TensorBoardSink is not open: call start() before, and nothing after close().")
         return self._writer
 
     def _opened_tab(self) -> TabWriter:
         self._open()
-        assert self._tab is not None  # made where the writer is
+        assert self._tab is not None  # start() makes both
         return self._tab
 
 
@@ -204,9 +206,9 @@ def _threshold_tag(quantity: str, edge: str) -> str:
 
 
 def layout(bands: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
-    """The custom-scalars layout: panels zero-sum, means, displacement, second moment, norms.
+    """Return the custom-scalars layout: panels zero-sum, means, displacement, second moment, norms.
 
-    A quantity in ``bands`` gets a margin chart; without thresholds it would show an error.
+    A quantity in ``bands`` gets a margin chart.  Without thresholds, a margin chart shows an error.
     """
 
     def lines(*names: str) -> list[Any]:
@@ -250,61 +252,3 @@ def layout(bands: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
             "update RMS": lines("update_rms"),
         },
     }
-
-
-def alert_markdown(alert: Alert) -> str:
-    """One alert with its evidence table and its advice."""
-    forecast = wording.forecast_in_words(alert)
-    over = alert.state is AlertState.RESOLVED
-    lines = [
-        f"**{wording.headline(alert)}**",
-        "",
-        f"- severity: {alert.severity}, {'resolved' if over else 'firing'}, phase {alert.phase}",
-        f"- steps: {alert.first_step:,}–{alert.last_step:,}",
-        f"- mechanism: {wording.mechanism_in_words(alert)}",
-    ]
-    lines += [f"- forecast: {forecast}"] if forecast else []
-    lines += [f"- layer: `{alert.layer}`"] if alert.layer else []
-    if alert.evidence:
-        lines += ["", "| quantity | value | threshold | baseline |", "|---|---:|---:|---:|"]
-        lines += [_evidence_row(name, item) for name, item in wording.ordered_evidence(alert).items()]
-    if alert.advice:
-        lines += ["", "What to do:", "", *(f"1. {item}" for item in alert.advice)]
-    return "\n".join(lines)
-
-
-def _evidence_row(name: str, item: Evidence) -> str:
-    cells = [
-        wording.label(name),
-        *(wording.amount(name, x) for x in (item.value, item.threshold, item.baseline)),
-    ]
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def overview_markdown(alerts: list[Alert], earlier: int) -> str:
-    """A table of the latest alerts, one row each, newest last."""
-    lines = ["| alert | severity | state | steps | what |", "|---|---|---|---|---|"]
-    lines += [
-        f"| {a.id} | {a.severity} | {a.state} | {a.first_step:,}–{a.last_step:,} | {wording.headline(a)} |"
-        for a in alerts
-    ]
-    if earlier:
-        lines += ["", f"{earlier:,} earlier: each has its own text under `nfi/alerts/`."]
-    return "\n".join(lines)
-
-
-def info_markdown(info: Mapping[str, Any]) -> str:
-    """The run's description as a table; what is nested as compact ``key value`` pairs."""
-    lines = ["| | |", "|---|---|"]
-    for key, value in plain(info).items():
-        if value is not None and value != [] and value != {}:
-            lines.append(f"| {key.replace('_', ' ')} | {_cell(value)} |")
-    return "\n".join(lines)
-
-
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return "<br>".join(f"{key.replace('_', ' ')}: {_cell(item)}" for key, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(_cell(item) for item in value)
-    return str(value).replace("|", "\\|").replace("\n", " ")

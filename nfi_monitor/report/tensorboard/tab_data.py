@@ -1,15 +1,17 @@
-"""What TensorBoard's NFI tab reads: every reading's key quantities, every alert in words, the run.
+"""Write the records of TensorBoard's NFI tab: every reading's key quantities, every alert, and the run.
 
-What decides the form:
+Why the records have their form:
 
-- TensorBoard keeps 1,000 random points of a scalar and 10 random records of any other tag, so a spike of
-  three steps is gone from its own curves.  It always keeps a tag's last record: what must not be lost
-  therefore has a tag of its own (128 readings are one tensor, one alert is one), rewritten while it grows.
-- The words are written, not only the numbers.  The tab draws what a run says of itself (titles, labels,
-  bands, advice), so runs of older and newer versions stand side by side and vocabulary lives in one place.
-- A long run must not grow without bound: every 1,024 tensors the next ones cover four times as many readings,
-  as the smallest and the largest value of each bucket.
-- A resumed run writes under tags of a new *session*; the tab drops what it measured again.
+- TensorBoard keeps 1,000 random points of a scalar and 10 random records of any other tag.  A spike of three
+  steps can be missing from its own curves.  But it always keeps the last record of a tag.  So everything that
+  must not be lost has a tag of its own: 128 readings are one tensor, an alert is one.  It is written again
+  while it grows.
+- Titles, labels, bands and advice are written with the numbers, and the tab shows them as they are.  So runs
+  of older and newer versions can be shown together, and the words are in one place, this package.
+- The files of a long run must not grow without bound: after every 1,024 tensors, each row covers four times
+  as many readings, by the smallest and the largest value of each bucket.
+- A resumed run writes under the tags of a new *session*.  The tab drops the earlier readings of the same
+  steps.
 """
 
 from __future__ import annotations
@@ -25,31 +27,31 @@ from typing import Any
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import wording
-from nfi_monitor.report.json_values import plain
+from nfi_monitor.report.json_values import as_json
 from nfi_monitor.types import Alert, Note, Phase, Reading
 
 PLUGIN = "nfi"
 FORMAT = 1
-"""Raised when an old tab could no longer read a new run; it then says so instead of guessing."""
+"""Version of the format: raise it if older tabs cannot read the records any more. They then say so."""
 ROWS = 128
 CHUNKS_PER_WIDTH = 1024
 UPDATES = 360
-"""The tab shows a run up to this share of its length ago, and at least ten seconds."""
+"""The readings are flushed after every 1/360 of the run's time, but at least ten seconds apart."""
 _PHASES = {phase: float(index) for index, phase in enumerate(Phase)}
 
 
 @dataclass(frozen=True)
 class Chart:
-    """Quantities that share an axis, each with the few words that tell it from the others there."""
+    """Quantities that share an axis, each with a short label."""
 
     title: str
     curves: Mapping[str, str]
     log: bool = True
-    key: bool = True  # shown at once; the others on request
+    key: bool = True  # shown at first; the others on request
     band: tuple[str, str] | None = None
-    """The thresholds between which a state neither begins nor ends."""
+    """Names of the thresholds where a state ends and begins."""
     band_means: str = ""
-    per_tau: bool = False  # the threshold is per τ, the quantity per step
+    per_tau: bool = False  # True: the threshold is per τ, the quantity per step
 
 
 CHARTS = (
@@ -122,10 +124,10 @@ _SHOWN = frozenset(name for chart in CHARTS for name in chart.curves)
 
 
 class TabWriter:
-    """Writes for the tab through ``file_writer``, the ``FileWriter`` inside torch's SummaryWriter.
+    """Write the tab's records through ``file_writer``, the ``FileWriter`` inside torch's SummaryWriter.
 
-    At most every ``seconds`` the tensor that is being filled is written as it is, and flushed, so that
-    someone who watches the run sees it move.  Raises ImportError where tensorboard is missing.
+    At most every ``seconds``, the tensor that is not full yet is written and flushed, so that an open tab
+    shows new readings.  Raises ImportError if tensorboard is missing.
     """
 
     def __init__(self, file_writer: Any, info: Mapping[str, Any], seconds: float = 10.0) -> None:
@@ -153,7 +155,7 @@ class TabWriter:
         values = reading.values
         if new := [name for name in values if name in _SHOWN and name not in self._columns]:
             self._end_bucket()
-            self._end_chunk()  # the columns of a tag are fixed by its first record
+            self._end_chunk()  # all records of a tag have the same columns
             self._columns.update(dict.fromkeys(new))
         self._step = reading.step
         index = _PHASES[phase]
@@ -163,7 +165,7 @@ class TabWriter:
         if self._width == 1:
             self._end_bucket()
         now = time.monotonic()
-        # The last tag is written again as it grows, and files only grow: seldomer as the run gets longer.
+        # The last tag is written again while it grows, and files only grow: write less often in longer runs.
         if now - self._written >= max(self._seconds, (now - self._started) / UPDATES):
             self._written = now
             self._write_chunk()
@@ -199,7 +201,7 @@ class TabWriter:
         self._write_run(closed=False)
 
     def describe(self, info: Mapping[str, Any]) -> None:
-        """``info`` has grown: the classes that absorb, above all."""
+        """Write the run's record again with a new ``info``: above all, more classes may absorb."""
         self._info = info
         self._write_run(closed=False)
 
@@ -233,7 +235,7 @@ class TabWriter:
         self._unwritten = False
         _, tensor_pb2, tensor_shape_pb2, types_pb2 = self._protos
         first = int(self._rows[0][0])
-        # float32 holds no step beyond 2^24; a distance to the first one always fits.
+        # float32 is not exact for steps beyond 2^24: store the distance to the first step.
         numbers = array("f", (x for row in self._rows for x in (row[0] - first, *row[1:])))
         shape = tensor_shape_pb2.TensorShapeProto(
             dim=[tensor_shape_pb2.TensorShapeProto.Dim(size=n) for n in (len(self._rows), len(self._rows[0]))]
@@ -245,7 +247,7 @@ class TabWriter:
         self._write(f"readings/{self._session}/{self._chunk:06d}", tensor, content, int(self._rows[-1][0]))
 
     def _write_run(self, *, closed: bool) -> None:
-        info = plain(self._info)
+        info = as_json(self._info)
         notes = {note.get("code"): note for note in [*(info.get("notes") or []), *self._notes]}
         record = {
             "format": FORMAT,
@@ -282,14 +284,14 @@ class TabWriter:
 
 
 def _cell(value: float | None) -> float:
-    """NaN: not measured.  What was measured and is NaN or Inf becomes ±Inf: a gap that is a finding."""
+    """Encode one value: NaN if it was not measured, ±Inf if it was measured and is NaN or Inf."""
     if value is None:
         return math.nan
     return math.inf if value != value else value
 
 
 def _extremes(rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
-    """Two rows for many: each column's smallest and largest value, in the order its ends suggest."""
+    """Replace rows by two with each column's extremes; the largest comes first if the column falls."""
     first, last = rows[0], rows[-1]
     low: list[float] = [first[0], first[1]]
     high: list[float] = [last[0], last[1]]
@@ -303,7 +305,7 @@ def _extremes(rows: Sequence[Sequence[float]]) -> list[Sequence[float]]:
 
 
 def facts(info: Mapping[str, Any]) -> list[list[str]]:
-    """``[label, text]`` of what a reader wants to know of a run at a glance."""
+    """Return ``[label, text]`` of the run's model, head, optimizer, dtype, τ and level."""
     optimizer = info.get("optimizer")
     optimizer = optimizer if isinstance(optimizer, Mapping) else {}
     settings = [
@@ -335,7 +337,7 @@ def _short(value: Any) -> str:
 
 
 def chart_json(chart: Chart, info: Mapping[str, Any]) -> dict[str, Any]:
-    """A chart as the tab draws it, with the thresholds of this run; no band where they are not known."""
+    """Return a chart as the tab draws it, with the thresholds of this run; no band if they are unknown."""
     thresholds = info.get("thresholds")
     thresholds = thresholds if isinstance(thresholds, Mapping) else {}
     scale = info.get("tau") if chart.per_tau else 1.0

@@ -116,7 +116,11 @@ def demand_explanation(rule: Rule) -> None:
             for shape in SHAPES:
                 phases = [(0, Phase.HEALTHY), (100, rule.phase)]
                 explained = explain(alert, history(name, shape), phases, Thresholds(), CONTEXT)
-                told |= {f.quantity for f in explained.of(Seen.CROSSED) if f.own and f.at is not None}
+                told |= {
+                    f.quantity
+                    for f in explained.of(Seen.CROSSED)
+                    if f.supports_mechanism and f.at is not None
+                }
     wanted = {level.quantity for level in rule.levels if rule.mechanism in level.supports} or set(
         rule.looks_at
     )

@@ -85,17 +85,17 @@ def test_an_explanation_reads_like_this() -> None:
     alert = replace(run.alerts["imminent-1"], steps_to_spike=(27, 54, 109), advice=("Do this.", "Or that."))
     assert str(run.explain(alert)) == (
         "imminent-1, since step 217 (numerical feature inflation, confidence 95%).\n"
-        "Looked at: steps 134–300, since the run was last healthy.\n"
-        "What crossed: zero-sum violation rose above 0.1 at step 135 (0.103 then, 0.697 now); growth of "
+        "Steps searched: steps 134–300, since the run was last healthy.\n"
+        "Crossed: zero-sum violation rose above 0.1 at step 135 (0.103 then, 0.697 now); growth of "
         "‖μ_G‖ rose above 1% per τ at step 163 (1.02% per τ then, 12% per τ now); logit displacement δ rose "
         "above 0.075 nat at step 217 (0.0767 nat then, 0.642 nat now).\n"
-        "What was not seen: sqrt(v) against its maximum stayed above 50% (smallest 100%); RMS_t, averaged, "
+        "Did not cross: sqrt(v) against its maximum stayed above 50% (smallest 100%); RMS_t, averaged, "
         "stayed above 0.5 (smallest 1); RMS_t stayed below 2.3 (largest 1); secant curvature stayed below 38 "
         "(largest 1.5); gradient alignment stayed above -0.4 (smallest 0.9); feature displacement stayed "
         f"below {Thresholds().imminent_exit} nat (largest 0.01 nat); the learning rate did not change; "
         "neither the loss nor a gradient nor a weight was NaN or Inf; the loss did not leave its floor "
         "meanwhile (largest 1e-07).\n"
-        "What follows: A slingshot is expected, ≈ 54 steps left (27–109), counted from step 300.\n"
+        "What follows: A slingshot is expected: ≈ 54 steps left (27–109), counted from step 300.\n"
         "What to do: Do this."
     )
 
@@ -154,8 +154,8 @@ def test_a_quantity_that_came_back_is_said_to_have() -> None:
 def test_a_slingshots_cause_is_held_against_the_levels_it_was_named_by() -> None:
     explanation = Run(steep_kick(), HINGE).explain("slingshot-1")
     assert "secant curvature rose above 19 at step 2,500" in line(explanation, "Also crossed")
-    assert "RMS_t rose above 1.5 at step 2,500" in line(explanation, "What crossed")
-    assert "curvature" not in line(explanation, "What was not seen")
+    assert "RMS_t rose above 1.5 at step 2,500" in line(explanation, "Crossed")
+    assert "curvature" not in line(explanation, "Did not cross")
 
 
 def test_a_loss_that_never_came_back_is_not_said_to_be_back() -> None:
@@ -171,7 +171,7 @@ def test_a_loss_that_never_came_back_is_not_said_to_be_back() -> None:
         "slingshot over, the loss stayed at 2.3, which is usual from now on (steps 201–702, 501 steps)"
     )
     assert line(explanation, "What follows") == (
-        "It is over, but the loss is not back: at step 702 it was 2.3, which is usual from then on."
+        "It is over, but the loss has not recovered: at step 702 it was 2.3, its new level."
     )
     assert json.loads(json.dumps(explanation.to_json()))["follows"] == line(explanation, "What follows")
     back = Run(rich_numeric(), NUMERIC)
@@ -180,7 +180,7 @@ def test_a_loss_that_never_came_back_is_not_said_to_be_back() -> None:
 
 def test_an_alert_that_ended_shortly_before_a_slingshot_announced_it() -> None:
     run = Run(rich_numeric(), NUMERIC)
-    for ended, said in ((390, "It came: the slingshot was seen at step 400."), (370, "It passed")):
+    for ended, said in ((390, "The slingshot came: the loss rose at step 400."), (370, "It ended")):
         alert = replace(run.alerts["at_risk-1"], last_step=ended)
         assert line(run.explain(alert), "What follows").startswith(said)
 
@@ -207,9 +207,10 @@ def test_what_is_read_in_the_slingshot_itself_is_no_cause() -> None:
     explanation = Run(bad_batch(), NUMERIC).explain("slingshot-1")
     assert explanation.alert.mechanism is Mechanism.UNKNOWN
     assert explanation.title() == "slingshot-1, steps 200–203"
-    assert line(explanation, "Cause") == "No mechanism known to the monitor preceded it."
-    assert "RMS_t stayed below 2.3 (largest 1)" in line(explanation, "What was not seen")
-    assert line(explanation, "What crossed") == (
+    cause = "Unknown: no sign of a mechanism that the monitor knows came before it."
+    assert line(explanation, "Cause") == cause
+    assert "RMS_t stayed below 2.3 (largest 1)" in line(explanation, "Did not cross")
+    assert line(explanation, "Crossed") == (
         "the loss rose above 0.1 at step 200 (largest 5, from 0.001 before)."
     )
     assert explanation.window == (140, 199)
@@ -241,18 +242,18 @@ def test_a_kick_from_outside_is_explained_by_what_did_not_precede_it() -> None:
     by_rate, by_batch = (kicked(factor).explain("slingshot-1") for factor in (50.0, 1.0))
     assert by_rate.alert.mechanism is by_batch.alert.mechanism is Mechanism.EXTERNAL
     text = "the learning rate went from 0.001 to 0.05 at step 80; the loss rose above 0.1 at step 81"
-    assert text in line(by_rate, "What crossed")
+    assert text in line(by_rate, "Crossed")
     text = "the learning rate did not change; the last update before it was 1 times the average one"
-    assert text in line(by_batch, "What was not seen")
+    assert text in line(by_batch, "Did not cross")
 
 
 def test_a_second_moment_slingshot_is_explained_by_coasting_and_the_kick() -> None:
     run = Run(second_moment_slingshot(300, 2500), HINGE)
-    crossed = line(run.explain("imminent-1"), "What crossed")
+    crossed = line(run.explain("imminent-1"), "Crossed")
     assert "RMS_t, averaged, fell below 0.5 at step 334" in crossed
     assert f"fell below 50% at step {run.alerts['at_risk-1'].first_step:,}" in crossed
     assert f"RMS_t rose above {Thresholds().rms_t_steep} at step 2,501 (2.6 then, 6 at the end)" in crossed
-    assert "It came: the slingshot was seen at step 2,503." in str(run.explain("imminent-1"))
+    assert "The slingshot came: the loss rose at step 2,503." in str(run.explain("imminent-1"))
 
 
 def oscillation() -> Iterable[Reading]:
@@ -285,7 +286,9 @@ def test_what_raised_an_imminent_alert_is_among_what_crossed(
     alert = run.alerts["imminent-1"]
     evidence = alert.evidence[quantity]
     assert evidence.threshold is not None and evidence.value >= evidence.threshold
-    crossed = [f for f in run.explain(alert).of(Seen.CROSSED) if f.quantity == quantity and f.own]
+    crossed = [
+        f for f in run.explain(alert).of(Seen.CROSSED) if f.quantity == quantity and f.supports_mechanism
+    ]
     assert crossed, str(run.explain(alert))
     assert crossed[-1].at is not None and crossed[-1].at <= alert.first_step
 
@@ -337,13 +340,13 @@ def test_a_non_finite_alert_says_what_was_not_finite_first(value: float) -> None
             yield Reading(r.step, values)
 
     explanation = Run(broken(), NUMERIC).explain("non_finite-1")
-    assert line(explanation, "What crossed") == (
+    assert line(explanation, "Crossed") == (
         "the gradient norm was NaN or Inf first at step 50, at 11 readings; the weight norm was NaN or Inf "
         "first at step 51, at 10 readings."
     )
-    assert line(explanation, "What follows") == "Not finite up to step 60."
+    assert line(explanation, "What follows") == "NaN or Inf up to step 60."
     assert "Cause" not in dict(explanation.lines())
-    assert "zero-sum violation stayed below 0.1" in line(explanation, "What was not seen")
+    assert "zero-sum violation stayed below 0.1" in line(explanation, "Did not cross")
 
 
 def test_what_was_not_measured_is_not_visible_with_the_reason_where_a_note_gives_one() -> None:
@@ -353,7 +356,7 @@ def test_what_was_not_measured_is_not_visible_with_the_reason_where_a_note_gives
 
     notes = (Note("no_second_moment", "SGD keeps no exp_avg_sq: RMS_t is not available. Rows are.", 5),)
     optimizer = ("rms_t_max", "head_sqrt_exp_avg_sq_mean", "secant_curvature", "learning_rate")
-    text = line(Run(without(*optimizer), NUMERIC, notes).explain("imminent-1"), "Not visible")
+    text = line(Run(without(*optimizer), NUMERIC, notes).explain("imminent-1"), "Not measured")
     assert text == (
         "sqrt(v) against its maximum, RMS_t, averaged, RMS_t, secant curvature: SGD keeps no exp_avg_sq: "
         "RMS_t is not available; learning rate: no reading in these steps."
@@ -374,8 +377,8 @@ def test_an_alert_from_before_the_record_is_explained_by_its_own_evidence() -> N
     text = str(explanation)
     assert "zero-sum violation 0.7 in the alert's own evidence (threshold 0.1)" in text
     assert "growth of ‖μ_G‖ 12% per τ in the alert's own evidence (threshold 1% per τ)" in text
-    assert "the steps before the alert began: the readings on record begin later" in text
-    assert "RMS_t 1 in the alert's own evidence" in line(explanation, "What was not seen")
+    assert "the steps before the alert began: the readings begin later" in text
+    assert "RMS_t 1 in the alert's own evidence" in line(explanation, "Did not cross")
 
 
 def test_a_resumed_alert_is_explained_from_where_its_readings_begin() -> None:
@@ -387,15 +390,15 @@ def test_a_resumed_alert_is_explained_from_where_its_readings_begin() -> None:
     text = str(run.explain("imminent-1"))
     assert "zero-sum violation was above 0.1 ever since the readings began (step 201; 0.404 then" in text
     assert "logit displacement δ rose above 0.075 nat at step 21" in text
-    assert "the steps before 201: the readings on record begin there" in text
+    assert "the steps before 201: the readings begin there" in text
 
 
 def test_an_alert_that_passed_says_so() -> None:
     run = Run(rich_numeric(until=300), NUMERIC)
     passed = replace(run.alerts["imminent-1"], state=AlertState.RESOLVED, last_step=290, steps_to_spike=None)
-    assert line(run.explain(passed), "What follows") == "It passed without a slingshot, at step 290."
+    assert line(run.explain(passed), "What follows") == "It ended at step 290 without a slingshot."
     guess = replace(run.alerts["imminent-1"], steps_to_spike=None)
-    assert "a number of steps would be a guess" in line(run.explain(guess), "What follows")
+    assert "cannot be predicted here" in line(run.explain(guess), "What follows")
 
 
 def test_an_explanation_is_strict_json_and_fits_an_ascii_terminal() -> None:
@@ -423,7 +426,7 @@ def test_the_monitor_explains_alerts_and_their_ids_also_after_close(spiking_run:
     assert monitor.explain("slingshot-1").alert == slingshot
     known = ", ".join(alert.id for alert in monitor.alerts)
     for wrong in ("slingshot-9", replace(slingshot, id="slingshot-9")):
-        with pytest.raises(ValueError, match=rf"No alert 'slingshot-9'\. Known: {known}\."):
+        with pytest.raises(ValueError, match=rf"There is no alert 'slingshot-9'\. Known alerts: {known}\."):
             monitor.explain(wrong)
 
 
@@ -450,14 +453,14 @@ def test_report_explains_every_slingshot_and_one_alert_on_request(
     run = str(spiking_run.run_dir)
     assert main(["report", run, "--no-figure"]) == 0
     out = capsys.readouterr().out
-    assert "\nExplained\nslingshot-1, steps" in out and "What was not seen:" in out
+    assert "\nExplanations\nslingshot-1, steps" in out and "Did not cross:" in out
     assert main(["report", run, "--explain", "imminent-1"]) == 0
     out = capsys.readouterr().out
     assert out.startswith("imminent-1, steps") and "Key quantities" not in out
     assert main(["report", run, "--explain", "imminent-1", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["id"] == "imminent-1"
     assert main(["report", run, "--explain", "imminent-7"]) == 2
-    assert "nfi-monitor: No alert 'imminent-7'. Known: at_risk-1, " in capsys.readouterr().err
+    assert "nfi-monitor: There is no alert 'imminent-7'. Known alerts: at_risk-1, " in capsys.readouterr().err
 
 
 def test_a_run_description_that_cannot_be_read_does_not_prevent_an_explanation() -> None:

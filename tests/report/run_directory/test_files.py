@@ -264,7 +264,7 @@ def test_what_is_no_run_directory_is_described(tmp_path: Path) -> None:
     with pytest.raises(RunDirectoryError, match="is a file"):
         read_run(tmp_path / "notes.txt")
     write(tmp_path / "float32", range(1, 2))
-    with pytest.raises(RunDirectoryError, match=r"holds 1: pass one of .*float32"):
+    with pytest.raises(RunDirectoryError, match=r"contains 1: pass one of .*float32"):
         read_run(tmp_path)
     with pytest.raises(RunDirectoryError, match=r"is a file.*Pass .*float32\."):
         read_run(tmp_path / "float32" / "run.json")
