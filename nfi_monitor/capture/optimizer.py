@@ -130,7 +130,7 @@ class OptimizerReader:
     @property
     def can_reduce(self) -> bool:
         """Whether a reduced sample of this model would have fewer coordinates."""
-        return any(sample.can_reduce for sample, _ in self._layouts.values())
+        return any(sample.can_lower for sample, _ in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """The parameter group that holds ``param``; the first one if none does."""
@@ -265,7 +265,7 @@ class OptimizerReader:
             }
             place = {param: at for at, param in enumerate(self._groups)}
             found = self._layouts[key] = (
-                CoordinateSample(usable, places=[place[id(param)] for param in usable], reduced=reduced),
+                CoordinateSample(usable, places=[place[id(param)] for param in usable], lowered=reduced),
                 tuple(usable),
             )
         return found

@@ -14,7 +14,7 @@ class ReadingPlan:
     """
 
     reduced_sample: bool = False
-    """Read one in :data:`~nfi_monitor.capture.sampling.REDUCTION` of the rows and coordinates."""
+    """Read one in :data:`~nfi_monitor.capture.sampling.LOWERED` of the rows and coordinates."""
     row_slots: int = 0
     """Rows per step of class-sharded logits that the ranks put together; 0: none."""
     head_outputs: int | None = None

@@ -25,7 +25,7 @@ COORDINATES_FULL = 1 << 15
 """Models up to this many parameters are read whole."""
 COORDINATES_PER_TENSOR = 64
 """Fewest coordinates read of a tensor that has that many."""
-REDUCTION = 4
+LOWERED = 4
 """Where the monitor has to save time, it reads one in so many of the rows and coordinates that it may: that
 saves a fifth to a third. An eighth saves hardly more: what is left is what kernels take to start."""
 FEWEST_ROWS = 64
@@ -35,11 +35,11 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 """Tensors whose strides are cut from their memory directly; a subclass may not offer that."""
 
 
-def row_stride(rows: int, classes: int, *, reduced: bool = False) -> int:
+def row_stride(rows: int, classes: int, *, lowered: bool = False) -> int:
     """Every how many rows one is read. 1: all of them."""
     budget = max(ROW_ELEMENTS // max(classes, 1), rows // ROW_SHARE, 1)
-    if reduced:
-        budget = max(budget // REDUCTION, min(budget, FEWEST_ROWS))
+    if lowered:
+        budget = max(budget // LOWERED, min(budget, FEWEST_ROWS))
     return -(-rows // budget)
 
 
@@ -78,10 +78,10 @@ def _coprime(stride: int, shape: torch.Size) -> int:
     return larger if nearer else smaller
 
 
-def _strides(tensors: Sequence[Tensor], *, reduced: bool) -> list[int]:
+def _strides(tensors: Sequence[Tensor], *, lowered: bool) -> list[int]:
     """Of each tensor every how many coordinates one is read."""
     sizes = [local(tensor).numel() for tensor in tensors]
-    total, part = sum(sizes), REDUCTION if reduced else 1
+    total, part = sum(sizes), LOWERED if lowered else 1
     stride = 1 if total <= COORDINATES_FULL // part else -(-total // (COORDINATES // part))
     return [
         _coprime(max(1, min(stride, size // COORDINATES_PER_TENSOR)), local(tensor).shape)
@@ -101,19 +101,19 @@ class CoordinateSample:
         weights: float32 [C], coordinates one sampled coordinate stands for; None if all are read.
         matrices: bool [T], which tensors have two dimensions or more.
         total: coordinates of all tensors together.
-        can_reduce: whether a reduced sample would be another one.
+        can_lower: whether a lowered sample would be another one.
         spans: (start, end) of each tensor's coordinates in [C].
         layout: (place, stride) of each tensor: what tells one sample's coordinates from another's.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], *, places: Sequence[int] | None = None, reduced: bool = False
+        self, tensors: Sequence[Tensor], *, places: Sequence[int] | None = None, lowered: bool = False
     ) -> None:
         """``places``: which of a longer list each of ``tensors`` is; default: they are all of it."""
         sizes = [local(tensor).numel() for tensor in tensors]
-        self.strides = _strides(tensors, reduced=reduced)
+        self.strides = _strides(tensors, lowered=lowered)
         self.layout = (*zip(range(len(sizes)) if places is None else places, self.strides, strict=True),)
-        self.can_reduce = not reduced and _strides(tensors, reduced=True) != self.strides
+        self.can_lower = not lowered and _strides(tensors, lowered=True) != self.strides
         counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
         self._sizes, self._shapes = sizes, [(count,) for count in counts]
         self._steps = [(step,) for step in self.strides]

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
+from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, LOWERED, ROW_ELEMENTS, auto_interval
 from nfi_monitor.engine.remarks import REMARKS, Seen
 from nfi_monitor.types import Note
 
@@ -114,8 +114,8 @@ class NoteTaker:
         if schedule.reduced_sample:
             self.note(
                 "overhead_samples",
-                f"{because}From now on a reading holds one in {REDUCTION} of its rows and coordinates: "
-                f"{COORDINATES // REDUCTION:,} coordinates, {ROW_ELEMENTS // REDUCTION:,} logits or "
+                f"{because}From now on a reading holds one in {LOWERED} of its rows and coordinates: "
+                f"{COORDINATES // LOWERED:,} coordinates, {ROW_ELEMENTS // LOWERED:,} logits or "
                 f"{FEWEST_ROWS} rows (smaller models are read whole). {otherwise}",
                 step,
             )

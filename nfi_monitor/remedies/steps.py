@@ -1,9 +1,9 @@
-"""Hooks around an optimizer's step that may be added and removed while a step is under way.
+"""Hooks around an optimizer's step that may come and go while a step is under way.
 
-torch iterates over an optimizer's own dictionary of hooks.  To add or remove one from inside another (a
-cool-down that ends, a remedy that an alert switches on) makes ``optimizer.step()`` raise.  So one pair of
-hooks is registered for each optimizer, once, and stays.  It calls a copy of the list of what was added.  (A
-new dictionary for each change lost: torch's handles refer to the old one, and would remove nothing.)
+torch walks an optimizer's own dictionary of hooks: to add one or to take one away from inside another (a
+cool-down that ends, a remedy that an alert switches on) makes ``optimizer.step()`` raise.  So one pair is
+registered for each optimizer, once, and stays; what it calls is walked in a copy.  A new dictionary for each
+change lost: torch's handles hold on to the old one, and removing through them would do nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _STEPS: weakref.WeakKeyDictionary[Optimizer, _Steps] = weakref.WeakKeyDictionary
 def around_steps(
     optimizer: Optimizer, before: Hook | None = None, after: Hook | None = None
 ) -> Callable[[], None]:
-    """Call ``before(optimizer)`` and ``after(optimizer)`` around each step. Returns a function that stops it.
+    """Call ``before(optimizer)`` and ``after(optimizer)`` around each step; returns what takes them off.
 
-    The ``after`` functions run in the opposite order: what was changed last is put back first.  Safe inside a
-    step, except for the first pair of an optimizer that has other people's hooks after the running one.
+    ``after`` in the opposite order: what was changed last is put back first.  Safe inside a step, but for the
+    very first pair on an optimizer that has hooks of others after the one that is running.
     """
     steps = _STEPS.get(optimizer)
     if steps is None:
@@ -41,13 +41,13 @@ def around_steps(
 
 
 def hooks_on(optimizer: Optimizer) -> int:
-    """Return how many pairs are on this optimizer."""
+    """How many pairs are on it now."""
     steps = _STEPS.get(optimizer)
     return 0 if steps is None else len(steps.pairs)
 
 
 class _Steps:
-    """The pairs of one optimizer. Holds no reference to it: the optimizer's hooks hold this."""
+    """Holds no reference to the optimizer, which holds this."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.pairs: dict[object, tuple[int | None, Hook | None, Hook | None]] = {}

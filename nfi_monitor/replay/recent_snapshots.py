@@ -29,9 +29,8 @@ class RecentSnapshots:
     the bytes that all together may take, on any device; 0 keeps none.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, stateful: Sequence[Any], limit: int | str) -> None:
-        parts = model, unwrap(optimizer), tuple(stateful)
-        self._parts: tuple[nn.Module, Any, tuple[Any, ...]] | None = parts
+    def __init__(self, model: nn.Module, optimizer: Any, extras: Sequence[Any], limit: int | str) -> None:
+        self._parts: tuple[nn.Module, Any, tuple[Any, ...]] | None = (model, unwrap(optimizer), tuple(extras))
         self.limit = limit
         self._kept: deque[tuple[Snapshot, Any]] = deque(maxlen=KEPT)  # with the event of its copies
         self._pending: tuple[Snapshot, Any] | None = None
@@ -66,7 +65,7 @@ class RecentSnapshots:
         if self._parts is None or self.refused or self.limit == 0:
             return
         self._last = step
-        model, optimizer, stateful = self._parts
+        model, optimizer, extras = self._parts
         size = max(state_bytes(model, optimizer), self._size)
         bound = self._bound(model, optimizer, size)
         if bound is None:
@@ -74,24 +73,24 @@ class RecentSnapshots:
         self._make_room(bound - size)  # before the copy: the bound holds while it is made, too
         pinned = _Pinned()
         snapshot = Snapshot.take(
-            step, model, optimizer, stateful, spike, second_moment_decay=second_moment_decay, to_host=pinned
+            step, model, optimizer, extras, spike, second_moment_decay=second_moment_decay, to_host=pinned
         )
-        self._size = snapshot.nbytes  # with stateful and random state, which no estimate knows
+        self._size = snapshot.nbytes  # with extras and random state, which no estimate knows
         bound = self._bound(model, optimizer, self._size)
         if bound is not None:
             self._make_room(bound - self._size)
             self._pending = (snapshot, pinned.event())
 
     def complete(self) -> None:
-        """Hyperparameters and stateful as the next step finds them; from now on the snapshot is offered."""
+        """Hyperparameters and extras as the next step finds them; from now on the snapshot is offered."""
         if self._pending is None or self._parts is None:
             return
         (snapshot, event), self._pending = self._pending, None
-        _, optimizer, stateful = self._parts
-        self._kept.append((snapshot.completed(optimizer, stateful), event))
+        _, optimizer, extras = self._parts
+        self._kept.append((snapshot.completed(optimizer, extras), event))
 
     def close(self) -> None:
-        """Let go of the model, the optimizer and the stateful; what was copied stays."""
+        """Let go of the model, the optimizer and the extras; what was copied stays."""
         try:
             self.complete()
         finally:
