@@ -75,5 +75,5 @@ def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) 
 
     saving = accelerator.register_save_state_pre_hook(save)
     loading = accelerator.register_load_state_pre_hook(load)
-    monitor.at_close(saving.remove, loading.remove)
+    monitor.port.at_close(saving.remove, loading.remove)
     return monitor

@@ -1,8 +1,8 @@
-"""What every adapter of a training framework needs, so that the adapters themselves only translate events.
+"""What every adapter of a training framework needs: the adapters themselves only translate events.
 
-A framework's callback outlives its runs: it is made before a model is wrapped, started again after an
+A framework's callback outlives its runs.  It is made before a model is wrapped, started again after an
 out-of-memory error, and resumed in another process.  An :class:`Attachment` holds the user's options all that
-time and one open :class:`Monitor` while a run trains.
+time, and one open :class:`Monitor` while a run trains.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from nfi_monitor.monitor import Monitor, open_monitors
+from nfi_monitor.alert_handler import handler_of
+from nfi_monitor.deprecation import renamed_keyword
+from nfi_monitor.monitor import Monitor
+from nfi_monitor.open_monitors import open_monitors
 from nfi_monitor.report.sink import Sink
 from nfi_monitor.types import Alert, AlertKind, AlertState
 
@@ -45,7 +48,7 @@ Remedy = Callable[[Alert, TrainerContext], object]
 
 @dataclass(frozen=True)
 class Due:
-    """What the alerts that began since the last time ask of the framework."""
+    """What the framework has to do because of the alerts that began since the last :meth:`Attachment.act`."""
 
     save: bool
     stop: bool
@@ -58,8 +61,8 @@ class Attachment:
         save_on, stop_on: kinds of alert ("imminent", ``AlertKind.SLINGSHOT``, or several) that have the
             framework save a checkpoint, or stop, after the optimizer step at which one begins.
         remedy: called as ``remedy(alert, context)`` after the step at which an alert begins, of every kind.
-            This alone changes the training, because you ask it to. Where several processes are not read
-            together (:meth:`nfi_monitor.Monitor.may_act`), it is not called, and nothing is saved or stopped.
+            Nothing else here changes the training. Where several processes are not read
+            together (``monitor.port.may_act()``), it is not called, and nothing is saved or stopped.
         on_alert, run_dir and options: as for :class:`Monitor`; ``run_dir="auto"`` is the adapter's choice.
 
     Raises:
@@ -67,6 +70,7 @@ class Attachment:
         when a queued job starts at last.
     """
 
+    @renamed_keyword("extras", "stateful")
     def __init__(
         self,
         *,
@@ -83,7 +87,7 @@ class Attachment:
                 f"remedy must be callable as remedy(alert, context), got {type(remedy).__name__}."
             )
         self._save_on, self._stop_on = _kinds("save_on", save_on), _kinds("stop_on", stop_on)
-        self._remedy, self._on_alert = remedy, on_alert
+        self._remedy, self._on_alert, self._handler = remedy, on_alert, handler_of(on_alert)
         self._run_dir = run_dir
         self._options = options
         self._seen: set[str] = set()
@@ -104,11 +108,10 @@ class Attachment:
         state: Mapping[str, Any] | None = None,
         native: Mapping[str, Any] | None = None,
     ) -> Monitor:
-        """Attach to a run that is about to train; ``state`` (of :meth:`state`) continues an earlier one.
+        """Attach to a run that is about to train. ``state`` (of :meth:`state`) continues an earlier one.
 
-        ``directory``: where "auto" makes its run directory. ``native``: for the remedy's context.  A monitor
-        that was never closed, because its run was interrupted, and watches the same model is closed first.
-        Raises as :class:`Monitor`.
+        ``directory``: where "auto" makes its run directory. ``native``: for the remedy's context.  Closes
+        first what an interrupted run has left open on the same model.  Raises as :class:`Monitor`.
         """
         self.close()
         for left in open_monitors(model, optimizer):
@@ -120,36 +123,36 @@ class Attachment:
             earlier = state.get("run_dir")
             run_dir = earlier if earlier and Path(earlier).is_dir() else free_directory(directory)
         options = dict(self._options)
-        extras = [*schedulers, scaler]
-        options["extras"] = [*options.get("extras", ()), *(one for one in extras if one is not None)]
+        found = [one for one in (*schedulers, scaler) if one is not None]
+        options["stateful"] = [*options.get("stateful", ()), *found]
         options["sinks"] = [*options.get("sinks", ()), *sinks]
         monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._heard, **options)
-        if self._pilot is not None:
-            self._pilot.attach_monitor(monitor)
+        if self._handler is not None:
+            self._handler.attach(monitor)
         self.monitor = monitor
         self._context = TrainerContext(monitor, model, monitor.optimizer, tuple(schedulers), native or {})
-        monitor.at_close(self._let_go)
+        monitor.port.at_close(self._release)
         _ATTACHED.add(monitor)
         if state.get("monitor"):
-            with monitor.guarded("resume"):
+            with monitor.port.guarded("resume"):
                 self.resume(state)
         self._seen = {alert.id for alert in monitor.alerts}
         self._begun.clear()
         return monitor
 
     def resume(self, state: Mapping[str, Any]) -> None:
-        """Go on in the open monitor where :meth:`state` was asked. Raises for a state of another kind."""
+        """Continue in the open monitor from a :meth:`state`. Raises for a state of another kind."""
         if self.monitor is not None:
             self.monitor.load_state_dict(state["monitor"])
-        if self._pilot is not None and state.get("on_alert"):
-            self._pilot.load_state_dict(state["on_alert"])
+        if self._handler is not None and state.get("on_alert"):
+            self._handler.load_state_dict(state["on_alert"])
 
     def guarded(self, part: str = "adapter") -> AbstractContextManager[None]:
-        """What a framework calls runs in here, and cannot stop its training: an error is reported once."""
-        return nullcontext() if self.monitor is None else self.monitor.guarded(part)
+        """Run a block that must not stop the training: an error in it is reported once."""
+        return nullcontext() if self.monitor is None else self.monitor.port.guarded(part)
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`open` needs to continue this run, in types that survive JSON; empty without a run."""
+        """Return what :meth:`open` needs to continue this run, in types that survive JSON."""
         monitor = self.monitor
         if monitor is None or monitor.closed:
             return {}
@@ -157,53 +160,52 @@ class Attachment:
             "monitor": monitor.state_dict(),
             "run_dir": None if monitor.run_dir is None else os.fspath(monitor.run_dir),
         }
-        if self._pilot is not None:
-            state["on_alert"] = self._pilot.state_dict()
+        if self._handler is not None:
+            state["on_alert"] = self._handler.state_dict()
         return state
 
     def act(self) -> Due:
-        """Call after each optimizer step: remedies are applied, the rest is the framework's to do."""
+        """Apply the remedies and return what the framework has to do. Call it after each optimizer step."""
         context, begun = self._context, self._begun
         if context is None:
             return Due(False, False)
-        asked = bool(getattr(self._on_alert, "should_stop", False))  # by an Autopilot
+        asked = self._handler is not None and self._handler.should_stop
         if not begun:
             return Due(False, asked)
         self._begun = []
         if self._remedy is not None:
-            with context.monitor.guarded("remedy"):
+            with context.monitor.port.guarded("remedy"):
                 for alert in begun:
                     self._remedy(alert, context)
         kinds = {alert.kind for alert in begun}
         return Due(bool(kinds & self._save_on), asked or bool(kinds & self._stop_on))
 
     def close(self) -> None:
-        """Detach. The monitor stays, for its history; the run's model and optimizer are let go."""
+        """Detach. The monitor stays, for its history; the run's model and optimizer are released."""
         if self.monitor is not None:
             self.monitor.close()
 
-    def _let_go(self) -> None:
-        """Also where the user closes the monitor, which holds this through ``on_alert``."""
+    def _release(self) -> None:
+        """Release the run, also where the user closes the monitor: it holds this by ``on_alert``."""
         self._context = None
-
-    @property
-    def _pilot(self) -> Any:
-        """The ``on_alert`` that is an Autopilot, or like one: it goes on where it was."""
-        return self._on_alert if hasattr(self._on_alert, "attach_monitor") else None
 
     def _heard(self, alert: Alert) -> None:
         if alert.state is AlertState.FIRING and alert.id not in self._seen:
             self._seen.add(alert.id)
-            # Asked now: what began while the ranks agreed is done by all of them, though they part meanwhile.
+            # Asked now: what began while the ranks agreed is done by all of them, even if they part later.
             context, wanted = self._context, alert.kind in self._save_on | self._stop_on
-            if context is not None and (self._remedy is not None or wanted) and context.monitor.may_act():
+            if (
+                context is not None
+                and (self._remedy is not None or wanted)
+                and context.monitor.port.may_act()
+            ):
                 self._begun.append(alert)
         if self._on_alert is not None:
             self._on_alert(alert)
 
 
 def free_directory(wanted: str | os.PathLike[str]) -> Path:
-    """``wanted``, or ``wanted-2``, ``wanted-3`` …: a new run is not appended to one that is there."""
+    """Return ``wanted``, or ``wanted-2``, ``wanted-3`` …: a new run is not appended to an earlier one."""
     path, number = Path(wanted), 2
     while path.exists():
         path = Path(f"{os.fspath(wanted)}-{number}")

@@ -27,10 +27,11 @@ class NFICallback(Callback):
     """Watch a ``Trainer``'s fits for slingshots.
 
     Args:
-        options: ``save_on``, ``stop_on`` and ``remedy`` of :class:`nfi_monitor.integrations.attach.Attachment`, and those
-            of :class:`nfi_monitor.Monitor` (head, console, on_alert, probe, thresholds, every …). ``run_dir``
-            is ``nfi`` in the trainer's log directory, or ``nfi-2`` … where that holds an earlier run; a
-            resumed fit goes on in its own. None writes nothing.
+        options: ``save_on``, ``stop_on`` and ``remedy`` of
+            :class:`nfi_monitor.integrations.attach.Attachment`, and those of :class:`nfi_monitor.Monitor`
+            (head, console, on_alert, probe, thresholds, every …). ``run_dir`` is ``nfi`` in the trainer's log
+            directory, or ``nfi-2`` … where that holds an earlier run; a resumed fit goes on in its own. None
+            writes nothing.
 
     Of several optimizers the one that trains the head is watched. Scalars go to the trainer's loggers every
     ``log_every_n_steps`` and where the phase changes, alerts to those that take text or notify people.

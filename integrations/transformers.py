@@ -30,7 +30,8 @@ class NFICallback(TrainerCallback, ExportableState):
         save_on: kinds of alert that save a checkpoint at once, such as "imminent".
         stop_on: kinds of alert that stop the training, such as "slingshot".
         remedy: ``remedy(alert, context)``, called after the step at which an alert begins
-            (:class:`nfi_monitor.integrations.attach.TrainerContext`). It may change the training; nothing else here does.
+            (:class:`nfi_monitor.integrations.attach.TrainerContext`). It may change the training; nothing
+            else here does.
         run_dir: default ``<output_dir>/nfi``, or ``nfi-2`` … where that holds an earlier run; a resumed run
             goes on in its own. None writes nothing.
         options: as for :class:`nfi_monitor.Monitor` (head, console, on_alert, probe, thresholds, every …).
@@ -104,12 +105,12 @@ class NFICallback(TrainerCallback, ExportableState):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():
             if self.monitor is not None:
-                self.monitor.begin_step()
+                self.monitor.port.begin_step()
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():
             if self.monitor is not None:
-                self.monitor.end_micro_batch()
+                self.monitor.port.end_micro_batch()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():

@@ -17,6 +17,7 @@ from nfi_monitor import _beside, _moved
 from nfi_monitor._version import __version__
 
 if TYPE_CHECKING:
+    from nfi_monitor.alert_handler import AlertHandler
     from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError, MonitorError
     from nfi_monitor.monitor import Monitor
     from nfi_monitor.remedies.autopilot import Autopilot
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     )  # fmt: skip
 
 _HOMES = {
+    "AlertHandler": "nfi_monitor.alert_handler",
     "Autopilot": "nfi_monitor.remedies.autopilot",
     "Monitor": "nfi_monitor.monitor",
     "SinkBase": "nfi_monitor.report.sink",
@@ -50,9 +52,9 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "Alert", "AlertKind", "AlertState", "AlreadyMonitoredError", "Autopilot", "Change", "Evidence",
-    "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading", "Severity",
-    "SinkBase", "Snapshot", "Thresholds", "__version__",
+    "Alert", "AlertHandler", "AlertKind", "AlertState", "AlreadyMonitoredError", "Autopilot", "Change",
+    "Evidence", "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading",
+    "Severity", "SinkBase", "Snapshot", "Thresholds", "__version__",
 ]  # fmt: skip
 
 _beside.install()

@@ -39,7 +39,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "nfi_monitor.measure.class_shards": ("nfi_monitor.measure.sharded.rows",),
     "nfi_monitor.measure.shards": ("nfi_monitor.measure.sharded.step",),
     "nfi_monitor.meter": ("nfi_monitor.engine.step_reader",),
-    "nfi_monitor.notes": ("nfi_monitor.engine.notes",),
+    "nfi_monitor.notes": ("nfi_monitor.engine.notes", "nfi_monitor.engine.remarks"),
     "nfi_monitor.pool": _EXCHANGE,
     "nfi_monitor.remedies.centering": ("nfi_monitor.remedies.experimental.centering",),
     "nfi_monitor.remedies.penalties": ("nfi_monitor.remedies.experimental.penalties",),
@@ -64,6 +64,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Old module → the modules that have its names now, in the order they are searched."""
 
 RENAMED: dict[str, str] = {
+    "check_extra": "check_stateful",
     "Clock": "Schedule",
     "Context": "ArmContext",
     "Fanout": "Sinks",

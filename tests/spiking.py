@@ -141,13 +141,13 @@ def record(run_dir: Path) -> Recorded:
         told.append(str(monitor.explain(alert)))
 
     monitor = Monitor(model, optimizer, console=False, run_dir=run_dir, on_alert=on_alert)
-    update = monitor._detector.update
+    update = monitor._loop.detector.update
 
     def fed(reading: Reading) -> Judgement:
         readings.append(reading)
         return update(reading)
 
-    monitor._detector.update = fed  # type: ignore[method-assign]
+    monitor._loop.detector.update = fed  # type: ignore[method-assign]
     checkpoints = {}
     cuts = {n: cut for cut, n in scene().cuts.items()}
     for n in range(1, scene().steps + 1):
@@ -158,4 +158,4 @@ def record(run_dir: Path) -> Recorded:
             checkpoints[cuts[n]] = file.getvalue()
     monitor.close()
     assert AlertKind.SLINGSHOT in {alert.kind for alert in monitor.alerts}, "this run is meant to slingshot"
-    return Recorded(run_dir, monitor, readings, monitor._detector.context, told, checkpoints, model)
+    return Recorded(run_dir, monitor, readings, monitor._loop.detector.context, told, checkpoints, model)

@@ -110,8 +110,8 @@ class Calls(TorchFunctionMode):
 @contextmanager
 def looked_at(monitor: Monitor, operations: Operations):
     """Only what the monitor's own hooks do, those at the gradient included."""
-    originals = {name: getattr(monitor, name) for name in ("_before_step", "_after_step")}
-    probe_call, deliver = type(monitor._probe).__call__, monitor._probe._deliver
+    originals = {name: getattr(monitor._loop, name) for name in ("_before_step", "_after_step")}
+    probe_call, deliver = type(monitor._loop.probe).__call__, monitor._loop.probe._deliver
 
     def within(function):
         def run(*arguments: Any) -> Any:
@@ -126,17 +126,17 @@ def looked_at(monitor: Monitor, operations: Operations):
         own = hook.__module__.startswith("nfi_monitor.")
         return register(tensor, within(hook) if own else hook)
 
-    steps = monitor._handles[0]
+    steps = monitor._loop.handles[0]
     steps._before, steps._after = (within(originals[name]) for name in originals)
-    monitor._probe._deliver = within(deliver)
-    type(monitor._probe).__call__ = lambda self, *arguments: within(probe_call.__get__(self))(*arguments)
+    monitor._loop.probe._deliver = within(deliver)
+    type(monitor._loop.probe).__call__ = lambda self, *arguments: within(probe_call.__get__(self))(*arguments)
     torch.Tensor.register_hook = register_hook  # type: ignore[method-assign]
     try:
         yield
     finally:
         torch.Tensor.register_hook = register  # type: ignore[method-assign]
-        type(monitor._probe).__call__ = probe_call
-        monitor._probe._deliver = deliver
+        type(monitor._loop.probe).__call__ = probe_call
+        monitor._loop.probe._deliver = deliver
 
 
 def train(monitor: Monitor, model: nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
@@ -271,7 +271,7 @@ def train_on(device: torch.device, own: dict[str, float], operations: Operations
                 loss.backward()
                 optimizer.step()
         assert not [note for note in monitor.notes if note.code.startswith("failed")]
-        contents, packed = monitor._outbox._pending[-1][:2]
+        contents, packed = monitor._loop.transfer._pending[-1][:2]
         assert contents.rows and "secant_curvature" in contents.names and packed.device == device
 
 
@@ -314,8 +314,8 @@ def test_a_loss_of_the_host_beside_a_reading_of_the_device_is_known_at_once(devi
             monitor.observe_loss(torch.tensor(told, dtype=torch.float64))
             loss.backward()
             optimizer.step()
-        assert [label.known["loss"] for label, *_ in monitor._outbox._pending] == [0.1, 0.2]
-        assert monitor._outbox._pending[-1][1].device == device
+        assert [label.known["loss"] for label, *_ in monitor._loop.transfer._pending] == [0.1, 0.2]
+        assert monitor._loop.transfer._pending[-1][1].device == device
         assert not [note for note in monitor.notes if note.code.startswith("failed")]
 
 
@@ -328,16 +328,16 @@ def test_features_come_to_the_head_or_are_said_to_lie_elsewhere(device, head_on:
     with Monitor(model, optimizer, console=False, every=1) as monitor:
         for _ in range(2):
             model(torch.zeros(ROWS, 8, device=there)).logsumexp(-1).mean().backward()
-            rows = monitor._rows
+            rows = monitor._loop.rows
             rows.features, total, count = (
                 torch.zeros(x.shape, device=beside) for x in (rows.features, *rows.feature_total)
             )
             rows._feature_sum, rows._feature_count = total, count
             optimizer.step()
-        names = monitor._outbox._pending[-1][0].names
+        names = monitor._loop.transfer._pending[-1][0].names
         assert "secant_curvature" in names
         assert ("logit_displacement" in names) == ("feature_displacement" in names) == (there == device)
-        assert bool(monitor._reader.unreadable) == (there == "cpu")
+        assert bool(monitor._loop.reader.unreadable) == (there == "cpu")
         assert not [note for note in monitor.notes if note.code.startswith("failed")]
 
 
@@ -356,7 +356,7 @@ def test_parts_of_a_reading_that_lie_on_two_devices_come_in_one_vector(device, s
                     monitor.tap(logits.detach().to(device).requires_grad_()).logsumexp(-1).sum().backward()
                 logits.logsumexp(-1).mean().backward()
                 optimizer.step()
-        contents, packed, _ = monitor._outbox._pending[-1]
+        contents, packed, _ = monitor._loop.transfer._pending[-1]
         assert packed.device == device and contents.rows and "secant_curvature" in contents.names
         contents.unpack([0.0] * len(packed))
         assert ("loss" in contents.names) == (stray == "loss")
@@ -439,16 +439,16 @@ def test_a_hook_leaves_at_once_while_a_cuda_graph_is_captured(elsewhere, monkeyp
     operations = Operations()
     with Monitor(model, optimizer, console=False, every=1) as monitor:
         train(monitor, model, optimizer, 3)
-        taken, waiting, captured[0] = len(elsewhere), len(monitor._outbox._pending), True
+        taken, waiting, captured[0] = len(elsewhere), len(monitor._loop.transfer._pending), True
         with looked_at(monitor, operations):
             train(monitor, model, optimizer, 1)
             monitor.tap(model(torch.randn(ROWS, 8))).sum().backward()
-        assert (len(elsewhere), len(monitor._outbox._pending)) == (taken, waiting)
+        assert (len(elsewhere), len(monitor._loop.transfer._pending)) == (taken, waiting)
         assert (operations.largest, +operations.waited) == (0, Counter())
-        assert (monitor.step, monitor._losses.told, monitor._rows.sums) == (3, [], None)
+        assert (monitor.step, monitor._loop.losses.observed, monitor._loop.rows.sums) == (3, [], None)
         captured[0] = False
         train(monitor, model, optimizer, 2)
-        assert monitor.step == 5 and len(monitor._outbox._pending) > waiting
+        assert monitor.step == 5 and len(monitor._loop.transfer._pending) > waiting
         assert [(note.code, note.step) for note in monitor.notes] == [("cuda_graph", 3)]
 
 

@@ -1,4 +1,6 @@
-"""What keeps code easy to enter: short files and functions, no circle, no hand in another one's private parts."""
+"""What keeps code easy to enter: short files and functions, no circle, no hand in another one's private
+parts.
+"""
 
 from __future__ import annotations
 

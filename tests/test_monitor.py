@@ -291,7 +291,11 @@ def test_closing_twice_is_fine() -> None:
         ({"every": 0}, ValueError, r"every=0"),
         ({"every": "often"}, ValueError, r"every='often'"),
         ({"overhead_budget": "1%"}, ValueError, r"overhead_budget='1%': use a share such as 0\.01"),
-        ({"extras": torch.Generator()}, TypeError, r"extras must be a list, got Generator: extras=\[it\]"),
+        (
+            {"stateful": torch.Generator()},
+            TypeError,
+            r"stateful must be a list, got Generator: stateful=\[it\]",
+        ),
         ({"head": True}, ValueError, r"head=True"),
         ({"on_alert": 3}, TypeError, r"on_alert must be callable"),
         ({"probe": (torch.zeros(2, 12), torch.zeros(2))}, ValueError, r"integer labels"),
@@ -725,7 +729,7 @@ def test_snapshots_that_fail_leave_each_step_its_own_loss(monkeypatch: pytest.Mo
         def broken() -> None:
             raise RuntimeError("broken on purpose")
 
-        monkeypatch.setattr(monitor, "_take_snapshot", broken)
+        monkeypatch.setattr(monitor._loop, "_take_snapshot", broken)
         for _ in range(10):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(inputs), targets)

@@ -6,6 +6,7 @@ Reading a number of an accelerator's tensor would make the training wait for it,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -49,3 +50,9 @@ def capturing() -> bool:
     fail.
     """
     return GRAPHS and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def full_precision(tensor: Tensor | None) -> Any:
+    """Autocast would turn the monitor's own dot products into half precision, where ``tensor`` is."""
+    device = "cpu" if tensor is None else tensor.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.head import own_parameter
+from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import local, offset, row_stride
 from nfi_monitor.capture.sharding import ClassShard, class_shard
 
@@ -60,12 +61,10 @@ class HeadProbe:
         self.fired_without_gradient = 0
         self.traced = 0
         self.tapped = False
-        self.lowered = False  # fewer rows than the budget has
-        self.can_lower = False  # whether that would be fewer than there are
+        self.plan = ReadingPlan()
+        self.can_reduce = False  # whether a reduced sample would have fewer rows
         self.without_features = 0
-        self.outputs: int | None = None  # K, where the head's own weight holds a part of the classes
         self.sharded = 0  # logits of which each rank holds some classes only, and nobody puts them together
-        self.row_slots = 0  # rows of such logits that the ranks put together
         self._features: Tensor | None = None
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
@@ -134,11 +133,13 @@ class HeadProbe:
     ) -> None:
         """Register the gradient hook on ``logits`` [..., K]; ``features`` [..., d] feed them."""
         self.fired += 1
+        plan = self.plan
         shard, shown = None, whole_rows(logits)
-        if shown is None or (not tapped and self.outputs is not None and shown.shape[-1:] != (self.outputs,)):
+        whole = plan.head_outputs
+        if shown is None or (not tapped and whole is not None and shown.shape[-1:] != (whole,)):
             shard = class_shard(logits if shown is None else weight, -1 if shown is None else 0)
             shown = local(logits.detach())
-            if shard is None or not self.row_slots or shown.shape[-1] != shard.classes:
+            if shard is None or not plan.row_slots or shown.shape[-1] != shard.classes:
                 self.sharded += 1
                 return
         features = None if features is None else whole_rows(features)
@@ -147,10 +148,10 @@ class HeadProbe:
         if total == 0:
             return  # an empty batch shows nothing
         wide = shard.outputs if shard else classes
-        stride = row_stride(total, wide, lowered=self.lowered)
-        self.can_lower = row_stride(total, wide, lowered=True) > row_stride(total, wide)
+        stride = row_stride(total, wide, lowered=plan.reduced_sample)
+        self.can_reduce = row_stride(total, wide, lowered=True) > row_stride(total, wide)
         if shard is not None:
-            stride = max(stride, -(-total // self.row_slots))
+            stride = max(stride, -(-total // plan.row_slots))
         first = offset(step, stride)
 
         def sample(tensor: Tensor) -> Tensor:
@@ -185,6 +186,22 @@ class HeadProbe:
     ) -> None:
         """Hook ``logits``: their gradient is delivered with what was ``kept`` of the forward pass."""
 
+        def deliver(grad: Tensor) -> None:
+            own = whole_rows(grad) if shard is None else classes_of(grad, shard)
+            if own is None:
+                self.sharded += 1
+                return
+            self.delivered += 1
+            if kept:  # a second backward through the same graph shows the same rows again
+                features = kept[1] if len(kept) > 1 else None
+                self._deliver(Rows(sample(own), kept[0], features, total, shard))
+                kept.clear()  # the graph may outlive its backward
+
+        self._on_gradient(logits, tapped, deliver)
+
+    def _on_gradient(self, logits: Tensor, tapped: bool, deliver: Callable[[Tensor], None]) -> None:
+        """Register ``deliver(∂L/∂logits)`` on ``logits``, timed and guarded."""
+
         def on_gradient(grad: Tensor | None) -> None:
             # None: some compiled outer graphs call tensor hooks so.  Tapped after this forward: the
             # tapped tensor reports the rows.
@@ -193,21 +210,11 @@ class HeadProbe:
             started = time.perf_counter()
             try:
                 try:
-                    deliver(whole_rows(grad) if shard is None else classes_of(grad, shard))
+                    deliver(grad)
                 finally:
                     self._spent(time.perf_counter() - started)
             except Exception as error:
                 self._failed("rows", error)
-
-        def deliver(grad: Tensor | None) -> None:
-            if grad is None:
-                self.sharded += 1
-                return
-            self.delivered += 1
-            if kept:  # a second backward through the same graph shows the same rows again
-                features = kept[1] if len(kept) > 1 else None
-                self._deliver(Rows(sample(grad), kept[0], features, total, shard))
-                kept.clear()  # the graph may outlive its backward
 
         logits.register_hook(on_gradient)
 

@@ -19,6 +19,7 @@ from nfi_monitor import _moved
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.quantized import Quantized
+from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import CoordinateSample, local
 from nfi_monitor.capture.second_moment import sample_moments, second_moment
 from nfi_monitor.capture.update import BeforeStep, Update
@@ -29,6 +30,13 @@ HEAD_ELEMENTS = 1 << 18
 MEAN_ELEMENTS = 1 << 20
 """Most head weights read in each step for W_G and the batch's zero-sum; larger heads are read less often."""
 
+ASSUMED_BETAS = (0.9, 0.99)
+"""(β1, β2) of an optimizer that has no betas (SGD, RMSprop, Adafactor), for τ = 1/(1−β2) = 100 steps.
+
+Such an optimizer has no second-moment memory of that form, yet patience and intervals are counted in τ.  100
+steps is RMSprop's own default (alpha=.99).  With Adam's .999 it would be read a quarter as often at risk, and
+a replay would wait ten times as long for a slingshot."""
+
 
 class OptimizerReader:
     """Gather an :class:`Update` for each step that is measured."""
@@ -36,16 +44,15 @@ class OptimizerReader:
     def __init__(self, optimizer: Optimizer, head: Head | None) -> None:
         self.optimizer = optimizer
         self.head = head
-        self.lowered = False  # fewer coordinates than the budget has
-        self.pooled = False  # what is read of a sharded head is added up over its shards
+        self.plan = ReadingPlan()
         self.unreadable: set[str] = set()  # state of a kind that cannot be sampled, for a note
         self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._found: tuple[Tensor | None, dict[str, Any]] | None = None
 
     @property
-    def can_lower(self) -> bool:
-        """Whether fewer coordinates could be read of this model than the budget has."""
+    def can_reduce(self) -> bool:
+        """Whether a reduced sample of this model would have fewer coordinates."""
         return any(sample.can_lower for sample, _ in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
@@ -72,6 +79,10 @@ class OptimizerReader:
         if betas is None or len(betas) < 2:
             return None
         return float(betas[0]), float(betas[1])
+
+    def betas_or_assumed(self) -> tuple[float, float]:
+        """(β1, β2) of the head's group, or :data:`ASSUMED_BETAS`: the one place that decides on τ."""
+        return self.betas() or ASSUMED_BETAS
 
     def has_second_moment(self) -> bool | None:
         """Whether the state has a second moment; None before the first step, when it is unknown."""
@@ -164,7 +175,8 @@ class OptimizerReader:
             for param in group["params"]
             if (param.grad is not None if needs_gradient else param.requires_grad)
         ]
-        key = (self.lowered, len(self.optimizer.state), *map(id, params))
+        reduced = self.plan.reduced_sample
+        key = (reduced, len(self.optimizer.state), *map(id, params))
         found = self._layouts.get(key)
         if found is None:
             usable = self._usable(params)
@@ -177,7 +189,7 @@ class OptimizerReader:
             }
             place = {param: at for at, param in enumerate(self._groups)}
             found = self._layouts[key] = (
-                CoordinateSample(usable, places=[place[id(param)] for param in usable], lowered=self.lowered),
+                CoordinateSample(usable, places=[place[id(param)] for param in usable], lowered=reduced),
                 tuple(usable),
             )
         return found
@@ -273,8 +285,9 @@ class OptimizerReader:
     def _readable_head(self) -> Head | None:
         """Return the head; None if its weight is sharded and the ranks do not add up the shards.
 
-        A part of the classes alone means nothing."""
-        if self.head is not None and not self.pooled and hasattr(self.head.weight, "to_local"):
+        A part of the classes alone means nothing.
+        """
+        if self.head is not None and not self.plan.head_pooled and hasattr(self.head.weight, "to_local"):
             self.unreadable.add("the head's weight, which is sharded over ranks")
             return None
         return self.head

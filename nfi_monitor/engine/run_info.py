@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +12,12 @@ from torch import Tensor, nn
 from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.capture.sampling import auto_interval
 from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.engine.notes import NoteTaker
+
+if TYPE_CHECKING:
+    from nfi_monitor.engine.loop import StepLoop
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "momentum", "amsgrad", "decoupled_weight_decay", "foreach", "fused",
@@ -37,14 +43,43 @@ def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -
     }
 
 
+def run_json(loop: StepLoop) -> dict[str, Any]:
+    """Return what ``run.json`` holds of a run, as it is now."""
+    schedule, tau = loop.schedule, loop.detector.context.tau
+    auto = schedule.healthy_interval or auto_interval(tau)
+    training = schedule.training
+    return {
+        **describe_run(loop.model, loop.head, loop.reader),
+        "level": loop.probe.level,
+        "tau": round(tau, 6),
+        "every": loop.every,
+        "interval": loop.every if isinstance(loop.every, int) else auto,
+        "thresholds": loop.thresholds.to_json(),
+        "steps": loop.step,
+        "absorbing_classes": loop.step_reader.absorbing_classes(),
+        "notes": notes_json(loop.notes),
+        "overhead": {
+            "seconds": schedule.own_seconds,
+            "share": schedule.own_seconds / training if training > 0 else None,
+            "measured_steps": schedule.readings,
+        },
+        "run_dir": None if loop.run_dir is None else str(loop.run_dir),
+    }
+
+
+def notes_json(notes: NoteTaker) -> list[dict[str, Any]]:
+    """Return the notes so far in plain types, oldest first."""
+    return [asdict(note) for note in notes.said.values()]
+
+
 def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool, rank: int) -> RunContext:
     """How the optimizer trains the head as things stand, for the detector."""
-    betas = reader.betas()
+    beta1, beta2 = reader.betas_or_assumed()
     group = reader.group_of(head.weight if head is not None else None)
     decoupled = group.get("decoupled_weight_decay", type(reader.optimizer).__name__.startswith("AdamW"))
     return RunContext(
-        beta1=betas[0] if betas else 0.9,
-        beta2=betas[1] if betas else 0.99,
+        beta1=beta1,
+        beta2=beta2,
         decoupled_decay=bool(decoupled) and float(group.get("weight_decay", 0.0) or 0.0) > 0,
         no_classes=no_classes,
         layer=head.name if head is not None else None,

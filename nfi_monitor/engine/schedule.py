@@ -1,8 +1,8 @@
 """Which optimizer steps are read in full, and what that costs.
 
-Reading costs the same few hundred small kernels whatever the model, so a small model feels it and a large
-one does not.  Where τ leaves room, the monitor reads a small healthy model less often; where that is not
-enough, it reads fewer rows and coordinates of it.
+A reading starts the same few hundred small kernels whatever the model: it slows a small model down, not a
+large one.  Where τ leaves room, the monitor reads a small healthy model less often.  Where that is not
+enough, it reads fewer rows and coordinates.
 """
 
 from __future__ import annotations
@@ -16,18 +16,21 @@ from nfi_monitor.capture.sampling import auto_interval
 from nfi_monitor.detect.detector import Attention
 
 SAMPLES = 32
-"""Steps and readings whose medians are taken: one slow step (a checkpoint, a compilation) is no cost."""
+"""Steps and readings whose medians are taken: one slow step (a checkpoint, a compilation) must not count."""
 FIRST_CHANGE = 64
-"""Optimizer step from which the interval is first decided on; again at each doubling."""
+"""The first optimizer step at which the interval is decided. It is decided again at each doubling."""
 ALL_READ = 8
-"""The first steps are read in full: they show whether anything can be seen at all."""
+"""The first steps are all read: they show whether anything can be seen at all."""
 
 
 def next_read(
     step: int, every: int | str, attention: Attention, tau: float, healthy: int | None = None
 ) -> int:
-    """The first step after ``step`` that is to be read, while nothing changes. ``healthy``: steps between
-    readings while nothing is going on, default :func:`nfi_monitor.capture.sampling.auto_interval`."""
+    """Return the first step after ``step`` that is to be read, if attention stays as it is.
+
+    ``healthy``: steps between readings of a healthy run, default
+    :func:`nfi_monitor.capture.sampling.auto_interval`.
+    """
     following = step + 1
     if isinstance(every, int):
         return -(-following // every) * every
@@ -36,79 +39,94 @@ def next_read(
     if attention is Attention.OFTEN:
         often = auto_interval(tau, at_risk=True)
         return -(-following // often) * often
-    # Two neighbours and a longer pause: curvature, alignment and swing need the step before as well.
+    # Two neighbouring steps, then a longer pause: curvature, alignment and swing need the step before.
     pair = 2 * (healthy or auto_interval(tau))
     return following if following % pair <= 1 else -(-following // pair) * pair
 
 
-class Schedule:
-    """The monitor's own seconds beside the training's, and the longest pause between readings they call for.
+def shared_schedule(every: int | str) -> Callable[[int, Attention, float], int]:
+    """Return ``next_read(step, attention, tau)`` for ranks that are read together."""
+    return lambda step, attention, tau: next_read(step, every, attention, tau)
 
-    ``budget`` is the share of the training's own time that healthy steps may cost; None: no matter.
+
+class Schedule:
+    """Measures the monitor's own time, and decides on the interval between readings and on their size.
+
+    ``budget``: the share of the training's own time that healthy steps may cost; None: not limited.
     """
 
     def __init__(self, budget: float | None) -> None:
         self.budget = budget
-        self.own = 0.0  # seconds
+        self.own_seconds = 0.0  # seconds
         self.readings = 0
-        self.healthy: int | None = None
-        """Steps between readings while nothing is going on; None: τ alone decides."""
-        self.lowered = False
-        """Whether readings hold fewer rows and coordinates."""
+        self.healthy_interval: int | None = None
+        """Steps between readings of a healthy run; None: τ alone decides."""
+        self.reduced_sample = False
+        """Whether readings hold a reduced sample of rows and coordinates."""
         self._started = self._last = time.perf_counter()
         self._own_before = 0.0
         self._finished: float | None = None
         self._next_decision = FIRST_CHANGE
-        self._steps = self._unplanned = 0  # since the last decision; readings that a stirring loss called for
-        self._stirs = 0.0
-        """Such readings a step, as found at the last decision."""
+        self._steps = self._unplanned = (
+            0  # since the last decision; readings that an unusual loss alone caused
+        )
+        self._unplanned_share = 0.0
+        """Unplanned readings per step, as found at the last decision."""
         self._training: deque[float] = deque(maxlen=SAMPLES)
         self._reading: deque[float] = deque(maxlen=SAMPLES)
         self._passing: deque[float] = deque(maxlen=4 * SAMPLES)
 
     @property
     def training(self) -> float:
-        """Seconds since the beginning that were not the monitor's."""
+        """Seconds since the start that were the training's, not the monitor's."""
         end = self._finished if self._finished is not None else time.perf_counter()
-        return end - self._started - self.own
+        return end - self._started - self.own_seconds
 
     def spend(self, seconds: float) -> None:
-        """What a hook took between two steps."""
-        self.own += seconds
+        """Add the seconds that a hook took between two steps."""
+        self.own_seconds += seconds
 
-    def step_done(self, read: bool, now: float, *, stirred: bool = False) -> None:
-        """An optimizer step is over, and all that the monitor had to do for it. ``stirred``: nothing but an
-        unusual loss had it read, of a healthy run."""
+    def step_done(self, read: bool, now: float, *, unplanned: bool = False) -> None:
+        """Count an optimizer step, once all work of the monitor on it is done.
+
+        ``unplanned``: an unusual loss alone caused the reading, in a healthy run.
+        """
         self._steps += 1
-        self._unplanned += read and stirred
-        own = self.own - self._own_before
+        self._unplanned += read and unplanned
+        own = self.own_seconds - self._own_before
         self._training.append(now - self._last - own)
         if read:
             self.readings += 1
             self._reading.append(own)
         else:
             self._passing.append(own)
-        self._last, self._own_before = now, self.own
+        self._last, self._own_before = now, self.own_seconds
 
     def leave_out(self, seconds: float) -> None:
-        """Time in which nothing was trained or watched."""
+        """Leave out a time in which nothing was trained or watched."""
         self._started += seconds
         self._last += seconds
 
+    def give_up_budget(self) -> None:
+        """Let τ alone decide, and read full samples: ranks have to agree, and no two clocks do."""
+        self.budget = self.healthy_interval = None
+        self.reduced_sample = False
+
     def finish(self) -> None:
+        """Stop the training's clock."""
         self._finished = time.perf_counter()
 
-    def decide(self, step: int, tau: float, *, can_lower: Callable[[], bool] = lambda: True) -> bool:
-        """A few times in a run: fit the interval to the budget, between the one of τ and a tenth of τ.
+    def decide(self, step: int, tau: float, *, can_reduce: Callable[[], bool] = lambda: True) -> bool:
+        """Fit interval and sample size to the budget, a few times in a run. True if either was made sparser.
 
-        Only so far: what precedes a slingshot lasts for some τ, and must still be seen.  In its first τ steps
-        a second moment remembers no more than those, and slingshots build up as fast: hence the 32nd part of
-        the steps done.  (τ/5 at once lost: hinge slingshots of the first τ came without a warning.)  What a
-        stirring loss has read costs as well: a minibatch loss may stir as often as all else is read.  Seldom,
-        so that the cadence does not follow every mood of the machine.  Where the interval is as long as it
-        will ever be and a healthy step still costs too much, rows and coordinates are lowered, if
-        ``can_lower`` says so; for good, because what is measured of two samples differs by more than what
-        grows in a few steps.  True if something was lowered that was not before.
+        The interval stays between the one of τ and a tenth of τ: what precedes a slingshot lasts some τ, and
+        must still be seen.  In its first τ steps a second moment remembers no more than those, and slingshots
+        build up as fast; hence at most a 32nd of the steps done.  (τ/5 at once lost: hinge slingshots of the
+        first τ came without a warning.)  Unplanned readings count: a minibatch loss may cause as many as the
+        schedule.  Decisions are rare, so that the interval does not follow the machine's load.
+
+        Where the longest interval still costs too much, the sample is reduced, if ``can_reduce()``.  Never
+        undone: a change of sample size would look like growth.
         """
         if self.budget is None or step < self._next_decision:
             return False
@@ -116,35 +134,44 @@ class Schedule:
         if not (self._reading and self._passing):
             return False
         shortest, longest = auto_interval(tau), round(min(tau / 10, step / 32))
-        self._stirs, self._steps, self._unplanned = self._unplanned / max(self._steps, 1), 0, 0
+        self._unplanned_share, self._steps, self._unplanned = self._unplanned / max(self._steps, 1), 0, 0
         reading = statistics.median(self._reading)
         left = (
-            self.budget * statistics.median(self._training) - self._passing_seconds() - self._stirs * reading
+            self.budget * statistics.median(self._training)
+            - self._passing_seconds()
+            - self._unplanned_share * reading
         )
         interval = shortest
         while interval < longest and reading > left * interval:
             interval = min(2 * interval, longest)
-        before, self.healthy = self.healthy or shortest, interval if interval > shortest else None
-        dear = step / 32 >= tau / 10 and reading > left * interval
-        lower = dear and not self.lowered and can_lower()
-        self.lowered = self.lowered or lower
-        return interval > before or lower
+        before, self.healthy_interval = (
+            self.healthy_interval or shortest,
+            interval if interval > shortest else None,
+        )
+        too_costly = step / 32 >= tau / 10 and reading > left * interval
+        reduce = too_costly and not self.reduced_sample and can_reduce()
+        self.reduced_sample = self.reduced_sample or reduce
+        return interval > before or reduce
 
     def expected(self, tau: float) -> float:
-        """Share of the training's own time that a healthy step costs at the present interval."""
-        interval = self.healthy or auto_interval(tau)
-        cost = self._passing_seconds() + statistics.median(self._reading) * (1 / interval + self._stirs)
+        """Return the share of the training's own time that a healthy step costs at the present interval."""
+        interval = self.healthy_interval or auto_interval(tau)
+        cost = self._passing_seconds() + statistics.median(self._reading) * (
+            1 / interval + self._unplanned_share
+        )
         return cost / max(statistics.median(self._training), 1e-9)
 
     def _passing_seconds(self) -> float:
-        """Mean seconds of a step without a reading: losses are judged a few at a time, so no median; and
-        without the slowest, which may have been a garbage collection."""
+        """Return the mean seconds of a step without a reading, the slowest one left out.
+
+        No median: losses are judged several at a time.  The slowest may have been a garbage collection.
+        """
         return (sum(self._passing) - max(self._passing)) / max(len(self._passing) - 1, 1)
 
     def reading_seconds(self) -> float:
-        """Median seconds of a reading."""
+        """Return the median seconds of a reading."""
         return statistics.median(self._reading)
 
     def step_seconds(self) -> float:
-        """Median seconds of a step's training."""
+        """Return the median seconds of a step's training."""
         return statistics.median(self._training)

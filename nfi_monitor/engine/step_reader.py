@@ -1,7 +1,8 @@
-"""What one process measures of an optimizer step: its rows, the step itself, the probe batch.
+"""Measure an optimizer step in one process: its rows, the step itself, the probe batch.
 
-Capture and measure meet here, and nothing is judged: a process that trains alone packs all of it into one
-vector (:meth:`StepReader.read`), one of many hands its parts to the other ranks (:mod:`nfi_monitor.ranks.membership`).
+Capture and measure meet here, and nothing is judged.  A process that trains alone packs all of it into one
+vector (:meth:`StepReader.read`), one of many puts its parts into a message to the others
+(:meth:`StepReader.fill`).
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from nfi_monitor.capture import devices
+from nfi_monitor.capture.devices import full_precision
 from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
@@ -25,23 +26,25 @@ from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
-from nfi_monitor.measure.step import step_statistics
+from nfi_monitor.measure.step import SKIPPED, step_statistics
+from nfi_monitor.ranks.exchange import Exchange
+from nfi_monitor.ranks.layout import Message
 
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 
 
 class Contents(NamedTuple):
-    """What a packed vector holds: row sums and maxima where ``rows``, then the quantities ``names``."""
+    """Describes a packed vector: row sums and maxima, if ``rows``, then the quantities ``names``."""
 
     step: int
     rows: bool
     names: tuple[str, ...]
     known: dict[str, float]
-    """Quantities that were on the host already."""
+    """Quantities that are not in the vector: they were on the host already."""
     single_output: bool
 
     def unpack(self, numbers: Sequence[float]) -> dict[str, float]:
-        """The quantities by name."""
+        """Return the quantities by name."""
         values = dict(self.known)
         if self.rows:
             sums, maxima = numbers[: len(SUMS)], numbers[len(SUMS) : _ROW_WIDTH]
@@ -53,8 +56,8 @@ class Contents(NamedTuple):
 class StepReader:
     """Reads one optimizer step between :meth:`begin` and :meth:`forget`.
 
-    ``quiet`` are the parts of the monitor that failed; ``failed(part, error)`` adds one.  ``memory`` is what
-    the next step is compared with.
+    ``quiet``: the parts of the monitor that failed.  ``failed(part, error)``: reports an error of one.
+    ``memory``: what the next step is compared with.
     """
 
     def __init__(
@@ -72,21 +75,21 @@ class StepReader:
         self._before: Any = None
 
     def add(self, rows: Rows) -> None:
-        """Rows of a micro-batch, as its backward pass has brought them."""
+        """Add the rows of a micro-batch, as its backward pass delivers them."""
         with torch.no_grad(), full_precision(rows.grad):
             self.rows.add(rows)
 
     def begin(self, step: int, given: Sequence[Any]) -> None:
-        """Before the optimizer step, which was ``given`` these arguments."""
+        """Read what is there before the optimizer step. ``given``: the arguments of ``optimizer.step()``."""
         with torch.no_grad():
             self._before = self.reader.before(step, closure=has_closure(given))
 
     def forget(self) -> None:
-        """The step is over, and read."""
+        """Drop what was read before the step."""
         self._before = None
 
     def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
-        """One packed vector for this step: row sums, row maxima, step quantities, loss."""
+        """Return one packed vector for this step: row sums, row maxima, step quantities, loss."""
         rows = self.rows
         packed: list[Tensor] = []
         if rows.sums is not None and rows.maxima is not None:
@@ -103,7 +106,7 @@ class StepReader:
         loss = losses.mean()
         parts = [*packed, *values.values()]
         if isinstance(loss, Tensor) and devices.on_host(loss) and not all(map(devices.on_host, parts)):
-            loss = loss.item()  # known already: it need not go there and back
+            loss = loss.item()  # known already: do not send it to the device and back
         if isinstance(loss, Tensor):
             values["loss"] = loss
         elif loss is not None:
@@ -116,7 +119,7 @@ class StepReader:
         return contents, torch.cat(packed) if packed else torch.empty(0)
 
     def _step_quantities(self, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """What the optimizer step did: quantities on the device, and those known on the host."""
+        """Return what the optimizer step did: quantities on the device, and those known on the host."""
         update = self.update(step)
         if update is None:
             self.memory = None
@@ -129,14 +132,14 @@ class StepReader:
         return values, {}
 
     def update(self, step: int) -> Update | None:
-        """What the optimizer step did; None where nothing was seen of it."""
+        """Return what the optimizer step did; None where nothing was seen of it."""
         return None if self._before is None else self.reader.after(self._before, step)
 
     def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor]:
-        """The step's quantities, 0-d each; the next step is compared with this one."""
+        """Return the step's quantities, 0-d each, and keep what the next step is compared with."""
         features, device = self.rows.features, update.grad.device
         if features is not None and features.device != device:
-            if devices.on_host(update.grad):  # bringing them there would be waiting for them
+            if devices.on_host(update.grad):  # copying them to the host would wait for them
                 self.reader.unreadable.add(f"features on {features.device}, with the head on {device}")
                 features = feature_mean = None
             else:
@@ -147,7 +150,7 @@ class StepReader:
         return values
 
     def add_probe(self, values: dict[str, Tensor], step: int) -> None:
-        """How far the probe batch's margins have moved, if there is one."""
+        """Add how far the margins of the probe batch have moved, if there is one."""
         if self._probe_batch is not None and "probe" not in self.quiet:
             try:
                 displacement = self._probe_batch.displacement(step)
@@ -157,27 +160,27 @@ class StepReader:
                 self.failed("probe", error)
 
     def absorbing_classes(self, limit: int | None = 10) -> list[list[float]]:
-        """[class, absorbed rows seen], most first."""
+        """Return [class, absorbed rows seen], the most absorbed class first."""
         return [[float(k), count] for k, count in self.rows.most_absorbed(limit)]
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """After ``step``, in plain types: what later steps are compared with."""
+        """Return what steps after ``step`` are compared with, in plain types."""
         kind, memory = self.rows.loss_kind, self.memory
         return {
             "absorbing_classes": self.absorbing_classes(limit=None),
             "loss_kind": None if kind is None else [float(x) for x in kind],
             "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in kind or ()],
             "single_output": self.rows.single_output,
-            # Only the step right after it is compared with it.
+            # Only the next step is compared with it.
             "last_step": None if memory is None or memory.step != step else memory.state_dict(),
             "probe": None if self._probe_batch is None else self._probe_batch.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """``device``: where the head's rows are."""
+        """Continue from :meth:`state_dict`. ``device``: where the head's rows are."""
         rows = self.rows
         rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
-        rows.absorbed_classes = None  # those of a run that goes back are among the earlier ones
+        rows.absorbed_classes = None  # if the run went back, the earlier ones contain these
         rows.loss_kind = None
         if state["loss_kind"] is not None:
             dtypes = [getattr(torch, name) for name in state.get("loss_kind_dtypes") or ["float32"] * 4]
@@ -193,13 +196,41 @@ class StepReader:
         if self._probe_batch is not None and state.get("probe") is not None:
             self._probe_batch.load_state_dict(state["probe"])
 
-    def let_go(self) -> None:
-        """Nothing is read any more: model, optimizer and tensors of theirs go; the row counts stay."""
+    def fill(self, losses: LossQueue, exchange: Exchange, message: Message, step: int) -> Tensor | None:
+        """Put this process's part of a reading into the message to the other ranks.
+
+        Returns the head's weight, where this process holds all of it."""
+        exchange.add_rows(message, self.rows)
+        values: dict[str, Tensor] = {}
+        weight = None
+        if "optimizer" not in self.quiet:
+            try:
+                weight = self._fill_step(exchange, message, step)
+            except Exception as error:
+                self.failed("optimizer", error)
+        self.add_probe(values, step)
+        exchange.add_values(message, values)
+        loss = losses.mean()
+        if loss is not None:
+            exchange.keep_loss(step, loss)
+        return weight
+
+    def _fill_step(self, exchange: Exchange, message: Message, step: int) -> Tensor | None:
+        update = self.update(step)
+        values: dict[str, Tensor | float] = {}
+        if update is not None:
+            values["learning_rate"] = update.lr
+            if update.found_inf is not None:
+                values[SKIPPED] = update.found_inf
+            if not exchange.shape.head_sharded:
+                values |= exchange.whole(self.statistics(update, None, step))
+        exchange.add_values(message, values)
+        with full_precision(None if update is None else update.grad):
+            exchange.add_step(message, update, step)
+            exchange.add_head(message, update, step)
+        return None if update is None or exchange.shape.head_sharded else update.head_weight
+
+    def release(self) -> None:
+        """Drop the model, the optimizer and their tensors. The row counts stay."""
         self._before = self.memory = self._probe_batch = None
         del self.reader
-
-
-def full_precision(tensor: Tensor | None) -> Any:
-    """Autocast would turn the monitor's own dot products into half precision, where ``tensor`` is."""
-    device = "cpu" if tensor is None else tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -6,7 +6,10 @@ Thilak et al. (arXiv 2206.04817) define the slingshot by the growth of the last 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from nfi_monitor.capture.sampling import local
+from nfi_monitor.measure.zero_sum import accumulation_dtype
 
 
 def stratified_sum(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -23,3 +26,10 @@ def norm(values: Tensor, weights: Tensor | None) -> Tensor:
         whole: Tensor = torch.linalg.vector_norm(values)
         return whole
     return stratified_sum(values * values, weights).sqrt()
+
+
+def parameter_norms(model: nn.Module) -> dict[str, float]:
+    """Return the Euclidean norm of every parameter by its name. Waits for the device."""
+    named = [(name, local(parameter.detach())) for name, parameter in model.named_parameters()]
+    norms = [torch.linalg.vector_norm(value, dtype=accumulation_dtype(value.dtype)) for _, value in named]
+    return {name: float(found) for (name, _), found in zip(named, norms, strict=True)}

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nfi_monitor.capture.devices import full_precision
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.update import Update
-from nfi_monitor.engine.step_reader import full_precision
 from nfi_monitor.measure.accumulator import RowAccumulator, looks
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.rows import MAXIMA, LossKind, finish

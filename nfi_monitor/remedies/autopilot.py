@@ -26,6 +26,7 @@ monitor with the Autopilot, on every rank, starts anew.
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -36,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.optim import Optimizer
 
+from nfi_monitor.alert_handler import AlertHandler
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.remedies.action import Action, AutopilotStop
 from nfi_monitor.remedies.cooling import CoolDown, cool_down
@@ -45,7 +47,8 @@ from nfi_monitor.remedies.last_snapshot import LastSnapshot
 from nfi_monitor.remedies.policy import Policy, Rung
 from nfi_monitor.remedies.projection import project_zero_sum
 from nfi_monitor.remedies.rate_hold import RateHold
-from nfi_monitor.remedies.steps import REPLAY, acts, around_steps
+from nfi_monitor.remedies.steps import around_steps
+from nfi_monitor.replay.replayed_step import REPLAY, acts
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.types import Alert, AlertKind, AlertState
 
@@ -53,7 +56,7 @@ if TYPE_CHECKING:
     from nfi_monitor.monitor import Monitor
 
 
-class Autopilot:
+class Autopilot(AlertHandler):
     """Act on alerts. Pass it to the monitor: ``Monitor(model, optimizer, on_alert=Autopilot())``.
 
     Args:
@@ -183,9 +186,15 @@ class Autopilot:
     # --- the monitor's side --------------------------------------------------------------------------
 
     def attach_monitor(self, monitor: Monitor) -> None:
+        """Old name of :meth:`attach`."""
+        warnings.warn("autopilot.attach_monitor is now autopilot.attach.", DeprecationWarning, stacklevel=2)
+        self.attach(monitor)
+
+    def attach(self, monitor: Monitor) -> None:
         """Serve ``monitor``, which calls this when it is made. Forget earlier runs unless a state was loaded.
 
-        Raises ValueError while another monitor is open."""
+        Raises ValueError while another monitor is open.
+        """
         if self._monitor is not None and not self._monitor.closed:
             raise ValueError("This Autopilot serves an open monitor already: make one for each.")
         if not self._loaded:
@@ -208,7 +217,7 @@ class Autopilot:
                 "This Autopilot has no monitor. Pass the Autopilot itself, not a function that calls it: "
                 "Monitor(model, optimizer, on_alert=autopilot)."
             )
-        if monitor.closed or not monitor.may_act():  # what is told while it closes comes too late
+        if monitor.closed or not monitor.port.may_act():  # what is told while it closes comes too late
             return
         if alert.state is AlertState.RESOLVED:
             self._firing.pop(alert.id, None)
@@ -222,7 +231,7 @@ class Autopilot:
     def _guarded(self) -> AbstractContextManager[None]:
         """Report an error inside the block once, and let training go on; without a monitor the error is
         raised."""
-        return nullcontext() if self._monitor is None else self._monitor.guarded("autopilot")
+        return nullcontext() if self._monitor is None else self._monitor.port.guarded("autopilot")
 
     @property
     def _told(self) -> Callable[[Exception], None]:
@@ -247,14 +256,14 @@ class Autopilot:
             return
         if REPLAY.step is not None:
             return
-        with monitor.guarded("autopilot"):
+        with monitor.port.guarded("autopilot"):
             if monitor.closed:
                 self._retire(monitor)
-            elif monitor.may_act():
+            elif monitor.port.may_act():
                 self._watch(monitor)
         if self._stopped and self.policy.stop == "raise" and not self._raised:
             self._raised = True
-            with monitor.guarded("autopilot"):
+            with monitor.port.guarded("autopilot"):
                 self._complete()
             raise AutopilotStop(f"{self.actions[-1].message} Catch AutopilotStop around the training loop.")
 
@@ -307,7 +316,7 @@ class Autopilot:
             self._act(monitor, "loss", alert.id, f"{why}the loss is zero_sum_cross_entropy from now on")
             return
         head = monitor.head
-        if head is None or not monitor.sees_rows:
+        if head is None or not monitor.port.sees_rows:
             lacking = (
                 "no head is known at which the gradient could be projected"
                 if head is None
@@ -382,7 +391,7 @@ class Autopilot:
 
     def _retire(self, monitor: Monitor) -> None:
         """End the cool-down after the monitor was closed, unless it could end on this rank alone."""
-        if self._cooling is None or monitor.may_act():
+        if self._cooling is None or monitor.port.may_act():
             if self._cooling is not None:
                 self._cooling.release()
             self._cooling, self._hold.held_since = None, None

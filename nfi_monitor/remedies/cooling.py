@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
-from nfi_monitor.remedies.steps import REPLAY, around_steps, step_now
+from nfi_monitor.remedies.steps import around_steps, step_now
+from nfi_monitor.replay.replayed_step import OBJECTIONS, REPLAY
 
 _SCALED: weakref.WeakKeyDictionary[Optimizer, _Scaled] = weakref.WeakKeyDictionary()
 
@@ -67,12 +68,20 @@ def cool_down(
     return CoolDown(f"learning rate × {factor:g} {lasts}", remove, cooling.release)
 
 
-def undated(optimizer: Optimizer) -> bool:
-    """True if the start step of a timed cool-down is unknown, so that a replay cannot repeat it."""
+def undated(optimizer: Optimizer) -> str | None:
+    """Return why a replay cannot repeat a timed cool-down: its start step is unknown. None where it can."""
     scaled = _SCALED.get(optimizer)
-    return scaled is not None and any(
-        cooling.since is None and cooling.steps is not None for cooling in scaled._active
+    if scaled is None or all(
+        cooling.since is not None or cooling.steps is None for cooling in scaled._active
+    ):
+        return None
+    return (
+        "A cool_down(...) of this optimizer began while no monitor was open, so its rate in the replayed "
+        "steps is unknown. Call undo() on what it returned, then replay."
     )
+
+
+OBJECTIONS.append(undated)
 
 
 class _Cooling:

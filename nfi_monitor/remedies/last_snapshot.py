@@ -31,7 +31,7 @@ class LastSnapshot(NamedTuple):
         if spoilt:
             snapshot = earlier[-1] if earlier else None
         else:
-            with monitor.guarded("autopilot_snapshot"):
+            with monitor.port.guarded("autopilot_snapshot"):
                 snapshot = monitor.take_snapshot()
         path = None
         finish = None
@@ -40,7 +40,7 @@ class LastSnapshot(NamedTuple):
             sharded = monitor.head is not None and hasattr(monitor.head.weight, "to_local")
             if monitor.run_dir is not None and processes.rank() == 0 and not sharded:
                 path = Path(monitor.run_dir) / f"autopilot-{snapshot.step}.pt"
-            moves = None if spoilt else (monitor.optimizer, monitor.extras)
+            moves = None if spoilt else (monitor.optimizer, monitor.port.stateful)
             finish = partial(_finished, snapshot, moves, path, monitor)
         kept = "no snapshot" if snapshot is None else f"a snapshot of step {snapshot.step:,}"
         kept += "" if path is None else f" in {path.name}"
@@ -52,7 +52,7 @@ def _finished(
 ) -> Snapshot:
     """Return the snapshot with the state that ``moves`` has now (None: as it is), and write it to
     ``path``."""
-    with monitor.guarded("autopilot_snapshot"):
+    with monitor.port.guarded("autopilot_snapshot"):
         if moves is not None:
             snapshot = snapshot.completed(*moves)
         if path is not None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.remedies.handle import Handle
-from nfi_monitor.remedies.steps import REPLAY, acts, step_now
+from nfi_monitor.remedies.steps import step_now
+from nfi_monitor.replay.replayed_step import REPLAY, acts
 
 
 def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | None = None) -> Handle:

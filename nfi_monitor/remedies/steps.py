@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from nfi_monitor.open_monitors import open_monitors
+from nfi_monitor.replay.replayed_step import REPLAY, acts
 
 Hook = Callable[[Optimizer], None]
 _STEPS: weakref.WeakKeyDictionary[Optimizer, _Steps] = weakref.WeakKeyDictionary()
@@ -70,37 +72,7 @@ class _Steps:
                 after(optimizer)
 
 
-# --- in a replay a remedy acts at the steps at which it did ------------------------------------------
-
-
-class _Replay:
-    step: int | None = None
-
-
-REPLAY = _Replay()
-"""``step``: the one that is being replayed; None in the run itself. An attribute and not a function: it is
-asked in each training step, outside of any try block."""
-
-
-@contextmanager
-def replaying(step: int) -> Iterator[None]:
-    """While this is open a replay does optimizer step ``step`` once more."""
-    REPLAY.step = step
-    try:
-        yield
-    finally:
-        REPLAY.step = None
-
-
 def step_now(optimizer: Optimizer | None, head: nn.Module | None = None) -> int | None:
-    """The last optimizer step, as the open monitor on either counts; None where there is none."""
-    # Imported here: the monitor knows nothing of remedies, and they get on without one.
-    from nfi_monitor.monitor import open_monitors
-
+    """Return the last optimizer step, as an open monitor of either counts; None without one."""
     watching = open_monitors(nn.Module() if head is None else head, optimizer)
-    return watching[0].step if watching else None
-
-
-def acts(since: int | None) -> bool:
-    """Whether a remedy that was switched on after step ``since`` (None: nobody knows) acts in this step."""
-    return REPLAY.step is None or since is None or REPLAY.step > since
+    return int(watching[0].step) if watching else None

@@ -67,5 +67,5 @@ def _snapshot_before(slingshot: Alert | None, recent: RecentSnapshots, tau: floa
         )
     raise MonitorError(
         f"No snapshot to replay from: {why}. Pass snapshots=<bytes> to Monitor (say snapshots=4 << 30), "
-        "or take one yourself with Snapshot.take(step, model, optimizer, extras) and pass snapshot=."
+        "or take one yourself with Snapshot.take(step, model, optimizer, stateful) and pass snapshot=."
     )

@@ -31,8 +31,12 @@ class RecentSnapshots:
     the bytes that all together may take, on any device; 0 keeps none.
     """
 
-    def __init__(self, model: nn.Module, optimizer: Any, extras: Sequence[Any], limit: int | str) -> None:
-        self._parts: tuple[nn.Module, Any, tuple[Any, ...]] | None = (model, unwrap(optimizer), tuple(extras))
+    def __init__(self, model: nn.Module, optimizer: Any, stateful: Sequence[Any], limit: int | str) -> None:
+        self._parts: tuple[nn.Module, Any, tuple[Any, ...]] | None = (
+            model,
+            unwrap(optimizer),
+            tuple(stateful),
+        )
         self.limit = limit
         self._kept: deque[tuple[Snapshot, Any]] = deque(maxlen=KEPT)  # with the event of its copies
         self._pending: tuple[Snapshot, Any] | None = None
@@ -67,7 +71,7 @@ class RecentSnapshots:
         if self._parts is None or self.refused or self.limit == 0:
             return
         self._last = step
-        model, optimizer, extras = self._parts
+        model, optimizer, stateful = self._parts
         size = max(state_bytes(model, optimizer), self._size)
         bound = self._bound(model, optimizer, size)
         if bound is None:
@@ -75,24 +79,24 @@ class RecentSnapshots:
         self._make_room(bound - size)  # before the copy: the bound holds while it is made, too
         pinned = _Pinned()
         snapshot = Snapshot.take(
-            step, model, optimizer, extras, spike, second_moment_decay=second_moment_decay, to_host=pinned
+            step, model, optimizer, stateful, spike, second_moment_decay=second_moment_decay, to_host=pinned
         )
-        self._size = snapshot.nbytes  # with extras and random state, which no estimate knows
+        self._size = snapshot.nbytes  # with stateful and random state, which no estimate knows
         bound = self._bound(model, optimizer, self._size)
         if bound is not None:
             self._make_room(bound - self._size)
             self._pending = (snapshot, pinned.event())
 
     def complete(self) -> None:
-        """Add hyperparameters and extras as the next step finds them; the snapshot is then complete."""
+        """Add hyperparameters and stateful as the next step finds them; the snapshot is then complete."""
         if self._pending is None or self._parts is None:
             return
         (snapshot, event), self._pending = self._pending, None
-        _, optimizer, extras = self._parts
-        self._kept.append((snapshot.completed(optimizer, extras), event))
+        _, optimizer, stateful = self._parts
+        self._kept.append((snapshot.completed(optimizer, stateful), event))
 
     def close(self) -> None:
-        """Drop the references to model, optimizer and extras; keep the copies."""
+        """Drop the references to model, optimizer and stateful; keep the copies."""
         try:
             self.complete()
         finally:

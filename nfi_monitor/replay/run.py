@@ -14,14 +14,13 @@ mechanism, by the rules of :mod:`nfi_monitor.replay.verdict`.
         scheduler.step()
         return loss
 
-    verdict = replay(snapshot, step_fn, model=model, optimizer=optimizer, extras=[scheduler])
+    verdict = replay(snapshot, step_fn, model=model, optimizer=optimizer, stateful=[scheduler])
 
 The price is one short training per arm.  Afterwards weights, buffers, gradients, optimizer state,
-hyperparameters, extras, training mode and random state are as they were, to the last bit.  Monitors that are
-open on the model are paused.  A remedy takes effect at its original step.  Where no monitor was open
-when it began, that step is unknown, and the remedy acts in all.  It is not used up.  An eps that was raised
-since is not raised again.
-"""
+hyperparameters, stateful objects, training mode and random state are as they were, to the last bit.
+Monitors that are open on the model are paused.  A remedy takes effect at its original step.  Where no
+monitor was open when it began, that step is unknown, and the remedy acts in all.  It is not used up.  An
+eps that was raised since is not raised again."""
 
 from __future__ import annotations
 
@@ -38,10 +37,10 @@ from torch import Tensor, nn
 from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.unwrap import unwrap
+from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
 from nfi_monitor.errors import MonitorError
-from nfi_monitor.remedies.cooling import undated
-from nfi_monitor.remedies.steps import replaying
+from nfi_monitor.open_monitors import open_monitors
 from nfi_monitor.replay.arm import Arm, ArmContext, combined
 from nfi_monitor.replay.arms import (
     ARMS,
@@ -57,6 +56,7 @@ from nfi_monitor.replay.arms import (
     ZERO_SUM,
 )
 from nfi_monitor.replay.optimizer_arms import larger_eps, smaller_lr
+from nfi_monitor.replay.replayed_step import OBJECTIONS, replaying
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.replay.verdict import BASELINE, Outcome, ReplayVerdict, arm_in_words, judge, margin
 from nfi_monitor.types import Thresholds
@@ -81,10 +81,11 @@ RECIPE = (
     "trainer.get_batch_samples(batches, accumulation, device), losses = trainer.training_step(model, one, "
     "items) for each of them, clip by args.max_grad_norm, trainer.optimizer.step(), "
     "trainer.lr_scheduler.step(), model.zero_grad(); return the losses' sum (their mean, if the model is not "
-    "told items). extras=[trainer.lr_scheduler]; the callback has given it to its monitor."
+    "told items). stateful=[trainer.lr_scheduler]; the callback has given it to its monitor."
 )
 
 
+@renamed_keyword("extras", "stateful")
 def replay(
     snapshot: Snapshot,
     step_fn: StepFunction,
@@ -94,7 +95,7 @@ def replay(
     model: nn.Module,
     optimizer: Any,
     head: nn.Module | str | bool | None = None,
-    extras: Sequence[Any] = (),
+    stateful: Sequence[Any] = (),
     beta2: float | None = None,
     recorded: Mapping[int, float] | None = None,
     thresholds: Thresholds | None = None,
@@ -108,8 +109,10 @@ def replay(
         arms: default :data:`ARMS`; the unchanged run is always replayed first.
         steps: most optimizer steps until the slingshot of the unchanged run (default: max(10 τ, 200)). The
             other arms run until max(2 τ, 20) steps after that slingshot.
-        model, optimizer, head, extras: as for :class:`nfi_monitor.Monitor`, ``extras`` as for the snapshot.
-        beta2: for τ = 1/(1−β2); default: that of the head's parameter group.
+        model, optimizer, head, stateful: as for :class:`nfi_monitor.Monitor`, ``stateful`` as for the
+        snapshot. beta2: for τ = 1/(1−β2); default: that of the head's parameter group, or .99 where it has
+        no betas
+            (:data:`nfi_monitor.capture.optimizer.ASSUMED_BETAS`).
         recorded: optimizer step → loss of the original run, for the bitwise check.
         thresholds: what counts as a slingshot.
 
@@ -123,20 +126,18 @@ def replay(
     tried = _tried(step_fn, arms, steps)
     found = None if head is False else find_head(model, None if head is True else head)
     inner = unwrap(optimizer)
-    if undated(inner):
-        raise MonitorError(
-            "A cool_down(...) of this optimizer began while no monitor was open, so its rate in the replayed "
-            "steps is unknown. Call undo() on what it returned, then replay."
-        )
+    for objection in OBJECTIONS:
+        why = objection(inner)
+        if why is not None:
+            raise MonitorError(why)
     if beta2 is None:
-        betas = OptimizerReader(inner, found).betas()
-        beta2 = 0.999 if betas is None else betas[1]
+        beta2 = OptimizerReader(inner, found).betas_or_assumed()[1]
     tau = 1.0 / max(1.0 - beta2, 1e-9)
     wait = math.ceil(max(10 * tau, 200.0)) if steps is None else steps
     run = _Run(model, inner, found, snapshot, step_fn, tau, thresholds or Thresholds(), recorded)
-    with _monitors_paused(model, inner), _put_back(model, inner, extras) as parameters:
-        outcomes = _outcomes(run, tried, wait, extras, parameters)
-    return _verdict(run, outcomes, extras)
+    with _monitors_paused(model, inner), _put_back(model, inner, stateful) as parameters:
+        outcomes = _outcomes(run, tried, wait, stateful, parameters)
+    return _verdict(run, outcomes, stateful)
 
 
 def _tried(step_fn: StepFunction, arms: Sequence[Arm] | None, steps: int | None) -> list[Arm]:
@@ -169,14 +170,14 @@ def _outcomes(
     run: _Run,
     tried: Sequence[Arm],
     wait: int,
-    extras: Sequence[Any],
+    stateful: Sequence[Any],
     parameters: Sequence[nn.Parameter],
 ) -> dict[str, Outcome]:
     """Run the arms, the first for ``wait`` steps. Stop after the first if it has no slingshot."""
     outcomes: dict[str, Outcome] = {}
     snapshot = run.snapshot
     for arm in tried:
-        snapshot.restore(run.model, run.optimizer, extras)
+        snapshot.restore(run.model, run.optimizer, stateful)
         for param in parameters:
             param.grad = None
         context = ArmContext(run.model, run.optimizer, run.head, snapshot, wait)
@@ -191,12 +192,12 @@ def _outcomes(
     return outcomes
 
 
-def _verdict(run: _Run, outcomes: dict[str, Outcome], extras: Sequence[Any]) -> ReplayVerdict:
+def _verdict(run: _Run, outcomes: dict[str, Outcome], stateful: Sequence[Any]) -> ReplayVerdict:
     step = run.snapshot.step
     mechanism, reasons = judge(outcomes, step, run.tau)
     reproduced = _reproduced(outcomes[BASELINE], step, run.recorded)
     if reproduced is False:
-        reasons.append(_not_reproduced(run.optimizer, extras))
+        reasons.append(_not_reproduced(run.optimizer, stateful))
     idle = [arm for arm in outcomes.values() if not arm.applied]
     if idle:
         reasons.append(f"had no effect: {', '.join(arm_in_words(arm.arm) for arm in idle)}")
@@ -326,14 +327,14 @@ def _as_float32(value: float) -> float:
     return float(torch.tensor(value, dtype=torch.float32))
 
 
-def _not_reproduced(optimizer: torch.optim.Optimizer, extras: Sequence[Any]) -> str:
+def _not_reproduced(optimizer: torch.optim.Optimizer, stateful: Sequence[Any]) -> str:
     text = (
         "the unchanged arm does not give the original losses to the last bit: step_fn, its batches or its "
         "random numbers differ from the run's"
     )
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
-    if scheduled and not any(getattr(extra, "optimizer", None) is optimizer for extra in extras):
-        text += ", or its learning rate does: the scheduler is not among extras="
+    if scheduled and not any(getattr(extra, "optimizer", None) is optimizer for extra in stateful):
+        text += ", or its learning rate does: the scheduler is not among stateful="
     return text
 
 
@@ -342,10 +343,10 @@ def _not_reproduced(optimizer: torch.optim.Optimizer, extras: Sequence[Any]) -> 
 
 @contextmanager
 def _put_back(
-    model: nn.Module, optimizer: torch.optim.Optimizer, extras: Sequence[Any]
+    model: nn.Module, optimizer: torch.optim.Optimizer, stateful: Sequence[Any]
 ) -> Iterator[list[nn.Parameter]]:
     """Restore at the end whatever a replay changes. Gives the parameters, whose gradients may be dropped."""
-    before = Snapshot.take(0, model, optimizer, extras)
+    before = Snapshot.take(0, model, optimizer, stateful)
     params = {id(p): p for p in model.parameters()}
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
     # The gradients' own tensors are kept: step_fn may zero or scale them in place.
@@ -353,16 +354,13 @@ def _put_back(
     try:
         yield list(params.values())
     finally:
-        before.restore(model, optimizer, extras)
+        before.restore(model, optimizer, stateful)
         for param, gradient in gradients:
             param.grad = gradient
 
 
 @contextmanager
 def _monitors_paused(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    # Imported here: the monitor imports this module for Monitor.replay.
-    from nfi_monitor.monitor import open_monitors
-
     with ExitStack() as stack:
         for monitor in open_monitors(model, optimizer):
             stack.enter_context(monitor.paused())

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from nfi_monitor.atomic_write import replacing
 from nfi_monitor.capture.unwrap import unwrap
+from nfi_monitor.deprecation import renamed_keyword
 
 _FORMAT = 1
 
@@ -38,7 +39,7 @@ class Snapshot:
     optimizer: dict[str, Any]
     """Laid out as ``optimizer.state_dict()``, tensors in host memory."""
     extras: tuple[dict[str, Any], ...]
-    """States of the objects given as ``extras``, in their order."""
+    """States of the objects given as ``stateful``, in their order."""
     rng: dict[str, Any]
     """torch (CPU and, where it is in use, CUDA), ``random`` and ``numpy.random``."""
     spike: dict[str, Any] | None
@@ -50,12 +51,13 @@ class Snapshot:
     """Decades that the head's sqrt(v̂) had fallen by then (the quantity of this name, at most 0)."""
 
     @classmethod
+    @renamed_keyword("extras", "stateful")
     def take(
         cls,
         step: int,
         model: nn.Module,
         optimizer: Any,
-        extras: Sequence[Any] = (),
+        stateful: Sequence[Any] = (),
         spike: Mapping[str, Any] | None = None,
         *,
         second_moment_decay: float = 0.0,
@@ -63,10 +65,10 @@ class Snapshot:
     ) -> Snapshot:
         """Copy everything to host memory; draws no random number and changes nothing.
 
-        ``extras``: what else a step moves: learning-rate scheduler, gradient scaler, sampler, average of
+        ``stateful``: what else a step moves: learning-rate scheduler, gradient scaler, sampler, average of
         the weights (anything with ``state_dict``/``load_state_dict``, or a ``torch.Generator``).
         ``second_moment_decay``: what a replay gives back to the second moment that it holds, decades.
-        ``to_host`` copies one tensor (default: a blocking copy).  Raises TypeError for other extras.
+        ``to_host`` copies one tensor (default: a blocking copy).  Raises TypeError for other objects.
         """
         to_host = to_host or _to_host
         unwrapped = unwrap(optimizer)
@@ -78,7 +80,7 @@ class Snapshot:
                     "training": {n: module.training for n, module in model.named_modules()},
                 },
                 "optimizer": _optimizer_state(unwrapped, to_host),
-                "extras": tuple(_copied(_state_of(extra), to_host) for extra in extras),
+                "extras": tuple(_copied(_state_of(extra), to_host) for extra in stateful),
                 "rng": _rng_state(),
             }
         return cls(
@@ -90,8 +92,9 @@ class Snapshot:
             second_moment_decay=second_moment_decay if math.isfinite(second_moment_decay) else 0.0,
         )
 
-    def completed(self, optimizer: Any, extras: Sequence[Any] = ()) -> Snapshot:
-        """This snapshot with the hyperparameters and the extras of *now*.
+    @renamed_keyword("extras", "stateful")
+    def completed(self, optimizer: Any, stateful: Sequence[Any] = ()) -> Snapshot:
+        """This snapshot with the hyperparameters and the ``stateful`` objects of *now*.
 
         Schedulers, scalers and weight averages move after the optimizer's step, so their states belong to a
         snapshot that was taken inside it.  What hands out data has by then moved on to the next batch:
@@ -99,7 +102,7 @@ class Snapshot:
         """
         states = tuple(
             old if feeds_data(extra) else _copied(_state_of(extra), _to_host)
-            for old, extra in zip(self.extras, extras, strict=True)
+            for old, extra in zip(self.extras, stateful, strict=True)
         )
         groups = [
             {name: _copied(value, _to_host) for name, value in group.items() if name != "params"}
@@ -108,15 +111,16 @@ class Snapshot:
         ]
         return replace(self, optimizer={**self.optimizer, "param_groups": groups}, extras=states)
 
-    def restore(self, model: nn.Module, optimizer: Any, extras: Sequence[Any] = ()) -> None:
+    @renamed_keyword("extras", "stateful")
+    def restore(self, model: nn.Module, optimizer: Any, stateful: Sequence[Any] = ()) -> None:
         """Restore everything in place, random state included. May be called any number of times.
 
         Raises ValueError, before anything is changed, where the model, the parameter groups or the number
-        of extras are not those of the snapshot.
+        of ``stateful`` objects are not those of the snapshot.
         """
         optimizer = unwrap(optimizer)
         parameters = dict(model.named_parameters())
-        self._check(parameters, optimizer, extras)
+        self._check(parameters, optimizer, stateful)
         with torch.no_grad():
             for name, value in self.model["parameters"].items():
                 parameters[name].copy_(value)
@@ -124,7 +128,7 @@ class Snapshot:
             for name, module in model.named_modules():
                 module.training = self.model["training"].get(name, module.training)
             _restore_optimizer(optimizer, self.optimizer)
-        for extra, state in zip(extras, self.extras, strict=True):
+        for extra, state in zip(stateful, self.extras, strict=True):
             # A copy: load_state_dict of a scheduler keeps the lists it is given, and goes on writing to them.
             _load_into(extra, _copied(state, _to_host))
         _restore_rng(self.rng)  # last: a loader's load_state_dict may draw
@@ -153,7 +157,7 @@ class Snapshot:
             raise ValueError(f"{path} is no snapshot of this version. Pass what snapshot.save(path) wrote.")
         return cls(**{name: content[name] for name in cls.__dataclass_fields__ if name in content})
 
-    def _check(self, parameters: Mapping[str, Tensor], optimizer: Any, extras: Sequence[Any]) -> None:
+    def _check(self, parameters: Mapping[str, Tensor], optimizer: Any, stateful: Sequence[Any]) -> None:
         def shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
             return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
@@ -171,10 +175,10 @@ class Snapshot:
                 f"The snapshot of step {self.step} knows {len(known)} parameter group(s) of {known} tensors, "
                 f"the optimizer has {len(groups)} of {groups}. Take one after the last group was added."
             )
-        if len(extras) != len(self.extras):
+        if len(stateful) != len(self.extras):
             raise ValueError(
-                f"The snapshot of step {self.step} holds the states of {len(self.extras)} extras, "
-                f"{len(extras)} were given. Pass the same objects in the same order."
+                f"The snapshot of step {self.step} holds the states of {len(self.extras)} stateful objects, "
+                f"{len(stateful)} were given. Pass the same objects in the same order."
             )
 
 
@@ -227,19 +231,19 @@ def _tensors(value: Any) -> Iterable[Tensor]:
             yield from _tensors(item)
 
 
-def check_extra(extra: Any) -> None:
+def check_stateful(extra: Any) -> None:
     """Raise TypeError for an object whose state cannot be copied and restored."""
     if not isinstance(extra, torch.Generator) and not (
         hasattr(extra, "state_dict") and hasattr(extra, "load_state_dict")
     ):
         raise TypeError(
-            f"extras holds a {type(extra).__name__}, which has no state_dict and load_state_dict. Pass "
+            f"stateful holds a {type(extra).__name__}, which has no state_dict and load_state_dict. Pass "
             "schedulers, gradient scalers, samplers, weight averages or torch.Generators."
         )
 
 
 def _state_of(extra: Any) -> Any:
-    check_extra(extra)
+    check_stateful(extra)
     if isinstance(extra, torch.Generator):
         return {"generator": extra.get_state()}
     state = extra.state_dict()

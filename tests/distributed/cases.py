@@ -410,7 +410,7 @@ def warned(monitor: Monitor, kind: AlertKind, state: AlertState = AlertState.FIR
     """An alert of this rank's, made up."""
     mechanism, step = Mechanism.EDGE_OF_STABILITY, monitor.step
     change = Change.BEGIN if state is AlertState.FIRING else Change.END
-    monitor._report(
+    monitor._loop.judge.report(
         change, Alert(f"{kind}-1", kind, Severity.CRITICAL, state, Phase.IMMINENT, step, step, mechanism, 0.9)
     )
 
@@ -515,10 +515,10 @@ def broken_on_rank_1(rank: int, world: int) -> dict[str, Any]:
     with Monitor(model, optimizer, console=False, every=1) as monitor:
         learn(model, optimizer, *data, 5, monitor)
         if rank == 1:
-            monitor._rows.add = broken
+            monitor._loop.rows.add = broken
         learn(model, optimizer, *data, 5, monitor)
         if rank == 1:
-            monitor._reader.after = broken
+            monitor._loop.reader.after = broken
         learn(model, optimizer, *data, 5, monitor)
     return {"seen": seen(monitor), "state": whole(model, optimizer)}
 
@@ -633,7 +633,7 @@ def sweep(rank: int, world: int) -> dict[str, Any]:
         monitor = Monitor(model, optimizer, console=Console(file=stream), every=1, group=group)
         learn(model, optimizer, *division_data(), 3 + rank, monitor)
         monitor.close()
-        out[name] = {"seen": seen(monitor), "said": stream.getvalue(), "acts": monitor.may_act()}
+        out[name] = {"seen": seen(monitor), "said": stream.getvalue(), "acts": monitor.port.may_act()}
     return out
 
 

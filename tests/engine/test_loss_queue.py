@@ -171,7 +171,7 @@ def test_a_reading_on_its_way_from_an_accelerator_is_judged_as_soon_as_it_is_the
         if loss is not None:
             monitor.observe_loss(loss)
         optimizer.step()
-        for read_at in monitor._history["gradient_norm"][0].tolist():
+        for read_at in monitor._loop.judge.recorded["gradient_norm"][0].tolist():
             judged.setdefault(read_at, step)
     assert judged == {1: 2, 32: 33, 64: 65}
     if loss is not None:
@@ -201,9 +201,9 @@ def test_a_loss_on_the_host_is_not_judged_before_the_reading_that_is_on_its_way(
     inputs, targets = torch.randn(16, 8), torch.randint(4, (16,))
     judged = []
     with Monitor(model, optimizer, console=False, every=32) as monitor:
-        judge = monitor._judge
+        judge = monitor._loop.judge.judge
         monkeypatch.setattr(
-            monitor, "_judge", lambda r, *, full: (judged.append(r.step), judge(r, full=full))
+            monitor._loop.judge, "judge", lambda r, *, full: (judged.append(r.step), judge(r, full=full))
         )
         for step in range(1, 70):
             optimizer.zero_grad()
@@ -217,10 +217,10 @@ def test_a_loss_on_the_host_is_not_judged_before_the_reading_that_is_on_its_way(
 
 def test_losses_really_wait_and_the_history_does_not_show_it():
     monitor, _ = run()
-    assert monitor._losses.waiting
+    assert monitor._loop.losses.deferred
     steps, losses = monitor.history["loss"]
     assert steps.tolist() == list(range(1, STEPS + 1))
-    assert not monitor._losses.waiting
+    assert not monitor._loop.losses.deferred
     assert all(0 < loss < 1 for loss in losses)
     monitor.close()
 
@@ -238,8 +238,8 @@ def test_what_is_no_loss_waits_for_nobody(bad):
     monitor, _ = run()
     monitor.observe_loss(bad)
     monitor.optimizer.step()
-    assert not monitor._losses.waiting
-    assert (monitor._detector.alerts != []) == (not math.isfinite(bad))
+    assert not monitor._loop.losses.deferred
+    assert (monitor._loop.detector.alerts != []) == (not math.isfinite(bad))
     monitor.close()
 
 
@@ -271,10 +271,10 @@ def test_what_waited_before_a_resume_makes_no_loss_look_usual_after_it():
 
 def test_saving_a_state_changes_nothing():
     monitor, _ = run()
-    waiting = list(monitor._losses.waiting)
+    waiting = list(monitor._loop.losses.deferred)
     assert waiting
     assert monitor.state_dict() == monitor.state_dict()
-    assert monitor._losses.waiting == waiting
+    assert monitor._loop.losses.deferred == waiting
     monitor.close()
 
 
@@ -287,7 +287,7 @@ def test_losses_of_half_precision_wait_with_the_value_they_have():
 
 def test_closing_judges_what_waits():
     monitor, _ = run()
-    assert monitor._losses.waiting
+    assert monitor._loop.losses.deferred
     monitor.close()
     assert len(monitor.history["loss"][0]) == STEPS
 
@@ -313,9 +313,9 @@ def test_what_is_done_to_a_loss_after_its_step_is_not_taken_for_the_loss(monkeyp
 
 def test_losses_of_one_step_on_two_devices_make_one_mean():
     losses, outbox = LossQueue(lambda step, loss: False, Thresholds()), HostTransfer()
-    losses.told += [torch.tensor(1.0), torch.tensor(2.0, device="meta")]
+    losses.observed += [torch.tensor(1.0), torch.tensor(2.0, device="meta")]
     assert losses.mean().device.type == "meta"
-    for step, loss in enumerate(losses.told):
+    for step, loss in enumerate(losses.observed):
         losses.keep_late(step, loss)
     losses.flush(outbox)
     assert outbox._pending[0][0] == [0, 1] and outbox._pending[0][1].shape == (2,)

@@ -23,28 +23,28 @@ def clock_of(
     for step in range(64):
         own = passing if step % 4 else reading
         now += training + own
-        clock.own += own
-        clock.step_done(step % 4 == 0, now, stirred=step < 4 * stirs)
+        clock.own_seconds += own
+        clock.step_done(step % 4 == 0, now, unplanned=step < 4 * stirs)
     return clock
 
 
 def test_a_reading_that_is_cheap_beside_the_step_leaves_the_interval_alone():
     clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
     assert not clock.decide(64, tau=1000)
-    assert clock.healthy is None
+    assert clock.healthy_interval is None
 
 
 def test_the_interval_grows_until_a_healthy_step_keeps_within_the_budget():
     clock = clock_of(training=10e-3, passing=1e-5, reading=5e-3)
     assert clock.decide(4096, tau=1000)
-    assert clock.healthy == 64  # 16 costs 3.2%, 32 1.7%, 64 0.9%
+    assert clock.healthy_interval == 64  # 16 costs 3.2%, 32 1.7%, 64 0.9%
     assert clock.expected(1000) <= clock.budget
 
 
 def test_no_budget_makes_the_interval_longer_than_a_tenth_of_tau():
     clock = clock_of(training=1e-3, passing=1e-3, reading=1.0)
     clock.decide(4096, tau=1000)
-    assert clock.healthy == 100
+    assert clock.healthy_interval == 100
     assert clock.expected(1000) > clock.budget
 
 
@@ -53,14 +53,14 @@ def test_early_on_the_interval_is_a_small_part_of_the_steps_done(step, healthy):
     """In its first τ steps a second moment remembers no more than those."""
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
     assert clock.decide(step, tau=1000) is (healthy is not None)
-    assert clock.healthy == healthy
+    assert clock.healthy_interval == healthy
 
 
 @pytest.mark.parametrize("tau", [1, 20, 160])
 def test_where_tau_is_short_readings_hold_less_instead_of_coming_less_often(tau):
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
     assert clock.decide(4096, tau=tau)
-    assert clock.healthy is None and clock.lowered
+    assert clock.healthy_interval is None and clock.reduced_sample
     assert not clock.decide(8192, tau=tau), "once is enough"
 
 
@@ -68,14 +68,14 @@ def test_where_tau_is_short_readings_hold_less_instead_of_coming_less_often(tau)
 def test_readings_hold_less_only_once_the_interval_is_as_long_as_it_will_be(step, lowered):
     clock = clock_of(training=1e-3, passing=1e-5, reading=1.0)
     clock.decide(step, tau=1000)
-    assert clock.lowered is lowered
+    assert clock.reduced_sample is lowered
 
 
 @pytest.mark.parametrize("tau", [20, 1000])
 def test_within_the_budget_readings_hold_all_they_may(tau):
     clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
     assert not clock.decide(4096, tau=tau)
-    assert not clock.lowered
+    assert not clock.reduced_sample
 
 
 def test_without_a_budget_the_clock_decides_nothing():
@@ -86,27 +86,29 @@ def test_the_interval_is_decided_on_once_after_each_power_of_two_and_shrinks_whe
     clock = clock_of(training=1e-3, passing=1e-6, reading=5e-3)
     assert not any(clock.decide(step, tau=1000) for step in (1, 8, FIRST_CHANGE, 513, 1023))
     assert clock.decide(1030, tau=1000)
-    assert clock.healthy == 32
+    assert clock.healthy_interval == 32
     assert not any(clock.decide(step, tau=1000) for step in (1031, 1600, 2047))
     now = clock._last
     for _ in range(4 * SAMPLES):  # the batch became larger
         now += 10.0
         clock.step_done(False, now)
     assert not clock.decide(2047, tau=1000)
-    assert clock.healthy == 32
+    assert clock.healthy_interval == 32
     assert not clock.decide(2048, tau=1000)
-    assert clock.healthy is None
+    assert clock.healthy_interval is None
 
 
 def test_what_a_stirring_loss_has_read_counts_against_the_budget():
     costs = {"training": 40e-3, "passing": 1e-5, "reading": 4.5e-3}
     assert not clock_of(**costs).decide(4096, tau=1000)
     clock = clock_of(**costs, stirs=4)  # a sixteenth of the steps: .28 of .4 ms
-    assert clock.decide(4096, tau=1000) and clock.healthy == 64 and not clock.lowered
+    assert clock.decide(4096, tau=1000) and clock.healthy_interval == 64 and not clock.reduced_sample
     assert clock.expected(1000) <= clock.budget
-    assert not clock.decide(8192, tau=1000) and clock.healthy is None, "it has stirred no more since then"
+    assert not clock.decide(8192, tau=1000) and clock.healthy_interval is None, (
+        "it has stirred no more since then"
+    )
     clock = clock_of(**costs, stirs=8)  # more than the budget by itself
-    assert clock.decide(4096, tau=1000) and clock.healthy == 100 and clock.lowered
+    assert clock.decide(4096, tau=1000) and clock.healthy_interval == 100 and clock.reduced_sample
 
 
 @pytest.mark.parametrize(("every", "unplanned"), [("auto", (6, 40)), (1, (0, 0)), (7, (0, 0))])
@@ -114,15 +116,17 @@ def test_readings_that_only_the_loss_called_for_are_told_from_those_of_the_caden
     with small(every=every) as monitor:
         for step in range(120):
             monitor.observe_loss(0.05 if step % 40 == 39 else 0.01)
-            F.cross_entropy(monitor._model(torch.ones(2, 8)), torch.zeros(2, dtype=torch.long)).backward()
+            F.cross_entropy(
+                monitor._loop.model(torch.ones(2, 8)), torch.zeros(2, dtype=torch.long)
+            ).backward()
             monitor.optimizer.step()
-        found = monitor._clock._unplanned
+        found = monitor._loop.schedule._unplanned
         assert unplanned[0] <= found <= unplanned[1]
 
 
 def test_one_slow_step_is_no_cost():
     clock = clock_of(training=1.0, passing=1e-5, reading=3e-3)
-    clock.own += 30.0
+    clock.own_seconds += 30.0
     clock.step_done(True, clock._last + 31.0)
     assert not clock.decide(64, tau=1000)
 
@@ -150,7 +154,7 @@ def train(monitor: Monitor, steps: int) -> None:
     torch.manual_seed(1)
     inputs, targets = torch.randn(16, 8), torch.randint(4, (16,))
     for _ in range(steps):
-        loss = F.cross_entropy(monitor._model(inputs), targets)
+        loss = F.cross_entropy(monitor._loop.model(inputs), targets)
         monitor.observe_loss(loss)
         monitor.optimizer.zero_grad()
         loss.backward()
@@ -169,8 +173,9 @@ def test_a_model_smaller_than_its_reading_is_read_seldom_and_told_so_once():
         train(monitor, 2_200)
     (note,) = [note for note in monitor.notes if note.code == "overhead_budget"]
     assert note.step == 1024
-    assert "one in 32 instead of one in 16, later one in 100 at most" in note.message
-    assert "overhead_budget=0.01" in note.message
+    assert "one step in 32 is read instead of one in 16, later one in 100 at most" in note.message
+    assert "costs more than the 1% that was asked for" in note.message
+    assert "overhead_budget=None" in note.message
     read = monitor.history["rms_t_max"][0]
     assert read[read > 2_048].tolist() == [2_049, 2_176, 2_177]
 
@@ -194,7 +199,7 @@ def wide(**arguments) -> Monitor:
 
 def sampled(monitor: Monitor, steps: int) -> list[tuple[int, int]]:
     """(rows, coordinates) of each reading of so many steps on 2,000 rows."""
-    found, deliver, gather = [], monitor._probe._deliver, monitor._meter.reader.before
+    found, deliver, gather = [], monitor._loop.probe._deliver, monitor._loop.reader.before
     rows: list[int] = []
 
     def delivered(given):
@@ -206,8 +211,8 @@ def sampled(monitor: Monitor, steps: int) -> list[tuple[int, int]]:
         found.append((rows[-1], len(read.before)))
         return read
 
-    monitor._probe._deliver, monitor._meter.reader.before = delivered, before
-    model, optimizer = monitor._model, monitor._optimizer
+    monitor._loop.probe._deliver, monitor._loop.reader.before = delivered, before
+    model, optimizer = monitor._loop.model, monitor.optimizer
     inputs, targets = torch.randn(2_000, 300), torch.randint(200, (2_000,))
     for _ in range(steps):
         optimizer.zero_grad()
@@ -225,13 +230,13 @@ def test_a_lowered_reading_holds_a_quarter_of_the_rows_and_coordinates_and_says_
     assert found[7] == full and full[0] == 1_000
     assert 250 <= less[0] <= 290 and 2_000 < less[1] < 0.6 * full[1] < 6_000
     (note,) = [note for note in monitor.notes if note.code == "overhead_samples"]
-    assert note.step == 64 and "one in 4 of the rows and coordinates" in note.message
+    assert note.step == 64 and "one in 4 of its rows and coordinates" in note.message
 
 
 def test_a_model_that_is_read_whole_anyway_is_told_nothing_of_fewer_rows():
     with small(overhead_budget=1e-9, beta2=0.9) as monitor:
         train(monitor, 200)
-    assert not monitor._clock.lowered
+    assert not monitor._loop.schedule.reduced_sample
     assert monitor.notes == []
 
 
@@ -241,9 +246,9 @@ def test_while_something_is_going_on_the_sample_stays_what_it_was(monkeypatch, a
     monkeypatch.setattr("nfi_monitor.detect.detector.Detector.attention", attention)
     with wide(overhead_budget=1e-9) as monitor:
         assert len(set(sampled(monitor, 80))) == 1
-        assert monitor._meter.reader.can_lower and not monitor._can_lower()
+        assert monitor._loop.reader.can_reduce and not monitor._loop.can_reduce()
         monkeypatch.undo()
-        assert monitor._can_lower()
+        assert monitor._loop.can_reduce()
         found = sampled(monitor, 80)
         assert found[-1][0] < 300 <= found[0][0]
         monkeypatch.setattr("nfi_monitor.detect.detector.Detector.attention", attention)
@@ -280,10 +285,10 @@ def test_a_run_resumed_at_a_cadence_of_its_own_gets_full_readings(arguments):
 def test_the_interval_survives_a_resume():
     with small() as first:
         train(first, 1_024)
-        state, weights = first.state_dict(), first._model.state_dict()
+        state, weights = first.state_dict(), first._loop.model.state_dict()
     assert state["interval"] == 32
     with small() as second:
-        second._model.load_state_dict(weights)
+        second._loop.model.load_state_dict(weights)
         second.load_state_dict(state)
         train(second, 60)
         assert second.history["rms_t_max"][0].tolist() == [1_025]  # at one step in 16 there would be more

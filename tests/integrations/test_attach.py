@@ -66,9 +66,9 @@ def test_what_began_before_a_checkpoint_is_not_acted_on_again() -> None:
 
     resumed = attachment.open(model, optimizer, directory="unused", state=state)
     assert [alert.id for alert in resumed.alerts] == [alert.id for alert in monitor.alerts]
-    resumed._report(Change.UPDATE, resumed.alerts[0])
+    resumed._loop.judge.report(Change.UPDATE, resumed.alerts[0])
     assert not attachment.act().save
-    resumed._report(Change.BEGIN, replace(resumed.alerts[0], id="at_risk-9"))
+    resumed._loop.judge.report(Change.BEGIN, replace(resumed.alerts[0], id="at_risk-9"))
     assert attachment.act().save
     attachment.close()
 
@@ -83,7 +83,7 @@ def test_after_a_run_model_and_optimizer_are_let_go_and_the_history_is_kept(tmp_
     attachment.close()
     assert attachment._context is None and attachment.state() == {}
     assert attachment.monitor is monitor and len(monitor.history) == 2
-    with pytest.raises(MonitorError, match="let go of the optimizer"):
+    with pytest.raises(MonitorError, match="does not hold the optimizer"):
         _ = monitor.optimizer
 
 
@@ -115,7 +115,7 @@ def test_what_is_guarded_is_reported_once_and_does_not_raise() -> None:
     model, optimizer = pair()
     with Monitor(model, optimizer, console=False) as monitor:
         for _ in range(2):
-            with monitor.guarded("upload"):
+            with monitor.port.guarded("upload"):
                 raise OSError("no network")
     assert [note.message for note in monitor.notes if note.code == "failed_upload"] == [
         "The monitor's upload failed and is off from now on; training is not affected. OSError: no network"

@@ -147,7 +147,7 @@ def test_the_classes_that_absorb_are_known_before_the_run_ends(tmp_path: Path) -
 
 def test_charts_carry_the_thresholds_of_their_run(real: Server, spiking_run: Recorded) -> None:
     charts = {chart["title"]: chart for chart in real.get("run", run="run")["record"]["charts"]}
-    thresholds = spiking_run.monitor._thresholds
+    thresholds = spiking_run.monitor._loop.thresholds
     band = charts["displacement by one update"]["band"]
     assert (band["low"], band["high"]) == (thresholds.imminent_exit, thresholds.imminent_displacement)
     growth = charts["growth of the means"]["band"]["high"]

@@ -329,7 +329,7 @@ def test_what_is_told_at_the_very_end_leaves_the_runs_totals_the_last_log_entry(
 
     class Late(transformers.TrainerCallback):
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            watched(callback)._report(Change.END, watched(callback).alerts[0])
+            watched(callback)._loop.judge.report(Change.END, watched(callback).alerts[0])
 
     trainer = hf.trainer(tmp_path, callbacks=[Late(), callback])
     trainer.train()
@@ -562,7 +562,7 @@ def test_a_trainers_run_is_replayed_to_the_last_bit_as_the_recipe_says(tmp_path:
         steps=5,
         model=done.model,
         optimizer=done.optimizer,
-        extras=[done.lr_scheduler],
+        stateful=[done.lr_scheduler],
         recorded=dict(zip(*(column.tolist() for column in monitor.history["loss"]), strict=True)),
     )
     assert verdict.reproduced is True and verdict.spiked_at is None

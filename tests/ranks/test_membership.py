@@ -46,7 +46,7 @@ def test_a_store_that_cannot_be_reached_is_said_once_and_this_rank_is_read_alone
     (said,) = [note for note in monitor.notes if note.code == "ranks_apart"]
     assert said.step == 0
     assert "their store cannot be reached (RuntimeError: connection refused)" in said.message
-    assert "rank 0 alone reports. Training is not affected." in said.message
+    assert "only rank 0 reports. Training is not affected." in said.message
     assert asked == [None], "nobody looks again"
     monkeypatch.undo()
     assert repr(readings(monitor)) == repr(readings(trained(4)))

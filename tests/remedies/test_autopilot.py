@@ -134,7 +134,7 @@ class Cockpit:
             self.model,
             self.optimizer,
             on_alert=pilot,
-            extras=[self.scheduler],
+            stateful=[self.scheduler],
             **{"console": False, "every": 10_000, **options},
         )
         # What is used is what stands in the group when the last of the hooks before a step is called.
@@ -156,15 +156,15 @@ class Cockpit:
 
     def tell(self, alert: Alert) -> Alert:
         alert = replace(alert, first_step=self.monitor.step, last_step=self.monitor.step)
-        self.monitor._report(nfi_monitor.Change.BEGIN, alert)
+        self.monitor._loop.judge.report(nfi_monitor.Change.BEGIN, alert)
         return alert
 
     def end(self, alert: Alert) -> None:
         alert = replace(alert, state=AlertState.RESOLVED, last_step=self.monitor.step)
-        self.monitor._report(nfi_monitor.Change.END, alert)
+        self.monitor._loop.judge.report(nfi_monitor.Change.END, alert)
 
     def enter(self, phase: Phase) -> None:
-        self.monitor._detector.phase = phase
+        self.monitor._loop.detector.phase = phase
         self.monitor.phases.append((self.monitor.step, phase))
 
 
@@ -271,7 +271,7 @@ def test_an_end_is_raised_only_where_the_policy_says_so_and_once() -> None:
 def test_after_a_slingshot_that_does_not_end_the_snapshot_is_one_from_before_it() -> None:
     cockpit = Cockpit(Autopilot(), snapshots=1 << 30)
     cockpit.train(3)
-    cockpit.monitor._ring.take(3, None)
+    cockpit.monitor._loop.recent_snapshots.take(3, None)
     cockpit.train(2)
     cockpit.tell(alert(AlertKind.SLINGSHOT))
     cockpit.enter(Phase.SLINGSHOT)
@@ -298,11 +298,11 @@ def test_growth_that_goes_on_under_the_exchanged_loss_is_met_by_a_smaller_rate_w
     cockpit = Cockpit(Autopilot())
     cockpit.train(1)
     cockpit.tell(alert(AlertKind.AT_RISK, NUMERIC))
-    cockpit.monitor._detector.phase = Phase.ABSORBING
+    cockpit.monitor._loop.detector.phase = Phase.ABSORBING
     assert set(cockpit.train(110)) == {1.0}, "it does not grow"
-    cockpit.monitor._detector.phase = Phase.INFLATING
+    cockpit.monitor._loop.detector.phase = Phase.INFLATING
     assert cockpit.train(30)[1:] == [0.1] * 29
-    cockpit.monitor._detector.phase = Phase.ABSORBING
+    cockpit.monitor._loop.detector.phase = Phase.ABSORBING
     assert cockpit.train(30)[-1] == 1.0
     assert whats(cockpit.pilot) == ["loss", "cool", "release"]
 
@@ -334,7 +334,7 @@ def test_where_the_head_never_fires_no_projection_is_announced_that_would_do_not
             F.cross_entropy(F.linear(body(inputs), head.weight), targets).backward()
             optimizer.step()
         pilot(alert(AlertKind.SLINGSHOT, NUMERIC))
-    assert whats(pilot) == ["nothing"] and not monitor.sees_rows
+    assert whats(pilot) == ["nothing"] and not monitor.port.sees_rows
     assert (
         "no gradient reaches the output of 4, where it could be projected: compute it as autopilot.loss"
         in pilot.actions[0].message
@@ -351,7 +351,7 @@ def test_a_resumed_run_has_its_loss_its_rate_and_its_memory_back() -> None:
     first.train(4)
     state = json.loads(json.dumps(first.pilot.state_dict()))
     second = Cockpit(Autopilot())
-    second.monitor._step = 7
+    second.monitor._loop.step = 7
     second.pilot.load_state_dict(state)
     assert second.pilot.swapped and second.pilot.cooling
     assert second.train(2) == [0.1] * 2
@@ -435,12 +435,12 @@ def test_an_adapter_acts_only_on_what_all_processes_agree_on_and_tells_the_user_
     )
     model = mlp()
     monitor = attachment.open(model, torch.optim.AdamW(model.parameters()), directory=tmp_path)
-    monitor._report(nfi_monitor.Change.BEGIN, NON_FINITE)
+    monitor._loop.judge.report(nfi_monitor.Change.BEGIN, NON_FINITE)
     monkeypatch.setattr(processes, "processes", lambda group: 2)
     due = attachment.act()  # of an alert of before, when all ranks had the same
     assert (due.save, due.stop, len(done)) == (on == "save_on", on == "stop_on", on == "remedy")
     later = replace(NON_FINITE, id="non_finite-2")
-    monitor._report(nfi_monitor.Change.BEGIN, later)
+    monitor._loop.judge.report(nfi_monitor.Change.BEGIN, later)
     due = attachment.act()
     assert (due.save, due.stop, len(done)) == (False, False, on == "remedy")
     assert heard == [NON_FINITE, later]
@@ -482,7 +482,7 @@ def test_a_framework_s_attachment_hands_it_the_monitor_and_its_end_to_the_framew
     optimizer = torch.optim.AdamW(model.parameters())
     monitor = attachment.open(model, optimizer, directory=tmp_path)
     assert attachment.act().stop is False
-    monitor._report(nfi_monitor.Change.BEGIN, NON_FINITE)
+    monitor._loop.judge.report(nfi_monitor.Change.BEGIN, NON_FINITE)
     assert attachment.act().stop is True and attachment.act().stop is True
     state = json.loads(json.dumps(attachment.state()))
     attachment.close()
@@ -503,12 +503,14 @@ def test_what_it_cannot_work_with_is_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"expected keys 'taken' and 'exchanged', found \['step'\]"):
         Autopilot().load_state_dict({"step": 3})
     cockpit = Cockpit(Autopilot())
-    assert cockpit.monitor.extras == (cockpit.scheduler,) and cockpit.monitor.tau == pytest.approx(10.0)
+    assert cockpit.monitor.port.stateful == (cockpit.scheduler,) and cockpit.monitor.tau == pytest.approx(
+        10.0
+    )
     other = mlp()
     with pytest.raises(ValueError, match="serves an open monitor already"):
         Monitor(other, torch.optim.AdamW(other.parameters()), console=False, on_alert=cockpit.pilot)
     Monitor(other, torch.optim.AdamW(other.parameters()), console=False).close()  # nothing was left attached
     cockpit.monitor.close()
-    with pytest.raises(MonitorError, match="A closed monitor has let go of the model"):
+    with pytest.raises(MonitorError, match="A closed monitor does not hold the model"):
         cockpit.monitor.take_snapshot()
-    assert cockpit.monitor.head is None and cockpit.monitor.extras == ()
+    assert cockpit.monitor.head is None and cockpit.monitor.port.stateful == ()

@@ -68,7 +68,7 @@ class Run:
         return Snapshot.take(self.done, self.model, self.optimizer, [self.scheduler])
 
     def replay(self, taken: Snapshot, arms: Any = None, steps: int | None = None, **options: Any) -> Any:
-        given = {"model": self.model, "optimizer": self.optimizer, "extras": [self.scheduler]}
+        given = {"model": self.model, "optimizer": self.optimizer, "stateful": [self.scheduler]}
         return replay(taken, self.step, arms, steps, recorded=self.losses, **{**given, **options})
 
     def state(self) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def test_a_remedy_acts_in_a_replay_where_it_did_in_the_run_and_is_not_used_up(
             run.model,
             run.optimizer,
             console=False,
-            extras=[run.scheduler],
+            stateful=[run.scheduler],
             on_alert=run.pilot,
             snapshots=False,
         )
@@ -133,9 +133,9 @@ def test_a_run_that_is_not_reproduced_is_said_to_be_so_and_why() -> None:
     run.go(20)
     taken = Snapshot.take(20, run.model, run.optimizer)  # the scheduler is forgotten
     run.go(40)
-    verdict = run.replay(taken, [], steps=20, extras=[])
+    verdict = run.replay(taken, [], steps=20, stateful=[])
     assert verdict.reproduced is False
-    assert "the scheduler is not among extras=" in verdict.reasons[-1]
+    assert "the scheduler is not among stateful=" in verdict.reasons[-1]
     assert run.replay(run.take(), [], steps=2).reproduced is None, "nothing recorded, nothing to compare"
 
 
@@ -182,7 +182,12 @@ def test_a_step_that_fails_in_an_arm_leaves_the_run_as_it_was() -> None:
         MonitorError, match=r"'larger_eps' failed at step 64: IndexError: no batch 64. .*Leave"
     ):
         replay(
-            taken, step, model=run.model, optimizer=run.optimizer, extras=[run.scheduler], recorded=run.losses
+            taken,
+            step,
+            model=run.model,
+            optimizer=run.optimizer,
+            stateful=[run.scheduler],
+            recorded=run.losses,
         )
     assert differences(run.state(), before) == []
 
@@ -225,7 +230,7 @@ def test_a_slingshot_of_rounding_is_averted_by_float64_and_by_the_zero_sum() -> 
     early = [s for s in taken if s.step <= detector.start - 40][-1]
     arms = (FLOAT64_LOSS, ZERO_SUM, LR_HELD, LARGER_EPS)
     verdict = replay(
-        early, step_fn, arms, model=model, optimizer=optimizer, extras=[warm_up], recorded=losses
+        early, step_fn, arms, model=model, optimizer=optimizer, stateful=[warm_up], recorded=losses
     )
     spiked = {name: outcome.spiked_at for name, outcome in verdict.outcomes.items()}
     assert verdict.reproduced is True and spiked["as_it_was"] == detector.start
@@ -262,7 +267,7 @@ def kicked(
             taken = Snapshot.take(step, model, optimizer, [scheduler])
     assert losses[158] < 1e-2 and max(losses[step] for step in range(159, 181)) > 0.5
     return replay(
-        taken, step_fn, model=model, optimizer=optimizer, extras=[scheduler], recorded=losses, steps=40
+        taken, step_fn, model=model, optimizer=optimizer, stateful=[scheduler], recorded=losses, steps=40
     )
 
 
@@ -321,7 +326,7 @@ def test_what_step_fn_has_to_do_is_said() -> None:
     run = Run()
     run.go(3)
     taken = run.take()
-    given = {"model": run.model, "optimizer": run.optimizer, "extras": [run.scheduler], "steps": 30}
+    given = {"model": run.model, "optimizer": run.optimizer, "stateful": [run.scheduler], "steps": 30}
     for bad, message in (
         (
             None,
@@ -339,6 +344,24 @@ def test_what_step_fn_has_to_do_is_said() -> None:
         replay(taken, run.step, **{**given, "steps": 0})
 
 
+@pytest.mark.parametrize(("betas", "tau"), [({}, 100), ({"betas": (0.9, 0.95)}, 20)])
+def test_without_betas_a_replay_takes_the_tau_that_the_monitor_takes(betas: Any, tau: int) -> None:
+    model = nn.Linear(3, 2)
+    kind: Any = torch.optim.AdamW if betas else torch.optim.SGD
+    optimizer = kind(model.parameters(), lr=1e-3, **betas)
+    with Monitor(model, optimizer, console=False) as monitor:
+        assert monitor.tau == pytest.approx(tau)
+    made: list[int] = []
+
+    def step_fn(step: int) -> float:
+        made.append(step)
+        optimizer.step()
+        return 1.0
+
+    replay(Snapshot.take(0, model, optimizer), step_fn, [], model=model, optimizer=optimizer)
+    assert len(made) == pytest.approx(max(10 * tau, 200), abs=1)
+
+
 def test_a_loss_that_is_not_finite_counts_as_a_slingshot() -> None:
     run = Run()
     run.go(3)
@@ -348,7 +371,9 @@ def test_a_loss_that_is_not_finite_counts_as_a_slingshot() -> None:
         run.step(step)
         return float("nan") if step == 8 else 1.0
 
-    verdict = replay(taken, step_fn, [], 20, model=run.model, optimizer=run.optimizer, extras=[run.scheduler])
+    verdict = replay(
+        taken, step_fn, [], 20, model=run.model, optimizer=run.optimizer, stateful=[run.scheduler]
+    )
     assert verdict.spiked_at == 8
 
 
@@ -365,7 +390,7 @@ def watched(to: int, run_dir: Path | None = None, **options: Any) -> tuple[Run, 
     run.monitor = Monitor(
         run.model,
         run.optimizer,
-        **{"console": False, "run_dir": run_dir, "extras": [run.scheduler], **options},
+        **{"console": False, "run_dir": run_dir, "stateful": [run.scheduler], **options},
     )
     run.go(to)
     return run, run.monitor
@@ -490,9 +515,9 @@ def test_without_a_snapshot_the_monitor_says_what_to_do() -> None:
 @pytest.mark.usefixtures("always_at_risk")
 def test_snapshots_only_after_the_slingshot_are_no_help_and_named() -> None:
     run, monitor = watched(110)
-    monitor._ring._kept.clear()
-    monitor._ring.take(110, None)
-    monitor._ring.complete()
+    monitor._loop.recent_snapshots._kept.clear()
+    monitor._loop.recent_snapshots.take(110, None)
+    monitor._loop.recent_snapshots.complete()
     with pytest.raises(
         MonitorError, match="those that the monitor kept are of steps 110–110, after the slingshot began"
     ):
@@ -523,5 +548,5 @@ def test_bad_arguments_of_the_ring_are_refused() -> None:
     for bad in (True, -1, "all", 1.5):
         with pytest.raises(ValueError, match='use "auto", False, or bytes'):
             Monitor(model, optimizer, snapshots=bad)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="extras holds a int"):
-        Monitor(model, optimizer, extras=[3])
+    with pytest.raises(TypeError, match="stateful holds a int"):
+        Monitor(model, optimizer, stateful=[3])

@@ -249,10 +249,10 @@ def test_what_does_not_fit_is_refused_before_anything_changes() -> None:
     before = everything(model, optimizer)
     with pytest.raises(ValueError, match=r"1 parameter group\(s\) of \[6\] tensors, the optimizer has 2"):
         taken.restore(model, optimizer)
-    with pytest.raises(ValueError, match=r"0 extras, 1 were given\. Pass the same"):
+    with pytest.raises(ValueError, match=r"0 stateful objects, 1 were given\. Pass the same"):
         Snapshot.take(3, model, optimizer).restore(model, optimizer, [torch.Generator()])
     assert differences(everything(model, optimizer), before) == []
-    with pytest.raises(TypeError, match="extras holds a int, which has no state_dict"):
+    with pytest.raises(TypeError, match="stateful holds a int, which has no state_dict"):
         Snapshot.take(3, model, optimizer, [3])
 
 

@@ -16,8 +16,10 @@ CALLED_FROM_OUTSIDE = {
     "the user calls it, and what it does is in its own try block": (
         "monitor:Monitor.observe_loss",
         "monitor:Monitor.tap",
-        "monitor:Monitor.end_micro_batch",
         "monitor:Monitor.close",
+        "engine/detach:close",
+        "engine/port:AdapterPort.end_micro_batch",
+        "engine/loop:StepLoop.end_micro_batch",
         "remedies/autopilot:Autopilot.loss",
         "remedies/autopilot:Autopilot.should_stop",
     ),
@@ -34,12 +36,13 @@ CALLED_FROM_OUTSIDE = {
         "integrations/accelerate:watch.<locals>.load",
     ),
     "it is the try block, or opens it": (
-        "monitor:Monitor.guarded",
-        "attach:Attachment.guarded",
+        "engine/port:AdapterPort.guarded",
+        "engine/faults:Faults.guarded",
+        "integrations/attach:Attachment.guarded",
         "remedies/autopilot:Autopilot._guarded",
     ),
     "called from outside, and a line or two of torch's or Python's own": (
-        "monitor:Monitor.begin_step",
+        "engine/port:AdapterPort.begin_step",
         "remedies/projection:_Project.__call__",
         *(
             f"capture/{probe}.__{name}__"
@@ -63,9 +66,11 @@ CALLED_FROM_OUTSIDE = {
 }
 OUTSIDE = {function for functions in CALLED_FROM_OUTSIDE.values() for function in functions}
 SILENT = {
-    "monitor:Monitor._failed",
-    "notes:NoteTaker.failed",
-    "notes:NoteTaker.note",
+    "engine/faults:Faults.failed",
+    "engine/loop:StepLoop._own_fault",
+    "engine/loop:StepLoop._report_fault",
+    "engine/notes:NoteTaker.failed",
+    "engine/notes:NoteTaker.note",
     "monitor:Monitor.notes",
     "leaving capture/step_hooks:StepHooks.remove last",
 }

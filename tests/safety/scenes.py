@@ -133,7 +133,7 @@ def tapped(folder: Path, begin: Begin | None) -> Outcome:
             console=Console(file=io.StringIO()),
             thresholds=SOON,
             snapshots=1 << 22,
-            extras=[scheduler, generator],
+            stateful=[scheduler, generator],
             sinks=[AlertLog(lambda alert, change: None), *notifiers(["trackio"])],
         )
         begin()
@@ -183,7 +183,7 @@ def scaled(folder: Path, begin: Begin | None) -> Outcome:
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     monitor = None
     if begin is not None:
-        monitor = Monitor(model, optimizer, console=False, every=1, extras=[scaler])
+        monitor = Monitor(model, optimizer, console=False, every=1, stateful=[scaler])
         begin()
     for _ in range(8):
         loss = F.cross_entropy(model(inputs), targets)
@@ -311,11 +311,11 @@ def copied(folder: Path, begin: Begin | None) -> Outcome:
     average = None
     for _ in range(4):
         if monitor is not None:
-            monitor.begin_step()
+            monitor.port.begin_step()
         loss = F.cross_entropy(model(inputs), targets)
         loss.backward()
         if monitor is not None:
-            monitor.end_micro_batch()
+            monitor.port.end_micro_batch()
         optimizer.step()
         optimizer.zero_grad()
         average = copy.deepcopy(model)

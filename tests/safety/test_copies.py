@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
-from nfi_monitor import Monitor, meter
+from nfi_monitor import Monitor
+from nfi_monitor.engine import step_reader
 from nfi_monitor.report.run_directory.reader import read_run
 from tests.forked import Forked
 from tests.runs import batch, differences, mlp, snapshot
@@ -181,7 +182,7 @@ def test_replicas_on_several_threads_are_parts_of_one_step(watched: Any) -> None
         F.cross_entropy(
             torch.cat([outputs[n] for n in range(3)]), torch.cat([targets[n::3] for n in range(3)])
         ).backward()
-        sums = monitor._rows.sums
+        sums = monitor._loop.rows.sums
         assert sums is not None and sums[0] == ROWS, "live rows: each of them once"
         optimizer.step()
         optimizer.zero_grad()
@@ -191,7 +192,7 @@ def test_replicas_on_several_threads_are_parts_of_one_step(watched: Any) -> None
 
 def test_a_replica_on_another_device_is_left_out_and_said_once(watched: Any, monkeypatch: Any) -> None:
     model, optimizer, monitor = watched
-    monkeypatch.setattr(meter, "full_precision", lambda tensor: nullcontext())  # meta knows no autocast
+    monkeypatch.setattr(step_reader, "full_precision", lambda tensor: nullcontext())  # meta knows no autocast
     for _ in range(3):
         replica = model._replicate_for_data_parallel()
         for number, layer in enumerate(model):

@@ -75,7 +75,7 @@ def test_a_closed_monitor_keeps_no_model_no_optimizer_and_no_batch_alive(tmp_pat
         console=False,
         every=1,
         probe=(inputs, targets),
-        extras=[scheduler],
+        stateful=[scheduler],
     )
     loss = F.cross_entropy(model(inputs), targets)
     monitor.observe_loss(loss)
@@ -123,8 +123,8 @@ def leaks(times: int, tmp_path: Path) -> dict[str, int]:
             "objects": len(gc.get_objects()) // 200,  # interned names and caches come and go
             "open files": len(os.listdir("/proc/self/fd")),
             "threads": threading.active_count(),
-            "watched": len(nfi_monitor.monitor._WATCHED),
-            "open monitors": len(nfi_monitor.monitor._OPEN),
+            "watched": len(nfi_monitor.open_monitors._WATCHED),
+            "open monitors": len(nfi_monitor.open_monitors._OPEN),
             "locks": len(nfi_monitor.report.run_directory.lock._HELD),
         }
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from nfi_monitor import Monitor
+from nfi_monitor.engine.loop import StepLoop
 from tests.runs import differences
 from tests.safety.table import Shown
 
@@ -169,13 +170,13 @@ def test_training_is_bitwise_equal_in_every_pair_of_modes(precision: str) -> Non
 def test_the_comparison_sees_what_a_monitor_that_draws_one_random_number_does(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    before_step = Monitor._before_step
+    before_step = StepLoop._before_step
 
-    def draws(self: Monitor, given: Any) -> None:
+    def draws(self: StepLoop, given: Any) -> None:
         torch.rand(())
         before_step(self, given)
 
-    monkeypatch.setattr(Monitor, "_before_step", draws)
+    monkeypatch.setattr(StepLoop, "_before_step", draws)
     found = different(Cell("float32", "plain", "AdamW"), 3, "eager")
     assert any("/random/0" in path for path in found) and any("/model/" in path for path in found)
 

@@ -11,7 +11,8 @@ from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.projection import classes_last
-from nfi_monitor.remedies.steps import acts, around_steps, step_now
+from nfi_monitor.remedies.steps import around_steps, step_now
+from nfi_monitor.replay.replayed_step import acts
 
 _FEATURES = "_nfi_centered_features"
 

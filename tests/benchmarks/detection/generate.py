@@ -80,7 +80,7 @@ def _record(family: Family, seed: int, steps: int) -> Run:
     with monitor:
         for number in range(1, steps + 1):
             training.step(number, monitor)
-            context = monitor._detector.context  # no public name for it yet
+            context = monitor._loop.detector.context  # no public name for it yet
             if not contexts or context != contexts[-1][1]:
                 contexts.append((number, context))
     seconds = time.perf_counter() - started

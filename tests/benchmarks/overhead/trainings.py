@@ -95,16 +95,16 @@ class Watched(TimedTraining):
         self.monitor.close()
 
     def settle(self) -> None:
-        self.monitor._clock.decide(SETTLED, self.monitor.tau)
+        self.monitor._loop.schedule.decide(SETTLED, self.monitor.tau)
 
     @property
     def interval(self) -> int:
         """Steps after which readings repeat themselves while nothing is going on."""
-        return 2 * int(self.monitor._info()["interval"])
+        return 2 * int(self.monitor._loop.info()["interval"])
 
     def own(self) -> tuple[float, int]:
-        clock = self.monitor._clock  # summary() says the same, but costs more than what is timed
-        return clock.own, clock.readings
+        clock = self.monitor._loop.schedule  # summary() says the same, but costs more than what is timed
+        return clock.own_seconds, clock.readings
 
 
 class Default(Watched):

@@ -298,7 +298,7 @@ def _replayed(
         model=training.model,
         optimizer=training.optimizer,
         head=training.watch.get("head"),
-        extras=extras,
+        stateful=extras,
         beta2=1.0 - 1.0 / tau,
         recorded=losses,
     )

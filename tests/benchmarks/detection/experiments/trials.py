@@ -163,7 +163,7 @@ class Rerun:
             model=self.training.model,
             optimizer=self.training.optimizer,
             head=self.head,
-            extras=self.extras,
+            stateful=self.extras,
             beta2=1.0 - 1.0 / self.tau,
             recorded=self.recorded,
         )

@@ -1,0 +1,82 @@
+"""What ``Monitor(on_alert=...)`` takes beside a plain function: an object that keeps a state of its own."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from nfi_monitor.types import Alert
+
+if TYPE_CHECKING:
+    from nfi_monitor.monitor import Monitor
+
+
+class AlertHandler:
+    """Base class for an ``on_alert`` that needs its monitor, has a state, or may end the training.
+
+    A subclass defines ``__call__``.  Everything else does nothing unless it is overridden.
+    :class:`nfi_monitor.remedies.Autopilot` is one.
+    """
+
+    def attach(self, monitor: Monitor) -> None:
+        """Receive the monitor, once, when it is attached. What this raises closes the monitor again."""
+
+    def __call__(self, alert: Alert) -> None:
+        """Receive an alert whenever one begins, changes or ends. What this raises is reported once."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(alert).")
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether training should end. The adapters ask after each optimizer step."""
+        return False
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs, in types that survive JSON. The adapters save it."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what :meth:`state_dict` returned."""
+
+
+def handler_of(on_alert: Callable[[Alert], None] | None) -> AlertHandler | None:
+    """Return ``on_alert`` itself if it is an AlertHandler, None if it is a plain function.
+
+    An object of the old kind (no AlertHandler, but with ``attach_monitor`` or ``should_stop``) is wrapped,
+    with a DeprecationWarning.
+    """
+    if on_alert is None or isinstance(on_alert, AlertHandler):
+        return on_alert
+    if hasattr(on_alert, "attach_monitor") or hasattr(on_alert, "should_stop"):
+        return _OldHandler(on_alert)
+    return None
+
+
+class _OldHandler(AlertHandler):
+    """Stands for an object that follows the protocol from before AlertHandler existed."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+        warnings.warn(
+            f"{type(inner).__name__} should inherit from nfi_monitor.AlertHandler: attach(monitor) replaces "
+            "attach_monitor(monitor).",
+            DeprecationWarning,
+            stacklevel=4,
+        )
+
+    def attach(self, monitor: Monitor) -> None:
+        if hasattr(self._inner, "attach_monitor"):
+            self._inner.attach_monitor(monitor)
+
+    def __call__(self, alert: Alert) -> None:
+        self._inner(alert)
+
+    @property
+    def should_stop(self) -> bool:
+        return bool(getattr(self._inner, "should_stop", False))
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._inner.state_dict()) if hasattr(self._inner, "state_dict") else {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._inner.load_state_dict(state)

@@ -1,0 +1,95 @@
+"""Check what a monitor is made with, before anything is attached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nfi_monitor.capture.head import Head, find_head
+from nfi_monitor.capture.unwrap import choose
+from nfi_monitor.errors import AlreadyMonitoredError
+from nfi_monitor.open_monitors import is_watched
+from nfi_monitor.ranks import processes
+from nfi_monitor.replay.snapshots import check_stateful
+from nfi_monitor.report.sink import Sink
+from nfi_monitor.types import Alert, Thresholds
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+@dataclass(frozen=True)
+class Options:
+    """The keyword arguments of :class:`nfi_monitor.Monitor`, checked by :meth:`check`."""
+
+    head: nn.Module | str | bool | None
+    run_dir: str | PathLike[str] | None
+    console: bool | Console | None
+    on_alert: Callable[[Alert], None] | None
+    probe: tuple[Any, Tensor] | None
+    thresholds: Thresholds | None
+    every: int | str
+    overhead_budget: float | None
+    snapshots: int | str | bool
+    stateful: Any
+    sinks: Sequence[Sink]
+    group: Any
+
+    def check(self, model: nn.Module) -> None:
+        """Raise TypeError or ValueError, saying what to pass instead, for an argument of the wrong kind."""
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"Monitor needs a torch.nn.Module, got {type(model).__name__}.")
+        every, budget = self.every, self.overhead_budget
+        if not (every == "auto" or (isinstance(every, int) and not isinstance(every, bool) and every >= 1)):
+            raise ValueError(f'every={every!r}: use "auto" or a number of optimizer steps ≥ 1.')
+        if budget is not None and not (isinstance(budget, (int, float)) and 0 < budget < math.inf):
+            raise ValueError(f"overhead_budget={budget!r}: use a share such as 0.01, or None.")
+        if self.head is True:
+            raise ValueError(
+                "head=True is no head: name the module, or leave head= out and the monitor finds it."
+            )
+        if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
+            raise TypeError(f"thresholds must be a Thresholds(...), got {type(self.thresholds).__name__}.")
+        if self.probe is not None and not (isinstance(self.probe, (tuple, list)) and len(self.probe) == 2):
+            raise ValueError("probe must be a pair (inputs, targets).")
+        if self.on_alert is not None and not callable(self.on_alert):
+            raise TypeError(f"on_alert must be callable, got {type(self.on_alert).__name__}.")
+        limit = self.snapshot_limit
+        if not (limit == "auto" or (type(limit) is int and limit >= 0)):
+            raise ValueError(f'snapshots={limit!r}: use "auto", False, or bytes that they may take.')
+        if not isinstance(self.stateful, Sequence):
+            name = type(self.stateful).__name__
+            raise TypeError(f"stateful must be a list, got {name}: stateful=[it].")
+        for one in self.stateful:
+            check_stateful(one)
+        processes.check_group(self.group)
+
+    @property
+    def snapshot_limit(self) -> int | str:
+        """Bytes that all snapshots may take together, or "auto"; 0 keeps none."""
+        return 0 if self.snapshots is False else self.snapshots
+
+
+def find_watched(
+    model: nn.Module, optimizer: Any, head: nn.Module | str | bool | None
+) -> tuple[Head | None, Optimizer]:
+    """Return the head to watch and the optimizer that trains it, without wrappers.
+
+    Raises AlreadyMonitoredError where an open monitor watches that head, or a model without one; and as
+    :func:`~nfi_monitor.capture.head.find_head` and :func:`~nfi_monitor.capture.optimizer.choose`.
+    """
+    found = None if isinstance(head, bool) else find_head(model, head)
+    chosen = choose(optimizer, found)
+    if is_watched(model if found is None else found.module):
+        where = found.describe() if found is not None else type(model).__name__
+        raise AlreadyMonitoredError(
+            f"{where} is already watched by an open monitor. Close it first (monitor.close(), or leave "
+            "its with block): one monitor sees everything that two would see."
+        )
+    return found, chosen

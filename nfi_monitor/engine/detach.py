@@ -1,0 +1,84 @@
+"""Detach a loop from its training: at ``close()``, and in a process that was forked from it."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from contextlib import suppress
+
+from nfi_monitor.engine.loop import StepLoop
+from nfi_monitor.open_monitors import unregister
+from nfi_monitor.types import AlertState, Change
+
+_LOOPS: weakref.WeakSet[StepLoop] = weakref.WeakSet()
+
+
+def abandon_if_forked(loop: StepLoop) -> None:
+    """Have a forked process detach this loop: it inherits the hooks, but what it runs is not this run."""
+    _LOOPS.add(loop)
+
+
+def close(loop: StepLoop) -> None:
+    """Detach all hooks and finish the reports. Calling it again does nothing.
+
+    Each part is guarded: what fails in one must not keep the next from being detached.
+    """
+    if loop.closed:
+        return
+    loop.closed = True
+    guarded = loop.faults.guarded
+    with guarded("close"):
+        if loop.membership.leave(loop.handles[0], loop.step, loop.detector):
+            del loop.handles[0]
+    for handle in loop.handles:
+        with guarded("close"):
+            handle.remove()
+    loop.handles.clear()
+    for ending in loop.endings:
+        with guarded("close"):
+            ending()
+    loop.endings.clear()
+    _LOOPS.discard(loop)
+    with guarded("close"):
+        unregister(loop.owner, loop.watched_module)
+    with guarded("close"):
+        loop.judge.settle()
+        loop.recent_snapshots.close()
+    with guarded("close"):
+        loop.schedule.finish()
+    with guarded("close"):
+        loop.step_reader.release()
+    with guarded("close"):  # never in the way of an exception of the user's own
+        _finish_reports(loop)
+    with guarded("close"):
+        loop.judge.release()
+    # The monitor may outlive the run for its history; the model and the optimizer must not for its sake.
+    del loop.owner, loop.model, loop.optimizer, loop.reader, loop.head, loop.stateful
+
+
+def _finish_reports(loop: StepLoop) -> None:
+    loop.rows.clear(loop.step + 1)
+    loop.probe.forget()
+    loop.final_info = loop.info()
+    reports = loop.reports
+    if reports.sinks:
+        for alert in list(loop.detector.alerts):
+            if alert.state is AlertState.FIRING:  # how far it got: files hold only what was told
+                reports.alert(alert, Change.UPDATE)
+        reports.close(loop.info(), loop.summary())
+
+
+def _abandon_all() -> None:
+    """Detach, and say nothing anywhere: files, ranks and the run are the parent process's."""
+    for loop in list(_LOOPS):
+        loop.closed = True
+        for handle in loop.handles:
+            with suppress(Exception):
+                handle.remove()
+        loop.handles.clear()
+        loop.reports.sinks.clear()
+    _LOOPS.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)

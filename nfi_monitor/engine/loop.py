@@ -1,0 +1,398 @@
+"""The pass over one optimizer step (hooks → measure → judge → report), and the choice of the next to read.
+
+:class:`nfi_monitor.Monitor` is its face.  The parts do not know the loop:
+:mod:`~nfi_monitor.engine.step_reader` reads a step, :mod:`~nfi_monitor.engine.loss_queue` holds the losses
+that can wait, :mod:`~nfi_monitor.ranks.membership` shares a reading with other processes, and
+:mod:`~nfi_monitor.engine.judge` judges and reports it.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from nfi_monitor.capture import devices
+from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.head_probe import HeadProbe, Rows
+from nfi_monitor.capture.host_transfer import HostTransfer
+from nfi_monitor.capture.loss import LossProbe
+from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.capture.probe_batch import ProbeBatch
+from nfi_monitor.capture.reading_plan import ReadingPlan
+from nfi_monitor.capture.step_hooks import StepHooks
+from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.detect.spike import QUIET
+from nfi_monitor.engine.checks import Options
+from nfi_monitor.engine.faults import Faults
+from nfi_monitor.engine.judge import Judge
+from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
+from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.remarks import Seen
+from nfi_monitor.engine.run_info import notes_json, read_context, run_json
+from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
+from nfi_monitor.engine.step_reader import StepReader
+from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.ranks.membership import Membership
+from nfi_monitor.replay.recent_snapshots import RecentSnapshots
+from nfi_monitor.replay.verdict import ReplayVerdict
+from nfi_monitor.report.sinks import Sinks, open_sinks
+from nfi_monitor.types import Reading, Thresholds
+
+if TYPE_CHECKING:
+    from nfi_monitor.report.summary import Summary
+
+
+class StepLoop:
+    """Everything of one monitor that runs in a hook, and the parts that it runs.
+
+    Args:
+        owner: the monitor. The hooks keep the loop alive, and with it the monitor, until :meth:`close`.
+        optimizer: the one that is watched, without wrappers.
+        head: the head that is watched, or None.
+        options: the rest of what the monitor was made with, checked.
+    """
+
+    def __init__(
+        self, owner: Any, model: nn.Module, optimizer: Optimizer, head: Head | None, options: Options
+    ) -> None:
+        self.owner, self.model, self.optimizer, self.head = owner, model, optimizer, head
+        self.every, self.run_dir = options.every, options.run_dir
+        self.stateful = tuple(options.stateful)
+        self.thresholds = options.thresholds or Thresholds()
+        self.step = 0  # optimizer steps completed
+        self.wanted_step: int | None = 1  # the step that is being captured, None between readings
+        self.next_read = 1  # the next step to be read, as things stand
+        self.closed = False
+        self.paused = 0  # how many paused() are open
+        self.endings: list[Callable[[], object]] = []
+        self.replays: list[ReplayVerdict] = []
+        self._unplanned = False  # whether an unusual loss alone has the next step read
+        self.final_info: dict[str, Any] | None = None
+
+        self.faults = Faults(self._report_fault, self._own_fault)
+        failed = self.faults.failed
+        self.reader = OptimizerReader(optimizer, head)
+        self.rows = RowAccumulator()
+        probe_batch = None if options.probe is None else ProbeBatch(model, *options.probe)
+        self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.quiet, failed)
+        self.schedule = Schedule(options.overhead_budget)
+        self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
+        self.loss_probe: LossProbe | None = None
+        self.reports = Sinks([], failed)
+        self.notes = NoteTaker(self.reports.note)
+        self.membership = Membership(
+            options.group,
+            self.every,
+            rows=self.rows,
+            fill=lambda *message: self.step_reader.fill(self.losses, *message),
+            next_read=shared_schedule(self.every),
+            follow=self._follow,
+            note=self.notes.note,
+            failed=failed,
+            quiet=self.faults.quiet,
+        )
+        self.detector = Detector(self.thresholds, self._read_context())
+        self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
+        self.transfer = HostTransfer()
+        self.recent_snapshots = RecentSnapshots(model, optimizer, self.stateful, options.snapshot_limit)
+        self.judge = Judge(
+            self.detector,
+            self.losses,
+            self.transfer,
+            self.reports,
+            self.notes,
+            self.faults,
+            on_alert=options.on_alert,
+            read_context=self._read_context,
+            note_reading=self._note_reading,
+        )
+        self._attach(options)
+
+    def _attach(self, options: Options) -> None:
+        """Find the other ranks, open the sinks, register the hooks."""
+        apart = self._find_ranks()
+        if self.membership.is_reporter:
+            opened = open_sinks(options.console, options.run_dir, self.info)
+            self.reports.sinks += [*opened, *options.sinks]
+        self.membership.share_head(self.head, apart)
+        self.reports.start(self.info())
+        self.notes.attached(self.head, self.reader)
+        self.handles: list[Any] = [
+            StepHooks(self.optimizer, self._before_step, self._after_step, self.faults.failed)
+        ]
+        if self.head is not None:
+            self.handles.append(self.head.module.register_forward_hook(self.probe, with_kwargs=True))
+
+    @property
+    def watched_module(self) -> nn.Module:
+        """The head, or the model where there is none: no two monitors watch the same one."""
+        return self.model if self.head is None else self.head.module
+
+    # --- hooks -----------------------------------------------------------------------------------
+
+    def recorded(self) -> bool:
+        """Whether what goes on is only recorded, into a CUDA graph: then every hook leaves at once."""
+        if not devices.capturing():
+            return False
+        self.notes.cuda_graph(self.step)
+        return True
+
+    def _captured_step(self) -> int | None:
+        """For the head's forward. In the first it may turn out that DDP wraps the model after all."""
+        if self.paused or (devices.GRAPHS and self.recorded()):
+            return None
+        membership = self.membership
+        if self.step == 0 and membership.searching and membership.exchange is None and not self.closed:
+            membership.share_head(self.head, self._find_ranks())
+        return self.wanted_step
+
+    def _rows_arrived(self, rows: Rows) -> None:
+        if "rows" in self.faults.quiet or self.closed or self.paused:
+            return
+        self.step_reader.add(rows)
+
+    def observe_outputs(self, scale: float, observe: Callable[[Tensor], None]) -> None:
+        """Give the loss in the model's output to ``observe``; ``scale`` as for the monitor."""
+        if self.closed or self.loss_probe is not None:
+            return
+
+        def deliver(loss: Tensor, share: bool) -> None:
+            self.losses.share = scale if share else None
+            observe(loss)
+
+        self.loss_probe = LossProbe(deliver, self.faults.failed)
+        self.handles.append(self.model.register_forward_hook(self.loss_probe, with_kwargs=True))
+
+    def end_micro_batch(self) -> None:
+        """Take the loss that a compiled forward has left."""
+        if self.loss_probe is not None and not self.closed:
+            try:
+                self.loss_probe.collect()
+            except Exception as error:
+                self.faults.failed("loss", error)
+
+    def _before_step(self, given: Sequence[Any]) -> None:
+        if self.paused or (devices.GRAPHS and self.recorded()):
+            return
+        if self.recent_snapshots.pending:
+            self._complete_snapshot()
+        if self.loss_probe is not None:
+            self.end_micro_batch()
+        if self.wanted_step is None or "optimizer" in self.faults.quiet:
+            return
+        started = time.perf_counter()
+        try:
+            self.step_reader.begin(self.wanted_step, given)
+        except Exception as error:
+            self.faults.failed("optimizer", error)
+        self.schedule.own_seconds += time.perf_counter() - started
+
+    def _after_step(self) -> None:
+        if self.paused or (devices.GRAPHS and self.recorded()):
+            return
+        started = time.perf_counter()
+        self.step += 1
+        read, unplanned = self.wanted_step is not None, self._unplanned
+        deferred = False
+        try:
+            # While a reading is on its way from an accelerator, each step asks for it.
+            deferred = not (read or self.transfer.waiting) and self.losses.defer(self.step)
+            if not deferred:
+                if read:
+                    with torch.no_grad():
+                        self._measure()
+                elif self.losses.observed:
+                    self._loss_only()
+                if self.membership.exchange is None:
+                    self.judge.drain()
+                else:
+                    self.judge.receive(self.membership.receive(self.step))
+        except Exception as error:
+            self.faults.failed("step", error)
+        if deferred:
+            if self.step + 1 == self.next_read:
+                self.wanted_step = self.next_read
+        else:
+            if self.judge.released():  # a close() from inside on_alert has just come back to here
+                return
+            self._end_step(read)
+        if self.wanted_step is not None:
+            self.rows.clear(self.wanted_step)
+        now = time.perf_counter()
+        self.schedule.own_seconds += now - started
+        self.schedule.step_done(read, now, unplanned=unplanned)
+
+    def _end_step(self, read: bool) -> None:
+        """Forget what belongs to this step, and plan the next ones."""
+        try:
+            self.losses.forget()
+            if read:
+                self.step_reader.forget()
+            self.probe.forget()
+            self._take_snapshot()
+        except Exception as error:
+            self.faults.failed("step", error)
+        try:
+            self.look_ahead()
+        except Exception as error:
+            # The other ranks count on this one at a step that it cannot tell.
+            self.faults.failed("step", error)
+            self.membership.drop_out(self.step)
+
+    # --- measure ---------------------------------------------------------------------------------
+
+    def _measure(self) -> None:
+        """Read this step: as a part of what all ranks see, or all that this process sees."""
+        if self.membership.measure(self.step):
+            return
+        contents, packed = self.step_reader.read(self.step, self.losses)
+        self.judge.judge_deferred()
+        self.losses.flush(self.transfer)
+        self.transfer.put(contents, packed)
+
+    def _loss_only(self) -> None:
+        """Between readings the loss alone: at once on a CPU, a batch of late ones on an accelerator."""
+        losses = self.losses
+        loss = losses.mean()
+        if loss is None:
+            return
+        if self.membership.exchange is not None:
+            self.membership.exchange.keep_loss(self.step, loss)
+        elif isinstance(loss, Tensor) and not devices.on_host(loss):
+            losses.keep_late(self.step, loss)
+        else:
+            if self.transfer.waiting:  # an earlier reading, from an accelerator
+                self.judge.drain()
+            elif losses.deferred:
+                self.judge.judge_deferred()
+            if self.transfer.waiting:  # not here yet: a loss must not be judged before it
+                self.transfer.put([self.step], torch.tensor([float(loss)], dtype=torch.float64))
+            else:
+                self.judge.judge(Reading(self.step, {"loss": float(loss)}), full=False)
+
+    def _read_context(self) -> RunContext:
+        no_classes = bool(self.rows.single_output)
+        return read_context(self.head, self.reader, no_classes=no_classes, rank=self.membership.rank)
+
+    def _note_reading(self, reading: Reading) -> None:
+        below_zero, measured = self.detector.spike.negative, self.schedule.readings
+        self.notes.read(
+            Seen(reading, self.detector.signals, self.probe, self.rows, below_zero, measured, self.reader)
+        )
+
+    # --- plan ------------------------------------------------------------------------------------
+
+    def look_ahead(self) -> None:
+        """Decide from the readings so far how closely to look at the next steps, and which loss is usual."""
+        detector = self.detector
+        attention = detector.attention
+        # Losses wait only while nothing is going on, and nobody for each reading.
+        patient = (
+            attention is Attention.RARELY and self.membership.exchange is None and not self.reports.listening
+        )
+        usual_below = detector.spike.usual_below(self.thresholds, TOGETHER + 1) if patient else -math.inf
+        self.losses.look_ahead(usual_below)
+        tau = detector.context.tau
+        schedule = self.schedule
+        if isinstance(self.every, str) and schedule.decide(self.step, tau, can_reduce=self.can_reduce):
+            self.notes.slowed(schedule, tau, self.step)
+        if schedule.reduced_sample is not self.probe.plan.reduced_sample:
+            self._set_plan(replace(self.probe.plan, reduced_sample=schedule.reduced_sample))
+        self.next_read = self._next_planned(attention)
+        self.wanted_step = self.next_read if self.next_read == self.step + 1 else None
+        self._unplanned = detector.only_loss_unusual and self._next_planned(Attention.RARELY) != self.step + 1
+
+    def _next_planned(self, attention: Attention) -> int:
+        tau = self.detector.context.tau
+        return next_read(self.step, self.every, attention, tau, self.schedule.healthy_interval)
+
+    def can_reduce(self) -> bool:
+        """Return whether a reduced sample would be smaller, and nothing goes on meanwhile: two samples do not
+        agree to the last per cent, and growth is told from less."""
+        calm = self.detector.attention is Attention.RARELY
+        return calm and (self.probe.can_reduce or self.reader.can_reduce)
+
+    def _find_ranks(self) -> str | None:
+        """Look for the ranks that train together; returns why that failed, if it did."""
+        apart = self.membership.find(self.model, self.optimizer, self.head)
+        if self.membership.exchange is not None:
+            self.schedule.give_up_budget()
+        return apart
+
+    def _follow(self, agreed: ReadingPlan) -> None:
+        """Read as the ranks agreed; what was read before is not comparable with what follows."""
+        self.step_reader.memory = None
+        self._set_plan(replace(agreed, reduced_sample=self.probe.plan.reduced_sample))
+
+    def _set_plan(self, plan: ReadingPlan) -> None:
+        self.probe.plan = self.reader.plan = plan
+
+    # --- snapshots -------------------------------------------------------------------------------
+
+    def _take_snapshot(self) -> None:
+        """At risk, now and then; from a slingshot's first unusual loss until its end, never."""
+        detector, kept = self.detector, self.recent_snapshots
+        if not detector.at_risk or detector.spike.state != QUIET or detector.spike.streak:
+            return
+        if "snapshots" in self.faults.quiet or not kept.due(self.step, detector.context.tau):
+            return
+        try:
+            kept.take(self.step, detector.spike.state_dict(), detector.signals.decay)
+        except Exception as error:
+            self.faults.failed("snapshots", error)
+        if kept.refused and kept.limit != "auto":
+            self.notes.note("no_snapshots", f"No snapshots are kept: {kept.refused}.", self.step)
+
+    def _complete_snapshot(self) -> None:
+        started = time.perf_counter()
+        with self.faults.guarded("snapshots"):
+            self.recent_snapshots.complete()
+        self.schedule.own_seconds += time.perf_counter() - started
+
+    # --- reports ---------------------------------------------------------------------------------
+
+    def _own_fault(self, part: str) -> None:
+        if part in ("ranks", "step"):
+            self.membership.failed_at = self.step
+
+    def _report_fault(self, part: str, error: BaseException) -> None:
+        self.notes.failed(part, error, self.step)
+
+    def info(self) -> dict[str, Any]:
+        """Return what ``run.json`` holds."""
+        return (
+            run_json(self)
+            if self.final_info is None
+            else {**self.final_info, "notes": notes_json(self.notes)}
+        )
+
+    def summary(self) -> Summary:
+        """Return everything so far as one object, with what is still on its way."""
+        from nfi_monitor.report.summary import summarize
+
+        self.judge.settle()
+        judge, notes = self.judge, list(self.notes.said.values())
+        return summarize(
+            self.info(), judge.history, judge.phases, list(self.detector.alerts), notes, self.replays
+        )
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Ignore forwards, steps and losses while this is open; its time belongs to nobody."""
+        started = time.perf_counter()
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+            if not self.paused:
+                self.schedule.leave_out(time.perf_counter() - started)

@@ -1,0 +1,194 @@
+"""What a reading can show that limits what the monitor sees: each remark is one row of :data:`REMARKS`.
+
+:class:`~nfi_monitor.engine.notes.NoteTaker` goes through them after each reading, in this order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from nfi_monitor.capture.head_probe import HeadProbe
+from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.detect.signals import Signals
+from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.types import Reading
+
+FLOAT32_MARGIN = 10.0
+"""Nats. With float32 a row is absorbed from a margin of 16.6 on and rounds visibly from 13.2; with float16
+from 7.6 and 4.2, with bfloat16 from 5.6 and 2.0, measured on F.cross_entropy's own backward."""
+PATIENCE = 5
+"""Measured steps without a sign of life before something is said to be missing."""
+
+
+class Seen(NamedTuple):
+    """A reading, and the parts that made it."""
+
+    reading: Reading
+    signals: Signals
+    probe: HeadProbe
+    rows: RowAccumulator
+    loss_below_zero: bool
+    measured: int
+    """Readings so far, this one not counted."""
+    reader: OptimizerReader
+    without_rows: int = 0
+    """Readings without rows up to this one, in succession."""
+    without_loss: int = 0
+    """Readings without a loss up to this one, in succession."""
+
+
+@dataclass(frozen=True)
+class Remark:
+    """A note with the condition under which it is made."""
+
+    code: str
+    applies: Callable[[Seen], bool]
+    text: str | Callable[[Seen], str]
+
+
+def _half_precision(seen: Seen) -> bool:
+    values = seen.reading.values
+    absorbed = values.get("absorbed_fraction", 0.0) * values.get("live_fraction", 0.0)
+    return absorbed > 0.5 and values.get("margin_median", math.inf) < FLOAT32_MARGIN
+
+
+def _no_features(seen: Seen) -> bool:
+    probe = seen.probe
+    return seen.measured == PATIENCE and probe.delivered > 0 and probe.without_features >= probe.fired
+
+
+def _no_rows_text(seen: Seen) -> str:
+    probe = seen.probe
+    if probe.sharded:
+        cause = "each rank holds the logits of some classes only (a vocabulary-parallel head)"
+        cure = "For rows, let the head gather its logits: ColwiseParallel(output_layouts=Replicate())."
+    elif probe.traced:
+        cause = "the head runs inside torch.compile, where a hook would break the graph"
+        cure = "For rows, tap the compiled model's output: logits = monitor.tap(model(x))."
+    elif probe.fired:
+        cause = "the head fired, but no gradient came back to its output"
+        cure = "If the loss is computed from other logits, pass those through monitor.tap(logits)."
+    elif probe.fired_without_gradient:
+        cause = "the head fired only in eval mode or without gradients"
+        cure = "Call model.train() for training steps; gradients must be enabled at the head."
+    else:
+        cause = (
+            "the head never fired (a fused loss that reads its weight, another module that computes the "
+            "logits, or a model compiled before the monitor was attached)"
+        )
+        cure = "Name the right head with head=..., use monitor.tap(logits), or attach before compiling."
+    instead = (
+        "Its weight gradient is read instead, for the zero-sum violation of the whole batch. The feature "
+        "mean is not read: by rounding, *at risk* stays at *info* and *imminent* cannot be reached."
+        if "zero_sum_violation_weight" in seen.reading.values
+        else "Only the optimizer, the norms and the observed loss are watched."
+    )
+    return f"No rows seen: {cause}. {instead} {cure}"
+
+
+def _rows_elsewhere_text(seen: Seen) -> str:
+    first, *others = map(str, seen.rows.devices)
+    return (
+        f"Rows on {', '.join(others)} are not read, only those on {first}: the share of each batch that one "
+        "of nn.DataParallel's replicas gets. Everything else is watched as usual. With "
+        "DistributedDataParallel all rows are read: attach the monitor on every rank."
+    )
+
+
+def _no_second_moment_text(seen: Seen) -> str:
+    return (
+        f"{type(seen.reader.optimizer).__name__} keeps no exp_avg_sq: effective learning rate, RMS_t and "
+        "second-moment decay are not measured. Rows, means, margins and norms are."
+    )
+
+
+def _half_precision_loss_text(seen: Seen) -> str:
+    margin = seen.reading.values["margin_median"]
+    return (
+        f"Most rows are absorbed at a median margin of {margin:.1f} nats. float32 resolves margins up to 13, "
+        "float16 up to 4, bfloat16 up to 2: this loss is computed in half precision. Its rounding does "
+        "not go away: expect *at risk* for the rest of the run. Compute the loss in float32 or float64, "
+        "outside autocast: criterion(logits.float(), target)."
+    )
+
+
+def _state_unreadable_text(seen: Seen) -> str:
+    return f"Not read: {', '.join(sorted(seen.reader.unreadable))}. The rest of the model is watched."
+
+
+REMARKS: tuple[Remark, ...] = (
+    Remark("head_never_fired", lambda seen: seen.without_rows == PATIENCE, _no_rows_text),
+    Remark(
+        "no_loss",
+        lambda seen: seen.without_loss == PATIENCE,
+        (
+            "No loss is observed. Causes are watched, but a slingshot itself cannot be seen. Call "
+            "monitor.observe_loss(loss) before optimizer.step()."
+        ),
+    ),
+    Remark(
+        "loss_below_zero",
+        lambda seen: seen.loss_below_zero,
+        (
+            "The loss is below zero. A slingshot is seen where a loss rises from its floor, and this loss "
+            "has none; causes are watched as usual. If a part of the loss cannot be negative, pass that part "
+            "alone, from the first step on: monitor.observe_loss(part)."
+        ),
+    ),
+    Remark(
+        "single_output",
+        lambda seen: bool(seen.rows.single_output),
+        (
+            "The head has one output. Without classes there is no zero-sum and no absorption to measure. "
+            "Watched instead: RMS_t, second moment, curvature, weight norm and the observed loss."
+        ),
+    ),
+    Remark("rows_elsewhere", lambda seen: len(seen.rows.devices) > 1, _rows_elsewhere_text),
+    Remark(
+        "no_second_moment",
+        lambda seen: seen.measured >= PATIENCE and not seen.reader.has_second_moment(),
+        _no_second_moment_text,
+    ),
+    Remark(
+        "not_shift_invariant",
+        lambda seen: seen.signals.broken_by_design,
+        (
+            "The loss violates the zero-sum by design, not by rounding: even rows far from absorption "
+            "violate it. Possible reasons: z-loss, a penalty on logits, regression, one-vs-rest BCE, or "
+            "logits changed after the head (soft-capping). Violations are recorded, but raise no alert. If "
+            "the logits are changed after the head, watch the changed ones: logits = monitor.tap(logits)."
+        ),
+    ),
+    Remark(
+        "soft_targets",
+        lambda seen: seen.signals.soft_targets,
+        (
+            "Most rows have more than one negative gradient: targets are soft (label smoothing, "
+            "distillation, mixup), or the gradient is projected. Absorption is defined only for rows with a "
+            "single correct class. The zero-sum violation is defined for all rows and still watched."
+        ),
+    ),
+    Remark("half_precision_loss", _half_precision, _half_precision_loss_text),
+    Remark(
+        "all_rows_ignored",
+        lambda seen: seen.reading.values.get("ignored_fraction") == 1.0,
+        (
+            "In one step the gradient of every row was zero (all targets ignored, or a loss of exactly "
+            "zero). Nothing is concluded from such steps."
+        ),
+    ),
+    Remark(
+        "no_features",
+        _no_features,
+        (
+            "No features of the same rows come with the watched logits (another layer feeds them, or "
+            "features and logits are on two devices). The feature mean, its growth and the logit "
+            "displacement are not measured: *inflating* and *imminent* cannot be reached by rounding. Name "
+            "the linear layer that makes the logits: head=...."
+        ),
+    ),
+    Remark("state_unreadable", lambda seen: bool(seen.reader.unreadable), _state_unreadable_text),
+)
