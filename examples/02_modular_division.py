@@ -41,7 +41,7 @@ WARM_UP = 10
 
 
 @dataclass(frozen=True)
-class Arm:
+class TrainedRun:
     """What one run of the training left behind."""
 
     name: str
@@ -68,7 +68,9 @@ def mlp(p: int, width: int, depth: int) -> nn.Sequential:
     return nn.Sequential(*hidden, nn.Linear(width, p))
 
 
-def train(args: argparse.Namespace, name: str, steps: int, stop_after: int | None, console: Console) -> Arm:
+def train(
+    args: argparse.Namespace, name: str, steps: int, stop_after: int | None, console: Console
+) -> TrainedRun:
     """Train one arm: at most ``steps`` optimizer steps, or until ``stop_after`` slingshots have ended."""
     torch.manual_seed(args.seed)
     x, y = modular_division(args.p)
@@ -104,7 +106,7 @@ def train(args: argparse.Namespace, name: str, steps: int, stop_after: int | Non
 
     with torch.no_grad():
         accuracy = (model(x[test_rows]).argmax(1) == y[test_rows]).double().mean().item()
-    return Arm(name, step, seconds, accuracy, monitor.alerts, monitor.summary()["slingshots"], run_dir)
+    return TrainedRun(name, step, seconds, accuracy, monitor.alerts, monitor.summary()["slingshots"], run_dir)
 
 
 def ended(alerts: list[Alert]) -> int:
@@ -112,17 +114,17 @@ def ended(alerts: list[Alert]) -> int:
     return sum(a.kind is AlertKind.SLINGSHOT and a.state is AlertState.RESOLVED for a in alerts)
 
 
-def table(arms: list[Arm], args: argparse.Namespace) -> Table:
+def table(arms: list[TrainedRun], args: argparse.Namespace) -> Table:
     """One column an arm, so that it fits a narrow terminal."""
     view = Table(title=f"a/b mod {args.p}, MLP {args.depth}×{args.width}, β2 {args.beta2}, seed {args.seed}")
     view.add_column("arm")
     for arm in arms:
         view.add_column(f"loss in {arm.name}")
 
-    def row(label: str, cell: Callable[[Arm], str]) -> None:
+    def row(label: str, cell: Callable[[TrainedRun], str]) -> None:
         view.add_row(label, *(cell(arm) for arm in arms))
 
-    def each(key: str) -> Callable[[Arm], str]:
+    def each(key: str) -> Callable[[TrainedRun], str]:
         return lambda arm: ", ".join(f"{event[key] or 'none'}" for event in arm.slingshots) or "–"
 
     row("optimizer steps", lambda arm: f"{arm.steps:,} in {arm.seconds:.1f} s")
@@ -136,18 +138,18 @@ def table(arms: list[Arm], args: argparse.Namespace) -> Table:
     return view
 
 
-def first_warning(arm: Arm) -> str:
+def first_warning(arm: TrainedRun) -> str:
     warnings = [alert for alert in arm.alerts if alert.severity.rank >= Severity.WARNING.rank]
     first = min(warnings, key=lambda alert: alert.first_step, default=None)
     return f"{kind_in_words(first.kind)} @ step {first.first_step}" if first else "none"
 
 
-def mechanisms(arm: Arm) -> str:
+def mechanisms(arm: TrainedRun) -> str:
     named = (mechanism_name(Mechanism(event["mechanism"])) for event in arm.slingshots)
     return ", ".join(dict.fromkeys(named)) or "–"
 
 
-def conclusion(exposed: Arm, control: Arm) -> str:
+def conclusion(exposed: TrainedRun, control: TrainedRun) -> str:
     """What the pair of arms shows, and no more than that."""
     if not exposed.slingshots:
         return f"No slingshot within {exposed.steps} steps, so nothing to compare: try more --steps."
@@ -156,7 +158,7 @@ def conclusion(exposed: Arm, control: Arm) -> str:
     return "Same seed, same steps, float64 from the logits to the loss: no slingshot. Rounding made them."
 
 
-def figure(arms: list[Arm], args: argparse.Namespace) -> str:
+def figure(arms: list[TrainedRun], args: argparse.Namespace) -> str:
     """Both arms in one figure, drawn from what the run directories hold: its path, or why there is none."""
     runs = {arm.name: read_run(arm.run_dir) for arm in arms}
     title = f"a/b mod {args.p}, seed {args.seed}: the same run with the loss in float32 and in float64"

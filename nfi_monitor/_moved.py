@@ -18,10 +18,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_ARMS = tuple(f"nfi_monitor.replay.{name}" for name in ("arm", "arms", "loss_arms", "optimizer_arms"))
+_EXCHANGE = tuple(f"nfi_monitor.ranks.{name}" for name in ("exchange", "layout", "reduced", "shape"))
 _RANKS = ("nfi_monitor.ranks.processes", "nfi_monitor.ranks.team", "nfi_monitor.capture.sharding")
 
 MOVED: dict[str, tuple[str, ...]] = {
-    "nfi_monitor.arms": ("nfi_monitor.replay.arms",),
+    "nfi_monitor.arms": _ARMS,
     "nfi_monitor.attach": ("nfi_monitor.integrations.attach",),
     "nfi_monitor.cadence": ("nfi_monitor.engine.schedule",),
     "nfi_monitor.capture.outbox": ("nfi_monitor.capture.host_transfer",),
@@ -38,7 +40,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "nfi_monitor.measure.shards": ("nfi_monitor.measure.sharded.step",),
     "nfi_monitor.meter": ("nfi_monitor.engine.step_reader",),
     "nfi_monitor.notes": ("nfi_monitor.engine.notes",),
-    "nfi_monitor.pool": ("nfi_monitor.ranks.exchange",),
+    "nfi_monitor.pool": _EXCHANGE,
     "nfi_monitor.remedies.centering": ("nfi_monitor.remedies.experimental.centering",),
     "nfi_monitor.remedies.penalties": ("nfi_monitor.remedies.experimental.penalties",),
     "nfi_monitor.remedies.prieto": ("nfi_monitor.remedies.experimental.stablemax",),
@@ -63,6 +65,7 @@ MOVED: dict[str, tuple[str, ...]] = {
 
 RENAMED: dict[str, str] = {
     "Clock": "Schedule",
+    "Context": "ArmContext",
     "Fanout": "Sinks",
     "Hindsight": "SignalHistory",
     "Leaver": "Departure",
@@ -76,6 +79,7 @@ RENAMED: dict[str, str] = {
     "LOOK_SECONDS": "CHECK_SECONDS",
     "lingers": "warning_gap",
     "plain": "as_json",
+    "rows_alike": "same_rows_everywhere",
     "shown": "cleaner",
     "visible": "escape_controls",
     "watching": "start_line",
@@ -90,11 +94,17 @@ LEFT: dict[str, dict[str, str]] = {
     "nfi_monitor.capture.head": dict.fromkeys(
         ("HeadProbe", "INERT", "Rows", "classes_of", "rows_of", "whole_rows"), _HEAD_PROBE
     ),
-    "nfi_monitor.capture.optimizer": dict.fromkeys(
-        ("StepHooks", "has_closure"), "nfi_monitor.capture.step_hooks"
-    ),
+    "nfi_monitor.capture.optimizer": {
+        **dict.fromkeys(("StepHooks", "has_closure"), "nfi_monitor.capture.step_hooks"),
+        **dict.fromkeys(("choose", "unwrap"), "nfi_monitor.capture.unwrap"),
+        "SECOND_MOMENTS": "nfi_monitor.capture.second_moment",
+    },
     "nfi_monitor.ranks": dict.fromkeys(("RECENT", "Ranks"), _RANK),
-    "nfi_monitor.replay": dict.fromkeys(("Plan", "RECIPE", "STEP_FN", "StepFunction", "plan"), _RUN),
+    "nfi_monitor.replay": {
+        **dict.fromkeys(("RECIPE", "STEP_FN", "StepFunction"), _RUN),
+        **dict.fromkeys(("Plan", "plan"), "nfi_monitor.replay.planning"),
+        "Context": "nfi_monitor.replay.arm",
+    },
     "nfi_monitor.report.console": {"watching": "nfi_monitor.report.console"},
     "nfi_monitor.report.summary": {
         "PHASE_STYLES": "nfi_monitor.report.styles",

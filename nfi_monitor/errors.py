@@ -1,4 +1,5 @@
-"""What the monitor raises. Only constructing it, or asking it for something that is not there, raises."""
+"""Define the errors of the monitor. It raises when it is made, or when asked for what is missing; never in
+training."""
 
 from __future__ import annotations
 
@@ -8,8 +9,8 @@ class MonitorError(RuntimeError):
 
 
 class HeadNotFoundError(MonitorError):
-    """No module, or more than one, could be the classifier head."""
+    """No module could be the classifier head, or more than one."""
 
 
 class AlreadyMonitoredError(MonitorError):
-    """Another open monitor watches the same head."""
+    """Another open monitor already watches the same head."""

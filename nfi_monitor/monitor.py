@@ -37,7 +37,7 @@ from nfi_monitor.types import Alert, Note, Phase, Thresholds
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from nfi_monitor.replay.arms import Arm
+    from nfi_monitor.replay.arm import Arm
     from nfi_monitor.report.explain.explanation import Explanation
     from nfi_monitor.report.summary import Summary
 

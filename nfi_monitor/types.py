@@ -1,9 +1,8 @@
-"""The vocabulary every stage shares: readings, alerts, phases, thresholds. No torch, no numpy.
+"""Define what all stages share: readings, alerts, phases, thresholds. No torch, no numpy.
 
-The line the data flows along is capture → measure → detect → report; each stage imports only what
-stands before it and this file.  Everything here is a frozen dataclass or an enum whose value is the
-word written to disk, so that an alert is the same object in the console, in ``alerts.jsonl``, in
-TensorBoard and in a callback.
+Data flows from capture to measure to detect to report; each stage imports only earlier stages and this file.
+Everything here is a frozen dataclass, or an enum whose value is the word written to disk.  So an alert is the
+same object in the console, in ``alerts.jsonl``, in TensorBoard and in a callback.
 """
 
 from __future__ import annotations
@@ -16,14 +15,14 @@ from typing import Any
 
 
 class Phase(str, Enum):
-    """Where a run stands in the slingshot cycle."""
+    """The part of the slingshot cycle that a run is in."""
 
     HEALTHY = "healthy"
-    ABSORBING = "absorbing"  # the zero-sum is broken by rounding, nothing has grown yet
+    ABSORBING = "absorbing"  # rounding breaks the zero-sum; nothing has grown yet
     INFLATING = "inflating"  # and the global feature mean grows
-    IMMINENT = "imminent"  # and updates move the logits by a good part of a nat within τ/20 steps
+    IMMINENT = "imminent"  # and updates move the logits by a large part of a nat within τ/20 steps
     SLINGSHOT = "slingshot"  # the loss has left its floor
-    RECOVERING = "recovering"  # the loss is back, the second moment is not settled yet
+    RECOVERING = "recovering"  # the loss is low again, the second moment has not settled yet
 
     def __str__(self) -> str:
         return self.value
@@ -62,12 +61,12 @@ class AlertState(str, Enum):
 
 
 class Mechanism(str, Enum):
-    """Why the loss is about to spike, or did."""
+    """The cause of a spike of the loss, past or expected."""
 
     NUMERICAL_FEATURE_INFLATION = "numerical_feature_inflation"  # Liu et al. 2026, Theorem 3.7
     SECOND_MOMENT = "second_moment"  # W. Wu 2024, section 2.1
     EDGE_OF_STABILITY = "edge_of_stability"  # Bai et al., arXiv 2506.04805
-    EXTERNAL = "external"  # a kick from outside: a learning-rate jump, a bad batch
+    EXTERNAL = "external"  # from outside: a learning-rate jump, a bad batch
     UNKNOWN = "unknown"
 
     def __str__(self) -> str:
@@ -76,7 +75,7 @@ class Mechanism(str, Enum):
 
 @dataclass(frozen=True)
 class Evidence:
-    """One quantity that an alert rests on, logged beside the threshold it was held against."""
+    """One quantity that an alert is based on, with the threshold it is compared with."""
 
     value: float
     threshold: float | None = None
@@ -89,7 +88,7 @@ class Alert:
 
     ``first_step`` and ``last_step`` are optimizer steps; ``last_step`` moves while the alert fires.
     ``steps_to_spike`` is ``(low, median, high)``, counted from ``last_step``, or None where a
-    countdown would be a guess.  ``confidence`` is in [0, 1] and speaks of ``mechanism``.
+    countdown would be a guess.  ``confidence``, in [0, 1], is that of ``mechanism``.
     """
 
     id: str
@@ -153,7 +152,7 @@ class Alert:
 
 
 class Change(str, Enum):
-    """What happened to an alert: the console speaks on BEGIN and END and when the severity rises."""
+    """What happened to an alert. The console prints BEGIN, END and a rise in severity."""
 
     BEGIN = "begin"
     UPDATE = "update"  # phase, severity, mechanism or forecast changed in a way worth a line
@@ -165,7 +164,7 @@ class Change(str, Enum):
 
 @dataclass(frozen=True)
 class Note:
-    """Something said once: what could not be seen, and what can still be."""
+    """A message that is given once, such as what the monitor could not read, and what it still can."""
 
     code: str  # stable, for programs: "head_never_fired"
     message: str  # for people: what was found, and what to do
@@ -189,13 +188,13 @@ class Reading:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Every level the detector decides by: unit, meaning, source, and what moves if you change it.
+    """Every threshold of the detector: its unit, meaning and source, and what another value changes.
 
     Times are in τ = 1/(1−β2) optimizer steps, displacements in nats, violations relative to the sum of
     absolute gradients.  "Measured" refers to the project's own runs: ``tests/benchmarks/detection`` scores
     every change of a level in minutes (RESULTS.md), and ``tests/benchmarks/LOG.md`` keeps those that lost.
     What mechanisms are told apart by, forecasts and lengths of memory are documented where they stand:
-    ``nfi_monitor/detect/mechanism.py``, ``forecast.py``, ``signals.py``, ``spike.py`` and ``unrest.py``.
+    ``nfi_monitor/detect/mechanism.py``, ``forecast.py``, ``signals.py``, ``spike.py`` and ``loss_watch.py``.
     """
 
     # --- absorbing: rounding breaks the zero-sum (Liu et al. 2026, section 3) -------------------
@@ -210,7 +209,7 @@ class Thresholds:
     """Time constant in τ of the averages over violation and RMS_t (measured: less rings on minibatches,
     more costs lead), never more than ``smoothing_cap``."""
     smoothing_cap: float = 50.0
-    """Longest smoothing in steps: at β2 = .999 half a τ would hide a spike's whole build-up."""
+    """Longest smoothing in steps: at β2 = .999 half a τ would hide the whole start of a spike."""
 
     # --- inflating: the feature mean grows (Theorem 3.7) ----------------------------------------
     inflating_growth: float = 0.01
@@ -228,17 +227,18 @@ class Thresholds:
     imminent_exit: float = 0.05
     """Displacement in nats over the same time below which *imminent* ends without a slingshot."""
     imminent_growing: float = 2.0
-    """δ so many times above its own lowest of the last 10 τ: then ``imminent_displacement`` divided by this
-    number is enough, a half where it has doubled. Measured: a tenth more lead, and as few false alarms; half
-    the level without it rings under soft-capped logits for ever."""
+    """Ratio of δ to its lowest value of the last 10 τ, from which on ``imminent_displacement`` divided by
+    this number is enough. Measured: a tenth more lead, and no more false alarms. Half the threshold without
+    this condition alarms forever under soft-capped logits."""
     imminent_rise: float = 3.0
-    """Times that δ stands above its own lowest of the last 10 τ, that it needs where only the sum of several
-    updates (β2 above .95) reaches the displacement. Lower: a run that goes on learning from minibatches at
-    β2 = .999 is called imminent."""
+    """Required ratio of δ to its lowest value of the last 10 τ, where only the sum of several updates (β2
+    above .95) reaches the displacement. Lower: a run that goes on learning from minibatches at β2 = .999 is
+    called imminent."""
     imminent_swell: float = 25.0
-    """Times that the displacement by the layers below the head stands above its own lowest of the last 10 τ:
-    *imminent* where the head's own displacement is blind (a LayerNorm feeds it). Measured: up to 20 in runs
-    that absorb behind a LayerNorm for ever, 29–85 on vision transformers 1.25 τ before they spike."""
+    """Ratio of the displacement by the layers below the head to its lowest value of the last 10 τ, from which
+    on a run is *imminent*. It counts where the head's own displacement shows nothing (a LayerNorm before it).
+    Measured: up to 20 in runs that absorb behind a LayerNorm forever, 29–85 on vision transformers 1.25 τ
+    before they spike."""
     displacement_smoothing: float = 0.25
     """Time constant in τ of the average over ln δ, at most ``displacement_cap``. Longer: less lead."""
     displacement_cap: float = 12.0
@@ -342,5 +342,5 @@ class Thresholds:
 
 
 def finite_or_none(value: float | None) -> float | None:
-    """JSON has no NaN: what is not finite is written as null."""
+    """Return ``value``, or None if it is NaN or Inf, which JSON does not have."""
     return value if value is not None and math.isfinite(value) else None

@@ -254,7 +254,7 @@ def test_two_heads_are_not_guessed_between() -> None:
             self.value = nn.Linear(32, 1)
 
     model = TwoHeads()
-    with pytest.raises(HeadNotFoundError, match=r"'value' and 'policy' read the same features"):
+    with pytest.raises(HeadNotFoundError, match=r"read the same features, 'value' and 'policy'"):
         Monitor(model, adamw(model))
     with Monitor(model, adamw(model), head="policy", console=False) as monitor:
         assert "policy (Linear 32→7)" in json.dumps(monitor.summary(), ensure_ascii=False)

@@ -28,7 +28,7 @@ from torch import Tensor
 from examples.reference import cifar_claims, vision_data
 from examples.reference.figures import loss_figure
 from examples.reference.results import Results
-from examples.reference.study import Arm, Plan, Preset, Study, command
+from examples.reference.study import Plan, Preset, Study, Variant, command
 from examples.reference.training import Record, Training
 from examples.reference.vision_models import MODELS
 from nfi_monitor import Monitor
@@ -126,16 +126,18 @@ TREATMENTS: dict[str, tuple[str, dict[str, Any]]] = {
 ROWS = (50, 200, 2_000, 20_000)
 
 ARMS = (
-    *(Arm(f"{model}-float32", f"{what}, loss in float32", pair=model) for model, what in WHAT.items()),
+    *(Variant(f"{model}-float32", f"{what}, loss in float32", pair=model) for model, what in WHAT.items()),
     *(
-        Arm(f"{model}-{name}", f"{WHAT[model]}, {what}", pair=model, options=options)
+        Variant(f"{model}-{name}", f"{WHAT[model]}, {what}", pair=model, options=options)
         for model in ("mlp", "vgg11", "vit")
         for name, (what, options) in TREATMENTS.items()
     ),
-    Arm("vgg11-exact", f"{WHAT['vgg11']}, exact zero-sum cross-entropy", "vgg11", {"exact": True}),
-    *(Arm(f"mlp-rows-{rows}", f"{WHAT['mlp']}, {rows:,} rows", options={"rows": rows}) for rows in ROWS),
+    Variant("vgg11-exact", f"{WHAT['vgg11']}, exact zero-sum cross-entropy", "vgg11", {"exact": True}),
+    *(Variant(f"mlp-rows-{rows}", f"{WHAT['mlp']}, {rows:,} rows", options={"rows": rows}) for rows in ROWS),
     *(
-        Arm(f"{model}-minibatch-{name}", f"{WHAT[model]}, minibatches, {what}", f"{model}-minibatch", options)
+        Variant(
+            f"{model}-minibatch-{name}", f"{WHAT[model]}, minibatches, {what}", f"{model}-minibatch", options
+        )
         for model in ("mlp", "vgg11")
         for name, (what, options) in {"float32": ("loss in float32", {}), **TREATMENTS}.items()
         if name != "zero-sum"

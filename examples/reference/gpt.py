@@ -31,7 +31,7 @@ from examples.reference.figures import loss_figure
 from examples.reference.gpt_model import GPT
 from examples.reference.gpt_trainer import train_with_trainer
 from examples.reference.results import Results, StudyError
-from examples.reference.study import Arm, Plan, Preset, Study, command
+from examples.reference.study import Plan, Preset, Study, Variant, command
 from examples.reference.text_data import Excerpt, TokenStream, excerpt, fineweb
 from examples.reference.tokens import Tally
 from examples.reference.training import Record, Training
@@ -154,15 +154,17 @@ def learning_rate(done: int, config: Mapping[str, Any]) -> float:
 # --- what is run ------------------------------------------------------------------------------------------
 
 ARMS = (
-    Arm("float32-loss", "bfloat16 autocast, loss in float32", pair="gpt"),
-    Arm("float64-loss", "the same, loss in float64", pair="gpt", options={"loss_dtype": "float64"}),
-    Arm("bfloat16-loss", "the same, loss in bfloat16", pair="gpt", options={"loss_dtype": "bfloat16"}),
-    Arm("exact-loss", "exact zero-sum cross-entropy in float32", pair="gpt", options={"exact": True}),
-    Arm(
+    Variant("float32-loss", "bfloat16 autocast, loss in float32", pair="gpt"),
+    Variant("float64-loss", "the same, loss in float64", pair="gpt", options={"loss_dtype": "float64"}),
+    Variant("bfloat16-loss", "the same, loss in bfloat16", pair="gpt", options={"loss_dtype": "bfloat16"}),
+    Variant("exact-loss", "exact zero-sum cross-entropy in float32", pair="gpt", options={"exact": True}),
+    Variant(
         "centred-head", "W_G subtracted from the head after every step", pair="gpt", options={"centred": True}
     ),
-    Arm("z-loss", "1e-4 · mean (log Z)² added to the loss", pair="gpt", options={"z_loss": 1e-4}),
-    Arm("trainer", "GPT2LMHeadModel in HuggingFace's Trainer with NFICallback", compute=train_with_trainer),
+    Variant("z-loss", "1e-4 · mean (log Z)² added to the loss", pair="gpt", options={"z_loss": 1e-4}),
+    Variant(
+        "trainer", "GPT2LMHeadModel in HuggingFace's Trainer with NFICallback", compute=train_with_trainer
+    ),
 )
 _QUICK = {
     "data": "python", "tokens": 1_024, "vocabulary": 512, "length": 32, "rows": 8, "micro": 8,

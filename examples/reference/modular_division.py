@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from examples.reference import division_claims as claims
 from examples.reference.division_model import MLP, Transformer, division, one_hot, tokens
 from examples.reference.results import fingerprint
-from examples.reference.study import Arm, Plan, Preset, Study, command
+from examples.reference.study import Plan, Preset, Study, Variant, command
 from examples.reference.training import Record, Training
 from examples.reference.update_log import UpdateLog
 from nfi_monitor import Monitor
@@ -186,39 +186,40 @@ def finish(record: Record) -> dict[str, Any]:
 
 ARMS = (
     # Looking at the updates is no part of the training: "update_log" makes no other arm.
-    Arm("mlp-float32", "MLP, everything in float32", "mlp", {"update_log": True}),
-    Arm("mlp-float64-model", "parameters and loss in float64", "mlp", {"dtype": "float64"}),
-    Arm("mlp-float64-loss", "float64 from the logits to the loss", "mlp", {"loss_dtype": "float64"}),
-    Arm("mlp-zero-sum", "logit gradient minus its mean over classes", "mlp", {"zero_sum": True}),
-    Arm("mlp-mean-subtracted", "W_G subtracted from the head after each step", "mlp",
+    Variant("mlp-float32", "MLP, everything in float32", "mlp", {"update_log": True}),
+    Variant("mlp-float64-model", "parameters and loss in float64", "mlp", {"dtype": "float64"}),
+    Variant("mlp-float64-loss", "float64 from the logits to the loss", "mlp", {"loss_dtype": "float64"}),
+    Variant("mlp-zero-sum", "logit gradient minus its mean over classes", "mlp", {"zero_sum": True}),
+    Variant("mlp-mean-subtracted", "W_G subtracted from the head after each step", "mlp",
         {"subtract_classifier_mean": True}),
-    Arm("mlp-eps-1e-6", "Adam's eps 1e-6", "mlp", {"eps": 1e-6}),
-    Arm("mlp-eps-1e-5", "Adam's eps 1e-5", "mlp", {"eps": 1e-5}),
-    Arm("mlp-layernorm", "LayerNorm before the head", "mlp", {"head_norm": True}),
-    Arm("mlp-label-smoothing", "label smoothing 0.1", "mlp", {"label_smoothing": 0.1}),
-    Arm("mlp-weight-decay", "AdamW, decay 0.1", "mlp", {"weight_decay": 0.1}),
-    Arm("mlp-z-loss", "z-loss 1e-4", "mlp", {"z_loss": 1e-4}),
-    Arm("mlp-no-head-bias", "head without bias", "mlp", {"head_bias": False}),
-    Arm("mlp-clamp", "logits at least z_max − 100: no underflow", "mlp", {"clamp": 100.0}),
-    Arm("mlp-lr-1e-2", "lr 1e-2", "mlp", {"lr": 1e-2}),
-    Arm("mlp-lr-3e-4", "lr 3e-4", "mlp", {"lr": 3e-4}),
-    Arm("mlp-lr-1e-4", "lr 1e-4", "mlp", {"lr": 1e-4}),
-    Arm("mlp-lr-1e-5", "lr 1e-5", "mlp", {"lr": 1e-5}),
-    Arm("mlp-gradient-descent", "gradient descent in place of Adam once most rows have a loss of 0", "mlp",
-        {"gradient_descent": True}),
-    Arm("transformer-float32", "transformer without LayerNorm, everything in float32", "transformer"),
-    Arm("transformer-float64-loss", "float64 from the logits to the loss", "transformer",
+    Variant("mlp-eps-1e-6", "Adam's eps 1e-6", "mlp", {"eps": 1e-6}),
+    Variant("mlp-eps-1e-5", "Adam's eps 1e-5", "mlp", {"eps": 1e-5}),
+    Variant("mlp-layernorm", "LayerNorm before the head", "mlp", {"head_norm": True}),
+    Variant("mlp-label-smoothing", "label smoothing 0.1", "mlp", {"label_smoothing": 0.1}),
+    Variant("mlp-weight-decay", "AdamW, decay 0.1", "mlp", {"weight_decay": 0.1}),
+    Variant("mlp-z-loss", "z-loss 1e-4", "mlp", {"z_loss": 1e-4}),
+    Variant("mlp-no-head-bias", "head without bias", "mlp", {"head_bias": False}),
+    Variant("mlp-clamp", "logits at least z_max − 100: no underflow", "mlp", {"clamp": 100.0}),
+    Variant("mlp-lr-1e-2", "lr 1e-2", "mlp", {"lr": 1e-2}),
+    Variant("mlp-lr-3e-4", "lr 3e-4", "mlp", {"lr": 3e-4}),
+    Variant("mlp-lr-1e-4", "lr 1e-4", "mlp", {"lr": 1e-4}),
+    Variant("mlp-lr-1e-5", "lr 1e-5", "mlp", {"lr": 1e-5}),
+    Variant("mlp-gradient-descent", "gradient descent in place of Adam once most rows have a loss of 0",
+        "mlp", {"gradient_descent": True}),
+    Variant("transformer-float32", "transformer without LayerNorm, everything in float32", "transformer"),
+    Variant("transformer-float64-loss", "float64 from the logits to the loss", "transformer",
         {"loss_dtype": "float64"}),
-    Arm("transformer-zero-sum", "logit gradient minus its mean over classes", "transformer",
+    Variant("transformer-zero-sum", "logit gradient minus its mean over classes", "transformer",
         {"zero_sum": True}),
-    Arm("transformer-layernorm", "LayerNorm in the blocks and before the head", "transformer",
+    Variant("transformer-layernorm", "LayerNorm in the blocks and before the head", "transformer",
         {"norm": True, "head_norm": True}),
-    Arm("transformer2-float32", "two layers instead of one, everything in float32", "transformer2"),
-    Arm("transformer2-float64-loss", "float64 from the logits to the loss", "transformer2",
+    Variant("transformer2-float32", "two layers instead of one, everything in float32", "transformer2"),
+    Variant("transformer2-float64-loss", "float64 from the logits to the loss", "transformer2",
         {"loss_dtype": "float64"}),
-    Arm("transformer2-zero-sum", "logit gradient minus its mean over classes", "transformer2",
+    Variant("transformer2-zero-sum", "logit gradient minus its mean over classes", "transformer2",
         {"zero_sum": True}),
-    Arm("transformer2-exact", "exact zero-sum cross-entropy, in float32", "transformer2", {"exact": True}),
+    Variant("transformer2-exact", "exact zero-sum cross-entropy, in float32", "transformer2",
+        {"exact": True}),
 )  # fmt: skip
 
 _SEEDS = (0, 1, 2)

@@ -28,7 +28,7 @@ from examples.reference import parity_claims as claims
 from examples.reference.local_learning import Sampler, calibration
 from examples.reference.parity_after import Task, after
 from examples.reference.slingshot_log import SlingshotLog
-from examples.reference.study import Arm, Plan, Preset, Study, command
+from examples.reference.study import Plan, Preset, Study, Variant, command
 from examples.reference.training import Training
 from nfi_monitor import Monitor
 
@@ -170,22 +170,22 @@ def kick(config: Mapping[str, Any], seed: int, device: torch.device, run_dir: Pa
 HINGE, CE = {"loss": "hinge"}, {"loss": "cross_entropy"}
 ARMS = (
     # Looking at what lies around its slingshots is no part of the training: "kept" makes no other arm.
-    Arm("hinge-float32", "hinge loss, AdamW, float32", "hinge", {"kept": 4}),
-    Arm("hinge-float64-model", "parameters and loss in float64", "hinge", {"dtype": "float64"}),
-    Arm("hinge-float64-loss", "float64 from the output to the loss", "hinge", {"loss_dtype": "float64"}),
-    Arm("hinge-adam", "Adam without decay", "hinge", {"weight_decay": 0.0}),
-    Arm("hinge-beta2-.99", "β = (.9, .99)", "hinge", {"beta2": 0.99}),
-    Arm("hinge-reset-state", "AdamW's state forgotten every 500 steps", "hinge",
+    Variant("hinge-float32", "hinge loss, AdamW, float32", "hinge", {"kept": 4}),
+    Variant("hinge-float64-model", "parameters and loss in float64", "hinge", {"dtype": "float64"}),
+    Variant("hinge-float64-loss", "float64 from the output to the loss", "hinge", {"loss_dtype": "float64"}),
+    Variant("hinge-adam", "Adam without decay", "hinge", {"weight_decay": 0.0}),
+    Variant("hinge-beta2-.99", "β = (.9, .99)", "hinge", {"beta2": 0.99}),
+    Variant("hinge-reset-state", "AdamW's state forgotten every 500 steps", "hinge",
         {"reset_every": 500, "reset": "state"}),
-    Arm("hinge-reset-count", "AdamW's step count set to 0 every 500 steps", "hinge",
+    Variant("hinge-reset-count", "AdamW's step count set to 0 every 500 steps", "hinge",
         {"reset_every": 500, "reset": "count"}),
-    Arm("ce-float32", "cross-entropy, AdamW, float32", "ce", {"kept": 1}),
-    Arm("ce-float64-model", "parameters and loss in float64", "ce", {"dtype": "float64"}),
-    Arm("ce-float64-loss", "float64 from the logits to the loss", "ce", {"loss_dtype": "float64"}),
-    Arm("ce-zero-sum", "logit gradient minus its mean over classes", "ce", {"zero_sum": True}),
-    Arm("ce-adam", "Adam without decay", "ce", {"weight_decay": 0.0}),
-    Arm("calibration", "local learning coefficients known in closed form", compute=calibrate),
-    Arm("kick", "AdamW on one weight after a long silence", compute=kick),
+    Variant("ce-float32", "cross-entropy, AdamW, float32", "ce", {"kept": 1}),
+    Variant("ce-float64-model", "parameters and loss in float64", "ce", {"dtype": "float64"}),
+    Variant("ce-float64-loss", "float64 from the logits to the loss", "ce", {"loss_dtype": "float64"}),
+    Variant("ce-zero-sum", "logit gradient minus its mean over classes", "ce", {"zero_sum": True}),
+    Variant("ce-adam", "Adam without decay", "ce", {"weight_decay": 0.0}),
+    Variant("calibration", "local learning coefficients known in closed form", compute=calibrate),
+    Variant("kick", "AdamW on one weight after a long silence", compute=kick),
 )  # fmt: skip
 
 _WU = {"bits": 40, "relevant": 3, "rows": 1_000, "test_rows": 2_000, "width": 128, "lr": 1e-2, "beta2": 0.999,

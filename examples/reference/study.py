@@ -32,7 +32,7 @@ Compute = Callable[[Config, int, torch.device, Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Arm:
+class Variant:
     """One variant of a training, or a computation that is none."""
 
     name: str
@@ -80,7 +80,7 @@ class Study:
     title: str
     build: Callable[[Config, int, torch.device], Training]
     """(config, seed, device) → a training; everything random has been seeded before."""
-    arms: Sequence[Arm]
+    arms: Sequence[Variant]
     presets: Sequence[Preset]
     claims: Sequence[Claim]
     figure: Callable[[Results, Path], None] | None = None
@@ -91,15 +91,15 @@ class Study:
     options: Callable[[argparse.ArgumentParser], None] | None = None
     """Adds command-line options; those that are given go into the configuration of every run."""
 
-    def arm(self, name: str) -> Arm:
-        found: Arm = _named("arm", name, {arm.name: arm for arm in self.arms})
+    def arm(self, name: str) -> Variant:
+        found: Variant = _named("arm", name, {arm.name: arm for arm in self.arms})
         return found
 
     def preset(self, name: str) -> Preset:
         found: Preset = _named("preset", name, {preset.name: preset for preset in self.presets})
         return found
 
-    def config(self, preset: Preset, arm: Arm, options: Config | None = None) -> dict[str, Any]:
+    def config(self, preset: Preset, arm: Variant, options: Config | None = None) -> dict[str, Any]:
         """The preset's configuration of the arm's pair, the arm's own options, the command line's."""
         base = preset.configs.get(arm.pair or arm.name, {})
         return {**base, **arm.options, **(options or {})}
@@ -346,4 +346,4 @@ def _arms(study: Study, preset: Preset) -> Table:
     return table
 
 
-__all__ = ["Arm", "Claim", "Plan", "Preset", "Result", "Study", "StudyError", "command"]
+__all__ = ["Claim", "Plan", "Preset", "Result", "Study", "StudyError", "Variant", "command"]

@@ -40,7 +40,7 @@ from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.report.json_values import as_json
 
 if TYPE_CHECKING:
-    from examples.reference.study import Arm, Preset, Study
+    from examples.reference.study import Preset, Study, Variant
 
 CHECKPOINT = "checkpoint.pt"
 _FLUSH = 256
@@ -227,7 +227,7 @@ class _Job:
         self,
         study: Study,
         preset: Preset,
-        arm: Arm,
+        arm: Variant,
         seed: int,
         config: dict[str, Any],
         total: int,
@@ -386,7 +386,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
 def _computed(
     study: Study,
     preset: Preset,
-    arm: Arm,
+    arm: Variant,
     seed: int,
     config: dict[str, Any],
     device: torch.device,

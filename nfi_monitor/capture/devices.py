@@ -1,4 +1,4 @@
-"""Where a tensor lies, and whether anything may be read there now.
+"""Tell where a tensor is, and whether it may be read there now.
 
 Reading a number of an accelerator's tensor would make the training wait for it, or fail.
 """
@@ -13,17 +13,20 @@ import torch
 from torch import Tensor
 
 GRAPHS = torch.backends.cuda.is_built()
-"""Whether this torch knows CUDA graphs: of one that does not, no hook asks whether one is captured."""
+"""Whether this torch supports CUDA graphs. If not, no hook asks whether a graph is being captured."""
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether its numbers can be read at once."""
+    """Whether the numbers of ``tensor`` can be read at once."""
     return tensor.device.type == "cpu"
 
 
 def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Numbers, or a tensor wherever it lies, as a tensor on ``device``. On CUDA nobody waits for the copy, as
-    for one from memory that is not pinned: until the device has done all that it was given before."""
+    """Return numbers, or a tensor of any device, as a tensor on ``device``.
+
+    The copy to CUDA is from pinned memory: from other memory the host would wait until the device has done
+    all earlier work.
+    """
     tensor = torch.as_tensor(numbers, dtype=dtype)
     late = device.type == "cuda"  # not every other device keeps the source until it is copied
     if late and on_host(tensor):
@@ -32,15 +35,20 @@ def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -
 
 
 def together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """All of them on one device, and no number fetched from another: where the first is that is not on the
-    host, if any is."""
+    """Return all tensors on one device: that of the first that is not on the host, if there is one.
+
+    So no number is fetched from a device.
+    """
     device = next((tensor.device for tensor in tensors if not on_host(tensor)), None)
     return [x if device is None or x.device == device else send(x, device) for x in tensors]
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured: kernels are recorded and not run, and to ask for an event, for
-    pinned memory or for a number makes the capture fail."""
+    """Whether a CUDA graph is being captured.
+
+    Then kernels are recorded and not run, and using an event, pinned memory or a number makes the capture
+    fail.
+    """
     return GRAPHS and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 

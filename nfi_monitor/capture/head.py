@@ -15,18 +15,18 @@ HEAD_NAMES = {
     "lm_head": 1, "score": 1, "classifier": 1, "classification_head": 1, "unembed": 1,
     "output_projection": 1, "qa_outputs": 1, "head": 0, "fc": 0,
 }  # fmt: skip
-"""Attribute names under which libraries keep the head, most specific first, with the depth down to
-which the name is trusted: ``fc`` of the model is its head, ``fc`` of a block is any layer."""
+"""Attribute names that libraries use for the head, most specific first, each with the depth down to which it
+is trusted: ``fc`` of the model is its head, ``fc`` of a block is any layer."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The watched module, its qualified name in the model, and how its weight lies."""
+    """The watched module, its qualified name in the model, and the layout of its weight."""
 
     name: str
     module: nn.Module
     class_axis: int  # 0 for nn.Linear's [K, d], 1 for GPT-2-style Conv1D's [d, K]
-    tied: bool  # the weight is an input embedding's too: its .grad is no batch-level zero-sum
+    tied: bool  # an input embedding has the same weight: its .grad has no zero-sum
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -39,7 +39,7 @@ class Head:
         return bias if bias is not None and bias.dim() == 1 else None
 
     def classes_first(self, tensor: Tensor) -> Tensor:
-        """A [K, d] view of the weight or of its gradient."""
+        """Return a [K, d] view of the weight or of its gradient."""
         return local(tensor) if self.class_axis == 0 else local(tensor).T
 
     @property
@@ -56,14 +56,14 @@ class Head:
 
 
 def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
-    """The last linear layer before the softmax.
+    """Return the last linear layer before the softmax.
 
-    Order: what the caller names; ``model.get_output_embeddings()``; a unique linear layer under one of
-    the usual names; the last linear layer in registration order, unless a sibling reads the same
+    Order of preference: what the caller names; ``model.get_output_embeddings()``; a unique linear layer under
+    one of the usual names; the last linear layer in registration order, unless a sibling reads the same
     features (two heads).
 
     Raises:
-        HeadNotFoundError: nothing or more than one module fits; the message lists the candidates.
+        HeadNotFoundError: no module fits, or more than one; the message lists the candidates.
     """
     modules = {_clean(name, model): module for name, module in model.named_modules()}
     adapted = [name for name, module in modules.items() if "base_layer" in module._modules]  # LoRA and kin
@@ -102,7 +102,7 @@ def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
     rivals = [name for name in linears if name != last and _same_input(linears, name, last)]
     if rivals:
         raise HeadNotFoundError(
-            _advice(f"{last!r} and {rivals[-1]!r} read the same features: which is the head?", linears)
+            _advice(f"has two layers that read the same features, {last!r} and {rivals[-1]!r}", linears)
         )
     after = list(modules)[list(modules).index(last) + 1 :]
     convolutions = [name for name in after if isinstance(modules[name], nn.modules.conv._ConvNd)]
@@ -140,8 +140,11 @@ def _describe(model: nn.Module, name: str, module: nn.Module) -> Head:
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """A registered parameter, never the attribute: reading a parametrized one (spectral norm) runs code of
-    the model's, which moves its buffers or draws random numbers."""
+    """Return a registered parameter; None if there is none of this name.
+
+    Never the attribute: reading a parametrized one (spectral norm) runs code of the model, which changes its
+    buffers or draws random numbers.
+    """
     return module._parameters.get(name)
 
 
@@ -153,7 +156,7 @@ def _is_linear(module: nn.Module) -> bool:
 
 
 def _same_input(linears: dict[str, nn.Module], name: str, last: str) -> bool:
-    """Siblings with equal input widths of which neither can feed the other: two heads."""
+    """Whether two siblings have equal input widths and neither can feed the other: two heads."""
     if name.rpartition(".")[0] != last.rpartition(".")[0] or name.rpartition(".")[2].isdigit():
         return False
     one, other = linears[name], linears[last]
@@ -168,13 +171,13 @@ def _advice(problem: str, linears: dict[str, nn.Module]) -> str:
     example = list(linears)[-1] if linears else "classifier"
     return (
         f"No classifier head: the model {problem}.\nLinear layers (last 8):\n{listing}\n"
-        f"Name it: Monitor(model, optimizer, head={example!r}), or pass the module itself. If the logits "
-        "are not a module's output, use head=False and logits = monitor.tap(logits)."
+        f"Name the head: Monitor(model, optimizer, head={example!r}), or pass the module itself. If no "
+        "module returns the logits, use head=False and logits = monitor.tap(logits)."
     )
 
 
 def _clean(name: str, model: nn.Module) -> str:
-    """Names without the wrappers of torch.compile, data parallelism and activation checkpointing."""
+    """Return a name without the wrappers of torch.compile, data parallelism and activation checkpointing."""
     parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
     if type(model).__name__ in ("DistributedDataParallel", "DataParallel") and parts[0] == "module":
         parts = parts[1:]

@@ -1,8 +1,8 @@
 """Watch the gradient at the head's output.
 
-The head module is hooked, not the model: under mixed precision the outer output is often a converted
-copy whose hook never fires.  A tensor hook on the head's output sees the true ∂L/∂z of the run, in the
-run's own precision, without labels and without a second backward.
+The hook is on the head module, not on the model: under mixed precision the model's output is often a
+converted copy, whose hook never fires.  A tensor hook on the head's output sees the true ∂L/∂z of the run, in
+the run's own precision, without labels and without a second backward pass.
 """
 
 from __future__ import annotations
@@ -24,20 +24,24 @@ from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 @dataclass(frozen=True)
 class Rows:
-    """What one backward pass shows: detached, sampled by the same stride. [n, K], [n, K], [n, d] or None."""
+    """Rows of one backward pass, detached, sampled by one stride: [n, K], [n, K] and [n, d] or None."""
 
     grad: Tensor
     logits: Tensor
     features: Tensor | None
     total: int  # rows of the whole batch
-    shard: ClassShard | None = None  # the K are some of the classes, other ranks hold the rest
+    shard: ClassShard | None = None  # the K are some of the classes; other ranks hold the others
+
+
+Sampler = Callable[[Tensor], Tensor]
+"""Rows [..., K or d] → those of them that are read, [n, K or d]."""
 
 
 class HeadProbe:
-    """Forward hook of the head. Copies and pickles of the model get an inert one.
+    """Forward hook of the head. Copies and pickles of the model get a hook that does nothing.
 
-    A bound method as hook would make ``deepcopy(model)`` and ``torch.save(model)`` drag the monitor
-    along, and an EMA copy would report its rows as the run's.
+    With a bound method as hook, ``deepcopy(model)`` and ``torch.save(model)`` would copy the monitor, and an
+    EMA copy would report its rows as the run's.
     """
 
     def __init__(
@@ -47,7 +51,7 @@ class HeadProbe:
         failed: Callable[[str, BaseException], None],
         spent: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """``spent`` is told the seconds that each hook took in a step that is read."""
+        """``spent`` gets the seconds of each hook in a step that is read."""
         self._wanted = wanted
         self._deliver = deliver
         self._failed = failed
@@ -98,14 +102,14 @@ class HeadProbe:
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         features = next(inputs, None)
         if self.tapped:
-            # The tapped tensor comes later; these may be its features.
+            # The tapped tensor comes later; this input may be its features.
             self._features = None if features is None else features.detach()
         else:
             weight = own_parameter(module, "weight")
             self._watch(output, features, step, tapped=False, weight=weight)
 
     def tap(self, logits: Tensor) -> None:
-        """Watch exactly this tensor from now on, instead of the head's output."""
+        """Watch this tensor from now on, instead of the head's output."""
         self.tapped = True
         features, self._features = self._features, None
         step = self._wanted()
@@ -153,30 +157,34 @@ class HeadProbe:
         def sample(tensor: Tensor) -> Tensor:
             return rows_of(tensor.detach(), first, stride)
 
+        kept = self._copies(shown, features, sample, whole=stride == 1)
+        self._deliver_at_backward(logits, kept, sample, total, shard, tapped=tapped)
+
+    def _copies(
+        self, shown: Tensor, features: Tensor | None, sample: Sampler, *, whole: bool
+    ) -> list[Tensor]:
+        """The rows that are sampled of the logits and, where these are known, of their features."""
         # Copies: some losses write their gradient over the logits, and a strided view would keep the whole
         # [N, K] and [N, d] storages alive.  All rows of the features are autograd's own and are shared.
         kept = [sample(shown).clone()]
         same_rows = features is not None and features.shape[:-1] == shown.shape[:-1]
         if features is not None and same_rows and features.device == shown.device:
-            kept.append(sample(features).clone() if stride > 1 else sample(features))
+            kept.append(sample(features) if whole else sample(features).clone())
         else:
             self.without_features += 1
+        return kept
 
-        def deliver(grad: Tensor) -> None:
-            own = whole_rows(grad) if shard is None else classes_of(grad, shard)
-            if own is None:
-                self.sharded += 1
-                return
-            self.delivered += 1
-            if kept:  # a second backward through the same graph shows the same rows again
-                features = kept[1] if len(kept) > 1 else None
-                self._deliver(Rows(sample(own), kept[0], features, total, shard))
-                kept.clear()  # the graph may outlive its backward
-
-        self._on_gradient(logits, tapped, deliver)
-
-    def _on_gradient(self, logits: Tensor, tapped: bool, deliver: Callable[[Tensor], None]) -> None:
-        """Register ``deliver(∂L/∂logits)`` on ``logits``, timed and guarded."""
+    def _deliver_at_backward(
+        self,
+        logits: Tensor,
+        kept: list[Tensor],
+        sample: Sampler,
+        total: int,
+        shard: ClassShard | None,
+        *,
+        tapped: bool,
+    ) -> None:
+        """Hook ``logits``: their gradient is delivered with what was ``kept`` of the forward pass."""
 
         def on_gradient(grad: Tensor | None) -> None:
             # None: some compiled outer graphs call tensor hooks so.  Tapped after this forward: the
@@ -186,16 +194,26 @@ class HeadProbe:
             started = time.perf_counter()
             try:
                 try:
-                    deliver(grad)
+                    deliver(whole_rows(grad) if shard is None else classes_of(grad, shard))
                 finally:
                     self._spent(time.perf_counter() - started)
             except Exception as error:
                 self._failed("rows", error)
 
+        def deliver(grad: Tensor | None) -> None:
+            if grad is None:
+                self.sharded += 1
+                return
+            self.delivered += 1
+            if kept:  # a second backward through the same graph shows the same rows again
+                features = kept[1] if len(kept) > 1 else None
+                self._deliver(Rows(sample(grad), kept[0], features, total, shard))
+                kept.clear()  # the graph may outlive its backward
+
         logits.register_hook(on_gradient)
 
     def forget(self) -> None:
-        """Let go of features whose logits were never tapped."""
+        """Drop features whose logits were never tapped."""
         self._features = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
@@ -206,15 +224,15 @@ class HeadProbe:
 
 
 INERT: tuple[Callable[..., Any], tuple[Any, ...]] = (getattr, (nullcontext(), "__exit__"))
-"""What a copied or unpickled model carries in the place of a probe, as (function, arguments): a hook that
-returns None whatever it is given. Of the standard library: a saved model opens where this package is not."""
+"""The hook of a copied or unpickled model, as (function, arguments): it returns None for any arguments. It is
+of the standard library, so a saved model opens without this package."""
 
 
 def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
-    """Rows ``first``, ``first + stride``, … of [..., K], in the order of their indices → [n, K].
+    """Return rows ``first``, ``first + stride``, … of [..., K], in the order of their indices → [n, K].
 
-    Never a copy of the whole: a gradient may be laid out with the classes before the positions, as that of
-    ``cross_entropy(logits.transpose(1, 2), target)`` is, and no view of it has rows.
+    The whole tensor is never copied, also where no view has rows: in a gradient of
+    ``cross_entropy(logits.transpose(1, 2), target)`` the classes come before the positions in memory.
     """
     classes = tensor.shape[-1]
     try:
@@ -230,8 +248,10 @@ def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
 
 
 def whole_rows(tensor: Any) -> Tensor | None:
-    """This rank's rows of a DTensor, detached, where they hold all classes (or features); None where they do
-    not. Any other tensor itself."""
+    """Return this rank's rows of a DTensor, detached; None if they do not hold all classes (or features).
+
+    Returns any other tensor itself.
+    """
     if not hasattr(tensor, "to_local"):
         return tensor  # type: ignore[no-any-return]
     cut = {getattr(placement, "dim", None) for placement in tensor.placements}
@@ -242,7 +262,8 @@ def whole_rows(tensor: Any) -> Tensor | None:
 
 
 def classes_of(tensor: Any, shard: ClassShard) -> Tensor | None:
-    """This rank's classes of a gradient at logits that are cut like ``shard``; None where it has others."""
+    """Return this rank's classes of a gradient at logits that are sharded like ``shard``; None if they
+    differ."""
     whole = whole_rows(tensor)
     if whole is None:
         return local(tensor.detach()) if class_shard(tensor, -1) == shard else None
@@ -252,6 +273,6 @@ def classes_of(tensor: Any, shard: ClassShard) -> Tensor | None:
 
 
 def _inside_functorch(tensor: Tensor) -> bool:
-    """Under vmap and torch.func.grad tensors are wrapped: there are no rows to read."""
+    """Whether the tensor is wrapped, as under vmap and torch.func.grad: then it has no rows to read."""
     wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
     return bool(wrapped is not None and wrapped(tensor))

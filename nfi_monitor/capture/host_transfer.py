@@ -1,8 +1,8 @@
 """Bring packed numbers to the host without making the device wait.
 
-On a CPU a tensor is read at once.  On an accelerator it is copied into pinned memory behind the step's
-own kernels and read at a later step, when its event has passed: the training never waits for the
-monitor, and the monitor speaks a step or two late.
+On a CPU a tensor is read at once.  On an accelerator it is copied into pinned memory, after the step's own
+kernels, and read at a later step, when its event has passed.  So the training never waits for the monitor,
+and the monitor reports a step or two late.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor
 from nfi_monitor.capture import devices
 
 PENDING = 64
-"""Copies in flight before the oldest is waited for: bounds memory if nobody ever synchronises."""
+"""Most copies in flight: then the oldest is waited for. Bounds memory if the training never synchronises."""
 
 
 class HostTransfer:
-    """First in, first out: ``put`` a packed vector with its label, ``take`` those that have arrived."""
+    """A queue: ``put`` a packed vector with its label, ``take`` the vectors that have arrived."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[Any, Tensor, Any]] = deque()
 
     @property
     def waiting(self) -> bool:
-        """Whether something has not been taken yet."""
+        """Whether the queue is not empty."""
         return bool(self._pending)
 
     def put(self, label: Any, packed: Tensor) -> None:
@@ -42,14 +42,14 @@ class HostTransfer:
             event.record(torch.cuda.current_stream(packed.device))
             self._pending.append((label, host, event))
             return
-        self._pending.append((label, packed, None))  # no events to ask: read when it is taken
+        self._pending.append((label, packed, None))  # this device has no events: read when it is taken
 
     def take(
         self, *, everything: bool = False, due: Callable[[Any], bool] | None = None
     ) -> list[tuple[Any, list[float]]]:
-        """What has arrived, oldest first; with ``everything``, wait for the rest.
+        """Return the vectors that have arrived, oldest first; with ``everything``, wait for the others.
 
-        ``due(label)``: wait for these, and leave the others even where they have arrived.
+        ``due(label)``: wait for those that are due, and leave the others even if they have arrived.
         """
         arrived = []
         while self._pending:

@@ -1,7 +1,7 @@
 """Read the loss that a model returns with its output, as HuggingFace models do.
 
-A framework's callbacks are not told the loss of a step, only an average over its logging interval, which
-hides a spike.  A forward hook on the whole model sees it every time, at no cost.
+A framework gives its callbacks only the average loss of a logging interval, which hides a spike.  A forward
+hook on the whole model sees the loss of every step, at no cost.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from nfi_monitor.capture.head_probe import INERT
 
 COUNT = "num_items_in_batch"
-"""Keyword under which a HuggingFace trainer tells the model how many items all micro-batches of a step hold:
-the model's loss is then its share of the step's, to be added up, and not a mean of its own."""
+"""Keyword with which a HuggingFace trainer passes the number of items in all micro-batches of a step. Then
+the model's loss is a share of the step's loss, to be added up, and not a mean."""
 
 
 class LossProbe:
@@ -34,8 +34,8 @@ class LossProbe:
         if not (module.training and torch.is_grad_enabled()):
             return
         if torch.compiler.is_compiling():
-            # An output of the graph, put down when the graph has run: no graph break, no change to the graph.
-            # (Appending to a list would do too, but its length is guarded: one compilation a step.)
+            # An output of the graph, stored when the graph has run: no graph break, no change to the graph.
+            # (Appending to a list would work too, but its length is guarded: one compilation a step.)
             loss = loss_of(output)
             if loss is not None:
                 self._compiled = (loss, kwargs.get(COUNT) is not None)
@@ -48,7 +48,8 @@ class LossProbe:
             self._failed("loss", error)
 
     def collect(self) -> None:
-        """Deliver what a compiled forward has left; call it after each micro-batch, outside the model."""
+        """Deliver the loss that a compiled forward has stored. Call it after each micro-batch, outside the
+        model."""
         left, self._compiled = self._compiled, None
         if left is not None:
             self._deliver(*left)
@@ -61,7 +62,7 @@ class LossProbe:
 
 
 def loss_of(output: Any) -> Tensor | None:
-    """The 0-d loss in a model's output (``output["loss"]``, ``output[0]`` or the output), or None."""
+    """Return the 0-d loss in a model's output (``output["loss"]``, ``output[0]`` or the output), or None."""
     if isinstance(output, Mapping):
         output = output.get("loss")
     elif isinstance(output, (tuple, list)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,19 +18,17 @@ from torch.optim import Optimizer
 from nfi_monitor import _moved
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
-from nfi_monitor.capture.quantized import Quantized, quantized_moment
+from nfi_monitor.capture.quantized import Quantized
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import CoordinateSample, local
+from nfi_monitor.capture.second_moment import sample_moments, second_moment
+from nfi_monitor.capture.update import BeforeStep, Update
 
 HEAD_ELEMENTS = 1 << 18
-"""Head weights up to this many entries are compared whole; of larger ones, a stride of class rows."""
+"""Head weights up to this many entries are compared whole, larger ones at a stride of class rows."""
 
 MEAN_ELEMENTS = 1 << 20
-"""Head weights read for W_G and for the batch-level zero-sum per step; larger heads are read less often."""
-
-SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2")
-"""Names of the second moment in an optimizer's state; with amsgrad the maximum is what divides; the last is
-bitsandbytes'."""
+"""Most head weights read in each step for W_G and the batch's zero-sum; larger heads are read less often."""
 
 ASSUMED_BETAS = (0.9, 0.99)
 """(β1, β2) of an optimizer that has no betas (SGD, RMSprop, Adafactor), for τ = 1/(1−β2) = 100 steps.
@@ -41,82 +38,8 @@ steps is RMSprop's own default (alpha=.99).  With Adam's .999 it would be read a
 a replay would wait ten times as long for a slingshot."""
 
 
-@dataclass(frozen=True)
-class Update:
-    """One optimizer step as tensors: [C] over sampled coordinates, head tensors classes first."""
-
-    sample: CoordinateSample
-    params: tuple[nn.Parameter, ...]  # whose coordinates they are
-    grad: Tensor  # [C]
-    before: Tensor  # [C]
-    after: Tensor  # [C]
-    exp_avg_sq: Tensor | None  # [C]
-    correction: Tensor | float  # 1 − β2^t, scalar or [C]
-    eps: Tensor | float  # ε_A, scalar or [C]
-    lr: Tensor | float  # of the head's group
-    lrs: Tensor | None  # [C], where not all groups have the same
-    found_inf: Tensor | None  # > 0: a fused step under a gradient scaler skipped itself
-    head_position: int | None  # which of the sample's tensors the head's weight is
-    head_weight_update: Tensor | None  # [k, d], a stride of class rows
-    head_bias_update: Tensor | None  # [k], the same classes
-    head_weight: Tensor | None  # [K, d] view; None at steps when a large head is not read
-    head_weight_grad: Tensor | None  # [K, c] view, a block of feature columns
-    head_bias_grad: Tensor | None  # [K]
-
-
-@dataclass(frozen=True)
-class _Before:
-    sample: CoordinateSample
-    params: tuple[nn.Parameter, ...]
-    grad: Tensor | None  # None: to be read after the step
-    before: Tensor
-    found_inf: Tensor | None
-    head_weight: Tensor | None
-    head_bias: Tensor | None
-    head_weight_grad: Tensor | None
-    head_bias_grad: Tensor | None
-
-
-def unwrap(optimizer: Any) -> Optimizer:
-    """The torch optimizer inside wrappers such as accelerate's, whose own hooks never fire.
-
-    Raises TypeError, saying what was given, if there is none.
-    """
-    seen = optimizer
-    while not isinstance(seen, Optimizer):
-        inner = getattr(seen, "optimizer", None)
-        if inner is None or inner is seen:
-            raise TypeError(
-                f"Monitor needs a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-                "Pass the optimizer whose step() updates the model."
-            )
-        seen = inner
-    # accelerate.AcceleratedOptimizer is an Optimizer subclass that delegates.
-    inner = getattr(seen, "optimizer", None)
-    return unwrap(inner) if isinstance(inner, Optimizer) else seen
-
-
-def choose(optimizer: Any, head: Head | None) -> Optimizer:
-    """The optimizer of a monitor: the one given, or of several the one that trains the head.
-
-    Raises TypeError as :func:`unwrap`; the first of several is taken where none or no head is found.
-    """
-    if not isinstance(optimizer, (list, tuple)):
-        return unwrap(optimizer)
-    if not optimizer:
-        raise TypeError("Monitor needs an optimizer, got an empty list. Pass the one that trains the head.")
-    several = [unwrap(one) for one in optimizer]
-    weight = head.weight if head is not None else None
-    trains = [
-        one
-        for one in several
-        if weight is not None and any(p is weight for group in one.param_groups for p in group["params"])
-    ]
-    return (trains or several)[0]
-
-
 class OptimizerReader:
-    """Gathers an :class:`Update` for the steps that are measured."""
+    """Gather an :class:`Update` for each step that is measured."""
 
     def __init__(self, optimizer: Optimizer, head: Head | None) -> None:
         self.optimizer = optimizer
@@ -133,7 +56,7 @@ class OptimizerReader:
         return any(sample.can_lower for sample, _ in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
-        """The parameter group that holds ``param``; the first one if none does."""
+        """Return the parameter group that holds ``param``, or the first group if none does."""
         groups = self.optimizer.param_groups
         known = self._found
         # load_state_dict replaces the groups: one that is no longer in the list is stale.
@@ -151,7 +74,7 @@ class OptimizerReader:
         )
 
     def betas(self) -> tuple[float, float] | None:
-        """(β1, β2) of the head's group; None for optimizers without a second moment of that form."""
+        """Return (β1, β2) of the head's group; None for optimizers without such a pair."""
         betas = self.group_of(self.head.weight if self.head else None).get("betas")
         if betas is None or len(betas) < 2:
             return None
@@ -162,14 +85,15 @@ class OptimizerReader:
         return self.betas() or ASSUMED_BETAS
 
     def has_second_moment(self) -> bool | None:
-        """Whether the state keeps ``exp_avg_sq``; None before the first step, when nobody can know."""
+        """Whether the state has a second moment; None before the first step, when it is unknown."""
         states = [state for state in self.optimizer.state.values() if state]
-        return any(_second_moment(state) is not None for state in states) if states else None
+        return any(second_moment(state) is not None for state in states) if states else None
 
-    def before(self, step: int, *, closure: bool = False) -> _Before | None:
-        """Call in the step's pre-hook. None when no parameter has a gradient.
+    def before(self, step: int, *, closure: bool = False) -> BeforeStep | None:
+        """Read what the step will change. Call it in the pre-hook. None if no parameter has a gradient.
 
-        ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning): they are read after it.
+        ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning), so they are read after
+        it.
         """
         layout = self._layout(needs_gradient=not closure)
         if layout is None:
@@ -184,7 +108,7 @@ class OptimizerReader:
         found_inf = getattr(self.optimizer, "found_inf", None)
         weight, bias = self._head_rows()
         weight_grad, bias_grad = (None, None) if closure else self._head_gradients(step)
-        return _Before(
+        return BeforeStep(
             sample=sample,
             params=params,
             grad=grad,
@@ -196,8 +120,8 @@ class OptimizerReader:
             head_bias_grad=bias_grad,
         )
 
-    def after(self, start: _Before, step: int) -> Update | None:
-        """Call in the step's post-hook, with what :meth:`before` returned. None without gradients."""
+    def after(self, start: BeforeStep, step: int) -> Update | None:
+        """Read what the step changed. Call it in the post-hook, with the result of :meth:`before`."""
         grad, weight_grad, bias_grad = start.grad, start.head_weight_grad, start.head_bias_grad
         if grad is None:
             gradients = [param.grad for param in start.params if param.grad is not None]
@@ -207,7 +131,7 @@ class OptimizerReader:
             grad = start.sample.gather(gradients)
             weight_grad, bias_grad = self._head_gradients(step)
         states = [self.optimizer.state.get(param, {}) for param in start.params]
-        moments = [_second_moment(state) for state in states]
+        moments = [second_moment(state) for state in states]
         exp_avg_sq = None
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
@@ -215,7 +139,7 @@ class OptimizerReader:
         if all(isinstance(moment, Tensor) for moment in moments):
             exp_avg_sq = start.sample.gather(moments)  # type: ignore[arg-type]
         elif all(moment is not None for moment in moments):
-            exp_avg_sq = start.sample.pack(_in_bits(start.sample, moments))
+            exp_avg_sq = start.sample.pack(sample_moments(start.sample, moments))
         if exp_avg_sq is not None:
             correction, eps = self._constants(start, states)
             lrs = self._rates(start)
@@ -271,7 +195,7 @@ class OptimizerReader:
         return found
 
     def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Dense real parameters on one device; of those, the ones with a second moment if any has one."""
+        """Return the dense real parameters on one device; if any has a second moment, only those with one."""
         anchor = self.head.weight if self.head is not None and self.head.weight is not None else None
         dense = []
         for param in params:
@@ -290,7 +214,7 @@ class OptimizerReader:
                 dense = [param for param in dense if param.device == device]
         with_moment = []
         for param in dense:
-            moment = _second_moment(self.optimizer.state.get(param, {}))
+            moment = second_moment(self.optimizer.state.get(param, {}))
             if moment is None:
                 continue
             if isinstance(moment, Quantized):
@@ -319,9 +243,9 @@ class OptimizerReader:
         return with_moment or dense
 
     def _constants(
-        self, start: _Before, states: list[Mapping[str, Any]]
+        self, start: BeforeStep, states: list[Mapping[str, Any]]
     ) -> tuple[Tensor | float, Tensor | float]:
-        """(1 − β2^t, ε_A): scalars when all tensors agree, else one value per coordinate."""
+        """Return (1 − β2^t, ε_A): scalars if all tensors agree, else one value per coordinate."""
         pairs: list[tuple[float, float]] = []
         for param, state in zip(start.params, states, strict=True):
             group = self._groups.get(id(param)) or self.group_of(param)
@@ -341,12 +265,14 @@ class OptimizerReader:
         corrections, epsilons = [max(pair[0], 1e-12) for pair in pairs], [pair[1] for pair in pairs]
         return _spread(corrections, start), _spread(epsilons, start)
 
-    def _rates(self, start: _Before) -> Tensor | None:
-        """The learning rate of each coordinate, or None where all groups have one."""
+    def _rates(self, start: BeforeStep) -> Tensor | None:
+        """Return the learning rate of each coordinate, or None if all groups have the same."""
         groups = self.optimizer.param_groups
         rates = [_host(group.get("lr")) for group in groups]
         first = rates[0]
-        on_device = any(isinstance(rate, Tensor) for rate in rates)  # comparing those would wait for them
+        on_device = any(
+            isinstance(rate, Tensor) for rate in rates
+        )  # comparing them would wait for the device
         if all(rate is first or (not on_device and rate == first) for rate in rates):
             return None
         rate_of = {
@@ -357,15 +283,16 @@ class OptimizerReader:
     # --- the head --------------------------------------------------------------------------------
 
     def _readable_head(self) -> Head | None:
-        """The head, unless its weight is sharded and nobody adds up the shards: a part of the classes alone
-        means nothing."""
+        """Return the head; None if its weight is sharded and the ranks do not add up the shards.
+
+        A part of the classes alone means nothing."""
         if self.head is not None and not self.plan.head_pooled and hasattr(self.head.weight, "to_local"):
             self.unreadable.add("the head's weight, which is sharded over ranks")
             return None
         return self.head
 
     def _head_rows(self) -> tuple[Tensor | None, Tensor | None]:
-        """Views of a stride of the head's class rows and of the bias entries of the same classes."""
+        """Return views of a stride of the head's class rows, and of the bias entries of the same classes."""
         head = self._readable_head()
         if head is None or head.weight is None or not self.holds(head.weight):
             return None, None
@@ -399,33 +326,12 @@ class OptimizerReader:
 
 
 def gradient_columns(features: int, outputs: int) -> int:
-    """How many columns of the head's gradient [K, d] are read per step."""
+    """Return how many columns of the head's gradient [K, d] are read per step."""
     return max(1, min(features, MEAN_ELEMENTS // 4 // outputs))
 
 
-def _second_moment(state: Mapping[str, Any]) -> Tensor | Quantized | None:
-    in_bits = quantized_moment(state)
-    if in_bits is not None:
-        return in_bits
-    for name in SECOND_MOMENTS:
-        if isinstance(state.get(name), Tensor):
-            return state[name]  # type: ignore[no-any-return]
-    return None
-
-
-def _in_bits(sample: CoordinateSample, moments: Sequence[Tensor | Quantized | None]) -> list[Tensor]:
-    """The sampled coordinates of moments of which some are kept in 8 bits; small tensors are not."""
-    values = []
-    for moment, stride in zip(moments, sample.strides, strict=True):
-        if isinstance(moment, Quantized):
-            values.append(moment.sample(stride))
-        elif moment is not None:
-            values.append(local(moment).detach().reshape(-1)[::stride].float())
-    return values
-
-
-def _spread(numbers: Sequence[Tensor | float], start: _Before) -> Tensor:
-    """One number for each tensor → one for each coordinate [C]."""
+def _spread(numbers: Sequence[Tensor | float], start: BeforeStep) -> Tensor:
+    """Repeat one number for each tensor to one for each coordinate [C]."""
     like = start.before
     if any(isinstance(number, Tensor) for number in numbers):
         each = torch.stack(
@@ -444,7 +350,8 @@ def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
 
 
 def _host(value: Any) -> Any:
-    """A float where that costs no synchronisation, else the tensor; NaN for None (self-scheduled rates)."""
+    """Return a float if that costs no synchronisation, else the tensor; NaN for None (self-scheduled
+    rates)."""
     if isinstance(value, Tensor) and not devices.on_host(value):
         return value
     return math.nan if value is None else float(value)

@@ -1,7 +1,7 @@
-"""A fixed batch whose margins are compared between readings.
+"""Compare the margins of a fixed batch between readings.
 
-The head's own update says nothing about what the layers below it moved; behind a LayerNorm it is blind.
-One forward pass of a fixed batch sees the whole displacement, at the price of that pass.
+The head's own update does not show what the layers below it moved; behind a LayerNorm it shows nothing.  One
+forward pass of a fixed batch shows the whole displacement, at the cost of that pass.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ from nfi_monitor.measure.displacement import margin_displacement, probe_margins
 
 
 class ProbeBatch:
-    """Rows whose target is no class of the model's are left out. Raises ValueError for targets that are not
-    integer labels."""
+    """A fixed batch. Rows whose target is no class of the model are left out.
+
+    Raises ValueError for targets that are not integer labels, and for a model that is sharded over ranks.
+    """
 
     def __init__(self, model: nn.Module, inputs: Any, targets: Tensor) -> None:
         if not isinstance(targets, Tensor) or targets.is_floating_point():
@@ -38,8 +40,10 @@ class ProbeBatch:
         self._step = 0
 
     def displacement(self, step: int) -> Tensor | None:
-        """Largest margin change per optimizer step since the last call, nats; None at the first call, and
-        from a model with one output, which has no margin."""
+        """Return the largest margin change per optimizer step since the last call, in nats.
+
+        None at the first call, and for a model with one output, which has no margin.
+        """
         margins = self._measure()
         if margins is None:
             return None
@@ -48,7 +52,7 @@ class ProbeBatch:
         return None if before is None else margin_displacement(before, margins, step - last)
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next displacement is measured from, in plain types."""
+        """Return what the next displacement is compared with, in plain types."""
         return {"step": self._step, "margins": None if self._margins is None else to_text(self._margins)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -57,7 +61,8 @@ class ProbeBatch:
         self._margins = None if margins is None else from_text(margins, self._targets.device)
 
     def _measure(self) -> Tensor | None:
-        """Forward in eval mode (no dropout, no running statistics moved), random state kept."""
+        """Return the margins from a forward pass in eval mode (no dropout, same running statistics and random
+        state)."""
         model = self._model
         modes = [(module, module.training) for module in model.modules()]
         devices = [self._targets.device] if self._targets.device.type == "cuda" else []

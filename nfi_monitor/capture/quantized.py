@@ -1,13 +1,13 @@
-"""Second moments that an optimizer keeps in 8 bits, read at sampled coordinates only.
+"""Read second moments that an optimizer keeps in 8 bits, at sampled coordinates only.
 
-Both libraries that do so keep a code per coordinate, a table that says what a code stands for, and a scale
-per block of neighbouring coordinates: value = table[code] · scale[block].
+Both libraries keep a code per coordinate, a table with the value of each code, and a scale per block of
+neighbouring coordinates: value = table[code] · scale[block].
 
 * torchao's ``OptimState8bit``: attributes ``codes``, ``qmap``, ``scale``.
 * bitsandbytes: state entries ``state2`` (uint8), ``qmap2``, ``absmax2``; small tensors have ``state2`` in
   float32.
 
-Calling ``dequantize()`` lost: it makes the whole tensor anew, for a few thousand coordinates of it.
+Calling ``dequantize()`` lost: it makes the whole tensor, of which a few thousand coordinates are needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Quantized(NamedTuple):
     scales: Tensor
 
     def sample(self, stride: int) -> Tensor:
-        """Every ``stride``-th coordinate, float32 [⌈n / stride⌉]."""
+        """Return every ``stride``-th coordinate, float32 [⌈n / stride⌉]."""
         codes = self.codes.reshape(-1)
         at = torch.arange(0, len(codes), stride, device=codes.device)
         blocks = at // block_size(len(codes), len(self.scales))
@@ -37,9 +37,9 @@ class Quantized(NamedTuple):
 
 
 def block_size(coordinates: int, blocks: int) -> int:
-    """Coordinates that share a scale: a power of two, the last block may be shorter.
+    """Return how many coordinates share a scale: a power of two; the last block may be shorter.
 
-    Raises ValueError where no power of two makes this many blocks.
+    Raises ValueError if no power of two makes this many blocks.
     """
     size = 1
     while -(-coordinates // size) > blocks:
@@ -50,7 +50,7 @@ def block_size(coordinates: int, blocks: int) -> int:
 
 
 def quantized_moment(state: Mapping[str, Any]) -> Quantized | None:
-    """The second moment of one parameter's optimizer state, if it is kept in 8 bits."""
+    """Return the second moment of one parameter's optimizer state if it is kept in 8 bits, else None."""
     moment = state.get("exp_avg_sq")
     if isinstance(moment, Tensor):
         held = local(moment)

@@ -1,6 +1,6 @@
-"""Which rows, coordinates and steps are looked at: deterministic, never random.
+"""Choose the rows, coordinates and steps that are read: deterministic, never random.
 
-The monitor must leave the random state untouched, so every sample is a stride with a rotating offset.
+The monitor must not change the random state, so every sample is a stride with a rotating offset.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ COORDINATES_FULL = 1 << 15
 COORDINATES_PER_TENSOR = 64
 """Fewest coordinates read of a tensor that has that many."""
 LOWERED = 4
-"""Where the monitor has to save time, it reads one in so many of the rows and coordinates that it may: that
-saves a fifth to a third. An eighth saves hardly more: what is left is what kernels take to start."""
+"""To save time the monitor divides its budget of rows and coordinates by this number: that saves a fifth to a
+third. An eighth would save hardly more: the rest of the time starts kernels."""
 FEWEST_ROWS = 64
-"""... but as many rows, where the budget has them."""
+"""... but reads so many rows, if the budget has them."""
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
 """Tensors whose strides are cut from their memory directly; a subclass may not offer that."""
 
 
 def row_stride(rows: int, classes: int, *, lowered: bool = False) -> int:
-    """Every how many rows one is read. 1: all of them."""
+    """Return the stride at which rows are read; 1: all rows."""
     budget = max(ROW_ELEMENTS // max(classes, 1), rows // ROW_SHARE, 1)
     if lowered:
         budget = max(budget // LOWERED, min(budget, FEWEST_ROWS))
@@ -44,14 +44,15 @@ def row_stride(rows: int, classes: int, *, lowered: bool = False) -> int:
 
 
 def offset(step: int, stride: int) -> int:
-    """Where the stride starts at this step: visits all offsets, neighbours in time far apart."""
+    """Return where the stride starts at this step: all offsets in turn, those of neighbouring steps far
+    apart."""
     # The golden ratio keeps successive offsets spread; a plain counter would scan rows in order and
     # alias with a data order that does the same.
     return int(step * 0.6180339887498949 * stride) % stride if stride > 1 else 0
 
 
 def auto_interval(tau: float, *, at_risk: bool = False) -> int:
-    """Steps between readings while nothing is going on: τ/5, from 1 to 16; at risk τ/50, from 1 to 8.
+    """Return the steps between readings of a quiet run: τ/5, from 1 to 16; at risk τ/50, from 1 to 8.
 
     A numeric slingshot builds up over some 20 τ and its last stages over 2–5 τ, so τ/5 sees it coming
     in time, and τ/50 sees ‖μ_G‖ begin to grow; the caps are for β2 = .999, where second-moment
@@ -61,15 +62,16 @@ def auto_interval(tau: float, *, at_risk: bool = False) -> int:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a DTensor (FSDP2); any other tensor itself."""
+    """Return this rank's part of a DTensor (FSDP2); any other tensor itself."""
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor
 
 
 def _coprime(stride: int, shape: torch.Size) -> int:
-    """The nearest stride, by ratio, that shares no factor with the sizes: else it visits a few columns only.
+    """Return the nearest stride, by ratio, that shares no factor with the sizes.
 
-    The next smaller one alone would make each of every fourth coordinate, of 300 columns.
+    Another stride would visit a few columns only.  The next smaller one is often too small: for every fourth
+    coordinate of 300 columns it is 1.
     """
     inner, size = math.prod(shape[1:]), math.prod(shape)
     smaller = next(step for step in range(stride, 0, -1) if math.gcd(step, inner) == 1)
@@ -79,7 +81,7 @@ def _coprime(stride: int, shape: torch.Size) -> int:
 
 
 def _strides(tensors: Sequence[Tensor], *, lowered: bool) -> list[int]:
-    """Of each tensor every how many coordinates one is read."""
+    """Return the stride at which each tensor's coordinates are read."""
     sizes = [local(tensor).numel() for tensor in tensors]
     total, part = sum(sizes), LOWERED if lowered else 1
     stride = 1 if total <= COORDINATES_FULL // part else -(-total // (COORDINATES // part))

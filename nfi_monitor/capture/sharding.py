@@ -1,4 +1,4 @@
-"""How a tensor that is cut over several ranks lies on them."""
+"""Tell how a tensor is sharded over several ranks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def is_sharded(tensor: Any) -> bool:
 
 
 def shards(tensor: Any, axis: int | None = None) -> int:
-    """Into how many parts a tensor is cut (along ``axis`` only, if given); 1 for one that is whole."""
+    """Return into how many parts a tensor is cut (along ``axis`` only, if given); 1 if it is whole."""
     if not is_sharded(tensor):
         return 1
     parts = 1
@@ -27,8 +27,10 @@ def shards(tensor: Any, axis: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class ClassShard:
-    """Which classes of a row this rank holds: ``classes`` of ``outputs`` from ``first`` on. The others are on
-    the ranks of the same ``group``, whose number is its lowest global rank."""
+    """The classes of a row that this rank holds: ``classes`` of ``outputs`` from ``first`` on.
+
+    The others are on the ranks of the same ``group``, whose number is its lowest global rank.
+    """
 
     first: int
     classes: int
@@ -37,8 +39,11 @@ class ClassShard:
 
 
 def class_shard(tensor: Any, axis: int) -> ClassShard | None:
-    """How a DTensor of logits (or the head's weight) is cut along its class axis; None where it is not, or in
-    pieces that are no range of classes, or where parts of it have still to be added up."""
+    """Return this rank's classes of a DTensor of logits (or of the head's weight).
+
+    None if it is not sharded along its class axis, if a shard is no range of classes, or if the shards must
+    still be added up.
+    """
     if not is_sharded(tensor):
         return None
     placements, axis = tensor.placements, axis % tensor.dim()

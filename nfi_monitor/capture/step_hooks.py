@@ -1,4 +1,4 @@
-"""The pair of hooks around ``optimizer.step()``."""
+"""Install the pair of hooks around ``optimizer.step()``."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from torch.optim import Optimizer
 
 
 def has_closure(given: Sequence[Any]) -> bool:
-    """Whether a closure is among what ``optimizer.step()`` was given (which may begin with the optimizer)."""
+    """Whether the arguments of ``optimizer.step()`` (which may begin with the optimizer) have a closure."""
     return any(callable(value) and not isinstance(value, Optimizer) for value in given)
 
 
 class StepHooks:
-    """The pair of hooks around ``optimizer.step()``, with their handles. ``before`` gets what it was given.
+    """The pair of hooks around ``optimizer.step()``, with their handles. ``before`` gets the step's
+    arguments.
 
-    The last guard of a training: whatever ``before`` and ``after`` raise goes to ``failed("step", error)``.
-    ``remove`` and ``serve`` may be called from inside them: an ``on_alert`` that closes its monitor.
+    The last guard of a training: any error of ``before`` and ``after`` goes to ``failed("step", error)``.
+    ``remove`` and ``serve`` may be called from inside them, as by an ``on_alert`` that closes its monitor.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class StepHooks:
         after: Callable[[], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
-        """The hooks stay where they are and call these from now on."""
+        """Let the hooks, which stay in place, call these functions from now on."""
         self._before, self._after, self._failed = before, after, failed
 
     def remove(self) -> None:
@@ -77,10 +78,10 @@ class StepHooks:
                 handle.remove()
 
     def _leave_hook(self) -> None:
-        """The end of a hook in which, or before which, ``remove`` was called.
+        """Remove the hooks at the end of one of them, if ``remove`` was called in it or before it.
 
-        Torch iterates over its hooks and raises into the training if one goes meanwhile, unless that one is
-        the last.  So a hook that is not the last goes when the other one is run; at worst one stays that
+        torch iterates over its hooks, and raises into the training if one is removed meanwhile, unless it is
+        the last.  So a hook that is not the last is removed when the other one runs.  At worst one stays, and
         does nothing.
         """
         inside, self._inside = self._inside, None

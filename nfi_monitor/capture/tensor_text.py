@@ -1,4 +1,4 @@
-"""Vectors as text, for checkpoints: every bit is kept, in a file of tensors and in JSON alike."""
+"""Write vectors as text for checkpoints: every bit is kept, also in JSON."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from torch import Tensor
 
 
 def to_text(tensor: Tensor) -> str:
-    """A vector [N], float32 or float64, as ``float32:base64``. Reads it from its device."""
+    """Return a vector [N], float32 or float64, as ``float32:base64``. Waits for its device."""
     array = tensor.detach().cpu().contiguous().numpy()
     return f"{array.dtype}:{base64.b64encode(array.tobytes()).decode()}"
 
 
 def from_text(text: str, device: torch.device) -> Tensor:
-    """The inverse of :func:`to_text`. Raises ValueError for anything else."""
+    """Return the vector that :func:`to_text` wrote. Raises ValueError for other text."""
     dtype, _, data = text.partition(":")
     if dtype not in ("float32", "float64"):
         raise ValueError(f"not a vector: {text[:40]!r}")

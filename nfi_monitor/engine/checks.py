@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfi_monitor.capture.head import Head, find_head
-from nfi_monitor.capture.optimizer import choose
+from nfi_monitor.capture.unwrap import choose
 from nfi_monitor.errors import AlreadyMonitoredError
 from nfi_monitor.open_monitors import is_watched
 from nfi_monitor.ranks import processes
@@ -82,7 +82,7 @@ def find_watched(
     """Return the head to watch and the optimizer that trains it, without wrappers.
 
     Raises AlreadyMonitoredError where an open monitor watches that head, or a model without one; and as
-    :func:`~nfi_monitor.capture.head.find_head` and :func:`~nfi_monitor.capture.optimizer.choose`.
+    :func:`~nfi_monitor.capture.head.find_head` and :func:`~nfi_monitor.capture.unwrap.choose`.
     """
     found = None if isinstance(head, bool) else find_head(model, head)
     chosen = choose(optimizer, found)

@@ -22,7 +22,7 @@ from nfi_monitor.report.sinks import Sinks
 from nfi_monitor.types import Alert, Change, Phase, Reading
 
 if TYPE_CHECKING:
-    from nfi_monitor.ranks.exchange import Reduced
+    from nfi_monitor.ranks.reduced import Reduced
 
 
 class Judge:

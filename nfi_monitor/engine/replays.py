@@ -8,8 +8,9 @@ from typing import Any
 
 from nfi_monitor.engine.loop import StepLoop
 from nfi_monitor.errors import MonitorError
-from nfi_monitor.replay.arms import Arm
-from nfi_monitor.replay.run import RECIPE, STEP_FN, plan, replay
+from nfi_monitor.replay.arm import Arm
+from nfi_monitor.replay.planning import plan
+from nfi_monitor.replay.run import RECIPE, STEP_FN, replay
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.replay.verdict import ReplayVerdict
 

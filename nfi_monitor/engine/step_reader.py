@@ -18,14 +18,16 @@ from torch import Tensor
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.devices import full_precision
 from nfi_monitor.capture.head_probe import Rows
-from nfi_monitor.capture.optimizer import OptimizerReader, Update
+from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.step_hooks import has_closure
+from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics
-from nfi_monitor.ranks.exchange import Exchange, Message
+from nfi_monitor.ranks.exchange import Exchange
+from nfi_monitor.ranks.layout import Message
 
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 

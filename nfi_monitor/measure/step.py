@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture.optimizer import Update
 from nfi_monitor.capture.tensor_text import from_text, to_text
+from nfi_monitor.capture.update import Update
 from nfi_monitor.measure import curvature, displacement, global_means, second_moment, weight_norm, zero_sum
 
 _TENSORS = ("before", "feature_mean", "grad", "preconditioner")

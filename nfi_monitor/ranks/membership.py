@@ -24,7 +24,9 @@ from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.ranks import processes
 from nfi_monitor.ranks import team as teams
 from nfi_monitor.ranks.departure import Departure, NextRead
-from nfi_monitor.ranks.exchange import Exchange, Message, Reduced
+from nfi_monitor.ranks.exchange import Exchange
+from nfi_monitor.ranks.layout import Message
+from nfi_monitor.ranks.reduced import Reduced
 
 RECENT = 64
 """Steps for which a rank's own fault explains why it fell out of step with the others."""
@@ -77,7 +79,7 @@ class Membership:
     def is_reporter(self) -> bool:
         """Whether this process reports: to the console, to files and to the user's sinks."""
         alone = self._group is False or processes.processes(self._group) == 1
-        return alone or processes.rank() == (0 if self.exchange is None else self.exchange.speaks)
+        return alone or processes.rank() == (0 if self.exchange is None else self.exchange.reporter)
 
     def may_act(self, step: int) -> bool:
         """Return whether an alert may change the training; see ``monitor.port.may_act``.
@@ -141,7 +143,7 @@ class Membership:
                 self._separate(why, step)
                 return False
             if exchange.team.meet():
-                self.rank = exchange.speaks
+                self.rank = exchange.reporter
                 return True
             why = (
                 f"only {exchange.team.here} of {exchange.team.world} had attached a monitor (to this head, "

@@ -1,4 +1,4 @@
-"""Which processes train a model together, asked of torch.distributed and of the model's wrappers."""
+"""Find the processes that train a model together, from torch.distributed and the model's wrappers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nfi_monitor.capture.sharding import is_sharded
 
 
 def rank() -> int:
-    """This process's rank; 0 outside distributed training."""
+    """Return this process's rank; 0 outside distributed training."""
     return dist.get_rank() if _running() else 0
 
 
@@ -21,13 +21,13 @@ def _running() -> bool:
 
 
 def processes(group: Any = None) -> int:
-    """How many processes may train together: those of ``group``, where it names them, or all that run."""
+    """Return how many processes may train together: those that ``group`` names, or all that run."""
     return len(_ranks_of(group) or ()) or (dist.get_world_size() if _running() else 1)
 
 
 def check_group(group: Any) -> None:
-    """Raises TypeError for a ``group`` that is none of None, False, a ProcessGroup and a DeviceMesh, and
-    ValueError for a group that this process is not in."""
+    """Check a ``group`` argument. Raises TypeError unless it is None, False, a ProcessGroup or a DeviceMesh,
+    and ValueError for a group without this process."""
     if group is None or group is False:
         return
     ranks = _ranks_of(group)
@@ -41,7 +41,7 @@ def check_group(group: Any) -> None:
 
 
 def find_ranks(model: nn.Module, group: Any = None) -> tuple[int, ...] | None:
-    """Global ranks that train ``model`` together, ascending; None where this process trains it alone.
+    """Return the global ranks that train ``model`` together, ascending; None if this process trains it alone.
 
     ``group`` as for :class:`nfi_monitor.Monitor`.  Found are DistributedDataParallel (also around or inside
     torch.compile), FSDP and FSDP2, tensor parallel meshes; of several meshes the largest.
@@ -59,8 +59,10 @@ def find_ranks(model: nn.Module, group: Any = None) -> tuple[int, ...] | None:
 
 
 def wrapper_of(model: nn.Module) -> nn.Module | None:
-    """The DDP or FSDP around ``model``, or the DDP whose forward is under way: a framework may wrap the model
-    later than the monitor is attached, or outside what it was given. None if there is neither."""
+    """Return the DDP or FSDP around ``model``, or the DDP whose forward is running; None if there is neither.
+
+    A framework may wrap the model after the monitor is attached, or around the model that it was given.
+    """
     for module in model.modules():
         if type(module).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
             return module
@@ -73,14 +75,14 @@ def lets_ranks_stop_early(wrapper: nn.Module | None) -> bool:
 
 
 def flat_shards(wrapper: nn.Module | None) -> int:
-    """Into how many parts the older FullyShardedDataParallel cuts every tensor; 1 for any other wrapper."""
+    """Return into how many parts FullyShardedDataParallel (FSDP1) cuts a tensor; 1 for any other wrapper."""
     if type(wrapper).__name__ != "FullyShardedDataParallel":
         return 1
     strategy = getattr(getattr(wrapper, "sharding_strategy", None), "name", "")
     return 1 if strategy == "NO_SHARD" else len(_ranks_of(getattr(wrapper, "process_group", None)) or ())
 
 
-def rows_alike(model: nn.Module, world: int) -> bool:
+def same_rows_everywhere(model: nn.Module, world: int) -> bool:
     """Whether all ``world`` ranks read the same rows: tensor parallelism over all of them, nothing else."""
     sharded: list[Any] = [param for param in model.parameters() if is_sharded(param)]
     meshes = {param.device_mesh for param in sharded}
@@ -89,7 +91,7 @@ def rows_alike(model: nn.Module, world: int) -> bool:
 
 
 def data_ranks(model: nn.Module, world: int) -> int:
-    """How many of the ``world`` ranks read rows of their own: all, but for the tensor parallel ones."""
+    """Return how many of the ``world`` ranks read rows of their own: all but tensor parallel ones."""
     if not any(is_sharded(param) for param in model.parameters()):
         return world
     for module in model.modules():
@@ -115,6 +117,6 @@ def _several(ranks: Iterable[int] | None) -> tuple[int, ...] | None:
 
 
 def any_accelerator(model: nn.Module) -> bool:
-    """Whether the model's parameters are on a device that is read late."""
+    """Whether the model's parameters are on an accelerator, whose numbers reach the host late."""
     first = next(model.parameters(), None)
     return first is not None and first.device.type not in ("cpu", "meta")

@@ -1,13 +1,14 @@
-"""A line between the monitors of several ranks, over which they add up small vectors.
+"""Add up small vectors over the monitors of several ranks.
 
-The ranks of a team add up small vectors, once per measured step, in the optimizer's post-step hook.  They
-do so over a gloo channel of their own, never over the training's process group: a collective too few or too
-many there (a monitor on rank 0 alone, one that was closed, a rank that skipped a step) would pair with the
-next gradient and corrupt or hang the run.  On a channel of their own it costs the monitor a bounded wait and
-its view of the other ranks, and the training nothing.
+The ranks of a team do so once per measured step, in the optimizer's post-step hook.  They use a gloo channel
+of their own, never the training's process group.  There a collective too few or too many (a monitor on rank 0
+alone, a closed one, a rank that skipped a step) would pair with the next gradient and corrupt or hang the
+run.  On their own channel it costs the monitor a bounded wait and its view of the other ranks; training goes
+on.
 
-Whether a team comes about is agreed once, through the store that the process group was made with: all ranks
-attached, or each watches its own rows.  A rank that never attaches cannot be asked, hence the deadline.
+The ranks agree once whether they form a team, through the store that the process group was made with.  Either
+all ranks attached, or each watches its own rows.  A rank that never attaches cannot answer, hence the
+deadline.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ WAIT = 30.0
 """Seconds that the ranks which attached wait, once, for those that have not."""
 
 TIMEOUT = 120.0
-"""Seconds that one exchange may take. The ranks have just finished a collective of the training's: only one
-that skipped the step, or died, is late."""
+"""Seconds that one exchange may take. The ranks have just finished a collective of the training, so only a
+rank that skipped the step, or died, is late."""
 
 _ATTACHED: Counter[str] = Counter()
 
@@ -57,15 +58,15 @@ class Team:
         self.world = len(ranks)
         self.here = int(self._store.add("attached", 1))
         self.together: bool | None = None
-        """None until it is decided."""
+        """Whether the ranks form a team; None until that is decided."""
         self._wait = WAIT if wait is None else wait
         self._timeout = TIMEOUT if timeout is None else timeout
         self._channel: Any = None
 
     def meet(self) -> bool:
-        """Whether all ranks are here; decided once, for all alike. The first call waits for the others.
+        """Return whether all ranks attached. The first call waits for them, and decides for all ranks.
 
-        Raises what gloo raises where they are, but cannot be reached.
+        Raises what gloo raises if they attached, but cannot be reached.
         """
         if self.together is not None:
             return self.together
@@ -93,8 +94,8 @@ class Team:
     def add_up(self, numbers: Tensor) -> Callable[[], Tensor]:
         """Start adding ``numbers``, float64 on the CPU, over the ranks; call the result to wait for the sum.
 
-        The sum is the same to the last bit on every rank: each part of it is added up on one rank and passed
-        on.  Raises RuntimeError when a rank is gone or late.
+        The sum is the same to the last bit on every rank: one rank adds up each part and sends it to the
+        others.  Raises RuntimeError if a rank is gone or late.
         """
         work = self._channel.allreduce([numbers])
 
@@ -105,7 +106,7 @@ class Team:
         return finish
 
     def leave(self) -> bool:
-        """Whether the others count on this rank and have to be told, by its next exchange, that it leaves."""
+        """Return whether the others wait for this rank, so that its next exchange must say that it leaves."""
         if self.together is None:
             self.together = self._settle("alone")
             # The others may have agreed already, while this rank had not yet come to its first step.
@@ -119,6 +120,6 @@ class Team:
         self._channel = None
 
     def _settle(self, proposal: str) -> bool:
-        """The first proposal of all ranks stands."""
+        """Return whether the team stands: the first proposal of any rank is the decision."""
         decided: Any = self._store.compare_set("decision", "", proposal)
         return (decided.decode() if isinstance(decided, bytes) else decided) == "together"

@@ -1,7 +1,8 @@
-"""What the advice tells people to do, as functions: exact, undoable, one line each.
+"""Apply what an alert advises, each remedy in one line that can be undone.
 
-Losses are called in the place of the old one; the others return a :class:`Handle` whose ``undo()`` takes them
-back.  Remedies that no alert recommends are in :mod:`nfi_monitor.remedies.experimental`.  Names are resolved on first use (PEP 562), as in the package itself.
+Losses replace the training's own; the other remedies return a :class:`Handle` whose ``undo()`` ends them.
+Remedies that no alert recommends are in :mod:`nfi_monitor.remedies.experimental`.  Names are resolved on
+first use (PEP 562), as in the package itself.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nfi_monitor.remedies.autopilot import Action, Autopilot, AutopilotStop
+    from nfi_monitor.remedies.action import Action, AutopilotStop
+    from nfi_monitor.remedies.autopilot import Autopilot
     from nfi_monitor.remedies.cooling import CoolDown, cool_down
     from nfi_monitor.remedies.cross_entropy import (
         ZeroSumCrossEntropyLoss,
@@ -26,9 +28,9 @@ if TYPE_CHECKING:
     from nfi_monitor.remedies.projection import project_zero_sum
 
 _HOMES = {
-    "Action": "autopilot",
+    "Action": "action",
     "Autopilot": "autopilot",
-    "AutopilotStop": "autopilot",
+    "AutopilotStop": "action",
     "CoolDown": "cooling",
     "Policy": "policy",
     "causal_lm_loss": "huggingface",

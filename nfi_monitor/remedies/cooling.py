@@ -1,4 +1,4 @@
-"""A smaller learning rate for a while, without the scheduler's noticing."""
+"""Lower the learning rate for a while, invisibly to schedulers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.steps import around_steps, step_now
 from nfi_monitor.replay.replayed_step import OBJECTIONS, REPLAY
@@ -18,14 +18,14 @@ _SCALED: weakref.WeakKeyDictionary[Optimizer, _Scaled] = weakref.WeakKeyDictiona
 
 
 class CoolDown(Handle):
-    """``release()`` lets the rate come back from the next step on; ``undo()`` puts it back at once."""
+    """End a cool-down: gradually with ``release()``, from the next step on, or at once with ``undo()``."""
 
     def __init__(self, what: str, undo: Callable[[], None], release: Callable[[], None]) -> None:
         super().__init__(what, undo)
         self._release = release
 
     def release(self) -> None:
-        """Begin the way back now. Nothing where it has begun or ended already."""
+        """Let the rate come back from the next step on; do nothing if it is coming back or has come back."""
         self._release()
 
 
@@ -37,20 +37,20 @@ def cool_down(
     *,
     failed: Callable[[Exception], None] | None = None,
 ) -> CoolDown:
-    """For second-moment slingshots and those at the edge of stability, where nothing else helps, at once.
+    """Multiply the learning rate by ``factor`` for ``steps`` optimizer steps (None: until ``release()``).
 
-    For ``steps`` optimizer steps (None: until ``release()``) the learning rate is ``factor`` times what it
-    would be; then it comes back over ``ramp`` steps (default a quarter of them), by the same factor each
-    step.  It takes effect inside ``optimizer.step()`` alone: schedulers read and write the rate that they
-    know.  Of several, the smallest factor counts.  It costs nothing.
+    Then the rate comes back over ``ramp`` steps (default: a quarter of ``steps``), by the same factor each
+    step.  The change exists inside ``optimizer.step()`` alone: schedulers read and write their own rate.  Of
+    several cool-downs the smallest factor counts.  It costs nothing.
 
-    A few τ of it delay a slingshot of any mechanism and rarely avert it: before a numeric one exchange the
-    loss meanwhile, before the others leave the rate low (``steps=None``).  When not to use it: from the start
-    of a training, which then learns as much more slowly.  Source: measured,
+    For second-moment slingshots and those at the edge of stability, where no other remedy helps at once.  A
+    few τ of it delay a slingshot of any mechanism, and rarely avert it.  So before a numeric slingshot
+    replace the loss meanwhile; before the others keep the rate low (``steps=None``).  When not to use it:
+    from the start of a training, which then learns more slowly.  Source: measured,
     ``tests/benchmarks/remedies/RESULTS.md``.
 
-    An error of its own ends it, the rate comes back, and ``optimizer.step()`` raises it; or ``failed`` is
-    told of it instead, and the step goes on.
+    After an error of its own the cool-down ends, the rate comes back and ``optimizer.step()`` raises the
+    error.  With ``failed`` the error is passed to that function instead, and the step goes on.
 
     Raises ValueError unless 0 < factor ≤ 1, steps ≥ 1 and ramp ≥ 0.
     """
@@ -69,15 +69,15 @@ def cool_down(
 
 
 def undated(optimizer: Optimizer) -> str | None:
-    """Return why a replay cannot tell how much of a cool-down was over at a step; None where it can."""
+    """Return why a replay cannot repeat a timed cool-down whose start step is unknown; None where it can."""
     scaled = _SCALED.get(optimizer)
     if scaled is None or all(
         cooling.since is not None or cooling.steps is None for cooling in scaled._active
     ):
         return None
     return (
-        "A cool_down(...) of this optimizer began while no monitor was open: its start step is not known, so "
-        "the replayed steps cannot be cooled as they were. Call undo() on what it returned, and replay then."
+        "A cool_down(...) of this optimizer began while no monitor was open, so its rate in the replayed "
+        "steps is unknown. Call undo() on what it returned, then replay."
     )
 
 
@@ -95,14 +95,14 @@ class _Cooling:
     ) -> None:
         self.factor, self.steps, self.ramp, self.failed = factor, steps, ramp, failed
         self.done = 0  # optimizer steps taken under it
-        self.since = since  # the run's step after which it began
+        self.since = since  # the last step of the run before it began; None if unknown
 
     def release(self) -> None:
         if self.steps is None or self.done < self.steps:
             self.steps = self.done
 
     def now(self) -> float | None:
-        """What the rate is multiplied by in the next step, or was in a replayed one; None once it is back."""
+        """Return the factor of the next step, or of the step that is replayed; None once the rate is back."""
         done, replayed = self.done, REPLAY.step
         if replayed is not None and self.since is not None:
             done = replayed - 1 - self.since
@@ -116,11 +116,12 @@ class _Cooling:
 
 
 class _Scaled:
-    """One pair of step hooks an optimizer: of two pairs, the second would put back what the first had set."""
+    """One pair of step hooks for each optimizer: a second pair would restore the rate that the first had
+    set."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._active: list[_Cooling] = []
-        self._own: list[Any] = []  # the groups' rates while a step runs
+        self._own: list[Any] = []  # the groups' own rates, while a step runs
         self._optimizer = weakref.ref(optimizer)
         self._take_off = around_steps(optimizer, self._before, self._after)
 
@@ -170,7 +171,8 @@ class _Scaled:
             self._give_up(error, active)
 
     def _give_up(self, error: Exception, active: Sequence[_Cooling]) -> None:
-        """``active``: those that ran when it happened, of which the last may just have ended."""
+        """End all cool-downs after an error. ``active``: those that were on, the last of which may just have
+        ended."""
         self._active = []
         with suppress(Exception):
             self._end()

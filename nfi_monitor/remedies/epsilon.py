@@ -1,4 +1,4 @@
-"""Raise Adam's ε_A: a floor under what divides the gradient."""
+"""Raise Adam's ε_A, the lower bound of what the gradient is divided by."""
 
 from __future__ import annotations
 
@@ -7,20 +7,19 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 
 _RAISED: weakref.WeakKeyDictionary[Optimizer, _Raised] = weakref.WeakKeyDictionary()
 
 
 def raise_epsilon(optimizer: Any, eps: float = 1e-6) -> Handle:
-    """For numerical feature inflation: 1e-6 made slingshots fewer, 1e-5 removed them (Liu et al. 2026).
+    """Raise ``eps`` of every parameter group in which it is smaller; of several handles the largest counts.
 
-    Every group's ``eps`` that is smaller becomes ``eps``; the largest of several that are active counts.
-    It costs nothing, but it changes training for good while it is on: coordinates whose gradients are below
-    ``eps`` hardly move.  When not to use it: where gradients are that small all along (large models with a
-    sum over many tokens, float16), or against slingshots of the other mechanisms, which it does not avert
-    (``tests/benchmarks/remedies/RESULTS.md``).
+    For numerical feature inflation: 1e-6 made slingshots fewer, 1e-5 removed them (Liu et al. 2026).  It
+    costs nothing, but training differs: coordinates whose gradients are below ``eps`` hardly move.  When not
+    to use it: where gradients are always that small (large models with a sum over many tokens, float16), or
+    against other mechanisms, whose slingshots it does not avert (``tests/benchmarks/remedies/RESULTS.md``).
 
     Raises ValueError for an ``eps`` that is not positive, or an optimizer without one.
     """
@@ -42,10 +41,9 @@ def raise_epsilon(optimizer: Any, eps: float = 1e-6) -> Handle:
 
 
 class _Raised:
-    """What is asked for one optimizer, and what its groups had before.
+    """The values that handles ask for on one optimizer, and the values that its groups had before.
 
-    Holds no reference to the optimizer that would keep it alive; a group's value that somebody else has set
-    meanwhile is left to them.
+    The optimizer is referred to weakly.  A value that the user has set in a group meanwhile is kept.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

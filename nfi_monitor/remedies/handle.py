@@ -1,4 +1,4 @@
-"""What an applied remedy gives back: a way to take it back."""
+"""Undo a remedy that has been applied."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from types import TracebackType
 
 
 class Handle:
-    """``undo()`` takes the remedy back, once; as a context manager it does so at the end of the block.
+    """Undo a remedy with ``undo()``, or at the end of a ``with`` block.
 
-    Handles may be undone in any order: each takes back what it did and leaves what others did.
+    Handles may be undone in any order: each undoes its own remedy alone.
     """
 
     def __init__(self, what: str, undo: Callable[[], None]) -> None:
@@ -21,7 +21,7 @@ class Handle:
         return self._undo is not None
 
     def undo(self) -> None:
-        """Take it back. Calling it again does nothing."""
+        """Undo the remedy. Calling it again does nothing."""
         undo, self._undo = self._undo, None
         if undo is not None:
             undo()

@@ -1,4 +1,4 @@
-"""For ``transformers.Trainer(compute_loss_func=...)``."""
+"""Compute the loss for ``transformers.Trainer(compute_loss_func=...)``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nfi_monitor.remedies.cross_entropy import zero_sum_cross_entropy
 
 
 def causal_lm_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-    """The loss of a causal language model: logits at each token against the next token's label.
+    """Return the loss of a causal language model: logits at each token against the next token's label.
 
     ``outputs.logits`` [B, T, K], ``labels`` [B, T] with −100 where none counts.  With ``num_items_in_batch``
     (the items of all micro-batches of a step) the losses are summed and divided by it, as ``Trainer`` expects
@@ -24,8 +24,9 @@ def causal_lm_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | in
 def classification_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """The same for ``outputs.logits`` [..., K] against ``labels`` [...]: classifiers, masked language models,
-    token classification, sequence-to-sequence models."""
+    """Return the loss of ``outputs.logits`` [..., K] against ``labels`` [...], otherwise as
+    :func:`causal_lm_loss`: for classifiers, masked language models, token classification,
+    sequence-to-sequence models."""
     return _reduced(_logits(outputs).flatten(0, -2), labels.flatten(), num_items_in_batch)
 
 

@@ -1,4 +1,4 @@
-"""The head and its loss in one, a block of rows at a time: [N, K] is never held."""
+"""Compute the head and its loss together, in blocks of rows: no [N, K] tensor exists."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from nfi_monitor.remedies.cross_entropy import zero_sum_cross_entropy
 
 BLOCK = 1 << 24
-"""Logits held at a time, by default: 64 MiB of float32."""
+"""Logits of one block, by default: 64 MiB in float32."""
 
 
 def linear_zero_sum_cross_entropy(
@@ -24,7 +24,7 @@ def linear_zero_sum_cross_entropy(
     label_smoothing: float = 0.0,
     rows_at_a_time: int | None = None,
 ) -> Tensor:
-    """:func:`zero_sum_cross_entropy` of ``hidden @ head_weight.T + bias`` for large vocabularies.
+    """Return :func:`zero_sum_cross_entropy` of ``hidden @ head_weight.T + bias``, for large vocabularies.
 
     Logits and their gradient exist for one block of rows at a time: the gradients of ``hidden``,
     ``head_weight`` and ``bias`` are made in the forward pass, block by block, and scaled in the backward.

@@ -1,4 +1,4 @@
-"""When the Autopilot does what: alerts in, rungs out. No torch, no state."""
+"""Decide what the Autopilot does: alerts in, rungs out. No torch, no state."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from enum import IntEnum
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
 
 FEWEST = 100
-"""Steps that a remedy is given at least before it counts as not enough, whatever τ."""
+"""Fewest steps before a remedy counts as not enough, whatever τ."""
 
 
 class Rung(IntEnum):
-    """What there is to do, the mildest first."""
+    """What the Autopilot can do, the mildest first."""
 
     LOSS = 1  # a loss that cannot absorb; training is otherwise the same
     COOL = 2  # a smaller learning rate for a while
@@ -69,7 +69,7 @@ class Policy:
                 raise ValueError(f"{item.name} must be a positive finite number, got {value!r}.")
 
     def advised(self, alert: Alert) -> tuple[Rung, ...]:
-        """What to do about an alert at once, in this order; empty for one that is only to be watched."""
+        """Return what to do about an alert at once, in this order; empty if the alert is only watched."""
         wanted: list[Rung] = []
         if alert.state is AlertState.RESOLVED:
             return ()
@@ -102,14 +102,14 @@ class Policy:
         return None
 
     def asks_to_cool(self, alert: Alert, phase: Phase) -> bool:
-        """Whether an alert for which the rate was lowered still wants it low."""
+        """Whether an alert for which the rate was lowered still needs a low rate."""
         return alert.kind is AlertKind.IMMINENT or phase in (Phase.INFLATING, Phase.IMMINENT)
 
     def patience_in_steps(self, tau: float) -> int:
         return max(round(self.patience * tau), FEWEST)
 
     def hold_in_steps(self, tau: float, repeated: int) -> int:
-        """Of the cool-down that follows ``repeated`` others too soon."""
+        """Steps of a cool-down that follows ``repeated`` others too soon."""
         return max(round(self.hold * tau), 10) << min(repeated, 3)
 
     def _loss_is_due(self, alert: Alert) -> bool:

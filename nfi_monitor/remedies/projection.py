@@ -1,4 +1,4 @@
-"""Put the zero-sum back: take the mean over classes off the gradient at the logits."""
+"""Restore the zero-sum: subtract the mean over classes from the gradient at the logits."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from nfi_monitor.replay.replayed_step import REPLAY, acts
 
 
 def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | None = None) -> Handle:
-    """For numerical feature inflation where the loss cannot be exchanged: g ← g − mean_k g at the logits.
+    """Subtract from each row's gradient at the logits its mean over the classes: g ← g − mean_k g.
 
-    The loss stays as it is, absorbed rows included; what they push the means by is gone (Liu et al. 2026,
-    section 5).  Costs one [N, K] tensor a backward pass.  Applied twice it does what it does once.  A monitor
-    on the same head shows the projected gradient, however late this is applied.
+    For numerical feature inflation where the loss cannot be replaced.  The loss stays the same, and so do
+    absorbed rows, but these no longer push the means (Liu et al. 2026, section 5).  Costs one [N, K] tensor a
+    backward pass.  Applying it twice has the effect of once.  A monitor on the same head shows the projected
+    gradient, also where this is applied after the monitor.
 
     Args:
         head: the module whose output are the logits [..., K], K ≥ 2, uncompiled (a hook that is registered
             after the first compiled call never fires).
-        failed: told of an error of its own, and the gradient is left as it is; by default ``backward()``
-            raises it.
+        failed: called with an error of the projection; the gradient then stays as it is. By default
+            ``backward()`` raises the error.
 
-    Raises TypeError for what is no module, ValueError for a convolution.  When not to use it: with losses
-    whose gradient has no zero-sum (z-loss, one-vs-rest, regression): it would take a part of them away.  It
-    is less than a repaired loss: in deep networks and transformers it averted fewer slingshots
+    Raises TypeError unless ``head`` is a module, ValueError for a convolution.  When not to use it: with
+    losses whose gradient has no zero-sum (z-loss, one-vs-rest, regression), of which it would remove a part.
+    A repaired loss does more: in deep networks and transformers this averted fewer slingshots
     (``tests/benchmarks/detection/RESULTS.md``).
     """
     if not isinstance(head, nn.Module):
@@ -41,7 +42,7 @@ def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | N
 
 
 def classes_last(remedy: str, head: nn.Module) -> None:
-    """Raises ValueError for a head whose output, or input, has its channels in the middle."""
+    """Raise ValueError for a head whose output or input has its channels in the middle."""
     if isinstance(head, nn.modules.conv._ConvNd):
         raise ValueError(
             f"{remedy} needs a head with classes and features in the last axis, got {type(head).__name__}. "
@@ -71,11 +72,11 @@ class _Project:
             return grad
 
     def __getstate__(self) -> dict[str, Any]:
-        """Of a copied or saved model: nobody there is to be told."""
+        """Drop the callback: a copied or saved model has no Autopilot to report to."""
         return {**self.__dict__, "_failed": None}
 
 
 def zero_sum(grad: Tensor) -> Tensor:
-    """``grad`` [..., K] minus its mean over the classes; half precisions are summed in float32."""
+    """Return ``grad`` [..., K] minus its mean over the classes; half precisions are summed in float32."""
     wide = grad.dtype if grad.dtype in (torch.float32, torch.float64) else torch.float32
     return (grad - grad.mean(-1, keepdim=True, dtype=wide)).to(grad.dtype)

@@ -1,9 +1,9 @@
-"""Hooks around an optimizer's step that may come and go while a step is under way.
+"""Add and remove hooks around an optimizer's step, also while a step is running.
 
-torch walks an optimizer's own dictionary of hooks: to add one or to take one away from inside another (a
-cool-down that ends, a remedy that an alert switches on) makes ``optimizer.step()`` raise.  So one pair is
-registered for each optimizer, once, and stays; what it calls is walked in a copy.  A new dictionary for each
-change lost: torch's handles hold on to the old one, and removing through them would do nothing.
+torch iterates over an optimizer's own dictionary of hooks.  To add or remove one from inside another (a
+cool-down that ends, a remedy that an alert starts) makes ``optimizer.step()`` raise.  So one pair is
+registered for each optimizer, once, and stays; it iterates over a copy of its own list.  A new dictionary for
+each change lost: torch's handles refer to the old one, and removing through them would do nothing.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ _STEPS: weakref.WeakKeyDictionary[Optimizer, _Steps] = weakref.WeakKeyDictionary
 def around_steps(
     optimizer: Optimizer, before: Hook | None = None, after: Hook | None = None
 ) -> Callable[[], None]:
-    """Call ``before(optimizer)`` and ``after(optimizer)`` around each step; returns what takes them off.
+    """Call ``before(optimizer)`` and ``after(optimizer)`` around each step; return a function that removes
+    them.
 
-    ``after`` in the opposite order: what was changed last is put back first.  Safe inside a step, but for the
-    very first pair on an optimizer that has hooks of others after the one that is running.
+    The ``after`` of several pairs run in the opposite order: the last change is undone first.  Safe inside a
+    step, unless it is the first pair on an optimizer that has other hooks after the running one.
     """
     steps = _STEPS.get(optimizer)
     if steps is None:
@@ -41,13 +42,13 @@ def around_steps(
 
 
 def hooks_on(optimizer: Optimizer) -> int:
-    """How many pairs are on it now."""
+    """Return how many pairs of hooks ``optimizer`` has now."""
     steps = _STEPS.get(optimizer)
     return 0 if steps is None else len(steps.pairs)
 
 
 class _Steps:
-    """Holds no reference to the optimizer, which holds this."""
+    """Has no reference to the optimizer, which refers to this."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.pairs: dict[object, tuple[int | None, Hook | None, Hook | None]] = {}

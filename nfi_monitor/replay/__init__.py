@@ -1,4 +1,4 @@
-"""Diagnosis by replay: go back to before a slingshot, take one possible cause away, see whether it happens.
+"""Find the cause of a slingshot by replay: go back to before it, remove one possible cause, look again.
 
 Names are resolved on first use (PEP 562): a report reads verdicts and must not import torch.
 """
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from nfi_monitor import _moved
 
 if TYPE_CHECKING:
+    from nfi_monitor.replay.arm import Arm, ArmContext, combined
     from nfi_monitor.replay.arms import (
         ARMS,
         AS_IT_WAS,
@@ -23,12 +24,8 @@ if TYPE_CHECKING:
         SECOND_MOMENT_RESET,
         SMALLER_LR,
         ZERO_SUM,
-        Arm,
-        Context,
-        combined,
-        larger_eps,
-        smaller_lr,
     )
+    from nfi_monitor.replay.optimizer_arms import larger_eps, smaller_lr
     from nfi_monitor.replay.run import replay
     from nfi_monitor.replay.snapshots import Snapshot
     from nfi_monitor.replay.verdict import Outcome, ReplayVerdict
@@ -38,11 +35,12 @@ _HOMES = {
     "ReplayVerdict": "verdict",
     "Snapshot": "snapshots",
     "replay": "run",
+    **dict.fromkeys(("Arm", "ArmContext", "combined"), "arm"),
+    **dict.fromkeys(("larger_eps", "smaller_lr"), "optimizer_arms"),
     **dict.fromkeys(
         (
             "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
-            "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context",
-            "combined", "larger_eps", "smaller_lr",
+            "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM",
         ),
         "arms",
     ),
@@ -50,8 +48,8 @@ _HOMES = {
 
 __all__ = [
     "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
-    "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context", "Outcome",
-    "ReplayVerdict", "Snapshot", "combined", "larger_eps", "replay", "smaller_lr",
+    "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "ArmContext",
+    "Outcome", "ReplayVerdict", "Snapshot", "combined", "larger_eps", "replay", "smaller_lr",
 ]  # fmt: skip
 
 

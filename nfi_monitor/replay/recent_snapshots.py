@@ -1,8 +1,9 @@
-"""The last few snapshots of a run at risk, within a bound on memory.
+"""Keep the last few snapshots of a run at risk, within a bound on memory.
 
-A replay has to begin before the slingshot's cause has done its work, and nobody knows the step beforehand: so
-the monitor keeps some, older ones giving way.  Copies are made inside the optimizer's post-step hook, where
-weights and moments belong together; what moves after it (schedulers, scalers) is added before the next step.
+A replay must begin before the cause of a slingshot takes effect, and that step is unknown beforehand.  So the
+monitor keeps several snapshots and drops the oldest.  It copies inside the optimizer's post-step hook, where
+weights and moments belong to the same step.  Schedulers and scalers move later: they are added before the
+next step.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.replay.snapshots import Snapshot, state_bytes
 
 CHEAP = 16 << 20
-"""Bytes up to which one snapshot is taken unasked; copying so much takes some 5 ms."""
+"""Most bytes of a snapshot that "auto" takes; copying so much takes some 5 ms."""
 KEPT = 4
+"""Most snapshots that are kept."""
 
 
 class RecentSnapshots:
@@ -37,11 +39,11 @@ class RecentSnapshots:
         self._last: int | None = None
         self._size = 0
         self.refused = ""
-        """Why none is kept, in words; empty while they are."""
+        """Why no snapshot is kept; empty while they are kept."""
 
     @property
     def snapshots(self) -> list[Snapshot]:
-        """Complete ones, oldest first."""
+        """Complete snapshots, oldest first."""
         return [snapshot for snapshot, event in self._kept if event is None or event.query()]
 
     @property
@@ -49,19 +51,19 @@ class RecentSnapshots:
         return self._pending is not None
 
     def clear(self) -> None:
-        """The run goes back, or another one goes on: what is kept is of steps that will not have been."""
+        """Drop all snapshots: the run goes back to before their steps, or another run goes on."""
         self._kept.clear()
         self._pending = self._last = None
 
     def due(self, step: int, tau: float) -> bool:
-        """Whether the last one is so old, 2 τ and at least 20 steps, that another is wanted.
+        """Return whether the last snapshot is max(2 τ, 20) steps old, or there is none.
 
-        Also where *at risk* has just begun again: an alert that comes and goes must not use the ring up.
+        A new *at risk* alert does not change that: alerts that come and go must not replace all snapshots.
         """
         return self._last is None or step - self._last >= max(round(2 * tau), 20)
 
     def take(self, step: int, spike: Mapping[str, Any] | None, second_moment_decay: float = 0.0) -> None:
-        """Copy the state after ``step``; does nothing where snapshots would cost too much."""
+        """Copy the state after ``step``; do nothing where snapshots would cost too much."""
         if self._parts is None or self.refused or self.limit == 0:
             return
         self._last = step
@@ -82,7 +84,7 @@ class RecentSnapshots:
             self._pending = (snapshot, pinned.event())
 
     def complete(self) -> None:
-        """Hyperparameters and extras as the next step finds them; from now on the snapshot is offered."""
+        """Add hyperparameters and extras as the next step finds them; the snapshot is then complete."""
         if self._pending is None or self._parts is None:
             return
         (snapshot, event), self._pending = self._pending, None
@@ -90,7 +92,7 @@ class RecentSnapshots:
         self._kept.append((snapshot.completed(optimizer, extras), event))
 
     def close(self) -> None:
-        """Let go of the model, the optimizer and the extras; what was copied stays."""
+        """Drop the references to model, optimizer and extras; keep the copies."""
         try:
             self.complete()
         finally:
@@ -101,7 +103,8 @@ class RecentSnapshots:
             self._kept.popleft()
 
     def _bound(self, model: nn.Module, optimizer: Any, size: int) -> float | None:
-        """Bytes that all may take; None, with the reason in ``refused``, where one is too large."""
+        """Return the bytes that all snapshots may take; None, with a reason in ``refused``, if one is too
+        large."""
         if isinstance(self.limit, int):
             if size > self.limit:
                 self.refused = (
@@ -114,14 +117,16 @@ class RecentSnapshots:
         tensors += [value for value in states if isinstance(value, Tensor)]
         elsewhere = {tensor.device.type for tensor in tensors} - {"cpu"}
         if elsewhere:
-            self.refused = f"the model is on {', '.join(sorted(elsewhere))}, where none is taken unasked"
+            self.refused = (
+                f"the model is on {', '.join(sorted(elsewhere))}, where snapshots='auto' takes none"
+            )
         elif size > CHEAP:
-            self.refused = f"one takes {size / 2**20:.0f} MiB, too much to be taken unasked"
+            self.refused = f"one takes {size / 2**20:.0f} MiB, more than snapshots='auto' takes"
         return None if self.refused else float(KEPT * CHEAP)
 
 
 class _Pinned:
-    """Copies tensors to the host without waiting for the device; ``event`` has passed when all are there."""
+    """Copy tensors to the host without waiting for the device; after ``event`` all copies are complete."""
 
     def __init__(self) -> None:
         self._device: torch.device | None = None

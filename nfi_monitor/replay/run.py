@@ -1,9 +1,9 @@
-"""Diagnosis by replay: go back to before a slingshot and see which change makes it not happen.
+"""Find the cause of a slingshot by replay: restore an earlier step and see which change averts it.
 
-A signal that precedes a spike may be its cause or its companion.  Here the run is continued from a snapshot
-once as it was and then under *arms*, each of which takes one possible cause away: the loss in float64, the
-zero-sum restored, the second moment held, the learning rate held.  The arm under which nothing happens names
-the mechanism; :mod:`nfi_monitor.replay.verdict` holds the rules.
+A signal that precedes a spike may be its cause, or only come with it.  So the run is continued from a
+snapshot, once unchanged and then under *arms*.  Each arm removes one possible cause: the loss in float64, the
+zero-sum restored, the second moment held, the learning rate held.  The arm without a slingshot names the
+mechanism, by the rules of :mod:`nfi_monitor.replay.verdict`.
 
     def step_fn(step):                       # one whole optimizer step, its data included
         x, y = batches[step]
@@ -16,7 +16,11 @@ the mechanism; :mod:`nfi_monitor.replay.verdict` holds the rules.
 
     verdict = replay(snapshot, step_fn, model=model, optimizer=optimizer, stateful=[scheduler])
 
-The price is one short training per arm.  Afterwards everything is as it was, to the last bit.
+The price is one short training per arm.  Afterwards weights, buffers, gradients, optimizer state,
+hyperparameters, ``stateful``, training mode and random state are as they were, to the last bit.  Monitors
+that are open on the model are paused.  A remedy takes effect at its original step.  Where no monitor was open
+when it began, that step is unknown, and the remedy acts in all.  It is not used up.  An eps that was raised
+since is not raised again.
 """
 
 from __future__ import annotations
@@ -31,12 +35,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture.head import find_head
-from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
+from nfi_monitor.capture.head import Head, find_head
+from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.open_monitors import open_monitors
+from nfi_monitor.replay.arm import Arm, ArmContext, combined
 from nfi_monitor.replay.arms import (
     ARMS,
     AS_IT_WAS,
@@ -49,33 +55,20 @@ from nfi_monitor.replay.arms import (
     SECOND_MOMENT_RESET,
     SMALLER_LR,
     ZERO_SUM,
-    Arm,
-    Context,
-    combined,
-    larger_eps,
-    smaller_lr,
 )
-from nfi_monitor.replay.recent_snapshots import RecentSnapshots
+from nfi_monitor.replay.optimizer_arms import larger_eps, smaller_lr
 from nfi_monitor.replay.replayed_step import OBJECTIONS, replaying
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.replay.verdict import BASELINE, Outcome, ReplayVerdict, arm_in_words, judge, margin
-from nfi_monitor.types import Alert, AlertKind, Thresholds
+from nfi_monitor.types import Thresholds
 
 StepFunction = Callable[[int], Any]
 
 
-class Plan(NamedTuple):
-    """Where a replay of a watched run begins, for how many steps (None: the default), and of what."""
-
-    snapshot: Snapshot
-    steps: int | None
-    slingshot: Alert | None
-
-
 __all__ = [
     "ARMS", "AS_IT_WAS", "FLOAT64_LOSS", "LARGER_EPS", "LR_HELD", "NUDGED", "OTHER_DATA",
-    "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "Context", "Outcome",
-    "ReplayVerdict", "Snapshot", "combined", "larger_eps", "replay", "smaller_lr",
+    "SECOND_MOMENT_HELD", "SECOND_MOMENT_RESET", "SMALLER_LR", "ZERO_SUM", "Arm", "ArmContext",
+    "Outcome", "ReplayVerdict", "Snapshot", "combined", "larger_eps", "replay", "smaller_lr",
 ]  # fmt: skip
 
 STEP_FN = (
@@ -93,48 +86,6 @@ RECIPE = (
 )
 
 
-def plan(
-    alerts: Sequence[Alert],
-    ring: RecentSnapshots,
-    tau: float,
-    snapshot: Snapshot | None = None,
-    steps: int | None = None,
-) -> Plan:
-    """How to replay the last slingshot of a run: from the newest snapshot at least 2 τ before it, or else the
-    oldest, until max(2 τ, 20) steps after it. What is given stays.
-
-    Raises MonitorError, saying why, where there is no snapshot.
-    """
-    slingshot = next((a for a in reversed(alerts) if a.kind is AlertKind.SLINGSHOT), None)
-    if snapshot is None:
-        snapshot = _snapshot_before(slingshot, ring, tau)
-    if slingshot is not None and slingshot.first_step <= snapshot.step:
-        slingshot = None  # the given snapshot is of later: what comes is another one
-    if steps is None and slingshot is not None:
-        steps = slingshot.first_step - snapshot.step + margin(tau)
-    return Plan(snapshot, steps, slingshot)
-
-
-def _snapshot_before(slingshot: Alert | None, ring: RecentSnapshots, tau: float) -> Snapshot:
-    kept = ring.snapshots
-    before = [s for s in kept if slingshot is None or s.step < slingshot.first_step]
-    if before:
-        early = [s for s in before if slingshot is None or s.step <= slingshot.first_step - round(2 * tau)]
-        return early[-1] if early else before[0]
-    if kept and slingshot is not None:
-        why = f"those kept are of steps {kept[0].step:,}–{kept[-1].step:,}, after the slingshot began"
-    elif ring.refused:
-        why = ring.refused
-    elif not ring.limit:
-        why = "the monitor was told to keep none"
-    else:
-        why = "one is taken when an at-risk alert begins, and none has, or it failed (see monitor.notes)"
-    raise MonitorError(
-        f"No snapshot to replay from: {why}. Pass snapshots=<bytes> to Monitor (say snapshots=4 << 30), "
-        "or take one yourself with Snapshot.take(step, model, optimizer, stateful) and pass snapshot=."
-    )
-
-
 @renamed_keyword("extras", "stateful")
 def replay(
     snapshot: Snapshot,
@@ -150,41 +101,30 @@ def replay(
     recorded: Mapping[int, float] | None = None,
     thresholds: Thresholds | None = None,
 ) -> ReplayVerdict:
-    """Continue from ``snapshot`` under each arm; which arms spike is the verdict.
+    """Continue from ``snapshot`` under each arm, and conclude from the arms that spike.
 
     Args:
-        snapshot: where to go back to; at least 1.25 τ before the slingshot, or float64 comes too late.
+        snapshot: where to start; at least 1.25 τ before the slingshot, or float64 comes too late.
         step_fn: ``step_fn(step) -> loss`` does optimizer step number ``step`` (from 1) as the run did,
             deterministic in ``step`` and in the random state, and returns its loss.
-        arms: which to try, default :data:`ARMS`; the run as it was is always replayed first.
-        steps: how many optimizer steps to wait for the slingshot (default: max(10 τ, 200)). The other arms
-            run until max(2 τ, 20) steps after the slingshot of the run as it was, however long that is.
-        model, optimizer, head, stateful: as for :class:`nfi_monitor.Monitor`; in ``stateful`` whatever else
-            step_fn advances, in the order the snapshot was taken with.
+        arms: default :data:`ARMS`; the unchanged run is always replayed first.
+        steps: most optimizer steps until the slingshot of the unchanged run (default: max(10 τ, 200)). The
+            other arms run until max(2 τ, 20) steps after that slingshot.
+        model, optimizer, head, stateful: as for :class:`nfi_monitor.Monitor`; ``stateful`` as in the
+            snapshot.
         beta2: for τ = 1/(1−β2); default: that of the head's parameter group, or .99 where it has no betas
             (:data:`nfi_monitor.capture.optimizer.ASSUMED_BETAS`).
         recorded: optimizer step → loss of the original run, for the bitwise check.
         thresholds: what counts as a slingshot.
 
-    Afterwards, exceptions included, weights, buffers, gradients, optimizer state, hyperparameters, stateful
-    objects, training mode and random state are what they were before the call.  Monitors open on the model
-    are paused. Remedies that are on act from the step from which they did in the run (of those that began
-    without an open monitor nobody knows: in all), and are not used up; an eps that was raised since is not
-    raised again.
+    The call leaves everything as it was, also when it raises (see the module).
 
     Raises:
         MonitorError: step_fn is no function, returns no loss, makes no optimizer step, or raises; or a
-            learning rate is lowered for a number of steps, nobody knows since when.
+            timed cool-down is on whose start step is unknown.
         ValueError: the snapshot is of another model or optimizer, or two arms have one name.
     """
-    if not callable(step_fn):
-        raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps={steps}: replay at least 1 step.")
-    tried = [AS_IT_WAS, *(arm for arm in (ARMS if arms is None else arms) if arm.name != BASELINE)]
-    names = [arm.name for arm in tried]
-    if len(set(names)) < len(names):
-        raise ValueError(f"Two arms have the same name: {', '.join(names)}.")
+    tried = _tried(step_fn, arms, steps)
     found = None if head is False else find_head(model, None if head is True else head)
     inner = unwrap(optimizer)
     for objection in OBJECTIONS:
@@ -195,92 +135,120 @@ def replay(
         beta2 = OptimizerReader(inner, found).betas_or_assumed()[1]
     tau = 1.0 / max(1.0 - beta2, 1e-9)
     wait = math.ceil(max(10 * tau, 200.0)) if steps is None else steps
-    limits = thresholds or Thresholds()
-
-    outcomes: dict[str, Outcome] = {}
+    run = _Run(model, inner, found, snapshot, step_fn, tau, thresholds or Thresholds(), recorded)
     with _monitors_paused(model, inner), _put_back(model, inner, stateful) as parameters:
-        for arm in tried:
-            snapshot.restore(model, inner, stateful)
-            for param in parameters:
-                param.grad = None
-            context = Context(model, inner, found, snapshot, wait)
-            outcome = _run(arm, context, step_fn, tau, limits, recorded)
-            if outcomes and outcome.losses == outcomes[BASELINE].losses:
-                outcome = replaced(outcome, applied=False)  # a constant rate is held, one batch is repeated
-            outcomes[arm.name] = outcome
-            spiked = outcomes[BASELINE].spiked_at
-            if spiked is None:
-                break  # nothing to avert: every arm would be silent
-            wait = spiked - snapshot.step + margin(tau)
-    mechanism, reasons = judge(outcomes, snapshot.step, tau)
-    reproduced = _reproduced(outcomes[BASELINE], snapshot.step, recorded)
+        outcomes = _outcomes(run, tried, wait, stateful, parameters)
+    return _verdict(run, outcomes, stateful)
+
+
+def _tried(step_fn: StepFunction, arms: Sequence[Arm] | None, steps: int | None) -> list[Arm]:
+    """Return the arms in their order, the unchanged run first. Raises as :func:`replay`."""
+    if not callable(step_fn):
+        raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
+    if steps is not None and steps < 1:
+        raise ValueError(f"steps={steps}: replay at least 1 step.")
+    tried = [AS_IT_WAS, *(arm for arm in (ARMS if arms is None else arms) if arm.name != BASELINE)]
+    names = [arm.name for arm in tried]
+    if len(set(names)) < len(names):
+        raise ValueError(f"Two arms have the same name: {', '.join(names)}.")
+    return tried
+
+
+class _Run(NamedTuple):
+    """What all arms of a replay have in common."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    head: Head | None
+    snapshot: Snapshot
+    step_fn: StepFunction
+    tau: float
+    limits: Thresholds
+    recorded: Mapping[int, float] | None
+
+
+def _outcomes(
+    run: _Run,
+    tried: Sequence[Arm],
+    wait: int,
+    stateful: Sequence[Any],
+    parameters: Sequence[nn.Parameter],
+) -> dict[str, Outcome]:
+    """Run the arms, the first for ``wait`` steps. Stop after the first if it has no slingshot."""
+    outcomes: dict[str, Outcome] = {}
+    snapshot = run.snapshot
+    for arm in tried:
+        snapshot.restore(run.model, run.optimizer, stateful)
+        for param in parameters:
+            param.grad = None
+        context = ArmContext(run.model, run.optimizer, run.head, snapshot, wait)
+        outcome = _try(arm, context, run)
+        if outcomes and outcome.losses == outcomes[BASELINE].losses:
+            outcome = replaced(outcome, applied=False)  # a constant rate is held, one batch is repeated
+        outcomes[arm.name] = outcome
+        spiked = outcomes[BASELINE].spiked_at
+        if spiked is None:
+            break  # nothing to avert: every arm would be silent
+        wait = spiked - snapshot.step + margin(run.tau)
+    return outcomes
+
+
+def _verdict(run: _Run, outcomes: dict[str, Outcome], stateful: Sequence[Any]) -> ReplayVerdict:
+    step = run.snapshot.step
+    mechanism, reasons = judge(outcomes, step, run.tau)
+    reproduced = _reproduced(outcomes[BASELINE], step, run.recorded)
     if reproduced is False:
-        reasons.append(_not_reproduced(inner, stateful))
+        reasons.append(_not_reproduced(run.optimizer, stateful))
     idle = [arm for arm in outcomes.values() if not arm.applied]
     if idle:
-        reasons.append(f"made no difference at all: {', '.join(arm_in_words(arm.arm) for arm in idle)}")
-    return ReplayVerdict(snapshot.step, outcomes, mechanism, tuple(reasons), reproduced)
+        reasons.append(f"had no effect: {', '.join(arm_in_words(arm.arm) for arm in idle)}")
+    return ReplayVerdict(step, outcomes, mechanism, tuple(reasons), reproduced)
 
 
-def _run(
-    arm: Arm,
-    context: Context,
-    step_fn: StepFunction,
-    tau: float,
-    limits: Thresholds,
-    recorded: Mapping[int, float] | None,
-) -> Outcome:
+class _Steps:
+    """Count the optimizer steps that ``step_fn`` makes, and keep the first group's learning rate in each."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.taken = 0
+        self.rates: list[float] = []
+        counter = optimizer.register_step_post_hook(self._count)
+        reader = optimizer.register_step_pre_hook(self._rate)
+        self._handles = (counter, reader)
+
+    def _count(self, *_: Any) -> None:
+        self.taken += 1
+
+    def _rate(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self.rates.append(float(optimizer.param_groups[0]["lr"]))
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _try(arm: Arm, context: ArmContext, run: _Run) -> Outcome:
+    """Train under one arm until the loss spikes, or for ``context.steps`` steps."""
     start = context.snapshot.step
-    detector = _detector(context.snapshot, tau, limits, recorded)
+    detector = _detector(context.snapshot, run.tau, run.limits, run.recorded)
     losses: list[float] = []
-    spiked_at = None
-    taken = 0
-
-    def count(*_: Any) -> None:
-        nonlocal taken
-        taken += 1
-
-    rates: list[float] = []
-
-    def rate(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        rates.append(float(optimizer.param_groups[0]["lr"]))
-
-    counter = context.optimizer.register_step_post_hook(count)
-    reader = context.optimizer.register_step_pre_hook(rate)
+    steps = _Steps(context.optimizer)
     try:
         with arm.change(context):
-            for step in range(start + 1, start + context.steps + 1):
-                before = taken
-                with replaying(step):
-                    loss = _loss(step_fn(context.data_step(step)), step)
-                if taken > before + 1:
-                    raise MonitorError(f"step_fn({step}) made {taken - before} optimizer steps. {STEP_FN}")
-                losses.append(loss)
-                was = detector.state
-                if not math.isfinite(loss):
-                    spiked_at = step
-                elif detector.update(step, loss, tau, limits) != QUIET and was == QUIET:
-                    spiked_at = detector.start
-                if spiked_at is not None:
-                    break
-                # A gradient scaler may skip some steps, but not so many.
-                if taken == 0 and len(losses) >= 20:
-                    break
+            spiked_at = _train(context, run, detector, steps, losses)
     except MonitorError:
         raise
     except Exception as error:
         raise MonitorError(
             f"The arm {arm.name!r} failed at step {start + len(losses) + 1}: {type(error).__name__}: "
             f"{error}. Everything is as it was before the replay. Leave that arm out with arms=[...], or "
-            "mend step_fn."
+            "correct step_fn."
         ) from error
     finally:
-        counter.remove()
-        reader.remove()
-    if losses and taken == 0:
+        steps.remove()
+    if losses and steps.taken == 0:
         raise MonitorError(f"step_fn made no step of the optimizer that was given. {STEP_FN}")
     peak = max((loss for loss in losses if math.isfinite(loss)), default=math.nan)
-    known = [*context.snapshot.lrs[:1], *rates]
+    known = [*context.snapshot.lrs[:1], *steps.rates]
     jump = max((new / old for old, new in pairwise(known) if old > 0), default=1.0)
     return Outcome(
         arm.name,
@@ -292,6 +260,29 @@ def _run(
         max(jump, 1.0),
         context.note,
     )
+
+
+def _train(
+    context: ArmContext, run: _Run, detector: SpikeDetector, steps: _Steps, losses: list[float]
+) -> int | None:
+    """Add each step's loss to ``losses``; return the first step of the slingshot, None if there is none."""
+    start = context.snapshot.step
+    for step in range(start + 1, start + context.steps + 1):
+        before = steps.taken
+        with replaying(step):
+            loss = _loss(run.step_fn(context.data_step(step)), step)
+        if steps.taken > before + 1:
+            raise MonitorError(f"step_fn({step}) made {steps.taken - before} optimizer steps. {STEP_FN}")
+        losses.append(loss)
+        was = detector.state
+        if not math.isfinite(loss):
+            return step
+        if detector.update(step, loss, run.tau, run.limits) != QUIET and was == QUIET:
+            return detector.start
+        # A gradient scaler may skip some steps, but not so many.
+        if steps.taken == 0 and len(losses) >= 20:
+            break
+    return None
 
 
 def _loss(value: Any, step: int) -> float:
@@ -308,7 +299,8 @@ def _loss(value: Any, step: int) -> float:
 def _detector(
     snapshot: Snapshot, tau: float, limits: Thresholds, recorded: Mapping[int, float] | None
 ) -> SpikeDetector:
-    """The spike detector as it stood at the snapshot; without its state, one fed the losses until then."""
+    """Return the spike detector with its state at the snapshot, or one that has read the losses until
+    then."""
     detector = SpikeDetector()
     if snapshot.spike is not None:
         detector.load_state_dict(dict(snapshot.spike))
@@ -338,8 +330,8 @@ def _as_float32(value: float) -> float:
 
 def _not_reproduced(optimizer: torch.optim.Optimizer, stateful: Sequence[Any]) -> str:
     text = (
-        "as it was, the losses are not those of the original run to the last bit: step_fn, its batches or "
-        "its random numbers differ from the run's"
+        "the unchanged arm does not give the original losses to the last bit: step_fn, its batches or its "
+        "random numbers differ from the run's"
     )
     scheduled = hasattr(optimizer.step, "_wrapped_by_lr_sched")
     if scheduled and not any(getattr(extra, "optimizer", None) is optimizer for extra in stateful):
@@ -347,18 +339,18 @@ def _not_reproduced(optimizer: torch.optim.Optimizer, stateful: Sequence[Any]) -
     return text
 
 
-# --- nothing of a replay stays ----------------------------------------------------------------------
+# --- restore everything -----------------------------------------------------------------------------
 
 
 @contextmanager
 def _put_back(
     model: nn.Module, optimizer: torch.optim.Optimizer, stateful: Sequence[Any]
 ) -> Iterator[list[nn.Parameter]]:
-    """All that a replay moves, restored at the end; gives the parameters, whose gradients it may drop."""
+    """Restore at the end whatever a replay changes. Gives the parameters, whose gradients may be dropped."""
     before = Snapshot.take(0, model, optimizer, stateful)
     params = {id(p): p for p in model.parameters()}
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}
-    # The gradients' own tensors are kept aside: step_fn may zero or scale them in place.
+    # The gradients' own tensors are kept: step_fn may zero or scale them in place.
     gradients = [(param, param.grad) for param in params.values()]
     try:
         yield list(params.values())

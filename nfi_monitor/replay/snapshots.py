@@ -1,9 +1,9 @@
-"""Everything a run needs to be continued from one of its steps, copied to host memory.
+"""Copy to host memory whatever a run needs to continue from one of its steps.
 
 A snapshot is restored *in place*: the same parameters, the same state tensors, the same parameter groups
 get their old values back.  ``load_state_dict`` lost: it casts optimizer state to the parameters' dtype and
 replaces the groups, so a run continued from it need not be the same run to the last bit.  Non-persistent
-buffers are copied, too, because a replay moves them like any others.
+buffers are copied, too: a replay changes them like any others.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.atomic_write import replacing
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.deprecation import renamed_keyword
 
 _FORMAT = 1
@@ -113,7 +113,7 @@ class Snapshot:
 
     @renamed_keyword("extras", "stateful")
     def restore(self, model: nn.Module, optimizer: Any, stateful: Sequence[Any] = ()) -> None:
-        """Put everything back in place, random state included. May be called any number of times.
+        """Restore everything in place, random state included. May be called any number of times.
 
         Raises ValueError, before anything is changed, where the model, the parameter groups or the number
         of ``stateful`` objects are not those of the snapshot.
@@ -183,12 +183,13 @@ class Snapshot:
 
 
 def feeds_data(extra: Any) -> bool:
-    """Whether an extra hands out data (generator, sampler, loader) and so moves before the step it is for."""
+    """Whether an extra provides data (generator, sampler, loader), and so moves before the step that uses
+    it."""
     return isinstance(extra, torch.Generator) or hasattr(type(extra), "__iter__")
 
 
 def state_bytes(model: nn.Module, optimizer: Any) -> int:
-    """About how large a snapshot is, in bytes, without taking one (two moments where there are none yet)."""
+    """Estimate the bytes of a snapshot; before the first step, two moments are assumed."""
     tensors = [*model.parameters(), *model.buffers()]
     state = sum(_size(tensor) for tensor in _tensors([*unwrap(optimizer).state.values()]))
     return sum(map(_size, tensors)) + (state or 2 * sum(map(_size, model.parameters())))
@@ -231,7 +232,7 @@ def _tensors(value: Any) -> Iterable[Tensor]:
 
 
 def check_stateful(extra: Any) -> None:
-    """Raises TypeError for what keeps no state that could be copied and put back."""
+    """Raise TypeError for an object whose state cannot be copied and restored."""
     if not isinstance(extra, torch.Generator) and not (
         hasattr(extra, "state_dict") and hasattr(extra, "load_state_dict")
     ):
@@ -263,7 +264,7 @@ def _restore_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         if buffer is not None and buffer.shape == value.shape and buffer.dtype == value.dtype:
             buffer.copy_(value)
             continue
-        owner, _, attribute = name.rpartition(".")  # a cache that grew, or is gone
+        owner, _, attribute = name.rpartition(".")  # a cache that grew, or was removed
         module = model.get_submodule(owner)
         device = buffer.device if buffer is not None else next(model.parameters(), value).device
         module._buffers[attribute] = value.to(device, copy=True)
@@ -318,7 +319,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any
 
 
 def _put(here: Any, value: Any, device: torch.device) -> Any:
-    """``value`` in the tensor that is here, where it fits, or else in a new one."""
+    """Copy ``value`` into the tensor ``here`` if it fits, or else into a new one."""
     if not isinstance(value, Tensor):
         return _copied(value, _to_host)
     if isinstance(here, Tensor) and here.shape == value.shape and here.dtype == value.dtype:

@@ -1,8 +1,8 @@
-"""From what the arms of a replay did to the mechanism: which change makes the slingshot not happen.
+"""Conclude the mechanism of a slingshot from the arms that averted it in a replay.
 
-A signal can only accompany a cause; taking the cause away and seeing nothing happen is as close to a proof
-as one run allows.  The order of the questions matters: a smaller learning rate averts nearly everything, so
-it names a mechanism only when nothing more specific averted.
+A signal may only accompany the cause.  Removing the cause and seeing no slingshot is as close to a proof as
+one run allows.  The order of the rules matters: a smaller learning rate averts nearly everything, so it names
+a mechanism only if no more specific arm averts the slingshot.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from nfi_monitor.types import Mechanism, finite_or_none
 
 BASELINE = "as_it_was"
 FLOAT64_NEEDS = 1.25
-"""τ between the change and the slingshot below which moving the loss to float64 comes too late (measured)."""
+"""τ before the slingshot: if the loss changes to float64 later than that, it is too late (measured)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one arm did. ``losses`` are those of the ``steps`` optimizer steps after the snapshot."""
+    """What happened under one arm. ``losses`` are those of the ``steps`` optimizer steps after the
+    snapshot."""
 
     arm: str
     spiked_at: int | None
-    """First step of the slingshot (or of a loss that is not finite); None: none within ``steps``."""
+    """First step of the slingshot (or of NaN or Inf); None if there was none within ``steps``."""
     peak: float
     """Largest finite loss."""
     losses: tuple[float, ...]
     steps: int
     applied: bool = True
-    """False: the arm found nothing to change (no head, no second moment), so its outcome says nothing."""
+    """False if the arm found nothing to change (no head, no second moment): then its outcome means
+    nothing."""
     rate_jump: float = 1.0
     """Largest factor between the learning rates of neighbouring optimizer steps."""
     note: str = ""
-    """What else the arm did, in words, that its outcome has to be read with."""
+    """What else a reader of the outcome must know of the arm."""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
@@ -60,27 +62,27 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ReplayVerdict:
-    """The causal verdict of a replay, with what it rests on."""
+    """The causal verdict of a replay, with the outcomes it is based on."""
 
     snapshot_step: int
     outcomes: dict[str, Outcome]
-    """Arm → what it did, in the order they were run."""
+    """Arm → its outcome, in the order of the replay."""
     mechanism: Mechanism
     reasons: tuple[str, ...]
-    """The verdict in words, what it rests on first."""
+    """The verdict in words, its grounds first."""
     reproduced: bool | None
-    """Whether the arm without a change gave the recorded losses to the last bit; None: nothing to compare."""
+    """Whether the unchanged arm gave the recorded losses to the last bit; None: nothing to compare."""
     slingshot: str | None = None
-    """Id of the alert that was replayed; None: none was known."""
+    """Id of the alert that was replayed; None if there was none."""
 
     @property
     def spiked_at(self) -> int | None:
-        """Step at which the slingshot happened again; None: it did not."""
+        """First step of the slingshot in the unchanged arm; None if it did not happen again."""
         baseline = self.outcomes.get(BASELINE)
         return None if baseline is None else baseline.spiked_at
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain types; what is not finite is None."""
+        """Return a dict of plain types; NaN and Inf become None."""
         return {
             "slingshot": self.slingshot,
             "snapshot_step": self.snapshot_step,
@@ -105,25 +107,25 @@ class ReplayVerdict:
 
 
 def margin(tau: float) -> int:
-    """Steps after the slingshot of the run as it was for which an arm must stay quiet to have averted it.
+    """Return for how many steps after the unchanged run's slingshot an arm must not spike to avert it.
 
-    A run on the edge is chaotic: any change moves its slingshot by some steps, and that averts nothing.
+    Such a run is chaotic: any change moves its slingshot by some steps, which does not avert it.
     """
     return max(round(2 * tau), 20)
 
 
 def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tuple[Mechanism, list[str]]:
-    """(mechanism, reasons). The arms not run are questions not asked.
+    """Return (mechanism, reasons). A rule whose arms were not run is skipped.
 
-    An arm proves something only if the slingshot withstands a change that means nothing (``nudged``).
+    An arm proves something only if the arm ``nudged``, a change without meaning, still has the slingshot.
     """
     baseline = outcomes[BASELINE]
     if baseline.spiked_at is None:
         return Mechanism.UNKNOWN, [
-            f"it did not happen again: as it was, no slingshot in the {baseline.steps:,} steps after step "
-            f"{snapshot_step:,}"
+            f"the slingshot did not happen again: the unchanged run has none in the {baseline.steps:,} steps "
+            f"after step {snapshot_step:,}"
         ]
-    reasons = [f"as it was, the slingshot comes at step {baseline.spiked_at:,}"]
+    reasons = [f"unchanged, the run has the slingshot at step {baseline.spiked_at:,}"]
 
     def asked(*arms: str) -> list[str]:
         return [arm for arm in arms if arm in outcomes and outcomes[arm].applied]
@@ -132,17 +134,17 @@ def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tu
         return [arm for arm in asked(*arms) if outcomes[arm].spiked_at is None]
 
     if averted("nudged"):
-        # The control: where anything averts it, the silence of an arm is chance.
+        # The control: if any change averts the slingshot, an arm without one is chance.
         return Mechanism.UNKNOWN, [
             *reasons,
-            "weights moved by a part in a million avert it as well: which arm is silent is chance. Replay "
-            "from an earlier snapshot, or look at several slingshots",
+            "moving the weights by a part in a million averts it as well, so the other arms prove nothing. "
+            "Replay from an earlier snapshot, or compare several slingshots",
         ]
     for arms, mechanism, why in _RULES:
         silent, failed = averted(*arms), [arm for arm in asked(*arms) if arm not in averted(*arms)]
         if silent == ["lr_held"] and baseline.rate_jump < JUMP:
-            # In a warm-up the rate of the snapshot is a smaller one, which averts nearly everything.
-            reasons.append("lr held averts it, but the rate only climbed: as a smaller rate would")
+            # In a warm-up the snapshot's rate is smaller than later ones: that averts nearly everything.
+            reasons.append("lr held averts it, but the rate only rose: a smaller rate would avert it, too")
             continue
         if silent:
             notes = [outcomes[arm].note for arm in silent if outcomes[arm].note]
@@ -152,7 +154,8 @@ def judge(outcomes: Mapping[str, Outcome], snapshot_step: int, tau: float) -> tu
     lead = (baseline.spiked_at - snapshot_step) / tau
     if asked("float64_loss") and lead < FLOAT64_NEEDS:
         reasons.append(
-            f"the snapshot is {lead:.2g} τ before it: float64 may have come too late; replay an earlier one"
+            f"the snapshot is {lead:.2g} τ before the slingshot, so float64 may have come too late: replay "
+            "from an earlier one"
         )
     return Mechanism.UNKNOWN, [*reasons, "no arm that names a mechanism averts it"]
 
@@ -168,12 +171,12 @@ _RULES: tuple[tuple[tuple[str, ...], Mechanism, str], ...] = (
     (
         ("second_moment_held",),
         Mechanism.SECOND_MOMENT,
-        "a second moment that has let go of the gradient is the cause",
+        "a second moment that has decayed is the cause",
     ),
     (
         ("smaller_lr",),
         Mechanism.EDGE_OF_STABILITY,
-        "the learning rate is above what the curvature bears",
+        "the learning rate is too large for the curvature",
     ),
 )
 

@@ -21,7 +21,7 @@ from tests.benchmarks.detection.families import FAMILIES, Family, suite
 from tests.benchmarks.detection.replay import readings, replay
 from tests.benchmarks.detection.score import Event, Score, Truth, alarms_of, judge, truth_of
 from tests.benchmarks.detection.sparse import replay_sparsely
-from tests.benchmarks.detection.training import Arm
+from tests.benchmarks.detection.training import LogitChange
 from tests.benchmarks.peers import PEERS
 
 TAU = 20.0
@@ -285,7 +285,7 @@ def test_the_key_of_a_run_changes_with_its_set_up_and_not_with_its_seeds() -> No
     assert key == generate.family_key(dataclasses.replace(LIVELY, seeds=(0, 1, 2), quick=True))
     others = [
         dataclasses.replace(LIVELY, steps=601),
-        dataclasses.replace(LIVELY, arm=Arm("float64")),
+        dataclasses.replace(LIVELY, arm=LogitChange("float64")),
         dataclasses.replace(LIVELY, build=partial(setups.modular_mlp, p=7, width=33)),
     ]
     assert len({key, *map(generate.family_key, others)}) == 4

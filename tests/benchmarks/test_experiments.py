@@ -33,7 +33,7 @@ from tests.benchmarks.detection.experiments.plan import (
 from tests.benchmarks.detection.experiments.results import Job, merge
 from tests.benchmarks.detection.families import FAMILIES, NUMERIC, Family
 from tests.benchmarks.detection.score import Event, Truth
-from tests.benchmarks.detection.training import Arm
+from tests.benchmarks.detection.training import LogitChange
 from tests.spiking import onset
 
 TAU = 20.0
@@ -43,7 +43,7 @@ EARLY = 110
 
 
 def losses_of(seed: int, steps: int) -> Iterator[float]:
-    training, nobody = MAKE(seed, Arm()), trials.NoMonitor()
+    training, nobody = MAKE(seed, LogitChange()), trials.NoMonitor()
     for number in range(1, steps + 1):
         training.step(number, cast(Monitor, nobody))
         yield nobody.loss()

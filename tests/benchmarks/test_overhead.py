@@ -13,9 +13,9 @@ from nfi_monitor.capture.sampling import COORDINATES
 from tests.benchmarks.overhead import __main__ as command
 from tests.benchmarks.overhead import costs, readme, report, timing
 from tests.benchmarks.overhead.__main__ import main
-from tests.benchmarks.overhead.arms import NULL, OURS, Arm, Default, EveryStep, WeightGradient
 from tests.benchmarks.overhead.cases import CASES, Case, Classifier, Transformer, rows, tokens
 from tests.benchmarks.overhead.timing import Result, Spread, measure
+from tests.benchmarks.overhead.trainings import NULL, OURS, Default, EveryStep, TimedTraining, WeightGradient
 
 TINY = Case("tiny", lambda: Classifier(4, 4, 3), lambda: rows(8, 4, 3), 0.05, 0.25)
 
@@ -54,12 +54,12 @@ def test_within_the_noise_of_a_bare_copy_the_own_clock_decides() -> None:
 
 @pytest.mark.parametrize("kind", OURS)
 def test_each_arm_trains_the_same_weights_as_nobody_watching(kind, tmp_path: Path) -> None:
-    from tests.benchmarks.overhead.arms import FusedBare
+    from tests.benchmarks.overhead.trainings import FusedBare
 
     torch.manual_seed(0)
     data = [TINY.batch() for _ in range(4)]
     weights = []
-    for made in (FusedBare if kind is WeightGradient else Arm, kind):
+    for made in (FusedBare if kind is WeightGradient else TimedTraining, kind):
         torch.manual_seed(1)
         arm = made(TINY.build(), data, tmp_path)
         arm.run(12)
@@ -121,7 +121,7 @@ def test_peak_memory_counts_what_a_step_allocates(tmp_path: Path) -> None:
 def test_a_case_in_bfloat16_computes_in_bfloat16_and_trains_the_same_weights(tmp_path: Path) -> None:
     seen = set()
 
-    class Noted(Arm):
+    class Noted(TimedTraining):
         def before_step(self, loss: torch.Tensor) -> None:
             seen.add(self.logits)
 

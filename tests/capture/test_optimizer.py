@@ -11,25 +11,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from nfi_monitor import Monitor
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.host_transfer import HostTransfer
-from nfi_monitor.capture.optimizer import OptimizerReader, unwrap
+from nfi_monitor.capture.optimizer import OptimizerReader
 from tests.runs import batch, mlp
-
-
-class Wrapper:
-    """Like accelerate's optimizer: delegates, and its own hooks never fire."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-
-
-def test_wrapped_optimizers_are_looked_through() -> None:
-    inner = torch.optim.SGD(mlp().parameters(), 0.1)
-    assert unwrap(Wrapper(Wrapper(inner))) is inner
-
-
-def test_something_that_is_no_optimizer_is_named() -> None:
-    with pytest.raises(TypeError, match="got Linear"):
-        unwrap(nn.Linear(1, 1))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from scipy import stats
 from examples.reference import judge, verdicts
 from examples.reference.judge import Claim, Judgement, Verdict
 from examples.reference.results import NotTested, Result, Results, digest, episodes, fingerprint
-from examples.reference.study import Arm, Plan, Preset, Study, command, load_study, run_rows
+from examples.reference.study import Plan, Preset, Study, Variant, command, load_study, run_rows
 from examples.reference.training import CHECKPOINT, run_one
 from nfi_monitor import Monitor
 
@@ -338,6 +338,6 @@ def test_numbers_are_printed_as_people_read_them() -> None:
 
 def test_an_arm_overrides_its_pair_and_the_command_line_overrides_both() -> None:
     study, preset = small("parity")
-    arm = Arm("a", "", "hinge", {"lr": 1.0, "rows": 5})
+    arm = Variant("a", "", "hinge", {"lr": 1.0, "rows": 5})
     config = study.config(preset, arm, {"rows": 6})
     assert (config["lr"], config["rows"], config["bits"]) == (1.0, 6, 12)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 from nfi_monitor import Monitor
 from nfi_monitor.ranks import processes
-from nfi_monitor.ranks.exchange import Exchange, Message, survey
+from nfi_monitor.ranks.exchange import Exchange
 from tests.runs import batch, mlp
 
 
@@ -53,14 +52,6 @@ def test_a_store_that_cannot_be_reached_is_said_once_and_this_rank_is_read_alone
     assert repr(readings(monitor)) == repr(readings(trained(4)))
 
 
-def test_what_one_rank_says_may_lie_on_two_devices() -> None:
-    message = Message(SimpleNamespace(at=lambda name: 0, line=0), 0)  # type: ignore[arg-type]
-    for place, device in enumerate(("cpu", "meta", "cpu")):
-        message.add("rows", torch.ones(2, device=device), 2 * place)
-    packed = message.pack()
-    assert (packed.tensor.shape, packed.tensor.device.type) == ((6,), "meta")
-
-
 def test_ranks_are_looked_for_until_the_first_step_is_over_and_never_where_that_is_declined(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -91,13 +82,3 @@ def test_a_rank_that_cannot_sign_up_reads_whole_tensors_on_its_own(monkeypatch: 
     assert [note.code for note in monitor.notes if note.code == "ranks_apart"] == ["ranks_apart"]
     assert monitor.history["zero_sum_violation"][0].tolist() == [1, 2, 3, 4]
     assert monitor.history["loss"][0].tolist() == [1, 2, 3, 4]
-
-
-def test_what_is_done_to_a_loss_before_ranks_tell_each_other_is_not_taken_for_the_loss() -> None:
-    model = mlp()
-    shape, shares = survey(model, torch.optim.AdamW(model.parameters()), None, 1, slots=4)
-    pool = Exchange(SimpleNamespace(world=1, index=0), shape, shares, {})  # type: ignore[arg-type]
-    loss = torch.tensor(2.0)
-    pool.keep_loss(1, loss)
-    loss.mul_(8)
-    assert pool.finish(pool.message(), 3).tensor.tolist() == [2.0]

@@ -240,7 +240,7 @@ def test_what_outlasts_the_cool_down_ends_in_a_snapshot_from_which_the_run_goes_
             break
     assert whats(cockpit.pilot) == ["cool", "stop"]
     assert cockpit.monitor.step == 5 + 100, "patience"
-    assert "still firing: training should end" in cockpit.pilot.actions[-1].message
+    assert "the alert goes on; training should end" in cockpit.pilot.actions[-1].message
     snapshot = Snapshot.load(tmp_path / "autopilot-105.pt")
     assert snapshot.step == 105
     expected = [cockpit.train(3), cockpit.model.state_dict(), cockpit.scheduler.state_dict()]
@@ -335,7 +335,10 @@ def test_where_the_head_never_fires_no_projection_is_announced_that_would_do_not
             optimizer.step()
         pilot(alert(AlertKind.SLINGSHOT, NUMERIC))
     assert whats(pilot) == ["nothing"] and not monitor.port.sees_rows
-    assert "comes to the output of 4: compute it as autopilot.loss" in pilot.actions[0].message
+    assert (
+        "no gradient reaches the output of 4, where it could be projected: compute it as autopilot.loss"
+        in pilot.actions[0].message
+    )
 
 
 # --- coming and going ---------------------------------------------------------------------------------
@@ -495,7 +498,7 @@ def test_a_framework_s_attachment_hands_it_the_monitor_and_its_end_to_the_framew
 def test_what_it_cannot_work_with_is_refused_with_what_to_do() -> None:
     with pytest.raises(TypeError, match=r"policy must be a Policy\(...\), got str"):
         Autopilot("bold")  # type: ignore[arg-type]
-    with pytest.raises(MonitorError, match=r"no monitor\. Give it to one itself, .*on_alert=autopilot"):
+    with pytest.raises(MonitorError, match=r"no monitor\. Pass the Autopilot itself, .*on_alert=autopilot"):
         Autopilot()(IMMINENT)
     with pytest.raises(ValueError, match=r"expected keys 'taken' and 'exchanged', found \['step'\]"):
         Autopilot().load_state_dict({"step": 3})

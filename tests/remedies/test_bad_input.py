@@ -28,9 +28,9 @@ REVERSIBLE: dict[str, Apply] = {
     "project_zero_sum": lambda model, optimizer: remedies.project_zero_sum(model[-1]),
     "raise_epsilon": lambda model, optimizer: remedies.raise_epsilon(optimizer, 1e-2),
     "cool_down": lambda model, optimizer: remedies.cool_down(optimizer, 0.1, 100),
-    "clip_update_rms": lambda model, optimizer: remedies.clip_update_rms(optimizer, 0.1),
-    "orthogonal_gradients": lambda model, optimizer: remedies.orthogonal_gradients(optimizer),
-    "reset_second_moment": lambda model, optimizer: remedies.reset_second_moment(optimizer),
+    "clip_update_rms": lambda model, optimizer: remedies.experimental.clip_update_rms(optimizer, 0.1),
+    "orthogonal_gradients": lambda model, optimizer: remedies.experimental.orthogonal_gradients(optimizer),
+    "reset_second_moment": lambda model, optimizer: remedies.experimental.reset_second_moment(optimizer),
 }
 
 
@@ -41,7 +41,7 @@ def adamw(model: nn.Module, **options: Any) -> Optimizer:
 # --- heads --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("remedy", [remedies.project_zero_sum, remedies.center_features])
+@pytest.mark.parametrize("remedy", [remedies.project_zero_sum, remedies.experimental.center_features])
 def test_a_convolution_has_its_classes_where_no_remedy_at_the_head_looks(remedy: Any) -> None:
     with pytest.raises(ValueError, match=r"last axis, got Conv2d\. Use zero_sum_cross_entropy, which takes"):
         remedy(nn.Conv2d(3, 4, 1))
@@ -52,7 +52,7 @@ def test_a_convolution_has_its_classes_where_no_remedy_at_the_head_looks(remedy:
 def test_without_a_linear_head_centring_says_what_there_is() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten())
     with pytest.raises(HeadNotFoundError, match="found no linear layer"):
-        remedies.center_classifier(model, adamw(model))
+        remedies.experimental.center_classifier(model, adamw(model))
 
 
 class Tied(nn.Module):
@@ -76,13 +76,13 @@ def test_tied_embeddings_keep_everything_but_the_centring_of_the_classifier() ->
     def watch(module: nn.Module, args: Any, output: Tensor) -> None:
         output.register_hook(lambda grad: seen.append(grad.sum(-1).abs().max()))
 
-    with remedies.project_zero_sum(model.lm_head), remedies.center_features(model.lm_head):
+    with remedies.project_zero_sum(model.lm_head), remedies.experimental.center_features(model.lm_head):
         model.lm_head.register_forward_hook(watch)
         F.cross_entropy(model(tokens), tokens).backward()
     assert seen and float(seen[0]) < 1e-7
     before = model.embed.weight.detach().clone()
     with pytest.raises(ValueError, match="Untie them, or use z_loss"):
-        remedies.center_classifier(model, adamw(model))
+        remedies.experimental.center_classifier(model, adamw(model))
     assert torch.equal(model.embed.weight, before), "refused before anything moved"
 
 
@@ -96,8 +96,14 @@ def test_an_optimizer_without_what_a_remedy_changes_is_refused_and_left_alone() 
         state = optimizer.state_dict()
         for refused, message in (
             (lambda optimizer: remedies.raise_epsilon(optimizer), "has no eps to raise"),
-            (lambda optimizer: remedies.reset_second_moment(optimizer), "has no second moment to reset"),
-            (lambda optimizer: remedies.clip_update_rms(optimizer), "has no second moment to hold"),
+            (
+                lambda optimizer: remedies.experimental.reset_second_moment(optimizer),
+                "has no second moment to reset",
+            ),
+            (
+                lambda optimizer: remedies.experimental.clip_update_rms(optimizer),
+                "has no second moment to compare",
+            ),
         ):
             with pytest.raises(ValueError, match=message):
                 refused(optimizer)
@@ -109,7 +115,7 @@ def test_an_optimizer_without_what_a_remedy_changes_is_refused_and_left_alone() 
 def test_centring_needs_no_momentum() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    remedies.center_classifier(model, optimizer)
+    remedies.experimental.center_classifier(model, optimizer)
     train(model, optimizer, 4)
     assert float(model[-1].weight.detach().mean(0).abs().max()) < 1e-6
 
@@ -133,11 +139,11 @@ def test_applied_twice_is_applied_once(name: str) -> None:
 def test_what_would_act_twice_is_refused_until_it_is_undone() -> None:
     model = mlp()
     optimizer = adamw(model)
-    handle = remedies.clip_update_rms(optimizer)
+    handle = remedies.experimental.clip_update_rms(optimizer)
     with pytest.raises(ValueError, match="AdamW are clipped already: undo that first"):
-        remedies.clip_update_rms(optimizer)
+        remedies.experimental.clip_update_rms(optimizer)
     handle.undo()
-    remedies.clip_update_rms(optimizer).undo()
+    remedies.experimental.clip_update_rms(optimizer).undo()
 
 
 def test_undone_in_any_order_they_leave_the_training_as_it_was_to_the_last_bit() -> None:
@@ -172,7 +178,7 @@ def test_a_remedy_may_end_or_begin_inside_a_step_whatever_hooks_there_are(when: 
 
     def begin(optimizer: Optimizer) -> None:
         if not begun:
-            begun.append(remedies.clip_update_rms(optimizer))
+            begun.append(remedies.experimental.clip_update_rms(optimizer))
 
     take_off = around_steps(optimizer, **{when: begin})
     train(model, optimizer, 4)

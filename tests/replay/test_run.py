@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -40,88 +37,17 @@ from nfi_monitor.replay.run import (
     LARGER_EPS,
     LR_HELD,
     OTHER_DATA,
-    SECOND_MOMENT_HELD,
-    SECOND_MOMENT_RESET,
     SMALLER_LR,
     ZERO_SUM,
     Arm,
-    Context,
-    combined,
+    ArmContext,
     larger_eps,
     replay,
-    smaller_lr,
 )
 from nfi_monitor.report.run_directory.reader import read_run
 from nfi_monitor.types import Mechanism, Thresholds
-from tests.runs import batch, differences, mlp, snapshot
-
-
-class Run:
-    """An MLP with dropout and batch norm, a schedule, and minibatches drawn from the random state.
-
-    The loss it reports can be scripted: a replay needs a slingshot, and the arithmetic is real either way.
-    """
-
-    def __init__(self, spike_at: int | None = None, beta2: float = 0.9) -> None:
-        torch.manual_seed(3)
-        np.random.seed(3)
-        random.seed(3)
-        self.model = nn.Sequential(
-            nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.2), nn.Linear(16, 7)
-        )
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-2, betas=(0.9, beta2))
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, 300)
-        self.inputs, self.targets = batch(rows=64)
-        self.spike_at = spike_at
-        self.losses: dict[int, float] = {}
-        self.done = 0
-        self.monitor: Monitor | None = None
-        self.pilot: Autopilot | None = None
-
-    def step(self, step: int) -> Tensor:
-        rows = torch.randperm(64)[:16]
-        self.optimizer.zero_grad()
-        loss = (F.cross_entropy if self.pilot is None else self.pilot.loss)(
-            self.model(self.inputs[rows]) + 0.1 * float(np.random.rand()), self.targets[rows]
-        )
-        said = loss.detach()
-        if self.spike_at is not None:
-            said = torch.tensor(1e-3 if step < self.spike_at else 5.0)
-        if self.monitor is not None:
-            self.monitor.observe_loss(said)
-        loss.backward()
-        self.optimizer.step()
-        self.scheduler.step()
-        return said
-
-    def go(self, to: int) -> None:
-        while self.done < to:
-            self.done += 1
-            self.losses[self.done] = self.step(self.done).item()
-
-    def take(self) -> Snapshot:
-        return Snapshot.take(self.done, self.model, self.optimizer, [self.scheduler])
-
-    def replay(self, taken: Snapshot, arms: Any = None, steps: int | None = None, **options: Any) -> Any:
-        given = {"model": self.model, "optimizer": self.optimizer, "stateful": [self.scheduler]}
-        return replay(taken, self.step, arms, steps, recorded=self.losses, **{**given, **options})
-
-    def state(self) -> dict[str, Any]:
-        hooks = [len(module._forward_hooks) for module in self.model.modules()]
-        counts = (
-            len(self.optimizer._optimizer_step_pre_hooks),
-            len(self.optimizer._optimizer_step_post_hooks),
-        )
-        return {
-            **snapshot(self.model, self.optimizer),
-            "scheduler": dict(self.scheduler.state_dict()),
-            "gradients": [p.grad for p in self.model.parameters()],
-            "python": random.getstate(),
-            "numpy": np.random.get_state()[1].tolist(),
-            "training": [module.training for module in self.model.modules()],
-            "hooks": (hooks, counts),
-        }
-
+from tests.replay.scene import Run
+from tests.runs import batch, differences, mlp
 
 # --- exact ----------------------------------------------------------------------------------------
 
@@ -138,7 +64,7 @@ def test_the_replay_of_the_run_as_it_was_is_the_run_to_the_last_bit() -> None:
     assert list(verdict.outcomes["as_it_was"].losses) == [run.losses[step] for step in range(21, 51)]
     assert verdict.mechanism is Mechanism.UNKNOWN
     assert verdict.reasons == (
-        "it did not happen again: as it was, no slingshot in the 30 steps after step 20",
+        "the slingshot did not happen again: the unchanged run has none in the 30 steps after step 20",
     )
 
 
@@ -311,7 +237,7 @@ def test_a_slingshot_of_rounding_is_averted_by_float64_and_by_the_zero_sum() -> 
     assert spiked["float64_loss"] is None and spiked["zero_sum"] is None and "larger_eps" in spiked
     assert verdict.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
     assert not verdict.outcomes["lr_held"].applied, "the rate was constant: holding it changes nothing"
-    assert "made no difference at all: lr held" in verdict.reasons
+    assert "had no effect: lr held" in verdict.reasons
     assert verdict.outcomes["float64_loss"].steps == detector.start - early.step + 40
 
 
@@ -385,187 +311,12 @@ def test_the_rate_that_is_held_is_that_of_the_snapshots_own_step() -> None:
         used.append(optimizer.param_groups[0]["lr"])
         return 1.0
 
-    context = Context(model, optimizer, None, taken, 1)
+    context = ArmContext(model, optimizer, None, taken, 1)
     seen = []
     with LR_HELD.change(context):
         optimizer.register_step_pre_hook(lambda opt, *_: seen.append(opt.param_groups[0]["lr"]))
         step_fn(2)
     assert seen == [0.5] and used[-1] == 50.0
-
-
-# --- arms -----------------------------------------------------------------------------------------
-
-
-def context_of(model: nn.Module, head: Any = None, **options: Any) -> Context:
-    from nfi_monitor.capture.head import find_head
-
-    optimizer = torch.optim.Adam(model.parameters(), **options)
-    taken = Snapshot.take(0, model, optimizer)
-    return Context(model, optimizer, None if head is False else find_head(model, head), taken, 10)
-
-
-LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "cross_entropy": F.cross_entropy,
-    "module": lambda z, y: nn.CrossEntropyLoss(weight=torch.rand(7), label_smoothing=0.1)(z, y),
-    "huggingface": lambda z, y: F.cross_entropy(z.float().view(-1, 7), y),
-    "to_dtype": lambda z, y: F.cross_entropy(z.to(torch.float32), y),
-    "to_device_and_dtype": lambda z, y: F.cross_entropy(z.to("cpu", torch.float32, non_blocking=True), y),
-    "to_other": lambda z, y: F.cross_entropy(z.to(torch.zeros(1)), y),
-    "type": lambda z, y: F.cross_entropy(z.type(torch.float32), y),
-    "log_softmax": lambda z, y: F.nll_loss(F.log_softmax(z, -1, dtype=torch.float32), y),
-    "by_hand": lambda z, y: (torch.logsumexp(z.float(), -1) - z.float()[range(24), y]).mean(),
-    "soft": lambda z, y: F.cross_entropy(z, torch.full((24, 7), 1 / 7)),
-    "kl": lambda z, y: F.kl_div(z.float().log_softmax(-1), torch.full((24, 7), 1 / 7), reduction="batchmean"),
-    "bce": lambda z, y: F.binary_cross_entropy_with_logits(z.float(), F.one_hot(y, 7).float()),
-}
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("name", LOSSES)
-def test_the_float64_arm_reaches_the_loss_however_it_is_written(name: str, autocast: bool) -> None:
-    model = mlp()
-    inputs, targets = batch()
-    context = context_of(model)
-    with FLOAT64_LOSS.change(context):
-        for _ in range(2):
-            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss = LOSSES[name](model(inputs), targets)
-            assert loss.dtype is torch.float64
-            loss.backward()
-    assert context.applied and all(
-        p.grad is not None and p.grad.dtype is torch.float32 for p in model.parameters()
-    )
-    assert LOSSES[name](model(inputs), targets).dtype is torch.float32, "nothing of the arm is left"
-
-
-def test_the_float64_arm_gives_the_gradient_of_a_float64_loss() -> None:
-    model = mlp()
-    inputs, targets = batch()
-    F.cross_entropy(model(inputs).double(), targets).backward()
-    expected = [p.grad.clone() for p in model.parameters()]
-    for head in (None, False):
-        model.zero_grad()
-        with FLOAT64_LOSS.change(context_of(model, head)):
-            F.cross_entropy(model(inputs), targets).backward()
-        assert all(torch.equal(p.grad, e) for p, e in zip(model.parameters(), expected, strict=True))
-
-
-def test_outside_the_loss_the_float64_arm_leaves_casts_alone() -> None:
-    model = mlp()
-    inputs, targets = batch()
-    with FLOAT64_LOSS.change(context_of(model)):
-        assert inputs.double().float().dtype is torch.float32  # before the head
-        F.cross_entropy(model(inputs), targets).backward()
-        assert inputs.double().float().dtype is torch.float32  # after the backward pass
-        with torch.no_grad():
-            model(inputs)  # an evaluation
-        assert inputs.double().to(torch.float32).dtype is torch.float32
-
-
-@pytest.mark.parametrize("head", [None, False])
-def test_the_zero_sum_arm_makes_the_head_rows_sum_to_zero(head: Any) -> None:
-    model = mlp()
-    inputs, targets = batch()
-
-    def column_sums() -> float:
-        model.zero_grad()
-        logits = model(inputs)
-        (F.cross_entropy(logits, targets) + (logits.sum() if head is None else 0)).backward()
-        return model[4].weight.grad.sum(0).abs().max().item()
-
-    if head is None:  # a gradient that breaks the sum outright
-        assert column_sums() > 1
-    context = context_of(model, head)
-    with ZERO_SUM.change(context):
-        assert column_sums() < 1e-5
-    assert context.applied
-
-
-def test_the_second_moment_is_given_back_what_it_forgot_and_falls_in_no_coordinate() -> None:
-    run = Run()
-    run.go(10)
-    taken = replace(run.take(), second_moment_decay=-0.5)
-    context = Context(run.model, run.optimizer, None, taken, 10)
-    left = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
-    with SECOND_MOMENT_HELD.change(context):
-        floors = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
-        for floor, had in zip(floors, left, strict=True):
-            torch.testing.assert_close(floor, 10.0 * had)  # half a decade of its root
-        assert "given back 10 times what was left of it" in context.note
-        for number in range(5):
-            run.step(number)
-            moments = [state["exp_avg_sq"].clone() for state in run.optimizer.state.values()]
-            assert all((m >= f).all() for m, f in zip(moments, floors, strict=True))
-            floors = moments
-    for _ in range(30):
-        run.step(0)
-    moments = [state["exp_avg_sq"] for state in run.optimizer.state.values()]
-    assert not all((m >= f).all() for m, f in zip(moments, floors, strict=True)), "without the arm it falls"
-
-
-def test_a_second_moment_forgotten_beyond_all_measure_gives_back_no_nan() -> None:
-    run = Run()
-    run.go(10)
-    with torch.no_grad():
-        for state in run.optimizer.state.values():
-            state["exp_avg_sq"].flatten()[0] = 0.0
-    taken = replace(run.take(), second_moment_decay=-40.0)
-    with SECOND_MOMENT_HELD.change(Context(run.model, run.optimizer, None, taken, 10)):
-        moments = [state["exp_avg_sq"] for state in run.optimizer.state.values()]
-        assert all(moment.isfinite().all() for moment in moments)
-
-
-def test_a_smaller_rate_is_used_for_as_many_steps_as_asked_and_the_schedule_never_sees_it() -> None:
-    run = Run()
-    used: list[float] = []
-    plain = Run()
-    plain.go(6)
-    context = Context(run.model, run.optimizer, None, run.take(), 10)
-    with smaller_lr(0.5, steps=2).change(context):
-        run.optimizer.register_step_pre_hook(lambda opt, *_: used.append(opt.param_groups[0]["lr"]))
-        before = []
-        for step in range(1, 7):
-            before.append(run.optimizer.param_groups[0]["lr"])
-            run.step(step)
-    assert used == [0.5 * before[0], 0.5 * before[1], *before[2:]]
-    assert run.scheduler.get_last_lr() == plain.scheduler.get_last_lr()
-
-
-def test_eps_and_a_fresh_optimizer_last_as_long_as_their_arms() -> None:
-    run = Run()
-    run.go(10)
-    context = Context(run.model, run.optimizer, None, run.take(), 10)
-    group = run.optimizer.param_groups[0]
-    before = {param: dict(state) for param, state in run.optimizer.state.items()}
-    with larger_eps(1e-3).change(context):
-        assert group["eps"] == 1e-3
-    assert group["eps"] == 1e-8
-    with SECOND_MOMENT_RESET.change(context):
-        assert len(run.optimizer.state) == 0
-        run.step(11)
-        assert {float(state["step"]) for state in run.optimizer.state.values()} == {1.0}
-    for param, state in run.optimizer.state.items():
-        assert all(state[name] is before[param][name] for name in state)
-
-
-def test_combined_arms_act_together_and_say_so() -> None:
-    arm = combined(FLOAT64_LOSS, smaller_lr(0.5))
-    assert (arm.name, arm.what) == (
-        "float64_loss+smaller_lr", "the loss in float64, parameters as they are and learning rate × 0.5",
-    )  # fmt: skip
-    run = Run(spike_at=70)
-    run.go(60)
-    taken = run.take()
-    run.go(75)
-    verdict = run.replay(taken, [arm, SMALLER_LR])
-    assert [o.applied for o in verdict.outcomes.values()] == [True, False, False], (
-        "scripted losses never differ"
-    )
-    sgd = torch.optim.SGD(run.model.parameters(), lr=0.1)
-    context = Context(run.model, sgd, None, taken, 10)
-    with combined(smaller_lr(), SECOND_MOMENT_HELD).change(context):
-        pass
-    assert not context.applied, "SGD has no second moment to hold"
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -669,7 +420,7 @@ def test_what_the_second_moment_had_forgotten_is_known_whoever_took_the_snapshot
     seen: list[float] = []
 
     @contextmanager
-    def look(context: Context) -> Iterator[None]:
+    def look(context: ArmContext) -> Iterator[None]:
         seen.append(context.snapshot.second_moment_decay)
         yield
 
@@ -736,7 +487,7 @@ def test_the_verdict_is_on_disk_and_in_the_report(tmp_path: Path, capsys: pytest
     for text in (said, printed):
         flat = " ".join(text.split())
         assert re.search("slingshot-1, from step 61 · monitor: .{5,40} · replay: mechanism not clear", flat)
-        assert "as it was, the slingshot comes at step 100" in flat
+        assert "unchanged, the run has the slingshot at step 100" in flat
         assert "as it was: step 100, smaller lr: no difference" in flat
         assert "the original losses were reproduced to the last bit" in flat
     assert "replays.jsonl: skipped 1 torn line" in printed and "cannot read: 'outcomes'" in printed
@@ -746,7 +497,9 @@ def test_the_verdict_is_on_disk_and_in_the_report(tmp_path: Path, capsys: pytest
 
 def test_without_a_snapshot_the_monitor_says_what_to_do() -> None:
     run, monitor = watched(30, snapshots=False)
-    with pytest.raises(MonitorError, match=r"told to keep none. Pass snapshots=<bytes> to Monitor"):
+    with pytest.raises(
+        MonitorError, match=r"keeps none \(snapshots=False or 0\). Pass snapshots=<bytes> to Monitor"
+    ):
         monitor.replay(run.step)
     with pytest.raises(MonitorError, match=r"needs a function, got Trainer.*HuggingFace Trainer"):
         monitor.replay(type("Trainer", (), {})())  # type: ignore[arg-type]
@@ -754,7 +507,7 @@ def test_without_a_snapshot_the_monitor_says_what_to_do() -> None:
     with pytest.raises(MonitorError, match=r"closed monitor .*nfi_monitor.replay.run.replay\(snapshot"):
         monitor.replay(run.step)
     run, monitor = watched(30)
-    with pytest.raises(MonitorError, match="when an at-risk alert begins, and none has"):
+    with pytest.raises(MonitorError, match="when an at-risk alert begins; none began"):
         monitor.replay(run.step)
     monitor.close()
 
@@ -765,7 +518,9 @@ def test_snapshots_only_after_the_slingshot_are_no_help_and_named() -> None:
     monitor._loop.recent_snapshots._kept.clear()
     monitor._loop.recent_snapshots.take(110, None)
     monitor._loop.recent_snapshots.complete()
-    with pytest.raises(MonitorError, match="those kept are of steps 110–110, after the slingshot began"):
+    with pytest.raises(
+        MonitorError, match="those that the monitor kept are of steps 110–110, after the slingshot began"
+    ):
         monitor.replay(run.step)
     monitor.close()
 

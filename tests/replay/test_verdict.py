@@ -62,17 +62,17 @@ def test_without_a_slingshot_as_it_was_nothing_is_concluded() -> None:
     found = {"as_it_was": Outcome("as_it_was", None, 0.1, (0.1,), 50)}
     assert judge(found, 100, tau=20.0) == (
         Mechanism.UNKNOWN,
-        ["it did not happen again: as it was, no slingshot in the 50 steps after step 100"],
+        ["the slingshot did not happen again: the unchanged run has none in the 50 steps after step 100"],
     )
 
 
 def test_the_reasons_say_what_was_asked_in_the_order_it_was() -> None:
     assert judge(outcomes("second_moment_held"), 100, tau=20.0)[1] == [
-        "as it was, the slingshot comes at step 150",
+        "unchanged, the run has the slingshot at step 150",
         "float64 loss and zero sum do not avert it",
         "lr held does not avert it",
         "other data does not avert it",
-        "second moment held averts it: a second moment that has let go of the gradient is the cause",
+        "second moment held averts it: a second moment that has decayed is the cause",
     ]
 
 
@@ -95,12 +95,12 @@ def test_a_verdict_survives_json_with_losses_that_are_not_finite() -> None:
     assert math.isnan(back.outcomes["as_it_was"].losses[2]) and not back.outcomes["as_it_was"].applied
 
 
-def test_a_rate_that_only_climbed_is_a_smaller_rate_and_no_kick() -> None:
+def test_a_rate_that_only_rose_is_a_smaller_rate_and_no_kick() -> None:
     found = outcomes("lr_held", "smaller_lr")
     found["as_it_was"] = Outcome("as_it_was", SPIKE, 1.0, (1.0,), 50, rate_jump=1.9)
     mechanism, reasons = judge(found, 100, 20.0)
     assert mechanism is Mechanism.EDGE_OF_STABILITY
-    assert any("only climbed" in reason for reason in reasons)
+    assert any("the rate only rose" in reason for reason in reasons)
 
 
 def test_what_an_arm_has_to_say_stands_beside_what_it_averted() -> None:

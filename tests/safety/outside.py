@@ -7,7 +7,7 @@ _COPIES = ("deepcopy", "reduce")
 CALLED_FROM_OUTSIDE = {
     "torch calls it, and what it does is in its own try block": (
         "capture/head_probe:HeadProbe.__call__",
-        "capture/head_probe:HeadProbe._on_gradient.<locals>.on_gradient",
+        "capture/head_probe:HeadProbe._deliver_at_backward.<locals>.on_gradient",
         "capture/loss:LossProbe.__call__",
         "capture/step_hooks:StepHooks.__init__.<locals>.pre",
         "capture/step_hooks:StepHooks.__init__.<locals>.post",
@@ -60,8 +60,8 @@ CALLED_FROM_OUTSIDE = {
         "remedies/cooling:_Scaled._after",
     ),
     "backward of the loss that the training was given: without it there is no gradient": (
-        "remedies/cross_entropy:_Known.backward",
-        "remedies/cross_entropy:_gradient",
+        "remedies/few_rows:_Known.backward",
+        "remedies/row_losses:saved_gradient",
     ),
 }
 OUTSIDE = {function for functions in CALLED_FROM_OUTSIDE.values() for function in functions}

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.capture import devices
-from nfi_monitor.capture.optimizer import Update
+from nfi_monitor.capture.update import Update
 from nfi_monitor.measure import second_moment
 from nfi_monitor.measure.step import Memory
 from nfi_monitor.measure.zero_sum import accumulation_dtype

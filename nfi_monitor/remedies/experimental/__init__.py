@@ -1,6 +1,6 @@
-"""Remedies that no alert recommends: to compare with, and to measure.
+"""Collect the remedies that no alert recommends, for comparison.
 
-How each did stands in ``tests/benchmarks/remedies/RESULTS.md``.  Names are resolved on first use (PEP 562).
+``tests/benchmarks/remedies/RESULTS.md`` shows how each did.  Names are resolved on first use (PEP 562).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Take the global means away: of the classifier after each step, of the features before each head."""
+"""Subtract global means: from the classifier after each step, from the features before the head."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.head import Head, find_head
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.projection import classes_last
 from nfi_monitor.remedies.steps import around_steps, step_now
@@ -18,12 +18,13 @@ _FEATURES = "_nfi_centered_features"
 
 
 def center_classifier(model: nn.Module, optimizer: Any, head: nn.Module | str | None = None) -> Handle:
-    """For logits that drift as a whole: W ← W − W_G (and b ← b − mean b) after each optimizer step.
+    """Subtract the class means after each optimizer step: W ← W − W_G, b ← b − mean b.
 
-    The logits' differences stay what they are, up to rounding, and so does what the model says; their common
-    part, W_G·h, is gone.  The class mean of ``exp_avg`` is taken off as well: it would only bring W_G back.
-    (Stollenwerk, arXiv 2601.02031; in language models it stops the drift that float64 does not.)  Alone it
-    delays a numeric slingshot by some τ: the features go on drifting.  Costs one pass over the head's weight.
+    For logits that drift as a whole.  Their differences, and so the model's predictions, stay the same up to
+    rounding; their common part W_G·h is removed.  The class mean of ``exp_avg`` is subtracted as well: it
+    would bring W_G back.  (Stollenwerk, arXiv 2601.02031; in language models it stops the drift that float64
+    does not.)  Alone it delays a numeric slingshot by some τ: the features go on drifting.  Costs one pass
+    over the head's weight.
 
     Args:
         model: the module that holds the head; ``head`` as for :class:`nfi_monitor.Monitor`.
@@ -76,21 +77,22 @@ def _take_mean_off(parameter: nn.Parameter, axis: int, optimizer: torch.optim.Op
 
 
 def center_features(head: nn.Module, momentum: float = 0.1) -> Handle:
-    """For numerical feature inflation: h ← h − mean of h over the rows, before the head.
+    """Subtract the mean over the rows from the features before the head: h ← h − mean h.
 
-    What BatchNorm directly before the classifier does against it (Liu et al. 2026, section 5), without its
-    variance: the drift has nothing to push.  While training the batch's own mean is taken, gradient included;
-    in evaluation a running mean, kept in the head as a buffer, so that a saved model has it.  It changes the
-    model.  When not to use it: on rows that see each other's future (causal language models: a row's logits
-    would depend on later tokens), or on batches of a few rows.
+    For numerical feature inflation.  BatchNorm directly before the classifier does the same (Liu et al. 2026,
+    section 5), and divides by the variance.  In training the batch's mean is subtracted, with its gradient;
+    in evaluation a running mean, which the head keeps as a buffer, so that a saved model has it.  It changes
+    the model.  When not to use it: in causal language models, where a row's logits would depend on later
+    tokens, or on batches of a few rows.
 
-    ``undo()`` puts W·(running mean) into the head's bias, where it has one: evaluation stays as it is.
+    ``undo()`` subtracts W·(running mean) from the head's bias, if it has one, so that evaluation stays the
+    same.
 
     Args:
         head: the module that is given the features [..., d], uncompiled.
         momentum: share of the new mean in the running one.
 
-    Raises ValueError if it is applied to this head already, or for a convolution.
+    Raises ValueError if the features of this head are centred already, or for a convolution.
     """
     if not isinstance(head, nn.Module):
         raise TypeError(f"center_features needs the head, a torch.nn.Module, got {type(head).__name__}.")

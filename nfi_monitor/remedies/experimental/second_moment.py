@@ -1,4 +1,4 @@
-"""Forget what the optimizer remembers."""
+"""Reset the optimizer's moments."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture.optimizer import SECOND_MOMENTS, unwrap
+from nfi_monitor.capture.second_moment import SECOND_MOMENTS
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 
 
 def reset_second_moment(optimizer: Any, params: Iterable[Tensor] | None = None) -> Handle:
-    """Start the moments anew: ``exp_avg``, ``exp_avg_sq`` and ``step`` of ``params`` (None: of all) become 0.
+    """Set ``exp_avg``, ``exp_avg_sq`` and ``step`` of ``params`` (None: of all parameters) to 0.
 
-    All three, because a second moment of 0 under a step count of thousands is not corrected for its bias, and
-    the next updates would be 1/√(1−β2) times too large.
+    All three: with a step count of thousands, a second moment of 0 is not corrected for its bias, and the
+    next updates would be 1/√(1−β2) times too large.
 
-    W. Wu (2024) found that it suppresses second-moment slingshots.  We did not: it brought most of them
-    sooner, of every mechanism (``tests/benchmarks/remedies/RESULTS.md``).  It is here to be compared with; no
-    alert advises it.  ``undo()`` puts the moments of that time back, and keeps a copy of them until then.
+    W. Wu (2024) found that it suppresses second-moment slingshots.  In our runs it brought most slingshots
+    sooner, of every mechanism (``tests/benchmarks/remedies/RESULTS.md``).  ``undo()`` restores the moments; a
+    copy of them is kept until then.
 
-    Raises ValueError where there is no second moment to reset.
+    Raises ValueError if there is no second moment to reset.
     """
     optimizer = unwrap(optimizer)
     wanted = None if params is None else {id(param) for param in params}

@@ -1,4 +1,4 @@
-"""Prieto et al. 2025 (arXiv 2501.04697): a softmax that cannot collapse, and gradients that do not scale."""
+"""Apply the two remedies of Prieto et al. 2025 (arXiv 2501.04697): StableMax and ⊥Grad."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.optimizer import unwrap
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.steps import around_steps
 
@@ -16,11 +16,11 @@ from nfi_monitor.remedies.steps import around_steps
 def stablemax_cross_entropy(
     logits: Tensor, target: Tensor, ignore_index: int = -100, reduction: str = "mean"
 ) -> Tensor:
-    """−ln(s(z_r) / Σ_k s(z_k)) with s(x) = x + 1 for x ≥ 0 and 1/(1 − x) below (section 4.1).
+    """Return −ln(s(z_r) / Σ_k s(z_k)) with s(x) = x + 1 for x ≥ 0 and 1/(1 − x) below (section 4.1).
 
-    For numerical feature inflation: s grows like x and not like e^x, so margins do not reach the point where
-    a float rounds the rest away.  Another loss, with other optima and flatter gradients: for new trainings,
-    not for one that is under way.  Its gradient has no zero-sum over the classes, and should not.
+    For numerical feature inflation: s grows like x and not like e^x, so margins do not become so large that
+    rounding removes the other classes.  It is another loss, with other optima and flatter gradients: for new
+    trainings, not for a running one.  Its gradient has no zero-sum over the classes by design.
 
     Args: ``logits`` [N, K] floating point, ``target`` int64 [N]; ``reduction`` "mean", "sum" or "none".
     Raises ValueError for another reduction.
@@ -39,14 +39,15 @@ def stablemax_cross_entropy(
 
 
 def orthogonal_gradients(optimizer: Any) -> Handle:
-    """g ← the part of g orthogonal to w, at g's own length, for each parameter before each step (⊥Grad, 4.2).
+    """Before each step replace each gradient g by its part orthogonal to the weight, at g's length (⊥Grad,
+    4.2).
 
-    For numerical feature inflation: what only scales the logits up, along the weights, is left out, and
-    margins stop growing by themselves.  Costs two reductions and one pass a parameter.  It changes training
-    from the start; for new trainings.  When not to use it: with weights that have to grow, and under a
-    gradient scaler with a fused optimizer, which unscales later (refused).
+    For numerical feature inflation: the part along the weights only scales the logits up, and without it
+    margins stop growing by themselves.  Costs two reductions and one pass a parameter.  Gradients are changed
+    in place, as clipping does.  For new trainings: it changes them from the start.  When not to use it: with
+    weights that have to grow.
 
-    ``undo()`` stops it.  Gradients are changed in place, as clipping does.
+    Under a gradient scaler with a fused optimizer, which unscales later, ``step()`` raises RuntimeError.
     """
     optimizer = unwrap(optimizer)
 

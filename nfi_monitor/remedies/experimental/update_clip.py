@@ -1,4 +1,4 @@
-"""StableAdamW's rule: no tensor's update may be larger than its second moment expects."""
+"""Clip each tensor's update by its RMS, as StableAdamW does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.optimizer import SECOND_MOMENTS, unwrap
+from nfi_monitor.capture.second_moment import SECOND_MOMENTS
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.steps import around_steps
 
@@ -17,13 +18,13 @@ _CLIPPED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 
 
 def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
-    """For kicks on a second moment that has let go: each tensor's step is divided by max(1, RMS_t / limit).
+    """Divide each tensor's step by max(1, RMS_t / limit).
 
-    RMS_t = sqrt(mean(g² / max(v̂, ε_A²))) is 1 where the second moment describes the gradient and many times
-    more when a gradient comes back (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2, where the tensor's
-    learning rate is divided; its weight decay shrinks with it, here too).  It needs no warning, and costs a
-    copy of the parameters and three passes over the gradient a step.  When not to use it: for numeric
-    slingshots, whose updates are as large as their second moment says.
+    RMS_t = sqrt(mean(g² / max(v̂, ε_A²))) is 1 where the second moment describes the gradient, and many times
+    more when a gradient returns after v̂ has decayed (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2).
+    Weight decay shrinks with the step, as there.  It needs no warning; a step costs a copy of the parameters
+    and three passes over the gradient.  When not to use it: for numeric slingshots, whose updates are as
+    large as their second moment expects.
 
     Raises ValueError for a limit that is not positive, for an optimizer without a second moment, or for one
     whose updates are clipped already: the same step would be divided twice.
@@ -32,7 +33,7 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
     if not limit > 0:
         raise ValueError(f"limit must be positive, got {limit!r}.")
     if not any("betas" in group for group in optimizer.param_groups):
-        raise ValueError(f"{type(optimizer).__name__} has no second moment to hold updates against.")
+        raise ValueError(f"{type(optimizer).__name__} has no second moment to compare updates with.")
     if optimizer in _CLIPPED:
         raise ValueError(
             f"The updates of this {type(optimizer).__name__} are clipped already: undo that first."
@@ -60,12 +61,10 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
                         continue
                     values, square = before[param]
                     unbiased = moment / (1.0 - beta2 ** state["step"])
-                    floor = eps * eps or torch.finfo(moment.dtype).tiny
-                    rms = (square / unbiased.clamp_min(floor)).mean().sqrt()
-                    share = (limit / rms).clamp_max(1.0)
+                    share = (limit / _rms(square, unbiased, eps)).clamp_max(1.0)
                     if skipped is not None:  # a fused step whose gradients overflowed has moved nothing
                         share = torch.where(skipped > 0, 1.0, share)
-                    # Interpolated from what it was: the optimizer knows one rate a group, not one a tensor.
+                    # Interpolate towards the old values: an optimizer has one rate a group, not one a tensor.
                     param.copy_(torch.lerp(values, param, share.to(param.dtype)))
         before.clear()
 
@@ -77,3 +76,9 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
         _CLIPPED.discard(optimizer)
 
     return Handle(f"updates clipped at RMS_t {limit:g}", undo)
+
+
+def _rms(square: Tensor, moment: Tensor, eps: float) -> Tensor:
+    """RMS_t [] of a gradient² against an unbiased second moment of the same shape."""
+    floor = eps * eps or torch.finfo(moment.dtype).tiny
+    return (square / moment.clamp_min(floor)).mean().sqrt()

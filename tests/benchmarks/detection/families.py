@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from tests.benchmarks.detection import setups
-from tests.benchmarks.detection.training import Arm, Training
+from tests.benchmarks.detection.training import LogitChange, Training
 
 NUMERIC, SECOND_MOMENT, EDGE = "numerical_feature_inflation", "second_moment", "edge_of_stability"
 EXTERNAL = "external"
@@ -20,12 +20,12 @@ class Family:
     """Runs that differ in nothing but their seed."""
 
     name: str
-    build: Callable[[int, Arm], Training]
+    build: Callable[[int, LogitChange], Training]
     steps: int
     seeds: tuple[int, ...]
     mechanism: str | None  # what its slingshots come from; None: there should be none
     quick: bool = False
-    arm: Arm = field(default_factory=Arm)
+    arm: LogitChange = field(default_factory=LogitChange)
 
     @property
     def quiet(self) -> bool:
@@ -52,15 +52,15 @@ def _family(
     mechanism: str | None,
     *,
     quick: bool = False,
-    arm: Arm | None = None,
+    arm: LogitChange | None = None,
     **variation: Any,
 ) -> Family:
     """``seeds`` is how many, from 0; the variation goes to the builder."""
     bound = partial(build, **variation)
-    return Family(name, bound, steps, tuple(range(seeds)), mechanism, quick, arm or Arm())
+    return Family(name, bound, steps, tuple(range(seeds)), mechanism, quick, arm or LogitChange())
 
 
-FLOAT64, PROJECTED = Arm("float64"), Arm(project=True)
+FLOAT64, PROJECTED = LogitChange("float64"), LogitChange(project=True)
 _CAPPED, _Z, _L2 = ("soft_capped", 15.0), ("z_loss", 1e-3), ("logit_l2", 1e-3)
 _SMALL: dict[str, Any] = {"rows": 300, "bits": 20, "width": 64}
 _DECAYED: dict[str, Any] = {
@@ -104,10 +104,12 @@ def _spiking() -> list[Family]:
         _family("transformer-norm", transformer, 5000, 2, NUMERIC, p=17, norm=True),
         _family("transformer-norm-probe", transformer, 5000, 1, NUMERIC, p=17, norm=True, probe=True),
         # Half-precision losses: rounding at margins of a few nats.
-        _family("bfloat16-loss", mlp, 1200, 1, NUMERIC, quick=True, arm=Arm("bfloat16"), p=17, width=64),
-        _family("float16-loss", mlp, 1200, 1, NUMERIC, quick=True, arm=Arm("float16"), p=17, width=64),
-        _family("bfloat16-loss-long", mlp, 5000, 2, NUMERIC, arm=Arm("bfloat16"), p=23),
-        _family("float16-loss-long", mlp, 5000, 2, NUMERIC, arm=Arm("float16"), p=23),
+        _family("bfloat16-loss", mlp, 1200, 1, NUMERIC, quick=True, arm=LogitChange("bfloat16"), p=17,
+                width=64),
+        _family("float16-loss", mlp, 1200, 1, NUMERIC, quick=True, arm=LogitChange("float16"), p=17,
+                width=64),
+        _family("bfloat16-loss-long", mlp, 5000, 2, NUMERIC, arm=LogitChange("bfloat16"), p=23),
+        _family("float16-loss-long", mlp, 5000, 2, NUMERIC, arm=LogitChange("float16"), p=23),
         # Digits.
         _family("digits", digits, 1900, 1, NUMERIC, quick=True),
         _family("digits-long", digits, 5000, 3, NUMERIC),

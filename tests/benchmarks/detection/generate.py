@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -112,11 +113,18 @@ def versions() -> dict[str, str]:
 # --- keys ------------------------------------------------------------------------------------------
 
 
+RENAMED = {"LogitChange": "Arm"}
+"""Name in the set-ups' code → the one it had when runs were recorded: another name makes no other run."""
+
+
 def family_key(family: Family) -> str:
     """Hash of what the training depends on: its configuration, the set-ups' code, torch."""
     here = Path(__file__).parent
     code = [_code(here / f"{name}.py") for name in ("training", "data", "models", "losses", "setups")]
-    return _hash(family.config(), *code, torch.__version__)
+    parts = [family.config(), *code, torch.__version__]
+    for name, recorded in RENAMED.items():
+        parts = [re.sub(rf"\b{name}\b", recorded, part) for part in parts]
+    return _hash(*parts)
 
 
 @cache

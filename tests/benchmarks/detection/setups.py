@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.benchmarks.detection import data, losses, models
-from tests.benchmarks.detection.training import Arm, Training, full_batch, minibatches
+from tests.benchmarks.detection.training import LogitChange, Training, full_batch, minibatches
 
 WARM_UP = 10
 
@@ -41,7 +41,7 @@ def warm_up(
 
 def modular_mlp(
     seed: int,
-    arm: Arm,
+    arm: LogitChange,
     *,
     p: int,
     operation: str = "/",
@@ -89,7 +89,7 @@ def learning_rate_kick(lr: float, first: int, steps: int, factor: float) -> Any:
 
 def modular_transformer(
     seed: int,
-    arm: Arm,
+    arm: LogitChange,
     *,
     p: int,
     width: int = 64,
@@ -124,7 +124,7 @@ def modular_transformer(
 
 def sparse_parity(
     seed: int,
-    arm: Arm,
+    arm: LogitChange,
     *,
     hinge: bool,
     bits: int = 40,
@@ -149,7 +149,7 @@ def sparse_parity(
 
 def digits_mlp(
     seed: int,
-    arm: Arm,
+    arm: LogitChange,
     *,
     rows: int | None = 200,
     width: int = 128,
@@ -182,9 +182,9 @@ def digits_mlp(
     )
 
 
-def digits_distilled(seed: int, arm: Arm, *, teacher_steps: int = 200) -> Training:
+def digits_distilled(seed: int, arm: LogitChange, *, teacher_steps: int = 200) -> Training:
     """A student learns a trained teacher's soft targets by KL."""
-    teacher = digits_mlp(seed + 1000, Arm(), rows=None, batch=128)
+    teacher = digits_mlp(seed + 1000, LogitChange(), rows=None, batch=128)
     _train_before(teacher, teacher_steps)
     torch.manual_seed(seed)
     x, _ = data.digits(None, seed=seed)
@@ -197,7 +197,7 @@ def digits_distilled(seed: int, arm: Arm, *, teacher_steps: int = 200) -> Traini
     )
 
 
-def digits_fine_tuned(seed: int, arm: Arm, *, before: int = 400) -> Training:
+def digits_fine_tuned(seed: int, arm: LogitChange, *, before: int = 400) -> Training:
     """Trained on the digits 0–4 before the monitor comes; then a new head learns 5–9 on the same trunk."""
     torch.manual_seed(seed)
     x, y = data.digits(None, seed=seed)
@@ -213,7 +213,7 @@ def digits_fine_tuned(seed: int, arm: Arm, *, before: int = 400) -> Training:
     return Training(model, optimizer, losses.cross_entropy, batches, warm_up(optimizer), arm)
 
 
-def digits_two_heads(seed: int, arm: Arm) -> Training:
+def digits_two_heads(seed: int, arm: LogitChange) -> Training:
     torch.manual_seed(seed)
     x, y = data.digits(None, seed=seed)
     model = models.TwoHeads(64, 64, 10)
@@ -229,7 +229,7 @@ def digits_two_heads(seed: int, arm: Arm) -> Training:
     )
 
 
-def digits_contrastive(seed: int, arm: Arm, *, batch: int = 64) -> Training:
+def digits_contrastive(seed: int, arm: LogitChange, *, batch: int = 64) -> Training:
     """Upper and lower half of a digit are two views of it; the logits are a matrix of similarities."""
     torch.manual_seed(seed)
     x, _ = data.digits(None, seed=seed)
@@ -247,7 +247,7 @@ def digits_contrastive(seed: int, arm: Arm, *, batch: int = 64) -> Training:
 
 
 def digit_vgg(
-    seed: int, arm: Arm, *, rows: int = 200, divide: int = 8, norm: bool = False, beta2: float = 0.95
+    seed: int, arm: LogitChange, *, rows: int = 200, divide: int = 8, norm: bool = False, beta2: float = 0.95
 ) -> Training:
     torch.manual_seed(seed)
     x, y = data.digit_images(rows, size=32, channels=3, seed=seed)
@@ -256,7 +256,9 @@ def digit_vgg(
     return Training(model, optimizer, losses.cross_entropy, full_batch(x, y), warm_up(optimizer), arm)
 
 
-def digit_vit(seed: int, arm: Arm, *, rows: int = 200, beta2: float = 0.95, probe: bool = False) -> Training:
+def digit_vit(
+    seed: int, arm: LogitChange, *, rows: int = 200, beta2: float = 0.95, probe: bool = False
+) -> Training:
     torch.manual_seed(seed)
     x, y = data.digit_images(rows, size=32, channels=3, seed=seed)
     model = models.ViT(10, size=32, patch=8, width=48, layers=3, heads=4)
@@ -272,7 +274,9 @@ def digit_vit(seed: int, arm: Arm, *, rows: int = 200, beta2: float = 0.95, prob
     )
 
 
-def digit_resnet(seed: int, arm: Arm, *, width: int = 8, batch: int = 64, beta2: float = 0.95) -> Training:
+def digit_resnet(
+    seed: int, arm: LogitChange, *, width: int = 8, batch: int = 64, beta2: float = 0.95
+) -> Training:
     torch.manual_seed(seed)
     x, y = data.digit_images(None, size=8, channels=1, seed=seed)
     model = models.resnet(10, width=width)
@@ -286,7 +290,7 @@ def digit_resnet(seed: int, arm: Arm, *, width: int = 8, batch: int = 64, beta2:
 
 def tiny_gpt(
     seed: int,
-    arm: Arm,
+    arm: LogitChange,
     *,
     windows: int = 2000,
     length: int = 32,
@@ -312,7 +316,7 @@ def tiny_gpt(
 
 
 def smoothed_digits(
-    seed: int, arm: Arm, *, lr: float, beta2: float = 0.95, smoothing: float = 0.1
+    seed: int, arm: LogitChange, *, lr: float, beta2: float = 0.95, smoothing: float = 0.1
 ) -> Training:
     """Full batch, label smoothing (the curvature does not vanish), a high learning rate."""
     training = digits_mlp(seed, arm, rows=200, lr=lr, beta2=beta2, loss=("smoothed", smoothing))

@@ -18,7 +18,7 @@ from nfi_monitor import Monitor
 
 
 @dataclass(frozen=True)
-class Arm:
+class LogitChange:
     """What is done to the logits before the loss reads them; by default nothing."""
 
     loss_dtype: str | None = None  # "float64", "bfloat16", ...: the precision from the logits to the loss
@@ -44,7 +44,7 @@ class Training:
     micro_batches: Callable[[int], Sequence[Any]]
     """Micro-batches of an optimizer step (counted from 1)."""
     scheduler: torch.optim.lr_scheduler.LRScheduler | None = None
-    arm: Arm = field(default_factory=Arm)
+    arm: LogitChange = field(default_factory=LogitChange)
     disturb: Callable[[Training, int], None] | None = None
     """Called before each optimizer step: what comes from outside (a learning-rate kick)."""
     watch: Mapping[str, Any] = field(default_factory=dict)

@@ -9,9 +9,9 @@ import torch
 from rich.console import Console
 
 from tests.benchmarks.overhead import report
-from tests.benchmarks.overhead.arms import NULL, OTHERS, OURS, absent, others
 from tests.benchmarks.overhead.cases import CASES
 from tests.benchmarks.overhead.timing import measure
+from tests.benchmarks.overhead.trainings import NULL, OTHERS, OURS, absent, others
 
 PAGE = Path(__file__).with_name("OVERHEAD.md")
 

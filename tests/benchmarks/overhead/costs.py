@@ -15,8 +15,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from nfi_monitor.capture.sampling import COORDINATES, COORDINATES_FULL, row_stride
-from tests.benchmarks.overhead.arms import Arm, EveryStep
 from tests.benchmarks.overhead.cases import CASES, Case, Classifier, rows
+from tests.benchmarks.overhead.trainings import EveryStep, TimedTraining
 
 READINGS = 12
 
@@ -130,7 +130,7 @@ def peak(name: str, case: Case, directory: Path) -> Peak:
     block that is freed unless it saw it made.
     """
 
-    def train(kind: type[Arm]) -> None:
+    def train(kind: type[TimedTraining]) -> None:
         torch.manual_seed(0)
         arm = kind(case.build(), [case.batch() for _ in range(2)], directory)
         try:
@@ -138,7 +138,7 @@ def peak(name: str, case: Case, directory: Path) -> Peak:
         finally:
             arm.close()
 
-    found = [_allocated(lambda kind=kind: train(kind)) for kind in (Arm, EveryStep)]
+    found = [_allocated(lambda kind=kind: train(kind)) for kind in (TimedTraining, EveryStep)]
     return Peak(name, found[0] / 2**20, found[1] / 2**20)
 
 

@@ -16,7 +16,9 @@ from rich.console import Console
 
 from tests.benchmarks.detection.sheet import NOTHING, Sheet
 from tests.benchmarks.overhead import costs
-from tests.benchmarks.overhead.arms import (
+from tests.benchmarks.overhead.cases import CASES
+from tests.benchmarks.overhead.timing import Result, Spread
+from tests.benchmarks.overhead.trainings import (
     NULL,
     OTHERS,
     OURS,
@@ -26,8 +28,6 @@ from tests.benchmarks.overhead.arms import (
     Everything,
     version,
 )
-from tests.benchmarks.overhead.cases import CASES
-from tests.benchmarks.overhead.timing import Result, Spread
 
 
 @dataclass

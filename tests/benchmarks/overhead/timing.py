@@ -15,8 +15,8 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from tests.benchmarks.overhead.arms import NULL, Arm, FusedBare, Watched, WeightGradient
 from tests.benchmarks.overhead.cases import Case
+from tests.benchmarks.overhead.trainings import NULL, FusedBare, TimedTraining, Watched, WeightGradient
 
 BATCHES = 64  # drawn at random, used in turn: enough that nothing is memorised while the clock runs
 WARM_UP_STEPS = 200  # the costs that the interval is fitted to are known then
@@ -64,10 +64,10 @@ class _Clock:
     def __init__(self, wait: Callable[[], None]) -> None:
         self._wait = wait
 
-    def __call__(self, arm: Arm, steps: int) -> tuple[float, float]:
+    def __call__(self, arm: TimedTraining, steps: int) -> tuple[float, float]:
         return self.watched(arm, steps)[:2]
 
-    def watched(self, arm: Arm, steps: int) -> tuple[float, float, float, int]:
+    def watched(self, arm: TimedTraining, steps: int) -> tuple[float, float, float, int]:
         """And, of this monitor, its own seconds and the steps that it read."""
         arm.run(LEAD_IN_STEPS)
         gc.collect()
@@ -88,7 +88,7 @@ class _Clock:
 def measure(
     name: str,
     case: Case,
-    kinds: Sequence[type[Arm]],
+    kinds: Sequence[type[TimedTraining]],
     *,
     rounds: int,
     device: str = "cpu",
@@ -105,7 +105,7 @@ def measure(
     torch.manual_seed(seed)
     data = [tuple(tensor.to(device) for tensor in case.batch()) for _ in range(BATCHES)]
 
-    def made(kind: type[Arm], stack: ExitStack, directory: Path) -> Arm:
+    def made(kind: type[TimedTraining], stack: ExitStack, directory: Path) -> TimedTraining:
         torch.manual_seed(seed)
         arm = kind(case.build().to(device), data, directory, autocast=case.autocast)
         stack.callback(arm.close)
@@ -115,23 +115,30 @@ def measure(
         arm.settle()
         return arm
 
-    for kind in (Arm, *kinds):
+    for kind in (TimedTraining, *kinds):
         # Event files may still be written while the directory goes.
         with (
             tempfile.TemporaryDirectory(ignore_cleanup_errors=True, prefix="overhead-") as directory,
             ExitStack() as stack,
         ):
-            bare = made(FusedBare if kind is WeightGradient else Arm, stack, Path(directory))
+            bare = made(FusedBare if kind is WeightGradient else TimedTraining, stack, Path(directory))
             arm = made(kind, stack, Path(directory))
             pace = clock(bare, 4)[0] / 4
             longest = max(round(BLOCK_SECONDS / pace), SHORTEST_BLOCK)
             block = min(max(BLOCK_STEPS, arm.interval if isinstance(arm, Watched) else 0), longest)
-            label = NULL if kind is Arm else kind.name
+            label = NULL if kind is TimedTraining else kind.name
             yield _paired(name, label, bare, arm, clock, rounds, block, console)
 
 
 def _paired(
-    case: str, label: str, bare: Arm, arm: Arm, clock: _Clock, rounds: int, block: int, console: Console
+    case: str,
+    label: str,
+    bare: TimedTraining,
+    arm: TimedTraining,
+    clock: _Clock,
+    rounds: int,
+    block: int,
+    console: Console,
 ) -> Result:
     bares, walls, cpus = [clock(bare, block)], [], []
     spent = own = 0.0

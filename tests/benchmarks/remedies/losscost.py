@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from nfi_monitor.remedies import float64_cross_entropy, zero_sum_cross_entropy
-from nfi_monitor.remedies.cross_entropy import SMALL
+from nfi_monitor.remedies.few_rows import SMALL
 
 SHAPES = ((32, 10), (128, 10), (512, 10), (1024, 10), (256, 1000), (256, 50_257))
 """Rows and classes."""

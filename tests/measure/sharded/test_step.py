@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture.optimizer import Update
 from nfi_monitor.capture.sampling import CoordinateSample
+from nfi_monitor.capture.update import Update
 from nfi_monitor.measure.sharded.step import (
     HEAD_SUMS,
     HeadParts,

@@ -18,7 +18,7 @@ from nfi_monitor.replay.run import (
     FLOAT64_LOSS,
     ZERO_SUM,
     Arm,
-    Context,
+    ArmContext,
     combined,
     replay,
     smaller_lr,
@@ -144,7 +144,7 @@ class Rerun:
         snapshot.restore(model, optimizer, self.extras)
         detector.load_state_dict(dict(snapshot.spike or {}))
         head = None if self.head is False else find_head(model, self.head)
-        context = Context(model, optimizer, head, snapshot, stretch.steps)
+        context = ArmContext(model, optimizer, head, snapshot, stretch.steps)
         with arm.change(context):
             for number in range(stretch.step + 1, stretch.end + 1):
                 was, loss = detector.state, self.step(context.data_step(number))

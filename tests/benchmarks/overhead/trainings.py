@@ -27,7 +27,7 @@ timed is a run from there on, which nobody wants to wait for."""
 Loss = Callable[[nn.Module, Tensor, Tensor], Tensor]
 
 
-class Arm:
+class TimedTraining:
     """One copy of the model with its own AdamW. Subclasses watch it."""
 
     loss: Loss = staticmethod(plain_loss)
@@ -77,7 +77,7 @@ class Arm:
             self.step += 1
 
 
-class Watched(Arm):
+class Watched(TimedTraining):
     """This monitor."""
 
     arguments: ClassVar[dict[str, Any]] = {}
@@ -164,7 +164,7 @@ class WithTensorBoard(Watched):
         return {"run_dir": directory / "tensorboard"}
 
 
-class TrainScope(Arm):
+class TrainScope(TimedTraining):
     name = "trainscope"
     package = "trainscope"
     settings: ClassVar[dict[str, Any]] = {}
@@ -190,7 +190,7 @@ class SparseTrainScope(TrainScope):
     settings: ClassVar[dict[str, Any]] = {"trace_every_n_steps": 10}
 
 
-class TrainPulse(Arm):
+class TrainPulse(TimedTraining):
     name = "trainpulse, loss"
     package = "trainpulse"
 
@@ -210,7 +210,7 @@ class TrainPulseWithNorm(TrainPulse):
         self.pulse.log("grad_norm", self.step, norm.item())
 
 
-class ZClip(Arm):
+class ZClip(TimedTraining):
     name = "zclip"
     package = "zclip"
 
@@ -221,7 +221,7 @@ class ZClip(Arm):
         self.clip.step(self.model)
 
 
-class WandB(Arm):
+class WandB(TimedTraining):
     name = "wandb, offline, watch"
     package = "wandb"
 
@@ -239,7 +239,7 @@ class WandB(Arm):
         self.run_.finish()
 
 
-class TwoScalars(Arm):
+class TwoScalars(TimedTraining):
     name = "TensorBoard, two scalars"
     package = "tensorboard"
 
@@ -258,7 +258,7 @@ class TwoScalars(Arm):
 OURS: tuple[type[Watched], ...] = (
     Default, EveryStep, AllRows, Everything, WeightGradient, Jsonl, WithTensorBoard,
 )  # fmt: skip
-OTHERS: tuple[type[Arm], ...] = (
+OTHERS: tuple[type[TimedTraining], ...] = (
     TrainScope,
     SparseTrainScope,
     TrainPulse,
@@ -269,7 +269,7 @@ OTHERS: tuple[type[Arm], ...] = (
 )
 
 
-class FusedBare(Arm):
+class FusedBare(TimedTraining):
     """What the weight-gradient level is held against."""
 
     loss = staticmethod(fused_loss)
@@ -285,7 +285,7 @@ def version(package: str) -> str | None:
         return None
 
 
-def others() -> list[type[Arm]]:
+def others() -> list[type[TimedTraining]]:
     """Those whose package is installed."""
     return [arm for arm in OTHERS if version(arm.package) is not None]
 

@@ -1,0 +1,113 @@
+"""Lay out the vector that the ranks of a team add up, and fill in one rank's share of it."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nfi_monitor.capture import devices
+from nfi_monitor.measure.rows import MAXIMA, SUMS
+from nfi_monitor.measure.sharded.rows import FIELDS, HEADER
+from nfi_monitor.measure.sharded.step import HEAD_SUMS, STEP_SUMS, TENSOR_SUMS
+from nfi_monitor.measure.step import SKIPPED
+from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.ranks.shape import Shape
+
+FLAGS = ("step", "left", "failed", "single_output", "wide_rows", "wide_loss")
+"""Numbers in a rank's line: the step; then 1 where the monitor leaves, where a part of it failed, where the
+head has one output, where rows are float64, where losses are float64."""
+OWN = ("logit_displacement", "logit_displacement_rms")
+"""Quantities that are taken from the first rank that has them, as one process takes them from its first
+micro-batch.  The largest of all ranks would be of more rows than the thresholds are meant for."""
+LARGEST = ("margin_displacement", SKIPPED)
+"""Quantities of which the largest of all ranks counts."""
+LINE = (*FLAGS, *MAXIMA, *OWN, *LARGEST)
+"""Names of the numbers in a rank's line."""
+WHOLE_ON_EACH_RANK = (
+    *OWN, "head_weight_norm", "classifier_mean_norm", "zero_sum_violation_weight", "zero_sum_violation_bias",
+)  # fmt: skip
+"""Quantities that every rank can compute alone although layers are sharded."""
+MEANS = tuple(name for name in QUANTITIES if name not in OWN + LARGEST + ("loss",))
+"""Quantities of which the mean over the ranks counts."""
+
+
+class Layout:
+    """The position of each field in the vector."""
+
+    def __init__(self, shape: Shape, world: int) -> None:
+        self.line = len(LINE) + (2 * (shape.probe_rows + 1) if shape.pooled_head else 0)
+        self.block = len(HEADER) + len(FIELDS) * shape.row_slots if shape.row_slots else 0
+        fields = {
+            "rows": len(SUMS),
+            "features": shape.features,
+            "feature_count": 1,
+            "means": len(MEANS),
+            "mean_counts": len(MEANS),
+            "losses": shape.slots + 1,
+            "loss_counts": shape.slots + 1,
+            "step_ranks": 1,
+            "whole_heads": 1,
+            "step": len(STEP_SUMS) if shape.sharded else 0,
+            "tensors": len(TENSOR_SUMS) * shape.tensors if shape.sharded else 0,
+            "head": len(HEAD_SUMS) if shape.pooled_head else 0,
+            "classifier": shape.features if shape.pooled_head else 0,
+            "columns": shape.columns if shape.pooled_head else 0,
+            "displaced": 2 * shape.probe_rows,
+            "probe_rows": 0 if shape.same_rows_everywhere else shape.probe_rows * shape.features,
+            "shards": world * self.block,
+            "lines": world * self.line,
+        }
+        self.fields: dict[str, tuple[int, int]] = {}
+        self.size = 0
+        for name, length in fields.items():
+            self.fields[name] = (self.size, length)
+            self.size += length
+
+    def at(self, name: str) -> int:
+        return self.fields[name][0]
+
+    def cut(self, vector: Tensor, name: str) -> Tensor:
+        start, length = self.fields[name]
+        return vector[start : start + length]
+
+
+class Message:
+    """One rank's share of the vector: tensors where they are, numbers on the host."""
+
+    def __init__(self, layout: Layout, index: int) -> None:
+        self._layout = layout
+        self._own = layout.at("lines") + index * layout.line
+        self.tensors: list[tuple[int, Tensor]] = []
+        self.numbers: list[tuple[int, float]] = [
+            (self._own + place, -math.inf) for place in range(len(FLAGS), layout.line)
+        ]
+
+    def add(self, name: str, value: Tensor | float, place: int = 0) -> None:
+        self._put(self._layout.at(name) + place, value)
+
+    def own(self, place: int, value: Tensor | float) -> None:
+        """Put ``value`` into this rank's line."""
+        self._put(self._own + place, value)
+
+    def _put(self, position: int, value: Tensor | float) -> None:
+        if isinstance(value, Tensor):
+            self.tensors.append((position, value.detach().reshape(-1).double()))
+        else:
+            self.numbers.append((position, float(value)))
+
+    def pack(self) -> Packed:
+        """Return all tensors in one, with the position of each."""
+        places = [(position, tensor.numel()) for position, tensor in self.tensors]
+        parts = devices.together([tensor for _, tensor in self.tensors])
+        return Packed(torch.cat(parts) if parts else torch.empty(0), places, self.numbers)
+
+
+class Packed(NamedTuple):
+    """``tensor`` [Σ lengths], ``places`` (position, length) of its parts, ``numbers`` (position, value)."""
+
+    tensor: Tensor
+    places: list[tuple[int, int]]
+    numbers: list[tuple[int, float]]
