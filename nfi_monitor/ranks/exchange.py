@@ -70,7 +70,7 @@ class Exchange:
         self._layout = Layout(shape, team.world)
         self._shares = shares
         self._lag = LAG if shape.late else 0
-        self._outbox = HostTransfer()
+        self._transfer = HostTransfer()
         self._under_way: deque[tuple[int, Callable[[], Tensor], Tensor | None]] = deque()
         self._losses: dict[int, Tensor | float] = {}
         self._means: deque[tuple[int, Tensor]] = deque(maxlen=2)
@@ -94,13 +94,13 @@ class Exchange:
         """Register this rank with the others. The first step that is read waits for them."""
         shape, shares = survey(model, optimizer, head, len(ranks), slots=slots)
         name = f"{type(model).__name__} {head.name if head is not None else None} {shape}"
-        line = Team(ranks, name, timeout=1800.0 if shape.late else teams.TIMEOUT)
+        team = Team(ranks, name, timeout=1800.0 if shape.late else teams.TIMEOUT)
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        pool = cls(line, shape, shares, {id(param): place for place, param in enumerate(params)})
+        exchange = cls(team, shape, shares, {id(param): place for place, param in enumerate(params)})
         wrapper = processes.wrapper_of(model)
         # Weak: what a closed monitor leaves behind must not keep the model alive.
-        pool._wrapper = None if wrapper is None else weakref.ref(wrapper)
-        return pool
+        exchange._wrapper = None if wrapper is None else weakref.ref(wrapper)
+        return exchange
 
     @property
     def stops_early(self) -> bool:
@@ -245,7 +245,7 @@ class Exchange:
         if head_weight is not None:
             packed.numbers.append((self._layout.at("whole_heads"), 1.0))
         label = (step, packed.places, packed.numbers, None if self.shape.late else head_weight)
-        self._outbox.put(label, packed.tensor)
+        self._transfer.put(label, packed.tensor)
 
     # --- receive -----------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class Exchange:
         arrived = []
         while self._under_way and self._under_way[0][0] < step:
             arrived.append(self._finish(*self._under_way.popleft()))
-        for label, numbers in self._outbox.take(due=lambda label: label[0] <= step - self._lag):
+        for label, numbers in self._transfer.take(due=lambda label: label[0] <= step - self._lag):
             at, places, host, head_weight = label
             vector = torch.zeros(self._layout.size, dtype=torch.float64)
             positions, known = zip(*host, strict=True)

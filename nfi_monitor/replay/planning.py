@@ -23,7 +23,7 @@ class Plan(NamedTuple):
 
 def plan(
     alerts: Sequence[Alert],
-    ring: RecentSnapshots,
+    recent: RecentSnapshots,
     tau: float,
     snapshot: Snapshot | None = None,
     steps: int | None = None,
@@ -37,7 +37,7 @@ def plan(
     """
     slingshot = next((a for a in reversed(alerts) if a.kind is AlertKind.SLINGSHOT), None)
     if snapshot is None:
-        snapshot = _snapshot_before(slingshot, ring, tau)
+        snapshot = _snapshot_before(slingshot, recent, tau)
     if slingshot is not None and slingshot.first_step <= snapshot.step:
         slingshot = None  # the given snapshot is of a later step: the next slingshot is another one
     if steps is None and slingshot is not None:
@@ -45,8 +45,8 @@ def plan(
     return Plan(snapshot, steps, slingshot)
 
 
-def _snapshot_before(slingshot: Alert | None, ring: RecentSnapshots, tau: float) -> Snapshot:
-    kept = ring.snapshots
+def _snapshot_before(slingshot: Alert | None, recent: RecentSnapshots, tau: float) -> Snapshot:
+    kept = recent.snapshots
     before = [s for s in kept if slingshot is None or s.step < slingshot.first_step]
     if before:
         early = [s for s in before if slingshot is None or s.step <= slingshot.first_step - round(2 * tau)]
@@ -56,9 +56,9 @@ def _snapshot_before(slingshot: Alert | None, ring: RecentSnapshots, tau: float)
             f"those that the monitor kept are of steps {kept[0].step:,}–{kept[-1].step:,}, after the "
             "slingshot began"
         )
-    elif ring.refused:
-        why = ring.refused
-    elif not ring.limit:
+    elif recent.refused:
+        why = recent.refused
+    elif not recent.limit:
         why = "the monitor keeps none (snapshots=False or 0)"
     else:
         why = (
