@@ -13,17 +13,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nfi_monitor.cli.output import fail
+from nfi_monitor.quantities import READING_ORDER
 from nfi_monitor.types import Alert
 
 _POLL_SECONDS = 0.5
-_SHOWN = (
-    "loss",
-    "head_loss",
-    "zero_sum_violation",
-    "absorbed_fraction",
-    "feature_mean_norm",
-    "logit_displacement",
-)
+_SHOWN = tuple(quantity.name for quantity in READING_ORDER if quantity.tail)
 
 
 def run(options: argparse.Namespace) -> int:

@@ -1,1 +1,1 @@
-"""Numbers → phase, alerts, forecast. Plain Python: no torch, no numpy, replayable from a file."""
+"""Turn numbers into phase, alerts and forecast. Plain Python: no torch, no numpy, replayable from a file."""

@@ -1,4 +1,4 @@
-"""The alerts of a run: one event, one alert, which begins, is held, is updated, and ends."""
+"""Keep the alerts of a run: each event has one alert, which begins, is updated, and ends."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ Part = TypeVar("Part")
 
 @dataclass(frozen=True)
 class Claim:
-    """A demand of the detector: an alert of this kind has to fire."""
+    """A request by the detector: an alert of this kind must fire now."""
 
     kind: AlertKind
     severity: Severity
     mechanism: Mechanism
     confidence: float
     develops: bool = True
-    """Whether evidence, phase and forecast are renewed while it fires, or only where its severity rises."""
+    """True: update evidence, phase and forecast at each reading.  False: update only the evidence, and only
+    when the severity rises."""
 
 
 class AlertBook:
-    """Keep ``alerts``, oldest first: of each kind at most one fires.
+    """Keep ``alerts``, oldest first. At most one alert of each kind fires.
 
-    Whatever happens to an alert is added to the judgement that is passed in.
+    Each method adds the changes of its alert to the judgement that it gets.
     """
 
     def __init__(self, writer: AlertWriter) -> None:
@@ -39,16 +40,16 @@ class AlertBook:
         self._counts: dict[str, int] = {}
 
     def __bool__(self) -> bool:
-        """Whether an alert fires."""
+        """Return whether an alert fires."""
         return bool(self._firing)
 
     def firing(self, kind: AlertKind) -> Alert | None:
-        """Return the alert of this kind that fires, or None."""
+        """Return the firing alert of this kind, or None."""
         index = self._firing.get(kind)
         return None if index is None else self.alerts[index]
 
     def hold(self, claim: Claim, step: int, judgement: Judgement) -> None:
-        """Begin an alert, or keep the one of its kind firing."""
+        """Begin an alert, or keep the firing alert of the same kind going."""
         if claim.kind not in self._firing:
             self.begin(claim, step, judgement)
             return
@@ -56,31 +57,32 @@ class AlertBook:
         rises = claim.severity.rank > old.severity.rank
         new = replace(old, last_step=step, severity=claim.severity if rises else old.severity)
         if claim.develops:
-            new = self._developed(new, claim, judgement)
+            new = self._updated(new, claim, judgement)
         elif rises:
             new = replace(
                 new, evidence=self._made(judgement, "evidence", {}, self._writer.evidence, claim.kind)
             )
         if rises or new.mechanism is not old.mechanism:
-            known = old.advice if new.mechanism is old.mechanism else ()
-            new = replace(new, advice=self._advice(judgement, known, claim.kind, new.mechanism, new.severity))
+            old_advice = old.advice if new.mechanism is old.mechanism else ()
+            advice = self._advice(judgement, old_advice, claim.kind, new.mechanism, new.severity)
+            new = replace(new, advice=advice)
             judgement.changes.append((Change.UPDATE, new))
         self.alerts[self._firing[claim.kind]] = new
 
-    def _developed(self, alert: Alert, claim: Claim, judgement: Judgement) -> Alert:
-        """Return the alert as its event stands now.
+    def _updated(self, alert: Alert, claim: Claim, judgement: Judgement) -> Alert:
+        """Return the alert with the present phase, evidence, mechanism and forecast.
 
-        The best evidence so far names the cause, because near the spike all mechanisms look alike.  Rounding
-        that was seen is proven; the other mechanisms are inferred.
+        Keep the mechanism with the highest confidence so far: near the spike all mechanisms look alike.  A
+        proven mechanism (rounding, which is measured) replaces a mechanism that was only inferred.
         """
-        firmer = claim.confidence > alert.confidence or (
+        more_certain = claim.confidence > alert.confidence or (
             claim.mechanism in PROVEN and alert.mechanism not in PROVEN
         )
         return replace(
             alert,
             phase=judgement.phase,
-            mechanism=claim.mechanism if firmer else alert.mechanism,
-            confidence=claim.confidence if firmer else alert.confidence,
+            mechanism=claim.mechanism if more_certain else alert.mechanism,
+            confidence=claim.confidence if more_certain else alert.confidence,
             evidence=self._made(judgement, "evidence", alert.evidence, self._writer.renewed, alert),
             steps_to_spike=self._forecast(judgement, claim),
         )
@@ -113,7 +115,7 @@ class AlertBook:
     def end(self, kind: AlertKind, step: int, judgement: Judgement, *renewed: str) -> None:
         """End the alert of this kind at ``step``, if one fires.
 
-        ``renewed``: quantities whose evidence is read again at the end.
+        ``renewed``: quantities whose evidence is updated at the end.
         """
         index = self._firing.pop(kind, None)
         if index is None:
@@ -132,17 +134,18 @@ class AlertBook:
         self.alerts[index] = ended
         judgement.changes.append((Change.END, ended))
 
-    # --- its parts: an alert is raised without the part that cannot be made ---------------------------
+    # --- parts of an alert: if a part fails, the alert is raised without it ---------------------------
 
     @staticmethod
     def _made(
-        judgement: Judgement, part: str, otherwise: Part, make: Callable[..., Part], *arguments: object
+        judgement: Judgement, part: str, fallback: Part, make: Callable[..., Part], *arguments: object
     ) -> Part:
+        """Return ``make(*arguments)``; if it raises, record the error and return ``fallback``."""
         try:
             return make(*arguments)
         except Exception as error:
             judgement.failed.append((part, error))
-            return otherwise
+            return fallback
 
     def _forecast(self, judgement: Judgement, claim: Claim) -> tuple[int, int, int] | None:
         return self._made(judgement, "forecast", None, self._writer.forecast, claim.kind, claim.mechanism)
@@ -150,19 +153,19 @@ class AlertBook:
     def _advice(
         self,
         judgement: Judgement,
-        otherwise: tuple[str, ...],
+        fallback: tuple[str, ...],
         kind: AlertKind,
         mechanism: Mechanism,
         severity: Severity,
     ) -> tuple[str, ...]:
-        return self._made(judgement, "advice", otherwise, self._writer.advice, kind, mechanism, severity)
+        return self._made(judgement, "advice", fallback, self._writer.advice, kind, mechanism, severity)
 
     # --- resume ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types only: survives JSON and torch.save alike."""
+        """Return the state in plain types, which JSON and torch.save both keep."""
         return {
-            # to_json writes null for what is not finite; a resume must find it as it was.
+            # Alert.to_json writes null for NaN and Inf. A resume needs the original values: use asdict.
             "alerts": [
                 alert.to_json() | {"evidence": {name: asdict(item) for name, item in alert.evidence.items()}}
                 for alert in self.alerts
@@ -172,7 +175,7 @@ class AlertBook:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` left off; ``alerts`` stays the same list."""
+        """Restore what :meth:`state_dict` returned; ``alerts`` stays the same list object."""
         self.alerts[:] = [Alert.from_json(record) for record in state["alerts"]]
         self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
         self._counts = dict(state["counts"])

@@ -1,4 +1,4 @@
-"""What an alert says beside its kind: evidence, forecast and advice, from the rules that are on."""
+"""Make an alert's evidence, forecast and advice from the rules that are on."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from nfi_monitor.detect.rules.base import finite
 from nfi_monitor.detect.situation import Situation
 from nfi_monitor.types import Alert, AlertKind, Evidence, Mechanism, Severity
 
-_LASTING = {level.quantity for rule in RULES for level in rule.levels if level.keeps_lowest}
+_KEEPS_LOWEST = {level.quantity for rule in RULES for level in rule.levels if level.keeps_lowest}
 
 
 class AlertWriter:
-    """Write the parts of an alert from the detector's situation."""
+    """Make the parts of an alert from the detector's situation."""
 
     def __init__(self, now: Situation) -> None:
         self._now = now
 
     @property
     def origin(self) -> tuple[str | None, int]:
-        """The (layer, rank) that an alert is about."""
+        """(layer, rank) of the alerts."""
         return self._now.context.layer, self._now.context.rank
 
     def evidence(self, kind: AlertKind) -> dict[str, Evidence]:
-        """Return what an alert of ``kind`` rests on, quantity by quantity.
+        """Return the evidence of an alert of ``kind``: quantity → value, threshold and baseline.
 
-        Every rule's signals stand beside their usual levels.  A rule that is on replaces them by the levels
-        that it asked for.
+        Every rule gives its signals with their usual thresholds.  A rule that is on replaces them by the
+        thresholds that it applied.
         """
         now = self._now
         for rule in RULES:
@@ -36,7 +36,7 @@ class AlertWriter:
                 return rule.claims(now, kind)
         items: dict[str, Evidence] = {}
         claimed: dict[str, Evidence] = {}
-        for rule in RULES:  # of each quantity the first rule that speaks
+        for rule in RULES:  # if several rules give a quantity, the first rule counts
             items = items | {name: item for name, item in rule.evidence(now).items() if name not in items}
             if now.on(rule.name) and not rule.anytime:
                 claims = rule.claims(now, kind)
@@ -49,20 +49,20 @@ class AlertWriter:
         return finite(items)
 
     def renewed(self, alert: Alert) -> dict[str, Evidence]:
-        """Return the evidence of an alert that goes on.
+        """Return the present evidence of a firing alert.
 
-        Where the alert began with a lower threshold, that threshold is kept.
+        Where the alert began with a lower threshold, keep that threshold.
         """
         new = self.evidence(alert.kind)
-        for name in _LASTING & new.keys() & alert.evidence.keys():
+        for name in _KEEPS_LOWEST & new.keys() & alert.evidence.keys():
             levels = (new[name].threshold, alert.evidence[name].threshold)
             new[name] = replace(new[name], threshold=min(x for x in levels if x is not None))
         return new
 
     def forecast(self, kind: AlertKind, mechanism: Mechanism) -> tuple[int, int, int] | None:
-        """Return (low, median, high) steps left, or None where no rule gives a number.
+        """Return (low, median, high) optimizer steps left, or None if no rule gives a forecast.
 
-        Asked are the rules of the mechanism that are on, in their order.
+        The forecast is that of the first rule of the mechanism that is on and gives one.
         """
         if kind not in (AlertKind.AT_RISK, AlertKind.IMMINENT):
             return None
@@ -74,5 +74,5 @@ class AlertWriter:
         return None
 
     def advice(self, kind: AlertKind, mechanism: Mechanism, severity: Severity) -> tuple[str, ...]:
-        """Return what to do, in the order to try it."""
+        """Return the lines of advice, in the order to try them."""
         return advice_for(kind, mechanism, self._now.context.tau, severity)

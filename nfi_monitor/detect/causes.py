@@ -1,8 +1,9 @@
-"""The signals by which a cause is named, and the levels that tell causes apart.
+"""Collect the signals that name a cause, and the levels that separate the causes.
 
-The zero-sum violation tells numeric slingshots from all others: medians before a spike .11–.99
-against 1e-8 (spikes that survive float64) and 1e-3 (early instability).  The cosine of the global
-means, RMS_t and the decay of the second moment overlap between mechanisms: alone they decide nothing.
+The zero-sum violation separates numeric slingshots from all others.  Its median before numeric slingshots is
+.11–.99.  It is 1e-8 before spikes that survive float64, and 1e-3 before early instability.  The cosine of the
+global means, RMS_t and the decay of the second moment overlap between mechanisms.  None of these three
+decides alone.
 """
 
 from __future__ import annotations
@@ -12,51 +13,55 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 NUMERIC_ABOVE = 0.05
-"""Zero-sum violation from which on rounding is at work."""
+"""Zero-sum violation at and above which rounding is the cause."""
 NUMERIC_BELOW = 0.01
-"""Zero-sum violation below which rounding is not at work. Between the two levels, nobody knows."""
+"""Zero-sum violation below which rounding is not the cause. Between the two levels the cause is uncertain."""
 FORGOTTEN = -0.3
-"""Decades: sqrt(v̂) is half of its recent maximum or less. More is not needed: before hinge-loss
-slingshots it has fallen 2 to 20 times, and "fell a hundredfold" is a wrong alarm."""
+"""Decay of sqrt(v̂) in decades at which the second moment counts as decayed: half of its recent maximum.
+
+Rejected: a larger decay, because sqrt(v̂) has fallen only 2 to 20 times before hinge-loss slingshots, and
+"fell a hundredfold" is a wrong alarm."""
 LEARNED = 2.0
-"""Steps, in τ, before a second moment can have forgotten. Until then bias correction makes it an average over
-all gradients so far, and holding it averted nothing (0 of 3 replayed)."""
+"""Time, in τ, before the second moment can have forgotten a gradient.
+
+Until then bias correction makes it an average over all gradients so far.  Holding it there averted no
+slingshot (0 of 3 replayed)."""
 JUMP = 3.0
-"""Factor by which the learning rate leaves its own average in a step: no schedule that warms up does."""
+"""Ratio of the learning rate to its own average that counts as a jump. No warm-up reaches it in one step."""
 UNMOVED = 1.5
-"""Largest ratio of an ordinary update's RMS to its own average. After such an update it was not the weights
-that made the loss rise.
-"""
+"""Largest ratio of an ordinary update's RMS to its own average.
+
+If the loss rises after such an update, the weights did not cause the rise."""
 
 
 @dataclass(frozen=True)
 class Causes:
-    """Signals in the steps before the event. A signal that was not seen is NaN."""
+    """Signals in the steps before the event. A signal that was not measured is NaN."""
 
-    step: int  # the reading that the signals are of
-    violation: float  # zero-sum violation, smoothed; NaN also where the loss breaks it by design
-    no_classes: bool  # the head has one output: absorption of a correct class does not exist
+    step: int  # step of the reading that the signals come from
+    violation: float  # zero-sum violation, smoothed; NaN also if the loss breaks the zero-sum by design
+    no_classes: bool  # the head has one output: no correct class, so no absorption
     on: tuple[str, ...]  # names of the rules that were on
-    gone: bool  # within the last τ there was next to no gradient, on a second moment that had LEARNED one
-    decay: float  # decades that sqrt(v̂) had fallen
+    gone: bool  # in the last τ the gradient had nearly vanished, after the second moment had LEARNED it
+    decay: float  # log10 of sqrt(v̂) over its maximum: decades, ≤ 0
     curvature: float  # largest secant curvature × lr just before
     stability_limit: float  # 2(1+β1)/(1−β1)
-    learning_rate_jump: float  # against its own average
-    update_jump: float  # RMS of the last update before the event, against its own average
-    rms_t: float  # largest of the last few steps before the event
+    learning_rate_jump: float  # ratio of the learning rate to its own average
+    update_jump: float  # ratio of the RMS of the last update before the event to its own average
+    rms_t: float  # largest RMS_t of the last few steps before the event
 
     @property
     def forgotten(self) -> bool:
-        """Whether the second moment has let go of the gradient."""
+        """Whether the second moment has decayed: sqrt(v̂) is at most half of its recent maximum."""
         return self.decay <= FORGOTTEN
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain types."""
+        """Return the fields as plain types."""
         return asdict(self) | {"on": list(self.on)}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Causes:
-        """Read what :meth:`state_dict` returned, or what version 0.1 saved: it kept a flag for each rule."""
+        """Restore what :meth:`state_dict` returned. Version 0.1 saved one flag for each rule instead."""
         values = {"gone": False, "step": 0, **state}
         flags = {"kicked": "kicking", "coasting": "coasting", "swinging": "swinging"}
         on = [rule for flag, rule in flags.items() if values.pop(flag, False)]

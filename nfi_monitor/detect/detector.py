@@ -1,8 +1,8 @@
-"""The state machine: readings in, phase and alerts out.
+"""Judge readings: the state machine that turns readings into a phase and alerts.
 
-The detector smooths a reading into signals.  It asks every rule of
-:data:`~nfi_monitor.detect.rules.RULES` whether the rule is on.  The alert book begins, holds and ends alerts.
-Whether a slingshot is under way follows from the loss (:mod:`~nfi_monitor.detect.spike`).
+The detector smooths a reading into signals.  Then it updates the switch of every rule of
+:data:`~nfi_monitor.detect.rules.RULES`.  The alert book begins, updates and ends alerts.  The loss decides
+whether a slingshot is under way (:mod:`~nfi_monitor.detect.spike`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class Attention(Enum):
 
 
 class Detector:
-    """Judge readings, which must come in the order of their steps. ``phase`` and ``alerts`` are the
-    result.
+    """Judge readings, which must come in the order of their steps.
+
+    ``phase`` and ``alerts`` are the result.
     """
 
     def __init__(self, thresholds: Thresholds | None = None, context: RunContext | None = None) -> None:
@@ -58,7 +59,7 @@ class Detector:
 
     @property
     def context(self) -> RunContext:
-        """What is known of the run besides its readings; may change from reading to reading."""
+        """What the detector knows about the run besides its readings; may change between readings."""
         return self._now.context
 
     @context.setter
@@ -67,19 +68,19 @@ class Detector:
 
     @property
     def alerts(self) -> list[Alert]:
-        """All alerts, oldest first; the same list all along."""
+        """All alerts, oldest first; always the same list object."""
         return self._book.alerts
 
-    # --- how closely to look ---------------------------------------------------------------------------
+    # --- how many steps to read ------------------------------------------------------------------------
 
     @property
     def attention(self) -> Attention:
-        """How closely the next steps should be read."""
+        """How many of the next steps should be read."""
         return Attention.ALWAYS if self._loss_unusual else self._attention
 
     @property
     def only_loss_unusual(self) -> bool:
-        """Whether nothing but an unusual loss calls for the next steps."""
+        """Whether an unusual loss is the only reason to read the next steps."""
         return self._loss_unusual and self._attention is Attention.RARELY
 
     @property
@@ -88,17 +89,17 @@ class Detector:
 
     @property
     def _attention(self) -> Attention:
-        """How closely to look for any other reason than an unusual loss."""
-        if self.phase is Phase.HEALTHY and not self._book and not self._near:
+        """How many of the next steps should be read for other reasons than an unusual loss."""
+        if self.phase is Phase.HEALTHY and not self._book and not self._any_rule_nears:
             return Attention.RARELY
-        # Absorbing alone may last for the rest of a run and leads to nothing within τ.
+        # The phase *absorbing* alone may last for the rest of a run. No slingshot follows within τ.
         calm = self.phase is Phase.ABSORBING and not displacing(self._now)
-        # Of a loss that is not finite the next reading tells whether the weights are.
+        # After a loss that is NaN or Inf, the next reading shows whether the weights are finite.
         calm = calm and self._book.firing(AlertKind.NON_FINITE) is None
         return Attention.OFTEN if calm else Attention.ALWAYS
 
     @property
-    def _near(self) -> bool:
+    def _any_rule_nears(self) -> bool:
         return any(rule.nears(self._now) for rule in RULES)
 
     @property
@@ -109,13 +110,13 @@ class Detector:
     # --- judging ---------------------------------------------------------------------------------------
 
     def is_unusual(self, step: int, loss: float) -> bool:
-        """Record a loss as soon as it is known; return whether it calls for closer attention."""
+        """Record a loss as soon as it is known; return whether it is a reason to read the next steps."""
         return self.loss_watch.update(step, loss, self.limits)
 
     def absorb_ordinary_loss(self, step: int, loss: float) -> bool:
-        """Add an ordinary loss, which :meth:`is_unusual` has seen, to the running average.
+        """Add an ordinary loss to the running average; call :meth:`is_unusual` with it first.
 
-        Returns False, and adds nothing, for a loss that :meth:`update` has to judge.
+        Returns False, and adds nothing, for a loss that :meth:`update` must judge.
         """
         if not 0.0 <= loss < self.spike.usual_below(self.limits):
             return False
@@ -125,37 +126,37 @@ class Detector:
 
     def update(self, reading: Reading) -> Judgement:
         """Judge one reading."""
-        was = self.spike.state
+        old_state = self.spike.state
         loss = self._loss_of(reading)
         state = self.spike.update(reading.step, loss, self.context.tau, self.limits)
-        # Between readings the loss comes alone: all it can tell is whether it left its floor.
-        alone = len(reading.values) == 1 and "loss" in reading.values
-        if alone and was == state == QUIET and math.isfinite(loss):
+        # Between full readings only the loss is known. It only shows whether it left its floor.
+        only_loss = len(reading.values) == 1 and "loss" in reading.values
+        if only_loss and old_state == state == QUIET and math.isfinite(loss):
             return Judgement(self.phase)
-        derived = {} if alone else self.signals.update(reading, self.context.tau, self.limits)
+        derived = {} if only_loss else self.signals.update(reading, self.context.tau, self.limits)
         judgement = Judgement(self.phase, derived=derived)
         self._now.reading = reading
         for rule in RULES:
             if rule.anytime:
-                self._ask_anytime(rule, judgement)
+                self._update_anytime(rule, judgement)
         if state != QUIET:
-            self._in_slingshot(state, began=was == QUIET, judgement=judgement)
+            self._update_slingshot(state, began=old_state == QUIET, judgement=judgement)
         else:
-            if was != QUIET:
+            if old_state != QUIET:
                 self._end_slingshot(judgement)
-            self._between(judgement)
-            # A slingshot's cause is read from the reading before it: in the spike itself rows are no
-            # longer absorbed, and RMS_t is high whatever the reason.
+            self._update_warnings(judgement)
+            # A slingshot's cause is read from the reading before it. In the spike itself rows are no longer
+            # absorbed, and RMS_t is high whatever the cause is.
             if self.spike.streak == 0:
                 self._causes = self._observe()
         self.phase = judgement.phase
         return judgement
 
     def _loss_of(self, reading: Reading) -> float:
-        """Return the loss to judge: the reported one, or else the one recovered at the head.
+        """Return the loss to judge: the reported loss, or else the loss recovered at the head.
 
-        Once the user reports a loss, never fall back to the head's own.  Penalties and class weights make the
-        two differ.
+        Once the user reports a loss, never fall back to the head's loss.  The two differ if the user's loss
+        has penalties or class weights.
         """
         self._loss_reported = self._loss_reported or "loss" in reading.values
         loss = reading.get("loss")
@@ -164,37 +165,38 @@ class Detector:
             loss = reading.get("head_loss")
         return loss
 
-    def _ask_anytime(self, rule: Rule, judgement: Judgement) -> None:
-        """Ask a rule that judges single readings, and hold or end its alerts."""
+    def _update_anytime(self, rule: Rule, judgement: Judgement) -> None:
+        """Update the switch of a rule with ``anytime``, and begin, keep or end its alerts."""
         now, step = self._now, self._now.step
-        shown = rule.enter(now)
-        on = self._switches[rule.name].update(step, shown, rule.stay(now))
+        enters = rule.enter(now)
+        on = self._switches[rule.name].update(step, enters, rule.stay(now))
         for kind in rule.holds:
             if not on:
                 self._book.end(kind, step, judgement)
-            elif shown:
+            elif enters:
                 severity = rule.severity(kind, now)
                 claim = Claim(kind, severity, rule.mechanism, rule.confidence, develops=False)
                 self._book.hold(claim, step, judgement)
 
-    def _in_slingshot(self, state: str, *, began: bool, judgement: Judgement) -> None:
+    def _update_slingshot(self, state: str, *, began: bool, judgement: Judgement) -> None:
+        """Set the phase within a slingshot; begin the slingshot's alert if it ``began`` at this reading."""
         step, spike = self._now.step, self.spike
-        # The loss of a slingshot crosses its level many times: a few steps below it are no recovery yet.
-        calm = state == FALLEN and step - spike.fallen_at >= min(0.25 * self.context.tau, 12.0)
-        judgement.phase = Phase.RECOVERING if calm else Phase.SLINGSHOT
+        # The loss of a slingshot crosses its level many times. A few steps below it are no recovery yet.
+        recovering = state == FALLEN and step - spike.fallen_at >= min(0.25 * self.context.tau, 12.0)
+        judgement.phase = Phase.RECOVERING if recovering else Phase.SLINGSHOT
         if not began:
             return
         causes = self._causes
-        if causes.step < spike.start - 1:  # the update right before the event was not seen
+        if causes.step < spike.start - 1:  # the update right before the event was not read
             causes = replace(causes, update_jump=math.nan)
         mechanism, confidence = name_mechanism(causes)
         for kind in _WARNINGS:
-            # A cause that was named while it built up outweighs what the last step before shows.
+            # A mechanism that was named during the build-up with more confidence replaces this one.
             warning = self._book.firing(kind)
             if warning is not None and warning.confidence > confidence and mechanism not in PROVEN:
                 mechanism, confidence = warning.mechanism, warning.confidence
             self._book.end(kind, step, judgement)
-        # Begun while the rules are still on: their levels are its evidence.
+        # Begin the alert before the rules are switched off, because their levels are its evidence.
         claim = Claim(AlertKind.SLINGSHOT, Severity.CRITICAL, mechanism, confidence)
         self._book.begin(claim, spike.start, judgement)
         for rule in RULES:
@@ -203,11 +205,12 @@ class Detector:
         self.signals.restart()
 
     def _end_slingshot(self, judgement: Judgement) -> None:
+        """End the slingshot's alert and reset the signals' peaks."""
         self._book.end(AlertKind.SLINGSHOT, self.spike.fallen_at, judgement, "loss", "loss_afterwards")
         self.signals.calm()
 
-    def _between(self, judgement: Judgement) -> None:
-        """Ask the rules, in their order, and hold the alerts of those that are on."""
+    def _update_warnings(self, judgement: Judgement) -> None:
+        """Update the rules' switches, in the order of ``RULES``, then the alerts *at risk* and *imminent*."""
         now, step = self._now, self._now.step
         on: list[Rule] = []
         for rule in RULES:
@@ -224,22 +227,24 @@ class Detector:
                 self._book.end(kind, step, judgement)
 
     def _claim(self, kind: AlertKind, holding: list[Rule]) -> Claim:
-        severity = max((rule.severity(kind, self._now) for rule in holding), key=lambda one: one.rank)
+        """Return what the rules in ``holding`` require: the highest severity, a proven mechanism first."""
+        severity = max((rule.severity(kind, self._now) for rule in holding), key=lambda level: level.rank)
         mechanism, confidence = name_mechanism(self._observe())
         proven = next((rule.mechanism for rule in holding if rule.proves), mechanism)
         if mechanism is not proven:
-            # Hysteresis keeps a state alive below the level at which its mechanism was named.
+            # By hysteresis, a rule stays on below the level at which its mechanism is named.
             mechanism, confidence = proven, 0.5
         return Claim(kind, severity, mechanism, confidence)
 
     def _observe(self) -> Causes:
+        """Return the present signals in the form that names a mechanism."""
         signals, now = self.signals, self._now
         return Causes(
             step=signals.last_step,
             violation=signals.violation,
             no_classes=self.context.no_classes,
             on=tuple(rule.name for rule in RULES if now.on(rule.name)),
-            gone=now.gone,
+            gone=now.gradient_vanished,
             decay=signals.decay_lowest,
             curvature=signals.curvature_peak,
             stability_limit=self.context.stability_limit,
@@ -251,7 +256,7 @@ class Detector:
     # --- resume ------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types only: survives JSON and torch.save alike."""
+        """Return the state in plain types, which JSON and torch.save both keep."""
         return {
             "phase": self.phase.value,
             **self._book.state_dict(),
@@ -264,28 +269,28 @@ class Detector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` left off; also from a state that knows fewer rules."""
+        """Restore what :meth:`state_dict` returned, also in version 0.1 or before a rule existed."""
         self.phase = Phase(state["phase"])
         self._book.load_state_dict(state)
         self.signals.load_state_dict(state["signals"])
         self.spike.load_state_dict(state["spike"])
-        watch = state.get("loss_watch", state.get("unrest"))  # its name in version 0.1
-        if watch is not None:
-            self.loss_watch.load_state_dict(watch)
+        loss_watch = state.get("loss_watch", state.get("unrest"))  # "unrest": the key in version 0.1
+        if loss_watch is not None:
+            self.loss_watch.load_state_dict(loss_watch)
         for rule in RULES:
             self._load_switch(rule, state["switches"])
         self._loss_reported = bool(state.get("loss_reported", state.get("told")))
         self._causes = Causes.from_state(state["causes"])
 
     def _load_switch(self, rule: Rule, saved: Mapping[str, Any]) -> None:
-        """Load the switch of one rule.
+        """Restore the switch of one rule.
 
-        A rule that the checkpoint does not know begins switched off, unless an alert fires that only this
-        rule holds."""
+        A rule that is missing in the checkpoint begins switched off.  Exception: it begins switched on if an
+        alert fires whose kind only this rule holds."""
         switch = self._switches[rule.name]
-        known = saved.get(rule.name, saved.get(f"_{rule.name}"))  # version 0.1 wrote an underscore
-        if known is not None:
-            switch.load_state_dict(known)
+        state = saved.get(rule.name, saved.get(f"_{rule.name}"))  # version 0.1 wrote an underscore first
+        if state is not None:
+            switch.load_state_dict(state)
             return
         others = {kind for other in RULES if other is not rule for kind in other.holds}
         firing = (self._book.firing(kind) for kind in rule.holds if kind not in others)

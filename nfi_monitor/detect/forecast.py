@@ -1,15 +1,20 @@
-"""How many optimizer steps are left.
+"""Forecast how many optimizer steps are left before a numeric slingshot.
 
-δ, the displacement of one update in nats, grows before a numeric slingshot; the loss feels it when over a
-twentieth of τ it is about one nat.  Two clocks drive it.  Under a constant gradient Adam's updates grow as
-its second moment decays, by −½ ln β2 a step (Liu et al. 2026, section 3: gradients flat at the absorbed
-floor); only the absorbed part of the gradient is constant, and its share is what the zero-sum violation
-measures.  And the features inflate: that shows in the measured slope of ln δ, noisy as it is.  So
+δ is the displacement of the logits by one update, in nats.  δ grows before a numeric slingshot.  The loss
+rises when δ over a twentieth of τ is about one nat.  δ grows for two reasons:
+
+1. The second moment decays.  Under a constant gradient Adam's updates then grow by −½ ln β2 a step (Liu et
+   al. 2026, section 3: gradients flat at the absorbed floor).  Only the absorbed part of the gradient is
+   constant.  The zero-sum violation measures the share of that part.
+2. The features inflate.  The measured slope of ln δ shows this growth, with much noise.
+
+So
 
     steps ≈ ln(1/δ) / (−½ ln β2 · violation + 0.3 · slope).
 
-The slope alone lost: the last τ says little about the next ten, and its forecasts were three times too short
-at 10 τ.  The first clock alone is right at β2 = .95 and up to three times too long at .99 and .999.
+Rejected: the slope alone, because the last τ says little about the next ten.  Its forecasts were three times
+too short at 10 τ.  Rejected: the decay alone, because it is right at β2 = .95, but up to three times too long
+at .99 and .999.
 """
 
 from __future__ import annotations
@@ -17,25 +22,27 @@ from __future__ import annotations
 import math
 
 SPREAD = 2.0
-"""Factor of the interval around the median."""
+"""Factor between the median and the ends of the interval."""
 SLOPE = 0.3
 """Share of the measured slope that lasts. Fitted on the proving ground; .2 and .4 do almost as well."""
 NEAREST = 4.5
-"""τ. Near one nat δ grows no more, and below this the law has nothing to say: the state *imminent* has."""
+"""Shortest forecast, in τ.
+
+Near one nat δ stops growing, so the formula does not hold below this.  There the phase *imminent* warns."""
 FARTHEST = 15.0
-"""τ. Beyond this the run will have changed."""
+"""Longest forecast, in τ. In a longer time the run changes too much."""
 LEAVING = 0.5
-"""Nats that log loss has risen: it is leaving its floor, and the time for numbers is over."""
+"""Rise of log loss, in nats, from which on no forecast is given: the loss is already leaving its floor."""
 
 
 def steps_to_spike(
     displacement: float, violation: float, slope: float, loss_rise: float, beta2: float, tau: float
 ) -> tuple[int, int, int] | None:
-    """(low, median, high) in steps, or None where a number would be a guess.
+    """Return (low, median, high) in steps, or None where a number would be a guess.
 
-    ``displacement`` δ rms in nats over a twentieth of τ, ``violation`` zero-sum violation in [0, 1],
-    ``slope`` d ln δ / d step, ``loss_rise`` nats of log loss above its lowest of late (both NaN where they
-    were not seen).
+    ``displacement``: δ (RMS) in nats over a twentieth of τ.  ``violation``: zero-sum violation in [0, 1].
+    ``slope``: d ln δ / d step.  ``loss_rise``: nats of log loss above its recent minimum.  ``slope`` and
+    ``loss_rise`` are NaN if they were not measured.
     """
     if not (math.isfinite(displacement) and 0 < displacement < 1 and violation > 0 and 0 < beta2 < 1):
         return None

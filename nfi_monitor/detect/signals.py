@@ -1,4 +1,4 @@
-"""Smooth the readings into the few signals that phases are decided on."""
+"""Smooth the readings into the few signals that decide on the phase."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ _PARTS = (Ema, Growth, Hysteresis)
 
 
 class _Times(NamedTuple):
-    """Time constants of one reading, in steps."""
+    """Time constants of one reading, in steps (``keep``: a factor)."""
 
     tau: float
-    gap: int  # since the last reading
-    window: float  # of violation and RMS_t
-    long: float  # of growth, a small difference of noisy numbers: the whole window, also at β2 = .999
-    short: float  # of displacements
+    gap: int  # steps since the last reading
+    window: float  # time constant of violation and RMS_t
+    long: float  # time constant of growth, a small difference of noisy numbers: no cap, also at β2 = .999
+    short: float  # time constant of displacements
     keep: float
-    """What is left of a peak. Peaks fade within a few steps: they hold an alarm through the gaps of a
-    chattering gradient, and must not hold it through a calm one.
+    """Factor by which a peak fades until this reading.
+
+    Peaks fade within a few steps.  They keep an alert firing through the gaps of a chattering gradient, but
+    not through a calm one.
     """
 
     @classmethod
@@ -41,26 +43,36 @@ class _Times(NamedTuple):
 
 
 class Signals(Stateful):
-    """Updated once a reading; every attribute without an underscore is a signal.
+    """Update the signals at each reading. Every attribute without an underscore is a signal; NaN: unknown.
 
-    violation: zero-sum violation that reaches the weights, smoothed; NaN while unseen or while the loss
-    breaks it by design.
-    growth: d ln‖μ_G‖ / d step, smoothed.  classifier_growth: the same of ‖W_G‖.
-    displacement: ln-average of δ in nats (the probe's margins where there is a probe); displacement_rise:
-    that against its own lowest of late; head_displacement: δ by the head alone, with or without a probe;
-    displacement_rms: ln-average of the head's root mean square; displacement_slope: d ln of that / d step.
-    swing: how far the layers below the head moved the mean row's logits, nats, largest of the last few
-    steps; swell: that against its own lowest average of late; alignment: average cosine of successive
-    gradients, turn: that of the last two.
-    rms_t: RMS_t of the last reading; rms_t_peak and curvature_peak: largest of the last few steps;
-    rms_t_mean: average; gone_at: the last step at which that was below GONE.
-    decay: decades sqrt(v̂) of the head lies below its maximum since the last slingshot, which fades;
-    decay_lowest: the lowest of the last few steps, because a kick refills the second moment at once.
+    violation: zero-sum violation that reaches the weights, smoothed; NaN before it is measured and while the
+    loss breaks the zero-sum by design.
+    growth: d ln‖μ_G‖ / d step, smoothed.
+    classifier_growth: d ln‖W_G‖ / d step, smoothed.
+    displacement: average of ln δ, as δ in nats; δ is of the probe's margins where there is a probe.
+    displacement_rise: ratio of ``displacement`` to its own recent minimum.
+    head_displacement: as ``displacement``, but always by the head alone, with or without a probe.
+    displacement_rms: average of ln of the head's root mean square displacement, as nats.
+    displacement_slope: d ln(root mean square displacement) / d step.
+    swing: nats that the layers below the head moved the mean row's logits; largest of the last few steps.
+    swell: ratio of ``swing`` to the recent minimum of its average.
+    alignment: average cosine of successive gradients.
+    turn: cosine of the last two gradients.
+    rms_t: RMS_t of the last reading.
+    rms_t_mean: average of RMS_t.
+    rms_t_peak, curvature_peak: largest RMS_t and secant curvature of the last few steps.
+    gone_at: last step at which ``rms_t_mean`` was at most GONE.
+    decay: log10 of the head's sqrt(v̂) over its maximum since the last slingshot; that maximum fades slowly.
+    decay_lowest: lowest ``decay`` of the last few steps, because a kick refills the second moment at once.
     shrinkage: d ln(weight norm) / d step; negative while weight decay alone moves the weights.
     learning_rate_jump: largest ratio of the learning rate to its own average in the last few steps.
-    update_jump: the last update's RMS against its own average.
-    loss_rise: nats that log loss, averaged, stands above its lowest of the last 3 τ.
-    broken_by_design: rounding cannot explain the violation; it is not absorption.
+    update_jump: ratio of the last update's RMS to its own average.
+    loss_rise: nats of averaged log loss above its minimum of the last 3 τ.
+    root_max: that maximum of sqrt(v̂); 0 where none is known.
+    soft_targets: whether more than half of the rows have soft targets.
+    last_step: step of the last reading.
+    broken_by_design: whether the loss breaks the zero-sum by design: rounding cannot explain the violation,
+    so the violation is no absorption.
     """
 
     __slots__ = (
@@ -99,21 +111,22 @@ class Signals(Stateful):
 
     @property
     def broken_by_design(self) -> bool:
+        """Whether the loss breaks the zero-sum by design."""
         return bool(self._unexplained_switch.on)
 
     def update(self, reading: Reading, tau: float, limits: Thresholds) -> dict[str, float]:
-        """Take a reading in; return the quantities derived from it (growth rates, decay)."""
+        """Add a reading; return the quantities that are derived from it (growth rates, decay)."""
         times = _Times.of(reading.step, self.last_step, tau, limits)
-        self._take_rows(reading, times, limits)
-        derived = self._take_growth(reading, times)
-        self._take_displacement(reading, times)
-        self._take_swing(reading, times)
-        self._take_optimizer(reading, times)
-        derived |= self._take_decay(reading, times)
+        self._update_violation(reading, times, limits)
+        derived = self._update_growth(reading, times)
+        self._update_displacement(reading, times)
+        self._update_swing(reading, times)
+        self._update_optimizer(reading, times)
+        derived |= self._update_decay(reading, times)
         self.last_step = reading.step
         return derived
 
-    def _take_rows(self, reading: Reading, times: _Times, limits: Thresholds) -> None:
+    def _update_violation(self, reading: Reading, times: _Times, limits: Thresholds) -> None:
         step, get = reading.step, reading.get
         share = self._unexplained.update(step, get("unexplained_violation_fraction"), times.window)
         self._unexplained_switch.update(
@@ -124,7 +137,7 @@ class Signals(Stateful):
         smoothed = self._violation.update(step, _violation(reading), times.window)
         self.violation = NAN if self.broken_by_design else smoothed
 
-    def _take_growth(self, reading: Reading, times: _Times) -> dict[str, float]:
+    def _update_growth(self, reading: Reading, times: _Times) -> dict[str, float]:
         step, get = reading.step, reading.get
         derived: dict[str, float] = {}
         if "feature_mean_norm" in reading.values:
@@ -137,31 +150,33 @@ class Signals(Stateful):
             derived["classifier_mean_growth"] = self.classifier_growth
         return derived
 
-    def _take_displacement(self, reading: Reading, times: _Times) -> None:
+    def _update_displacement(self, reading: Reading, times: _Times) -> None:
         step, get = reading.step, reading.get
         delta = get("margin_displacement", get("logit_displacement"))
-        level = self._displacement.update(step, _log(delta), times.short, wary=True)
-        self._displacement_lowest = _lowest(self._displacement_lowest, level, times.gap / (10.0 * times.tau))
-        self.displacement = math.exp(level)
+        average = self._displacement.update(step, _log(delta), times.short, limit_gap=True)
+        fade = times.gap / (10.0 * times.tau)
+        self._displacement_lowest = _recent_lowest(self._displacement_lowest, average, fade)
+        self.displacement = math.exp(average)
         by_head = self._head_displacement.update(step, _log(get("logit_displacement")), times.short)
         self.head_displacement = math.exp(by_head)
-        self.displacement_rise = math.exp(level - self._displacement_lowest)
-        root_mean_square = _log(get("logit_displacement_rms"))
-        self.displacement_rms = math.exp(self._displacement_rms.update(step, root_mean_square, times.short))
-        self.displacement_slope = self._slope.update(step, root_mean_square, times.long)
+        self.displacement_rise = math.exp(average - self._displacement_lowest)
+        log_rms = _log(get("logit_displacement_rms"))
+        self.displacement_rms = math.exp(self._displacement_rms.update(step, log_rms, times.short))
+        self.displacement_slope = self._slope.update(step, log_rms, times.long)
 
-    def _take_swing(self, reading: Reading, times: _Times) -> None:
+    def _update_swing(self, reading: Reading, times: _Times) -> None:
         step, get = reading.step, reading.get
         moved = felt_displacement(reading)
         self.swing = _fading_max(self.swing, moved, math.exp(-times.gap / SWINGS))
         if moved > 0:
-            level = self._swing.update(step, _log(moved), times.short)
-            self._swing_lowest = _lowest(self._swing_lowest, level, times.gap / (10.0 * times.tau))
+            average = self._swing.update(step, _log(moved), times.short)
+            fade = times.gap / (10.0 * times.tau)
+            self._swing_lowest = _recent_lowest(self._swing_lowest, average, fade)
             self.swell = self.swing / math.exp(self._swing_lowest)
         self.turn = get("gradient_alignment")
         self.alignment = self._alignment.update(step, get("gradient_alignment"), SWINGS)
 
-    def _take_optimizer(self, reading: Reading, times: _Times) -> None:
+    def _update_optimizer(self, reading: Reading, times: _Times) -> None:
         step, get = reading.step, reading.get
         rate = get("learning_rate")
         jump = rate / math.exp(self._learning_rate.value) if rate > 0 else NAN
@@ -179,11 +194,12 @@ class Signals(Stateful):
             self.update_jump = get("update_rms") / math.exp(self._update_rms.value)
             self._update_rms.update(step, _log(get("update_rms")), times.window)
         if get("loss") > 0:
-            level = self._loss.update(step, _log(get("loss")), times.short)
-            self._loss_lowest = _lowest(self._loss_lowest, level, times.gap / (3.0 * times.tau))
-            self.loss_rise = level - self._loss_lowest
+            average = self._loss.update(step, _log(get("loss")), times.short)
+            fade = times.gap / (3.0 * times.tau)
+            self._loss_lowest = _recent_lowest(self._loss_lowest, average, fade)
+            self.loss_rise = average - self._loss_lowest
 
-    def _take_decay(self, reading: Reading, times: _Times) -> dict[str, float]:
+    def _update_decay(self, reading: Reading, times: _Times) -> dict[str, float]:
         root = reading.get("head_sqrt_exp_avg_sq_mean", reading.get("sqrt_exp_avg_sq_mean"))
         if not (math.isfinite(root) and root > 0):
             return {}
@@ -193,26 +209,31 @@ class Signals(Stateful):
         return {"second_moment_decay": self.decay}
 
     def restart(self) -> None:
-        """A slingshot begins: what the second moment has forgotten is counted from the gradients in it."""
+        """Reset the decay when a slingshot begins.
+
+        From then on, the maximum of sqrt(v̂) is that of the slingshot's gradients.
+        """
         self.root_max = 0.0
         self.decay = self.decay_lowest = NAN
 
     def calm(self) -> None:
-        """A slingshot is over: its peaks say nothing about the next one."""
+        """Reset the peaks when a slingshot is over, because they say nothing about the next one."""
         self.rms_t_peak = self.curvature_peak = self.swing = self.alignment = NAN
         self._swing_lowest = self._displacement_lowest = self.swell = NAN
         self.decay_lowest = self.decay
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the signals and the averages behind them in plain types."""
         return {
             name: value.state_dict() if isinstance(value := getattr(self, name), _PARTS) else value
             for name in self.__slots__
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, also in an earlier version."""
         for name in self.__slots__:
             if name not in state:
-                continue  # of an earlier version
+                continue  # an earlier version had no such signal
             value = getattr(self, name)
             if isinstance(value, _PARTS):
                 value.load_state_dict(state[name])
@@ -221,27 +242,32 @@ class Signals(Stateful):
 
 
 SWINGS = 3.0
-"""Steps that a swing of the features and the gradients' alignment are remembered: an oscillation from wall to
-wall takes two."""
+"""Time constant in steps of ``swing`` and ``alignment``. One oscillation takes two steps."""
 GONE = 0.3
-"""RMS_t, averaged, from which down the gradient counts as gone: the second moment decays about as fast as it
-can. Where a gradient shrinks by a factor exp(−r) a step, RMS_t settles at sqrt(1 − 2rτ). Measured, lowest of
-the last τ: up to .15 before slingshots that a second moment given back averts, .48 and more before others."""
+"""Averaged RMS_t at or below which the gradient counts as vanished.
+
+There the second moment decays about as fast as it can.  Where a gradient shrinks by a factor exp(−r) a step,
+RMS_t settles at sqrt(1 − 2rτ).  Measured, lowest of the last τ: up to .15 before slingshots that restoring
+the second moment averts, .48 and more before others."""
 REMEMBERED = 100.0
-"""τ in which the maximum that sqrt(v̂) is held against fades by a factor e: fifty times as slowly as v̂ lets go
-of a gradient that is gone. A maximum that stood for ever made a long run count as having forgotten its first
-gradients to its end (measured: a notice every 25 τ in a million quiet steps)."""
+"""Time in τ in which the maximum of sqrt(v̂) fades by a factor e.
+
+That is fifty times as slow as the decay of v̂ without a gradient.  Rejected: a maximum that never fades,
+because in a long run the first gradients then count as forgotten to the end of the run.  Measured: a notice
+every 25 τ in a million quiet steps."""
 REACH = 10.0
-"""How many times larger than the weights' own violation that of the rows may count."""
+"""Largest counted ratio of the rows' violation to the violation of the head's weight gradient."""
 
 
 def _violation(reading: Reading) -> float:
-    """The rows' zero-sum violation, as far as it reaches the weights.
+    """Return the rows' zero-sum violation, limited to ten times that of the head's weight gradient.
 
-    A mean over rows counts a row whose gradient is next to nothing like any other: in ordinary minibatch
-    training half of the rows may be absorbed while the few that carry the gradient are not, and a gradient
-    projected after the monitor's hook breaks no zero-sum where it matters.  So the rows' violation counts up
-    to ten times that of the head's weight gradient (of the batch, where the weight cannot be read).
+    Where the weight's gradient cannot be read, the violation of the batch is the limit.
+
+    A mean over rows gives a row with almost no gradient the same weight as any other row.  In ordinary
+    minibatch training half of the rows may be absorbed, while the few rows that carry the gradient are not.
+    Also, a gradient that is projected after the monitor's hook has no violation where it reaches the weights.
+    The limit covers both cases.
     """
     rows = reading.get("zero_sum_violation")
     weights = reading.get("zero_sum_violation_weight", reading.get("zero_sum_violation_batch"))
@@ -251,17 +277,19 @@ def _violation(reading: Reading) -> float:
 
 
 LAYERS = 20.0
-"""A step that moves no layer by more than a share x of its size moves the logits by no more than about x a
-layer, of their size; networks have tens of layers."""
+"""Number of layers that :func:`felt_displacement` assumes; networks have tens of layers.
+
+An update that moves each layer by at most a share x of its size moves the logits by about x of their size for
+each layer."""
 
 
 def felt_displacement(reading: Reading) -> float:
-    """The features' displacement, as far as the update can have caused it.
+    """Return the features' displacement in nats, limited to what the update can have caused.
 
-    Between minibatches the mean row is another one, and moves by nats while the weights hardly do.
+    Each minibatch has another mean row.  That row differs by nats, while the weights hardly move.
     """
     moved, update = reading.get("feature_displacement"), reading.get("relative_update")
-    margin = reading.get("margin_median")  # the logits' size, as far as the loss feels it
+    margin = reading.get("margin_median")  # size of the logits, as it matters for the loss
     if math.isnan(update) or math.isnan(margin):
         return moved
     return min(moved, LAYERS * update * max(abs(margin), 1.0))
@@ -271,12 +299,13 @@ def _log(x: float) -> float:
     return math.log(x) if math.isfinite(x) and x > 0 else NAN
 
 
-def _lowest(held: float, x: float, rise: float) -> float:
-    """The lowest of late: what was lowest before forgets itself upwards by ``rise``."""
-    return x if math.isnan(held) else min(x, held + rise)
+def _recent_lowest(previous: float, x: float, fade: float) -> float:
+    """Return the recent minimum: the previous minimum rises by ``fade``, so that an old one is replaced."""
+    return x if math.isnan(previous) else min(x, previous + fade)
 
 
-def _fading_max(held: float, x: float, keep: float) -> float:
+def _fading_max(previous: float, x: float, keep: float) -> float:
+    """Return the recent maximum: the previous one shrinks by the factor ``keep``. NaN and Inf are skipped."""
     if not math.isfinite(x):
-        return held
-    return x if math.isnan(held) else max(x, held * keep)
+        return previous
+    return x if math.isnan(previous) else max(x, previous * keep)

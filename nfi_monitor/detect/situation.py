@@ -1,4 +1,4 @@
-"""What a rule may look at: the run's signals as they are now, its context, and which rules are on."""
+"""Define what a rule may read: the run's present signals, its context, and which rules are on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nfi_monitor.types import Reading, Thresholds
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the detector knows of the run besides its readings."""
+    """What the detector knows about the run besides its readings."""
 
     beta1: float = 0.9
     beta2: float = 0.999
@@ -37,61 +37,61 @@ class RunContext:
 
 @dataclass
 class Situation:
-    """The detector's own, shown to the rules; ``reading`` is the one that is judged."""
+    """The detector's parts that rules read. ``reading`` is the reading that is judged now."""
 
     limits: Thresholds
     context: RunContext
     signals: Signals
     spike: SpikeDetector
     switches: Mapping[str, Hysteresis]
-    """Rule's name → its switch."""
+    """Name of a rule → its switch."""
     reading: Reading = field(default_factory=lambda: Reading(0, {}))
 
     @property
     def step(self) -> int:
-        """The optimizer step of the reading that is judged."""
+        """Optimizer step of the reading that is judged."""
         return self.reading.step
 
     def on(self, name: str) -> bool:
-        """Whether a rule is on."""
+        """Return whether the rule called ``name`` is on."""
         return self.switches[name].on
 
     @property
     def forgotten(self) -> bool:
-        """Whether the second moment has let go of the gradient."""
+        """Whether the second moment has decayed: sqrt(v̂) fell to half of its recent maximum or less."""
         return self.signals.decay_lowest <= FORGOTTEN
 
     @property
-    def gone(self) -> bool:
-        """Whether within the last τ there was next to no gradient, on a second moment that had learned
-        one.
-        """
+    def gradient_vanished(self) -> bool:
+        """Whether the gradient nearly vanished in the last τ, after the second moment had learned it."""
         step, tau = self.signals.last_step, self.context.tau
         return step >= LEARNED * tau and step - self.signals.gone_at <= tau
 
     @property
-    def stretch(self) -> float:
-        """Steps in a twentieth of τ: with a long memory small updates add up before it corrects them."""
+    def displacement_steps(self) -> float:
+        """Steps in a twentieth of τ, at least 1: the steps over which δ is added up.
+
+        With a long τ, small updates add up before the second moment corrects them.
+        """
         return max(self.context.tau / 20.0, 1.0)
 
     @property
-    def steep(self) -> bool:
-        """Whether the curvature along the update is a good part of the stability limit."""
+    def curvature_is_high(self) -> bool:
+        """Whether the curvature along the update exceeds ``kick_curvature`` of the stability limit."""
         return bool(self.signals.curvature_peak >= self.limits.kick_curvature * self.context.stability_limit)
 
-    def pulled(self, step: int) -> bool:
-        """Whether decoupled decay moves the weights on a second moment that has had the time to learn a
-        gradient.
+    def weight_decay_pulls(self, step: int) -> bool:
+        """Return whether decoupled weight decay is on and the second moment has had time to settle.
 
-        In its first steps a bias-corrected second moment is an average over a moving target, no memory.
+        In the first steps a bias-corrected second moment is an average over a moving target, not a memory.
         """
         return self.context.decoupled_decay and step >= self.limits.second_moment_settles * self.context.tau
 
     @property
-    def has_floor(self) -> bool:
-        """Whether the loss has come to where a slingshot would start: it is low, or training is under way.
+    def loss_has_settled(self) -> bool:
+        """Whether a slingshot can start from this loss: enough steps have passed; fewer if the loss is low.
 
-        On its way down from where it began it oscillates, too, and goes on falling.
+        Earlier, while the loss falls from its first values, it oscillates too, and goes on falling.
         """
         low = self.spike.average <= math.log(self.limits.spike_high)
         settles = (self.limits.second_moment_settles if low else self.limits.swing_settles) * self.context.tau

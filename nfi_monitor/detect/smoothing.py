@@ -1,4 +1,4 @@
-"""Averages over readings that may be several steps apart, with state that survives a checkpoint."""
+"""Average readings that may be several steps apart; the averages' state survives a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,21 +7,26 @@ from typing import Any
 
 
 class Stateful:
-    """``state_dict`` over ``__slots__``: what a detector part must carry over a resume."""
+    """Save and load the attributes in ``__slots__``.
+
+    The attributes' names are keys in users' checkpoints: do not rename them.
+    """
 
     __slots__: tuple[str, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
+        """Return name → value of each attribute."""
         return {name: getattr(self, name) for name in self.__slots__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned, also in an earlier version."""
         for name in self.__slots__:
-            if name in state:  # or it is of an earlier version
+            if name in state:  # an earlier version may have no such attribute
                 setattr(self, name, state[name])
 
 
 class Ema(Stateful):
-    """Exponential average with a time constant in optimizer steps; gaps between readings count."""
+    """Exponential average with a time constant in optimizer steps; a reading after a gap has more weight."""
 
     __slots__ = ("step", "value")
 
@@ -29,10 +34,11 @@ class Ema(Stateful):
         self.value = math.nan
         self.step = 0
 
-    def update(self, step: int, x: float, time_constant: float, *, wary: bool = False) -> float:
-        """Add a reading; NaN is skipped. Starts at the first value.
+    def update(self, step: int, x: float, time_constant: float, *, limit_gap: bool = False) -> float:
+        """Add a value and return the average, which starts at the first value. NaN and Inf are skipped.
 
-        ``wary``: after a long pause, too, one reading is one reading, and takes the place of no average.
+        ``limit_gap``: count a gap as one time constant at most.  Then a single reading after a long pause
+        does not replace the average.
         """
         if not math.isfinite(x):
             return self.value
@@ -40,7 +46,7 @@ class Ema(Stateful):
             self.value = x
         else:
             gap: float = max(step - self.step, 1)
-            if wary:
+            if limit_gap:
                 gap = min(gap, max(time_constant, 1.0))
             self.value += (1.0 - math.exp(-gap / max(time_constant, 1e-9))) * (x - self.value)
         self.step = step
@@ -48,11 +54,11 @@ class Ema(Stateful):
 
 
 class Growth:
-    """Slope per step of a noisy quantity; the growth rate d ln‖·‖ / d step when fed logarithms.
+    """Slope per step of a noisy quantity; of logarithms, the growth rate d ln‖·‖ / d step.
 
-    The difference of two averages, with time constants T and T/2, over the T/2 steps that one lags
-    behind the other: exact on a line.  An average over differences of neighbours lost: it equals
-    (x − average)/T and so carries the whole noise of the last reading.
+    The slope is the difference of two averages, with time constants T and T/2, divided by T/2.  One average
+    lags behind the other by T/2 steps, so the slope is exact on a line.  Rejected: an average over
+    differences of neighbours, because it equals (x − average)/T and carries all noise of the last reading.
     """
 
     def __init__(self) -> None:
@@ -60,7 +66,7 @@ class Growth:
         self.value = math.nan
 
     def update(self, step: int, x: float, time_constant: float) -> float:
-        """Add a reading; NaN is skipped."""
+        """Add a value and return the slope. NaN and Inf are skipped."""
         if math.isfinite(x):
             slow = self._slow.update(step, x, time_constant)
             fast = self._fast.update(step, x, 0.5 * time_constant)
@@ -68,16 +74,18 @@ class Growth:
         return self.value
 
     def state_dict(self) -> dict[str, Any]:
+        """Return both averages and the slope in plain types."""
         return {"slow": self._slow.state_dict(), "fast": self._fast.state_dict(), "value": self.value}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
         self._slow.load_state_dict(state["slow"])
         self._fast.load_state_dict(state["fast"])
         self.value = state["value"]
 
 
 class Hysteresis(Stateful):
-    """A switch with two levels: on at or above ``enter``, off below ``exit``."""
+    """A switch with two conditions: one switches it on, another keeps it on. ``since``: step it went on."""
 
     __slots__ = ("on", "since")
 
@@ -86,6 +94,7 @@ class Hysteresis(Stateful):
         self.since = 0
 
     def update(self, step: int, enter: bool, stay: bool) -> bool:
+        """Switch on if ``enter`` holds, off if ``stay`` no longer does; return whether it is on."""
         if self.on and not stay:
             self.on = False
         elif not self.on and enter:

@@ -1,12 +1,16 @@
-"""What a slingshot is, in the loss: where it starts and when it is over.
+"""Recognize slingshots in the loss: where a slingshot starts and when it is over.
 
-W. Wu's levels (2024, footnote 6): it starts when the training loss, having been below 1e-2, exceeds 1e-1,
-and ends when it is back below 1e-2.  Taken reading by reading they make a slingshot of every minibatch run
-whose loss wanders between the two; so "having been below" is said of the running average of log loss, and
-the rise has to stand out of the loss's own noise.  A run whose loss never gets that low (a language model)
-is held against its own past: a rise beyond ``spike_rise`` nats, on two readings in a row, because one bad
-minibatch is no slingshot.  Aftershocks within ``recovered`` τ belong to the same event; a loss that does
-not come back has changed its level (a new data set, another schedule), and that becomes the new normal.
+W. Wu's levels (2024, footnote 6): a slingshot starts when the training loss, having been below 1e-2, exceeds
+1e-1.  It ends when the loss is back below 1e-2.
+
+- Applied to single readings, these levels call every minibatch run a slingshot whose loss wanders between
+  them.  So "having been below" refers to the running average of log loss, and the rise must exceed the loss's
+  own noise.
+- A run whose loss never gets that low (a language model) is compared with its own past.  A rise beyond
+  ``spike_rise`` nats starts a slingshot on two readings in a row, because one bad minibatch is no slingshot.
+- Aftershocks within ``recovered`` τ belong to the same event.
+- A loss that does not come back has changed its level (a new data set, another schedule).  The new level
+  becomes the normal one.
 """
 
 from __future__ import annotations
@@ -18,11 +22,11 @@ from nfi_monitor.types import Thresholds
 
 QUIET, RISEN, FALLEN = "quiet", "risen", "fallen"
 MEMORY = 50
-"""Readings that the running average and the noise of log loss remember, and that both need to begin with."""
+"""Readings in the running average and the noise of log loss. With fewer readings no slingshot is found."""
 
 
 class SpikeDetector(Stateful):
-    """Feed it the loss of every reading; ``state`` is QUIET, RISEN (in the spike) or FALLEN (recovering)."""
+    """Judge the loss of every reading; ``state`` is QUIET, RISEN (in the spike) or FALLEN (recovering)."""
 
     __slots__ = (
         "average", "fallen_at", "floor", "height", "last", "level", "negative", "noise", "peak", "readings",
@@ -31,39 +35,39 @@ class SpikeDetector(Stateful):
 
     def __init__(self) -> None:
         self.state = QUIET
-        self.average = math.nan  # of log loss
-        self.noise = 0.0  # mean absolute change of log loss from reading to reading: blind to a trend
+        self.average = math.nan  # running average of log loss
+        self.noise = 0.0  # mean absolute change of log loss from reading to reading: a trend hardly counts
         self.last = math.nan  # log loss of the last reading
-        self.readings = 0
-        self.streak = 0  # unusual readings in a row
-        self.start = 0
-        self.level = math.nan  # what the loss must fall below for the event to end
-        self.height = math.nan  # what it has to exceed to count as risen
-        self.floor = math.nan  # the loss before it rose: its running (geometric) average
-        self.peak = 0.0
-        self.fallen_at = 0
-        self.stayed = math.nan  # where the last event ended without a way back: the loss then
-        self.negative = False  # it was below zero by more than rounding: judged no more
+        self.readings = 0  # number of readings in the average
+        self.streak = 0  # number of readings in a row that may begin a spike
+        self.start = 0  # first step of that streak, and so of the event
+        self.level = math.nan  # the event ends when the loss falls below this
+        self.height = math.nan  # within an event, a loss at or above this is a new rise
+        self.floor = math.nan  # the loss before the event: its running (geometric) average
+        self.peak = 0.0  # largest loss of the event
+        self.fallen_at = 0  # last step of the event at which the loss was high, or fell below ``level``
+        self.stayed = math.nan  # the loss at the end of the last event if it did not come back, else NaN
+        self.negative = False  # the loss was below zero by more than rounding: it is judged no more
 
     def update(self, step: int, loss: float, tau: float, limits: Thresholds) -> str:
-        """The state after this reading. NaN and Inf are not judged: they are an alert of their own."""
+        """Judge a loss; return the new state. NaN and Inf are skipped: they have an alert of their own."""
         if not math.isfinite(loss) or self.negative:
             return self.state
-        if loss <= -limits.spike_low:  # it has no floor to leave, and no logarithm
+        if loss <= -limits.spike_low:  # a negative loss has no floor to leave, and no logarithm
             self.negative = True
             if self.state == RISEN:
                 self.fallen_at = step
             self._end(level_changed=False)
             return self.state
-        loss = max(loss, 0.0)  # rounding: a divergence that is fitted may come out a hair below zero
+        loss = max(loss, 0.0)  # rounding can put a divergence that is nearly 0 slightly below 0
         if self.state == QUIET:
-            self._watch(step, loss, limits)
+            self._look_for_rise(step, loss, limits)
             return self.state
-        if step < self.fallen_at:  # the counter was set back: the time that has passed is not known
+        if step < self.fallen_at:  # the step counter was set back: the elapsed time is unknown
             self.start, self.fallen_at = min(self.start, step), step
         self.peak = max(self.peak, loss)
         if loss >= self.level:
-            # An aftershock: below the height it started at it prolongs the recovery, no more.
+            # An aftershock below ``height`` only prolongs the recovery.
             self.fallen_at = step
             if loss >= self.height:
                 self.state = RISEN
@@ -77,9 +81,10 @@ class SpikeDetector(Stateful):
         return self.state
 
     def usual_below(self, limits: Thresholds, ahead: int = 0) -> float:
-        """A loss from 0 to this one begins nothing at the next reading: it only adds to the average.
+        """Return the loss below which the next reading cannot begin a spike.
 
-        ``ahead``: readings after which this still holds, if each of them is at least as large as the average.
+        A loss from 0 to this value only updates the average.  ``ahead``: number of readings after which this
+        still holds, if each of their losses is at least as large as the average.
         """
         if self.state != QUIET:
             return -math.inf
@@ -87,19 +92,20 @@ class SpikeDetector(Stateful):
             return math.inf
         return highest_usual(math.exp(self.average), limits)
 
-    def _watch(self, step: int, loss: float, limits: Thresholds) -> None:
-        # Below a tenth of Wu's lower level differences mean nothing: 1e-9 and 0 are the same loss.
+    def _look_for_rise(self, step: int, loss: float, limits: Thresholds) -> None:
+        """Begin an event if the loss has risen; else update the running averages."""
+        # Below a tenth of Wu's lower level, differences do not matter: 1e-9 and 0 count as equal.
         log_loss = math.log(max(loss, 0.1 * limits.spike_low))
-        spread = self.noise / 1.128  # mean absolute difference of two readings → σ of a normal
+        spread = self.noise / 1.128  # mean absolute difference of two readings → σ of a normal distribution
         rise = log_loss - self.average
         was_low = self.average < math.log(limits.spike_low)
         visible = self.readings >= MEMORY and loss > limits.spike_high and rise > limits.spike_rise
-        clear = visible and rise > limits.spike_sigmas * spread
-        fair = visible and rise > 0.5 * limits.spike_sigmas * spread
-        self.streak = self.streak + 1 if fair else 0
+        certain = visible and rise > limits.spike_sigmas * spread
+        possible = visible and rise > 0.5 * limits.spike_sigmas * spread
+        self.streak = self.streak + 1 if possible else 0
         if self.streak == 1:
             self.start = step
-        if (clear and (was_low or self.streak >= 2)) or self.streak >= 4:
+        if (certain and (was_low or self.streak >= 2)) or self.streak >= 4:
             noisy = math.exp(self.average + 0.5 * limits.spike_sigmas * spread)
             half_way = math.exp(self.average + 0.5 * limits.spike_rise)
             self.level = max(limits.spike_low if was_low else half_way, noisy)
@@ -107,32 +113,32 @@ class SpikeDetector(Stateful):
             self.state, self.peak, self.streak = RISEN, loss, 0
             self.floor, self.stayed = math.exp(self.average), math.nan
             return
-        if fair:
-            return  # what may be the beginning of a spike is not averaged into what it is measured by
+        if possible:
+            return  # a starting spike must not raise its own baseline
         self.readings += 1
         if math.isnan(self.average):
             self.average = self.last = log_loss
             return
-        # Upwards only so far: the first, small steps of a rise must not raise what it is measured by.
-        most = max(3.0 * spread, 0.3) if self.readings > MEMORY else math.inf
+        # Cap upward updates, so that the first, small steps of a spike do not raise its own baseline.
+        cap = max(3.0 * spread, 0.3) if self.readings > MEMORY else math.inf
         weight = 1.0 / min(self.readings, MEMORY)
-        self.noise += weight * (min(abs(log_loss - self.last), most) - self.noise)
-        self.average += weight * min(rise, most)
+        self.noise += weight * (min(abs(log_loss - self.last), cap) - self.noise)
+        self.average += weight * min(rise, cap)
         self.last = log_loss
 
     def _end(self, *, level_changed: bool) -> None:
-        """The event is over; what was normal before it still is, unless the loss stayed where it rose to."""
+        """End the event. Keep the averages, unless the loss stayed at a new level."""
         self.state, self.streak = QUIET, 0
         if level_changed:
             self.readings, self.average, self.noise, self.last = 0, math.nan, 0.0, math.nan
 
 
 def highest_usual(loss: float, limits: Thresholds) -> float:
-    """The largest loss that begins nothing where the usual one is ``loss``."""
-    # A little less than where a rise begins: exp and log round.
+    """Return the largest loss that cannot begin a spike, where the average loss is ``loss``."""
+    # Slightly less than the level at which a rise begins, because exp and log round.
     return max(limits.spike_high, (1.0 - 1e-9) * math.exp(limits.spike_rise) * loss)
 
 
 def recovery_steps(tau: float, limits: Thresholds) -> float:
-    """How long the loss must stay back before a new event may begin, in steps."""
+    """Return for how many steps the loss must stay low before a new event may begin."""
     return min(max(limits.recovered * tau, 10.0), 200.0)

@@ -24,8 +24,9 @@ from nfi_monitor.capture.step_hooks import has_closure
 from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
-from nfi_monitor.measure.step import SKIPPED, Memory, step_statistics
+from nfi_monitor.measure.step import SKIPPED, step_statistics
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.ranks.layout import Message
 

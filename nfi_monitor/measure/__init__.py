@@ -1,5 +1,5 @@
-"""Tensors → numbers. Pure functions, one measured quantity a file, no state and no hooks.
+"""Turn tensors into numbers: pure functions without hooks, one small file per quantity.
 
-Nothing here reads a value on the host: every function returns tensors on the device of its input, so
-that a whole optimizer step's numbers travel in one copy.
+No function here reads a value on the host, unless its docstring says so.  Each returns tensors on the device
+of its input, so that all numbers of an optimizer step reach the host in one copy.
 """

@@ -1,10 +1,10 @@
-"""Which rows have lost their correct class, read from the gradient alone: no labels are needed.
+"""Find the rows that have lost their correct class, from the gradient alone, without labels.
 
-With hard labels a healthy row has exactly one negative logit gradient, the correct class's.  Where there
-is none, the correct class is the largest logit; if its gradient is exactly 0 and others are not, the row
-is *absorbed*: p_r was rounded to 1, so g_r = p_r − 1 vanished (Prieto et al. 2025, "Softmax Collapse";
-Liu et al. 2026, section 3).  A row of zeros is either *ignored* (padding, −100) or *underflowed*: the
-forward's logits tell the two apart.
+With hard labels, a healthy row has exactly one negative logit gradient: that of the correct class.  In a row
+without one, the correct class is the one with the largest logit.  If its gradient is exactly 0 and others are
+not, the row is *absorbed*: p_r was rounded to 1, so g_r = p_r − 1 vanished (Prieto et al. 2025, "Softmax
+Collapse"; Liu et al. 2026, section 3).  A row of zeros is either *ignored* (padding, −100) or *underflowed*.
+The logits of the forward pass show which.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor
 
 
 def absorbed_rows(own: Tensor, live: Tensor) -> Tensor:
-    """Live rows whose correct-class gradient ``own`` [N] is exactly 0; ``live`` bool [N] → bool [N].
+    """Mark the live rows whose correct-class gradient ``own`` [N] is exactly 0; ``live`` bool [N] → bool [N].
 
-    "No negative entry" would not do: under a z-loss the correct class itself can be pushed down.
+    A row without a negative entry need not be absorbed: a z-loss can push the correct class itself down.
     """
     return live & (own == 0)
 
 
 def underflow_level(dtype: torch.dtype) -> float:
-    """ln of the magnitude under which a gradient of ``dtype`` may have been flushed to zero.
+    """Return ln of the magnitude below which a gradient of ``dtype`` may have been flushed to zero.
 
-    The smallest normal number, because subnormals may be flushed; for float16, whose subnormals are
-    always kept and matter, the smallest subnormal.
+    This is the smallest normal number, because subnormals may be flushed.  For float16 it is the smallest
+    subnormal: those are always kept, and they matter.
     """
     if dtype is torch.float16:
         return math.log(2.0**-24)
@@ -35,27 +35,29 @@ def underflow_level(dtype: torch.dtype) -> float:
 
 
 def underflowed_rows(silent: Tensor, log_rival: Tensor, rows: int, level: Tensor | float) -> Tensor:
-    """Rows whose whole gradient vanished although they count. [N] bool, [N] float → [N] bool.
+    """Mark the rows that count although their whole gradient vanished. [N] bool, [N] float → [N] bool.
 
-    ``silent`` marks rows of zeros; ``log_rival`` is ln p of the strongest competitor; ``rows`` the number
-    of rows that a mean reduction divides by; ``level`` the underflow level of the loss's precision.  A
-    silent row whose rival would have been representable does not count (it is padding); one whose rival
-    would not, has underflowed.  Labels would settle it exactly; without them a padded row with a margin
-    this large is miscounted.
+    ``silent`` marks rows of zeros.  ``log_rival`` is ln p of the strongest competitor.  ``rows`` is the
+    number of rows that a mean reduction divides by.  ``level`` is the underflow level of the loss's
+    precision.
+
+    A silent row has underflowed if the gradient of its strongest competitor is too small for that precision.
+    Otherwise it is padding and does not count.  Without labels, a padded row with so large a margin is
+    counted as underflowed.
     """
     return silent & (log_rival - math.log(max(rows, 1)) < level)
 
 
 def finite_entries(grad: Tensor) -> Tensor:
-    """``grad`` [N, K] with 0 in the place of NaN and Inf, which are numbers of every dtype. A copy."""
+    """Return a copy of ``grad`` [N, K] with 0 in place of NaN and Inf, which every dtype can hold."""
     return grad.nan_to_num(0.0, 0.0, 0.0)
 
 
 def wider(finite: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scalar bool tensor: is some entry of ``finite`` [N, K] no number of the narrower ``dtype``?
+    """Return whether some entry of ``finite`` [N, K] does not fit the narrower ``dtype``, as a scalar tensor.
 
-    A float32 head whose loss was computed on ``logits.bfloat16()`` gets a float32 gradient that
-    holds only bfloat16 numbers; its rounding is bfloat16's.  Zeros are numbers of every dtype.
+    A float32 head whose loss was computed on ``logits.bfloat16()`` gets a float32 gradient that holds only
+    bfloat16 numbers.  Its rounding is that of bfloat16.  Zeros fit every dtype.
     """
-    # A maximum, not any(): reductions of bool take ten times as long on a CPU.
+    # amax() and not any(): a reduction of bool takes ten times as long on a CPU.
     return (finite.to(dtype).to(finite.dtype) - finite).abs_().amax() > 0

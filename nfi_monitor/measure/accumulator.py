@@ -1,4 +1,4 @@
-"""Add up the rows of the micro-batches of one optimizer step, on the device."""
+"""Merge the rows of the micro-batches of one optimizer step, on the device."""
 
 from __future__ import annotations
 
@@ -20,22 +20,23 @@ from nfi_monitor.measure.rows import (
 from nfi_monitor.measure.sharded.rows import ShardRows, shard_rows
 
 LOOK_FIRST = 8
-"""The first optimizer steps all look at what kind of loss it is ..."""
+"""Optimizer steps at the start of a run that all look at the kind of loss."""
 LOOK_EVERY = 64
-"""... and then one in so many: it rarely changes, and looking doubles the work."""
+"""Later, one step in so many looks: the kind of loss rarely changes, and looking doubles the work."""
 FEATURE_ROWS = 64
-"""Rows of features kept until the step, for the logit displacement."""
+"""Rows of features that are kept until the optimizer step, for the logit displacement."""
 
 
 def looks(step: int) -> bool:
-    """Whether the kind of loss is looked at in optimizer step ``step``."""
+    """Return whether optimizer step ``step`` looks at the kind of loss."""
     return step <= LOOK_FIRST or step % LOOK_EVERY == 0
 
 
 class RowAccumulator:
-    """Merges row statistics; ``absorbed_classes`` [K] counts absorbed rows by class over the whole run.
+    """Merge the row statistics of micro-batches.
 
-    ``devices`` on which rows were seen: what lies on another one than the first cannot be merged.
+    ``absorbed_classes`` [K] counts absorbed rows by class over the whole run.  ``devices`` are those on which
+    rows were seen.  Only rows on the first of them are merged.
     """
 
     def __init__(self) -> None:
@@ -51,7 +52,7 @@ class RowAccumulator:
         self._step = step
         self.sums: Tensor | None = None
         self.maxima: Tensor | None = None
-        self.shards: list[ShardRows] = []  # of rows of which other ranks hold the rest
+        self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
         self.shard: ClassShard | None = None
         self.features: Tensor | None = None
         self._feature_sum: Tensor | None = None
@@ -60,7 +61,8 @@ class RowAccumulator:
     def add(self, rows: Rows) -> None:
         device = rows.grad.device
         if device not in self.devices:
-            # Each device's backward pass has a thread: appended, the first is the same for all of them.
+            # The backward pass of each device runs in a thread of its own. Appending makes the first device
+            # the same for all threads.
             self.devices.append(device)
         if device != self.devices[0]:
             return
@@ -72,7 +74,7 @@ class RowAccumulator:
             self._add_shard(rows, rows.shard)
             return
         look, kind = looks(self._step), self.loss_kind
-        if kind is not None and kind.eps.device != device:  # a resumed run's: where the head is
+        if kind is not None and kind.eps.device != device:  # a resumed run's: send it to the head's device
             kind = LossKind(*(devices.send(known, device) for known in kind))
         statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
         self.loss_kind = statistics.loss_kind
@@ -87,7 +89,7 @@ class RowAccumulator:
         self._add_features(rows, part.counts)
 
     def learn(self, loss_kind: LossKind, absorbed: Mapping[int, int]) -> None:
-        """What the ranks have found in rows that they put together."""
+        """Keep what the ranks found in the rows that they joined: kind of loss, absorbed rows by class."""
         self.loss_kind = loss_kind
         for index, count in absorbed.items():
             self.earlier_classes[index] = self.earlier_classes.get(index, 0.0) + count
@@ -101,7 +103,7 @@ class RowAccumulator:
         if statistics.winner is not None and statistics.absorbed is not None:
             counts, classes = self.absorbed_classes, rows.logits.shape[-1]
             if counts is None or len(counts) < classes:
-                # On an accelerator an index beyond the end kills the training, and no try block helps.
+                # On an accelerator, an index beyond the end kills the training; no try block can stop that.
                 wider = torch.zeros(classes, dtype=torch.int64, device=rows.logits.device)
                 if counts is not None:
                     wider[: len(counts)] = counts
@@ -118,7 +120,7 @@ class RowAccumulator:
             count = counts.sum()
             if self._feature_sum is None or self._feature_count is None:
                 self._feature_sum, self._feature_count = total, count
-                # A copy: the rows must not keep the whole batch's features alive until the step.
+                # A copy, so that these rows do not keep the features of the whole batch until the step.
                 self.features = features[:FEATURE_ROWS].clone()
             else:
                 self._feature_sum = self._feature_sum + total
@@ -126,19 +128,19 @@ class RowAccumulator:
 
     @property
     def feature_total(self) -> tuple[Tensor, Tensor] | None:
-        """Σ h [d] over the rows that count, and their number; None without features."""
+        """Return Σ h [d] over the rows that count, and their number; None without features."""
         if self._feature_sum is None or self._feature_count is None:
             return None
         return self._feature_sum, self._feature_count
 
     @property
     def feature_mean(self) -> Tensor | None:
-        """μ_G [d] over the rows that count; NaN where none does."""
+        """Return μ_G [d] over the rows that count; NaN where none does, None without features."""
         total = self.feature_total
         return None if total is None else total[0] / total[1]
 
     def most_absorbed(self, limit: int | None) -> list[tuple[int, float]]:
-        """(class, absorbed rows seen), most first. Reads the counts from the device: not for a hot path."""
+        """Return (class, absorbed rows), largest count first. Reads from the device: not for a hot path."""
         counts = dict(self.earlier_classes)
         if self.absorbed_classes is not None:
             for index, count in enumerate(self.absorbed_classes.tolist()):

@@ -1,9 +1,9 @@
-"""Secant curvature along the update, in the metric Adam moves in.
+"""Measure the curvature along the update, in the metric in which Adam moves.
 
-Two consecutive gradients and the step between them give sᵀHs without a Hessian product.  Adam with
-preconditioner P = sqrt(v̂)+ε_A is locally unstable once lr · sᵀHs / sᵀPs stays above
-2(1+β1)/(1−β1) = 38 for β1 = .9 (Bai et al., arXiv 2506.04805; curvature along the direction of travel,
-because λ_max alone crosses the limit an order of magnitude more often than spikes happen).
+Two consecutive gradients and the step between them give sᵀHs without a Hessian product.  Adam with the
+preconditioner P = sqrt(v̂)+ε_A is locally unstable once lr · sᵀHs / sᵀPs stays above 2(1+β1)/(1−β1), which is
+38 for β1 = .9 (Bai et al., arXiv 2506.04805).  The largest eigenvalue λ_max is not used: it crosses this
+limit ten times as often as spikes happen.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ def secant_curvature(
     lr: Tensor | float,
     weights: Tensor | None,
 ) -> Tensor:
-    """lr · sᵀy / sᵀPs, dimensionless, scalar tensor; NaN when nothing moved.
+    """Return lr · sᵀy / sᵀPs, dimensionless, a scalar tensor; NaN where nothing moved.
 
-    ``step`` s [C], ``gradient_change`` y [C], ``preconditioner`` P [C], ``weights`` inverse sampling
-    rates [C] or None.  ``lr`` a scalar, or [C] where parameter groups have their own: then sᵀy / sᵀ(P/lr)s,
-    over the coordinates whose rate is not 0.  With minibatches y also holds the batches' difference: noisy,
-    unbiased only in expectation.
+    ``step`` s [C], ``gradient_change`` y [C], ``preconditioner`` P [C], ``weights`` inverse sampling rates
+    [C] or None.  ``lr`` is a scalar, or [C] where parameter groups have their own.  In that case the result
+    is sᵀy / sᵀ(P/lr)s over the coordinates whose rate is not 0.
+
+    With minibatches, y also holds the difference between the two batches.  The result is then noisy.
     """
     step_weighted = step if weights is None else step * weights.to(step.dtype)
     if isinstance(lr, Tensor) and lr.ndim:
@@ -37,10 +38,11 @@ def secant_curvature(
 
 
 def gradient_alignment(grad: Tensor, previous: Tensor, weights: Tensor | None) -> Tensor:
-    """cos of two successive gradients [C] → scalar in [−1, 1]; 0 where one of them vanishes.
+    """Return cos of two successive gradients [C], a scalar in [−1, 1]; 0 where one of them vanishes.
 
-    Towards −1 the optimizer overshoots from wall to wall (edge of stability); towards +1 it is pushed.
-    ``weights`` [C]: coordinates that one sampled coordinate stands for, or None.
+    Near −1, the optimizer overshoots the minimum at each step (edge of stability).  Near +1, it moves
+    steadily in one direction.  ``weights`` [C]: how many coordinates one sampled coordinate stands for, or
+    None.
     """
     pair = torch.stack([grad, previous])
     products = pair @ (pair if weights is None else pair * weights).mT

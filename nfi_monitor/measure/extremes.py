@@ -1,7 +1,8 @@
-"""The largest and the smallest entry of each row, with their class.
+"""Find the largest and the smallest entry of each row, with their class.
 
-On an accelerator one kernel brings both.  On a CPU that kernel takes ten times as long as NumPy's argmax
-(256 × 1,000, one thread: .63 ms against .04), so there the class is found first and its entry picked.
+On an accelerator, one kernel returns entry and class.  On a CPU, that kernel takes ten times as long as
+NumPy's argmax (256 × 1,000, one thread: .63 ms against .04).  There, NumPy finds the class and the entry is
+picked.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from torch import Tensor
 from nfi_monitor.capture import devices
 
 _OF_NUMPY = (torch.float32, torch.float64)
-"""float16 has no quick argmax there."""
+"""Dtypes with a quick argmax in NumPy; float16 has none."""
 
 
 def largest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``values`` [N, K] → largest entry [N] and its class, int64 [N]; NaN counts as larger than all."""
+    """Return the largest entry [N] of ``values`` [N, K] and its class, int64 [N]; NaN counts as larger."""
     if not _fast(values):
         return values.max(-1)
     winner = torch.from_numpy(values.numpy().argmax(-1))
@@ -24,7 +25,7 @@ def largest(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def smallest(values: Tensor) -> tuple[Tensor, Tensor]:
-    """``values`` [N, K] → smallest entry [N] and its class, int64 [N]; NaN counts as smaller than all."""
+    """Return the smallest entry [N] of ``values`` [N, K] and its class, int64 [N]; NaN counts as smaller."""
     if not _fast(values):
         return values.min(-1)
     loser = torch.from_numpy(values.numpy().argmin(-1))
@@ -32,7 +33,7 @@ def smallest(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def pick(values: Tensor, classes: Tensor) -> Tensor:
-    """One entry of each row: [N, K], int64 [N] → [N]."""
+    """Return one entry of each row: [N, K], int64 [N] → [N]."""
     return values.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
 
 

@@ -1,6 +1,6 @@
-"""Margins, residual mass and the loss of each row, accurate down to margins of hundreds of nats.
+"""Compute margin, residual mass and loss of each row, accurate up to margins of hundreds of nats.
 
-``1 − p_r`` is useless here: it is exactly the subtraction that absorbs.  Everything is built from
+``1 − p_r`` cannot be used: this is the subtraction in which absorption happens.  All functions start from
 ln Σ_{k≠m} e^{z_k − z_m} (m the largest logit), which neither cancels nor underflows.
 """
 
@@ -12,52 +12,70 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.measure import extremes
+from nfi_monitor.measure.views import RowView
 
 
 class TopLogits(NamedTuple):
-    """Per row, all [N]: the largest logit, its class (int64), the runner-up, and the log of the rest."""
+    """Per row, all [N]: the largest logit, its class (int64), the second largest, and the log of the rest."""
 
     largest: Tensor
     winner: Tensor
     runner_up: Tensor
     log_rest: Tensor
-    """ln Σ_{k≠m} e^{z_k − z_m}: minus the margin when there is one competitor."""
+    """ln Σ_{k≠m} e^{z_k − z_m}; with a single competitor, the negative margin."""
 
 
 def top_logits(logits: Tensor) -> TopLogits:
-    """``logits`` [N, K], K ≥ 2, float32 or float64. Logits of −inf (masked classes) are fine."""
+    """Find the top logits of ``logits`` [N, K], K ≥ 2, float32 or float64; masked classes may be −inf."""
     largest, winner = extremes.largest(logits)
     others = logits.scatter(-1, winner.unsqueeze(-1), -torch.inf)
     runner_up = others.amax(-1)
-    # What logsumexp does, but in place, and with the maximum that is known already.
-    lowest = torch.finfo(logits.dtype).min  # where all others are masked: −inf − (−inf) would be NaN
+    # As logsumexp, but in place and with a maximum that is known already.
+    lowest = torch.finfo(logits.dtype).min  # if all others are masked, −inf − (−inf) would be NaN
     rest = others.sub_(runner_up.clamp_min(lowest).unsqueeze(-1)).exp_().sum(-1).log_()
     return TopLogits(largest, winner, runner_up, rest + (runner_up - largest))
 
 
 def target_class(lowest: Tensor, argmin: Tensor, of_winner: Tensor, winner: Tensor) -> Tensor:
-    """The correct class of each row, without labels. All [N] → int64 [N].
+    """Find the correct class of each row without labels. All [N] → int64 [N].
 
-    ``lowest`` and ``argmin``: the smallest gradient and its class; ``winner`` and ``of_winner``: the class
-    of the largest logit and its gradient.  With hard labels only g_r is negative; an absorbed row has no
-    negative entry, but absorption happens only to the largest logit.  Under label smoothing a row that is
-    surer than its label has signs turned around: the winner alone is positive and outweighs each other
-    entry, which a misclassified row's winner cannot (¾: rounding).
+    ``lowest`` and ``argmin``: the smallest gradient and its class.  ``winner`` and ``of_winner``: the class
+    of the largest logit and its gradient.
+
+    With hard labels, only g_r is negative.  An absorbed row has no negative entry, but only the largest logit
+    can be absorbed.  Under label smoothing, a row that is surer than its label has the signs reversed: only
+    the winner's gradient is positive, and it outweighs each other entry.  In a misclassified row it cannot.
+    The factor ¾ leaves room for rounding.
     """
     return torch.where((lowest < 0) & (-lowest >= 0.75 * of_winner), argmin, winner)
 
 
 def margin(top: TopLogits, target: Tensor, target_logit: Tensor) -> Tensor:
-    """z_r − max_{k≠r} z_k in nats, [N]; negative where the row is misclassified."""
+    """Return z_r − max_{k≠r} z_k in nats, [N]; negative where the row is misclassified."""
     rival = torch.where(target == top.winner, top.runner_up, top.largest)
     return target_logit - rival
 
 
 def row_loss(top: TopLogits, target_logit: Tensor) -> Tensor:
-    """−ln p_r in nats, [N], never rounded to zero while the number is representable."""
+    """Return −ln p_r in nats, [N], not rounded to zero as long as the number is representable."""
     return (top.largest - target_logit) + torch.log1p(top.log_rest.exp())
 
 
 def residual_mass(loss: Tensor) -> Tensor:
-    """ε = Σ_{k≠r} p_k = 1 − e^{−loss}, [N] → [N] (Liu et al. 2026, Theorem 3.4)."""
+    """Return ε = Σ_{k≠r} p_k = 1 − e^{−loss}, [N] → [N] (Liu et al. 2026, Theorem 3.4)."""
     return -torch.expm1(-loss)
+
+
+def loss_of_rows(rows: RowView) -> Tensor:
+    """Return each row's loss, [N], nats: see :func:`row_loss`."""
+    return rows.loss
+
+
+def residual_mass_of_rows(rows: RowView) -> Tensor:
+    """Return each row's residual mass ε, [N]: see :func:`residual_mass`."""
+    return rows.residual
+
+
+def max_probability_of_rows(rows: RowView) -> Tensor:
+    """Return max_k p_k of each row, [N], accurate also where it rounds to 1."""
+    return torch.sigmoid(-rows.top.log_rest)

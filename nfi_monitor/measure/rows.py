@@ -1,8 +1,10 @@
-"""All row quantities of one backward pass, packed into two small vectors.
+"""Measure the rows of one backward pass, packed into two small vectors.
 
-A micro-batch gives sums and maxima; both merge over micro-batches (and over ranks) by addition and by
-maximum, and become means on the host.  One stack and one reduction instead of a dozen 0-d tensors: at
-the sizes where a monitor is felt, kernel launches cost more than arithmetic.
+A micro-batch gives sums and maxima.  Micro-batches and ranks add the sums and take the largest of the maxima.
+The host turns them into means.  One stack and one reduction replace a dozen 0-d tensors: for small models,
+launching a kernel costs more than its arithmetic.
+
+Functions of a row that a declaration names (:class:`nfi_monitor.quantities.PerRow`) are summed with the rest.
 """
 
 from __future__ import annotations
@@ -14,20 +16,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nfi_monitor.measure import absorption, extremes, margins, shift_invariance, zero_sum
+from nfi_monitor.measure import absorption, declared, extremes, margins, shift_invariance, zero_sum
+from nfi_monitor.measure.views import RowView
+from nfi_monitor.quantities import PerRow
 
-MASKS = ("live", "absorbed", "above_floor", "underflowed", "silent", "finite")
+
+class RowKinds(NamedTuple):
+    """The ``MASKS``, bool [N] each."""
+
+    live: Tensor
+    absorbed: Tensor
+    above_floor: Tensor
+    underflowed: Tensor
+    silent: Tensor
+    finite: Tensor
+
+
+MASKS = RowKinds._fields
 """Rows counted by kind."""
 LOOK_SUMS = ("unexplained", "soft", "mean_logit")
-"""What changes slowly or tells the kind of loss: NaN in passes that did not look."""
-LIVE_SUMS = ("violation", "signed", "absolute", "residual")
-"""Summed over live rows."""
-COUNTED_SUMS = ("loss", "max_probability")
-"""Summed over rows that count: live or underflowed."""
+"""Sums that change slowly or show the kind of loss: NaN in passes that did not look."""
+LIVE_SUMS = ("violation", "signed", "absolute", *declared.OVER_LIVE)
+"""Sums over live rows. The violation is no declared function: its rows also give a share and a maximum."""
+COUNTED_SUMS = tuple(declared.OVER_COUNTED)
+"""Sums over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
-"""Of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
+"""Numbers of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
 MAXIMA = ("violation_max", "negative_margin_min")
-"""Of the micro-batch, merged by maximum."""
+"""Numbers of the micro-batch of which the largest counts."""
 
 SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
@@ -35,9 +51,9 @@ SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 class LossKind(NamedTuple):
     """What the rows have shown of the loss so far, scalar tensors.
 
-    ``eps``: machine epsilon of the precision it is computed in; ``floor``: the violation that rounding may
-    cause in it; ``level``: ln of the gradients that underflow in it.  ``scale``: the largest s in
-    g = s·(p − y) seen, 0 while no unsure row has shown it.
+    ``eps``: machine epsilon of the precision in which the loss is computed.  ``floor``: the violation that
+    rounding may cause in this precision.  ``level``: ln of the size below which its gradients underflow.
+    ``scale``: the largest s in g = s·(p − y) so far, 0 while no unsure row has shown it.
     """
 
     eps: Tensor
@@ -68,87 +84,142 @@ def row_statistics(
         logits: z [N, K] of the same rows.
         rows: rows of the whole batch, which a mean reduction divides by.
         loss_kind: what earlier passes learned of the loss.
-        look: look at the kind of loss again (half of the work).
+        look: look at the kind of loss again. This is half of the work.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     if len(grad) == 0:
         return _nothing(dtype, grad.device, loss_kind)
-    classes = grad.shape[-1]
-    top = margins.top_logits(logits.to(dtype))
     look = look or loss_kind is None
     if look or loss_kind is None:
         loss_kind = shown_precision(grad, loss_kind)
+    view, kinds = _view(grad, logits, rows, loss_kind)
 
-    signed, absolute = zero_sum.row_sums(grad)
-    violation = zero_sum.row_violation(signed, absolute)
-    lowest, argmin = extremes.smallest(grad)
-    finite = torch.isfinite(absolute + top.largest)
-    live = (absolute > 0) & finite
-    silent = (absolute == 0) & finite
-    above = live & (violation > loss_kind.floor)
-    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, loss_kind.level)
-    counts = live | underflowed
-
-    of_winner = extremes.pick(grad, top.winner)
-    target = margins.target_class(lowest, argmin, of_winner, top.winner)
-    absorbed = absorption.absorbed_rows(extremes.pick(grad, target), live)
-    target_logit = extremes.pick(logits, target).to(dtype)
-    loss = margins.row_loss(top, target_logit)
-    residual = margins.residual_mass(loss)
-    margin = margins.margin(top, target, target_logit)
-
-    # One bad row must not turn the means of all others into NaN: ``where`` drops it, and it is counted.
+    # A row with NaN must not turn the means of all others into NaN: ``where`` drops it. It is counted apart.
     zero = torch.zeros((), dtype=dtype, device=grad.device)
-    masks = torch.stack([live, absorbed, above, underflowed, silent, finite])
+    masks = torch.stack(kinds)
     if look:
-        absolute_live = torch.where(live, absolute, zero)
-        scale = shift_invariance.gradient_scale(absolute_live, residual, live)
-        loss_kind = loss_kind._replace(scale=torch.maximum(scale, loss_kind.scale.to(dtype)))
-        told = shift_invariance.gradient_residual(residual, absolute_live, loss_kind.scale)
-        unexplained = live & shift_invariance.unexplained(
-            violation, told, top.largest, loss_kind.eps, classes
-        )
-        soft = live & (shift_invariance.negatives(grad) > 1)
-        logit_sum, unmasked = shift_invariance.unmasked(logits, dtype)
-        mean_logit = torch.where(counts, logit_sum / unmasked, zero)
-        seldom = torch.stack([unexplained.to(dtype), soft.to(dtype), mean_logit]).sum(-1)
+        loss_kind, seldom = _look(view, loss_kind, zero)
     else:
         seldom = torch.full((len(LOOK_SUMS),), torch.nan, dtype=dtype, device=grad.device)
-    of_live = torch.stack([violation, signed, absolute, residual])
-    of_counted = torch.stack([loss, torch.sigmoid(-top.log_rest)])
-    counted = counts.to(dtype)
+    of_live = [view.violation, view.signed, view.absolute, *declared.row_values(view, declared.OVER_LIVE)]
+    of_counted = declared.row_values(view, declared.OVER_COUNTED)
+    counted = view.counts.to(dtype)
     total = counted.sum()
-    median = torch.where(counts, margin, torch.nan).nanmedian().nan_to_num(0.0)
+    median = torch.where(view.counts, view.margin, torch.nan).nanmedian().nan_to_num(0.0)
+    of_batch = [torch.full_like(total, float(n)) for n in (rows, len(grad))]
     sums = torch.cat(
         [
             masks.sum(-1, dtype=dtype),
             seldom,
-            torch.where(live, of_live, zero).sum(-1),
-            torch.where(counts, of_counted, zero).sum(-1),
-            torch.stack(
-                [
-                    torch.full_like(total, float(rows)),
-                    torch.full_like(total, float(len(grad))),
-                    median * total,
-                    total,
-                ]
-            ),
+            torch.where(view.live, torch.stack(of_live), zero).sum(-1),
+            torch.where(view.counts, torch.stack(of_counted), zero).sum(-1),
+            torch.stack([*of_batch, median * total, total]),
         ]
     )
     maxima = torch.stack(
         [
-            torch.where(live, violation, zero).amax(),
-            torch.where(counts, -margin, -torch.inf).amax(),
+            torch.where(view.live, view.violation, zero).amax(),
+            torch.where(view.counts, -view.margin, -torch.inf).amax(),
         ]
     )
-    return RowStatistics(sums, maxima, counted, top.winner, absorbed.to(dtype), loss_kind)
+    return RowStatistics(sums, maxima, counted, view.top.winner, kinds.absorbed.to(dtype), loss_kind)
+
+
+def _view(grad: Tensor, logits: Tensor, rows: int, kind: LossKind) -> tuple[RowView, RowKinds]:
+    dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
+    top = margins.top_logits(logits.to(dtype))
+    lowest, argmin = extremes.smallest(grad)
+    target = margins.target_class(lowest, argmin, extremes.pick(grad, top.winner), top.winner)
+    return row_view(
+        zero_sum.row_sums(grad),
+        top,
+        target,
+        extremes.pick(logits, target).to(dtype),
+        extremes.pick(grad, target),
+        rows,
+        kind,
+        classes=(grad, logits),
+    )
+
+
+def row_view(
+    sums: tuple[Tensor, Tensor],
+    top: margins.TopLogits,
+    target: Tensor,
+    target_logit: Tensor,
+    own: Tensor,
+    rows: int,
+    kind: LossKind,
+    *,
+    classes: tuple[Tensor, Tensor] | None = None,
+) -> tuple[RowView, RowKinds]:
+    """Find the kind of each row, and what declared functions may read of it.
+
+    Args, all per row [N]:
+        sums: Σ_k g_k and Σ_k |g_k|.
+        top: the largest logits.
+        target: the correct class, with its logit ``target_logit`` and its gradient ``own``.
+        rows: rows of the whole batch.
+        kind: what is known of the loss.
+        classes: gradient and logits [N, K], where one process holds all of them.
+    """
+    signed, absolute = sums
+    violation = zero_sum.row_violation(signed, absolute)
+    finite = torch.isfinite(absolute + top.largest)
+    live = (absolute > 0) & finite
+    silent = (absolute == 0) & finite
+    above = live & (violation > kind.floor)
+    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, kind.level)
+    absorbed = absorption.absorbed_rows(own, live)
+    loss = margins.row_loss(top, target_logit)
+    view = RowView(
+        top,
+        target,
+        target_logit,
+        signed,
+        absolute,
+        violation,
+        loss,
+        residual=margins.residual_mass(loss),
+        margin=margins.margin(top, target, target_logit),
+        live=live,
+        counts=live | underflowed,
+        classes=classes,
+    )
+    return view, RowKinds(live, absorbed, above, underflowed, silent, finite)
+
+
+def _look(view: RowView, kind: LossKind, zero: Tensor) -> tuple[LossKind, Tensor]:
+    """Look at the kind of loss. Returns what is known of it now, and the ``LOOK_SUMS``."""
+    dtype = zero.dtype
+    absolute_live = torch.where(view.live, view.absolute, zero)
+    kind, strange = unexplained_rows(view, absolute_live, kind, view.grad.shape[-1])
+    soft = view.live & (shift_invariance.negatives(view.grad) > 1)
+    logit_sum, unmasked = shift_invariance.unmasked(view.logits, dtype)
+    mean_logit = torch.where(view.counts, logit_sum / unmasked, zero)
+    return kind, torch.stack([strange.to(dtype), soft.to(dtype), mean_logit]).sum(-1)
+
+
+def unexplained_rows(
+    view: RowView, absolute_live: Tensor, kind: LossKind, classes: int
+) -> tuple[LossKind, Tensor]:
+    """Find the live rows whose violation rounding cannot explain, bool [N].
+
+    ``absolute_live``: Σ_k |g_k| of live rows, 0 of the others, [N].  Also returns ``kind`` with the scale of
+    the gradients as these rows show it.
+    """
+    scale = shift_invariance.gradient_scale(absolute_live, view.residual, view.live)
+    kind = kind._replace(scale=torch.maximum(scale, kind.scale.to(absolute_live.dtype)))
+    residual = shift_invariance.gradient_residual(view.residual, absolute_live, kind.scale)
+    strange = shift_invariance.unexplained(view.violation, residual, view.top.largest, kind.eps, classes)
+    return kind, view.live & strange
 
 
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
-    """The little that a head with one output shows: no classes, hence no zero-sum and no margin.
+    """Measure rows of a head with one output. Without classes there is no zero-sum and no margin.
 
-    ``grad`` and ``logits`` [N, 1].  Only live, silent and finite rows and the mean logit are filled;
-    every finite row counts.
+    ``grad`` and ``logits`` [N, 1].  Only live, silent and finite rows and the mean logit are filled.  Every
+    finite row counts.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     g, z = grad.reshape(-1).to(dtype), logits.reshape(-1).to(dtype)
@@ -172,7 +243,7 @@ def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStat
 
 
 def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: bool) -> dict[str, float]:
-    """Host side: merged sums and maxima → quantities by name. Quantities without a row are left out."""
+    """Turn merged sums and maxima into quantities by name, on the host, without those that no row shows."""
     s = dict(zip(SUMS, sums, strict=True))
     if s["sampled"] == 0:
         return {}
@@ -187,8 +258,7 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
     values["ignored_fraction"] = (s["silent"] - s["underflowed"]) / s["sampled"]
     if s["counted"]:
         values["underflowed_fraction"] = s["underflowed"] / s["counted"]
-        values["head_loss"] = s["loss"] / s["counted"]
-        values["max_probability"] = s["max_probability"] / s["counted"]
+        values |= _means(s, declared.OVER_COUNTED, s["counted"])
         values["margin_median"] = s["margin_median_rows"] / s["counted"]
         values["margin_min"] = -maxima[MAXIMA.index("negative_margin_min")]
     if s["live"]:
@@ -203,15 +273,21 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         if not math.isnan(s["unexplained"]):
             values["unexplained_violation_fraction"] = s["unexplained"] / s["live"]
             values["soft_target_fraction"] = s["soft"] / s["live"]
-        values["residual_mass"] = s["residual"] / s["live"]
+        values |= _means(s, declared.OVER_LIVE, s["live"])
     return values
 
 
-def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
-    """The precision the gradient was computed in, which may be below its dtype's. ``grad`` [N, K].
+def _means(sums: dict[str, float], of: dict[str, PerRow], rows: float) -> dict[str, float]:
+    """Return means of declared functions, without those whose sums are NaN: no rank had whole rows."""
+    means = {name: sums[name] / rows for name in of}
+    return {name: mean for name, mean in means.items() if of[name].from_shards or not math.isnan(mean)}
 
-    A float32 gradient all of whose entries are bfloat16 (float16) numbers comes from a loss in that
-    precision.  A gradient of zeros shows nothing: what was ``known`` stands.
+
+def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
+    """Find the precision in which the gradient was computed, which may be below its dtype's. ``grad`` [N, K].
+
+    If all entries of a float32 gradient are bfloat16 (float16) numbers, the loss was computed in that
+    precision. A gradient of zeros shows nothing; then ``known`` is kept.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype)
     finite = absorption.finite_entries(grad)

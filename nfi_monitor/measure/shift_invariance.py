@@ -1,10 +1,11 @@
-"""Is a violation rounding, or is it what the loss means?
+"""Decide whether rounding explains a violation, or whether the loss itself depends on a common shift.
 
-z-loss gives Σ_k g_k = 2λZ, logit penalties and regression losses have no zero-sum at all, and at a
-head whose output is soft-capped before the loss the gradient that arrives is no longer the loss's.
-Rounding explains a violation only on rows with a small residual mass ε: g_r = p_r − 1 carries an
-absolute error of a few ulp of 1 (of |z| where log-sum-exp was written by hand), against gradients
-that sum to ε.
+A z-loss gives Σ_k g_k = 2λZ.  Logit penalties and regression losses have no zero-sum at all.  If the head's
+output is soft-capped before the loss, the gradient at the head is not that at the loss.
+
+Rounding explains a violation only on rows with a small residual mass ε.  There, g_r = p_r − 1 carries an
+absolute error of a few ulp of 1, while the other gradients sum to ε.  (Where log-sum-exp was written by hand,
+the error is a few ulp of |z|.)
 """
 
 from __future__ import annotations
@@ -15,17 +16,15 @@ from torch import Tensor
 from nfi_monitor.measure.zero_sum import summation_error
 
 SAFETY = 4.0
-"""Ulps granted to rounding. Torch's kernels need about 1; hand-written losses up to 3 (measured)."""
-
-
+"""Ulps that rounding may cause. Torch's kernels need about 1; hand-written losses up to 3 (measured)."""
 UNSURE = 0.1
-"""Residual mass from which a row shows the scale of the gradients."""
+"""Smallest residual mass of a row that shows the scale of the gradients."""
 MISMATCH = 100.0
-"""Factor between what logits and gradients say of ε that loss scaling and class weights cannot make."""
+"""Ratio of ε from gradients to ε from logits that loss scaling and class weights cannot cause."""
 
 
 def gradient_scale(absolute: Tensor, residual: Tensor, live: Tensor) -> Tensor:
-    """The factor s in g = s·(p − y), from rows that are not confident: max Σ|g| / 2ε; 0 if there are none.
+    """Return the factor s in g = s·(p − y), max Σ|g| / 2ε over unsure rows; 0 if there are none.
 
     ``absolute`` Σ_k |g_k|, ``residual`` ε, ``live`` bool, all [N] → scalar tensor.
     """
@@ -34,36 +33,37 @@ def gradient_scale(absolute: Tensor, residual: Tensor, live: Tensor) -> Tensor:
 
 
 def gradient_residual(residual: Tensor, absolute: Tensor, scale: Tensor) -> Tensor:
-    """ε as the gradients tell it, where they contradict the logits. [N], [N], scalar → [N].
+    """Return ε, taken from the gradients where they contradict the logits. [N], [N], scalar → [N].
 
-    Under cross-entropy Σ|g| / 2s = ε.  Soft targets make it smaller (the gradient vanishes at p = y, where
-    ε is large and rounding is all that is left); losses that are no softmax cross-entropy make it far
-    larger on rows that look confident (one-vs-rest BCE).  While no scale is known, ε stands.
+    Under cross-entropy, Σ|g| / 2s = ε.  Soft targets make Σ|g| / 2s smaller: at p = y the gradient vanishes
+    and only rounding is left, although ε is large.  Losses other than softmax cross-entropy (one-vs-rest BCE)
+    make it far larger on rows that look confident.  While no scale is known, ε of the logits is returned.
     """
-    told = absolute / (2.0 * scale)
-    believed = torch.where(told > MISMATCH * residual, told, torch.minimum(told, residual))
-    return torch.where(scale > 0, believed, residual)
+    of_gradient = absolute / (2.0 * scale)
+    smaller = torch.minimum(of_gradient, residual)
+    chosen = torch.where(of_gradient > MISMATCH * residual, of_gradient, smaller)
+    return torch.where(scale > 0, chosen, residual)
 
 
 def unexplained(
     violation: Tensor, residual: Tensor, largest_logit: Tensor, eps: Tensor | float, classes: int
 ) -> Tensor:
-    """Rows whose violation rounding cannot explain, bool [N]. All [N]; ``eps`` the machine epsilon."""
+    """Mark rows whose violation rounding cannot explain, bool [N]. All [N]; ``eps`` the machine epsilon."""
     scale = SAFETY * eps * (1.0 + largest_logit.abs()) + summation_error(residual.dtype, classes)
     tiny = torch.finfo(residual.dtype).smallest_normal
     return violation > scale / residual.clamp_min(tiny) + scale
 
 
 def negatives(grad: Tensor) -> Tensor:
-    """How many entries of each row are negative: 1 with hard labels. ``grad`` [N, K] → [N], of its dtype."""
-    # Not (grad < 0).sum(): sums of bool take six times as long on a CPU.
+    """Count the negative entries of each row; 1 with hard labels. ``grad`` [N, K] → [N], of its dtype."""
+    # Not (grad < 0).sum(): a sum of bool takes six times as long on a CPU.
     return -grad.sign().clamp_max_(0).sum(-1)
 
 
 def unmasked(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Sum and number of the logits that are not masked with −inf: [N, K] → two tensors [N] of ``dtype``.
+    """Return sum and number of the logits not masked with −inf: [N, K] → two tensors [N] of ``dtype``.
 
-    NaN and +inf, whose rows are left out anyway, are taken for masked.
+    NaN and +inf count as masked; their rows are left out anyway.
     """
     total = logits.nan_to_num(0.0, 0.0, 0.0).sum(-1, dtype=dtype)
     masked = (logits - logits).nan_to_num_(1.0).sum(-1, dtype=dtype)

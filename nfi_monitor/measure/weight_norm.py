@@ -1,4 +1,4 @@
-"""Weight, gradient and update norms from a stratified coordinate sample.
+"""Estimate norms of weights, gradients and updates from a stratified coordinate sample.
 
 Thilak et al. (arXiv 2206.04817) define the slingshot by the growth of the last layer's norm.
 """
@@ -13,15 +13,15 @@ from nfi_monitor.measure.zero_sum import accumulation_dtype
 
 
 def stratified_sum(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Estimate of a sum over all coordinates from a sample. [C], inverse sampling rates [C] → scalar.
+    """Estimate a sum over all coordinates from a sample. [C], inverse sampling rates [C] → scalar.
 
-    ``weights`` None: the sample is everything, and the result is the sum itself.
+    ``weights`` None means that the sample holds all coordinates; the result is then exact.
     """
     return values.sum() if weights is None else torch.dot(values, weights.to(values.dtype))
 
 
 def norm(values: Tensor, weights: Tensor | None) -> Tensor:
-    """Euclidean norm over all coordinates, estimated. [C], [C] or None → scalar tensor."""
+    """Estimate the Euclidean norm over all coordinates. [C], [C] or None → scalar tensor."""
     if weights is None:
         whole: Tensor = torch.linalg.vector_norm(values)
         return whole

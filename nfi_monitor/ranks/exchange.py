@@ -27,8 +27,9 @@ from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.update import Update
 from nfi_monitor.measure.accumulator import RowAccumulator, looks
+from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.rows import MAXIMA, LossKind, finish
-from nfi_monitor.measure.sharded.rows import HEADER, SHOWN, Together, merged, together
+from nfi_monitor.measure.sharded.rows import HEADER, SHOWN, JoinedRows, join_shards, pack_shards
 from nfi_monitor.measure.sharded.step import (
     HEAD_RANKS,
     HEAD_SUMS,
@@ -39,7 +40,7 @@ from nfi_monitor.measure.sharded.step import (
     head_parts,
     step_parts,
 )
-from nfi_monitor.measure.step import SKIPPED, Memory, mean_statistics
+from nfi_monitor.measure.step import SKIPPED, mean_statistics
 from nfi_monitor.ranks import processes
 from nfi_monitor.ranks import team as teams
 from nfi_monitor.ranks.layout import (
@@ -136,7 +137,7 @@ class Exchange:
             message.own(FLAGS.index("single_output"), float(bool(rows.single_output)))
         if rows.shards and rows.shard is not None:
             shard = rows.shard
-            sent = merged(rows.shards, shard.first, shard.classes, shard.group, self.shape.row_slots)
+            sent = pack_shards(rows.shards, shard.first, shard.classes, shard.group, self.shape.row_slots)
             place = self.team.index * self._layout.block
             for at, number in enumerate(sent.header):
                 message.add("shards", number, place + at)
@@ -305,7 +306,7 @@ class Exchange:
         )
 
     def _finish_rows(
-        self, vector: Tensor, line: Mapping[str, Tensor], joined: Together | None, dtype: torch.dtype
+        self, vector: Tensor, line: Mapping[str, Tensor], joined: JoinedRows | None, dtype: torch.dtype
     ) -> dict[str, float]:
         """Quantities of all ranks' rows; ``joined``: the rows whose classes are on several ranks."""
         maxima = [float(line[name].amax()) for name in MAXIMA]
@@ -344,10 +345,10 @@ class Exchange:
         if shown.any():
             self._probe_rows = rows[shown]
 
-    def _join_rows(self, step: int, vector: Tensor, dtype: torch.dtype) -> Together | None:
+    def _join_rows(self, step: int, vector: Tensor, dtype: torch.dtype) -> JoinedRows | None:
         blocks = self._layout.cut(vector, "shards").reshape(self.team.world, self._layout.block)
         known, outputs = self._loss_kind, self.shape.outputs
-        joined = together(blocks, outputs, known, look=looks(step), dtype=dtype)
+        joined = join_shards(blocks, outputs, known, look=looks(step), dtype=dtype)
         if joined is not None:
             self._loss_kind = joined.loss_kind
         return joined

@@ -13,16 +13,16 @@ from nfi_monitor.measure.rows import MAXIMA, SUMS
 from nfi_monitor.measure.sharded.rows import FIELDS, HEADER
 from nfi_monitor.measure.sharded.step import HEAD_SUMS, STEP_SUMS, TENSOR_SUMS
 from nfi_monitor.measure.step import SKIPPED
-from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.quantities import QUANTITIES, Merge, merged_by
 from nfi_monitor.ranks.shape import Shape
 
 FLAGS = ("step", "left", "failed", "single_output", "wide_rows", "wide_loss")
 """Numbers in a rank's line: the step; then 1 where the monitor leaves, where a part of it failed, where the
 head has one output, where rows are float64, where losses are float64."""
-OWN = ("logit_displacement", "logit_displacement_rms")
+OWN = merged_by(Merge.FIRST_RANK)
 """Quantities that are taken from the first rank that has them, as one process takes them from its first
 micro-batch.  The largest of all ranks would be of more rows than the thresholds are meant for."""
-LARGEST = ("margin_displacement", SKIPPED)
+LARGEST = (*merged_by(Merge.LARGEST_RANK), SKIPPED)
 """Quantities of which the largest of all ranks counts."""
 LINE = (*FLAGS, *MAXIMA, *OWN, *LARGEST)
 """Names of the numbers in a rank's line."""
@@ -30,7 +30,7 @@ WHOLE_ON_EACH_RANK = (
     *OWN, "head_weight_norm", "classifier_mean_norm", "zero_sum_violation_weight", "zero_sum_violation_bias",
 )  # fmt: skip
 """Quantities that every rank can compute alone although layers are sharded."""
-MEANS = tuple(name for name in QUANTITIES if name not in OWN + LARGEST + ("loss",))
+MEANS = tuple(name for name in QUANTITIES if name not in OWN + LARGEST + merged_by(Merge.LOSS))
 """Quantities of which the mean over the ranks counts."""
 
 

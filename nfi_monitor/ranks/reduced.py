@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nfi_monitor.measure.sharded.rows import Together
+from nfi_monitor.measure.sharded.rows import JoinedRows
 from nfi_monitor.ranks.layout import LARGEST, MEANS, OWN, Layout
 
 
@@ -26,7 +26,7 @@ class Reduced:
     """Indices of ranks on which a part of the monitor failed: their share is missing."""
     left: list[int] = field(default_factory=list)
     """Indices of ranks that take part for the last time."""
-    together: Together | None = None
+    together: JoinedRows | None = None
     """Rows whose classes are on several ranks; None if there are none."""
     out_of_step: list[int] = field(default_factory=list)
     """Indices of ranks that are at another step: they cannot be read together."""

@@ -16,6 +16,7 @@ import contextlib
 import math
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal, Protocol
 
@@ -34,6 +35,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from nfi_monitor.quantities import QUANTITIES, READING_ORDER
 from nfi_monitor.report import terminal, wording
 from nfi_monitor.report.styles import PHASE_STYLES, SEVERITY_STYLES
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
@@ -42,10 +44,9 @@ if TYPE_CHECKING:
     from nfi_monitor.history import History
 
 _REFRESH_SECONDS = 1 / 8
-_ROWS = (
-    ("loss", "zero_sum_violation", "absorbed_fraction"),
-    ("feature_mean_norm", "logit_displacement", "rms_t_max"),
-)
+_COLUMNS = 3
+_SHOWN = [quantity.name for quantity in READING_ORDER if quantity.live]
+_ROWS = [_SHOWN[start : start + _COLUMNS] for start in range(0, len(_SHOWN), _COLUMNS)]
 
 
 class Watched(Protocol):
@@ -145,15 +146,15 @@ class LivePanel:
 
     def _numbers(self, monitor: Watched) -> Table:
         table = Table.grid(padding=(0, 2), expand=True)
-        for _ in range(4):
+        for _ in range(1 + _COLUMNS):
             table.add_column(ratio=1, overflow="fold")
         phase = monitor.phase
         firsts = (
             Text.assemble(("phase ", "dim"), (str(phase), PHASE_STYLES[phase])),
             Text.assemble(("slingshots ", "dim"), str(self._slingshots(monitor.alerts))),
         )
-        for first, names in zip(firsts, _ROWS, strict=True):
-            table.add_row(first, *(self._number(monitor.history, name) for name in names))
+        for first, names in zip_longest(firsts, _ROWS, fillvalue=()):
+            table.add_row(first or "", *(self._number(monitor.history, name) for name in names))
         return table
 
     @staticmethod
@@ -167,7 +168,7 @@ class LivePanel:
         value = float(values[-1]) if len(values) else None
         style = "bold red" if value is not None and not math.isfinite(value) else ""
         text = self._say(wording.amount(name, value))
-        return Text.assemble((self._say(_SHORT.get(name, wording.label(name))) + " ", "dim"), (text, style))
+        return Text.assemble((self._say(_label(name)) + " ", "dim"), (text, style))
 
     def _last_alert(self, alert: Alert) -> Text:
         over = alert.state is AlertState.RESOLVED
@@ -180,9 +181,5 @@ class LivePanel:
         )  # fmt: skip
 
 
-_SHORT = {
-    "zero_sum_violation": "zero-sum viol.",
-    "absorbed_fraction": "absorbed",
-    "logit_displacement": "δ",
-    "head_loss": "loss",
-}
+def _label(name: str) -> str:
+    return QUANTITIES[name].short or wording.label(name)

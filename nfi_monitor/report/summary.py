@@ -15,31 +15,16 @@ from rich.console import Console, ConsoleOptions, RenderableType
 
 from nfi_monitor import _moved
 from nfi_monitor.history import History
+from nfi_monitor.quantities import READING_ORDER
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import summary_view, terminal, wording
 from nfi_monitor.report.json_values import as_json
 from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase
 
-# The quantities that have a line in the report, and which extreme is of interest.
 KEY_QUANTITIES: dict[str, str] = {
-    "loss": "max",
-    "head_loss": "max",
-    "zero_sum_violation": "max",
-    "zero_sum_violation_weight": "max",
-    "absorbed_fraction": "max",
-    "partially_absorbed_fraction": "max",
-    "margin_median": "max",
-    "feature_mean_norm": "max",
-    "classifier_mean_norm": "max",
-    "mean_alignment": "min",
-    "mean_logit": "min",
-    "logit_displacement": "max",
-    "margin_displacement": "max",
-    "rms_t_max": "max",
-    "effective_learning_rate": "max",
-    "second_moment_decay": "min",
-    "weight_norm": "max",
+    quantity.name: quantity.extreme for quantity in READING_ORDER if quantity.extreme is not None
 }
+"""The quantities that have a line in the report, and which extreme is of interest: "max" or "min"."""
 
 _RUN = ("model", "parameters", "head", "dtype", "optimizer", "tau", "every", "level", "run_dir")
 

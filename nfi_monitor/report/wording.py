@@ -13,38 +13,6 @@ from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Severity
 
-_LABELS = {
-    "zero_sum_violation": "zero-sum violation",
-    "zero_sum_violation_max": "largest zero-sum violation",
-    "zero_sum_violation_share": "rows with a zero-sum violation",
-    "zero_sum_violation_batch": "zero-sum violation of the batch",
-    "zero_sum_violation_weight": "zero-sum violation of the head's weight gradient",
-    "zero_sum_violation_bias": "zero-sum violation of the head's bias gradient",
-    "absorbed_fraction": "absorbed rows",
-    "partially_absorbed_fraction": "partially absorbed rows",
-    "underflowed_fraction": "underflowed rows",
-    "ignored_fraction": "ignored rows",
-    "live_fraction": "live rows",
-    "unexplained_violation_fraction": "rows whose violation rounding cannot explain",
-    "soft_target_fraction": "rows with soft targets",
-    "residual_mass": "residual mass ε",
-    "margin_min": "smallest margin",
-    "margin_median": "median margin",
-    "max_probability": "mean largest probability",
-    "head_loss": "loss at the head",
-    "classifier_mean_norm": "‖W_G‖",
-    "feature_mean_norm": "‖μ_G‖",
-    "mean_alignment": "cos(W_G, μ_G)",
-    "classifier_mean_growth": "growth of ‖W_G‖",
-    "feature_mean_growth": "growth of ‖μ_G‖",
-    "second_moment_decay": "second-moment decay",
-    "rms_t_max": "RMS_t",
-    "rms_t_head": "RMS_t of the head",
-    "update_rms": "update RMS",
-    "logit_displacement": "logit displacement δ",
-    "logit_displacement_rms": "logit displacement δ (RMS)",
-}
-
 MECHANISM_NAMES = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
     Mechanism.SECOND_MOMENT: "decayed second moment",
@@ -84,7 +52,8 @@ def number(value: float | None) -> str:
 
 def label(name: str) -> str:
     """Return a quantity's name as people write it; an unknown name (from a newer version) with spaces."""
-    return _LABELS.get(name, name.replace("_", " "))
+    quantity = QUANTITIES.get(name)
+    return quantity.label if quantity else name.replace("_", " ")
 
 
 def amount(name: str, value: float | None) -> str:

@@ -1,4 +1,4 @@
-"""Made-up but shaped-like-real series of readings: what the detector is tested on without training."""
+"""Generate artificial series of readings with realistic shapes, to test the detector without training."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nfi_monitor.types import Reading
 
 
 def numeric_slingshot(start: int, spike: int, *, every: int = 1, first: int = 1) -> Iterator[Reading]:
-    """Healthy until ``start``, then rows absorb, ‖μ_G‖ inflates, δ grows; the loss jumps at ``spike``.
+    """Yield a healthy run until ``start``; then rows absorb, ‖μ_G‖ and δ grow; the loss jumps at ``spike``.
 
     The rates are those of modular division at β2 = .95 (τ = 20).
     """
@@ -46,7 +46,10 @@ def numeric_slingshot(start: int, spike: int, *, every: int = 1, first: int = 1)
 
 
 def second_moment_slingshot(silent_from: int, kick: int) -> Iterator[Reading]:
-    """A hinge loss under weight decay (τ = 1000): silence, shrinking weights, then gradients come back."""
+    """Yield a hinge loss under weight decay (τ = 1000).
+
+    From ``silent_from`` on the gradient is zero and the weights shrink.  At ``kick`` the gradient comes back.
+    """
     root = 1.0
     for step in range(1, kick + 120):
         silent = silent_from <= step < kick

@@ -1,4 +1,4 @@
-"""What the detector does with readings that are late, doubled, broken, out of order, or cut by a resume."""
+"""Test the detector with readings that come late, twice, broken, out of order, or after a resume."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ QUANTITIES = (
     "zero_sum_violation", "unexplained_violation_fraction", "feature_mean_norm", "logit_displacement",
     "logit_displacement_rms", "rms_t_max", "head_sqrt_exp_avg_sq_mean", "secant_curvature", "learning_rate",
 )  # fmt: skip
-"""What may be NaN without anything being wrong with the run; loss, gradients and weights may not."""
+"""Quantities that may be NaN in a healthy run; the loss, gradients and weights may not."""
 
 
 def quiet(steps: int = 600, violation: float = 1e-4, seed: int = 0) -> list[Reading]:
-    """Ordinary noisy minibatches: nothing grows, RMS_t around 1, half a nat of loss."""
+    """Return ordinary noisy minibatches: nothing grows, RMS_t is around 1, the loss is half a nat."""
     noise = random.Random(seed)
     return [
         Reading(
@@ -55,7 +55,7 @@ def quiet(steps: int = 600, violation: float = 1e-4, seed: int = 0) -> list[Read
 
 
 def numeric() -> list[Reading]:
-    """A numeric slingshot with everything measured."""
+    """Return a numeric slingshot with all quantities measured."""
     return [
         Reading(r.step, {**r.values, "secant_curvature": 1.5, "learning_rate": 1e-3})
         for r in numeric_slingshot(100, 400)
@@ -63,7 +63,7 @@ def numeric() -> list[Reading]:
 
 
 def broken() -> Iterator[Reading]:
-    """A numeric slingshot whose gradients, loss and single quantities are NaN or Inf here and there."""
+    """Yield a numeric slingshot whose gradients, loss and single quantities are sometimes NaN or Inf."""
     noise = random.Random(1)
     for r in numeric():
         values = dict(r.values)
@@ -75,19 +75,20 @@ def broken() -> Iterator[Reading]:
         if noise.random() < 0.2:
             values = {"loss": values["loss"]}
         elif noise.random() < 0.1:
-            values["head_loss"] = 0.5  # not what was told: a loss that was told is never replaced by it
+            values["head_loss"] = 0.5  # wrong on purpose: it must never replace a loss that the user reports
             del values["loss"]
         yield Reading(r.step, values)
 
 
-def fed(readings: Iterable[Reading], context: RunContext) -> tuple[Detector, list[tuple[Change, Alert]]]:
+def feed(readings: Iterable[Reading], context: RunContext) -> tuple[Detector, list[tuple[Change, Alert]]]:
+    """Return a detector that was fed these readings, and all changes of its alerts."""
     detector = Detector(None, context)
     changes = [change for reading in readings for change in detector.update(reading).changes]
     return detector, changes
 
 
 def resumed(detector: Detector, context: RunContext) -> Detector:
-    """The detector that a checkpoint gives back."""
+    """Return a new detector, restored from the state of this one."""
     copy = Detector(None, context)
     copy.load_state_dict(json.loads(json.dumps(detector.state_dict())))
     return copy
@@ -109,19 +110,20 @@ RUNS: dict[str, tuple[Callable[[], Iterable[Reading]], RunContext]] = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_detector_resumed_after_every_single_reading_is_the_uninterrupted_one(name: str) -> None:
-    """What state_dict forgets is lost at each reading here; alerts are compared bit for bit (by repr)."""
+def test_a_detector_resumed_after_every_reading_gives_the_same_answers(name: str) -> None:
+    """A value that state_dict omits gets lost at each reading. Alerts are compared bit for bit (by repr)."""
     series, context = RUNS[name]
     check_resumed_everywhere(list(series()), context)
 
 
-def test_a_recorded_run_resumed_after_every_single_reading_gives_the_same_alerts(
+def test_a_recorded_run_resumed_after_every_reading_gives_the_same_alerts(
     spiking_run: Recorded,
 ) -> None:
     check_resumed_everywhere(spiking_run.readings, spiking_run.context)
 
 
 def check_resumed_everywhere(readings: list[Reading], context: RunContext) -> None:
+    """Compare a detector that is resumed before each reading with an uninterrupted one."""
     whole, cut = Detector(None, context), Detector(None, context)
     for reading in readings:
         cut = resumed(cut, context)
@@ -133,22 +135,24 @@ def check_resumed_everywhere(readings: list[Reading], context: RunContext) -> No
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_non_finite_alert_survives_a_resume_as_it_was(value: float) -> None:
-    """Its evidence is the value that was not finite: Inf must not come back as NaN."""
+def test_a_resume_does_not_change_a_non_finite_alert(value: float) -> None:
+    """The alert's evidence is the value that was not finite: Inf must not become NaN."""
     readings = [Reading(r.step, {**r.values, "loss": value} if r.step >= 50 else r.values) for r in quiet(60)]
-    whole, _ = fed(readings, NUMERIC)
+    whole, _ = feed(readings, NUMERIC)
     assert repr(resumed(whole, NUMERIC).alerts) == repr(whole.alerts)
 
 
 @settings(max_examples=8)
 @given(at=st.floats(0, 1))
 @pytest.mark.parametrize("name", ["numeric", "broken"])
-def test_a_run_cut_anywhere_once_tells_what_the_uninterrupted_one_tells(name: str, at: float) -> None:
+def test_a_run_resumed_once_anywhere_gives_the_same_alerts_as_an_uninterrupted_run(
+    name: str, at: float
+) -> None:
     series, context = RUNS[name]
     readings = list(series())
     cut = round(at * len(readings))
-    whole, changes = fed(readings, context)
-    first, early = fed(readings[:cut], context)
+    whole, changes = feed(readings, context)
+    first, early = feed(readings[:cut], context)
     second = resumed(first, context)
     late = [change for reading in readings[cut:] for change in second.update(reading).changes]
     assert repr(early + late) == repr(changes)
@@ -160,23 +164,23 @@ def test_a_run_cut_anywhere_once_tells_what_the_uninterrupted_one_tells(name: st
 
 @settings(max_examples=10)
 @given(seed=st.integers(0, 1000), share=st.floats(0, 0.75))
-def test_readings_that_get_lost_cost_no_warning_and_ring_no_false_one(seed: int, share: float) -> None:
-    lost = random.Random(seed)
-    detector, _ = fed((r for r in numeric() if lost.random() >= share), NUMERIC)
+def test_missing_readings_cost_no_warning_and_cause_no_false_alert(seed: int, share: float) -> None:
+    chance = random.Random(seed)
+    detector, _ = feed((r for r in numeric() if chance.random() >= share), NUMERIC)
     first = {alert.kind: alert.first_step for alert in reversed(detector.alerts)}
     assert first[AlertKind.AT_RISK] < first[AlertKind.IMMINENT] <= first[AlertKind.SLINGSHOT] - 25
     for context in (NUMERIC, DECAYED):
-        detector, _ = fed((r for r in quiet(seed=seed) if lost.random() >= share), context)
+        detector, _ = feed((r for r in quiet(seed=seed) if chance.random() >= share), context)
         assert detector.alerts == []
 
 
 @pytest.mark.parametrize("gap", [50, 1000])
-def test_a_long_silence_before_the_build_up_delays_nothing_after_it(gap: int) -> None:
-    whole, _ = fed(numeric(), NUMERIC)
+def test_a_long_gap_before_the_build_up_delays_no_alert(gap: int) -> None:
+    whole, _ = feed(numeric(), NUMERIC)
     gapped = [
         Reading(r.step + (gap if r.step >= 90 else 0), r.values) for r in numeric() if not 40 < r.step < 90
     ]
-    late, _ = fed(gapped, NUMERIC)
+    late, _ = feed(gapped, NUMERIC)
     assert [(a.id, a.mechanism) for a in late.alerts] == [(a.id, a.mechanism) for a in whole.alerts]
     for found, expected in zip(late.alerts, whole.alerts, strict=True):
         assert abs(found.first_step - gap - expected.first_step) <= 2
@@ -187,26 +191,26 @@ def test_a_long_silence_before_the_build_up_delays_nothing_after_it(gap: int) ->
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 0.0])
 @pytest.mark.parametrize("name", QUANTITIES)
-def test_a_quantity_that_is_not_finite_for_a_while_rings_nothing_and_is_forgotten(
+def test_thirty_steps_of_a_broken_quantity_cause_no_false_alarm_and_cost_no_warning(
     name: str, value: float
 ) -> None:
-    """Thirty steps of it on a quiet run are no alarm; before a slingshot they cost no warning."""
+    """In a quiet run there is no alarm. Before a slingshot the warning still comes in time."""
     for context in (NUMERIC, DECAYED):
         readings = [
             Reading(r.step, {**r.values, name: value}) if 150 <= r.step < 180 else r for r in quiet(400)
         ]
-        detector, _ = fed(readings, context)
+        detector, _ = feed(readings, context)
         assert AlertKind.IMMINENT not in kinds(detector)
         assert detector.phase is Phase.HEALTHY
     readings = [Reading(r.step, {**r.values, name: value}) if 150 <= r.step < 180 else r for r in numeric()]
-    detector, _ = fed(readings, NUMERIC)
+    detector, _ = feed(readings, NUMERIC)
     first = {alert.kind: alert.first_step for alert in reversed(detector.alerts)}
     assert first[AlertKind.IMMINENT] <= first[AlertKind.SLINGSHOT] - 25
     json.dumps([alert.to_json() for alert in detector.alerts], allow_nan=False)
 
 
 @pytest.mark.parametrize("name", ["loss", "weight_norm", "gradient_norm"])
-def test_a_loss_gradient_or_weight_that_is_not_finite_is_an_alert_of_its_own_kind_and_no_other(
+def test_nan_in_the_loss_a_gradient_or_a_weight_begins_a_non_finite_alert_and_no_other(
     name: str,
 ) -> None:
     def readings() -> Iterable[Reading]:
@@ -216,7 +220,7 @@ def test_a_loss_gradient_or_weight_that_is_not_finite_is_an_alert_of_its_own_kin
                 r = Reading(r.step, {**r.values, name: math.nan, **extra})
             yield r
 
-    detector, _ = fed(readings(), DECAYED)
+    detector, _ = feed(readings(), DECAYED)
     (alert,) = detector.alerts
     assert (alert.kind, alert.first_step, alert.state) == (AlertKind.NON_FINITE, 150, AlertState.RESOLVED)
 
@@ -224,16 +228,16 @@ def test_a_loss_gradient_or_weight_that_is_not_finite_is_an_alert_of_its_own_kin
 @pytest.mark.parametrize(
     "name", [*QUANTITIES, "loss", "weight_norm", "gradient_norm", "non_finite_gradients"]
 )
-def test_a_quantity_that_is_never_measured_rings_nothing(name: str) -> None:
+def test_a_quantity_that_is_never_measured_causes_no_alert(name: str) -> None:
     def without(readings: Iterable[Reading]) -> Iterable[Reading]:
         return (Reading(r.step, {k: v for k, v in r.values.items() if k != name}) for r in readings)
 
-    assert fed(without(quiet()), DECAYED)[0].alerts == []
-    fed(without(numeric()), NUMERIC)
+    assert feed(without(quiet()), DECAYED)[0].alerts == []
+    feed(without(numeric()), NUMERIC)
 
 
-def test_readings_of_nothing_at_all_conclude_nothing() -> None:
-    detector, changes = fed((Reading(step, {}) for step in range(1, 200)), DECAYED)
+def test_empty_readings_change_nothing() -> None:
+    detector, changes = feed((Reading(step, {}) for step in range(1, 200)), DECAYED)
     assert changes == [] and detector.phase is Phase.HEALTHY
 
 
@@ -244,21 +248,21 @@ def test_readings_of_nothing_at_all_conclude_nothing() -> None:
 @pytest.mark.parametrize("context", [NUMERIC, DECAYED, HINGE], ids=["adam", "adamw", "adamw-999"])
 @settings(max_examples=10)
 @given(jumps=st.lists(st.tuples(st.integers(1, 599), st.integers(-2000, 2000)), max_size=4))
-def test_a_step_counter_that_jumps_on_a_calm_run_never_sounds_imminent(
+def test_a_step_counter_that_jumps_in_a_calm_run_causes_no_imminent_alert(
     jumps: list[tuple[int, int]], context: RunContext, violation: float
 ) -> None:
     moved = [
         Reading(max(r.step + sum(by for at, by in jumps if r.step >= at), 0), r.values)
         for r in quiet(600, violation)
     ]
-    detector, _ = fed(moved, context)
+    detector, _ = feed(moved, context)
     assert not kinds(detector) & {AlertKind.IMMINENT, AlertKind.SLINGSHOT}
 
 
 @pytest.mark.parametrize("by", [-1000, -150, -1, 1000])
 @pytest.mark.parametrize("at", [200, 300])
-def test_a_jump_during_the_build_up_costs_no_warning(at: int, by: int) -> None:
-    _, changes = fed((Reading(r.step + (by if r.step >= at else 0), r.values) for r in numeric()), NUMERIC)
+def test_a_step_counter_that_jumps_during_the_build_up_costs_no_warning(at: int, by: int) -> None:
+    _, changes = feed((Reading(r.step + (by if r.step >= at else 0), r.values) for r in numeric()), NUMERIC)
     begun = [alert for change, alert in changes if change is Change.BEGIN]
     assert [alert.kind for alert in begun][-1] is AlertKind.SLINGSHOT
     assert begun[-1].first_step == 400 + by
@@ -266,24 +270,24 @@ def test_a_jump_during_the_build_up_costs_no_warning(at: int, by: int) -> None:
     assert imminent and (imminent[-1] <= 400 + by - 25 or imminent[-1] < at)
 
 
-def test_a_counter_that_falls_back_in_a_slingshot_does_not_hold_the_alert() -> None:
-    """Recovery is counted in steps: going back must not mean waiting for the counter to catch up."""
+def test_a_step_counter_that_falls_back_in_a_slingshot_does_not_keep_the_alert_firing() -> None:
+    """Recovery is measured in steps. A counter that falls back must not prolong it until it has caught up."""
     raised = [Reading(r.step + 1000, r.values) for r in numeric()]
     shifted = [Reading(r.step - 1000, r.values) if r.step >= 1415 else r for r in raised]
-    detector, _ = fed(shifted, NUMERIC)
+    detector, _ = feed(shifted, NUMERIC)
     slingshot = next(alert for alert in detector.alerts if alert.kind is AlertKind.SLINGSHOT)
     assert slingshot.state is AlertState.RESOLVED
 
 
-def test_the_same_step_twice_counts_once() -> None:
-    """A reading that is delivered twice changes neither which alerts there are nor when they begin."""
+def test_a_reading_that_comes_twice_counts_once() -> None:
+    """The alerts are the same, and they begin at most 5 steps earlier or later."""
     doubled = [reading for r in numeric() for reading in (r, r)]
-    once, _ = fed(numeric(), NUMERIC)
-    twice, _ = fed(doubled, NUMERIC)
+    once, _ = feed(numeric(), NUMERIC)
+    twice, _ = feed(doubled, NUMERIC)
     assert [(a.id, a.mechanism) for a in twice.alerts] == [(a.id, a.mechanism) for a in once.alerts]
     for found, expected in zip(twice.alerts, once.alerts, strict=True):
         assert abs(found.first_step - expected.first_step) <= 5
-    assert fed([reading for r in quiet() for reading in (r, r)], DECAYED)[0].alerts == []
+    assert feed([reading for r in quiet() for reading in (r, r)], DECAYED)[0].alerts == []
 
 
 # --- a learning rate that jumps ---------------------------------------------------------------------
@@ -291,12 +295,14 @@ def test_the_same_step_twice_counts_once() -> None:
 
 @pytest.mark.parametrize("factor", [10.0, 0.1])
 @pytest.mark.parametrize("context", [NUMERIC, DECAYED, HINGE], ids=["adam", "adamw", "adamw-999"])
-def test_a_learning_rate_that_jumps_on_a_quiet_run_sounds_nothing(context: RunContext, factor: float) -> None:
-    """Updates, and with them displacement and curvature × lr, jump with it; gradients stay what they were."""
+def test_a_learning_rate_that_jumps_in_a_quiet_run_causes_no_imminent_alert(
+    context: RunContext, factor: float
+) -> None:
+    """Updates jump with the learning rate, and so do displacement and curvature × lr; gradients do not."""
     scaled = ("logit_displacement", "logit_displacement_rms", "secant_curvature", "learning_rate")
     readings = [
         Reading(r.step, {k: v * (factor if k in scaled else 1) for k, v in r.values.items()})
         if r.step >= 300 else r
         for r in quiet()
     ]  # fmt: skip
-    assert AlertKind.IMMINENT not in kinds(fed(readings, context)[0])
+    assert AlertKind.IMMINENT not in kinds(feed(readings, context)[0])

@@ -31,23 +31,25 @@ HINGE = RunContext(beta2=0.999, decoupled_decay=True, no_classes=True)
 def run(
     readings: Iterable[Reading], context: RunContext, thresholds: Thresholds | None = None
 ) -> tuple[Detector, list[tuple[Change, Alert]], list[Phase]]:
+    """Return a detector that was fed these readings, its alerts' changes, and the phase at each reading."""
     detector = Detector(thresholds, context)
     changes: list[tuple[Change, Alert]] = []
     phases = []
     for reading in readings:
-        verdict = detector.update(reading)
-        changes += verdict.changes
-        phases.append(verdict.phase)
+        judgement = detector.update(reading)
+        changes += judgement.changes
+        phases.append(judgement.phase)
     return detector, changes, phases
 
 
 def only(detector: Detector, kind: AlertKind) -> Alert:
+    """Return the only alert of this kind; fail if there are none or several."""
     found = [alert for alert in detector.alerts if alert.kind is kind]
     assert len(found) == 1, f"{len(found)} alerts of kind {kind}: one event, one alert"
     return found[0]
 
 
-def test_a_numeric_slingshot_is_told_in_stages_and_each_stage_once() -> None:
+def test_a_numeric_slingshot_has_three_alerts_one_for_each_stage() -> None:
     detector, changes, phases = run(numeric_slingshot(100, 400), NUMERIC)
     at_risk, imminent = only(detector, AlertKind.AT_RISK), only(detector, AlertKind.IMMINENT)
     slingshot = only(detector, AlertKind.SLINGSHOT)
@@ -63,7 +65,7 @@ def test_a_numeric_slingshot_is_told_in_stages_and_each_stage_once() -> None:
     assert begun == [AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT]
 
 
-def test_at_risk_is_information_until_something_grows() -> None:
+def test_at_risk_has_severity_info_until_the_feature_mean_grows() -> None:
     _, changes, _ = run(numeric_slingshot(100, 400), NUMERIC)
     at_risk = [(change, alert.severity) for change, alert in changes if alert.kind is AlertKind.AT_RISK]
     assert at_risk == [
@@ -71,7 +73,7 @@ def test_at_risk_is_information_until_something_grows() -> None:
     ]  # fmt: skip
 
 
-def test_every_alert_carries_evidence_with_its_threshold_and_a_next_action() -> None:
+def test_every_alert_has_evidence_with_a_threshold_and_advice() -> None:
     _, changes, _ = run(numeric_slingshot(100, 400), NUMERIC)
     for _, alert in changes:
         violation = alert.evidence["zero_sum_violation"]
@@ -80,7 +82,7 @@ def test_every_alert_carries_evidence_with_its_threshold_and_a_next_action() -> 
         assert Alert.from_json(json.loads(json.dumps(alert.to_json()))) == alert
 
 
-def test_the_forecast_is_an_interval_that_brackets_the_truth_when_imminent_begins() -> None:
+def test_the_forecast_when_imminent_begins_contains_the_true_number_of_steps() -> None:
     _, changes, _ = run(numeric_slingshot(100, 400), NUMERIC)
     imminent = next(a for change, a in changes if change is Change.BEGIN and a.kind is AlertKind.IMMINENT)
     assert imminent.steps_to_spike is not None
@@ -100,14 +102,14 @@ def test_a_second_moment_slingshot_is_at_risk_while_coasting_and_imminent_at_the
     assert begun.evidence["rms_t_max"].value < begun.evidence["rms_t_max"].threshold == 0.5
 
 
-def test_without_weight_decay_a_silent_gradient_is_not_at_risk() -> None:
+def test_without_weight_decay_a_vanished_gradient_is_not_at_risk() -> None:
     detector, _, _ = run(second_moment_slingshot(300, 2400), RunContext(beta2=0.999, no_classes=True))
     assert [
         alert for alert in detector.alerts if alert.kind is AlertKind.AT_RISK and alert.last_step < 2400
     ] == []
 
 
-def test_a_bad_batch_out_of_nothing_has_no_known_mechanism() -> None:
+def test_a_bad_batch_without_any_other_sign_has_an_unknown_mechanism() -> None:
     def readings() -> Iterable[Reading]:
         for step in range(1, 300):
             bad = 200 <= step < 203
@@ -133,8 +135,13 @@ def test_a_bad_batch_out_of_nothing_has_no_known_mechanism() -> None:
 
 
 @pytest.mark.parametrize(("read", "named"), [(1, Mechanism.EXTERNAL), (32, Mechanism.UNKNOWN)])
-def test_a_kick_from_outside_is_not_inferred_from_an_update_long_before(read: int, named: Mechanism) -> None:
-    """Losses are known at every step; the rest of one in ``read`` steps. What came between, nobody saw."""
+def test_a_kick_from_outside_is_inferred_only_from_the_update_right_before_it(
+    read: int, named: Mechanism
+) -> None:
+    """The loss is known at every step, the other quantities at one in ``read`` steps only.
+
+    With ``read`` = 32 the update right before the event is unknown, so no mechanism is named.
+    """
 
     def readings() -> Iterable[Reading]:
         for step in range(1, 300):
@@ -145,7 +152,7 @@ def test_a_kick_from_outside_is_not_inferred_from_an_update_long_before(read: in
     assert only(run(readings(), NUMERIC)[0], AlertKind.SLINGSHOT).mechanism is named
 
 
-def test_a_violation_that_rounding_cannot_explain_is_never_alarmed() -> None:
+def test_a_violation_that_rounding_cannot_explain_causes_no_alert() -> None:
     readings = (
         Reading(r.step, {**r.values, "unexplained_violation_fraction": 0.9, "loss": 1e-7})
         for r in numeric_slingshot(100, 400)
@@ -154,7 +161,7 @@ def test_a_violation_that_rounding_cannot_explain_is_never_alarmed() -> None:
     assert detector.alerts == [] and set(phases) == {Phase.HEALTHY}
 
 
-def test_the_weight_gradients_violation_stands_in_where_no_rows_are_seen() -> None:
+def test_the_weight_gradients_violation_is_used_where_the_rows_are_not_measured() -> None:
     def blind() -> Iterable[Reading]:
         for r in numeric_slingshot(100, 400):
             values = dict(r.values)
@@ -166,11 +173,11 @@ def test_the_weight_gradients_violation_stands_in_where_no_rows_are_seen() -> No
 
 
 @pytest.mark.parametrize("every", [2, 4])
-def test_sampled_readings_lose_little_lead(every: int) -> None:
+def test_reading_every_second_or_fourth_step_costs_at_most_half_a_tau_of_lead(every: int) -> None:
     dense, _, _ = run(numeric_slingshot(100, 400), NUMERIC)
     sparse, _, _ = run(numeric_slingshot(100, 400, every=every), NUMERIC)
-    lost = only(sparse, AlertKind.IMMINENT).first_step - only(dense, AlertKind.IMMINENT).first_step
-    assert lost <= 10, "half a τ"
+    delay = only(sparse, AlertKind.IMMINENT).first_step - only(dense, AlertKind.IMMINENT).first_step
+    assert delay <= 10, "half a τ"
 
 
 def test_attention_rises_before_the_first_alert() -> None:
@@ -204,7 +211,7 @@ def test_a_resumed_detector_gives_the_alerts_of_an_uninterrupted_one(
     assert json.dumps(second.state_dict()) == json.dumps(whole.state_dict())
 
 
-def test_gaps_nan_and_a_step_counter_that_jumps_raise_nothing() -> None:
+def test_gaps_nan_and_a_step_counter_that_jumps_raise_no_exception() -> None:
     readings = []
     for r in numeric_slingshot(100, 400):
         step = r.step if r.step < 200 else r.step + 10_000
@@ -216,7 +223,7 @@ def test_gaps_nan_and_a_step_counter_that_jumps_raise_nothing() -> None:
     assert AlertKind.SLINGSHOT in {alert.kind for alert in detector.alerts}
 
 
-def test_a_non_finite_loss_begins_an_alert_that_ends_when_numbers_return() -> None:
+def test_a_non_finite_alert_ends_when_the_loss_is_finite_again() -> None:
     def readings() -> Iterable[Reading]:
         for step in range(1, 10):
             loss = math.nan if 4 <= step < 7 else 1.0
@@ -229,8 +236,8 @@ def test_a_non_finite_loss_begins_an_alert_that_ends_when_numbers_return() -> No
     assert json.loads(json.dumps(alert.to_json(), allow_nan=False))["evidence"]["loss"]["value"] is None
 
 
-def test_a_loss_that_falls_below_zero_ends_a_slingshot_and_the_watch_for_causes_goes_on() -> None:
-    """It used to keep the slingshot firing, and every step being read, to the end of the run."""
+def test_a_loss_below_zero_ends_a_slingshot_and_later_warnings_still_come() -> None:
+    """Earlier, the slingshot fired and every step was read to the end of the run."""
 
     def readings() -> Iterable[Reading]:
         for r in numeric_slingshot(100, 400):
@@ -264,23 +271,23 @@ def test_a_non_finite_loss_is_a_warning_until_gradients_or_weights_are_not_finit
     assert only(detector, AlertKind.NON_FINITE) == replace(risen, last_step=4)
 
 
-def test_a_mechanism_named_while_it_built_up_is_not_renamed_in_the_last_steps() -> None:
-    """At the kick the curvature is above the stability limit too: that is the spike, not its cause."""
+def test_a_mechanism_named_during_the_build_up_is_kept_in_the_last_steps() -> None:
+    """At the kick the curvature exceeds the stability limit, too. That is an effect of the spike."""
     detector, changes, _ = run(second_moment_slingshot(300, 2500), HINGE)
     assert {alert.mechanism for _, alert in changes} == {Mechanism.SECOND_MOMENT}
     assert only(detector, AlertKind.SLINGSHOT).evidence["secant_curvature"].value > NUMERIC.stability_limit
 
 
 def steep_kick() -> Iterable[Reading]:
-    """A kick whose RMS_t and curvature are below the usual levels, and together enough."""
+    """Yield a kick whose RMS_t and curvature are each below the usual level, but together enough."""
     for r in second_moment_slingshot(300, 2500):
         kicked = r.step >= 2500
         rest = {"rms_t_max": 1.8, "secant_curvature": 25.0} if kicked else {}
         yield Reading(r.step, {**r.values, **rest})
 
 
-def test_a_slingshots_evidence_is_what_its_mechanism_was_named_for() -> None:
-    """It used to be read after a slingshot's beginning had wiped it, and held against other levels."""
+def test_a_slingshots_evidence_has_the_thresholds_that_named_its_mechanism() -> None:
+    """Earlier, the evidence was read after the slingshot's begin had reset it, with other thresholds."""
     detector, changes, _ = run(steep_kick(), HINGE)
     imminent = next(a for change, a in changes if change is Change.BEGIN and a.kind is AlertKind.IMMINENT)
     slingshot = only(detector, AlertKind.SLINGSHOT)
@@ -291,7 +298,7 @@ def test_a_slingshots_evidence_is_what_its_mechanism_was_named_for() -> None:
     assert (levels["rms_t_max"], levels["secant_curvature"]) == pytest.approx((1.5, 19.0))
 
 
-def test_absorption_that_begins_while_the_optimizer_coasts_takes_the_alert_over() -> None:
+def test_absorption_that_begins_during_coasting_becomes_the_mechanism_of_the_alert() -> None:
     def readings() -> Iterable[Reading]:
         for r in second_moment_slingshot(300, 2500):
             violation = 0.12 if r.step > 1800 else 1e-7
@@ -305,8 +312,8 @@ def test_absorption_that_begins_while_the_optimizer_coasts_takes_the_alert_over(
     assert "float64" in at_risk.advice[0]
 
 
-def test_a_violation_of_rows_that_does_not_reach_the_weights_is_not_absorbing() -> None:
-    """Ordinary minibatches: half of the rows are absorbed, and the few that carry the gradient are not."""
+def test_a_violation_of_rows_that_does_not_reach_the_weights_causes_no_alert() -> None:
+    """In ordinary minibatches half of the rows are absorbed; the few rows that carry the gradient are not."""
     readings = [
         Reading(r.step, {**r.values, "zero_sum_violation_weight": 1e-5, "loss": 1e-7})
         for r in numeric_slingshot(100, 400)
@@ -315,7 +322,7 @@ def test_a_violation_of_rows_that_does_not_reach_the_weights_is_not_absorbing() 
     assert detector.alerts == [] and set(phases) == {Phase.HEALTHY}
 
 
-def test_where_the_weights_cannot_be_read_the_batchs_violation_decides() -> None:
+def test_the_batchs_violation_decides_where_the_weight_gradient_cannot_be_read() -> None:
     for batch, alarmed in ((1e-6, False), (0.2, True)):
         readings = [
             Reading(r.step, {**r.values, "zero_sum_violation_batch": batch})
@@ -325,13 +332,13 @@ def test_where_the_weights_cannot_be_read_the_batchs_violation_decides() -> None
         assert (AlertKind.AT_RISK in {alert.kind for alert in detector.alerts}) is alarmed
 
 
-def test_without_weight_decay_noise_in_rms_t_is_no_kick() -> None:
+def test_without_weight_decay_a_high_rms_t_is_no_kick() -> None:
     detector, _, _ = run(second_moment_slingshot(300, 2500), RunContext(beta2=0.999, no_classes=True))
     assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]
 
 
-def test_noise_in_rms_t_draws_no_attention_where_no_kick_could_follow() -> None:
-    """Plain Adam on minibatches: RMS_t around 1.3 on a second moment that has halved is an ordinary day."""
+def test_noise_in_rms_t_raises_attention_only_under_weight_decay() -> None:
+    """Plain Adam on minibatches: an RMS_t around 1.3 after the second moment has halved is ordinary there."""
     for decay, expected in ((False, Attention.RARELY), (True, Attention.ALWAYS)):
         detector = Detector(None, RunContext(beta2=0.999, decoupled_decay=decay))
         for step in range(1, 600):

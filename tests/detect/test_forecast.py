@@ -10,12 +10,12 @@ from nfi_monitor.detect.forecast import FARTHEST, NEAREST, steps_to_spike
 
 
 @given(st.floats(1e-5, 0.5), st.floats(0.05, 1.0), st.sampled_from([0.9, 0.95, 0.99, 0.999]))
-def test_updates_that_grow_as_the_second_moment_forgets_reach_one_nat_when_said(
+def test_updates_that_grow_as_the_second_moment_decays_reach_one_nat_at_the_forecast_step(
     displacement: float, violation: float, beta2: float
 ) -> None:
     tau = 1 / (1 - beta2)
     forecast = steps_to_spike(displacement, violation, 0.0, 0.0, beta2, tau)
-    # A constant share of the gradient on sqrt(v̂) that decays by sqrt(β2) a step, one step at a time.
+    # Simulate step by step: a constant share of the gradient, divided by sqrt(v̂), which decays by sqrt(β2).
     delta, steps = displacement, 0
     while delta < 1.0:
         delta *= beta2 ** (-0.5 * violation)
@@ -31,44 +31,44 @@ def test_updates_that_grow_as_the_second_moment_forgets_reach_one_nat_when_said(
         assert low <= median <= high
 
 
-def said(
+def forecast(
     displacement: float = 0.01, violation: float = 0.9, slope: float = 0.0, loss_rise: float = 0.0
 ) -> tuple[int, int, int] | None:
     return steps_to_spike(displacement, violation, slope, loss_rise, 0.95, 20.0)
 
 
 def test_half_the_violation_takes_twice_as_long() -> None:
-    full, half = said(0.12, violation=0.8), said(0.12, violation=0.4)
+    full, half = forecast(0.12, violation=0.8), forecast(0.12, violation=0.4)
     assert full is not None and half is not None
     assert half[1] == pytest.approx(2 * full[1], abs=1)
 
 
-def test_a_growing_displacement_arrives_earlier_and_a_falling_one_is_not_believed() -> None:
-    growing, flat, falling = said(slope=0.03), said(), said(slope=-0.03)
+def test_a_growing_displacement_shortens_the_forecast_and_a_falling_one_is_ignored() -> None:
+    growing, flat, falling = forecast(slope=0.03), forecast(), forecast(slope=-0.03)
     assert growing is not None and flat is not None
     assert growing[1] < flat[1]
-    assert falling == flat == said(slope=math.nan)
+    assert falling == flat == forecast(slope=math.nan)
 
 
-def test_inside_the_last_tau_it_is_a_state_not_a_number() -> None:
-    assert said(0.7) is None
-    assert said(0.01) is not None
-    assert said(0.01, loss_rise=0.8) is None, "the loss is leaving its floor"
+def test_there_is_no_forecast_near_the_spike() -> None:
+    assert forecast(0.7) is None
+    assert forecast(0.01) is not None
+    assert forecast(0.01, loss_rise=0.8) is None, "the loss is leaving its floor"
 
 
-def test_the_far_future_is_not_told() -> None:
-    assert said(1e-5, violation=0.1) is None
+def test_there_is_no_forecast_beyond_fifteen_tau() -> None:
+    assert forecast(1e-5, violation=0.1) is None
 
 
-def test_a_loss_that_is_not_told_keeps_no_forecast_back() -> None:
-    assert said(loss_rise=math.nan) == said()
+def test_an_unknown_loss_does_not_prevent_a_forecast() -> None:
+    assert forecast(loss_rise=math.nan) == forecast()
 
 
 @pytest.mark.parametrize("displacement", [0.0, -1.0, math.nan, math.inf, 1.0, 5.0])
-def test_what_cannot_be_extrapolated_gives_none(displacement: float) -> None:
-    assert said(displacement) is None
+def test_a_displacement_outside_zero_to_one_nat_gives_no_forecast(displacement: float) -> None:
+    assert forecast(displacement) is None
 
 
 @pytest.mark.parametrize("violation", [0.0, math.nan])
-def test_without_a_violation_nothing_drives_the_displacement(violation: float) -> None:
-    assert said(violation=violation) is None
+def test_there_is_no_forecast_without_a_violation(violation: float) -> None:
+    assert forecast(violation=violation) is None

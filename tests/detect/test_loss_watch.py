@@ -1,4 +1,4 @@
-"""The loss, which comes at every step, says when to look closely; it is never an alarm."""
+"""Test that an unusual loss makes the detector read the next steps, and never begins an alert."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ LIMITS = Thresholds()
 
 
 def feed(losses, *, watch=None, first=1):
-    """The steps at which it stirred."""
+    """Return the steps at which the loss was unusual."""
     watch = watch or LossWatch()
     return [step for step, loss in enumerate(losses, start=first) if watch.update(step, loss, LIMITS)]
 
 
 @pytest.mark.parametrize("size", [0.01, 2.0])
-def test_a_loss_that_fell_steadily_and_rises_stirs_whatever_its_size(size):
+def test_a_rise_after_eight_falls_is_unusual_for_a_loss_of_any_size(size):
     falling = [size * (1 - 0.01 * step) for step in range(FALLS + 1)]
     assert feed([*falling, falling[-1] + 1e-9]) == [FALLS + 2]
     assert feed([*falling[:-1], falling[-2] + 1e-9]) == []
 
 
-def test_a_low_loss_that_leaves_what_it_was_of_late_stirs():
+def test_a_low_loss_that_leaves_its_recent_range_is_unusual():
     level = [0.02, 0.021] * BLOCK
     assert feed([*level, 0.021 * LEAP + 1e-6]) == [2 * BLOCK + 1]
     assert feed([*level, 0.021 * LEAP - 1e-6]) == []
@@ -38,31 +38,31 @@ def test_a_low_loss_that_leaves_what_it_was_of_late_stirs():
     assert feed([*high, 2.1 * LEAP + 1e-6]) == []
 
 
-def test_what_a_loss_was_two_blocks_ago_is_forgotten():
+def test_a_loss_is_not_compared_with_losses_more_than_two_blocks_ago():
     level = [0.09, *[0.02, 0.021] * (3 * BLOCK // 2)]
     assert feed([*level, 0.04]) == [len(level) + 1]
     assert feed([0.02, 0.021] * (BLOCK // 4) + [0.09] + [0.02, 0.021] * (BLOCK // 4) + [0.04]) == []
 
 
-def test_a_loss_of_next_to_nothing_makes_no_leap_of_the_next():
-    """1e-9 and 1e-5 are the same loss: both far below where a slingshot starts."""
+def test_differences_between_nearly_zero_losses_are_not_unusual():
+    """1e-9 and 1e-5 count as the same loss: both are far below where a slingshot starts."""
     assert feed([0.0, 1e-9] * BLOCK + [1e-5, 9e-5, 1.4e-4]) == []
     assert feed([0.0, 1e-9] * BLOCK + [1.6e-4]) == [2 * BLOCK + 1]
 
 
-def test_noise_of_minibatches_stirs_seldom():
+def test_fewer_than_five_in_a_thousand_noisy_minibatch_losses_are_unusual():
     generator = random.Random(0)
     losses = [math.exp(generator.gauss(-3.0, 0.1)) for _ in range(20_000)]
     assert len(feed(losses)) < 0.005 * len(losses)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_is_passed_over(bad):
+def test_nan_and_inf_are_skipped(bad):
     falling = [0.02 - 1e-4 * step for step in range(FALLS + 1)]
     assert feed([*falling[:4], bad, *falling[4:], 0.03]) == [FALLS + 3]
 
 
-def test_a_step_is_looked_at_once_and_a_counter_that_is_set_back_starts_anew():
+def test_a_step_counts_once_and_a_counter_that_is_set_back_starts_again():
     watch = LossWatch()
     falling = [0.02 - 1e-4 * step for step in range(FALLS + 1)]
     feed(falling, watch=watch, first=1000)
@@ -73,7 +73,7 @@ def test_a_step_is_looked_at_once_and_a_counter_that_is_set_back_starts_anew():
     assert watch.until == 0
 
 
-def test_attention_is_close_for_a_few_steps_and_no_alarm_is_raised():
+def test_after_an_unusual_loss_a_few_steps_are_read_and_no_alert_begins():
     detector = Detector(context=RunContext(beta2=0.999))
     losses = [0.02 - 1e-4 * step for step in range(FALLS + 60)]
     losses[FALLS + 1] = losses[FALLS] * 1.01
@@ -81,13 +81,13 @@ def test_attention_is_close_for_a_few_steps_and_no_alarm_is_raised():
     for step, loss in enumerate(losses, start=1):
         assert not detector.update(Reading(step, {"loss": loss})).changes
         attention.append(detector.attention)
-    stirred = FALLS + 2
-    assert attention[: stirred - 1] == [Attention.RARELY] * (stirred - 1)
-    assert attention[stirred - 1 : stirred - 1 + STEPS] == [Attention.ALWAYS] * STEPS
-    assert set(attention[stirred - 1 + STEPS :]) == {Attention.RARELY}
+    unusual = FALLS + 2
+    assert attention[: unusual - 1] == [Attention.RARELY] * (unusual - 1)
+    assert attention[unusual - 1 : unusual - 1 + STEPS] == [Attention.ALWAYS] * STEPS
+    assert set(attention[unusual - 1 + STEPS :]) == {Attention.RARELY}
 
 
-def test_a_loss_that_is_told_no_more_does_not_keep_attention_close():
+def test_attention_falls_again_when_no_more_losses_come():
     detector = Detector(context=RunContext(beta2=0.999))
     for step, loss in enumerate([0.02 - 1e-4 * step for step in range(FALLS + 1)] + [0.03], start=1):
         detector.update(Reading(step, {"loss": loss}))

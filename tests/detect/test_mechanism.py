@@ -28,13 +28,13 @@ def name(**signals: object) -> Mechanism:
     return name_mechanism(replace(QUIET, **signals))[0]
 
 
-def test_a_broken_zero_sum_names_numerical_feature_inflation_whatever_else_is_seen() -> None:
+def test_a_broken_zero_sum_names_numerical_feature_inflation_whatever_the_other_signals_are() -> None:
     assert name(violation=0.3, on=("coasting", "kicking"), decay=-2.0, curvature=90.0) is (
         Mechanism.NUMERICAL_FEATURE_INFLATION
     )
 
 
-def test_coasting_on_a_forgotten_second_moment_names_it() -> None:
+def test_coasting_with_a_decayed_second_moment_names_the_second_moment() -> None:
     assert name(on=("coasting",), decay=-0.5) is Mechanism.SECOND_MOMENT
 
 
@@ -42,29 +42,30 @@ def test_a_curvature_above_the_stability_limit_names_the_edge_of_stability() -> 
     assert name(curvature=50.0, on=("kicking",)) is Mechanism.EDGE_OF_STABILITY
 
 
-def test_gradients_that_oppose_each_other_name_the_edge_of_stability_below_the_limit_too() -> None:
+def test_opposing_gradients_name_the_edge_of_stability_below_the_stability_limit_too() -> None:
     assert name(on=("swinging",), curvature=5.0) is Mechanism.EDGE_OF_STABILITY
 
 
-@pytest.mark.parametrize("signs", [("kicking",), ("swinging",), ("kicking", "swinging")])
-def test_a_kick_or_a_swing_is_the_second_moments_only_where_the_gradient_was_gone(
-    signs: tuple[str, ...],
+@pytest.mark.parametrize("rules", [("kicking",), ("swinging",), ("kicking", "swinging")])
+def test_a_kick_or_a_swing_names_the_second_moment_only_after_a_vanished_gradient(
+    rules: tuple[str, ...],
 ) -> None:
-    """In the last steps both look alike: a kick swings, and a swing kicks."""
-    assert name(on=signs, decay=-1.0, gone=True) is Mechanism.SECOND_MOMENT
-    assert name(on=("coasting", *signs), decay=-1.0) is Mechanism.EDGE_OF_STABILITY
-    assert name(on=signs, decay=-0.1, gone=True) is Mechanism.EDGE_OF_STABILITY, "nothing was forgotten"
+    """In the last steps both look alike: a kick makes the weights swing, and a swing raises RMS_t."""
+    assert name(on=rules, decay=-1.0, gone=True) is Mechanism.SECOND_MOMENT
+    assert name(on=("coasting", *rules), decay=-1.0) is Mechanism.EDGE_OF_STABILITY
+    no_decay = "the second moment has not decayed"
+    assert name(on=rules, decay=-0.1, gone=True) is Mechanism.EDGE_OF_STABILITY, no_decay
 
 
-def test_a_jump_of_the_learning_rate_comes_from_outside_whatever_it_sets_off() -> None:
+def test_a_jump_of_the_learning_rate_names_an_external_cause_whatever_follows() -> None:
     assert name(learning_rate_jump=10.0, curvature=90.0, on=("swinging",)) is Mechanism.EXTERNAL
     assert name(learning_rate_jump=2.0, curvature=90.0) is Mechanism.EDGE_OF_STABILITY
 
 
-def test_a_loss_that_rises_after_an_ordinary_update_was_raised_by_the_batch() -> None:
+def test_a_rise_of_the_loss_after_an_ordinary_update_names_an_external_cause() -> None:
     assert name(update_jump=1.1) is Mechanism.EXTERNAL
     assert name(update_jump=1.1, rms_t=3.0) is Mechanism.UNKNOWN
-    assert name(update_jump=math.nan) is Mechanism.UNKNOWN, "an update that was not seen proves nothing"
+    assert name(update_jump=math.nan) is Mechanism.UNKNOWN, "an update that was not measured proves nothing"
 
 
 def test_without_evidence_the_mechanism_is_unknown() -> None:
@@ -72,7 +73,7 @@ def test_without_evidence_the_mechanism_is_unknown() -> None:
     assert name(violation=math.nan) is Mechanism.UNKNOWN
 
 
-def test_an_unseen_zero_sum_makes_every_other_name_less_certain() -> None:
+def test_an_unmeasured_zero_sum_makes_other_mechanisms_less_certain() -> None:
     seen = name_mechanism(replace(QUIET, on=("coasting",), decay=-1.0))[1]
     unseen = name_mechanism(replace(QUIET, on=("coasting",), decay=-1.0, violation=math.nan))[1]
     one_output = name_mechanism(
@@ -86,7 +87,7 @@ def test_confidence_grows_with_the_violation() -> None:
     assert confidences == sorted(confidences) and confidences[0] == 0.6 and confidences[-1] == 0.95
 
 
-def test_what_an_earlier_version_saved_of_the_causes_is_read() -> None:
+def test_causes_saved_by_version_0_1_are_read() -> None:
     state = {**QUIET.state_dict(), "kicked": True, "coasting": False, "swinging": True}
     del state["on"], state["gone"], state["step"]
     read = Causes.from_state(state)

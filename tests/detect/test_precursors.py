@@ -1,4 +1,4 @@
-"""What sounds *imminent* where rounding is not the cause, or where the head's own displacement is blind."""
+"""Test *imminent* alerts without rounding, and where the head's own displacement does not grow."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def imminent(readings: Iterator[Reading], context: RunContext) -> list[tuple[int
 
 
 def oscillation(alignment: float, spike: int = SPIKE, before: float = 1e-4) -> Iterator[Reading]:
-    """For 12 steps the features swing 1.6 × further every step; the loss is the last to know."""
+    """Yield features that swing 1.6 × further at each of the last 12 steps; the loss rises at the last."""
     for step in range(1, spike + 1):
         left = spike - step
         growth = 1.6 ** max(12 - left, 0)
@@ -44,16 +44,16 @@ def oscillation(alignment: float, spike: int = SPIKE, before: float = 1e-4) -> I
         )
 
 
-def test_gradients_that_oppose_each_other_on_growing_swings_are_imminent_before_the_loss_rises() -> None:
+def test_opposing_gradients_and_growing_swings_are_imminent_before_the_loss_rises() -> None:
     ((step, mechanism),) = imminent(oscillation(-0.9), ADAM)
     assert SPIKE - 6 <= step < SPIKE and mechanism is Mechanism.EDGE_OF_STABILITY
 
 
-def test_swings_of_gradients_that_do_not_oppose_each_other_are_noise() -> None:
+def test_growing_swings_without_opposing_gradients_are_not_imminent() -> None:
     assert imminent(oscillation(0.0), ADAM) == []
 
 
-def test_an_oscillation_is_over_when_gradients_agree_again_though_the_features_still_move() -> None:
+def test_an_oscillation_ends_when_gradients_agree_again_though_features_still_move() -> None:
     def readings() -> Iterator[Reading]:
         for reading in oscillation(-0.9):
             if reading.step < SPIKE - 2:
@@ -68,16 +68,18 @@ def test_an_oscillation_is_over_when_gradients_agree_again_though_the_features_s
     assert alert.last_step <= SPIKE + 5
 
 
-def test_a_loss_on_its_way_down_has_no_floor_to_leave_yet() -> None:
-    """Networks that swing in their first 3 τ, far above the level of a slingshot, go on falling."""
+def test_an_oscillation_while_the_loss_first_falls_is_not_imminent() -> None:
+    """In their first 3 τ networks may oscillate far above a slingshot's level. Their loss goes on falling."""
     early = round(2.9 * ADAM.tau)
     assert imminent(oscillation(-0.9, early, before=0.5), ADAM) == []
-    assert len(imminent(oscillation(-0.9, early, before=0.05), ADAM)) == 1, "this one is low"
-    assert len(imminent(oscillation(-0.9, SPIKE, before=3.0), ADAM)) == 1, "a language model never is"
+    assert len(imminent(oscillation(-0.9, early, before=0.05), ADAM)) == 1, "a low loss counts earlier"
+    assert len(imminent(oscillation(-0.9, SPIKE, before=3.0), ADAM)) == 1, (
+        "a language model's loss stays high"
+    )
 
 
 def behind_a_layer_norm(relative_update: float) -> Iterator[Reading]:
-    """Rows absorb and means grow; the head hardly moves, the features below it more and more."""
+    """Yield rows that absorb and growing means; the head hardly moves, the features move more and more."""
     for step in range(1, SPIKE + 1):
         late = max(step - 150, 0)
         yield Reading(
@@ -97,17 +99,17 @@ def behind_a_layer_norm(relative_update: float) -> Iterator[Reading]:
         )
 
 
-def test_behind_a_layer_norm_the_features_displacement_is_what_is_imminent() -> None:
+def test_behind_a_layer_norm_a_growing_feature_displacement_is_imminent() -> None:
     ((step, mechanism),) = imminent(behind_a_layer_norm(1e-3), ADAM)
     assert 200 < step < SPIKE and mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
 
 
-def test_features_that_move_more_than_the_update_can_move_them_are_another_minibatch() -> None:
+def test_features_that_move_more_than_the_update_can_cause_are_not_imminent() -> None:
     assert imminent(behind_a_layer_norm(1e-6), ADAM) == []
 
 
 def long_memory(rising: bool) -> Iterator[Reading]:
-    """β2 = .999: absorbing and inflating, with a δ that no single update makes felt."""
+    """Yield an absorbing and inflating run at β2 = .999; the δ of a single update is too small to matter."""
     for step in range(1, 4001):
         late = max(step - 1000, 0)
         delta = 2e-4 * math.exp(0.0015 * late) if rising else 4e-3
@@ -124,20 +126,18 @@ def long_memory(rising: bool) -> Iterator[Reading]:
         )
 
 
-def test_with_a_long_memory_updates_add_up_over_a_twentieth_of_tau() -> None:
+def test_with_a_long_tau_updates_add_up_over_a_twentieth_of_tau() -> None:
     ((step, _),) = imminent(long_memory(rising=True), RunContext(beta2=0.999))
     assert 2500 < step < 4000, "δ reaches .15 nat over 50 steps, not in one"
 
 
-def test_a_run_that_goes_on_learning_adds_up_updates_for_ever_and_is_not_imminent() -> None:
+def test_a_run_that_goes_on_learning_with_a_steady_displacement_is_not_imminent() -> None:
     assert imminent(long_memory(rising=False), RunContext(beta2=0.999)) == []
 
 
 @pytest.mark.parametrize(("rising", "sounds"), [(True, True), (False, False)])
-def test_half_the_displacement_is_imminent_where_it_has_doubled_and_no_sign_where_it_has_not(
-    rising: bool, sounds: bool
-) -> None:
-    """Between minibatches soft-capped logits move by a tenth of a nat for ever."""
+def test_half_the_displacement_is_imminent_only_if_it_has_doubled(rising: bool, sounds: bool) -> None:
+    """Soft-capped logits move by a tenth of a nat between minibatches for ever."""
 
     def readings() -> Iterator[Reading]:
         for step in range(1, 601):
@@ -163,7 +163,7 @@ def test_half_the_displacement_is_imminent_where_it_has_doubled_and_no_sign_wher
 
 
 def quiet_for_ever(steps: int) -> Iterator[Reading]:
-    """A gradient that was a hundred times as large at first, and has been noise since; decay pulls."""
+    """Yield a gradient that is 100 times as large at first, and then only noise; weight decay is on."""
     for step in range(1, steps + 1):
         root = 1.0 if step < 100 else 0.01 * 1.2 ** math.sin(step / 300)
         yield Reading(
@@ -177,17 +177,17 @@ def quiet_for_ever(steps: int) -> Iterator[Reading]:
         )
 
 
-def test_a_gradient_of_long_ago_is_not_forgotten_for_ever() -> None:
+def test_an_old_large_gradient_does_not_count_as_forgotten_for_ever() -> None:
     detector = Detector(None, RunContext(beta2=0.95, decoupled_decay=True))
     for reading in quiet_for_ever(40_000):
         detector.update(reading)
-    said = [alert.first_step for alert in detector.alerts if alert.kind is AlertKind.AT_RISK]
-    assert said and max(said) < 100 + 4.7 * 100 * 20, "100 τ for each factor e"
+    begins = [alert.first_step for alert in detector.alerts if alert.kind is AlertKind.AT_RISK]
+    assert begins and max(begins) < 100 + 4.7 * 100 * 20, "100 τ for each factor e"
 
 
 @pytest.mark.parametrize(("moved", "sounds"), [(0.2, True), (0.01, False)])
 @pytest.mark.parametrize("decayed", [True, False])
-def test_a_kick_needs_decay_a_forgotten_gradient_and_features_that_move(
+def test_a_kick_needs_weight_decay_a_decayed_second_moment_and_moving_features(
     moved: float, sounds: bool, decayed: bool
 ) -> None:
     def readings() -> Iterator[Reading]:
@@ -215,10 +215,10 @@ def test_a_kick_needs_decay_a_forgotten_gradient_and_features_that_move(
 
 
 @pytest.mark.parametrize(("turn", "sounds"), [(-0.9, True), (0.0, False)])
-def test_under_strong_decay_a_kick_shows_as_a_gradient_that_turns_at_a_steep_wall(
+def test_under_strong_weight_decay_a_kick_is_a_gradient_that_turns_at_high_curvature(
     turn: float, sounds: bool
 ) -> None:
-    """Nothing has been forgotten: the wall is back before that."""
+    """The gradient comes back before the second moment has decayed."""
 
     def readings() -> Iterator[Reading]:
         for step in range(1, 501):

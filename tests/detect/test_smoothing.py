@@ -29,7 +29,7 @@ def test_the_slope_of_a_line_is_found_at_any_cadence(slope: float, gap: int) -> 
     assert tracker.value == pytest.approx(slope, rel=0.02, abs=1e-9)
 
 
-def test_noise_of_single_readings_is_averaged_out_of_the_slope() -> None:
+def test_the_slope_averages_the_noise_of_single_readings() -> None:
     rng = random.Random(0)
     tracker = Growth()
     seen = [tracker.update(step, rng.gauss(0, 0.03), 500.0) for step in range(20_000)]

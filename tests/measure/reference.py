@@ -158,6 +158,7 @@ class RowTruth:
     margin: float
     max_probability: float
     mean_logit: float
+    negatives: int = 0
 
     @property
     def violation(self) -> float:
@@ -188,6 +189,7 @@ def row_truth(grad: Tensor, logits: Tensor, target: int) -> RowTruth:
         margin=z[r] - max(others),
         max_probability=max_probability(z),
         mean_logit=math.fsum(z) / len(z),
+        negatives=sum(x < 0 for x in g),
     )
 
 
@@ -237,7 +239,26 @@ def batch_truth(truths: list[RowTruth]) -> dict[str, float]:
         values["zero_sum_violation_batch"] = abs(math.fsum(row.signed for row in live)) / absolute
         values["absorbed_fraction"] = _mean(row.absorbed for row in live)
         values["residual_mass"] = _mean(row.residual for row in live)
+        values["soft_target_fraction"] = _mean(row.negatives > 1 for row in live)
     return values
+
+
+def above_the_floor(truths: list[RowTruth], dtype: torch.dtype, classes: int) -> dict[str, float]:
+    """The quantities that tell rounding from absorption, for a loss in ``dtype``; some row has to be live.
+
+    The floor: half an ulp of ln K + 2, times what that is in ulps of the next power of two below, plus 1.5
+    roundings of a gradient, plus what adding K exponentials in lanes of 16 bytes loses.
+    """
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    lanes = 16 // (8 if wide is torch.float64 else 4)
+    ulp_of_log = 2.0 ** math.floor(math.log2(math.log(max(classes, 2)) + 2))
+    floor = 2 * UNIT[dtype] * (1.5 + 0.5 * ulp_of_log) + UNIT[wide] * classes / (8 * lanes)
+    live = [row for row in truths if row.kind == "live"]
+    return {
+        "floor": floor,
+        "zero_sum_violation_share": _mean(row.violation > floor for row in live),
+        "partially_absorbed_fraction": _mean(row.violation > floor and not row.absorbed for row in live),
+    }
 
 
 def _mean(values) -> float:

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from nfi_monitor.capture.head_probe import Rows
@@ -25,7 +25,10 @@ from tests.measure import reference as ref
 from tests.measure.measured import quantities
 
 FAST = settings(deadline=None, derandomize=True, max_examples=60)
-EXACT = ("live_fraction", "ignored_fraction", "underflowed_fraction", "non_finite_rows", "absorbed_fraction")
+EXACT = (
+    "live_fraction", "ignored_fraction", "underflowed_fraction", "non_finite_rows", "absorbed_fraction",
+    "soft_target_fraction",
+)  # fmt: skip
 """Counts: no tolerance."""
 
 
@@ -194,6 +197,57 @@ def test_rows_surer_than_their_smoothed_label_keep_their_margin(classes):
     expected = ref.batch_truth(truths(grad, logits, y))
     assert found["margin_min"] == pytest.approx(expected["margin_min"], rel=1e-5)
     assert found["residual_mass"] == pytest.approx(expected["residual_mass"], rel=1e-4)
+
+
+@FAST
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    classes=st.sampled_from([3, 10, 97]),
+    pair=st.sampled_from([pair for pair in ref.PAIRS if torch.float16 not in pair]),
+    loss=st.sampled_from([ref.cross_entropy, ref.soft_targets, ref.label_smoothing]),
+    margins=st.tuples(st.floats(-10, 30), st.floats(0, 10)),
+)
+def test_soft_targets_are_the_rows_with_several_negative_gradients(seed, classes, pair, loss, margins):
+    low, width = margins
+    grad, logits = ref.gradients(
+        *(inputs := ref.make_logits(seed, 9, classes, spread=1, margins=(low, low + width))), pair, loss
+    )
+    expected = ref.batch_truth(truths(grad, logits, inputs[1]))
+    assert quantities(grad, logits)["soft_target_fraction"] == pytest.approx(
+        expected["soft_target_fraction"], rel=1e-12
+    )
+
+
+@FAST
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    classes=st.sampled_from([2, 10, 97]),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16]),
+    margins=st.tuples(st.floats(-5, 40), st.floats(0, 10)),
+)
+def test_rows_above_the_rounding_floor_are_those_of_the_reference(seed, classes, dtype, margins):
+    low, width = margins
+    z, y = ref.make_logits(seed, 9, classes, spread=1, margins=(low, low + width))
+    grad, logits = ref.gradients(z, y, (dtype, dtype))
+    rows = truths(grad, logits, y)
+    expected = ref.above_the_floor(rows, dtype, classes)
+    floor = expected.pop("floor")
+    # A row that is nearer to the floor than its own sums are exact may be counted on either side.
+    unit = ref.UNIT[torch.float64 if dtype is torch.float64 else torch.float32]
+    assume(all(abs(row.violation - floor) > unit * (2 + classes) for row in rows))
+    found = quantities(grad, logits)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-12), name
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+def test_rows_that_are_not_finite_are_counted_as_in_the_reference(poison):
+    z, y = ref.make_logits(3, 8, 5, spread=1, margins=(-2, 20))
+    grad, logits = ref.gradients(z, y)
+    grad[1, 0] = grad[4, 2] = poison
+    expected = ref.batch_truth(truths(grad, logits, y))
+    assert expected["non_finite_rows"] == 2
+    assert quantities(grad, logits)["non_finite_rows"] == expected["non_finite_rows"]
 
 
 def test_hard_labels_are_not_taken_for_soft_ones():

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.optimizer import OptimizerReader
-from nfi_monitor.measure.step import Memory, step_statistics
+from nfi_monitor.measure.memory import Memory
+from nfi_monitor.measure.step import step_statistics, with_non_finite
 from nfi_monitor.quantities import QUANTITIES
 from tests.measure import reference as ref
 
@@ -343,3 +344,11 @@ def test_a_gradient_that_is_not_finite_shows_in_its_norm():
         optimizer.step()
         values, _ = step_statistics(run.reader.after(start, 2), None, None, run.memory, 2)
         assert not math.isfinite(values["gradient_norm"].item())
+
+
+@pytest.mark.parametrize("norm", [0.0, 1.5, math.inf, math.nan])
+def test_non_finite_gradients_are_those_whose_norm_is_not_finite(norm: float) -> None:
+    grad = np.array([norm, 1.0])
+    found = with_non_finite({"gradient_norm": float(np.sqrt((grad**2).sum()))})
+    assert found["non_finite_gradients"] == float(not np.isfinite(grad).all())
+    assert "non_finite_gradients" not in with_non_finite({"loss": norm})

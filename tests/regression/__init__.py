@@ -1,3 +1,1 @@
-"""Everything the monitor says of a fixed set of trainings, written down so that two versions can be
-compared.
-"""
+"""Record all output of the monitor for a fixed set of trainings, to compare two versions of the code."""

@@ -1,12 +1,20 @@
-"""Write down everything that the monitor says of a fixed set of trainings, and compare two such records.
+"""Record all output of the monitor for a fixed set of trainings, and compare two such records.
 
-    python -m tests.regression record OUT                       # all live cases (some minutes), into OUT
-    python -m tests.regression record OUT --recordings runs/detection    # and the proving ground's recorded
-    runs python -m tests.regression record OUT --only division resumed python -m tests.regression compare
-    BEFORE AFTER             # exit code 1, and where, if they differ
+    # Record all live cases into OUT (some minutes):
+    python -m tests.regression record OUT
+    # Also record the proving ground's recorded runs:
+    python -m tests.regression record OUT --recordings runs/detection
+    # Record two cases only:
+    python -m tests.regression record OUT --only division resumed
+    # Compare; if the records differ, print where, and exit with code 1:
+    python -m tests.regression compare BEFORE AFTER
+    # Compare without texts, after a change of wording:
+    python -m tests.regression compare BEFORE AFTER --numbers
+    # Write the answers of the short regression anew:
+    python -m tests.regression golden
 
-For a change that may only move code: record before it, record after it, compare.  Both records have to come
-from one machine: rounding differs between processors, and so do the trainings."""
+If a change must not change behaviour: record before it, record after it, compare.  Make both records on the
+same machine: processors round differently, so the trainings differ, too."""
 
 from __future__ import annotations
 
@@ -27,10 +35,11 @@ from tests.regression.cases import CASES, recordings
 from tests.regression.dump import finish, stop_the_clock
 
 SHOWN = 5
-"""Differing files that are shown; all are counted."""
+"""Number of differing files to print. All differing files are counted."""
 
 
 def record_case(name: str, directory: Path, recorded: Path | None) -> float:
+    """Run one case and write its output below ``directory``; return the seconds it took."""
     torch.set_num_threads(1)
     stop_the_clock()
     out = directory / name
@@ -44,6 +53,7 @@ def record_case(name: str, directory: Path, recorded: Path | None) -> float:
 
 
 def record(directory: Path, only: list[str] | None, recorded: Path | None, jobs: int) -> int:
+    """Record the cases in ``only`` (None: all), and print the seconds that each case took; return 0."""
     names = [*CASES, *(recordings(recorded) if recorded else {})] if only is None else only
     seconds = Parallel(n_jobs=jobs)(delayed(record_case)(name, directory, recorded) for name in names)
     for name, taken in zip(names, seconds, strict=True):
@@ -52,7 +62,7 @@ def record(directory: Path, only: list[str] | None, recorded: Path | None, jobs:
 
 
 def without_words(path: Path) -> bytes:
-    """The file with every text of several words left out: what programs read of it."""
+    """Return the content of a file, with every text of several words replaced by "…"."""
 
     def bare(value: Any) -> Any:
         if isinstance(value, dict):
@@ -69,7 +79,7 @@ def without_words(path: Path) -> bytes:
 
 
 def compare(before: Path, after: Path, only: list[str] | None = None, *, words: bool = True) -> int:
-    """0 if both records hold the same files, byte for byte; without ``words``, but for texts."""
+    """Return 0 if both records have the same files, byte for byte, else 1. ``words=False``: ignore texts."""
     content = Path.read_bytes if words else without_words
 
     def files(root: Path) -> dict[str, Path]:

@@ -1,6 +1,6 @@
-"""The trainings that are written down: each is ``case(out)`` and leaves plain files in the directory ``out``.
+"""Define the trainings to record. Each case is a function ``case(out)`` that writes files into ``out``.
 
-No case may depend on the clock: the interval between readings follows from τ alone
+No case may depend on the clock.  So the interval between readings depends on τ only
 (``overhead_budget=None``)."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ NO_CLOCK: dict[str, Any] = {"overhead_budget": None}
 def _watched(
     out: Path, train: Callable[[Monitor], None], model: nn.Module, optimizer: Any, **options: Any
 ) -> None:
-    """Train under a monitor that writes everything it can, and write down what it said."""
+    """Train under a monitor with all its outputs, and write its output into ``out``."""
     seen: list[dict[str, Any]] = []
     holder: list[Monitor] = []
 
@@ -85,7 +85,7 @@ def _probe(out: Path) -> None:
 
 
 def _resumed(out: Path) -> None:
-    """Stopped three times, continued by a new monitor from JSON, in the same run directory."""
+    """Stop a training three times; each time a new monitor continues it from JSON, in the same directory."""
     model, optimizer, step = division(0)
     state: str | None = None
     begin = 0
@@ -108,7 +108,7 @@ def _resumed(out: Path) -> None:
 
 
 def _gone_back(out: Path) -> None:
-    """Within one process the run returns to an earlier state and goes on from there."""
+    """Return to an earlier state of the run within one process, and continue from there."""
     import copy
 
     model, optimizer, step = division(0)
@@ -170,7 +170,7 @@ def _plain(
     loss_of: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
     steps: int = 60,
     classes: int = 7,
-    told: bool = True,
+    report_loss: bool = True,
     optimizer_of: Callable[[nn.Module], Any] = lambda m: torch.optim.AdamW(m.parameters(), lr=3e-3),
     damage: Callable[[nn.Module, int], None] | None = None,
     change: Callable[[nn.Module], None] = lambda model: None,
@@ -186,7 +186,7 @@ def _plain(
             if damage is not None:
                 damage(model, n)
             loss = loss_of(model(inputs), targets)
-            if told:
+            if report_loss:
                 monitor.observe_loss(loss)
             loss.backward()
             optimizer.step()
@@ -207,7 +207,7 @@ def _freeze_head(model: nn.Module) -> None:
 
 
 def _lost_head(model: nn.Module) -> None:
-    """A head that never fires: the model computes its logits with the head's weight itself."""
+    """Make a head whose hook never fires: the model computes its logits with the head's weight itself."""
     head = list(model.children())[-1]
     body = nn.Sequential(*list(model.children())[:-1])
     model.forward = lambda x: F.linear(body(x), head.weight, head.bias)  # type: ignore[method-assign]
@@ -247,7 +247,7 @@ def _accumulated(out: Path) -> None:
 
 
 def two_ranks_worker(rank: int, world: int, out: Path) -> None:
-    """One rank of :func:`_two_ranks`: minibatches of its own of a division, under DDP."""
+    """Train one rank of :func:`_two_ranks`: a division under DDP, with minibatches of its own."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
 
@@ -293,7 +293,7 @@ def _spawned(rank: int, world: int, out: Path) -> None:
 
 
 def _example(name: str, arguments: list[str], out: Path) -> None:
-    """An example as a person starts it; what its monitor wrote is what is compared."""
+    """Run an example as a user does. The output of the example's monitor is compared."""
     os.environ["COLUMNS"] = "110"
     given = [argument.format(out=out) for argument in arguments]
     importlib.import_module(f"examples.{name}").main(given)
@@ -332,7 +332,7 @@ CASES: dict[str, Case] = {
     },
     "tap": _tap,
     "accumulated": _accumulated,
-    "no-loss": partial(_plain, told=False),
+    "no-loss": partial(_plain, report_loss=False),
     "regression": partial(_plain, loss_of=lambda z, y: F.mse_loss(z.squeeze(-1), y.float()), classes=1),
     "mse-of-classes": partial(_plain, loss_of=lambda z, y: F.mse_loss(z, F.one_hot(y, 7).float())),
     "smoothed": partial(_plain, loss_of=lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1)),
@@ -355,11 +355,11 @@ CASES: dict[str, Case] = {
     "example-06": partial(_example, "06_tensorboard", ["--out", "{out}/runs"]),
     "example-08": partial(_example, "08_autopilot", ["--steps", "600", "--out", "{out}/runs"]),
 }
-"""Name → case. Examples choose their own options, so the clock is stopped for them (see __main__)."""
+"""Name → case. Examples choose their own options, so ``stop_the_clock`` is called for them (see __main__)."""
 
 
 def recordings(directory: Path) -> dict[str, Case]:
-    """One case for each run that ``python -m tests.benchmarks.detection`` has recorded in ``directory``."""
+    """Return a case for each run that ``python -m tests.benchmarks.detection`` recorded in ``directory``."""
     return {
         f"recorded-{path.stem.rpartition('-')[0]}": partial(recorded, path)
         for path in sorted(directory.glob("*.json"))

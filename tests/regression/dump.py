@@ -1,6 +1,4 @@
-"""Write down what a monitor, or a detector that is fed recorded readings, has said: plain files, no clock
-in them.
-"""
+"""Write the output of a monitor, or of a detector that is fed recorded readings, into files without times."""
 
 from __future__ import annotations
 
@@ -24,8 +22,9 @@ _OF_THE_DAY = ("nfi_monitor", "torch", "overhead", "run_dir", "version")
 
 
 def stop_the_clock() -> None:
-    """Readings follow from τ alone, and each is written to TensorBoard, also where an example makes the
-    monitor.
+    """Make output independent of the clock, also where an example creates the monitor.
+
+    Then the steps to read depend on τ only, and each reading is written to TensorBoard.
     """
     TensorBoardSink.__init__.__defaults__ = (0.0, *(TensorBoardSink.__init__.__defaults__ or ())[1:])
     for module, name in (("nfi_monitor.engine.schedule", "Schedule"), ("nfi_monitor.cadence", "Clock")):
@@ -39,12 +38,12 @@ def stop_the_clock() -> None:
 
 
 def event_sink(out: Path, name: str = "events") -> TensorBoardSink:
-    """A sink that writes every reading: by default, how many are written depends on the clock."""
+    """Return a sink that writes every reading; by default the clock decides how many are written."""
     return TensorBoardSink(out / "events" / name, min_seconds=0)
 
 
 def dump(monitor: Monitor, out: Path, *, console: Any = None, extra: Mapping[str, Any] | None = None) -> None:
-    """All that a closed monitor said, into ``out``; its run directory is ``out/run``."""
+    """Write all output of a closed monitor into ``out``; the monitor's run directory is ``out/run``."""
     out.mkdir(parents=True, exist_ok=True)
     _write(out / "alerts.json", [alert.to_json() for alert in monitor.alerts])
     _write(out / "phases.json", [[step, str(phase)] for step, phase in monitor.phases])
@@ -60,10 +59,10 @@ def dump(monitor: Monitor, out: Path, *, console: Any = None, extra: Mapping[str
 
 
 def finish(out: Path) -> None:
-    """Replace what only programs can read (event files), and what changes from day to day."""
+    """Replace binary event files by JSON, and remove files and keys that change from day to day."""
     for path in sorted(out.rglob("events.out.tfevents.*")):
         events = list(_events(path))
-        # The tab's tags are rewritten as they grow, every ten seconds: the last record counts.
+        # The tab's tags are written again every ten seconds, as they grow: keep the last record only.
         last = {event[1]: index for index, event in enumerate(events)}
         kept = [e for i, e in enumerate(events) if not e[1].startswith("nfi-tab/") or last[e[1]] == i]
         _write(path.parent / "events.json", sorted(kept, key=lambda e: e[1].startswith("nfi-tab/")))
@@ -79,7 +78,7 @@ def finish(out: Path) -> None:
 
 
 def recorded(path: Path, out: Path) -> None:
-    """Feed a recorded run to the detector and write down what it answers to each reading."""
+    """Feed a recorded run to the detector, and write its answer to each reading."""
     from tests.benchmarks.detection.generate import load
     from tests.benchmarks.detection.replay import readings
 
@@ -130,11 +129,12 @@ def _events(path: Path) -> Iterable[Any]:
     for event in EventFileLoader(str(path)).Load():
         for value in event.summary.value:
             content = tensor_util.make_ndarray(value.tensor) if value.HasField("tensor") else None
-            told = None if content is None else [_told(item) for item in content.ravel().tolist()]
-            yield [event.step, named(value.tag), value.metadata.plugin_data.content.decode("latin-1"), told]
+            items = None if content is None else [_decoded(item) for item in content.ravel().tolist()]
+            yield [event.step, named(value.tag), value.metadata.plugin_data.content.decode("latin-1"), items]
 
 
-def _told(item: Any) -> Any:
+def _decoded(item: Any) -> Any:
+    """Return an event's bytes as JSON or lines of text, without the keys in ``_OF_THE_DAY``."""
     if not isinstance(item, bytes):
         return item
     text = item.decode("utf-8", "replace")
@@ -149,7 +149,7 @@ def _told(item: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """Without the keys of the day; what is not finite as text, so that the file stays JSON."""
+    """Remove the keys in ``_OF_THE_DAY``; write NaN and Inf as text, so that the file stays JSON."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items() if key not in _OF_THE_DAY}
     if isinstance(value, (list, tuple)):

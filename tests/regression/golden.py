@@ -1,8 +1,8 @@
-"""The short form: a few recorded runs, and what the detector and the reports say of them, kept in the
-repository.
+"""Compare the answers to a few recorded runs with answers that are kept in the repository.
 
-``python -m tests.regression golden`` writes the answers anew, after a change that is meant to change them.
-The readings are those of the proving ground's runs of the same names, rounded to float32 to keep them
+This is the short form of the regression.  The answers are those of the detector and of the reports.  After a
+change that is meant to change them, ``python -m tests.regression golden`` writes the answers anew.  The
+readings are those of the proving ground's runs of the same names, rounded to float32 to keep the files
 small."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NAMES = ("float16-loss", "high-lr-early", "lr-kick", "parity-hinge-95", "survive
 
 
 def keep(name: str, source: Path, steps: int = 900) -> None:
-    """Make the recording of a run from the proving ground's."""
+    """Write the recording ``name`` from the proving ground's file ``source``: its first ``steps`` steps."""
     from dataclasses import asdict
 
     from tests.benchmarks.detection.generate import load
@@ -45,6 +45,7 @@ def keep(name: str, source: Path, steps: int = 900) -> None:
 
 
 def _recorded(name: str) -> tuple[RunContext, list[Reading]]:
+    """Return the context and the readings of a recording."""
     values: dict[int, dict[str, float]] = {}
     with np.load(HERE / f"{name}.npz") as stored:
         context = RunContext(**json.loads(str(stored["context"])))
@@ -58,7 +59,7 @@ def _recorded(name: str) -> tuple[RunContext, list[Reading]]:
 
 
 def answers(name: str) -> dict[str, Any]:
-    """Everything that is said of a recorded run, in plain types."""
+    """Return all answers to a recorded run, in plain types."""
     context, readings = _recorded(name)
     detector, history = Detector(context=context), History(max_rows=1 << 20)
     phases = [(0, detector.phase)]
@@ -72,7 +73,7 @@ def answers(name: str) -> dict[str, Any]:
         changes += [[reading.step, str(change), alert.to_json()] for change, alert in judgement.changes]
         attention.append(detector.attention.value)
     explained = [explain(alert, history, phases, detector.limits, context) for alert in detector.alerts]
-    said: dict[str, Any] = plain(
+    result: dict[str, Any] = plain(
         {
             "phases": [[step, str(phase)] for step, phase in phases],
             "attention": [[word, len(list(group))] for word, group in groupby(attention)],
@@ -81,24 +82,25 @@ def answers(name: str) -> dict[str, Any]:
             "summary": summarize({"tau": context.tau}, history, phases, detector.alerts, []),
         }
     )
-    return said
+    return result
 
 
 def write() -> None:
-    """Write down today's answers."""
+    """Write the answers of the present code."""
     for name in NAMES:
         text = json.dumps(answers(name), indent=1, ensure_ascii=False)
         (HERE / f"{name}.json").write_text(text + "\n", encoding="utf-8")
 
 
 def known(name: str) -> Any:
-    """The answers that were written down."""
+    """Return the answers that are kept in the repository."""
     return json.loads((HERE / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def differences(old: Any, new: Any, path: str = "") -> Iterator[str]:
-    """Where two answers differ; numbers may by a part in a billion, for other processors round
-    differently.
+    """Yield where two answers differ.
+
+    Numbers may differ by one part in a billion, because processors round differently.
     """
     if isinstance(old, dict) and isinstance(new, dict):
         for key in [*old, *(key for key in new if key not in old)]:

@@ -1,4 +1,4 @@
-"""What is said of recorded runs stays what it was; a change that is meant has to write the answers anew."""
+"""Test that the answers to recorded runs stay the same. A deliberate change must write the answers anew."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from tests.regression.golden import NAMES, answers, differences, known
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_recorded_run_is_told_as_it_was(name: str) -> None:
-    """``python -m tests.regression golden`` writes the answers anew: look at the difference before you
-    commit it.
-    """
+def test_the_answers_to_a_recorded_run_are_unchanged(name: str) -> None:
+    """``python -m tests.regression golden`` writes the answers anew. Read ``git diff`` before you commit."""
     assert not list(differences(known(name), answers(name)))[:10]
 
 
-def test_the_recorded_runs_hold_every_kind_of_alert_and_phase() -> None:
+def test_the_recorded_runs_contain_three_kinds_of_alert_and_all_phases() -> None:
     alerts = [change[2] for name in NAMES for change in known(name)["changes"]]
     assert {alert["kind"] for alert in alerts} >= {"at_risk", "imminent", "slingshot"}
     assert len({alert["mechanism"] for alert in alerts}) >= 4
     assert len({phase for name in NAMES for _, phase in known(name)["phases"]}) == 6
 
 
-def test_a_number_that_moves_a_word_that_changes_and_a_change_that_is_missing_are_found() -> None:
+def test_a_changed_number_a_changed_word_and_a_missing_alert_are_found() -> None:
     old = known(NAMES[0])
     for change in ("number", "word", "missing"):
         new = copy.deepcopy(old)

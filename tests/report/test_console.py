@@ -44,9 +44,9 @@ def test_a_run_on_a_terminal_reads_like_this() -> None:
 nfi  watching head (Linear 128→23), reads every 5th step, and every step once something changes ·
      time constant τ = 20 steps
 nfi  note: The head is tied.
-nfi  step 535  INFO  at risk: rounding absorbs confident rows, gradients no longer sum to zero ·
-     numerical feature inflation (confidence 86%) · zero-sum violation 0.134 (threshold 0.1), growth
-     of ‖μ_G‖ 0.0167 (threshold 0.01), absorbed rows 63%
+nfi  step 535  INFO  at risk: rounding absorbs confident rows: their gradients no longer sum to zero
+     · numerical feature inflation (confidence 86%) · zero-sum violation 0.134 (threshold 0.1),
+     growth of ‖μ_G‖ 0.0167 (threshold 0.01), absorbed rows 63%
      → Compute the loss in float64.
 nfi  step 700  WARNING  at risk: rounding absorbs confident rows and the feature mean grows ·
      numerical feature inflation (confidence 86%) · zero-sum violation 0.134 (threshold 0.1), growth

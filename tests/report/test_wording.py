@@ -73,8 +73,7 @@ def test_one_step_is_singular() -> None:
     assert "1 step)" in wording.headline(resolved(SLINGSHOT, 896))
 
 
-def test_labels_are_of_known_quantities_and_strange_names_still_read_well() -> None:
-    assert set(wording._LABELS) <= set(QUANTITIES)
+def test_strange_names_still_read_well() -> None:
     assert wording.label("quantity_of_tomorrow") == "quantity of tomorrow"
     assert wording.amount("quantity_of_tomorrow", 0.5) == "0.5"
 

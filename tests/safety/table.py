@@ -57,7 +57,7 @@ ROWS = {
     "numbers": Row(
         "random modules, K from 1 to 50,000, all dtypes, NaN, Inf, denormals, huge logits, empty and ragged "
         "batches, ignored rows: nothing is raised, and no reading leaves the range documented for it, nor is "
-        "one NaN but where that is documented (`nfi_monitor/quantities.py`)",
+        "one NaN but where that is documented (`nfi_monitor/quantities/`)",
         ("safety/test_numbers.py",),
     ),
     "long runs": Row(

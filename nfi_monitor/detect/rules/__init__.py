@@ -1,7 +1,8 @@
-"""The rules, in the order in which the detector asks them: a rule may depend on those before it.
+"""List the rules in the order in which the detector updates them; a rule may depend on earlier rules.
 
-Each rule owns its switch, levels, evidence, mechanism, advice, words and charts.  To add one, write it into a
-file of this package and put it into :data:`RULES`.  The tests in ``tests/detect/rules`` name what is missing.
+Each rule owns its switch, levels, evidence, mechanism, advice, labels and charts.  To add a rule, write its
+class into a file of this package and put it into :data:`RULES`.  The tests in ``tests/detect/rules`` name the
+missing parts.
 """
 
 from __future__ import annotations
@@ -20,27 +21,29 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 LEVELS: tuple[Level, ...] = tuple(level for rule in RULES for level in rule.levels)
-"""All levels, in the order in which an explanation lists them."""
+"""All levels of all rules, in the order in which an explanation lists them."""
 
 PROVEN = frozenset(rule.mechanism for rule in RULES if rule.proves)
-"""Mechanisms that a rule sees at work. The others are inferred."""
+"""Mechanisms that a rule measures directly. The other mechanisms are inferred."""
 
 
 def rule_of(mechanism: Mechanism, kind: AlertKind, phase: Phase | None = None) -> Rule | None:
-    """Return the rule whose words describe an alert; None where no rule speaks for the mechanism.
+    """Return the rule whose label describes an alert, or None if no rule has one.
 
-    Among the rules of the mechanism that have words for the kind, the one of the phase wins, else the first.
+    Only rules of the mechanism that have a label for the kind are candidates.  Among several candidates the
+    first rule with the phase is returned, or else the first rule.
     """
-    speaking = [rule for rule in RULES if rule.mechanism is mechanism and kind in rule.labels]
-    return next((rule for rule in speaking if rule.phase is phase), speaking[0] if speaking else None)
+    candidates = [rule for rule in RULES if rule.mechanism is mechanism and kind in rule.labels]
+    return next((rule for rule in candidates if rule.phase is phase), candidates[0] if candidates else None)
 
 
 def first_evidence(mechanism: Mechanism, kind: AlertKind) -> tuple[str, ...]:
-    """Return the quantities that an alert shows first: by a rule of its mechanism, for its kind if one says
-    so.
+    """Return the quantities that an alert shows first; empty if no rule of its mechanism names any.
+
+    If no rule of the mechanism names quantities for this kind, the first ones for another kind are returned.
     """
-    said = [rule.first_evidence for rule in RULES if rule.mechanism is mechanism and rule.first_evidence]
-    for of_kind in said:
-        if kind in of_kind:
-            return of_kind[kind]
-    return next(iter(said[0].values())) if said else ()
+    given = [rule.first_evidence for rule in RULES if rule.mechanism is mechanism and rule.first_evidence]
+    for by_kind in given:
+        if kind in by_kind:
+            return by_kind[kind]
+    return next(iter(given[0].values())) if given else ()

@@ -1,4 +1,4 @@
-"""What every rule owns: a switch, levels, evidence, a mechanism, advice, words and charts."""
+"""Define what every rule owns: a switch, levels, evidence, a mechanism, advice, labels and charts."""
 
 from __future__ import annotations
 
@@ -17,108 +17,113 @@ Limit = Callable[[Thresholds, RunContext], float]
 
 @dataclass(frozen=True)
 class Level:
-    """A signal, and the level at which a rule takes it for a sign: what an explanation looks for.
-
-    ``enter`` is where the sign begins; ``leave(limits, level)`` where it ends, from the level that it began
-    at."""
+    """The level of a signal at which a rule counts it as a sign of trouble. Explanations search for it."""
 
     signal: str
-    """Its name in an explanation's series."""
+    """Name of the signal in an explanation's series."""
     quantity: str
-    """The quantity of the alert's evidence that it is shown as."""
+    """Name of the quantity that shows the signal in an alert's evidence."""
     enter: Limit
+    """Returns the level at which the sign begins, in the unit of ``value``."""
     leave: Callable[[Thresholds, float], float]
+    """Returns the level at which the sign ends; the second argument is the level at which it began."""
     supports: tuple[Mechanism, ...]
-    """Mechanisms that the alert is known by it."""
+    """Mechanisms that this sign supports."""
     made_of: tuple[str, ...]
-    """Measured quantities: without any of these in a reading there is no signal of it."""
+    """Measured quantities of the signal. A reading with none of them has no value of the signal."""
     value: Callable[[Signals, Reading, RunContext], float]
-    """The signal at a reading that ``Signals`` has just taken in, in the unit of ``enter``."""
+    """Returns the signal after ``Signals`` was updated with the reading."""
     below: bool = False
-    """Whether low values are the sign."""
+    """Whether low values are the sign; False: high values."""
     lowered: bool = False
-    """Whether the rule asks for less in some states: the alert's evidence has the level that it was raised
-    by.
-    """
+    """Whether the rule applies a lower level in some states. Then the alert's evidence has the level that was
+    applied."""
     keeps_lowest: bool = False
-    """Whether an alert keeps the lowest level of its whole life, though the rule may ask for more by now."""
+    """Whether an alert keeps the lowest level since it began, even if the rule later applies a higher one."""
     others_up_to: Limit | None = None
-    """Where rules share the quantity: evidence with a threshold up to this level is another rule's."""
+    """Evidence with a threshold up to this level belongs to another rule, which shares the quantity."""
     label: str = ""
-    """What it is called; empty: the quantity's own label."""
+    """Name of the signal in texts; empty: the quantity's own label."""
     show: str = "number"
-    """How its values are written: "number", "nat", "percent of τ" or "percent of its maximum"."""
+    """Format of the values: "number", "nat", "percent of τ" or "percent of its maximum"."""
 
 
 class Rule:
-    """One rule. It has no state of its own: the detector keeps its switch.
+    """Base class of the rules. A rule has no state: the detector keeps its switch.
 
-    A rule is asked at each full reading, and between slingshots only (unless ``anytime``).  While it is on,
-    it holds the alerts ``holds`` with at least the severity given there."""
+    The detector updates the switch at each full reading, but not during a slingshot (see ``anytime``).  While
+    the rule is on, the alerts in ``holds`` fire with at least the severity given there."""
 
     name: ClassVar[str]
-    """Of its switch, in checkpoints and for other rules."""
+    """Name of the rule's switch, in checkpoints and for other rules."""
     mechanism: ClassVar[Mechanism]
-    """What it speaks for."""
+    """Mechanism that the rule recognizes."""
     holds: ClassVar[Mapping[AlertKind, Severity]]
+    """Kind of each alert that fires while the rule is on → least severity."""
     phase: ClassVar[Phase] = Phase.HEALTHY
-    """The run's phase while it is on, unless a rule with a later phase is."""
+    """The run's phase while the rule is on, unless a rule with a later phase is on."""
     labels: ClassVar[Mapping[AlertKind, str]]
-    """What an alert of a kind says is going on, where this rule has the most to say of it."""
+    """Kind of alert → what happens, in words. :func:`~nfi_monitor.detect.rules.rule_of` picks the rule."""
     advice: ClassVar[str]
     """Key of :data:`nfi_monitor.detect.advice.ADVICE`."""
     charts: ClassVar[tuple[str, ...]]
-    """Titles of the charts that show what it looks at."""
+    """Titles of the charts that show the rule's quantities."""
     levels: ClassVar[tuple[Level, ...]] = ()
+    """Levels of the rule's signals."""
     first_evidence: ClassVar[Mapping[AlertKind, tuple[str, ...]]] = {}
-    """Quantities that an alert of a kind shows first."""
+    """Kind of alert → quantities that the alert shows first."""
     proves: ClassVar[bool] = False
-    """Whether it sees its mechanism at work. The others infer theirs, and give way to it."""
+    """Whether the rule measures its mechanism directly. Other rules infer theirs, so this rule's mechanism
+    takes precedence."""
     anytime: ClassVar[bool] = False
-    """Whether it is also asked within a slingshot, and at a loss between readings."""
+    """Whether the switch is also updated during a slingshot, and at a loss between readings."""
     confidence: ClassVar[float] = 0.7
-    """In its mechanism, where nothing else is known."""
+    """Confidence in the mechanism by default."""
 
     @property
     def looks_at(self) -> tuple[str, ...]:
-        """The measured quantities that it decides on."""
+        """Measured quantities that the rule decides by."""
         return tuple(dict.fromkeys(name for level in self.levels for name in level.made_of))
 
     def enter(self, now: Situation) -> bool:
-        """Whether to switch on."""
+        """Return whether to switch the rule on."""
         raise NotImplementedError
 
     def stay(self, now: Situation) -> bool:
-        """Whether to stay on."""
+        """Return whether to keep the rule on."""
         raise NotImplementedError
 
     def nears(self, now: Situation) -> bool:
-        """Whether its signals are half way to switching on: every step is read then, or it would be seen
-        late.
+        """Return whether the signals are about half way to switching the rule on.
+
+        Then every step is read; otherwise the rule would switch on late.
         """
         return False
 
     def severity(self, kind: AlertKind, now: Situation) -> Severity:
-        """How severe an alert of ``kind`` is at least while the rule is on."""
+        """Return the least severity of an alert of ``kind`` while the rule is on."""
         return self.holds[kind]
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
-        """What every alert shows of its signals, whether it is on or not."""
+        """Return the rule's signals for the evidence of every alert, whether the rule is on or off."""
         return {}
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
-        """What an alert of ``kind`` shows instead while the rule is on: the levels that it asked for then."""
+        """Return evidence that replaces :meth:`evidence` in alerts of ``kind`` while the rule is on.
+
+        Its thresholds are the levels that the rule applied.
+        """
         return {}
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
-        """(mechanism, confidence) of an event before which it was on; None: it does not tell."""
+        """Return (mechanism, confidence) of an event before which the rule was on, or None if unknown."""
         return self.mechanism, self.confidence
 
     def forecast(self, now: Situation) -> tuple[int, int, int] | None:
-        """(low, median, high) steps left while it is on; None where a number would be a guess."""
+        """Return (low, median, high) steps left while the rule is on, or None where it would be a guess."""
         return None
 
 
 def finite(items: Mapping[str, Evidence]) -> dict[str, Evidence]:
-    """Leave out what was not seen."""
+    """Return the items with a finite value: the others were not measured."""
     return {name: item for name, item in items.items() if math.isfinite(item.value)}

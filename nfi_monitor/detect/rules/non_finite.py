@@ -1,4 +1,4 @@
-"""NaN or Inf in the loss, the gradients or the weights."""
+"""Alert about NaN or Inf in the loss, the gradients or the weights."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from nfi_monitor.types import AlertKind, Evidence, Mechanism, Reading, Severity
 
 
 def spoilt(reading: Reading) -> bool:
-    """Whether a gradient or a weight is NaN or Inf: weights that took one do not come back."""
+    """Return whether a gradient or a weight is NaN or Inf: training on does not repair such weights."""
     norm = reading.get("weight_norm", 0.0)
     return reading.get("non_finite_gradients", 0.0) > 0 or not math.isfinite(norm)
 
 
 class NonFinite(Rule):
-    """A number that is none.  In the loss alone it may come from a batch without a row that counts."""
+    """NaN or Inf in a reading. In the loss alone, a batch whose targets are all ignored may be the cause."""
 
     name = "non_finite"
     mechanism = Mechanism.UNKNOWN
@@ -35,11 +35,11 @@ class NonFinite(Rule):
         return spoilt(now.reading) or not math.isfinite(now.reading.get("loss", 0.0))
 
     def stay(self, now: Situation) -> bool:
-        """Only a reading of the gradients shows that they are finite again."""
+        """Stay on until a reading of the gradients shows that they are finite again."""
         return self.enter(now) or "non_finite_gradients" not in now.reading.values
 
     def severity(self, kind: AlertKind, now: Situation) -> Severity:
-        # A mean over no rows is NaN and moves nothing: the loss alone is no reason to go back.
+        # A mean over no rows is NaN, but moves no weight: the loss alone is no reason to go back.
         return Severity.CRITICAL if spoilt(now.reading) else Severity.WARNING
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:

@@ -1,7 +1,8 @@
-"""Numerical feature inflation in three stages: absorbing, inflating, imminent (Liu et al. 2026).
+"""Recognize numerical feature inflation in three stages: absorbing, inflating, imminent (Liu et al. 2026).
 
-Absorbing: rounding breaks the zero-sum of the rows' gradients.  Inflating: and the feature mean grows
-(Theorem 3.7). Imminent: and updates move the logits by a good part of a nat within a twentieth of τ."""
+- Absorbing: rounding breaks the zero-sum of the rows' gradients.
+- Inflating: the rows absorb, and the feature mean grows (Theorem 3.7).
+- Imminent: in addition, updates move the logits by a good part of a nat within a twentieth of τ."""
 
 from __future__ import annotations
 
@@ -52,17 +53,20 @@ class _Numeric(Rule):
     proves = True
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
-        """None: the violation itself is asked first, and below its level the state is only kept alive."""
+        """Return None: :func:`name_mechanism` checks the violation itself, before it asks any rule.
+
+        Below the violation's level, hysteresis alone keeps the rule on.
+        """
         return None
 
 
 class Absorbing(_Numeric):
-    """Rounding breaks the zero-sum: a state that can last for thousands of steps."""
+    """Rounding breaks the zero-sum. This state can last for thousands of steps."""
 
     name = "absorbing"
     holds = {AlertKind.AT_RISK: Severity.INFO}
     phase = Phase.ABSORBING
-    labels = {AlertKind.AT_RISK: "rounding absorbs confident rows, gradients no longer sum to zero"}
+    labels = {AlertKind.AT_RISK: "rounding absorbs confident rows: their gradients no longer sum to zero"}
     charts = ("zero-sum violation", "rows that rounding silences", "margins")
     levels = (VIOLATION,)
     first_evidence = {AlertKind.AT_RISK: ("zero_sum_violation", "feature_mean_growth")}
@@ -81,7 +85,7 @@ class Absorbing(_Numeric):
 
 
 class Inflating(_Numeric):
-    """The feature mean grows under absorption."""
+    """The feature mean grows while rows are absorbed."""
 
     name = "inflating"
     holds = {AlertKind.AT_RISK: Severity.WARNING}
@@ -103,14 +107,15 @@ class Inflating(_Numeric):
         return {"feature_mean_growth": Evidence(now.signals.growth, level, 0.0)}
 
     def forecast(self, now: Situation) -> tuple[int, int, int] | None:
-        """Without growth there is nothing to count down to."""
+        """Return the forecast of :func:`steps_to_spike`. Without growth no forecast is possible."""
         signals, context = now.signals, now.context
-        # Where the layers below the head move more than it does, its displacement is not what the slingshot
-        # will be made of; and decay takes margins away that the law counts on.
+        # No forecast where the layers below the head move the logits more than the head does: their movement
+        # makes the slingshot. No forecast under weight decay either: it reduces margins, which the formula
+        # does not include.
         if signals.swing > signals.head_displacement or context.decoupled_decay:
             return None
         return steps_to_spike(
-            signals.displacement_rms * now.stretch,
+            signals.displacement_rms * now.displacement_steps,
             signals.violation,
             signals.displacement_slope,
             signals.loss_rise,
@@ -120,12 +125,12 @@ class Inflating(_Numeric):
 
 
 class Imminent(_Numeric):
-    """Updates move the logits: a slingshot is predicted."""
+    """Updates move the logits, so a slingshot is near."""
 
     name = "imminent"
     holds = {AlertKind.AT_RISK: Severity.WARNING, AlertKind.IMMINENT: Severity.CRITICAL}
     phase = Phase.IMMINENT
-    labels = {AlertKind.IMMINENT: "rows are absorbed and one update already moves the logits"}
+    labels = {AlertKind.IMMINENT: "rounding absorbs confident rows and updates already move the logits"}
     charts = ("displacement by one update",)
     levels = (DISPLACEMENT,)
     first_evidence = {
@@ -153,33 +158,34 @@ class Imminent(_Numeric):
 
 
 def displacement_level(now: Situation) -> float:
-    """δ in nats from which on it is *imminent*: a part of the level where δ is on its way from far below.
+    """Return the δ of one update, in nats, at which *imminent* begins.
 
-    Soft-capped logits reach half of the level for ever, between minibatches, and never double.  A run
-    that goes on learning from minibatches adds up small updates for ever, too.
+    The level is lower if δ has risen far above its recent minimum.  Without such a rise, two kinds of run
+    would stay above a lower level for ever.  Soft-capped logits move by half of the level between
+    minibatches, and never double.  A run that goes on learning from minibatches adds up small updates.
     """
     limits, rise = now.limits, now.signals.displacement_rise
-    parts = 1.0
+    divisor = 1.0
     if rise >= limits.imminent_growing:
-        parts = limits.imminent_growing
+        divisor = limits.imminent_growing
     if rise >= limits.imminent_rise:
-        parts = max(parts, now.stretch)
-    return limits.imminent_displacement / parts
+        divisor = max(divisor, now.displacement_steps)
+    return limits.imminent_displacement / divisor
 
 
 def displacing(now: Situation) -> bool:
-    """Whether δ over a twentieth of τ is above where *imminent* ends."""
+    """Return whether δ over a twentieth of τ is at least the level at which *imminent* ends."""
     signals, limits = now.signals, now.limits
-    held = 0.5 if now.on(Imminent.name) else 1.0
-    risen = signals.displacement_rise >= held * limits.imminent_rise
-    return signals.displacement * (now.stretch if risen else 1.0) >= limits.imminent_exit
+    factor = 0.5 if now.on(Imminent.name) else 1.0
+    risen = signals.displacement_rise >= factor * limits.imminent_rise
+    return signals.displacement * (now.displacement_steps if risen else 1.0) >= limits.imminent_exit
 
 
 def swelling(now: Situation) -> bool:
-    """Whether the layers below the head move the logits more and more.
+    """Return whether the layers below the head move the logits more and more.
 
-    Behind a LayerNorm the head hardly moves: what grows is what those layers do.  Between minibatches the
-    mean row moves by itself; so the movement has to have grown, not only to be there."""
+    Behind a LayerNorm the head hardly moves; there the movement by those layers grows.  Each minibatch has
+    another mean row, which moves the logits anyway.  So the movement must also have grown."""
     signals, limits = now.signals, now.limits
-    held = 0.25 if now.on(Imminent.name) else 1.0
-    return signals.swing >= held * limits.imminent_exit and signals.swell >= held * limits.imminent_swell
+    factor = 0.25 if now.on(Imminent.name) else 1.0
+    return signals.swing >= factor * limits.imminent_exit and signals.swell >= factor * limits.imminent_swell

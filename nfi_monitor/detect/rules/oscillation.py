@@ -1,8 +1,11 @@
-"""Edge of stability: the optimizer overshoots from wall to wall, further each time (Cohen et al. 2022; Bai
-et al. 2025).
+"""Recognize the edge of stability: the optimizer overshoots from one side of a valley to the other.
 
-Successive gradients oppose each other, the curvature along the update is no longer small, and the layers
-below the head swing the logits by a good part of a nat.  Noise of minibatches opposes nothing."""
+Each update goes further than the one before (Cohen et al. 2022; Bai et al. 2025).  Three signs together show
+this:
+
+- Successive gradients oppose each other.  With minibatch noise alone they do not.
+- The curvature along the update is no longer small.
+- The layers below the head swing the logits by a good part of a nat."""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ SWING = Level(
 
 
 class Swinging(Rule):
-    """Updates overshoot, and the logits swing."""
+    """Updates overshoot, and the logits swing with them."""
 
     name = "swinging"
     mechanism = Mechanism.EDGE_OF_STABILITY
@@ -56,7 +59,7 @@ class Swinging(Rule):
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
         return (
-            now.has_floor
+            now.loss_has_settled
             and not now.on(Absorbing.name)
             and signals.alignment <= -limits.swing_alignment
             and signals.curvature_peak >= limits.swing_curvature * now.context.stability_limit
@@ -65,9 +68,9 @@ class Swinging(Rule):
 
     def stay(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
-        # Features may go on moving for hundreds of steps when the gradients have long agreed again.
-        oppose = signals.alignment <= -0.5 * limits.swing_alignment
-        return not now.on(Absorbing.name) and signals.swing >= limits.swing_exit and oppose
+        # The alignment counts, too: features may move for hundreds of steps after the gradients agree again.
+        gradients_oppose = signals.alignment <= -0.5 * limits.swing_alignment
+        return not now.on(Absorbing.name) and signals.swing >= limits.swing_exit and gradients_oppose
 
     def nears(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals

@@ -1,9 +1,12 @@
-"""Second-moment slingshots: coasting, then a kick (W. Wu 2024, section 2.1; Wortsman et al. 2023).
+"""Recognize second-moment slingshots: coasting, then a kick (W. Wu 2024, section 2.1; Wortsman et al. 2023).
 
-Coasting: the gradient is gone (RMS_t far below 1), the second moment is letting go of it, and decoupled
-weight decay alone moves the weights, towards the place where the gradient comes back.  Kicking: RMS_t above
-2.3 on a second moment that had let go, and the features move.  Where rows absorb, RMS_t tells the same
-story later."""
+- Coasting: the gradient has vanished (RMS_t far below 1), so the second moment decays.  Decoupled weight
+  decay alone moves the weights, towards the place where the gradient comes back.
+- Kicking: the gradient comes back.  RMS_t exceeds 2.3 while the second moment has decayed, and the features
+  move.
+
+While rows are absorbed both rules stay off: there RMS_t shows the slingshot as well, but later than the
+numeric rules do."""
 
 from __future__ import annotations
 
@@ -61,12 +64,12 @@ CURVATURE = Level(
 
 
 class Coasting(Rule):
-    """The gradient is gone, and weight decay alone moves the weights."""
+    """The gradient has vanished, and weight decay alone moves the weights."""
 
     name = "coasting"
     mechanism = Mechanism.SECOND_MOMENT
     holds = {AlertKind.AT_RISK: Severity.INFO}
-    labels = {AlertKind.AT_RISK: "the gradient is gone, weight decay alone moves the weights"}
+    labels = {AlertKind.AT_RISK: "the gradient has vanished and weight decay alone moves the weights"}
     advice = "second_moment"
     charts = ("RMS_t", "second moment, median sqrt(v̂)", "second-moment decay", "weight norms")
     levels = (DECAY, RMS_T_MEAN)
@@ -74,14 +77,14 @@ class Coasting(Rule):
 
     def enter(self, now: Situation) -> bool:
         signals = now.signals
-        forgotten = not now.on(Absorbing.name) and now.pulled(now.step) and now.forgotten
-        return forgotten and signals.rms_t_mean <= now.limits.coasting_enter and signals.shrinkage < 0
+        decayed = not now.on(Absorbing.name) and now.weight_decay_pulls(now.step) and now.forgotten
+        return decayed and signals.rms_t_mean <= now.limits.coasting_enter and signals.shrinkage < 0
 
     def stay(self, now: Situation) -> bool:
         return not now.on(Absorbing.name) and now.signals.rms_t_mean <= now.limits.coasting_exit
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
-        """Here a low RMS_t is the sign, not a high one."""
+        """Return the averaged RMS_t for *at risk*: here a low RMS_t is the sign, not a high one."""
         if kind is not AlertKind.AT_RISK:
             return {}
         return {"rms_t_max": Evidence(now.signals.rms_t_mean, now.limits.coasting_enter, 1.0)}
@@ -91,13 +94,15 @@ class Coasting(Rule):
 
 
 class Kicking(Rule):
-    """The gradient comes back on a second moment that had let go of it."""
+    """The gradient comes back after the second moment has decayed."""
 
     name = "kicking"
     mechanism = Mechanism.SECOND_MOMENT
     holds = {AlertKind.AT_RISK: Severity.INFO, AlertKind.IMMINENT: Severity.WARNING}
     phase = Phase.IMMINENT
-    labels = {AlertKind.IMMINENT: "gradients are back on a second moment that has let go of them"}
+    labels = {
+        AlertKind.IMMINENT: "the gradient is back after the second moment decayed: updates are too large"
+    }
     advice = "second_moment"
     charts = ("RMS_t", "curvature along the update")
     levels = (RMS_T, CURVATURE)
@@ -105,16 +110,17 @@ class Kicking(Rule):
 
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
-        pulled = not now.on(Absorbing.name) and now.pulled(now.step)
-        forgotten = pulled and now.forgotten
-        # Where the curvature says the same, RMS_t need not be as high: that wins a step.
-        level = self._level(now) if forgotten else limits.rms_t_imminent
-        # What is kicked has to move, where that can be seen: a lone tensor's RMS_t is not yet an event.
+        pulled = not now.on(Absorbing.name) and now.weight_decay_pulls(now.step)
+        decayed = pulled and now.forgotten
+        # If the curvature is high as well, a lower RMS_t is enough: the alert comes one step earlier.
+        level = self._level(now) if decayed else limits.rms_t_imminent
+        # The features must move, if that is measured: a high RMS_t of one tensor alone is no event.
         moved = not signals.swing < limits.kick_displacement
-        # With strong decay the wall is back before anything is forgotten; then the gradient has to turn.
-        walled = pulled and now.steep and signals.turn <= -limits.kick_turn
-        # On average it had let go: noise around 1 is no kick.
-        return (forgotten or walled) and moved and signals.rms_t_peak >= level and signals.rms_t_mean <= 1.0
+        # Under strong weight decay the gradient comes back before the second moment has decayed. Then the
+        # gradient must turn around at high curvature instead.
+        turned = pulled and now.curvature_is_high and signals.turn <= -limits.kick_turn
+        # RMS_t must have been at most 1 on average: noise around 1 is no kick.
+        return (decayed or turned) and moved and signals.rms_t_peak >= level and signals.rms_t_mean <= 1.0
 
     def stay(self, now: Situation) -> bool:
         return not now.on(Absorbing.name) and now.signals.rms_t_peak >= now.limits.rms_t_exit
@@ -122,7 +128,7 @@ class Kicking(Rule):
     def nears(self, now: Situation) -> bool:
         signals = now.signals
         rising = signals.rms_t_peak >= 0.5 * now.limits.rms_t_imminent and signals.rms_t_mean <= 1.0
-        return rising and now.pulled(signals.last_step) and now.forgotten
+        return rising and now.weight_decay_pulls(signals.last_step) and now.forgotten
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
         signals, limits = now.signals, now.limits
@@ -136,9 +142,8 @@ class Kicking(Rule):
         signals, claimed = now.signals, {}
         if now.forgotten:
             claimed["rms_t_max"] = Evidence(signals.rms_t_peak, self._level(now), signals.rms_t_mean)
-        # An oscillation asks for less curvature than a kick does: its level is the one that was crossed
-        # first.
-        if now.steep and not now.on("swinging"):
+        # The rule "swinging" has a lower level of curvature, which is crossed first: keep that one.
+        if now.curvature_is_high and not now.on("swinging"):
             share = now.limits.kick_curvature * now.context.stability_limit
             claimed["secant_curvature"] = Evidence(signals.curvature_peak, share)
         return claimed
@@ -148,15 +153,15 @@ class Kicking(Rule):
 
     @staticmethod
     def _level(now: Situation) -> float:
-        """RMS_t of a kick on a second moment that has let go."""
-        return now.limits.rms_t_steep if now.steep else now.limits.rms_t_imminent
+        """Return the RMS_t at which a kick begins while the second moment has decayed."""
+        return now.limits.rms_t_steep if now.curvature_is_high else now.limits.rms_t_imminent
 
 
 def kick_or_swing(causes: Causes, confidence: float) -> tuple[Mechanism, float]:
-    """Tell a kick from a swing by what came before them.
+    """Return (mechanism, confidence) of an event after a kick or a swing, by what came before it.
 
-    In the last steps both look alike: a kick is thrown back and forth, a swing refills the second moment.
-    Only a vanished gradient makes the second moment's decay meaningful."""
+    In the last steps both look alike: a kick throws the weights back and forth, a swing refills the second
+    moment.  Only a vanished gradient makes the second moment's decay meaningful."""
     if causes.forgotten and causes.gone:
         return Mechanism.SECOND_MOMENT, 0.9
     return Mechanism.EDGE_OF_STABILITY, confidence

@@ -1,1 +1,1 @@
-"""The same quantities where each rank holds a part: of every tensor (step), of the classes (rows)."""
+"""Measure where each rank holds a part of every tensor (``step``) or of the classes (``rows``)."""

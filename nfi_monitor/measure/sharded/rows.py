@@ -1,12 +1,12 @@
-"""Rows whose logits are cut along the classes: what one rank sees of them, and what all see together.
+"""Measure rows whose logits are cut along the classes: the part of one rank, and all parts joined.
 
-Under a vocabulary-parallel head each rank holds [N, K/ranks] of the logits.  Sums over classes add up, but
-what a row is called (absorbed, underflowed, how large its violation) depends on the whole row, so the ranks
-tell each other a few numbers of each sampled row and put the rows together themselves.  No logits are
-gathered.  Nothing here knows what a rank is.
+With a vocabulary-parallel head, each rank holds [N, K/ranks] of the logits.  Sums over classes can be added.
+Whether a row is absorbed or underflowed, and how large its violation is, depends on the whole row.  Therefore
+the ranks exchange a few numbers of each sampled row, and each rank joins the rows itself.  No logits are
+gathered.  This module does not communicate.
 
-:func:`together` says of whole rows what :func:`nfi_monitor.measure.rows.row_statistics` says, from these
-numbers instead of [N, K]; a test holds the one against the other.
+:func:`join_shards` computes from these numbers what :func:`nfi_monitor.measure.rows.row_statistics` computes
+from [N, K].  A test compares the two.
 """
 
 from __future__ import annotations
@@ -18,31 +18,43 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nfi_monitor.measure import absorption, extremes, margins, shift_invariance, zero_sum
-from nfi_monitor.measure.rows import LOOK_SUMS, MAXIMA, SUMS, LossKind
+from nfi_monitor.measure import absorption, declared, extremes, margins, shift_invariance, zero_sum
+from nfi_monitor.measure.rows import LOOK_SUMS, MASKS, MAXIMA, SUMS, LossKind, row_view, unexplained_rows
+from nfi_monitor.measure.views import RowView
+from nfi_monitor.quantities import PerRow
 
 FIELDS = (
     "signed", "absolute", "lowest", "lowest_class", "lowest_logit",
     "largest", "winner", "winner_grad", "runner_up", "log_rest",
     "negatives", "logit_sum", "logit_count",
 )  # fmt: skip
-"""Of one row's classes here: Σ g, Σ |g|, the smallest g with its class and logit, the largest logit with its
-class and g, the second largest, ln of the rest over the largest; how many g < 0, Σ z and number of unmasked
-z. The last three only in passes that look at the kind of loss."""
+"""Numbers of one row, over the classes of one rank.
+
+Σ g and Σ |g|; the smallest g with its class and logit; the largest logit with its class and g; the second
+largest logit; ln of the rest over the largest.  Only in passes that look at the kind of loss: the number of
+g < 0, Σ z, and the number of unmasked z.
+"""
 HEADER = (
     "rows", "first", "classes", "group", "batch_rows", "batches", "eps",
     "wider_than_float32", "wider_than_float16", "wider_than_bfloat16", "nonzero",
 )  # fmt: skip
-"""Of one rank's rows: their number, the first class held and how many, which ranks complete them; rows of the
-whole batch over all micro-batches, and those; the gradient dtype's epsilon, whether some gradient does not
-fit a narrower dtype, and whether one is not 0."""
+"""Numbers of all rows of one rank.
+
+Number of rows; first class and number of classes; the group of ranks that completes the rows; rows of the
+whole batch over all micro-batches; number of micro-batches; epsilon of the gradient's dtype; whether some
+gradient does not fit a narrower dtype (three of them); whether some gradient is not 0.
+"""
 SHOWN = HEADER.index("wider_than_float32")
 _NARROW = (torch.float32, torch.float16, torch.bfloat16)
 
 
 class ShardRows(NamedTuple):
-    """``numbers`` [len(FIELDS), N], ``shown`` [4] (the end of ``HEADER``), ``counts`` [N]: 1.0 where this
-    rank's classes show that the row counts, so that several ranks say so of most rows; ``batch_rows``."""
+    """One micro-batch's rows, over the classes of this rank.
+
+    ``numbers`` [len(FIELDS), N].  ``shown`` [4]: the end of ``HEADER``.  ``counts`` [N]: 1.0 where the
+    classes of this rank show that the row counts; most rows count on several ranks.  ``batch_rows``: rows of
+    the whole batch.  ``eps``: epsilon of the gradient's dtype.
+    """
 
     numbers: Tensor
     shown: Tensor
@@ -87,10 +99,10 @@ def shard_rows(
         wider = [absorption.wider(finite, narrow) for narrow in _NARROW]
         shown = torch.stack([*wider, finite.abs().amax() > 0]).to(dtype)
     nothing = torch.zeros_like(absolute)
-    # Each rank counts what its own classes show, and features are averaged over all of them: exact where a
-    # row's gradient vanishes on every rank or on none (float32, bfloat16); where it underflows on some
-    # (float16), confident rows weigh less. The exact mask is known only after the exchange, and features in
-    # their own right would need another one.
+    # Each rank counts a row if its own classes show that the row counts, and features are averaged over all
+    # ranks. This is exact if a row's gradient vanishes on every rank or on none (float32, bfloat16). If it
+    # underflows on some ranks (float16), confident rows weigh less. The exact mask is known only after the
+    # exchange; using it would take a second exchange.
     finite = torch.isfinite(absolute + top.largest)
     counts = (absolute > 0) & finite
     if logits.shape[-1] > 1:
@@ -106,28 +118,31 @@ def shard_rows(
     )
 
 
-class Sent(NamedTuple):
-    """What a rank sends: ``header`` [:SHOWN] numbers, ``shown`` [4], ``numbers`` [len(FIELDS), ≤ slots]."""
+class PackedRows(NamedTuple):
+    """The message of a rank: ``header`` up to ``SHOWN``, ``shown`` [4], ``numbers`` [len(FIELDS), slots]."""
 
     header: list[float]
     shown: Tensor
     numbers: Tensor
 
 
-def merged(parts: Sequence[ShardRows], first: int, classes: int, group: int, slots: int) -> Sent:
-    """The micro-batches of one step as one message of at most ``slots`` rows: every n-th of more."""
+def pack_shards(parts: Sequence[ShardRows], first: int, classes: int, group: int, slots: int) -> PackedRows:
+    """Pack the micro-batches of a step into at most ``slots`` rows; of more, take every n-th."""
     numbers = torch.cat([part.numbers for part in parts], dim=1)
     numbers = numbers[:, :: max(1, -(-numbers.shape[1] // slots))]
     shown = torch.stack([part.shown for part in parts]).amax(0)
     batch_rows = sum(part.batch_rows for part in parts)
     eps = max(part.eps for part in parts)
     header = [numbers.shape[1], first, classes, group, batch_rows, len(parts), eps]
-    return Sent([float(x) for x in header], shown, numbers)
+    return PackedRows([float(x) for x in header], shown, numbers)
 
 
-class Together(NamedTuple):
-    """``sums`` and ``maxima`` as of :class:`nfi_monitor.measure.rows.RowStatistics`; ``absorbed`` rows by
-    class; what is known of the loss now; ``groups``: how many sets of ranks were complete."""
+class JoinedRows(NamedTuple):
+    """The joined rows of all ranks.
+
+    ``sums`` and ``maxima`` as in :class:`nfi_monitor.measure.rows.RowStatistics`; ``absorbed`` rows by class;
+    ``loss_kind``: what is now known of the loss; ``groups``: number of sets of ranks that were complete.
+    """
 
     sums: Tensor
     maxima: Tensor
@@ -136,18 +151,18 @@ class Together(NamedTuple):
     groups: int
 
 
-def together(
+def join_shards(
     blocks: Tensor, outputs: int, known: LossKind | None, *, look: bool, dtype: torch.dtype
-) -> Together | None:
-    """Put the rows of all ranks together; None where no set of ranks holds all classes of its rows.
+) -> JoinedRows | None:
+    """Join the rows of all ranks; return None where no set of ranks holds all classes of its rows.
 
     Args:
-        blocks: [ranks, len(HEADER) + len(FIELDS)·slots] float64, header then numbers, zeros of ranks that
-            have sent nothing.
+        blocks: [ranks, len(HEADER) + len(FIELDS)·slots] float64, header then numbers; zeros for a rank that
+            has sent nothing.
         outputs: K.
         known: what earlier steps learned of the loss.
         look: look at the kind of loss again.
-        dtype: float64 if a rank's numbers were, else float32, which one process would have computed in.
+        dtype: float64 if the numbers of a rank were, else float32: the dtype that one process would use.
     """
     headers = [dict(zip(HEADER, row, strict=True)) for row in blocks[:, : len(HEADER)].tolist()]
     groups: dict[int, list[int]] = {}
@@ -180,7 +195,7 @@ def together(
         sums += values
         maxima = torch.maximum(maxima, largest)
         absorbed.update(classes)
-    return Together(sums, maxima, absorbed, kind, len(complete))
+    return JoinedRows(sums, maxima, absorbed, kind, len(complete))
 
 
 def _whole_rows(
@@ -192,68 +207,59 @@ def _whole_rows(
     *,
     look: bool,
 ) -> tuple[Tensor, Tensor, list[int], LossKind]:
-    """``numbers`` [shards, len(FIELDS), N], shards in the order of their classes."""
+    """Measure joined rows. ``numbers`` [shards, len(FIELDS), N], shards in the order of their classes."""
     part = dict(zip(FIELDS, numbers.unbind(1), strict=True))  # [shards, N] each
     whole, top, target = _joined(part, dtype)
-    signed, absolute, own, target_logit = (
-        whole[name] for name in ("signed", "absolute", "own", "target_logit")
-    )
-    violation = zero_sum.row_violation(signed, absolute)
-    finite = torch.isfinite(absolute + top.largest)
-    live = (absolute > 0) & finite
-    silent = (absolute == 0) & finite
-    above = live & (violation > kind.floor)
     batch = round(header["batch_rows"] / header["batches"])
-    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, batch, kind.level)
-    counts = live | underflowed
-    absorbed = absorption.absorbed_rows(own, live)
-    loss = margins.row_loss(top, target_logit)
-    residual = margins.residual_mass(loss)
-    margin = margins.margin(top, target, target_logit)
-
-    def total(values: Tensor, of: Tensor) -> float:
-        return float(torch.where(of, values.double(), 0.0).sum())
-
+    view, kinds = row_view(
+        (whole["signed"], whole["absolute"]), top, target, whole["target_logit"], whole["own"], batch, kind
+    )
     sums: dict[str, float] = dict.fromkeys(LOOK_SUMS, float("nan"))
     if look:
-        of_live = torch.where(live, absolute, torch.zeros_like(absolute))
-        scale = shift_invariance.gradient_scale(of_live, residual, live)
-        kind = kind._replace(scale=torch.maximum(scale, kind.scale.to(dtype)))
-        told = shift_invariance.gradient_residual(residual, of_live, kind.scale)
-        strange = shift_invariance.unexplained(violation, told, top.largest, kind.eps, outputs)
-        sums["unexplained"] = float((live & strange).sum())
-        sums["soft"] = float((live & (part["negatives"].sum(0) > 1)).sum())
-        sums["mean_logit"] = total(part["logit_sum"].sum(0) / part["logit_count"].sum(0), counts)
-    masks = (
-        ("live", live), ("absorbed", absorbed), ("above_floor", above),
-        ("underflowed", underflowed), ("silent", silent), ("finite", finite), ("counted", counts),
-    )  # fmt: skip
-    sums |= {name: float(mask.sum()) for name, mask in masks}
-    summed = (("violation", violation), ("signed", signed), ("absolute", absolute), ("residual", residual))
-    sums |= {name: total(values, live) for name, values in summed}
-    sums |= {"loss": total(loss, counts), "max_probability": total(torch.sigmoid(-top.log_rest), counts)}
-    median = torch.where(counts, margin, torch.nan).nanmedian().nan_to_num(0.0)
+        of_live = torch.where(view.live, view.absolute, torch.zeros_like(view.absolute))
+        kind, strange = unexplained_rows(view, of_live, kind, outputs)
+        sums["unexplained"] = float(strange.sum())
+        sums["soft"] = float((view.live & (part["negatives"].sum(0) > 1)).sum())
+        sums["mean_logit"] = _total(part["logit_sum"].sum(0) / part["logit_count"].sum(0), view.counts)
+    sums |= {name: float(mask.sum()) for name, mask in zip(MASKS, kinds, strict=True)}
+    sums["counted"] = float(view.counts.sum())
+    summed = (("violation", view.violation), ("signed", view.signed), ("absolute", view.absolute))
+    sums |= {name: _total(values, view.live) for name, values in summed}
+    sums |= _declared(view, declared.OVER_LIVE, view.live)
+    sums |= _declared(view, declared.OVER_COUNTED, view.counts)
+    median = torch.where(view.counts, view.margin, torch.nan).nanmedian().nan_to_num(0.0)
     sums |= {
         "rows": header["batch_rows"],
         "sampled": header["rows"],
         "margin_median_rows": float(median) * sums["counted"],
     }
     maxima = {
-        "violation_max": torch.where(live, violation, 0.0).amax(),
-        "negative_margin_min": torch.where(counts, -margin, -torch.inf).amax(),
+        "violation_max": torch.where(view.live, view.violation, 0.0).amax(),
+        "negative_margin_min": torch.where(view.counts, -view.margin, -torch.inf).amax(),
     }
     return (
         torch.tensor([sums[name] for name in SUMS], dtype=torch.float64),
         torch.stack([maxima[name].double() for name in MAXIMA]),
-        [int(index) for index in top.winner[absorbed].tolist()],
+        [int(index) for index in top.winner[kinds.absorbed].tolist()],
         kind,
     )
+
+
+def _total(values: Tensor, of: Tensor) -> float:
+    return float(torch.where(of, values.double(), 0.0).sum())
+
+
+def _declared(view: RowView, of: dict[str, PerRow], rows: Tensor) -> dict[str, float]:
+    """Sum declared functions; NaN for those that need the gradient or the logits of whole rows."""
+    known = {name: per_row for name, per_row in of.items() if per_row.from_shards}
+    values = zip(known, declared.row_values(view, known), strict=True)
+    return dict.fromkeys(of, float("nan")) | {name: _total(value, rows) for name, value in values}
 
 
 def _joined(
     part: dict[str, Tensor], dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], margins.TopLogits, Tensor]:
-    """Of whole rows [N]: sums and the target's gradient and logit; largest logits; the target's class."""
+    """Join rows: [N] sums and the target's gradient and logit, the largest logits, the target's class."""
     owner = part["largest"].argmax(0)
     lowest, where = part["lowest"].min(0)
 
@@ -263,7 +269,7 @@ def _joined(
     owns = torch.arange(len(part["largest"])).unsqueeze(-1) == owner
     largest = of("largest", owner)
     rest = torch.where(owns, part["log_rest"], torch.log1p(part["log_rest"].exp())) + part["largest"]
-    # A shard whose classes are all masked with −inf has none that could compete.
+    # A shard whose classes are all masked with −inf has no competitor.
     rest = torch.where(part["largest"] == -torch.inf, -torch.inf, rest)
     top = margins.TopLogits(
         largest.to(dtype),
@@ -286,7 +292,7 @@ def _joined(
 def _shown_precision(
     headers: Sequence[dict[str, float]], known: LossKind | None, outputs: int, dtype: torch.dtype
 ) -> LossKind:
-    """As :func:`nfi_monitor.measure.rows.shown_precision`, from what each rank's gradients show."""
+    """Do what :func:`nfi_monitor.measure.rows.shown_precision` does, from the headers of all ranks."""
     own = max(header["eps"] for header in headers)
     eps, half = own, torch.finfo(torch.float16).eps
     nonzero = any(header["nonzero"] for header in headers)

@@ -1,15 +1,16 @@
-"""Step quantities of a model whose tensors are cut over ranks: partial sums that add up, and what they make.
+"""Measure a step of a model whose tensors are cut over ranks: partial sums of each rank, and their result.
 
-Each rank measures its own shard (FSDP2, HSDP, tensor parallel); sums over coordinates, over tensors and over
-the classes of the head add up, largest and smallest are kept apart.  A tensor that several ranks hold alike
-counts with the share 1/replicas on each.  Nothing here knows what a rank is.
+Each rank measures its own shard (FSDP2, HSDP, tensor parallel).  Sums over coordinates, over tensors and over
+the classes of the head are added.  The largest and the smallest value are kept apart.  If several ranks hold
+the same part of a tensor, it counts with the share 1/replicas on each.  This module does not communicate.
 
-Two things cannot be had from one exchange and are taken otherwise, close to what one process measures:
+Two things cannot be computed from one exchange.  They are close to what one process measures:
 
-* Medians over coordinates are averages of the ranks' medians, weighted by coordinates.
-* The logit displacement needs rows and classes together, and a rank has some of either: it is taken at
-  feature rows that the last exchange made known to all (``probe rows``), and so is Δμ_G for the feature
-  displacement.  Where all ranks have the same rows (tensor parallel) both are of the step itself.
+* A median over coordinates is the average of the ranks' medians, weighted by their coordinates.
+* The logit displacement needs rows and classes together, and a rank has only some of both.  It is measured at
+  feature rows that the last exchange made known to all ranks (``probe rows``).  The same holds for Δμ_G in
+  the feature displacement.  If all ranks have the same rows (tensor parallel), both are those of the step
+  itself.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from torch import Tensor
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.update import Update
 from nfi_monitor.measure import second_moment
-from nfi_monitor.measure.step import Memory
+from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.zero_sum import accumulation_dtype
 
 STEP_SUMS = (
@@ -32,14 +33,15 @@ STEP_SUMS = (
     "head_coordinates", "head_roots", "head_medians", "head_eps",
     "curved", "step_change", "step_metric", "gradient_now", "gradient_both", "gradient_before",
 )  # fmt: skip
-"""Sums over coordinates; medians and ε_A are weighted by the coordinates they speak for."""
+"""Sums over coordinates; medians and ε_A are weighted by their number of coordinates."""
 TENSOR_SUMS = ("ratio", "sampled", "moved", "weight")
 """Sums over the coordinates of each tensor: Σ g²/max(v̂, ε_A²), their number, Σ Δw², Σ w²."""
 HEAD_RANKS = ("weight_ranks", "grad_ranks", "bias_ranks", "update_ranks", "moved_ranks")
-"""How many ranks have measured the head's weight, its gradient, the bias's, the update, and what Δμ_G does to
-it: of fewer than all of them nothing can be said."""
+"""Number of ranks that measured the head's weight, its gradient, the bias's gradient, the update, and the
+effect of Δμ_G. A quantity is absent if fewer than all ranks have measured it.
+"""
 HEAD_SUMS = (*HEAD_RANKS, "squares", "absolute", "bias_signed", "bias_absolute", "moved", "classes")
-"""Those, and sums over the classes of a rank; ``classes`` are those sampled for the displacement."""
+"""``HEAD_RANKS``, and sums over the classes of a rank; ``classes``: those sampled for the displacement."""
 
 
 class StepParts(NamedTuple):
@@ -57,10 +59,10 @@ def step_parts(
     previous: Memory | None,
     step: int,
 ) -> tuple[StepParts, Memory | None]:
-    """This rank's part of one optimizer step.
+    """Measure this rank's part of one optimizer step.
 
-    ``positions``: which of the model's ``tensors`` each tensor of the sample is; ``shares``: 1 over the ranks
-    that hold the same part of it.
+    ``positions``: which of the model's ``tensors`` each tensor of the sample is.  ``shares``: for each of
+    them, 1 over the number of ranks that hold the same part of it.
     """
     sample = update.sample
     device = update.grad.device
@@ -89,7 +91,7 @@ def step_parts(
         if previous is not None and previous.precedes(update, step):
             stepped = (update.before - previous.before).double()
             scaled = previous.preconditioner * stepped
-            if update.lrs is not None:  # added up, the sums are taken times the head's rate
+            if update.lrs is not None:  # later, the sums are multiplied by the head's rate
                 rates = update.lrs.double()
                 still = rates == 0
                 stepped = stepped.masked_fill(still, 0.0)
@@ -122,9 +124,10 @@ def _of_roots(of: str, root: Tensor, eps: Tensor, rate: Tensor) -> dict[str, Ten
 def finish_step(
     sums: Tensor, tensors: Tensor, matrices: Sequence[bool], head: int | None, lr: float
 ) -> dict[str, float]:
-    """Sums over all ranks → quantities by name.
+    """Turn sums over all ranks into quantities by name.
 
-    ``matrices`` [T]: which tensors have two dimensions or more, ``head``: which of them the head's weight is.
+    ``matrices`` [T]: which tensors have two dimensions or more.  ``head``: which of them the head's weight
+    is.
     """
     s = dict(zip(STEP_SUMS, sums.tolist(), strict=True))
     if not s["coordinates"] > 0:
@@ -165,11 +168,11 @@ def _root(square: float) -> float:
 
 
 class HeadParts(NamedTuple):
-    """What a rank's classes show, float64.
+    """The head, over the classes of one rank, float64.
 
-    ``sums`` [len(HEAD_SUMS)], ``classifier`` Σ_k W_k [d], ``columns`` Σ_k ∂L/∂W_k over sampled columns [c];
-    ``displaced`` Σ_k x and Σ_k x² [2, m] of x_k = ΔW_k·h + Δb_k at m probe rows; ``extremes`` max and −min
-    over the classes [2, m + 1] of x, and of W_k·Δμ_G in the last column.
+    ``sums`` [len(HEAD_SUMS)].  ``classifier`` Σ_k W_k [d].  ``columns`` Σ_k ∂L/∂W_k over sampled columns [c].
+    ``displaced`` Σ_k x and Σ_k x² [2, m] of x_k = ΔW_k·h + Δb_k at m probe rows.  ``extremes`` max and −min
+    over the classes [2, m + 1] of x; the last column is that of W_k·Δμ_G.
     """
 
     sums: Tensor
@@ -186,10 +189,10 @@ def head_parts(
     probe_rows: Tensor | None,
     moved_mean: Tensor | None,
 ) -> HeadParts:
-    """This rank's part of the head.
+    """Measure this rank's part of the head.
 
-    ``share``: 1 over the ranks that hold the same classes.  ``widths`` (d, c, m).  ``probe_rows`` [≤ m, d]
-    features, ``moved_mean`` Δμ_G [d], both known to all ranks alike, or None.
+    ``share``: 1 over the number of ranks that hold the same classes.  ``widths``: (d, c, m).  ``probe_rows``
+    [≤ m, d] features and ``moved_mean`` Δμ_G [d], each the same on all ranks, or None.
     """
     d, c, m = widths
     device = update.grad.device
@@ -202,7 +205,7 @@ def head_parts(
     classifier, columns, displaced = zeros(d), zeros(c), zeros(2, m)
     extremes = torch.full((2, m + 1), -torch.inf, dtype=torch.float64, device=device)
     if update.head_weight is not None:
-        # As precise as in one process: as float64, a large head would be the largest tensor of all.
+        # Not in float64: a float64 copy of a large head would be the largest tensor of all.
         weight, dtype = update.head_weight, accumulation_dtype(update.head_weight.dtype)
         sums["weight_ranks"] = one
         sums["squares"] = torch.linalg.vector_norm(weight, dtype=dtype).double().square() * share
@@ -248,10 +251,10 @@ def finish_head(
     moved: bool,
     tied: bool,
 ) -> dict[str, float]:
-    """Sums over all ranks (``extremes``: the largest) → quantities by name.
+    """Turn sums over all ranks (``extremes``: the largest) into quantities by name.
 
-    ``outputs`` K, ``rows`` how many of the probe rows were known, ``moved`` whether Δμ_G was.  Only what all
-    ``world`` ranks have measured: a part of the classes means nothing.
+    ``outputs`` K.  ``rows``: number of probe rows that were known.  ``moved``: whether Δμ_G was known.  A
+    quantity is absent unless all ``world`` ranks have measured it: a part of the classes has no meaning.
     """
     s = dict(zip(HEAD_SUMS, parts.sums.tolist(), strict=True))
     values: dict[str, float] = {}

@@ -1,6 +1,6 @@
-"""What crossed its threshold before an alert, what did not, and what was not measured.
+"""Find what crossed its threshold before an alert, what did not, and what was not measured.
 
-Each signal is held against the level that the detector holds it against, in the same unit.
+Each signal is compared with the detector's own level, in the same unit.
 """
 
 from __future__ import annotations
@@ -18,24 +18,27 @@ from nfi_monitor.report.explain.signal_history import FINITE, Series, SignalHist
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism
 
 LR_CHANGE = 2.0
-"""Factor between two readings of the learning rate that is worth telling: few schedules do it in a step."""
+"""Ratio of two successive learning rates that counts as a change: few schedules reach it in one step."""
 
 
 def look_for(alert: Alert, record: SignalHistory, window: tuple[int, int, int]) -> list[Finding]:
-    """All findings. ``window``: earliest step a crossing is searched back to, first and last step."""
+    """Return all findings in the steps of ``window``.
+
+    ``window``: the earliest step to which a crossing is traced back, the first step, the last step.
+    """
     _, first, last = window
     own = _supporting(alert)
     findings = [
-        _held_against(held, alert, record, window, own=held.level.signal in own)
-        for held in _levels(alert, record)
+        _compare(applied, alert, record, window, own=applied.level.signal in own)
+        for applied in _applied_levels(alert, record)
     ]
     findings += [replace(_learning_rate(record, first, last), supports_mechanism="learning_rate" in own)]
     findings += [*_last_update(alert, record, first, last), *_not_finite(alert, record, first)]
     return findings + _loss(alert, record, last)
 
 
-class _Held(NamedTuple):
-    """A rule's level with the numbers it has in this run and this alert."""
+class _AppliedLevel(NamedTuple):
+    """A rule's level, with its numbers in this run and this alert."""
 
     level: Level
     enter: float
@@ -43,20 +46,24 @@ class _Held(NamedTuple):
 
     @property
     def sign(self) -> int:
-        """−1 where *below* is the sign of trouble, else 1."""
+        """−1 where low values are the sign of trouble, else 1."""
         return -1 if self.level.below else 1
 
     @property
     def label(self) -> str:
+        """Name of the signal in a text."""
         return self.level.label or wording.label(self.level.quantity)
 
     def show(self, value: float) -> str:
+        """Format a value of the signal, with its unit."""
         return _SHOWN[self.level.show](value)
 
     def beyond(self, value: float) -> bool:
+        """Return whether a value has crossed the level."""
         return self.sign * value >= self.sign * self.enter
 
     def stays(self, value: float) -> bool:
+        """Return whether a value that crossed the level before still counts as beyond it (hysteresis)."""
         return self.sign * value >= self.sign * self.leave
 
 
@@ -68,11 +75,12 @@ _SHOWN: dict[str, Callable[[float], str]] = {
 }
 
 
-def _levels(alert: Alert, record: SignalHistory) -> list[_Held]:
-    """What the signals are held against. A rule may ask for less in some states: then the alert's evidence
-    has the level that it was raised by.
+def _applied_levels(alert: Alert, record: SignalHistory) -> list[_AppliedLevel]:
+    """Return all rules' levels, with the numbers that the detector applied.
+
+    A rule may apply a lower level in some states.  Then the alert's evidence has the level that was applied.
     """
-    held = []
+    found = []
     for level in LEVELS:
         enter = level.enter(record.limits, record.context)
         item = alert.evidence.get(level.quantity)
@@ -80,12 +88,12 @@ def _levels(alert: Alert, record: SignalHistory) -> list[_Held]:
             others = level.others_up_to
             own = others is None or min(enter, item.threshold) > others(record.limits, record.context)
             enter = min(enter, item.threshold) if own else enter
-        held.append(_Held(level, enter, level.leave(record.limits, enter)))
-    return held
+        found.append(_AppliedLevel(level, enter, level.leave(record.limits, enter)))
+    return found
 
 
 def _supporting(alert: Alert) -> set[str]:
-    """Names of the signals that the alert's mechanism is known by."""
+    """Return the names of the signals that support the alert's mechanism."""
     found = {level.signal for level in LEVELS if alert.mechanism in level.supports}
     if alert.mechanism is Mechanism.EXTERNAL:
         found.add("learning_rate")
@@ -97,91 +105,90 @@ def _supporting(alert: Alert) -> set[str]:
         and swung.threshold is not None
         and swung.value >= swung.threshold
     ):
-        found.add("feature_displacement")  # behind a LayerNorm it is this by which the alert was raised
+        found.add("feature_displacement")  # behind a LayerNorm this displacement raises the alert
     return found
 
 
-def _held_against(
-    held: _Held, alert: Alert, record: SignalHistory, window: tuple[int, int, int], *, own: bool
+def _compare(
+    applied: _AppliedLevel, alert: Alert, record: SignalHistory, window: tuple[int, int, int], *, own: bool
 ) -> Finding:
+    """Compare one signal with its level in the steps of ``window``."""
     earliest, first, last = window
-    series = record.series.get(held.level.signal, Series([], []))
+    quantity, show = applied.level.quantity, applied.show
+    series = record.series.get(applied.level.signal, Series([], []))
     inside = [index for index, step in enumerate(series.steps) if first <= step <= last]
     if not inside:
-        return _from_evidence(held, alert, record, own=own)
-    beyond = [held.beyond(x) for x in series.values]
-    value, limit = held.show(held.enter), held.enter
-    side, other = ("above", "below") if held.sign > 0 else ("below", "above")
-    which = "largest" if held.sign > 0 else "smallest"
+        return _from_evidence(applied, alert, record, own=own)
+    beyond = [applied.beyond(x) for x in series.values]
+    value, limit = show(applied.enter), applied.enter
+    side, other = ("above", "below") if applied.sign > 0 else ("below", "above")
+    which = "largest" if applied.sign > 0 else "smallest"
     end = inside[-1]
     among = [series.values[index] for index in inside]
-    extreme = max(among) if held.sign > 0 else min(among)
+    extreme = max(among) if applied.sign > 0 else min(among)
     if not any(beyond[index] for index in inside):
-        text = f"{held.label} stayed {other} {value} ({which} {held.show(extreme)})"
-        return Finding(
-            held.level.quantity, Seen.NOT_CROSSED, text, limit, extreme=extreme, supports_mechanism=own
-        )
-    # The last time it was beyond, back to when it first was since it had last been properly back.
+        text = f"{applied.label} stayed {other} {value} ({which} {show(extreme)})"
+        return Finding(quantity, Seen.NOT_CROSSED, text, limit, extreme=extreme, supports_mechanism=own)
+    # Go back from the last reading beyond the level, as long as ``stays`` holds. The crossing is the earliest
+    # of these readings that is beyond the level.
     latest = max(index for index in inside if beyond[index])
     start = index = latest
-    while index >= 0 and series.steps[index] >= earliest and held.stays(series.values[index]):
+    while index >= 0 and series.steps[index] >= earliest and applied.stays(series.values[index]):
         start = index if beyond[index] else start
         index -= 1
-    back = next((i for i in range(latest + 1, end + 1) if not held.stays(series.values[i])), None)
+    back = next((i for i in range(latest + 1, end + 1) if not applied.stays(series.values[i])), None)
     after = series.steps[start - 1] if start > 0 else None
     at, then, now = series.steps[start], series.values[start], series.values[end]
-    verb = "rose" if held.sign > 0 else "fell"
+    verb = "rose" if applied.sign > 0 else "fell"
     if after is None or at <= earliest:
-        since = "the readings began" if after is None else "the last slingshot"
-        text = f"{held.label} was {side} {value} ever since {since} (step {at:,}; "
+        when = "the readings began" if after is None else "the last slingshot ended"
+        text = f"{applied.label} was already {side} {value} when {when} (step {at:,}; "
     elif at - after > 1:
-        text = f"{held.label} {verb} {side} {value} between steps {after:,} and {at:,} ("
+        text = f"{applied.label} {verb} {side} {value} between steps {after:,} and {at:,} ("
     else:
-        text = f"{held.label} {verb} {side} {value} at step {at:,} ("
+        text = f"{applied.label} {verb} {side} {value} at step {at:,} ("
     if back is not None:
-        text += f"{which} {held.show(extreme)}, back at step {series.steps[back]:,})"
+        text += f"{which} {show(extreme)}, back {other} at step {series.steps[back]:,})"
     elif at == series.steps[end]:
-        text += f"{held.show(then)})"
+        text += f"{show(then)})"
     else:
-        text += f"{held.show(then)} then, {held.show(now)} {_at_end(alert)})"
-    if held.level.signal == "decay" and not own and not record.context.decoupled_decay:
-        text += ", which by itself gives no kick: no decoupled weight decay moves the weights"
+        text += f"{show(then)} then, {show(now)} {_at_end(alert)})"
+    if applied.level.signal == "decay" and not own and not record.context.decoupled_decay:
+        text += ", which alone causes no slingshot: the run has no decoupled weight decay"
     back_at = None if back is None else series.steps[back]
-    return Finding(
-        held.level.quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own
-    )
+    return Finding(quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own)
 
 
 def _at_end(alert: Alert) -> str:
+    """Return the words for the time of the last reading in the window."""
     if alert.kind is AlertKind.SLINGSHOT or alert.kind is AlertKind.NON_FINITE:
         return "just before"
     return "now" if alert.state is AlertState.FIRING else "at the end"
 
 
-def _from_evidence(held: _Held, alert: Alert, record: SignalHistory, *, own: bool) -> Finding:
-    """No reading of it in these steps: the alert's own evidence, if it holds the same level."""
-    item = alert.evidence.get(held.level.quantity)
+def _from_evidence(applied: _AppliedLevel, alert: Alert, record: SignalHistory, *, own: bool) -> Finding:
+    """Compare the alert's own evidence with the level, where no reading has the signal."""
+    quantity, enter = applied.level.quantity, applied.enter
+    item = alert.evidence.get(quantity)
     value = item.value if item is not None else math.nan
-    if held.level.signal == "growth":
-        value *= record.context.tau  # an alert gives it per step
-    # RMS_t is held against two levels; the threshold beside the evidence says which one it means.
-    other = held.level.quantity == "rms_t_max" and (item is None or item.threshold != held.enter)
+    if applied.level.signal == "growth":
+        value *= record.context.tau  # an alert has the growth per step, the level is per τ
+    # RMS_t has two levels. The threshold of the evidence shows to which level the evidence belongs.
+    other = quantity == "rms_t_max" and (item is None or item.threshold != enter)
     if other or not math.isfinite(value):
-        return Finding(
-            held.level.quantity, Seen.NOT_MEASURED, held.label.rstrip(","), held.enter, supports_mechanism=own
-        )
-    crossed = held.beyond(value)
+        label = applied.label.rstrip(",")
+        return Finding(quantity, Seen.NOT_MEASURED, label, enter, supports_mechanism=own)
+    crossed = applied.beyond(value)
     text = (
-        f"{held.label} {held.show(value)} in the alert's own evidence (threshold "
-        f"{held.show(held.enter)}), its readings are not on record"
+        f"{applied.label} {applied.show(value)} in the alert's own evidence (threshold "
+        f"{applied.show(enter)}), no reading in these steps"
     )
     seen = Seen.CROSSED if crossed else Seen.NOT_CROSSED
-    return Finding(
-        held.level.quantity, seen, text, held.enter, now=value, extreme=value, supports_mechanism=own
-    )
+    return Finding(quantity, seen, text, enter, now=value, extreme=value, supports_mechanism=own)
 
 
 def _learning_rate(record: SignalHistory, first: int, last: int) -> Finding:
+    """Return the largest change of the learning rate between two readings."""
     name = "learning_rate"
     steps, values = record.series.get(name, Series([], []))
     pairs = [
@@ -195,46 +202,52 @@ def _learning_rate(record: SignalHistory, first: int, last: int) -> Finding:
         return Finding(name, Seen.NOT_CROSSED, "the learning rate did not change", LR_CHANGE, extreme=1.0)
     factor, after, at, x, y = max(pairs)
     if factor < LR_CHANGE:
-        text = f"the learning rate never changed by {LR_CHANGE:g} times between two readings"
+        most = wording.number(factor)
+        text = f"the learning rate never changed by a factor of {LR_CHANGE:g} or more (largest: {most})"
         return Finding(name, Seen.NOT_CROSSED, text, LR_CHANGE, extreme=factor)
     text = f"the learning rate went from {wording.number(x)} to {wording.number(y)} {_between(after, at)}"
     return Finding(name, Seen.CROSSED, text, LR_CHANGE, after, at, None, y, values[-1], factor)
 
 
 def _last_update(alert: Alert, record: SignalHistory, first: int, last: int) -> list[Finding]:
-    """A kick from outside is known by what did *not* precede it: the weights had moved as they always do."""
+    """Return the size of the last update before a kick from outside; nothing for other mechanisms.
+
+    An ordinary update before the event supports the mechanism: the weights did not cause the event.
+    """
     steps, values = record.series.get("update_jump", Series([], []))
     inside = [x for step, x in zip(steps, values, strict=True) if first <= step <= last]
     if alert.mechanism is not Mechanism.EXTERNAL or not inside:
         return []
-    text = f"the last update before it was {wording.number(inside[-1])} times the average one"
+    text = f"the last update in these steps was {wording.number(inside[-1])} times as large as the average"
     seen = Seen.NOT_CROSSED if inside[-1] <= UNMOVED else Seen.CROSSED
     return [Finding("update_rms", seen, text, UNMOVED, then=inside[-1], now=inside[-1], extreme=max(inside))]
 
 
 def _not_finite(alert: Alert, record: SignalHistory, first: int) -> list[Finding]:
-    found, looked = [], False
+    """Return where NaN or Inf was first read, or that there was none; nothing if nothing was read."""
+    found, any_reading = [], False
     for name, what in FINITE.items():
         steps, values = record.series.get(name, Series([], []))
         inside = [i for i, step in enumerate(steps) if first <= step <= alert.last_step]
-        looked = looked or bool(inside)
+        any_reading = any_reading or bool(inside)
         counted = name == "non_finite_rows"
         bad = [i for i in inside if (values[i] > 0 if counted else not math.isfinite(values[i]))]
         if bad:
             at, after = steps[bad[0]], steps[bad[0] - 1] if bad[0] else None
             text = f"{what} {'were' if counted else 'was'} NaN or Inf {_between(after, at, 'first ')}"
-            text += f", at {len(bad):,} readings" if len(bad) > 1 else ""
+            text += f", in {len(bad):,} readings" if len(bad) > 1 else ""
             own = alert.kind is AlertKind.NON_FINITE
             then = values[bad[0]]
             finding = Finding(name, Seen.CROSSED, text, after=after, at=at, then=then, supports_mechanism=own)
             found.append(finding)
-    if found or not looked:
+    if found or not any_reading:
         return found
     text = "neither the loss nor a gradient nor a weight was NaN or Inf"
     return [Finding("non_finite_gradients", Seen.NOT_CROSSED, text, 0.0)]
 
 
 def _loss(alert: Alert, record: SignalHistory, last: int) -> list[Finding]:
+    """Return when the loss rose (a slingshot), or that it did not rise (*at risk*, *imminent*)."""
     if alert.kind is AlertKind.SLINGSHOT:
         item = alert.evidence.get("loss")
         if item is None:
@@ -249,12 +262,12 @@ def _loss(alert: Alert, record: SignalHistory, last: int) -> list[Finding]:
         return []
     name = "loss" if "loss" in record.series else "head_loss"
     steps, values = record.series.get(name, Series([], []))
-    # Only while the alert fired: the steps before it may hold the run's beginning, whose loss is high.
+    # Only the steps while the alert fired: earlier steps may include the run's first, whose loss is high.
     begin = min(alert.first_step, last)
     inside = [x for step, x in zip(steps, values, strict=True) if begin <= step <= last and math.isfinite(x)]
     if not inside:
         return [Finding("loss", Seen.NOT_MEASURED, wording.label("loss"))]
-    text = f"the loss did not leave its floor meanwhile (largest {wording.number(max(inside))})"
+    text = f"the loss did not leave its floor while the alert fired (largest {wording.number(max(inside))})"
     return [Finding("loss", Seen.NOT_CROSSED, text, extreme=max(inside))]
 
 

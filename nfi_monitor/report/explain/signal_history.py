@@ -1,9 +1,9 @@
-"""A run's readings as the detector judged them, and the steps in which an alert's causes are looked for.
+"""Compute the detector's signals again from a run's readings, and choose the steps to search for causes.
 
-The detector judges averages, not single readings, so the readings on record are averaged here by the
-detector's own code (:class:`~nfi_monitor.detect.signals.Signals`).  (Raw readings lost: they cross a
-threshold many times where the average crosses it once, and the steps they give are not those at which the
-alert began.)
+The detector judges averages, not single readings.  So this module averages the readings with the detector's
+own code (:class:`~nfi_monitor.detect.signals.Signals`).  Rejected: raw readings, because they cross a
+threshold many times where the average crosses it once.  The steps of their crossings are not the step at
+which the alert began.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from nfi_monitor.history import History
 from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase, Reading, Thresholds
 
 LEAD_UP = 3.0
-"""Steps, in τ, that are looked at at least: what comes out of a healthy phase has its lead-up in it."""
+"""Shortest time in τ before an alert that is searched for causes: the build-up begins in a healthy phase."""
 FINITE = {
     "loss": "the loss",
     "head_loss": "the loss at the head",
@@ -28,18 +28,24 @@ FINITE = {
     "weight_norm": "the weight norm",
     "non_finite_rows": "rows",
 }
-"""What can be NaN or Inf, as it is called; rows are a count of such rows."""
+"""Quantity that can be NaN or Inf → its name in texts. ``non_finite_rows`` is the number of such rows."""
 
 _EVENT = (Phase.SLINGSHOT, Phase.RECOVERING)
 
 
 class Series(NamedTuple):
+    """A signal's values, and the steps at which they were read."""
+
     steps: list[int]
     values: list[float]
 
 
 class SignalHistory:
-    """``series``: by name, each of the detector's signals. Computed once for any number of alerts."""
+    """Compute the detector's signals of a whole run, once for any number of alerts.
+
+    ``series``: name of a signal → its values.  ``starts`` and ``ends``: the first step of each slingshot, and
+    the first step after it.
+    """
 
     def __init__(
         self,
@@ -60,7 +66,7 @@ class SignalHistory:
         self._replay()
 
     def _replay(self) -> None:
-        """Feed the readings to the detector's own averages; a slingshot resets them where it does there."""
+        """Update the signals with each reading. Reset them at slingshots, as the detector does."""
         readings: dict[int, dict[str, float]] = {}
         for name in self.history.names():
             steps, column = self.history[name]
@@ -76,7 +82,7 @@ class SignalHistory:
                     signals.restart()
                 if step in ends:
                     signals.calm()
-                continue  # between readings the loss comes alone; the detector's averages stand still
+                continue  # the detector does not update its averages where only the loss was read
             reading = Reading(step, values)
             signals.update(reading, self.context.tau, self.limits)
             if step in ends:
@@ -100,28 +106,32 @@ class SignalHistory:
             series.values.append(value)
 
     def window(self, alert: Alert) -> tuple[int, int, int, str]:
-        """(earliest step a crossing is searched back to, first, last, why from there)."""
-        floor = max((step for step in self.ends if step <= alert.first_step), default=None)
+        """Return the steps to search for causes: (earliest, first, last, why the search begins there).
+
+        A crossing is traced back to ``earliest`` at most.
+        """
+        last_end = max((step for step in self.ends if step <= alert.first_step), default=None)
         begin = self.first_step if self.first_step is not None else alert.first_step
-        earliest = begin if floor is None else max(floor, begin)
+        earliest = begin if last_end is None else max(last_end, begin)
         healthy = None
         for (step, phase), following in zip(self.phases, [*self.phases[1:], None], strict=True):
             if phase is Phase.HEALTHY and step < alert.first_step:
                 until = alert.first_step if following is None else min(following[0], alert.first_step)
                 healthy = max(until - 1, 1)
         lead_up = alert.first_step - math.ceil(LEAD_UP * self.context.tau)
-        first, why = lead_up, f"from {LEAD_UP:g} τ before it began"
+        first, why = lead_up, f"from {LEAD_UP:g} τ (τ = {self.context.tau:.4g} steps) before the alert began"
         if healthy is None or healthy < lead_up:
             first, why = healthy or earliest, "since the run was last healthy"
         if first <= earliest:
-            ended = floor is not None and floor >= begin
-            first, why = earliest, "since the last slingshot ended" if ended else "all there is on record"
+            ended = last_end is not None and last_end >= begin
+            first, why = earliest, "since the last slingshot ended" if ended else "since the readings began"
         last = alert.last_step
         if alert.kind in (AlertKind.SLINGSHOT, AlertKind.NON_FINITE):
-            last = alert.first_step - 1  # what is read in the event itself is its effect, not its cause
+            last = alert.first_step - 1  # readings of the event itself show its effect, not its cause
         else:
             if alert.state is AlertState.FIRING:
-                last = max(last, self.last_step)  # of a run that was killed, files hold only what was told
+                # If the process was killed, the alert's last step in the files is older than the readings.
+                last = max(last, self.last_step)
             last = min([last, *(step - 1 for step in self.starts if step > alert.first_step)])
         last = max(last, min(first, alert.first_step))
         return earliest, min(first, last), last, why

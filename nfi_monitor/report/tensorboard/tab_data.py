@@ -24,7 +24,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nfi_monitor.quantities import QUANTITIES
+from nfi_monitor.quantities import QUANTITIES, READING_ORDER
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import wording
 from nfi_monitor.report.json_values import as_json
@@ -42,10 +42,9 @@ _PHASES = {phase: float(index) for index, phase in enumerate(Phase)}
 
 @dataclass(frozen=True)
 class Chart:
-    """Quantities that share an axis, each with a short label."""
+    """Quantities that share an axis. Their declarations name the chart by its title."""
 
     title: str
-    curves: Mapping[str, str]
     log: bool = True
     key: bool = True  # shown at first; the others on request
     band: tuple[str, str] | None = None
@@ -53,74 +52,42 @@ class Chart:
     band_means: str = ""
     per_tau: bool = False  # True: the threshold is per τ, the quantity per step
 
+    @property
+    def curves(self) -> dict[str, str]:
+        """Quantities by name, each with the few words that tell it from the others in the chart."""
+        return {quantity.name: quantity.curve for quantity in READING_ORDER if quantity.chart == self.title}
+
 
 CHARTS = (
-    Chart(
-        "loss",
-        {"loss": "observed", "head_loss": "at the head"},
-        band=("spike_low", "spike_high"),
-        band_means="slingshot",
-    ),
-    Chart(
-        "zero-sum violation",
-        {"zero_sum_violation": "rows", "zero_sum_violation_weight": "weight gradient"},
-        band=("absorbing_exit", "absorbing_enter"),
-        band_means="at risk",
-    ),
-    Chart(
-        "rows that rounding silences",
-        {
-            "absorbed_fraction": "absorbed",
-            "partially_absorbed_fraction": "partially",
-            "underflowed_fraction": "underflowed",
-        },
-        log=False,
-    ),
-    Chart("global means", {"feature_mean_norm": "‖μ_G‖", "classifier_mean_norm": "‖W_G‖"}),
+    Chart("loss", band=("spike_low", "spike_high"), band_means="slingshot"),
+    Chart("zero-sum violation", band=("absorbing_exit", "absorbing_enter"), band_means="at risk"),
+    Chart("rows that rounding silences", log=False),
+    Chart("global means"),
     Chart(
         "displacement by one update",
-        {
-            "logit_displacement": "logits δ",
-            "feature_displacement": "by the features",
-            "margin_displacement": "probe margins",
-        },
         band=("imminent_exit", "imminent_displacement"),
         band_means="imminent",
     ),
-    Chart(
-        "RMS_t",
-        {"rms_t_max": "worst tensor", "rms_t_head": "head"},
-        band=("rms_t_exit", "rms_t_imminent"),
-        band_means="imminent",
-    ),
-    Chart("margins", {"margin_median": "median", "margin_min": "smallest"}, log=False),
-    Chart(
-        "second moment, median sqrt(v̂)",
-        {"sqrt_exp_avg_sq_median": "all tensors", "head_sqrt_exp_avg_sq_median": "head"},
-    ),
+    Chart("RMS_t", band=("rms_t_exit", "rms_t_imminent"), band_means="imminent"),
+    Chart("margins", log=False),
+    Chart("second moment, median sqrt(v̂)"),
     Chart(
         "growth of the means",
-        {"feature_mean_growth": "‖μ_G‖", "classifier_mean_growth": "‖W_G‖"},
         log=False,
         key=False,
         band=("inflating_growth", "imminent_growth"),
         band_means="imminent",
         per_tau=True,
     ),
-    Chart(
-        "alignment",
-        {"mean_alignment": "cos(W_G, μ_G)", "gradient_alignment": "successive gradients"},
-        log=False,
-        key=False,
-    ),
-    Chart("learning rate", {"effective_learning_rate": "effective", "learning_rate": "as set"}, key=False),
-    Chart("second-moment decay", {"second_moment_decay": "head"}, log=False, key=False),
-    Chart("curvature along the update", {"secant_curvature": "secant"}, log=False, key=False),
-    Chart("gradient norm", {"gradient_norm": "all tensors"}, key=False),
-    Chart("update RMS", {"update_rms": "all tensors"}, key=False),
-    Chart("weight norms", {"weight_norm": "all tensors", "head_weight_norm": "head"}, key=False),
+    Chart("alignment", log=False, key=False),
+    Chart("learning rate", key=False),
+    Chart("second-moment decay", log=False, key=False),
+    Chart("curvature along the update", log=False, key=False),
+    Chart("gradient norm", key=False),
+    Chart("update RMS", key=False),
+    Chart("weight norms", key=False),
 )
-_SHOWN = frozenset(name for chart in CHARTS for name in chart.curves)
+_SHOWN = frozenset(quantity.name for quantity in READING_ORDER if quantity.chart)
 
 
 class TabWriter:

@@ -1,4 +1,4 @@
-"""What is demanded of every rule: one that lacks a part is found here, and not by who gets its alert."""
+"""Test that every rule has all its parts, so that no user's alert is the first to lack one."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CONTEXT = RunContext(beta2=0.95, decoupled_decay=True)
 
 
 def situation(only: Rule) -> Situation:
-    """Every signal finite, and one rule on."""
+    """Return a situation with finite signals, where only this rule is on."""
     signals = Signals()
     for name in ("violation", "growth", "displacement", "displacement_rise", "rms_t_peak", "rms_t_mean",
     "swing",
@@ -52,7 +52,7 @@ def situation(only: Rule) -> Situation:
 
 
 def alerts_of(rule: Rule) -> Iterator[Alert]:
-    """The alerts that are begun while this rule alone is on."""
+    """Yield the alerts that begin while only this rule is on."""
     for kind, severity in rule.holds.items():
         book, judgement = AlertBook(AlertWriter(situation(rule))), Judgement(rule.phase)
         book.hold(Claim(kind, severity, rule.mechanism, 0.8), 100, judgement)
@@ -61,13 +61,14 @@ def alerts_of(rule: Rule) -> Iterator[Alert]:
 
 
 def history(name: str, shape: str) -> History:
-    kept = History()
+    """Return a history in which the quantity ``name`` has this shape."""
+    readings = History()
     for step in range(1, 121):
-        kept.append(step, {name: SHAPES[shape](step), "learning_rate": 1e-3})
-    return kept
+        readings.append(step, {name: SHAPES[shape](step), "learning_rate": 1e-3})
+    return readings
 
 
-# --- what a rule owns -----------------------------------------------------------------------------------
+# --- the parts of a rule ----------------------------------------------------------------------------------
 
 
 def demand_evidence(rule: Rule) -> None:
@@ -86,11 +87,11 @@ def demand_advice(rule: Rule) -> None:
         assert alert.advice
         if rule.mechanism is not Mechanism.UNKNOWN:
             assert alert.advice != ADVICE["unknown"].get(alert.kind), (
-                "the advice of a mechanism that nobody knows"
+                "this is the advice for an unknown mechanism"
             )
 
 
-def demand_words(rule: Rule) -> None:
+def demand_labels(rule: Rule) -> None:
     assert rule.labels and rule.labels.keys() <= rule.holds.keys()
     for alert in alerts_of(rule):
         assert (found := rule_of(rule.mechanism, alert.kind, rule.phase)) is not None
@@ -109,14 +110,14 @@ def demand_charts(rule: Rule) -> None:
 
 
 def demand_explanation(rule: Rule) -> None:
-    """Some course of what it looks at is told as a crossing that the alert is known by."""
-    told = set()
+    """Require that an explanation names a crossing of one of the rule's quantities, in one of the SHAPES."""
+    named = set()
     for alert in alerts_of(rule):
         for name in rule.looks_at:
             for shape in SHAPES:
                 phases = [(0, Phase.HEALTHY), (100, rule.phase)]
                 explained = explain(alert, history(name, shape), phases, Thresholds(), CONTEXT)
-                told |= {
+                named |= {
                     f.quantity
                     for f in explained.of(Seen.CROSSED)
                     if f.supports_mechanism and f.at is not None
@@ -124,10 +125,10 @@ def demand_explanation(rule: Rule) -> None:
     wanted = {level.quantity for level in rule.levels if rule.mechanism in level.supports} or set(
         rule.looks_at
     )
-    assert wanted & told, f"{rule.name}: no explanation tells what it saw"
+    assert wanted & named, f"{rule.name}: no explanation names a crossing of its quantities"
 
 
-DEMANDS = (demand_evidence, demand_advice, demand_words, demand_charts, demand_explanation)
+DEMANDS = (demand_evidence, demand_advice, demand_labels, demand_charts, demand_explanation)
 
 
 @every_rule
@@ -136,18 +137,18 @@ def test_a_rule_owns(rule: Rule, demand: Any) -> None:
     demand(rule)
 
 
-def test_names_are_told_apart_and_phases_never_fall_behind_their_severity() -> None:
+def test_names_are_unique_and_only_rules_with_phase_imminent_hold_imminent() -> None:
     assert len({rule.name for rule in RULES}) == len(RULES)
     for rule in RULES:
         imminent = AlertKind.IMMINENT in rule.holds
         assert imminent == (rule.phase is Phase.IMMINENT)
 
 
-# --- what a demand finds ----------------------------------------------------------------------------------
+# --- a missing part is found ------------------------------------------------------------------------------
 
 
 class _Bare(Rule):
-    """As a rule is that was wired in without anything of its own."""
+    """A rule without any parts of its own."""
 
     name = "bare"
     mechanism = Mechanism.EXTERNAL
@@ -163,7 +164,7 @@ class _Bare(Rule):
 
 
 @pytest.mark.parametrize("demand", DEMANDS, ids=lambda demand: demand.__name__.removeprefix("demand_"))
-def test_a_rule_without_it_is_found(demand: Any) -> None:
+def test_a_rule_that_lacks_a_part_is_found(demand: Any) -> None:
     with pytest.raises(AssertionError):
         demand(_Bare())
 
@@ -185,7 +186,7 @@ def test_a_rule_that_is_on_survives_a_resume(rule: Rule) -> None:
 
 
 @every_rule
-def test_a_checkpoint_of_before_the_rule_existed_is_read(rule: Rule) -> None:
+def test_a_checkpoint_from_before_the_rule_existed_is_read(rule: Rule) -> None:
     state = Detector(context=CONTEXT).state_dict()
     del state["switches"][rule.name]
     again = resumed(state)
@@ -193,9 +194,10 @@ def test_a_checkpoint_of_before_the_rule_existed_is_read(rule: Rule) -> None:
     again.update(Reading(1, {"loss": 1.0, "zero_sum_violation": 0.0}))
 
 
-def test_what_version_0_1_saved_is_read() -> None:
-    """It wrote an underscore before each name, had no switch of what is not finite, and other names for the
-    loss.
+def test_a_checkpoint_of_version_0_1_is_read() -> None:
+    """Version 0.1 wrote an underscore before each rule's name, and had no switch for ``non_finite``.
+
+    It also had other keys for the loss.
     """
     now = Detector(context=CONTEXT)
     now.update(Reading(1, {"loss": math.nan, "weight_norm": math.nan, "non_finite_gradients": 1.0}))
@@ -208,14 +210,14 @@ def test_what_version_0_1_saved_is_read() -> None:
     again = Detector(context=CONTEXT)
     again.load_state_dict(state)
     on = {name for name, switch in again.state_dict()["switches"].items() if switch["on"]}
-    assert on == {"kicking", "non_finite"}, "an alert that only one rule holds tells of its switch"
+    assert on == {"kicking", "non_finite"}, "an alert that only one rule holds shows that its switch was on"
     end = again.update(Reading(2, {"loss": 1.0, "weight_norm": 1.0, "non_finite_gradients": 0.0}))
     assert [alert.kind for _, alert in end.changes if alert.last_step == 2].count(AlertKind.NON_FINITE) == 1
 
 
-def test_evidence_is_what_a_rule_asked_for_while_it_is_on() -> None:
+def test_evidence_has_the_threshold_that_a_rule_applied_while_it_is_on() -> None:
     usual = AlertWriter(situation(_Bare())).evidence(AlertKind.AT_RISK)
     (coasting,) = (rule for rule in RULES if rule.name == "coasting")
-    asked = AlertWriter(situation(coasting)).evidence(AlertKind.AT_RISK)
+    applied = AlertWriter(situation(coasting)).evidence(AlertKind.AT_RISK)
     assert usual["rms_t_max"].threshold == Thresholds().rms_t_imminent
-    assert asked["rms_t_max"] == Evidence(0.5, Thresholds().coasting_enter, 1.0)
+    assert applied["rms_t_max"] == Evidence(0.5, Thresholds().coasting_enter, 1.0)

@@ -1,0 +1,64 @@
+"""Keep of the last measured step what the next one is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nfi_monitor.capture.tensor_text import from_text, to_text
+from nfi_monitor.capture.update import Update
+
+_TENSORS = ("before", "feature_mean", "grad", "preconditioner")
+
+
+class Memory:
+    """The part of the last measured step that the next one is compared with.
+
+    ``layout`` is that of the coordinate sample; None if an earlier version saved the state.
+    """
+
+    __slots__ = (*_TENSORS, "layout", "step")
+
+    def __init__(
+        self,
+        step: int,
+        before: Tensor,
+        grad: Tensor,
+        preconditioner: Tensor,
+        feature_mean: Tensor | None,
+        layout: tuple[tuple[int, int], ...] | None,
+    ) -> None:
+        self.step = step
+        self.layout = layout
+        self.before = before
+        self.grad = grad
+        self.preconditioner = preconditioner
+        self.feature_mean = feature_mean
+
+    def precedes(self, update: Update, step: int) -> bool:
+        """Return whether this is the step before ``step``, at the same coordinates as ``update``.
+
+        Sizes alone do not show this: layers of one size may be trained in turn.
+        """
+        return (
+            self.step == step - 1
+            and self.grad.shape == update.grad.shape
+            and self.layout in (None, update.sample.layout)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain types that keep every bit. Reads from the device: not for a hot path."""
+        layout = None if self.layout is None else [[*of] for of in self.layout]
+        return {"step": self.step, "layout": layout} | {
+            name: None if (tensor := getattr(self, name)) is None else to_text(tensor) for name in _TENSORS
+        }
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Memory:
+        tensors = {name: None if state[name] is None else from_text(state[name], device) for name in _TENSORS}
+        saved = state.get("layout")
+        layout = None if saved is None else tuple((int(place), int(stride)) for place, stride in saved)
+        return cls(int(state["step"]), **tensors, layout=layout)  # type: ignore[arg-type]

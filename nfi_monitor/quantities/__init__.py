@@ -1,0 +1,27 @@
+"""The catalogue of measured quantities: one declaration each, and everything that follows from it.
+
+One place for units, meanings and ranges, for labels, charts and columns, and for how a quantity is merged and
+tested.  A name absent here cannot be recorded.  To add a quantity, add a declaration to :mod:`.rows` or
+:mod:`.step` and put its function into a file in ``nfi_monitor/measure/``.
+"""
+
+from __future__ import annotations
+
+from nfi_monitor.quantities.declaration import Merge, PerRow, Quantity, Undefined
+from nfi_monitor.quantities.rows import ROWS
+from nfi_monitor.quantities.step import MEANS, RUN, SECOND_MOMENT, UPDATES
+
+__all__ = ["QUANTITIES", "READING_ORDER", "Merge", "PerRow", "Quantity", "Undefined", "merged_by"]
+
+QUANTITIES: dict[str, Quantity] = {
+    quantity.name: quantity for quantity in (*ROWS, *MEANS, *SECOND_MOMENT, *UPDATES, *RUN)
+}
+"""By name, in the order of the catalogue."""
+
+READING_ORDER: tuple[Quantity, ...] = tuple(sorted(QUANTITIES.values(), key=lambda quantity: quantity.place))
+"""In the order in which people read them: tables, columns, curves of a chart."""
+
+
+def merged_by(*merges: Merge) -> tuple[str, ...]:
+    """Return the names of the quantities that are merged in one of these ways, in the catalogue's order."""
+    return tuple(name for name, quantity in QUANTITIES.items() if quantity.merge in merges)
