@@ -80,6 +80,7 @@ RENAMED: dict[str, str] = {
     "Together": "JoinedRows",
     "Unrest": "LossWatch",
     "LOOK_SECONDS": "CHECK_SECONDS",
+    "check_extra": "check_stateful",
     "lingers": "warning_gap",
     "merged": "pack_shards",
     "plain": "as_json",
@@ -105,6 +106,7 @@ LEFT: dict[str, dict[str, str]] = {
         "SECOND_MOMENTS": "nfi_monitor.capture.second_moment",
     },
     "nfi_monitor.ranks": dict.fromkeys(("RECENT", "Ranks"), _RANK),
+    "nfi_monitor.remedies.steps": {"replaying": "nfi_monitor.replay.replayed_step"},
     "nfi_monitor.replay": {
         **dict.fromkeys(("RECIPE", "STEP_FN", "StepFunction"), _RUN),
         **dict.fromkeys(("Plan", "plan"), "nfi_monitor.replay.planning"),

@@ -54,6 +54,7 @@ OLD: dict[str, str] = {
     "remedies.penalties": "z_loss",
     "remedies.prieto": "stablemax_cross_entropy orthogonal_gradients",
     "remedies.second_moment": "reset_second_moment",
+    "remedies.steps": "Hook around_steps hooks_on REPLAY replaying step_now acts",
     "remedies.update_clip": "clip_update_rms",
     "replacing": "replacing remove_leftovers",
     "replay": "StepFunction Plan STEP_FN RECIPE plan replay",

@@ -186,22 +186,6 @@ class HeadProbe:
     ) -> None:
         """Hook ``logits``: their gradient is delivered with what was ``kept`` of the forward pass."""
 
-        def deliver(grad: Tensor) -> None:
-            own = whole_rows(grad) if shard is None else classes_of(grad, shard)
-            if own is None:
-                self.sharded += 1
-                return
-            self.delivered += 1
-            if kept:  # a second backward through the same graph shows the same rows again
-                features = kept[1] if len(kept) > 1 else None
-                self._deliver(Rows(sample(own), kept[0], features, total, shard))
-                kept.clear()  # the graph may outlive its backward
-
-        self._on_gradient(logits, tapped, deliver)
-
-    def _on_gradient(self, logits: Tensor, tapped: bool, deliver: Callable[[Tensor], None]) -> None:
-        """Register ``deliver(∂L/∂logits)`` on ``logits``, timed and guarded."""
-
         def on_gradient(grad: Tensor | None) -> None:
             # None: some compiled outer graphs call tensor hooks so.  Tapped after this forward: the
             # tapped tensor reports the rows.
@@ -210,11 +194,21 @@ class HeadProbe:
             started = time.perf_counter()
             try:
                 try:
-                    deliver(grad)
+                    deliver(whole_rows(grad) if shard is None else classes_of(grad, shard))
                 finally:
                     self._spent(time.perf_counter() - started)
             except Exception as error:
                 self._failed("rows", error)
+
+        def deliver(grad: Tensor | None) -> None:
+            if grad is None:
+                self.sharded += 1
+                return
+            self.delivered += 1
+            if kept:  # a second backward through the same graph shows the same rows again
+                features = kept[1] if len(kept) > 1 else None
+                self._deliver(Rows(sample(grad), kept[0], features, total, shard))
+                kept.clear()  # the graph may outlive its backward
 
         logits.register_hook(on_gradient)
 

@@ -285,8 +285,7 @@ class OptimizerReader:
     def _readable_head(self) -> Head | None:
         """Return the head; None if its weight is sharded and the ranks do not add up the shards.
 
-        A part of the classes alone means nothing.
-        """
+        A part of the classes alone means nothing."""
         if self.head is not None and not self.plan.head_pooled and hasattr(self.head.weight, "to_local"):
             self.unreadable.add("the head's weight, which is sharded over ranks")
             return None

@@ -82,7 +82,7 @@ def find_watched(
     """Return the head to watch and the optimizer that trains it, without wrappers.
 
     Raises AlreadyMonitoredError where an open monitor watches that head, or a model without one; and as
-    :func:`~nfi_monitor.capture.head.find_head` and :func:`~nfi_monitor.capture.optimizer.choose`.
+    :func:`~nfi_monitor.capture.head.find_head` and :func:`~nfi_monitor.capture.unwrap.choose`.
     """
     found = None if isinstance(head, bool) else find_head(model, head)
     chosen = choose(optimizer, found)

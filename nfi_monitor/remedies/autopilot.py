@@ -193,8 +193,7 @@ class Autopilot(AlertHandler):
     def attach(self, monitor: Monitor) -> None:
         """Serve ``monitor``, which calls this when it is made. Forget earlier runs unless a state was loaded.
 
-        Raises ValueError while another monitor is open.
-        """
+        Raises ValueError while another monitor is open."""
         if self._monitor is not None and not self._monitor.closed:
             raise ValueError("This Autopilot serves an open monitor already: make one for each.")
         if not self._loaded:

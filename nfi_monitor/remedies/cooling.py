@@ -69,7 +69,7 @@ def cool_down(
 
 
 def undated(optimizer: Optimizer) -> str | None:
-    """Return why a replay cannot repeat a timed cool-down: its start step is unknown. None where it can."""
+    """Return why a replay cannot repeat a timed cool-down whose start step is unknown; None where it can."""
     scaled = _SCALED.get(optimizer)
     if scaled is None or all(
         cooling.since is not None or cooling.steps is None for cooling in scaled._active

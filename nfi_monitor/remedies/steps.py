@@ -11,12 +11,13 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from nfi_monitor._moved import left
 from nfi_monitor.open_monitors import open_monitors
 from nfi_monitor.replay.replayed_step import REPLAY, acts
 
@@ -76,3 +77,9 @@ def step_now(optimizer: Optimizer | None, head: nn.Module | None = None) -> int 
     """Return the last optimizer step, as an open monitor of either counts; None without one."""
     watching = open_monitors(nn.Module() if head is None else head, optimizer)
     return int(watching[0].step) if watching else None
+
+
+if not TYPE_CHECKING:  # for a type checker, any name would exist
+
+    def __getattr__(name: str) -> Any:
+        return left(__name__, name)

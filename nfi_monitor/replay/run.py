@@ -17,10 +17,11 @@ mechanism, by the rules of :mod:`nfi_monitor.replay.verdict`.
     verdict = replay(snapshot, step_fn, model=model, optimizer=optimizer, stateful=[scheduler])
 
 The price is one short training per arm.  Afterwards weights, buffers, gradients, optimizer state,
-hyperparameters, stateful objects, training mode and random state are as they were, to the last bit.
-Monitors that are open on the model are paused.  A remedy takes effect at its original step.  Where no
-monitor was open when it began, that step is unknown, and the remedy acts in all.  It is not used up.  An
-eps that was raised since is not raised again."""
+hyperparameters, ``stateful``, training mode and random state are as they were, to the last bit.  Monitors
+that are open on the model are paused.  A remedy takes effect at its original step.  Where no monitor was open
+when it began, that step is unknown, and the remedy acts in all.  It is not used up.  An eps that was raised
+since is not raised again.
+"""
 
 from __future__ import annotations
 
@@ -109,9 +110,9 @@ def replay(
         arms: default :data:`ARMS`; the unchanged run is always replayed first.
         steps: most optimizer steps until the slingshot of the unchanged run (default: max(10 τ, 200)). The
             other arms run until max(2 τ, 20) steps after that slingshot.
-        model, optimizer, head, stateful: as for :class:`nfi_monitor.Monitor`, ``stateful`` as for the
-        snapshot. beta2: for τ = 1/(1−β2); default: that of the head's parameter group, or .99 where it has
-        no betas
+        model, optimizer, head, stateful: as for :class:`nfi_monitor.Monitor`; ``stateful`` as in the
+            snapshot.
+        beta2: for τ = 1/(1−β2); default: that of the head's parameter group, or .99 where it has no betas
             (:data:`nfi_monitor.capture.optimizer.ASSUMED_BETAS`).
         recorded: optimizer step → loss of the original run, for the bitwise check.
         thresholds: what counts as a slingshot.

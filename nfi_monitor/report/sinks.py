@@ -82,6 +82,7 @@ class Sinks:
         # A later failure (of an Autopilot whose run goes on) reaches no sink: the files are closed, and
         # another run may use the directory.
         self.sinks.clear()
+        self._resolve()  # a sink may hold a framework's trainer, and with it the model
 
     def _each(self, method: str, *arguments: Any) -> None:
         if self._resolved != self.sinks:

@@ -339,7 +339,7 @@ def test_a_monitor_on_rank_0_alone_waits_once_and_reads_its_own_rows(fast: Calla
 def test_a_rank_that_is_read_alone_acts_on_no_alert_of_its_own(fast: Callable[[str], Outcome]) -> None:
     one, two = fast("rank_0_only")
     assert (one["due"].save, one["due"].stop, one["actions"]) == (False, False, [])
-    assert "several processes run, they are not read together" in one["seen"]["notes"]["no_action"]
+    assert "several processes run that are not read together" in one["seen"]["notes"]["no_action"]
     assert differences(one["state"], two["state"]) == []
 
 

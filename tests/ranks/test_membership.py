@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,8 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from nfi_monitor import Monitor
+from nfi_monitor.capture.reading_plan import ReadingPlan
+from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.ranks import processes
 from nfi_monitor.ranks.exchange import Exchange
+from nfi_monitor.ranks.membership import Membership
 from tests.runs import batch, mlp
 
 
@@ -82,3 +86,53 @@ def test_a_rank_that_cannot_sign_up_reads_whole_tensors_on_its_own(monkeypatch: 
     assert [note.code for note in monitor.notes if note.code == "ranks_apart"] == ["ranks_apart"]
     assert monitor.history["zero_sum_violation"][0].tolist() == [1, 2, 3, 4]
     assert monitor.history["loss"][0].tolist() == [1, 2, 3, 4]
+
+
+def membership(followed: list[ReadingPlan]) -> Membership:
+    def nothing(*arguments: Any) -> None: ...
+
+    return Membership(
+        None,
+        "auto",
+        rows=RowAccumulator(),
+        fill=nothing,
+        next_read=lambda step, attention, tau: step + 1,
+        follow=followed.append,
+        note=nothing,
+        failed=nothing,
+        quiet=set(),
+    )
+
+
+def test_what_the_ranks_agree_on_is_handed_over_as_one_plan_and_taken_back_when_they_part() -> None:
+    followed: list[ReadingPlan] = []
+    one = membership(followed)
+    one.share_head(None, None)
+    assert followed == [], "nothing was agreed on"
+    disbanded: list[bool] = []
+    team = SimpleNamespace(disband=lambda: disbanded.append(True))
+    one.exchange = SimpleNamespace(  # type: ignore[assignment]
+        shape=SimpleNamespace(head_sharded=True, row_slots=16), team=team
+    )
+    one.share_head(None, None)
+    one.share_head(None, None)
+    assert followed == [ReadingPlan(head_pooled=True, row_slots=16)]
+    one.drop_out(7)
+    assert followed[1:] == [ReadingPlan()] and disbanded == [True]
+    assert one.exchange is None and not one.searching
+    one.drop_out(8)
+    assert len(followed) == 2
+
+
+def test_probe_and_reader_follow_the_same_plan() -> None:
+    model = mlp()
+    with Monitor(model, torch.optim.AdamW(model.parameters()), console=False) as monitor:
+        loop = monitor._loop
+        loop.schedule.reduced_sample = True
+        loop.look_ahead()
+        assert loop.probe.plan is loop.reader.plan == ReadingPlan(reduced_sample=True)
+        loop.step_reader.memory = object()  # type: ignore[assignment]
+        loop._follow(ReadingPlan(head_pooled=True, row_slots=8))
+        assert loop.probe.plan is loop.reader.plan
+        assert loop.probe.plan == ReadingPlan(reduced_sample=True, head_pooled=True, row_slots=8)
+        assert loop.step_reader.memory is None, "what was read before is not comparable"

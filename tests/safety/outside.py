@@ -42,6 +42,8 @@ CALLED_FROM_OUTSIDE = {
         "remedies/autopilot:Autopilot._guarded",
     ),
     "called from outside, and a line or two of torch's or Python's own": (
+        "_beside:_Finder.find_spec",
+        "_moved:_Finder.find_spec",
         "engine/port:AdapterPort.begin_step",
         "remedies/projection:_Project.__call__",
         *(
