@@ -81,14 +81,14 @@ class RecentSnapshots:
         snapshot = Snapshot.take(
             step, model, optimizer, stateful, spike, second_moment_decay=second_moment_decay, to_host=pinned
         )
-        self._size = snapshot.nbytes  # with stateful and random state, which no estimate knows
+        self._size = snapshot.nbytes  # with stateful objects and random state, which no estimate knows
         bound = self._bound(model, optimizer, self._size)
         if bound is not None:
             self._make_room(bound - self._size)
             self._pending = (snapshot, pinned.event())
 
     def complete(self) -> None:
-        """Add hyperparameters and stateful as the next step finds them; the snapshot is then complete."""
+        """Add hyperparameters and stateful objects as the next step finds them; the snapshot is then complete."""
         if self._pending is None or self._parts is None:
             return
         (snapshot, event), self._pending = self._pending, None
@@ -96,7 +96,7 @@ class RecentSnapshots:
         self._kept.append((snapshot.completed(optimizer, stateful), event))
 
     def close(self) -> None:
-        """Drop the references to model, optimizer and stateful; keep the copies."""
+        """Drop the references to model, optimizer and stateful objects; keep the copies."""
         try:
             self.complete()
         finally:
