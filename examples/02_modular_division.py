@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from nfi_monitor import Alert, AlertKind, AlertState, Mechanism, Monitor, Severity
 from nfi_monitor.report.figure import compare
 from nfi_monitor.report.live import LivePanel
-from nfi_monitor.report.run_directory.reader import read_run
+from nfi_monitor.report.run_directory import read_run
 from nfi_monitor.report.wording import kind_in_words, mechanism_name
 
 WARM_UP = 10

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nfi_monitor import AlertKind, Autopilot, Monitor
 from nfi_monitor.remedies import Action, Policy
 from nfi_monitor.report.figure import compare
-from nfi_monitor.report.run_directory.reader import read_run
+from nfi_monitor.report.run_directory import read_run
 
 P, WIDTH, DEPTH = 23, 128, 3
 

@@ -64,7 +64,6 @@ MOVED: dict[str, tuple[str, ...]] = {
 """Old module → the modules that have its names now, in the order they are searched."""
 
 RENAMED: dict[str, str] = {
-    "check_extra": "check_stateful",
     "Clock": "Schedule",
     "Context": "ArmContext",
     "Fanout": "Sinks",

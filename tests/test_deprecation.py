@@ -10,7 +10,7 @@ import torch
 
 from nfi_monitor import Monitor, Snapshot
 from nfi_monitor.integrations.attach import Attachment
-from nfi_monitor.replay.run import replay
+from nfi_monitor.replay import replay
 from tests.runs import mlp
 
 

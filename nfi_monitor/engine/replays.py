@@ -39,7 +39,7 @@ def replay_slingshot(
     if loop.closed:
         raise MonitorError(
             "A closed monitor does not hold the model. Call monitor.replay before close(), inside the "
-            "with block, or nfi_monitor.replay.run.replay(snapshot, step_fn, model=..., optimizer=...) with "
+            "with block, or nfi_monitor.replay.replay(snapshot, step_fn, model=..., optimizer=...) with "
             f"one of monitor.snapshots. {RECIPE}"
         )
     loop.judge.settle()

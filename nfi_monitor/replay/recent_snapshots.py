@@ -88,7 +88,9 @@ class RecentSnapshots:
             self._pending = (snapshot, pinned.event())
 
     def complete(self) -> None:
-        """Add hyperparameters and stateful objects as the next step finds them; the snapshot is then complete."""
+        """Add hyperparameters and stateful objects as the next step finds them; the snapshot is then
+        complete.
+        """
         if self._pending is None or self._parts is None:
             return
         (snapshot, event), self._pending = self._pending, None

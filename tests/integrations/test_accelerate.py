@@ -24,7 +24,7 @@ from accelerate.tracking import GeneralTracker  # noqa: E402
 from nfi_monitor import Autopilot, Monitor, Thresholds  # noqa: E402
 from nfi_monitor.integrations.accelerate import STATE, watch  # noqa: E402
 from nfi_monitor.remedies.policy import Rung  # noqa: E402
-from nfi_monitor.report.run_directory.reader import read_run
+from nfi_monitor.report.run_directory import read_run  # noqa: E402
 from tests.compatibility import Recorder  # noqa: E402
 from tests.runs import batch, differences, snapshot  # noqa: E402
 

@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger  # no
 from nfi_monitor import Alert, AlertKind, Monitor, Thresholds  # noqa: E402
 from nfi_monitor.integrations.attach import TrainerContext  # noqa: E402
 from nfi_monitor.integrations.lightning import NFICallback  # noqa: E402
-from nfi_monitor.report.run_directory.reader import read_run
+from nfi_monitor.report.run_directory import read_run  # noqa: E402
 from tests.compatibility import Recorder  # noqa: E402
 from tests.runs import batch, differences, snapshot  # noqa: E402
 

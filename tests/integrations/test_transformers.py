@@ -33,7 +33,7 @@ from nfi_monitor import (  # noqa: E402
 from nfi_monitor.integrations.attach import TrainerContext  # noqa: E402
 from nfi_monitor.integrations.transformers import NFICallback  # noqa: E402
 from nfi_monitor.replay.run import replay  # noqa: E402
-from nfi_monitor.report.run_directory.reader import read_run
+from nfi_monitor.report.run_directory import read_run  # noqa: E402
 from tests.compatibility import Recorder  # noqa: E402
 from tests.integrations import hf  # noqa: E402
 from tests.runs import differences  # noqa: E402

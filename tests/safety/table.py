@@ -122,11 +122,11 @@ def render(found: list[tuple[str, int, str]]) -> str:
 LIMITS = """\
 ## What is bounded, and by how much
 
-`readings.jsonl` is thinned at 64 MiB (`nfi_monitor/report/run_directory/thinning.py`): of its older half about every
-second reading goes, evenly over the steps, but the first of each phase and of each resumed session stays.
-TensorBoard's files can only grow, and grow with the logarithm of the run's length: after 2,048 readings
-every second one is written as scalars, after as many again every fourth, and so on. Alerts are never
-thinned. In the program, `monitor.history` keeps at most 32,768 values of a quantity.
+`readings.jsonl` is thinned at 64 MiB (`nfi_monitor/report/run_directory/thinning.py`): of its older half
+about every second reading goes, evenly over the steps, but the first of each phase and of each resumed
+session stays. TensorBoard's files can only grow, and grow with the logarithm of the run's length: after
+2,048 readings every second one is written as scalars, after as many again every fourth, and so on. Alerts
+are never thinned. In the program, `monitor.history` keeps at most 32,768 values of a quantity.
 
 ## What is not shown
 

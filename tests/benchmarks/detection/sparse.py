@@ -179,8 +179,8 @@ def page(compared: Sequence[Compared], made: Iterable[Sheet]) -> str:
         f'{len(compared)} recorded runs, {steps:,} steps, read again as `every="auto"` with '
         "`overhead_budget=None` would read them; the alarm is *imminent*, with the default constants, scored "
         "as in RESULTS.md. The rule by which the loss alone calls for readings "
-        "(`nfi_monitor/detect/loss_watch.py`) was chosen on the runs of seed 0 of `experiments/cadence.py`; the "
-        "smallest loss that counts there on parity-hinge-decay. On accelerators and with many processes "
+        "(`nfi_monitor/detect/loss_watch.py`) was chosen on the runs of seed 0 of `experiments/cadence.py`; "
+        "the smallest loss that counts there on parity-hinge-decay. On accelerators and with many processes "
         "losses are known with the next reading only, and that rule helps little.",
         "",
     ]

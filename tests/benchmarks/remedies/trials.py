@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from nfi_monitor import Alert, AlertKind, AlertState, Autopilot, Mechanism, Monitor, Severity
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
-from nfi_monitor.replay.run import replay
+from nfi_monitor.replay import replay
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.types import Thresholds
 from tests.benchmarks.detection.experiments.plan import AVERTED_FOR

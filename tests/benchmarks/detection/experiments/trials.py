@@ -136,7 +136,7 @@ class Rerun:
     def follow(self, stretch: Stretch, arm: Arm) -> int | None:
         """Go on under an arm: where the first slingshot starts, or None.
 
-        :func:`nfi_monitor.replay.run.replay` stops soon after the slingshot of the run as it was: enough to tell
+        :func:`nfi_monitor.replay.replay` stops soon after the slingshot of the run as it was: enough to tell
         what caused it, not to tell that none comes for 10 τ.  The training is left where it got to.
         """
         model, optimizer = self.training.model, self.training.optimizer
