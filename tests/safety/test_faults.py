@@ -141,8 +141,8 @@ def test_what_does_not_need_the_broken_part_goes_on(theatre: Theatre, broken_one
     ("broken_one", "lost"),
     [
         ("detect/advice:advice_for", {"advice": ()}),
-        ("detect/detector:Detector._evidence", {"evidence": {}}),
-        ("detect/detector:Detector._forecast", {"steps_to_spike": None}),
+        ("detect/alert_writer:AlertWriter.evidence", {"evidence": {}}),
+        ("detect/alert_writer:AlertWriter.forecast", {"steps_to_spike": None}),
     ],
 )
 def test_an_alert_is_raised_without_what_could_not_be_said_with_it(
