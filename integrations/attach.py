@@ -3,6 +3,33 @@
 A framework's callback outlives its runs.  It is made before a model is wrapped, started again after an
 out-of-memory error, and resumed in another process.  An :class:`Attachment` holds the user's options all that
 time, and one open :class:`Monitor` while a run trains.
+
+The skeleton of an adapter; ``lightning.py`` is one to read::
+
+    class Callback:
+        def __init__(self, **options):               # wrong options raise here
+            self._attachment = Attachment(**options)
+
+        def on_fit_start(self, trainer):             # not guarded: a model without a head has to be heard
+            monitor = self._attachment.open(trainer.model, trainer.optimizer, directory=..., state=...)
+            monitor.observe_outputs()                # if the model returns its loss; or else:
+
+        def before_backward(self, trainer, loss):    # before optimizer.step(): later, it is the next step's
+            with self._attachment.guarded():
+                self.monitor.observe_loss(loss)
+
+        def after_optimizer_step(self, trainer):     # remedies are applied in act()
+            with self._attachment.guarded():
+                due = self._attachment.act()         # due.stop, due.save: for the framework to do
+
+        def on_checkpoint(self):
+            return self._attachment.state()          # plain types; given back as open(state=...)
+
+        def on_fit_end(self, trainer):               # and where the fit raises
+            with self._attachment.guarded("close"):
+                self._attachment.close()
+
+:meth:`Attachment.open` closes a monitor that an earlier, interrupted run of the same model left open.
 """
 
 from __future__ import annotations
