@@ -21,7 +21,7 @@ MECHANISM_NAMES = {
     Mechanism.UNKNOWN: "mechanism not clear",
 }
 
-_NO_RULE = {
+WITHOUT_RULE = {
     # What no rule speaks for: kind → mechanism → words.
     AlertKind.AT_RISK: {
         Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
@@ -32,7 +32,7 @@ _NO_RULE = {
         Mechanism.UNKNOWN: "one update already moves the logits",
     },
 }
-_FIRST_WITHOUT_RULE = {Mechanism.EXTERNAL: ("learning_rate", "rms_t_max")}
+FIRST_WITHOUT_RULE = {Mechanism.EXTERNAL: ("learning_rate", "rms_t_max")}
 
 
 def number(value: float | None) -> str:
@@ -98,7 +98,7 @@ def headline(alert: Alert) -> str:
 def _what(alert: Alert) -> str:
     """What goes on, in the words of the rule that has the most to say of it."""
     rule = rule_of(alert.mechanism, alert.kind, alert.phase)
-    return rule.labels[alert.kind] if rule is not None else _NO_RULE[alert.kind][alert.mechanism]
+    return rule.labels[alert.kind] if rule is not None else WITHOUT_RULE[alert.kind][alert.mechanism]
 
 
 def mechanism_in_words(alert: Alert) -> str:
@@ -122,7 +122,7 @@ def one_evidence_in_words(name: str, item: Evidence) -> str:
 
 def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
     """The alert's evidence, what its kind and mechanism rest on first, the rest in the alert's order."""
-    first = first_evidence(alert.mechanism, alert.kind) or _FIRST_WITHOUT_RULE.get(alert.mechanism, ())
+    first = first_evidence(alert.mechanism, alert.kind) or FIRST_WITHOUT_RULE.get(alert.mechanism, ())
     if alert.kind is AlertKind.SLINGSHOT:
         first = ("loss", "loss_afterwards", "head_loss", *first)
     names = dict.fromkeys([*(name for name in first if name in alert.evidence), *alert.evidence])
