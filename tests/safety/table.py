@@ -42,11 +42,11 @@ ROWS = {
     "faults": Row(
         "any function that runs inside a training may raise: the training's result is unchanged (under an "
         "Autopilot that acts: the training goes on), no rank waits forever, one note reports the fault, and "
-        "parts that do not need the broken one go on. Functions are broken one at a time. In one process: all "
-        "of the plain loop, and the other functions that run with tapped logits, a slingshot, a GradScaler, a "
-        "quiet run, 8-bit moments, one output, late numbers, a copy, the Autopilot, Transformers, Lightning, "
-        "Accelerate. On two ranks: all of DDP, and the other functions that run under FSDP2, with the head "
-        "sharded along its classes, with a monitor that is closed early",
+        "parts that do not need the broken one go on. Functions are broken one at a time. In one process: "
+        "all of the plain loop, and the other functions that run with tapped logits, a slingshot, a "
+        "GradScaler, a quiet run, 8-bit moments, one output, late numbers, a copy, the Autopilot, "
+        "Transformers, Lightning, Accelerate. On two ranks: all of DDP, and the other functions that run "
+        "under FSDP2, with the head sharded along its classes, with a monitor that is closed early",
         ("safety/test_faults.py",),
     ),
     "storage": Row(
@@ -76,8 +76,8 @@ ROWS = {
     ),
     "resume": Row(
         "a run is stopped at any step and resumed from a checkpoint: its alerts and readings are bit for bit "
-        "those of the uninterrupted run (`overhead_budget=None`, or any run in which the clock changed neither "
-        "the schedule nor the samples)",
+        "those of the uninterrupted run (`overhead_budget=None`, or any run in which the clock changed "
+        "neither the schedule nor the samples)",
         ("safety/test_resume.py", "test_resume.py"),
     ),
     "trust": Row(
