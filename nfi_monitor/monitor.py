@@ -202,7 +202,7 @@ class Monitor:
     @property
     def notes(self) -> list[Note]:
         """Notes so far: each says once what the monitor cannot see, or what it reports besides alerts."""
-        return list(self._loop.notes.said.values())
+        return list(self._loop.notes.by_code.values())
 
     @property
     def replays(self) -> list[ReplayVerdict]:

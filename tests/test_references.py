@@ -1,4 +1,5 @@
-"""Resolve every cross reference in a docstring: ``:mod:``, ``:class:``, ``:func:``, ``:meth:``, ``:attr:`` …"""
+"""Resolve every cross reference in a docstring: ``:mod:``, ``:class:``, ``:func:``, ``:meth:``, ``:attr:``
+…"""
 
 from __future__ import annotations
 
