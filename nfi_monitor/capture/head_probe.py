@@ -148,8 +148,8 @@ class HeadProbe:
         if total == 0:
             return  # an empty batch shows nothing
         wide = shard.outputs if shard else classes
-        stride = row_stride(total, wide, lowered=plan.reduced_sample)
-        self.can_reduce = row_stride(total, wide, lowered=True) > row_stride(total, wide)
+        stride = row_stride(total, wide, reduced=plan.reduced_sample)
+        self.can_reduce = row_stride(total, wide, reduced=True) > row_stride(total, wide)
         if shard is not None:
             stride = max(stride, -(-total // plan.row_slots))
         first = offset(step, stride)

@@ -53,7 +53,7 @@ class OptimizerReader:
     @property
     def can_reduce(self) -> bool:
         """Whether a reduced sample of this model would have fewer coordinates."""
-        return any(sample.can_lower for sample, _ in self._layouts.values())
+        return any(sample.can_reduce for sample, _ in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """Return the parameter group that holds ``param``, or the first group if none does."""
@@ -189,7 +189,7 @@ class OptimizerReader:
             }
             place = {param: at for at, param in enumerate(self._groups)}
             found = self._layouts[key] = (
-                CoordinateSample(usable, places=[place[id(param)] for param in usable], lowered=reduced),
+                CoordinateSample(usable, places=[place[id(param)] for param in usable], reduced=reduced),
                 tuple(usable),
             )
         return found
@@ -286,7 +286,7 @@ class OptimizerReader:
         """Return the head; None if its weight is sharded and the ranks do not add up the shards.
 
         A part of the classes alone means nothing."""
-        if self.head is not None and not self.plan.head_pooled and hasattr(self.head.weight, "to_local"):
+        if self.head is not None and not self.plan.head_summed and hasattr(self.head.weight, "to_local"):
             self.unreadable.add("the head's weight, which is sharded over ranks")
             return None
         return self.head

@@ -14,10 +14,10 @@ class ReadingPlan:
     """
 
     reduced_sample: bool = False
-    """Read one in :data:`~nfi_monitor.capture.sampling.LOWERED` of the rows and coordinates."""
+    """Read one in :data:`~nfi_monitor.capture.sampling.REDUCTION` of the rows and coordinates."""
     row_slots: int = 0
     """Rows per step of class-sharded logits that the ranks put together; 0: none."""
     head_outputs: int | None = None
     """K, where the head's own weight holds only a part of the classes; None where it is whole."""
-    head_pooled: bool = False
+    head_summed: bool = False
     """Whether what is read of a sharded head is summed over its shards."""

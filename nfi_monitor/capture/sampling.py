@@ -25,7 +25,7 @@ COORDINATES_FULL = 1 << 15
 """Models up to this many parameters are read whole."""
 COORDINATES_PER_TENSOR = 64
 """Fewest coordinates read of a tensor that has that many."""
-LOWERED = 4
+REDUCTION = 4
 """To save time the monitor divides its budget of rows and coordinates by this number: that saves a fifth to a
 third. An eighth would save hardly more: the rest of the time starts kernels."""
 FEWEST_ROWS = 64
@@ -35,11 +35,11 @@ _PLAIN = frozenset((Tensor, nn.Parameter))
 """Tensors whose strides are cut from their memory directly; a subclass may not offer that."""
 
 
-def row_stride(rows: int, classes: int, *, lowered: bool = False) -> int:
+def row_stride(rows: int, classes: int, *, reduced: bool = False) -> int:
     """Return the stride at which rows are read; 1: all rows."""
     budget = max(ROW_ELEMENTS // max(classes, 1), rows // ROW_SHARE, 1)
-    if lowered:
-        budget = max(budget // LOWERED, min(budget, FEWEST_ROWS))
+    if reduced:
+        budget = max(budget // REDUCTION, min(budget, FEWEST_ROWS))
     return -(-rows // budget)
 
 
@@ -80,10 +80,10 @@ def _coprime(stride: int, shape: torch.Size) -> int:
     return larger if nearer else smaller
 
 
-def _strides(tensors: Sequence[Tensor], *, lowered: bool) -> list[int]:
+def _strides(tensors: Sequence[Tensor], *, reduced: bool) -> list[int]:
     """Return the stride at which each tensor's coordinates are read."""
     sizes = [local(tensor).numel() for tensor in tensors]
-    total, part = sum(sizes), LOWERED if lowered else 1
+    total, part = sum(sizes), REDUCTION if reduced else 1
     stride = 1 if total <= COORDINATES_FULL // part else -(-total // (COORDINATES // part))
     return [
         _coprime(max(1, min(stride, size // COORDINATES_PER_TENSOR)), local(tensor).shape)
@@ -103,19 +103,19 @@ class CoordinateSample:
         weights: float32 [C], coordinates one sampled coordinate stands for; None if all are read.
         matrices: bool [T], which tensors have two dimensions or more.
         total: coordinates of all tensors together.
-        can_lower: whether a lowered sample would be another one.
+        can_reduce: whether a reduced sample would be another one.
         spans: (start, end) of each tensor's coordinates in [C].
         layout: (place, stride) of each tensor: what tells one sample's coordinates from another's.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], *, places: Sequence[int] | None = None, lowered: bool = False
+        self, tensors: Sequence[Tensor], *, places: Sequence[int] | None = None, reduced: bool = False
     ) -> None:
         """``places``: which of a longer list each of ``tensors`` is; default: they are all of it."""
         sizes = [local(tensor).numel() for tensor in tensors]
-        self.strides = _strides(tensors, lowered=lowered)
+        self.strides = _strides(tensors, reduced=reduced)
         self.layout = (*zip(range(len(sizes)) if places is None else places, self.strides, strict=True),)
-        self.can_lower = not lowered and _strides(tensors, lowered=True) != self.strides
+        self.can_reduce = not reduced and _strides(tensors, reduced=True) != self.strides
         counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
         self._sizes, self._shapes = sizes, [(count,) for count in counts]
         self._steps = [(step,) for step in self.strides]

@@ -34,7 +34,7 @@ class Update:
 
 @dataclass(frozen=True)
 class BeforeStep:
-    """What is read before the step; :meth:`OptimizerReader.after` completes it to an :class:`Update`."""
+    """The tensors read before a step. ``OptimizerReader.after`` completes them to an :class:`Update`."""
 
     sample: CoordinateSample
     params: tuple[nn.Parameter, ...]

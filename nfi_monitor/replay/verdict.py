@@ -94,7 +94,8 @@ class ReplayVerdict:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ReplayVerdict:
-        """The inverse of :meth:`to_json`. Raises KeyError and ValueError like :meth:`Alert.from_json`."""
+        """Make a verdict from the result of :meth:`to_json`. Raises KeyError or ValueError for other
+        dicts."""
         outcomes = [Outcome.from_json(item) for item in record["outcomes"]]
         return cls(
             snapshot_step=int(record["snapshot_step"]),

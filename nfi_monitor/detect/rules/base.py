@@ -35,7 +35,7 @@ class Level:
     """Returns the signal after ``Signals`` was updated with the reading."""
     below: bool = False
     """Whether low values are the sign; False: high values."""
-    lowered: bool = False
+    may_be_lower: bool = False
     """Whether the rule applies a lower level in some states. Then the alert's evidence has the level that was
     applied."""
     keeps_lowest: bool = False

@@ -41,7 +41,7 @@ DISPLACEMENT = Level(
     supports=_NUMERIC,
     made_of=("margin_displacement", "logit_displacement"),
     value=lambda signals, reading, context: signals.displacement,
-    lowered=True,
+    may_be_lower=True,
     keeps_lowest=True,
     show="nat",
 )
@@ -53,7 +53,7 @@ class _Numeric(Rule):
     proves = True
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
-        """Return None: :func:`name_mechanism` checks the violation itself, before it asks any rule.
+        """Return None: ``name_mechanism`` checks the violation itself, before it asks any rule.
 
         Below the violation's level, hysteresis alone keeps the rule on.
         """

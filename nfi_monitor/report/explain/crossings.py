@@ -84,7 +84,7 @@ def _applied_levels(alert: Alert, record: SignalHistory) -> list[_AppliedLevel]:
     for level in LEVELS:
         enter = level.enter(record.limits, record.context)
         item = alert.evidence.get(level.quantity)
-        if level.lowered and item is not None and item.threshold is not None:
+        if level.may_be_lower and item is not None and item.threshold is not None:
             others = level.others_up_to
             own = others is None or min(enter, item.threshold) > others(record.limits, record.context)
             enter = min(enter, item.threshold) if own else enter
