@@ -32,7 +32,7 @@ class OpenMonitor(Protocol):
         ...
 
     def watches(self, model: nn.Module, optimizer: Any) -> bool:
-        """Whether it would take steps of this optimizer or of this model for the run's."""
+        """Return whether it would take steps of this optimizer or of this model for the run's."""
         ...
 
     def close(self) -> None:

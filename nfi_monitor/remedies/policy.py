@@ -102,7 +102,7 @@ class Policy:
         return None
 
     def asks_to_cool(self, alert: Alert, phase: Phase) -> bool:
-        """Whether an alert for which the rate was lowered still needs a low rate."""
+        """Return whether an alert for which the rate was lowered still needs a low rate."""
         return alert.kind is AlertKind.IMMINENT or phase in (Phase.INFLATING, Phase.IMMINENT)
 
     def patience_in_steps(self, tau: float) -> int:

@@ -39,7 +39,7 @@ class RateHold:
         return hold if self.held_since is None else None
 
     def may_end(self, step: int, tau: float, policy: Policy) -> bool:
-        """Whether the rate has been low long enough, provided that no alert asks for a low rate."""
+        """Return whether the rate has been low long enough, provided that no alert asks for a low rate."""
         calm = round(policy.calm * tau)
         return step - self.calm_since >= calm and step >= self.held_for
 

@@ -135,7 +135,7 @@ def saved_gradient(ctx: Any) -> Tensor:
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether ``grad`` is 1; False where the answer would cost a synchronisation or a graph break."""
+    """Return whether ``grad`` is 1; False where the answer would cost a synchronisation or a graph break."""
     return not torch.compiler.is_compiling() and grad.device.type == "cpu" and grad.item() == 1.0
 
 

@@ -183,8 +183,8 @@ class Snapshot:
 
 
 def feeds_data(extra: Any) -> bool:
-    """Whether an extra provides data (generator, sampler, loader), and so moves before the step that uses
-    it."""
+    """Return whether an extra provides data (generator, sampler, loader), and so moves before the step that
+    uses it."""
     return isinstance(extra, torch.Generator) or hasattr(type(extra), "__iter__")
 
 
