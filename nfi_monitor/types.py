@@ -333,7 +333,7 @@ class Thresholds:
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(
                     f"Thresholds.{low} ({getattr(self, low)}) must be below Thresholds.{high} "
-                    f"({getattr(self, high)}): without this hysteresis, one event would become several alerts."
+                    f"({getattr(self, high)}): without this hysteresis, one event becomes several alerts."
                 )
         lowest = self.imminent_displacement / self.imminent_growing
         if self.imminent_exit >= lowest:
