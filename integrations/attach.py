@@ -126,7 +126,7 @@ class Attachment:
         found = [one for one in (*schedulers, scaler) if one is not None]
         options["stateful"] = [*options.get("stateful", ()), *found]
         options["sinks"] = [*options.get("sinks", ()), *sinks]
-        monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._heard, **options)
+        monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._note_alert, **options)
         if self._handler is not None:
             self._handler.attach(monitor)
         self.monitor = monitor
@@ -189,7 +189,7 @@ class Attachment:
         """Release the run, also where the user closes the monitor: it holds this by ``on_alert``."""
         self._context = None
 
-    def _heard(self, alert: Alert) -> None:
+    def _note_alert(self, alert: Alert) -> None:
         if alert.state is AlertState.FIRING and alert.id not in self._seen:
             self._seen.add(alert.id)
             # Asked now: what began while the ranks agreed is done by all of them, even if they part later.
