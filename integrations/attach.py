@@ -1,8 +1,8 @@
-"""What every adapter of a training framework needs: the adapters themselves only translate events.
+"""Attach a monitor to a training framework; each adapter only translates the framework's events.
 
-A framework's callback outlives its runs.  It is made before a model is wrapped, started again after an
-out-of-memory error, and resumed in another process.  An :class:`Attachment` holds the user's options all that
-time, and one open :class:`Monitor` while a run trains.
+A framework's callback lives longer than its runs.  It is made before the model is wrapped, started again
+after an out-of-memory error, and resumed in another process.  An :class:`Attachment` keeps the user's options
+all the time, and one open :class:`Monitor` while a run trains.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ Kinds = AlertKind | str | Iterable[AlertKind | str] | None
 
 @dataclass(frozen=True)
 class TrainerContext:
-    """What a remedy may change, on the side of the training framework."""
+    """The objects of the training framework that a remedy may change."""
 
     monitor: Monitor
     model: nn.Module
     optimizer: Optimizer
-    """The one that is watched, without the framework's wrapper."""
+    """The watched optimizer, without the framework's wrapper."""
     schedulers: tuple[Any, ...]
     native: Mapping[str, Any]
     """The framework's own objects: args, state, control (transformers); trainer, pl_module (Lightning)."""
@@ -48,26 +48,27 @@ Remedy = Callable[[Alert, TrainerContext], object]
 
 @dataclass(frozen=True)
 class Due:
-    """What the framework has to do because of the alerts that began since the last :meth:`Attachment.act`."""
+    """The actions for the framework, because of alerts since the last ``Attachment.act()``."""
 
     save: bool
     stop: bool
 
 
 class Attachment:
-    """The monitors of a callback, one at a time.
+    """Open the monitors of a callback, one at a time, and act on their alerts.
 
     Args:
-        save_on, stop_on: kinds of alert ("imminent", ``AlertKind.SLINGSHOT``, or several) that have the
-            framework save a checkpoint, or stop, after the optimizer step at which one begins.
-        remedy: called as ``remedy(alert, context)`` after the step at which an alert begins, of every kind.
-            Nothing else here changes the training. Where several processes are not read
-            together (``monitor.port.may_act()``), it is not called, and nothing is saved or stopped.
+        save_on, stop_on: kinds of alert ("imminent", ``AlertKind.SLINGSHOT``, or several). After the
+        optimizer
+            step at which such an alert begins, the framework saves a checkpoint, or stops.
+        remedy: called as ``remedy(alert, context)`` after the step at which an alert of any kind begins.
+            Nothing else here changes the training. If several processes are not read together
+            (``monitor.port.may_act()``), it is not called, and nothing is saved or stopped.
         on_alert, run_dir and options: as for :class:`Monitor`; ``run_dir="auto"`` is the adapter's choice.
 
     Raises:
-        TypeError, ValueError: at once for an unknown option, kind or a remedy that cannot be called, not
-        when a queued job starts at last.
+        TypeError, ValueError: for an unknown option, an unknown kind or a remedy that cannot be called; at
+            once, not when the training begins.
     """
 
     @renamed_keyword("extras", "stateful")
@@ -108,10 +109,10 @@ class Attachment:
         state: Mapping[str, Any] | None = None,
         native: Mapping[str, Any] | None = None,
     ) -> Monitor:
-        """Attach to a run that is about to train. ``state`` (of :meth:`state`) continues an earlier one.
+        """Attach to a run that is about to train. ``state`` (of :meth:`state`) continues an earlier run.
 
-        ``directory``: where "auto" makes its run directory. ``native``: for the remedy's context.  Closes
-        first what an interrupted run has left open on the same model.  Raises as :class:`Monitor`.
+        ``directory``: the run directory for "auto". ``native``: for the remedy's context.  First closes a
+        monitor that an interrupted run has left open on the same model.  Raises as :class:`Monitor`.
         """
         self.close()
         for left in open_monitors(model, optimizer):
@@ -152,7 +153,7 @@ class Attachment:
         return nullcontext() if self.monitor is None else self.monitor.port.guarded(part)
 
     def state(self) -> dict[str, Any]:
-        """Return what :meth:`open` needs to continue this run, in types that survive JSON."""
+        """Return the state with which :meth:`open` continues this run, in types that JSON can hold."""
         monitor = self.monitor
         if monitor is None or monitor.closed:
             return {}
@@ -165,7 +166,7 @@ class Attachment:
         return state
 
     def act(self) -> Due:
-        """Apply the remedies and return what the framework has to do. Call it after each optimizer step."""
+        """Apply the remedies; return the actions for the framework. Call it after each optimizer step."""
         context, begun = self._context, self._begun
         if context is None:
             return Due(False, False)
@@ -181,18 +182,18 @@ class Attachment:
         return Due(bool(kinds & self._save_on), asked or bool(kinds & self._stop_on))
 
     def close(self) -> None:
-        """Detach. The monitor stays, for its history; the run's model and optimizer are released."""
+        """Detach. The monitor is kept for its history; the run's model and optimizer are released."""
         if self.monitor is not None:
             self.monitor.close()
 
     def _release(self) -> None:
-        """Release the run, also where the user closes the monitor: it holds this by ``on_alert``."""
+        """Release the run's objects when the monitor closes, which keeps this object by ``on_alert``."""
         self._context = None
 
     def _note_alert(self, alert: Alert) -> None:
         if alert.state is AlertState.FIRING and alert.id not in self._seen:
             self._seen.add(alert.id)
-            # Asked now: what began while the ranks agreed is done by all of them, even if they part later.
+            # Check may_act() now: all ranks act on an alert that began while they were read together.
             context, wanted = self._context, alert.kind in self._save_on | self._stop_on
             if (
                 context is not None
@@ -205,7 +206,7 @@ class Attachment:
 
 
 def free_directory(wanted: str | os.PathLike[str]) -> Path:
-    """Return ``wanted``, or ``wanted-2``, ``wanted-3`` …: a new run is not appended to an earlier one."""
+    """Return ``wanted``, or ``wanted-2``, ``wanted-3`` … if that holds an earlier run."""
     path, number = Path(wanted), 2
     while path.exists():
         path = Path(f"{os.fspath(wanted)}-{number}")

@@ -49,7 +49,7 @@ SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
 
 class LossKind(NamedTuple):
-    """What the rows have shown of the loss so far, scalar tensors.
+    """The facts about the loss that the rows have shown so far, scalar tensors.
 
     ``eps``: machine epsilon of the precision in which the loss is computed.  ``floor``: the violation that
     rounding may cause in this precision.  ``level``: ln of the size below which its gradients underflow.

@@ -302,7 +302,7 @@ class Autopilot(AlertHandler):
         if rung in taken:
             return
         taken[rung] = monitor.step
-        do = {Rung.LOSS: self._exchange, Rung.COOL: self._cool, Rung.STOP: self._stop}[rung]
+        do = {Rung.LOSS: self._replace_loss, Rung.COOL: self._cool, Rung.STOP: self._stop}[rung]
         do(alert, monitor, "the alert goes on; " if escalated else "")
 
     def _replace_loss(self, alert: Alert, monitor: Monitor, why: str) -> None:

@@ -507,7 +507,7 @@ def test_without_a_snapshot_the_monitor_says_what_to_do() -> None:
     with pytest.raises(MonitorError, match=r"closed monitor .*nfi_monitor.replay.replay\(snapshot"):
         monitor.replay(run.step)
     run, monitor = watched(30)
-    with pytest.raises(MonitorError, match="when an at-risk alert begins; none began"):
+    with pytest.raises(MonitorError, match="when an at-risk alert begins; no such alert began"):
         monitor.replay(run.step)
     monitor.close()
 
