@@ -3,6 +3,34 @@
 A framework's callback lives longer than its runs.  It is made before the model is wrapped, started again
 after an out-of-memory error, and resumed in another process.  An :class:`Attachment` keeps the user's options
 all the time, and one open :class:`Monitor` while a run trains.
+
+A skeleton of an adapter (``lightning.py`` is a good example)::
+
+    class Callback:
+        def __init__(self, **options):               # wrong options raise an error here
+            self._attachment = Attachment(**options)
+
+        def on_fit_start(self, trainer):             # not guarded: the user must see that a model has no head
+            monitor = self._attachment.open(trainer.model, trainer.optimizer, directory=..., state=...)
+            monitor.observe_outputs()                # if the model returns its loss; if not:
+
+        def before_backward(self, trainer, loss):    # before optimizer.step(); later, it is the next step's
+        loss
+            with self._attachment.guarded():
+                self.monitor.observe_loss(loss)
+
+        def after_optimizer_step(self, trainer):
+            with self._attachment.guarded():
+                due = self._attachment.act()         # applies remedies; the framework handles due.stop, due.save
+
+        def on_checkpoint(self):
+            return self._attachment.state()          # plain types; pass them later as open(state=...)
+
+        def on_fit_end(self, trainer):               # also if the fit raises an error
+            with self._attachment.guarded("close"):
+                self._attachment.close()
+
+:meth:`Attachment.open` closes a monitor that an earlier, interrupted run of the same model left open.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def _files(room: str) -> list[Path]:
 
 def _wrong(files: list[Path], forbidden: tuple[str, ...]) -> set[str]:
     return {
-        f"{path.relative_to(PACKAGE)} imports {name}"
+        f"{path.relative_to(PACKAGE.parent).as_posix().removeprefix('nfi_monitor/')} imports {name}"
         for path in files
         for name in imported(path)
         if name.split(".")[0] in forbidden
@@ -67,6 +67,12 @@ def test_what_all_rooms_share_knows_no_room() -> None:
     assert {"types", "history"} <= {path.stem for path in shared}
     shared += _files("quantities")
     assert not _wrong(shared, ROOMS)
+
+
+def test_an_adapter_imports_faces_reports_and_what_all_rooms_share() -> None:
+    adapters = sorted((PACKAGE.parent / "integrations").glob("*.py"))
+    assert len(adapters) >= 4
+    assert not _wrong(adapters, tuple(room for room in ROOMS if room not in ("monitor", "report")))
 
 
 @pytest.mark.parametrize("room", ["detect", "report"])

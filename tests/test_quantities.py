@@ -65,7 +65,8 @@ def test_a_quantity_has_a_reference_test_or_a_reason_why_not(quantity: Quantity)
     assert bool(quantity.reference) != bool(quantity.no_reference)
     if quantity.reference:
         file, _, test = quantity.reference.partition("::")
-        assert test in functions(file), f"{quantity.reference} does not exist"
+        assert (ROOT / file).is_file(), f"{quantity.name}: write its reference test into {file}"
+        assert test in functions(file), f"{quantity.name}: there is no test {quantity.reference}"
         measured_by = (quantity.per_row.function if quantity.per_row else quantity.per_step).rpartition(":")[
             2
         ]
@@ -78,7 +79,7 @@ def test_what_measures_a_quantity_can_be_imported_and_merged(quantity: Quantity)
     assert not (quantity.per_row and quantity.per_step)
     if quantity.per_row:
         assert callable(declared.function(quantity.per_row.function))
-        assert quantity.merge is Merge.ROW_SUMS
+        assert quantity.merge is Merge.ROW_SUMS, "a per_row quantity needs merge=Merge.ROW_SUMS"
     if quantity.per_step:
         assert callable(declared.function(quantity.per_step))
         assert quantity.merge in (Merge.RANK_MEAN, Merge.FIRST_RANK, Merge.LARGEST_RANK)

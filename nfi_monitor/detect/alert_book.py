@@ -54,23 +54,28 @@ class AlertBook:
             self.begin(claim, step, judgement)
             return
         old = self.alerts[self._firing[claim.kind]]
-        rises = claim.severity.rank > old.severity.rank
-        new = replace(old, last_step=step, severity=claim.severity if rises else old.severity)
+        rises = claim.severity is not old.severity and claim.severity.rank > old.severity.rank
+        severity = claim.severity if rises else old.severity
         if claim.develops:
-            new = self._updated(new, claim, judgement)
-        elif rises:
-            new = replace(
-                new, evidence=self._made(judgement, "evidence", {}, self._writer.evidence, claim.kind)
-            )
+            new = self._updated(old, claim, severity, step, judgement)
+        else:
+            new = replace(old, last_step=step, severity=severity)
+            if rises:
+                evidence: Mapping[str, Evidence] = self._made(
+                    judgement, "evidence", {}, self._writer.evidence, claim.kind
+                )
+                new = replace(new, evidence=evidence)
         if rises or new.mechanism is not old.mechanism:
             old_advice = old.advice if new.mechanism is old.mechanism else ()
-            advice = self._advice(judgement, old_advice, claim.kind, new.mechanism, new.severity)
+            advice = self._advice(judgement, old_advice, claim.kind, new.mechanism, severity)
             new = replace(new, advice=advice)
             judgement.changes.append((Change.UPDATE, new))
         self.alerts[self._firing[claim.kind]] = new
 
-    def _updated(self, alert: Alert, claim: Claim, judgement: Judgement) -> Alert:
-        """Return the alert with the present phase, evidence, mechanism and forecast.
+    def _updated(
+        self, alert: Alert, claim: Claim, severity: Severity, step: int, judgement: Judgement
+    ) -> Alert:
+        """Return the alert as it is at ``step``: phase, evidence, mechanism and forecast.
 
         Keep the mechanism with the highest confidence so far: near the spike all mechanisms look alike.  A
         proven mechanism (rounding, which is measured) replaces a mechanism that was only inferred.
@@ -80,6 +85,8 @@ class AlertBook:
         )
         return replace(
             alert,
+            last_step=step,
+            severity=severity,
             phase=judgement.phase,
             mechanism=claim.mechanism if more_certain else alert.mechanism,
             confidence=claim.confidence if more_certain else alert.confidence,

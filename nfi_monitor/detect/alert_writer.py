@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nfi_monitor.detect.advice import advice_for
-from nfi_monitor.detect.rules import RULES
+from nfi_monitor.detect.rules import ANYTIME_RULES, RULES, WARNING_RULES
 from nfi_monitor.detect.rules.base import finite
 from nfi_monitor.detect.situation import Situation
 from nfi_monitor.types import Alert, AlertKind, Evidence, Mechanism, Severity
@@ -31,16 +31,17 @@ class AlertWriter:
         thresholds that it applied.
         """
         now = self._now
-        for rule in RULES:
-            if rule.anytime and kind in rule.holds:
+        for rule in ANYTIME_RULES:
+            if kind in rule.holds:
                 return rule.claims(now, kind)
         items: dict[str, Evidence] = {}
         claimed: dict[str, Evidence] = {}
-        for rule in RULES:  # if several rules give a quantity, the first rule counts
-            items = items | {name: item for name, item in rule.evidence(now).items() if name not in items}
-            if now.on(rule.name) and not rule.anytime:
-                claims = rule.claims(now, kind)
-                claimed = claimed | {name: item for name, item in claims.items() if name not in claimed}
+        for rule in WARNING_RULES:  # if several rules give a quantity, the first rule counts
+            for name, item in rule.evidence(now).items():
+                items.setdefault(name, item)
+            if now.switches[rule.name].on:
+                for name, item in rule.claims(now, kind).items():
+                    claimed.setdefault(name, item)
         items |= claimed
         if kind is AlertKind.SLINGSHOT:
             spike = now.spike
@@ -55,8 +56,9 @@ class AlertWriter:
         """
         new = self.evidence(alert.kind)
         for name in _KEEPS_LOWEST & new.keys() & alert.evidence.keys():
-            levels = (new[name].threshold, alert.evidence[name].threshold)
-            new[name] = replace(new[name], threshold=min(x for x in levels if x is not None))
+            began, now = alert.evidence[name].threshold, new[name].threshold
+            if began is not None and (now is None or began < now):
+                new[name] = replace(new[name], threshold=began)
         return new
 
     def forecast(self, kind: AlertKind, mechanism: Mechanism) -> tuple[int, int, int] | None:

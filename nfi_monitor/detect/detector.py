@@ -19,7 +19,7 @@ from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.loss_watch import LossWatch
 from nfi_monitor.detect.mechanism import name_mechanism
-from nfi_monitor.detect.rules import PROVEN, RULES, Rule
+from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES, Rule
 from nfi_monitor.detect.rules.numeric import displacing
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.situation import RunContext, Situation
@@ -126,29 +126,28 @@ class Detector:
 
     def update(self, reading: Reading) -> Judgement:
         """Judge one reading."""
-        old_state = self.spike.state
+        old_state, tau = self.spike.state, self._now.context.tau
         loss = self._loss_of(reading)
-        state = self.spike.update(reading.step, loss, self.context.tau, self.limits)
+        state = self.spike.update(reading.step, loss, tau, self.limits)
         # Between full readings only the loss is known. It only shows whether it left its floor.
         only_loss = len(reading.values) == 1 and "loss" in reading.values
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
             return Judgement(self.phase)
-        derived = {} if only_loss else self.signals.update(reading, self.context.tau, self.limits)
+        derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
         judgement = Judgement(self.phase, derived=derived)
         self._now.reading = reading
-        for rule in RULES:
-            if rule.anytime:
-                self._update_anytime(rule, judgement)
+        for rule in ANYTIME_RULES:
+            self._update_anytime(rule, judgement)
         if state != QUIET:
             self._update_slingshot(state, began=old_state == QUIET, judgement=judgement)
         else:
             if old_state != QUIET:
                 self._end_slingshot(judgement)
-            self._update_warnings(judgement)
+            causes = self._update_warnings(judgement)
             # A slingshot's cause is read from the reading before it. In the spike itself rows are no longer
             # absorbed, and RMS_t is high whatever the cause is.
             if self.spike.streak == 0:
-                self._causes = self._observe()
+                self._causes = causes
         self.phase = judgement.phase
         return judgement
 
@@ -199,9 +198,8 @@ class Detector:
         # Begin the alert before the rules are switched off, because their levels are its evidence.
         claim = Claim(AlertKind.SLINGSHOT, Severity.CRITICAL, mechanism, confidence)
         self._book.begin(claim, spike.start, judgement)
-        for rule in RULES:
-            if not rule.anytime:
-                self._switches[rule.name].on = False
+        for rule in WARNING_RULES:
+            self._switches[rule.name].on = False
         self.signals.restart()
 
     def _end_slingshot(self, judgement: Judgement) -> None:
@@ -209,27 +207,34 @@ class Detector:
         self._book.end(AlertKind.SLINGSHOT, self.spike.fallen_at, judgement, "loss", "loss_afterwards")
         self.signals.calm()
 
-    def _update_warnings(self, judgement: Judgement) -> None:
-        """Update the rules' switches, in the order of ``RULES``, then the alerts *at risk* and *imminent*."""
+    def _update_warnings(self, judgement: Judgement) -> Causes:
+        """Update the rules' switches, in the order of ``RULES``, then the alerts *at risk* and *imminent*.
+
+        Returns the signals by which a cause is named.
+        """
         now, step = self._now, self._now.step
         on: list[Rule] = []
-        for rule in RULES:
-            if rule.anytime:
-                continue
-            if self._switches[rule.name].update(step, rule.enter(now), rule.stay(now)):
+        for rule in WARNING_RULES:
+            switch = self._switches[rule.name]
+            if switch.turn(step, rule.stay(now) if switch.on else rule.enter(now)):
                 on.append(rule)
-        judgement.phase = max((rule.phase for rule in on), key=_PHASES.index, default=Phase.HEALTHY)
+        causes = self._observe()
+        if on:
+            judgement.phase = max((rule.phase for rule in on), key=_PHASES.index)
+        else:
+            judgement.phase = Phase.HEALTHY
         for kind in _WARNINGS:
             holding = [rule for rule in on if kind in rule.holds]
             if holding:
-                self._book.hold(self._claim(kind, holding), step, judgement)
+                self._book.hold(self._claim(kind, holding, causes), step, judgement)
             else:
                 self._book.end(kind, step, judgement)
+        return causes
 
-    def _claim(self, kind: AlertKind, holding: list[Rule]) -> Claim:
+    def _claim(self, kind: AlertKind, holding: list[Rule], causes: Causes) -> Claim:
         """Return what the rules in ``holding`` require: the highest severity, a proven mechanism first."""
         severity = max((rule.severity(kind, self._now) for rule in holding), key=lambda level: level.rank)
-        mechanism, confidence = name_mechanism(self._observe())
+        mechanism, confidence = name_mechanism(causes)
         proven = next((rule.mechanism for rule in holding if rule.proves), mechanism)
         if mechanism is not proven:
             # By hysteresis, a rule stays on below the level at which its mechanism is named.
@@ -239,15 +244,16 @@ class Detector:
     def _observe(self) -> Causes:
         """Return the present signals in the form that names a mechanism."""
         signals, now = self.signals, self._now
+        context = now.context
         return Causes(
             step=signals.last_step,
             violation=signals.violation,
-            no_classes=self.context.no_classes,
-            on=tuple(rule.name for rule in RULES if now.on(rule.name)),
+            no_classes=context.no_classes,
+            on=tuple([name for name, switch in self._switches.items() if switch.on]),
             gone=now.gradient_vanished,
             decay=signals.decay_lowest,
             curvature=signals.curvature_peak,
-            stability_limit=self.context.stability_limit,
+            stability_limit=context.stability_limit,
             learning_rate_jump=signals.learning_rate_jump,
             update_jump=signals.update_jump,
             rms_t=signals.rms_t_peak,

@@ -93,6 +93,13 @@ class Hysteresis(Stateful):
         self.on = False
         self.since = 0
 
+    def turn(self, step: int, on: bool) -> bool:
+        """Switch on or off at ``step``; return whether it is on."""
+        if on and not self.on:
+            self.since = step
+        self.on = on
+        return on
+
     def update(self, step: int, enter: bool, stay: bool) -> bool:
         """Switch on if ``enter`` holds, off if ``stay`` no longer does; return whether it is on."""
         if self.on and not stay:

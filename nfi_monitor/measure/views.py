@@ -22,7 +22,12 @@ class RowView:
     """The sampled rows of one backward pass, N rows and K classes, on their device.
 
     Numbers per row, [N] each, float64 if the gradient or the logits are, else float32; ``target`` is int64,
-    ``live`` and ``counts`` are bool.  NaN and Inf may stand in rows that do not count.
+    ``live`` and ``counts`` are bool.  NaN and Inf may stand in rows that do not count.  In rows that count,
+    −Inf in ``logits`` is a masked class (:func:`nfi_monitor.measure.shift_invariance.unmasked` leaves it
+    out).
+
+    ``grad`` and ``logits`` have the run's own dtype: convert them to ``absolute.dtype`` before arithmetic.
+    Squares overflow in float16, and a mean in bfloat16 has three digits.
     """
 
     top: TopLogits

@@ -22,9 +22,9 @@ class SinkBase:
         Monitor(model, optimizer, sinks=[Pager()])
 
     All methods run in the training's process, on rank 0 only.  A sink may raise: the monitor catches the
-    exception, says so once, drops the sink and goes on.  So a message has to say what to do.  A sink needs
-    not inherit from this class: the monitor calls the methods that an object has.
-    """
+    exception, says so once, drops the sink and goes on.  It does not call :meth:`close` then, so a sink that
+    holds a file closes it before it raises.  The message has to say what to do.  A sink needs not inherit
+    from this class: the monitor calls the methods that an object has."""
 
     takes_readings: bool = True
     """Set this to False if :meth:`reading` does nothing.  Where no sink takes readings, the monitor judges
@@ -37,7 +37,11 @@ class SinkBase:
         """Take the numbers of one measured optimizer step, and the phase after it."""
 
     def alert(self, alert: Alert, change: Change) -> None:
-        """Take an alert that begins, changes in a way worth a line, or ends."""
+        """Take an alert that begins, changes in a way worth a line, or ends.
+
+        ``alert.last_step`` is the step of this change.  An alert that fires when the run closes does not end:
+        it comes once more, as an UPDATE.
+        """
 
     def note(self, note: Note) -> None:
         """Take a note: something that the monitor cannot see. Called once for each."""
@@ -48,7 +52,8 @@ class SinkBase:
     def went_back(self) -> None:
         """Prepare to get steps again: the run went back to an earlier step.
 
-        Implement this if the sink stores data: later records replace earlier ones of the same steps.
+        Implement this if the sink stores data: later records replace earlier ones of the same steps.  A sink
+        that only appends marks the place, as the run directory does with a ``session`` number.
         """
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:

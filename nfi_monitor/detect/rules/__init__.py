@@ -14,11 +14,19 @@ from nfi_monitor.detect.rules.oscillation import Swinging
 from nfi_monitor.detect.rules.second_moment import Coasting, Kicking
 from nfi_monitor.types import AlertKind, Mechanism, Phase
 
-__all__ = ["LEVELS", "PROVEN", "RULES", "Level", "Rule", "first_evidence", "rule_of"]
+__all__ = [
+    "ANYTIME_RULES", "LEVELS", "PROVEN", "RULES", "WARNING_RULES", "Level", "Rule", "first_evidence",
+    "rule_of",
+]  # fmt: skip
 
 RULES: tuple[Rule, ...] = (
     NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Kicking(), Swinging(),
 )  # fmt: skip
+
+ANYTIME_RULES = tuple(rule for rule in RULES if rule.anytime)
+"""Rules that are asked at every reading."""
+WARNING_RULES = tuple(rule for rule in RULES if not rule.anytime)
+"""Rules that are asked at full readings between slingshots."""
 
 LEVELS: tuple[Level, ...] = tuple(level for rule in RULES for level in rule.levels)
 """All levels of all rules, in the order in which an explanation lists them."""
