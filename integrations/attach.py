@@ -10,18 +10,17 @@ A skeleton of an adapter (``lightning.py`` is a good example)::
         def __init__(self, **options):               # wrong options raise an error here
             self._attachment = Attachment(**options)
 
-        def on_fit_start(self, trainer):             # not guarded: the user must see that a model has no head
+        def on_fit_start(self, trainer):             # not guarded: the user must see if no head is found
             monitor = self._attachment.open(trainer.model, trainer.optimizer, directory=..., state=...)
             monitor.observe_outputs()                # if the model returns its loss; if not:
 
-        def before_backward(self, trainer, loss):    # before optimizer.step(); later, it is the next step's
-        loss
+        def before_backward(self, trainer, loss):    # before optimizer.step(): later is the next step's loss
             with self._attachment.guarded():
                 self.monitor.observe_loss(loss)
 
-        def after_optimizer_step(self, trainer):
+        def after_optimizer_step(self, trainer):     # act() applies the remedies
             with self._attachment.guarded():
-                due = self._attachment.act()         # applies remedies; the framework handles due.stop, due.save
+                due = self._attachment.act()         # the framework handles due.stop and due.save
 
         def on_checkpoint(self):
             return self._attachment.state()          # plain types; pass them later as open(state=...)
