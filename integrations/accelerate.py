@@ -1,5 +1,4 @@
-"""Watch a training with Accelerate: ``with watch(accelerator, model, optimizer) as monitor:``, after
-prepare."""
+"""Watch a training with Accelerate: ``with watch(accelerator, model, optimizer) as monitor: ...``."""
 
 from __future__ import annotations
 

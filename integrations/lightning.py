@@ -63,7 +63,7 @@ class NFICallback(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
 
-        def tell(alert: Alert, change: Change) -> None:
+        def log_alert(alert: Alert, change: Change) -> None:
             from nfi_monitor.report.tensorboard.texts import alert_markdown
 
             for logger in trainer.loggers:
@@ -79,7 +79,7 @@ class NFICallback(Callback):
             directory=_folder(trainer) / "nfi",
             schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
             scaler=getattr(trainer.precision_plugin, "scaler", None),
-            sinks=[ScalarLog(log, trainer.log_every_n_steps), AlertLog(tell), *notifiers(names)],
+            sinks=[ScalarLog(log, trainer.log_every_n_steps), AlertLog(log_alert), *notifiers(names)],
             state=self._resumed,
             native={"trainer": trainer, "pl_module": pl_module},
         )

@@ -1,6 +1,6 @@
 """List the monitors that are open in this process, without importing the class Monitor.
 
-A replay pauses the monitors of its model, a remedy reads the step from one, and an adapter closes a monitor
+A replay pauses the monitors of its model, and a remedy reads the step from one.  An adapter closes a monitor
 that an interrupted run has left open.
 """
 

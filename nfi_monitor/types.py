@@ -167,7 +167,7 @@ class Note:
     """A message that is given once, for example about numbers that the monitor cannot read."""
 
     code: str  # stable, for programs: "head_never_fired"
-    message: str  # for people: what was found, and what to do
+    message: str  # for people: what happened, and what to do
     step: int
 
 

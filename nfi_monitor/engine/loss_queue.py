@@ -1,7 +1,7 @@
 """Queue the losses of optimizer steps that are not read, and judge them together.
 
 Most steps of a healthy run are not read, and their loss cannot begin an alert.  Judging such a loss at its
-own step would cost more than all other work of the monitor there, because the code is no longer in the CPU's
+own step would cost more than all other work of the monitor there: the code is no longer in the CPU's
 caches.  So these losses are deferred and judged together.  On an accelerator the host does not know the loss
 yet: those losses stay on the device and are copied together.
 """

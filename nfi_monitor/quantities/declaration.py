@@ -69,11 +69,11 @@ class Quantity:
     How it is held: ``reference`` names the test (``"file::function"``) that compares it with an independent
     computation; ``no_reference`` gives the reason where there is none.  Exactly one of the two is given.
 
-    Where it is shown: ``chart``, title of its chart in TensorBoard's NFI tab, and ``curve``, the few words
-    that tell it from other curves there; ``extreme``, the side on which the after-run report looks (None: no
-    line in that report); ``live``, a column of the live panel, where its label is ``short``; ``tail``, a
-    column of ``nfi-monitor tail``.  ``place``: order wherever people read it, smallest first.  Quantities
-    without one come last, in the order of the catalogue.
+    Where it is shown: ``chart``, title of its chart in TensorBoard's NFI tab, and ``curve``, its short name
+    there; ``extreme``, "max" or "min" for its line in the after-run report (None: no line); ``live``, a
+    column of the live panel, where its label is ``short``; ``tail``, a column of ``nfi-monitor tail``.
+    ``place``: order wherever people read it, smallest first.  Quantities without one come last, in the order
+    of the catalogue.
     """
 
     name: str

@@ -21,7 +21,7 @@ def _running() -> bool:
 
 
 def processes(group: Any = None) -> int:
-    """Return how many processes may train together: those that ``group`` names, or all that run."""
+    """Return the number of processes in ``group``, or of all running processes."""
     return len(_ranks_of(group) or ()) or (dist.get_world_size() if _running() else 1)
 
 

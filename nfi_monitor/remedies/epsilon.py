@@ -1,4 +1,4 @@
-"""Raise Adam's ε_A, the lower bound of what the gradient is divided by."""
+"""Raise Adam's ε_A, which is added to the root of the second moment."""
 
 from __future__ import annotations
 

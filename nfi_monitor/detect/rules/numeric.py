@@ -161,7 +161,7 @@ def displacement_level(now: Situation) -> float:
     """Return the δ of one update, in nats, at which *imminent* begins.
 
     The level is lower if δ has risen far above its recent minimum.  Without such a rise, two kinds of run
-    would stay above a lower level for ever.  Soft-capped logits move by half of the level between
+    would stay above a lower level forever.  Soft-capped logits move by half of the level between
     minibatches, and never double.  A run that goes on learning from minibatches adds up small updates.
     """
     limits, rise = now.limits, now.signals.displacement_rise

@@ -26,8 +26,8 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
     the parameters and three passes over the gradient.  When not to use it: against numeric slingshots, whose
     updates are as large as the second moment expects.
 
-    Raises ValueError for a limit that is not positive, for an optimizer without a second moment, and for an
-    optimizer whose updates are clipped already, because the same step would be divided twice.
+    Raises ValueError for a limit that is not positive, and for an optimizer without a second moment.  It also
+    raises ValueError if the optimizer's updates are clipped already: the step would be divided twice.
     """
     optimizer = unwrap(optimizer)
     if not limit > 0:

@@ -1,4 +1,4 @@
-"""Find what crossed its threshold before an alert, what did not, and what was not measured.
+"""Find the signals that crossed their thresholds before an alert, and those that did not or are unknown.
 
 Each signal is compared with the detector's own level, in the same unit.
 """
