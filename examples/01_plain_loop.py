@@ -1,15 +1,15 @@
-"""The two-line attach: a plain training loop on real images, watched.
+"""Watch a plain training loop on real images with two lines of code.
 
 scikit-learn's digits (1,797 handwritten 8×8 images), a small MLP, minibatches, AdamW: an everyday run.
-The loop is the one you would write anyway; the monitor is the import and the ``with``.
+The loop is an ordinary one; the monitor adds the import and the ``with``.
 
     python examples/01_plain_loop.py
-    python examples/01_plain_loop.py --loss-dtype bfloat16     # what coarser rounding does to the same run
-    python examples/01_plain_loop.py --loss-dtype float64      # and what finer rounding does
+    python examples/01_plain_loop.py --loss-dtype bfloat16     # the same run with coarser rounding
+    python examples/01_plain_loop.py --loss-dtype float64      # the same run with finer rounding
 
-Nothing goes wrong here: no slingshot, the same test accuracy every time.  And yet the gradient of the
-correct class is rounded to exactly 0 once a margin is large enough: about 16 nats in float32, 5.5 in
-bfloat16 (24 ln 2 and 8 ln 2).  Compare "absorbed rows" in the three summaries.
+Nothing goes wrong here: no slingshot, the same test accuracy every time.  But the gradient of the correct
+class is rounded to exactly 0 if a margin is large enough: about 16 nats in float32, 5.5 in bfloat16
+(24 ln 2 and 8 ln 2).  Compare "absorbed rows" in the three summaries.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 
 def digits(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(images, labels, test images, test labels)``; pixels in [0, 1], one fifth held out."""
+    """Return ``(images, labels, test images, test labels)``; pixels in [0, 1], one fifth held out."""
     try:
         from sklearn.datasets import load_digits
     except ModuleNotFoundError as missing:
@@ -58,7 +58,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread costs more time than it saves
     torch.manual_seed(args.seed)
     images, labels, test_images, test_labels = digits(args.seed)
 

@@ -1,11 +1,11 @@
-"""A slingshot, seen coming: modular division a/b mod p, float32 against float64 (``nfi-monitor demo``).
+"""Warn before the slingshots of modular division a/b mod p: float32 against float64 (``nfi-monitor demo``).
 
-An MLP learns a/b mod 23 by heart, full batch, with Adam at lr 1e-3, β = (0.9, 0.95), no weight decay.
-Then the known cycle begins: margins grow until float32 rounds the correct-class gradient of most rows to
-exactly 0, the zero-sum over classes breaks, the means inflate, the second moment decays, and some 900 and
-1,400 steps in the loss jumps by six orders of magnitude.  The monitor has to say so long before.
+An MLP learns a/b mod 23 by heart, full batch, with Adam at lr 1e-3, β = (0.9, 0.95), no weight decay.  Then
+margins grow until float32 rounds the correct-class gradient of most rows to exactly 0.  The zero-sum over
+classes breaks, the means inflate, and the second moment decays.  After some 900 and 1,400 steps the loss
+jumps by six orders of magnitude.  The monitor has to warn long before.
 
-The second arm is the control: the same seed, the same steps, and one difference, ``logits.double()``
+The second arm is the control: the same seed and the same steps, with one difference, ``logits.double()``
 before the loss.  Parameters and head stay float32.
 
     python examples/02_modular_division.py                   # about 20 s on one core
@@ -42,7 +42,7 @@ WARM_UP = 10
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What one run of the training left behind."""
+    """The results of one run of the training."""
 
     name: str
     steps: int
@@ -54,7 +54,7 @@ class TrainedRun:
 
 
 def modular_division(p: int) -> tuple[Tensor, Tensor]:
-    """``(one-hot(a) ⊕ one-hot(b) [p(p−1), 2p], a/b mod p [p(p−1)])`` for every a and every b ≠ 0."""
+    """Return ``(one-hot(a) ⊕ one-hot(b) [p(p−1), 2p], a/b mod p [p(p−1)])`` for every a and every b ≠ 0."""
     a, b = (grid.flatten() for grid in torch.meshgrid(torch.arange(p), torch.arange(1, p), indexing="ij"))
     inverse = torch.tensor([0, *(pow(k, -1, p) for k in range(1, p))])
     return torch.cat([F.one_hot(a, p), F.one_hot(b, p)], dim=1).float(), a * inverse[b] % p
@@ -110,12 +110,12 @@ def train(
 
 
 def ended(alerts: list[Alert]) -> int:
-    """How many slingshots have begun and ended."""
+    """Return the number of slingshots that have begun and ended."""
     return sum(a.kind is AlertKind.SLINGSHOT and a.state is AlertState.RESOLVED for a in alerts)
 
 
 def table(arms: list[TrainedRun], args: argparse.Namespace) -> Table:
-    """One column an arm, so that it fits a narrow terminal."""
+    """Return the table of results, with one column for each arm."""
     view = Table(title=f"a/b mod {args.p}, MLP {args.depth}×{args.width}, β2 {args.beta2}, seed {args.seed}")
     view.add_column("arm")
     for arm in arms:
@@ -150,7 +150,7 @@ def mechanisms(arm: TrainedRun) -> str:
 
 
 def conclusion(exposed: TrainedRun, control: TrainedRun) -> str:
-    """What the pair of arms shows, and no more than that."""
+    """Return the conclusion from both arms in one sentence."""
     if not exposed.slingshots:
         return f"No slingshot within {exposed.steps} steps, so nothing to compare: try more --steps."
     if control.slingshots:
@@ -159,7 +159,7 @@ def conclusion(exposed: TrainedRun, control: TrainedRun) -> str:
 
 
 def figure(arms: list[TrainedRun], args: argparse.Namespace) -> str:
-    """Both arms in one figure, drawn from what the run directories hold: its path, or why there is none."""
+    """Draw both arms in one figure from the run directories. Return its path, or why there is none."""
     runs = {arm.name: read_run(arm.run_dir) for arm in arms}
     title = f"a/b mod {args.p}, seed {args.seed}: the same run with the loss in float32 and in float64"
     try:
@@ -169,7 +169,7 @@ def figure(arms: list[TrainedRun], args: argparse.Namespace) -> str:
 
 
 def fresh_directory(path: Path) -> Path:
-    """``path``, or the first of ``path-2``, ``path-3``, … that is free: an older run is never touched."""
+    """Return ``path``, or the first of ``path-2``, ``path-3``, … that does not exist yet."""
     number = 1
     candidate = path
     while candidate.exists():
@@ -210,7 +210,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread costs more time than it saves
     try:
         console = Console()
         exposed = train(args, "float32", args.steps, args.slingshots, console)

@@ -1,16 +1,16 @@
-"""Two slingshots that look alike and are not: k-sparse parity under hinge and under cross-entropy loss.
+"""Compare two slingshots with different causes: sparse parity under hinge and under cross-entropy loss.
 
 W. Wu's setting (2024, "The slingshot helps with learning"): 40 random bits, the label is the parity of
 the first 3, one hidden ReLU layer of width 128, 1,000 training rows in one batch, AdamW lr 1e-2.
 
-Under ``--loss hinge`` every row that is right by a margin of 1 has gradient exactly 0, so the second
-moment decays while weight decay moves the weights inward; the first row to cross the margin meets an
-optimizer that has forgotten how large gradients are.  Precision plays no part: the slingshots are there
-with ``--loss-dtype float64`` too.
+Under ``--loss hinge`` every row with a margin above 1 has gradient exactly 0.  So the second moment decays,
+while weight decay makes the weights smaller.  When the first row falls below the margin, its gradient is far
+larger than the second moment expects.  Precision does not matter: the slingshots also come with
+``--loss-dtype float64``.
 
 Under ``--loss cross_entropy`` the gradient never vanishes, but late in training its correct-class entry
-is rounded away.  The slingshot comes once, after about 15,000 to 19,000 steps; with ``--loss-dtype
-float64`` it does not come.
+is rounded to 0.  The slingshot comes once, after about 15,000 to 19,000 steps.  With ``--loss-dtype float64``
+it does not come.
 
     python examples/03_sparse_parity.py --loss hinge
     python examples/03_sparse_parity.py --loss cross_entropy
@@ -34,13 +34,13 @@ BITS, RELEVANT, TRAIN_ROWS, TEST_ROWS, WIDTH = 40, 3, 1_000, 10_000, 128
 
 
 def parity(rows: int) -> tuple[Tensor, Tensor]:
-    """``(bits [rows, BITS] as 0.0/1.0, label [rows])``: the label is the XOR of the first RELEVANT bits."""
+    """Return ``(bits [rows, BITS] as 0.0/1.0, label [rows])``; the label is the XOR of RELEVANT bits."""
     bits = torch.randint(0, 2, (rows, BITS))
     return bits.float(), bits[:, :RELEVANT].sum(1) % 2
 
 
 def hinge(output: Tensor, label: Tensor) -> Tensor:
-    """max(0, 1 − y·ŷ) with y = ±1 and one output column; exactly 0, gradient and all, past the margin."""
+    """Return max(0, 1 − y·ŷ), y = ±1. Beyond the margin, the loss and its gradient are exactly 0."""
     return F.relu(1 - (2 * label - 1) * output.squeeze(1)).mean()
 
 
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread costs more time than it saves
     torch.manual_seed(args.seed)
     bits, label = parity(TRAIN_ROWS)
     test_bits, test_label = parity(TEST_ROWS)

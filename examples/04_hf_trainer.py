@@ -1,12 +1,12 @@
-"""A HuggingFace ``Trainer`` under the monitor: one line, ``callbacks=[NFICallback()]``.
+"""Watch a HuggingFace ``Trainer`` with one line: ``callbacks=[NFICallback()]``.
 
-A small GPT-2 learns division modulo 23, written as a language: "a ÷ b =" and then the answer.  Once the
-questions are known by heart, margins grow until rounding absorbs rows; the monitor says *at risk* more than a
-hundred steps before the loss leaves its floor, *imminent* some 50.  With the loss in float64 nothing of it
-happens.  Rounding differs between processors: where the slingshot does not come, another seed has one.
+A small GPT-2 learns division modulo 23, written as a language: "a ÷ b =" and then the answer.  When it knows
+the answers by heart, margins grow until rounding absorbs rows.  The monitor says *at risk* more than a
+hundred steps before the loss leaves its floor, and *imminent* some 50 steps before.  With the loss in float64
+there is no slingshot.  Rounding differs between processors: if the slingshot does not come, try another seed.
 
     python examples/04_hf_trainer.py
-    python examples/04_hf_trainer.py --loss-dtype float64    # what the alert advises, as the Trainer takes it
+    python examples/04_hf_trainer.py --loss-dtype float64    # the remedy that the alert advises
     python examples/04_hf_trainer.py --save-on at_risk       # a checkpoint at the step of the alert
 
 Nothing is downloaded.  ``OUT/nfi`` is the run directory: ``nfi-monitor report OUT/nfi``, or ``tensorboard
@@ -37,7 +37,7 @@ DIVIDED, EQUALS = P, P + 1  # tokens after the numbers'
 
 
 class Division(Dataset[dict[str, Tensor]]):
-    """One row a question, tokens ``a ÷ b = c`` with c·b ≡ a (mod 23); only the answer counts in the loss."""
+    """One question per row: tokens ``a ÷ b = c`` with c·b ≡ a (mod 23). Only the answer is in the loss."""
 
     def __init__(self, pairs: Tensor) -> None:
         answers = pairs[:, 0] * torch.tensor([pow(int(b), P - 2, P) for b in pairs[:, 1]]) % P
@@ -54,14 +54,14 @@ class Division(Dataset[dict[str, Tensor]]):
 
 
 def questions(seed: int) -> Division:
-    """Half of all questions."""
+    """Return half of all questions."""
     pairs = torch.tensor([(a, b) for a in range(P) for b in range(1, P)])
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     return Division(pairs[order[: len(pairs) // 2]])
 
 
 def float64_loss(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
-    """Cross-entropy in float64: logits are cast, parameters stay as they are."""
+    """Return the cross-entropy in float64. The logits are cast; the parameters keep their dtype."""
     logits, targets = outputs.logits[:, :-1].double().flatten(0, 1), labels[:, 1:].flatten()
     count = num_items_in_batch if num_items_in_batch is not None else (targets != -100).sum()
     return F.cross_entropy(logits, targets, reduction="sum") / count
@@ -80,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread costs more time than it saves
     set_seed(args.seed)
     rows = questions(args.seed)
     model = GPT2LMHeadModel(

@@ -1,4 +1,4 @@
-"""A Lightning ``Trainer`` under the monitor: one line, ``callbacks=[NFICallback()]``.
+"""Watch a Lightning ``Trainer`` with one line: ``callbacks=[NFICallback()]``.
 
 scikit-learn's digits (1,797 handwritten 8×8 images) and a small MLP.  Readings go to the trainer's loggers,
 here a CSV file; checkpoints hold the monitor's state.
@@ -65,7 +65,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread costs more time than it saves
     seed_everything(args.seed, verbose=False)
     digits = load_digits()
     images = torch.tensor(digits.data, dtype=torch.float32) / 16

@@ -1,13 +1,12 @@
-"""TensorBoard's NFI tab: the same training twice, with its loss in float32 and in float64, side by side.
+"""Show two runs side by side in TensorBoard's NFI tab: the loss in float32 and in float64.
 
-Division modulo 13 by a small MLP: after some 570 steps the float32 run slingshots, its float64 control does
-not.  Both write into one log directory; in the tab choose ``float32`` *against* ``float64``.
+A small MLP learns division modulo 13.  After some 570 steps the float32 run has a slingshot; its float64
+control has none.  Both write into one log directory.  In the tab, choose ``float32`` *against* ``float64``.
 
-    python examples/06_tensorboard.py                     # train, then say how to look at it
+    python examples/06_tensorboard.py                     # train, then print how to open the tab
     python examples/06_tensorboard.py --serve             # start TensorBoard first, and watch it happen
 
-Nothing here but ``run_dir=`` is for TensorBoard; the tab comes with
-``pip install "nfi-monitor[tensorboard]"``.
+Only ``run_dir=`` is for TensorBoard.  The tab comes with ``pip install "nfi-monitor[tensorboard]"``.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def division(seed: int) -> tuple[Tensor, Tensor]:
-    """``(one-hot pairs [rows, 2 P], a/b mod P [rows])`` of half of all pairs with b ≠ 0."""
+    """Return ``(one-hot pairs [rows, 2 P], a/b mod P [rows])`` of half of all pairs with b ≠ 0."""
     pairs = torch.tensor([(a, b) for a in range(P) for b in range(1, P)])
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     pairs = pairs[order[: len(pairs) // 2]]
@@ -70,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread costs more time than it saves
     if args.out.exists() and any(args.out.iterdir()):
         # A run directory is appended to, as a resumed run would: two trainings in one make no curve.
         raise SystemExit(f"{args.out} holds runs already: pass another --out, or delete it.")

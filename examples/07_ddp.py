@@ -1,8 +1,8 @@
-"""A slingshot in a data-parallel run: every rank attaches the monitor, rank 0 speaks for all.
+"""Watch a data-parallel run with a slingshot: every rank attaches the monitor, rank 0 reports.
 
-Modular division (a/b mod 23) as in example 02, its rows dealt out to the ranks: an MLP, Adam, full batch,
-warm-up of ten steps.  Each rank sees its own rows only; what the monitor says is said of all of them.  No
-rank may leave it out: the ranks agree on what is read when, and on every alert.
+Modular division (a/b mod 23) as in example 02, with its rows distributed over the ranks: an MLP, Adam, full
+batch, warm-up of ten steps.  Each rank reads its own rows; readings and alerts are of all rows.  Every rank
+must attach, because the ranks agree on the steps to read and on every alert.
 
     torchrun --nproc-per-node 2 examples/07_ddp.py
     torchrun --nproc-per-node 2 examples/07_ddp.py --fully-shard     # FSDP2 instead of DDP
@@ -34,7 +34,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 def division(seed: int) -> tuple[Tensor, Tensor]:
-    """One-hot pairs (a, b) and a/b mod P: the half of all pairs that is trained on."""
+    """Return one-hot pairs (a, b) and a/b mod P of the half of all pairs that is trained on."""
     pairs = torch.tensor([(a, b) for a in range(P) for b in range(1, P)])
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed))
     pairs = pairs[order[: len(pairs) // 2]]
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if "RANK" not in os.environ:
         raise SystemExit("Start it with torchrun: torchrun --nproc-per-node 2 examples/07_ddp.py")
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread costs more time than it saves
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpus = torch.cuda.is_available() and torch.cuda.device_count() > local_rank
     device = torch.device("cuda", local_rank) if on_gpus else torch.device("cpu")
@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
             optimizer.step()
             optimizer.zero_grad()
             if any(alert.kind is AlertKind.SLINGSHOT for alert in monitor.alerts):
-                break  # every rank knows of it, at the same step: they all stop here
+                break  # every rank has the alert at the same step, so all stop here
 
     if rank == 0:
         rich.print(monitor.summary())

@@ -1,15 +1,15 @@
-"""Warned and cured, live: the demo's training once as it is and once with the Autopilot.
+"""Avert the demo's slingshots with the Autopilot: the same training once unchanged and once with it.
 
-An MLP learns a/b mod 23 by heart, as in ``02_modular_division.py``: as it is, the loss jumps by six orders of
-magnitude after some 900 steps and again after some 1,400; on some processors only then.  The second run has
-the same seed and the same steps; its loss is ``autopilot.loss``, which is ``F.cross_entropy`` to the last bit
-until the monitor warns.
+An MLP learns a/b mod 23 by heart, as in ``02_modular_division.py``.  Unchanged, its loss jumps by six orders
+of magnitude after some 900 steps and again after some 1,400; on some processors only after some 1,400.  The
+second run has the same seed and the same steps.  Its loss is ``autopilot.loss``, which is ``F.cross_entropy``
+to the last bit until the monitor warns.
 
     python examples/08_autopilot.py                          # about 20 s on one core
     python examples/08_autopilot.py --loss-at imminent       # later, with a cool-down
-    python examples/08_autopilot.py --dry-run                # only say what would be done
+    python examples/08_autopilot.py --dry-run                # only report what would be done
 
-The monitor itself never changes a run; the Autopilot is the part that does, and only because it is asked to.
+The monitor itself never changes a run.  The Autopilot does, because you pass it as ``on_alert``.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ P, WIDTH, DEPTH = 23, 128, 3
 
 @dataclass(frozen=True)
 class Flight:
-    """What one of the two runs left behind."""
+    """The results of one of the two runs."""
 
     slingshots: list[int]  # first steps
     actions: list[Action]
-    loss: float  # of the rows trained on, in float64, at the end
-    accuracy: float  # on the others
+    loss: float  # on the training rows, in float64, at the end
+    accuracy: float  # on the other rows
     run_dir: Path
 
 
 def division() -> tuple[Tensor, Tensor]:
-    """``(one-hot(a) ⊕ one-hot(b) [P(P−1), 2P], a/b mod P [P(P−1)])`` for every a and every b ≠ 0."""
+    """Return ``(one-hot(a) ⊕ one-hot(b) [P(P−1), 2P], a/b mod P [P(P−1)])`` for every a and every b ≠ 0."""
     pairs = torch.tensor([(a, b) for a in range(P) for b in range(1, P)])
     inverse = torch.tensor([0, *(pow(b, -1, P) for b in range(1, P))])
     return F.one_hot(pairs, P).flatten(1).float(), pairs[:, 0] * inverse[pairs[:, 1]] % P
@@ -97,19 +97,19 @@ def table(flights: dict[str, Flight], args: argparse.Namespace) -> Table:
 
 
 def conclusion(alone: Flight, flown: Flight, dry_run: bool) -> str:
-    """What the pair of runs shows, and no more than that."""
+    """Return the conclusion from both runs in one sentence."""
     if not alone.slingshots:
-        return "No slingshot in the run as it is, so nothing to avert: try more --steps."
+        return "The unchanged run has no slingshot, so there is nothing to avert: try more --steps."
     if dry_run:
-        return "A dry run: the same slingshots, and what would have been done about them."
+        return "A dry run changes nothing: the same slingshots, and the actions that would have been taken."
     averted = len(alone.slingshots) - len(flown.slingshots)
     if flown.slingshots:
         return f"{averted} of {len(alone.slingshots)} slingshots averted."
-    return "Same seed, same steps: warned, acted on, and no slingshot."
+    return "Same seed, same steps: the monitor warned, the Autopilot acted, and no slingshot came."
 
 
 def figure(flights: dict[str, Flight], args: argparse.Namespace) -> str:
-    """Both runs in one figure: its path, or why there is none."""
+    """Draw both runs in one figure. Return its path, or why there is none."""
     runs = {name: read_run(flight.run_dir) for name, flight in flights.items()}
     title = f"a/b mod {P}, seed {args.seed}: the same run as it is and with the Autopilot"
     try:
@@ -126,9 +126,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--loss-at",
         choices=["at_risk", "warning", "imminent"],
         default="warning",
-        help="the alert at which the loss is exchanged (default %(default)s)",
+        help="the alert at which the loss is replaced (default %(default)s)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="change nothing, say what would be done")
+    parser.add_argument("--dry-run", action="store_true", help="change nothing, only report actions")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/autopilot"), help="figure and runs (default %(default)s)"
     )
@@ -142,7 +142,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    torch.set_num_threads(1)  # at this size a second thread costs more than it brings
+    torch.set_num_threads(1)  # at this size a second thread costs more time than it saves
     console = Console()
     autopilot = Autopilot(Policy(loss_at=args.loss_at), dry_run=args.dry_run)
     flights = {

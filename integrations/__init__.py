@@ -1,4 +1,4 @@
-"""Adapters for other people's training loops, installed as ``nfi_monitor.integrations``.
+"""Adapt the monitor to training frameworks, installed as ``nfi_monitor.integrations``.
 
 One thin module per framework: it only translates that framework's events into calls on
 :class:`nfi_monitor.Monitor`.  All logic is in the core, so a fix there reaches every adapter.

@@ -1,4 +1,4 @@
-"""Accelerate: ``with watch(accelerator, model, optimizer) as monitor:`` around the loop, after prepare."""
+"""Watch a training with Accelerate: ``with watch(accelerator, model, optimizer) as monitor: ...``."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ STATE = "nfi_monitor.json"
 
 
 def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) -> Monitor:
-    """Watch what ``accelerator.prepare`` returned. Close the monitor after the loop, or use ``with``.
+    """Watch a prepared model and optimizer. Close the monitor after the loop, or use ``with``.
 
-    The loss of a model that returns it (as HuggingFace's do) is read from its output; otherwise call
+    If the model returns the loss (as HuggingFace's models do), it is read from there. Otherwise call
     ``monitor.observe_loss(loss)`` before ``accelerator.backward(loss)``. Scalars go to the accelerator's
     trackers, alerts to those that notify people (wandb, trackio). ``accelerator.save_state`` saves the
-    monitor, too, and ``load_state`` goes on with its alerts; a checkpoint without them is no error.
+    monitor, too, and ``load_state`` goes on with its alerts. A checkpoint without them is no error.
 
     Args:
         options: as for :class:`nfi_monitor.Monitor`. ``run_dir`` is ``nfi`` in the accelerator's project
@@ -57,7 +57,7 @@ def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) 
     )
     monitor.observe_outputs()
 
-    # Weak: an accelerator outlives a loop that ran out of memory before it came to close().
+    # Weak: after an out-of-memory error the loop does not reach close(), and the accelerator lives on.
     attached = weakref.ref(attachment)
 
     # Not register_for_checkpointing: load_state then refuses a checkpoint that was saved without the monitor.

@@ -1,31 +1,31 @@
-"""What every adapter of a training framework needs: the adapters themselves only translate events.
+"""Attach a monitor to a training framework; each adapter only translates the framework's events.
 
-A framework's callback outlives its runs.  It is made before a model is wrapped, started again after an
-out-of-memory error, and resumed in another process.  An :class:`Attachment` holds the user's options all that
-time, and one open :class:`Monitor` while a run trains.
+A framework's callback lives longer than its runs.  It is made before the model is wrapped, started again
+after an out-of-memory error, and resumed in another process.  An :class:`Attachment` keeps the user's options
+all the time, and one open :class:`Monitor` while a run trains.
 
-The skeleton of an adapter; ``lightning.py`` is one to read::
+A skeleton of an adapter (``lightning.py`` is a good example)::
 
     class Callback:
-        def __init__(self, **options):               # wrong options raise here
+        def __init__(self, **options):               # wrong options raise an error here
             self._attachment = Attachment(**options)
 
-        def on_fit_start(self, trainer):             # not guarded: a model without a head has to be heard
+        def on_fit_start(self, trainer):             # not guarded: the user must see if no head is found
             monitor = self._attachment.open(trainer.model, trainer.optimizer, directory=..., state=...)
-            monitor.observe_outputs()                # if the model returns its loss; or else:
+            monitor.observe_outputs()                # if the model returns its loss; if not:
 
-        def before_backward(self, trainer, loss):    # before optimizer.step(): later, it is the next step's
+        def before_backward(self, trainer, loss):    # before optimizer.step(): later is the next step's loss
             with self._attachment.guarded():
                 self.monitor.observe_loss(loss)
 
-        def after_optimizer_step(self, trainer):     # remedies are applied in act()
+        def after_optimizer_step(self, trainer):     # act() applies the remedies
             with self._attachment.guarded():
-                due = self._attachment.act()         # due.stop, due.save: for the framework to do
+                due = self._attachment.act()         # the framework handles due.stop and due.save
 
         def on_checkpoint(self):
-            return self._attachment.state()          # plain types; given back as open(state=...)
+            return self._attachment.state()          # plain types; pass them later as open(state=...)
 
-        def on_fit_end(self, trainer):               # and where the fit raises
+        def on_fit_end(self, trainer):               # also if the fit raises an error
             with self._attachment.guarded("close"):
                 self._attachment.close()
 
@@ -59,12 +59,12 @@ Kinds = AlertKind | str | Iterable[AlertKind | str] | None
 
 @dataclass(frozen=True)
 class TrainerContext:
-    """What a remedy may change, on the side of the training framework."""
+    """The objects of the training framework that a remedy may change."""
 
     monitor: Monitor
     model: nn.Module
     optimizer: Optimizer
-    """The one that is watched, without the framework's wrapper."""
+    """The watched optimizer, without the framework's wrapper."""
     schedulers: tuple[Any, ...]
     native: Mapping[str, Any]
     """The framework's own objects: args, state, control (transformers); trainer, pl_module (Lightning)."""
@@ -75,26 +75,27 @@ Remedy = Callable[[Alert, TrainerContext], object]
 
 @dataclass(frozen=True)
 class Due:
-    """What the framework has to do because of the alerts that began since the last :meth:`Attachment.act`."""
+    """The actions for the framework, because of alerts since the last ``Attachment.act()``."""
 
     save: bool
     stop: bool
 
 
 class Attachment:
-    """The monitors of a callback, one at a time.
+    """Open the monitors of a callback, one at a time, and act on their alerts.
 
     Args:
-        save_on, stop_on: kinds of alert ("imminent", ``AlertKind.SLINGSHOT``, or several) that have the
-            framework save a checkpoint, or stop, after the optimizer step at which one begins.
-        remedy: called as ``remedy(alert, context)`` after the step at which an alert begins, of every kind.
-            Nothing else here changes the training. Where several processes are not read
-            together (``monitor.port.may_act()``), it is not called, and nothing is saved or stopped.
+        save_on, stop_on: kinds of alert ("imminent", ``AlertKind.SLINGSHOT``, or several). After the
+        optimizer
+            step at which such an alert begins, the framework saves a checkpoint, or stops.
+        remedy: called as ``remedy(alert, context)`` after the step at which an alert of any kind begins.
+            Nothing else here changes the training. If several processes are not read together
+            (``monitor.port.may_act()``), it is not called, and nothing is saved or stopped.
         on_alert, run_dir and options: as for :class:`Monitor`; ``run_dir="auto"`` is the adapter's choice.
 
     Raises:
-        TypeError, ValueError: at once for an unknown option, kind or a remedy that cannot be called, not
-        when a queued job starts at last.
+        TypeError, ValueError: for an unknown option, an unknown kind or a remedy that cannot be called; at
+            once, not when the training begins.
     """
 
     @renamed_keyword("extras", "stateful")
@@ -135,10 +136,10 @@ class Attachment:
         state: Mapping[str, Any] | None = None,
         native: Mapping[str, Any] | None = None,
     ) -> Monitor:
-        """Attach to a run that is about to train. ``state`` (of :meth:`state`) continues an earlier one.
+        """Attach to a run that is about to train. ``state`` (of :meth:`state`) continues an earlier run.
 
-        ``directory``: where "auto" makes its run directory. ``native``: for the remedy's context.  Closes
-        first what an interrupted run has left open on the same model.  Raises as :class:`Monitor`.
+        ``directory``: the run directory for "auto". ``native``: for the remedy's context.  First closes a
+        monitor that an interrupted run has left open on the same model.  Raises as :class:`Monitor`.
         """
         self.close()
         for left in open_monitors(model, optimizer):
@@ -153,7 +154,7 @@ class Attachment:
         found = [one for one in (*schedulers, scaler) if one is not None]
         options["stateful"] = [*options.get("stateful", ()), *found]
         options["sinks"] = [*options.get("sinks", ()), *sinks]
-        monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._heard, **options)
+        monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._note_alert, **options)
         if self._handler is not None:
             self._handler.attach(monitor)
         self.monitor = monitor
@@ -179,7 +180,7 @@ class Attachment:
         return nullcontext() if self.monitor is None else self.monitor.port.guarded(part)
 
     def state(self) -> dict[str, Any]:
-        """Return what :meth:`open` needs to continue this run, in types that survive JSON."""
+        """Return the state with which :meth:`open` continues this run, in types that JSON can hold."""
         monitor = self.monitor
         if monitor is None or monitor.closed:
             return {}
@@ -192,7 +193,7 @@ class Attachment:
         return state
 
     def act(self) -> Due:
-        """Apply the remedies and return what the framework has to do. Call it after each optimizer step."""
+        """Apply the remedies; return the actions for the framework. Call it after each optimizer step."""
         context, begun = self._context, self._begun
         if context is None:
             return Due(False, False)
@@ -208,18 +209,18 @@ class Attachment:
         return Due(bool(kinds & self._save_on), asked or bool(kinds & self._stop_on))
 
     def close(self) -> None:
-        """Detach. The monitor stays, for its history; the run's model and optimizer are released."""
+        """Detach. The monitor is kept for its history; the run's model and optimizer are released."""
         if self.monitor is not None:
             self.monitor.close()
 
     def _release(self) -> None:
-        """Release the run, also where the user closes the monitor: it holds this by ``on_alert``."""
+        """Release the run's objects when the monitor closes, which keeps this object by ``on_alert``."""
         self._context = None
 
-    def _heard(self, alert: Alert) -> None:
+    def _note_alert(self, alert: Alert) -> None:
         if alert.state is AlertState.FIRING and alert.id not in self._seen:
             self._seen.add(alert.id)
-            # Asked now: what began while the ranks agreed is done by all of them, even if they part later.
+            # Check may_act() now: all ranks act on an alert that began while they were read together.
             context, wanted = self._context, alert.kind in self._save_on | self._stop_on
             if (
                 context is not None
@@ -232,7 +233,7 @@ class Attachment:
 
 
 def free_directory(wanted: str | os.PathLike[str]) -> Path:
-    """Return ``wanted``, or ``wanted-2``, ``wanted-3`` …: a new run is not appended to an earlier one."""
+    """Return ``wanted``, or ``wanted-2``, ``wanted-3`` … if that holds an earlier run."""
     path, number = Path(wanted), 2
     while path.exists():
         path = Path(f"{os.fspath(wanted)}-{number}")

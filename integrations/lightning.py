@@ -1,7 +1,7 @@
-"""Lightning: ``Trainer(callbacks=[NFICallback()])``.
+"""Watch a training with Lightning: ``Trainer(callbacks=[NFICallback()])``.
 
-Attaches when training begins, after a checkpoint is loaded and the sanity check is over, and detaches when it
-ends, an exception included.
+The callback attaches when training begins, after a checkpoint is loaded and after the sanity check.  It
+detaches when training ends, also by an exception.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class NFICallback(Callback):
             writes nothing.
 
     Of several optimizers the one that trains the head is watched. Scalars go to the trainer's loggers every
-    ``log_every_n_steps`` and where the phase changes, alerts to those that take text or notify people.
+    ``log_every_n_steps`` and when the phase changes, alerts to those that take text or notify people.
     ``callback.monitor`` is the monitor. Checkpoints hold its state: a resumed fit goes on with its alerts.
 
     Raises TypeError or ValueError for wrong options when made, and as ``Monitor`` when training begins.
@@ -63,11 +63,11 @@ class NFICallback(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(values, step)
 
-        def tell(alert: Alert, change: Change) -> None:
+        def log_alert(alert: Alert, change: Change) -> None:
             from nfi_monitor.report.tensorboard.texts import alert_markdown
 
             for logger in trainer.loggers:
-                experiment = getattr(logger, "experiment", None)  # a logger of the user's own has none
+                experiment = getattr(logger, "experiment", None)  # a user's own logger may have none
                 if experiment is not None and hasattr(experiment, "add_text"):
                     text = alert_markdown(alert)
                     experiment.add_text(f"nfi/alerts/{alert.id}", text, alert.last_step)
@@ -79,7 +79,7 @@ class NFICallback(Callback):
             directory=_folder(trainer) / "nfi",
             schedulers=[config.scheduler for config in trainer.lr_scheduler_configs],
             scaler=getattr(trainer.precision_plugin, "scaler", None),
-            sinks=[ScalarLog(log, trainer.log_every_n_steps), AlertLog(tell), *notifiers(names)],
+            sinks=[ScalarLog(log, trainer.log_every_n_steps), AlertLog(log_alert), *notifiers(names)],
             state=self._resumed,
             native={"trainer": trainer, "pl_module": pl_module},
         )
@@ -100,7 +100,7 @@ class NFICallback(Callback):
                 checkpoints = trainer.checkpoint_callback
                 folder = getattr(checkpoints, "dirpath", None) or _folder(trainer) / "checkpoints"
                 save_to = Path(folder) / f"nfi-step={trainer.global_step}.ckpt"
-        if save_to is not None:  # what fails in here is the trainer's, and has to be heard
+        if save_to is not None:  # an error in here is the trainer's: do not hide it
             trainer.save_checkpoint(save_to)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
@@ -113,5 +113,5 @@ class NFICallback(Callback):
 
 
 def _folder(trainer: Any) -> Path:
-    # Asked for on all ranks alike: log_dir is a broadcast. It is None with a logger that keeps no files.
+    # Read it on all ranks, because log_dir broadcasts. It is None with a logger that keeps no files.
     return Path(trainer.log_dir or trainer.default_root_dir)

@@ -1,6 +1,7 @@
-"""HuggingFace ``Trainer``: ``Trainer(..., callbacks=[NFICallback()])``.
+"""Watch a training with the HuggingFace Trainer: ``Trainer(..., callbacks=[NFICallback()])``.
 
-Attaches when training begins, after the model is wrapped and the optimizer made, and detaches when it ends.
+The callback attaches when training begins, after the model was wrapped and the optimizer made.  It detaches
+when training ends.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ class NFICallback(TrainerCallback, ExportableState):
         save_on: kinds of alert that save a checkpoint at once, such as "imminent".
         stop_on: kinds of alert that stop the training, such as "slingshot".
         remedy: ``remedy(alert, context)``, called after the step at which an alert begins
-            (:class:`nfi_monitor.integrations.attach.TrainerContext`). It may change the training; nothing
-            else here does.
-        run_dir: default ``<output_dir>/nfi``, or ``nfi-2`` … where that holds an earlier run; a resumed run
-            goes on in its own. None writes nothing.
+            (:class:`nfi_monitor.integrations.attach.TrainerContext`). It may change the training; no other
+            part of this callback does.
+        run_dir: default ``<output_dir>/nfi``, or ``nfi-2`` … if that holds an earlier run; a resumed run
+            goes on in its own directory. None: write no files.
         options: as for :class:`nfi_monitor.Monitor` (head, console, on_alert, probe, thresholds, every …).
 
     Alerts also go to ``trainer.state.log_history`` (key ``nfi_alert``) and, where ``report_to`` names them,
@@ -47,8 +48,8 @@ class NFICallback(TrainerCallback, ExportableState):
 
     def __new__(cls, *, restored: bool = False, **options: Any) -> NFICallback:
         # With restore_callback_states_from_checkpoint=True the Trainer replaces callbacks by new ones, made
-        # from JSON: a remedy, an on_alert or the user's hold on the monitor would be lost. So the callback
-        # that is there is handed back instead (of several the newest that is not training).
+        # from JSON.  A remedy, an on_alert or the user's reference to the monitor would be lost.  So the
+        # existing callback is returned instead (of several, the newest one that is not training).
         if restored:
             idle = [made for made in cls._made.values() if not made._training()]
             if idle:
@@ -71,7 +72,7 @@ class NFICallback(TrainerCallback, ExportableState):
         return self.monitor is not None and not self.monitor.closed
 
     def state(self) -> dict[str, Any]:
-        """For the Trainer's checkpoint; read again when training begins."""
+        """Return the state for the Trainer's checkpoint, which is read again when training begins."""
         saved: dict[str, Any] = {}
         with self._attachment.guarded("state"):
             saved = self._attachment.state()
@@ -79,7 +80,7 @@ class NFICallback(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__)
-        # A checkpoint of before this callback was added has no such key, and the next save would ask for it.
+        # A checkpoint from before this callback was added lacks this key, and the next save would need it.
         state.stateful_callbacks[type(self).__name__] = self.state()
         saved = saved[-1] if isinstance(saved, list) and saved else saved
 

@@ -1,4 +1,4 @@
-"""A drop-in PyTorch training monitor that sees slingshot loss spikes coming and names their cause.
+"""Monitor PyTorch trainings: warn before slingshot loss spikes, and name their cause.
 
     from nfi_monitor import Monitor
     with Monitor(model, optimizer):

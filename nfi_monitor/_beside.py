@@ -1,9 +1,10 @@
 """Find ``nfi_monitor.integrations`` and ``nfi_monitor.examples`` in a copy of the repository.
 
-The adapters and the examples stand at the top of the repository, where people look for them, and are
-installed inside the package.  In a copy that nobody has installed, or that is not the installed one, they
-are those of the same copy.  (Adding the top of the repository to the package's ``__path__`` lost: the
-package would contain itself, and :func:`pkgutil.walk_packages` would not end.)"""
+The adapters and the examples are at the top of the repository, where people look for them, and are installed
+inside the package.  In a copy of the repository that is not installed, this module finds the folders of that
+copy.  (Rejected: adding the top of the repository to the package's ``__path__``, because the package would
+contain itself, and :func:`pkgutil.walk_packages` would not end.)
+"""
 
 from __future__ import annotations
 
@@ -35,9 +36,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def install() -> None:
-    """Find them beside the package, if it stands in a copy of the repository; first, before an installed
-    one.
-    """
+    """Find both folders in the repository, before installed ones, if the package is in a copy of it."""
     top = Path(__file__).resolve().parents[1]
     if all(
         (top / name).is_file()

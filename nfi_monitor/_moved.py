@@ -1,9 +1,9 @@
 """Keep old imports working, with a DeprecationWarning that names the new place.
 
-:data:`MOVED` lists modules that are gone, :data:`RENAMED` what has a new name, :data:`LEFT` names
-that left a module which still exists.  One finder at the end of ``sys.meta_path`` makes the old modules:
-Python asks it only for modules that no other finder knows.  (One file for each old module would keep the
-package crowded.)
+:data:`MOVED` lists modules that no longer exist.  :data:`RENAMED` lists classes, functions and constants with
+a new name.  :data:`LEFT` lists names that moved out of a module that still exists.  One finder at the end of
+``sys.meta_path`` makes the old modules: Python calls it only for modules that no other finder knows.
+(Rejected: one file for each old module, because these would crowd the package.)
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ LEFT: dict[str, dict[str, str]] = {
         **dict.fromkeys(("info_markdown", "overview_markdown"), f"{_TENSORBOARD}.texts"),
     },
 }
-"""Module that still exists → names that it had once, each with the module that has it now."""
+"""Existing module → names that it had once, each with the module that has it now."""
 
 
 def left(module: str, name: str) -> Any:

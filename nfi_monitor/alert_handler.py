@@ -1,4 +1,4 @@
-"""What ``Monitor(on_alert=...)`` takes beside a plain function: an object that keeps a state of its own."""
+"""Define the base class of objects for ``Monitor(on_alert=...)`` that are more than a function."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 class AlertHandler:
     """Base class for an ``on_alert`` that needs its monitor, has a state, or may end the training.
 
-    A subclass defines ``__call__``.  Everything else does nothing unless it is overridden.
+    A subclass defines ``__call__``.  All other methods do nothing unless they are overridden.
     :class:`nfi_monitor.remedies.Autopilot` is one.
     """
 
     def attach(self, monitor: Monitor) -> None:
-        """Receive the monitor, once, when it is attached. What this raises closes the monitor again."""
+        """Get the monitor, once, when it attaches. An error here closes the monitor."""
 
     def __call__(self, alert: Alert) -> None:
-        """Receive an alert whenever one begins, changes or ends. What this raises is reported once."""
+        """Handle an alert that begins, changes or ends. An error here is reported once."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(alert).")
 
     @property
     def should_stop(self) -> bool:
-        """Whether training should end. The adapters ask after each optimizer step."""
+        """Whether the training should end. The adapters check it after each optimizer step."""
         return False
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a resumed run needs, in types that survive JSON. The adapters save it."""
+        """Return the state for a resumed run, in types that JSON can hold. The adapters save it."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -53,7 +53,7 @@ def handler_of(on_alert: Callable[[Alert], None] | None) -> AlertHandler | None:
 
 
 class _OldHandler(AlertHandler):
-    """Stands for an object that follows the protocol from before AlertHandler existed."""
+    """Wrap an object with the methods from before AlertHandler existed."""
 
     def __init__(self, inner: Any) -> None:
         self._inner = inner

@@ -1,7 +1,8 @@
 """Replace a file atomically: a reader, even after a crash, finds either the old file or the new one.
 
-The new file is written into the same directory, because a rename across file systems is a copy and can be
-torn. It is on the disk before it takes the name: otherwise a power failure could leave an empty file.
+The new file is written into the same directory, because a rename across file systems is a copy, which a crash
+can interrupt. It is flushed to the disk before the rename: otherwise a power failure could leave an empty
+file.
 """
 
 from __future__ import annotations

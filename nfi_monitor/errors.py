@@ -1,5 +1,4 @@
-"""Define the errors of the monitor. It raises when it is made, or when asked for what is missing; never in
-training."""
+"""Define the errors of the monitor. They are raised by calls of the user, never inside a training step."""
 
 from __future__ import annotations
 

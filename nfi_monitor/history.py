@@ -1,11 +1,12 @@
 """Keep all readings in bounded memory: two columns for each quantity (steps, values), thinned as they grow.
 
-A run of a million steps must not need a million Python dicts.  Each quantity has its own steps, because most
-readings hold only a few quantities (between full readings, the loss alone).  When a column reaches its limit,
-about half of the entries in its older half are removed.  Steps are divided into intervals of equal length,
-and the first entry of each interval stays.  So recent entries keep their full resolution, and all old entries
-have the same, coarser one.  (A ring buffer was tried: it loses the beginning of a run, which people plot
-first. Removing every second entry was tried: each pass halves the oldest again, until the beginning is gone.)
+With one Python dict per step, a run of a million steps would need too much memory.  Each quantity has its own
+steps, because most readings hold only a few quantities (between full readings, the loss alone).  When a
+column reaches its limit, about half of the entries in its older half are removed.  Steps are divided into
+intervals of equal length, and the first entry of each interval stays.  So recent entries keep their full
+resolution, and all old entries have the same, coarser one.  (A ring buffer was tried: it loses the beginning
+of a run, which people plot first. Removing every second entry was tried: each pass halves the oldest again,
+until the beginning is gone.)
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The public class: attaches to a training, offers what was found, detaches.
+"""Define the public class: it attaches to a training, gives access to the results, and detaches.
 
-What runs in the hooks is :class:`~nfi_monitor.engine.loop.StepLoop`.
+:class:`~nfi_monitor.engine.loop.StepLoop` does the work in the hooks.
 """
 
 from __future__ import annotations
@@ -43,50 +43,51 @@ if TYPE_CHECKING:
 
 
 class Monitor:
-    """Watch a training run for slingshots. Attaches at once; detaches on ``close()`` or when ``with`` ends.
+    """Watch a training run for slingshots: attach at once, detach on ``close()`` or when ``with`` ends.
 
     Args:
         model: the module that is trained; it may be wrapped by DDP or torch.compile.
         optimizer: the optimizer whose ``step()`` updates the model; it may be wrapped. Of a list, the monitor
             takes the one that trains the head.
-        head: the classifier head, as a module or by its qualified name. None finds it; False says that
-            no module is the head, and that rows come from :meth:`tap` alone.
-        run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, where tensorboard is
-            installed, event files. None writes nothing.
+        head: the classifier head, as a module or by its qualified name. None finds it. False: no module is
+            the head, and rows come from :meth:`tap` alone.
+        run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, if tensorboard is
+            installed, event files. None: write no files.
         console: True prints a line when an alert begins or ends; False or None prints nothing; or a
             ``Console`` to print to.
         on_alert: called with the :class:`Alert` whenever one begins, changes or ends: a function, or an
             :class:`nfi_monitor.AlertHandler`, such as :class:`nfi_monitor.remedies.Autopilot`.
         probe: a fixed batch ``(inputs, targets)`` whose margins are compared between readings. It shows
-            displacement that the head alone does not show (a head fed by LayerNorm), for one extra forward
-            pass per reading. ``inputs`` is a tensor, a tuple of arguments or a dict of keywords;
-            ``targets`` int64, of the logits' shape without the class axis.
+            displacement that the head alone does not show, as behind a LayerNorm. It costs one extra forward
+            pass per reading. ``inputs`` is a tensor, a tuple of arguments or a dict of keywords.
+            ``targets`` is int64, of the logits' shape without the class axis.
         thresholds: the constants of detection.
-        every: "auto" reads a healthy run sparsely, and every step once something changes. An int reads the
-            first optimizer step and those that it divides.
-        overhead_budget: share of the training's own time that healthy steps may cost. To keep to it,
-            ``every="auto"`` reads a small model less often, at least once in τ/10 steps. Where that is not
-            enough, it reads a quarter of the rows and coordinates from then on. A note says so. At risk it
-            reads as often as before. None: what is read depends on τ alone, never on the clock.
+        every: "auto" reads some steps of a healthy run, and every step once something changes. An int n
+            reads the first optimizer step and every n-th.
+        overhead_budget: share of the training's own time that the monitor may take at healthy steps. To
+            keep to it, ``every="auto"`` reads a small model less often, at least once in τ/10 steps. If that
+            is not enough, it reads a quarter of the rows and coordinates from then on. A note says so. A run
+            at risk is read as often as before. None: τ alone decides what is read, never the clock.
         snapshots: while *at risk*, keep the last four states of the run in host memory, one every 2 τ, for
-            :meth:`replay`. "auto" does so on a CPU if one takes at most 16 MiB. An int is the bytes that all
-            may take together, on any device; False keeps none.
-        stateful: what else belongs to a state of the run: schedulers, gradient scalers, samplers, weight
-            averages (with ``state_dict``/``load_state_dict``) and ``torch.Generator`` objects.
+            :meth:`replay`. "auto": on a CPU only, and if one state takes at most 16 MiB. An int: on any
+            device, if all states together take at most so many bytes. False: keep none.
+        stateful: other objects that belong to the state of the run: schedulers, gradient scalers, samplers,
+            weight averages (with ``state_dict``/``load_state_dict``) and ``torch.Generator`` objects.
         sinks: further :class:`nfi_monitor.report.sink.Sink` objects for readings and alerts, on rank 0.
-        group: the processes that train this model together, whose rows and shards make one reading. None
-            finds them (DDP, FSDP, tensor parallel meshes); a ``ProcessGroup`` or a ``DeviceMesh`` names them;
-            False reads and reports this process alone. Attach on each of them: they agree on phase, steps to
-            read and alerts, ``on_alert`` is called on each, and the first reports. Where they are not read
-            together, adapters and the Autopilot act on no alert (``port.may_act()``).
+        group: the processes that train this model together; their rows and shards make one reading. None
+            finds them (DDP, FSDP, tensor parallel meshes). A ``ProcessGroup`` or a ``DeviceMesh`` names them.
+            False reads and reports this process alone. Attach a monitor on each process: they agree on
+            phase, steps to read and alerts. ``on_alert`` is called on each; the first process reports. If
+            they are not read together, adapters and the Autopilot act on no alert (``port.may_act()``).
 
     Raises:
-        HeadNotFoundError: no module, or more than one, could be the head; lists the candidates.
+        HeadNotFoundError: no module, or more than one, could be the head; the message lists candidates.
         AlreadyMonitoredError: another open monitor watches the same head.
         TypeError, ValueError: arguments of the wrong kind.
 
-    Training is never changed: every hook returns None, tensors are detached before they are read, no
-    random number is drawn.  Training is never stopped: a part that fails is reported once and stays quiet.
+    The monitor never changes the training: every hook returns None, tensors are detached before they are
+    read, no random number is drawn.  It never stops the training: a part of the monitor that fails is
+    reported once and switched off.
     """
 
     @renamed_keyword("extras", "stateful")
@@ -117,7 +118,7 @@ class Monitor:
         found, watched = find_watched(model, optimizer, head)
         self._loop = StepLoop(self, model, watched, found, options)
         self.port = AdapterPort(self._loop)
-        """What adapters of training frameworks and remedies call."""
+        """The methods for adapters of training frameworks and for remedies."""
         register(self, self._loop.watched_module)
         detach.abandon_if_forked(self._loop)
         handler = handler_of(on_alert)
@@ -132,9 +133,9 @@ class Monitor:
 
     @torch.compiler.disable  # inside a compiled function one graph break; nothing in here is traced
     def observe_loss(self, loss: Tensor | float) -> None:
-        """Tell the monitor the loss of this micro-batch; call it before ``optimizer.step()``.
+        """Record the loss of this micro-batch. Call this before ``optimizer.step()``.
 
-        Never synchronises: a tensor is kept and read later, with the step's other numbers.
+        It never synchronises: a tensor is kept and read later, with the step's other numbers.
         """
         loop = self._loop
         if loop.closed or loop.paused:
@@ -147,18 +148,18 @@ class Monitor:
             loop.faults.failed("observe_loss", error)
 
     def observe_outputs(self, scale: float = 1.0) -> None:
-        """Read the loss from what the model returns (``output.loss``, ``output[0]``): no call per step.
+        """Read the loss from the model's output (``output.loss``, ``output[0]``), without a call per step.
 
-        Where the model gets ``num_items_in_batch``, its losses are shares of the step's loss: they are added,
-        times ``scale`` (the number of processes, if that counts the items of all of them).
+        If the model gets ``num_items_in_batch``, each loss is a share of the step's loss: the losses are
+        added and multiplied by ``scale`` (the number of processes, if the items of all are counted).
         """
         self._loop.observe_outputs(scale, self.observe_loss)
 
     @torch.compiler.disable
     def tap(self, logits: Tensor) -> Tensor:
-        """Watch exactly this tensor [..., K] instead of the head's output. Returns it unchanged.
+        """Watch this tensor [..., K] instead of the head's output. Returns it unchanged.
 
-        For logits that are no module's output, or are cast, scaled or capped between head and loss. Inside a
+        For logits that no module returns, or that are cast, scaled or capped between head and loss. Inside a
         compiled function it costs one graph break, outside none.
         """
         loop = self._loop
@@ -170,13 +171,13 @@ class Monitor:
                 loop.faults.failed("rows", error)
         return logits
 
-    # --- what was found --------------------------------------------------------------------------
+    # --- results ---------------------------------------------------------------------------------
 
     @property
     def history(self) -> History:
         """Everything measured so far: ``history["zero_sum_violation"]`` → (steps, values).
 
-        Deferred losses are judged first. Assign a longer one (``History(max_rows=...)``) to thin less."""
+        Deferred losses are judged first. Assign a ``History(max_rows=...)`` with more rows to thin less."""
         return self._loop.judge.history
 
     @history.setter
@@ -185,7 +186,7 @@ class Monitor:
 
     @property
     def alerts(self) -> list[Alert]:
-        """All alerts, oldest first; a firing one is replaced by its newer state as it develops."""
+        """All alerts, oldest first, each in its latest state."""
         return list(self._loop.detector.alerts)
 
     @property
@@ -195,13 +196,13 @@ class Monitor:
 
     @property
     def phases(self) -> list[tuple[int, Phase]]:
-        """(step, phase) whenever the phase changes."""
+        """Changes of the phase, as (step, new phase)."""
         return self._loop.judge.phases
 
     @property
     def notes(self) -> list[Note]:
-        """What limits what the monitor can see; each is noted once."""
-        return list(self._loop.notes.said.values())
+        """Notes so far: each says once what the monitor cannot see, or what it reports besides alerts."""
+        return list(self._loop.notes.by_code.values())
 
     @property
     def replays(self) -> list[ReplayVerdict]:
@@ -210,29 +211,29 @@ class Monitor:
 
     @property
     def snapshots(self) -> list[Snapshot]:
-        """States of the run while it was at risk, oldest first; also after ``close()``."""
+        """Snapshots taken while the run was at risk, oldest first; also after ``close()``."""
         return self._loop.recent_snapshots.snapshots
 
     def summary(self) -> Summary:
-        """Return everything so far as one object: rich prints it, ``json.dumps`` writes it."""
+        """Return a summary of the run so far, for ``rich.print`` or ``json.dumps``."""
         return self._loop.summary()
 
     def explain(self, alert: Alert | str) -> Explanation:
-        """Explain an alert, or the one of this id: what crossed which threshold when, and what was not seen.
+        """Explain an alert, given or named by its id: which quantities crossed which thresholds, and when.
 
-        From the readings in ``history``; also after ``close()`` and in ``on_alert``. Raises ValueError,
-        with the known ids, for an alert that is not this monitor's.
+        Made from the readings in ``history``; works also after ``close()`` and in ``on_alert``. Raises
+        ValueError, with the known ids, for an alert of another monitor.
         """
         from nfi_monitor.report.explain.compose import explain, find_alert
 
-        # No pending reading is judged here: on_alert may call this while one is being judged.
+        # Do not judge pending readings here: on_alert may call this while a reading is judged.
         loop = self._loop
         found = find_alert(loop.detector.alerts, alert)
         return explain(
             found, self.history, loop.judge.phases, loop.thresholds, loop.detector.context, self.notes
         )
 
-    # --- the run as it is ------------------------------------------------------------------------
+    # --- the watched run -------------------------------------------------------------------------
 
     @property
     def step(self) -> int:
@@ -246,14 +247,14 @@ class Monitor:
 
     @property
     def optimizer(self) -> Optimizer:
-        """The optimizer that is watched, without wrappers. Raises MonitorError once closed."""
+        """The watched optimizer, without wrappers. Raises MonitorError once closed."""
         if self._loop.closed:
             raise MonitorError("A closed monitor does not hold the optimizer.")
         return self._loop.optimizer
 
     @property
     def head(self) -> Head | None:
-        """The classifier head that is watched; None where there is none, and once closed."""
+        """The watched classifier head; None if there is none, and once closed."""
         return None if self._loop.closed else self._loop.head
 
     @property
@@ -263,22 +264,22 @@ class Monitor:
 
     @property
     def run_dir(self) -> str | PathLike[str] | None:
-        """The run directory as it was given; None where nothing is written."""
+        """The run directory as it was given; None if no files are written."""
         return self._loop.run_dir
 
     def watches(self, model: nn.Module, optimizer: Any) -> bool:
-        """Return whether steps of this optimizer, or of a model that has the watched head, are the run's."""
+        """Return whether this is the watched optimizer, or a model with the watched head."""
         loop = self._loop
         return not loop.closed and (
             loop.optimizer is optimizer or loop.watched_module in set(model.modules())
         )
 
     def note(self, code: str, message: str) -> None:
-        """Add a note of your own to the monitor's; once for each ``code``."""
+        """Add a note of your own, once for each ``code``."""
         self._loop.notes.note(code, message, self._loop.step)
 
     def weight_norms(self) -> dict[str, float]:
-        """Return the Euclidean norm of every parameter by its name. Reads all weights: not for every step."""
+        """Return the Euclidean norm of every parameter by its name. Slow: it reads all weights."""
         if self._loop.closed:
             raise MonitorError("weight_norms() reads the model, which a closed monitor does not hold.")
         return parameter_norms(self._loop.model)
@@ -296,23 +297,23 @@ class Monitor:
         steps: int | None = None,
         snapshot: Snapshot | None = None,
     ) -> ReplayVerdict:
-        """Find the last slingshot's cause: repeat it from before its start under each arm, and compare.
+        """Find the cause of the last slingshot: repeat its steps under each arm, and compare.
 
         ``step_fn(step)`` does optimizer step number ``step`` as the run did, with the same data, and returns
         the loss.  ``arms``: default :data:`nfi_monitor.replay.ARMS`.  ``steps``: default until max(2 τ, 20)
-        steps after the slingshot.  ``snapshot``: default the newest 2 τ before it, or else the oldest.
-        The verdict goes to ``replays.jsonl`` and into the report.  The run is not changed and may go on.
+        steps after the slingshot.  ``snapshot``: default the newest one at least 2 τ before the slingshot,
+        or else the oldest.  The verdict goes to ``replays.jsonl``.  The run is restored and may go on.
 
-        Raises MonitorError, saying what is needed, without a snapshot or a usable ``step_fn``.
+        Raises MonitorError, with what is needed, if there is no snapshot or no usable ``step_fn``.
         """
         from nfi_monitor.engine.replays import replay_slingshot
 
         return replay_slingshot(self._loop, step_fn, arms, steps, snapshot)
 
-    # --- the life of a monitor -------------------------------------------------------------------
+    # --- pause, resume, close --------------------------------------------------------------------
 
     def paused(self) -> AbstractContextManager[None]:
-        """Ignore forwards, steps and losses while this is open: they are not the run's.
+        """Ignore forward passes, steps and losses inside a ``with`` block.
 
         For code that trains the model and restores it afterwards, such as a replay.
         """
@@ -321,8 +322,8 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state in plain types, for the run's checkpoint.
 
-        It holds what the next reading is compared with, not the readings: a resumed run reads what the
-        uninterrupted one would have."""
+        The state holds the values that the next reading is compared with, but no readings. A resumed run
+        reads the same numbers as an uninterrupted run."""
         return checkpoint.state_dict(self._loop)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

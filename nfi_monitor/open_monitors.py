@@ -1,7 +1,7 @@
-"""The monitors that are open in this process, for whatever trains, replays or attaches beside them.
+"""List the monitors that are open in this process, without importing the class Monitor.
 
-A replay pauses the monitors of its model, a remedy asks one of them for the step, an adapter closes what an
-interrupted run has left open.  None of these has to know the class :class:`nfi_monitor.Monitor` for it.
+A replay pauses the monitors of its model, and a remedy reads the step from one.  An adapter closes a monitor
+that an interrupted run has left open.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 
 class OpenMonitor(Protocol):
-    """What a monitor offers to those that found it here."""
+    """The methods of a monitor that callers of this module use."""
 
     @property
     def step(self) -> int:
@@ -24,19 +24,19 @@ class OpenMonitor(Protocol):
 
     @property
     def closed(self) -> bool:
-        """Whether it has detached."""
+        """Whether the monitor has detached."""
         ...
 
     def paused(self) -> AbstractContextManager[None]:
-        """Ignore forwards, steps and losses while this is open."""
+        """Ignore forward passes, steps and losses inside a block."""
         ...
 
     def watches(self, model: nn.Module, optimizer: Any) -> bool:
-        """Whether it would take steps of this optimizer or of this model for the run's."""
+        """Return whether the monitor watches this optimizer, or the head of this model."""
         ...
 
     def close(self) -> None:
-        """Detach."""
+        """Detach the monitor."""
         ...
 
 
@@ -67,7 +67,7 @@ def open_monitors(model: nn.Module, optimizer: Any) -> list[Any]:
 
 
 def _forget_all() -> None:
-    """Forget every monitor: a forked process has inherited them, but what it runs is not their run."""
+    """Remove every monitor in a forked process, which inherits them but does not run their training."""
     _OPEN.clear()
     _WATCHED.clear()
 

@@ -18,9 +18,9 @@ class Phase(str, Enum):
     """The part of the slingshot cycle that a run is in."""
 
     HEALTHY = "healthy"
-    ABSORBING = "absorbing"  # rounding breaks the zero-sum; nothing has grown yet
-    INFLATING = "inflating"  # and the global feature mean grows
-    IMMINENT = "imminent"  # and updates move the logits by a large part of a nat within τ/20 steps
+    ABSORBING = "absorbing"  # rounding breaks the zero-sum; the feature mean does not grow yet
+    INFLATING = "inflating"  # in addition, the feature mean grows
+    IMMINENT = "imminent"  # updates move the logits by a large part of a nat within τ/20 steps
     SLINGSHOT = "slingshot"  # the loss has left its floor
     RECOVERING = "recovering"  # the loss is low again, the second moment has not settled yet
 
@@ -48,7 +48,7 @@ class Severity(str, Enum):
 
     @property
     def rank(self) -> int:
-        """0, 1, 2: for comparisons (``alert.severity.rank >= Severity.WARNING.rank``)."""
+        """Order of the severity, 0 to 2 (``alert.severity.rank >= Severity.WARNING.rank``)."""
         return list(Severity).index(self)
 
 
@@ -66,7 +66,7 @@ class Mechanism(str, Enum):
     NUMERICAL_FEATURE_INFLATION = "numerical_feature_inflation"  # Liu et al. 2026, Theorem 3.7
     SECOND_MOMENT = "second_moment"  # W. Wu 2024, section 2.1
     EDGE_OF_STABILITY = "edge_of_stability"  # Bai et al., arXiv 2506.04805
-    EXTERNAL = "external"  # from outside: a learning-rate jump, a bad batch
+    EXTERNAL = "external"  # a jump of the learning rate, or a bad batch
     UNKNOWN = "unknown"
 
     def __str__(self) -> str:
@@ -86,9 +86,9 @@ class Evidence:
 class Alert:
     """One event with a beginning and an end.
 
-    ``first_step`` and ``last_step`` are optimizer steps; ``last_step`` moves while the alert fires.
-    ``steps_to_spike`` is ``(low, median, high)``, counted from ``last_step``, or None where a
-    countdown would be a guess.  ``confidence``, in [0, 1], is that of ``mechanism``.
+    ``first_step`` and ``last_step`` are optimizer steps; ``last_step`` grows while the alert fires.
+    ``steps_to_spike`` is ``(low, median, high)``, counted from ``last_step``, or None if the number would be
+    a guess.  ``confidence``, in [0, 1], is the confidence in ``mechanism``.
     """
 
     id: str
@@ -107,7 +107,7 @@ class Alert:
     rank: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """A dict of plain types; non-finite evidence becomes None so that any JSON reader can read it."""
+        """Return a dict of plain types. Evidence that is NaN or Inf becomes None, which any JSON has."""
         record = asdict(self)
         for key in ("kind", "severity", "state", "phase", "mechanism"):
             record[key] = str(record[key])
@@ -121,9 +121,9 @@ class Alert:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Alert:
-        """The inverse of :meth:`to_json`; unknown keys (a newer writer) are ignored.
+        """Make an alert from the result of :meth:`to_json`; ignore unknown keys of a newer version.
 
-        Raises KeyError where a required field is missing and ValueError for an unknown enum value.
+        Raises KeyError for a missing field and ValueError for an unknown enum value.
         """
         spike = record.get("steps_to_spike")
         return cls(
@@ -164,10 +164,10 @@ class Change(str, Enum):
 
 @dataclass(frozen=True)
 class Note:
-    """A message that is given once, such as what the monitor could not read, and what it still can."""
+    """A message that is given once, for example about numbers that the monitor cannot read."""
 
     code: str  # stable, for programs: "head_never_fired"
-    message: str  # for people: what was found, and what to do
+    message: str  # for people: what happened, and what to do
     step: int
 
 
@@ -175,8 +175,8 @@ class Note:
 class Reading:
     """The numbers of one measured optimizer step.
 
-    ``values`` maps a name of :data:`nfi_monitor.quantities.QUANTITIES` to a float; a quantity that
-    could not be measured at this step is absent (never 0).  NaN and Inf are measured values.
+    ``values`` maps a name of :data:`nfi_monitor.quantities.QUANTITIES` to a float.  A quantity that could
+    not be measured at this step is absent, never 0.  NaN and Inf are measured values.
     """
 
     step: int
@@ -188,127 +188,132 @@ class Reading:
 
 @dataclass(frozen=True)
 class Thresholds:
-    """Every threshold of the detector: its unit, meaning and source, and what another value changes.
+    """Every threshold of the detector, with its unit, meaning, source and the effect of another value.
 
     Times are in τ = 1/(1−β2) optimizer steps, displacements in nats, violations relative to the sum of
     absolute gradients.  "Measured" refers to the project's own runs: ``tests/benchmarks/detection`` scores
-    every change of a level in minutes (RESULTS.md), and ``tests/benchmarks/LOG.md`` keeps those that lost.
-    What mechanisms are told apart by, forecasts and lengths of memory are documented where they stand:
-    ``nfi_monitor/detect/mechanism.py``, ``forecast.py``, ``signals.py``, ``spike.py`` and ``loss_watch.py``.
+    every change of a level in minutes (RESULTS.md), and ``tests/benchmarks/LOG.md`` lists rejected changes.
+    Constants of the mechanism, the forecast and the averages are in ``nfi_monitor/detect/``: ``causes.py``,
+    ``forecast.py``, ``signals.py``, ``spike.py`` and ``loss_watch.py``.
     """
 
     # --- absorbing: rounding breaks the zero-sum (Liu et al. 2026, section 3) -------------------
     absorbing_enter: float = 0.10
-    """Zero-sum violation (smoothed, in [0, 1]) from which on rows count as absorbing. Measured: .11–.99
-    before numeric slingshots, 1e-8–1e-3 before others. Lower: *at risk* earlier, and from a few confident
-    rows; higher: narrow nets are seen later."""
+    """Zero-sum violation (smoothed, in [0, 1]) at which *absorbing* begins. Measured: .11–.99 before numeric
+    slingshots, 1e-8–1e-3 before others. Lower: *at risk* comes earlier, and a few confident rows cause it.
+    Higher: it comes later in narrow networks."""
     absorbing_exit: float = 0.03
-    """Violation below which the state ends; the gap is the hysteresis. Higher: one state may fall apart
-    into several alerts."""
+    """Violation below which *absorbing* ends; the gap is the hysteresis. Higher: one state may become several
+    alerts."""
     absorbing_smoothing: float = 0.5
-    """Time constant in τ of the averages over violation and RMS_t (measured: less rings on minibatches,
-    more costs lead), never more than ``smoothing_cap``."""
+    """Time constant in τ of the averages over violation and RMS_t, at most ``smoothing_cap``. Measured,
+    lower: false alarms on minibatches. Higher: less lead."""
     smoothing_cap: float = 50.0
     """Longest smoothing in steps: at β2 = .999 half a τ would hide the whole start of a spike."""
 
     # --- inflating: the feature mean grows (Theorem 3.7) ----------------------------------------
     inflating_growth: float = 0.01
-    """Growth of ln‖μ_G‖ per τ from which on an absorbing run is inflating. Measured: .01–.6 per τ before
-    numeric slingshots. Lower: severity *warning* comes earlier, and in runs that merely drift."""
+    """Growth of ln‖μ_G‖ per τ at which an absorbing run is *inflating*. Measured: .01–.6 per τ before numeric
+    slingshots. Lower: severity *warning* comes earlier, and also in runs that merely drift."""
 
-    # --- imminent: an update is about to be felt by the loss ------------------------------------
+    # --- imminent: updates are nearly large enough to raise the loss -----------------------------
     imminent_growth: float = 0.02
-    """Growth of ln‖μ_G‖ per τ that *imminent* needs besides a displacement. Higher: later cycles, whose
-    means hardly grow, are missed."""
+    """Growth of ln‖μ_G‖ per τ that *imminent* requires in addition to a displacement. Higher: later
+    slingshots of a run, before which the means hardly grow, are missed."""
     imminent_displacement: float = 0.15
-    """Logit (or probe margin) displacement in nats over a twentieth of τ (at least one step, log-averaged),
-    from which on *imminent* begins. Higher: less lead in later cycles (.3: under a τ); lower: soft-capped
-    logits at .1 ring twice in 5,000 quiet steps."""
+    """Logit (or probe margin) displacement in nats over a twentieth of τ (at least one step, log-averaged) at
+    which *imminent* begins. Higher: less lead before later slingshots of a run (.3: less than one τ). Lower:
+    false alarms (.1: two in 5,000 quiet steps with soft-capped logits)."""
     imminent_exit: float = 0.05
     """Displacement in nats over the same time below which *imminent* ends without a slingshot."""
     imminent_growing: float = 2.0
-    """Ratio of δ to its lowest value of the last 10 τ, from which on ``imminent_displacement`` divided by
-    this number is enough. Measured: a tenth more lead, and no more false alarms. Half the threshold without
-    this condition alarms forever under soft-capped logits."""
+    """Ratio of δ to its lowest value of the last 10 τ at which a lower displacement is enough:
+    ``imminent_displacement`` divided by this ratio. Measured: a tenth more lead, and no more false alarms.
+    Rejected: the lower displacement without this condition, because soft-capped logits stay above it."""
     imminent_rise: float = 3.0
-    """Required ratio of δ to its lowest value of the last 10 τ, where only the sum of several updates (β2
-    above .95) reaches the displacement. Lower: a run that goes on learning from minibatches at β2 = .999 is
-    called imminent."""
+    """Required ratio of δ to its lowest value of the last 10 τ if only the sum of several updates reaches the
+    displacement (β2 above .95). Lower: a run that goes on learning from minibatches at β2 = .999 is called
+    imminent."""
     imminent_swell: float = 25.0
-    """Ratio of the displacement by the layers below the head to its lowest value of the last 10 τ, from which
-    on a run is *imminent*. It counts where the head's own displacement shows nothing (a LayerNorm before it).
-    Measured: up to 20 in runs that absorb behind a LayerNorm forever, 29–85 on vision transformers 1.25 τ
-    before they spike."""
+    """Ratio of the displacement by the layers below the head to its lowest value of the last 10 τ at which a
+    run is *imminent*. It matters if a LayerNorm before the head hides that displacement from the head.
+    Measured: up to 20 in runs that absorb behind a LayerNorm forever; 29–85 in vision transformers 1.25 τ
+    before a slingshot."""
     displacement_smoothing: float = 0.25
     """Time constant in τ of the average over ln δ, at most ``displacement_cap``. Longer: less lead."""
     displacement_cap: float = 12.0
-    """Longest average over ln δ, in steps; also the longest memory of the peaks that hold an alarm."""
+    """Longest time constant in steps of the average over ln δ, and of the fading peaks that keep an alarm
+    on."""
 
     # --- second-moment slingshots (W. Wu 2024; Wortsman et al. 2023) ----------------------------
     second_moment_settles: float = 0.25
-    """Steps, in τ, before anything is concluded from the second moment. Sooner, bias correction makes it an
-    average over a moving target, and the first learning looks like forgetting."""
+    """Steps, in τ, before the detector uses the second moment. Earlier, bias correction makes it an average
+    over all gradients so far, and the fast first learning looks like a decay."""
     coasting_enter: float = 0.5
-    """RMS_t = sqrt(mean(g²/max(v, ε_A²))) of the worst tensor, averaged like violations, below which the
-    gradient is far smaller than the second moment expects (1 is settled): *at risk* where decay moves the
-    weights. Higher: sooner, and in runs with noisy gradients."""
+    """RMS_t = sqrt(mean(g²/max(v, ε_A²))), largest tensor, averaged like violations, below which the gradient
+    is far smaller than the second moment expects (1: as expected). The run is then *at risk* if weight decay
+    moves the weights. Higher: the alert comes earlier, and also in runs with noisy gradients."""
     coasting_exit: float = 0.8
-    """RMS_t, averaged, above which the gradient is back and that state ends."""
+    """RMS_t, averaged, above which the gradient is back and *coasting* ends."""
     rms_t_imminent: float = 2.3
-    """RMS_t of a kick (Wortsman et al. 2023, arXiv 2304.13013: a spike follows 1–8 steps later), under
-    decoupled decay and on a second moment that had let go. Lower: a step or two of lead for false alarms."""
+    """RMS_t of a kick under decoupled weight decay, after the second moment has decayed. A spike follows 1–8
+    steps later (Wortsman et al. 2023, arXiv 2304.13013). Lower: one or two steps more lead, but false
+    alarms."""
     rms_t_exit: float = 1.1
-    """RMS_t, largest of the last few steps, below which that alarm ends."""
+    """RMS_t, largest of the last few steps, below which the alarm of a kick ends."""
     rms_t_steep: float = 1.5
-    """RMS_t that is enough where the curvature is above ``kick_curvature``: wins one step of lead."""
+    """RMS_t of a kick if the curvature is above ``kick_curvature``. It gives one step more lead."""
     kick_curvature: float = 0.5
     """Secant curvature as a share of the stability limit 2(1+β1)/(1−β1) of Adam (Cohen et al. 2022,
     arXiv 2207.14484). Higher: every seventh hinge-loss slingshot is missed."""
     kick_displacement: float = 0.05
-    """Nats the layers below the head move the mean row's logits, that a kick has at least: tells a kick from
-    one noisy tensor. Higher than .1 loses hinge-loss slingshots."""
+    """Smallest movement of the mean row's logits by the layers below the head, in nats, for a kick. It
+    excludes a single noisy tensor. Higher than .1: slingshots under hinge loss are missed."""
     kick_turn: float = 0.5
-    """Minus the cosine of the last two gradients: where decay is so strong that the gradient comes back
-    before it is forgotten, a kick throws the weights over the wall and back."""
+    """Minus the cosine of the last two gradients at which a kick needs no decayed second moment. Under strong
+    weight decay the gradient comes back before the second moment has decayed, and then turns around."""
 
     # --- edge of stability (Cohen et al. 2022; Bai et al. 2025, arXiv 2506.04805) ---------------
     swing_alignment: float = 0.4
-    """Minus the cosine of successive gradients, averaged over 3 steps, from which on the optimizer
-    overshoots; minibatches' gradients do not oppose each other. .6 costs a step of lead."""
+    """Minus the cosine of successive gradients, averaged over 3 steps, at which the optimizer overshoots.
+    Gradients of minibatches do not oppose each other. Higher: less lead (.6: one step)."""
     swing_curvature: float = 0.25
-    """Secant curvature that an oscillation has at least, as a share of the stability limit. Lower: swings
-    that die down are called imminent four times as often under label smoothing."""
+    """Smallest secant curvature of an oscillation, as a share of the stability limit. Lower: under label
+    smoothing, four times as many oscillations that die down are called imminent."""
     swing_displacement: float = 0.3
-    """Nats the layers below the head swing the mean row's logits, from which on it is *imminent* ... .2
-    wins a step and triples the false alarms under label smoothing."""
+    """Movement of the mean row's logits by the layers below the head, in nats, at which an oscillation is
+    *imminent*. Lower: more lead (.2: one step), and three times the false alarms under label smoothing."""
     swing_exit: float = 0.1
-    """... and below which it ends; or when the alignment has come half way back."""
+    """Movement in nats below which that ends. It ends, too, when the alignment has fallen to half."""
     swing_settles: float = 3.0
-    """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``: by then 95% of the
-    second moment are gradients it has seen. Sooner, networks that swing on their first way down are called
+    """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``. By then 95% of the
+    second moment are of real gradients. Lower: networks that oscillate while the loss first falls are called
     imminent."""
 
     # --- what a slingshot is ---------------------------------------------------------------------
     spike_low: float = 1e-2
-    """W. Wu 2024: a slingshot starts when the loss, having been below this (on average) ... Lower: fewer
-    events count."""
+    """A slingshot starts only if the loss was below this on average (W. Wu 2024). Lower: fewer events
+    count."""
     spike_high: float = 1e-1
-    """... exceeds this, and ends when it is back below ``spike_low``. Lower: near misses count, too."""
+    """A slingshot starts when the loss exceeds this, and ends when it is back below ``spike_low``. Lower:
+    small spikes count, too."""
     spike_rise: float = 0.7
-    """Nats of log loss above its running average that any spike has at least: a doubling."""
+    """Smallest rise of log loss above its running average in a spike, in nats: a doubling of the loss."""
     spike_sigmas: float = 6.0
-    """And standard deviations of log loss (from successive differences) above it; half as many, four
-    readings in a row, will do. Lower: bad minibatches become slingshots."""
+    """Smallest rise of log loss above its running average in a spike, in standard deviations (estimated from
+    successive differences). Half of it is enough for four readings in a row. Lower: bad minibatches become
+    slingshots."""
     recovered: float = 2.0
-    """How long the loss must stay back, in τ (10 to 200 steps), before a new event may begin. Lower: one
+    """Time in τ (10 to 200 steps) that the loss must stay low before a new slingshot may begin. Lower: one
     slingshot with aftershocks becomes several alerts."""
 
     # --- what is not absorption ------------------------------------------------------------------
     unexplained_enter: float = 0.2
-    """Share of live rows whose violation rounding cannot explain, from which on the loss is taken to break
-    the zero-sum by design (z-loss, logit penalties, soft-capping, regression). Higher: such losses alarm."""
+    """Share of live rows whose violation rounding cannot explain, at which the loss counts as breaking the
+    zero-sum by design (z-loss, logit penalties, soft-capping, regression). Higher: such losses cause
+    alerts."""
     unexplained_exit: float = 0.02
-    """Share below which that verdict is withdrawn."""
+    """Share of such rows below which the loss no longer counts as breaking the zero-sum by design."""
 
     def __post_init__(self) -> None:
         for item in fields(self):
@@ -328,13 +333,13 @@ class Thresholds:
             if getattr(self, low) >= getattr(self, high):
                 raise ValueError(
                     f"Thresholds.{low} ({getattr(self, low)}) must be below Thresholds.{high} "
-                    f"({getattr(self, high)}): the gap is the hysteresis that keeps one event one alert."
+                    f"({getattr(self, high)}): without this hysteresis, one event becomes several alerts."
                 )
         lowest = self.imminent_displacement / self.imminent_growing
         if self.imminent_exit >= lowest:
             raise ValueError(
                 f"Thresholds.imminent_exit ({self.imminent_exit}) must be below imminent_displacement / "
-                f"imminent_growing ({lowest:g}): from there on an imminent alert may begin."
+                f"imminent_growing ({lowest:g}), at which an imminent alert may begin."
             )
 
     def to_json(self) -> dict[str, float]:

@@ -1,1 +1,1 @@
-"""TensorBoard's NFI tab, installed as a dynamic plugin: ``tensorboard --logdir RUNS`` finds it by itself."""
+"""Provide TensorBoard's NFI tab, a dynamic plugin that ``tensorboard --logdir RUNS`` finds by itself."""

@@ -1,7 +1,7 @@
 """Read the tab's runs through TensorBoard's data provider, and keep them between polls.
 
-``nfi_monitor/report/tensorboard/tab_data.py`` writes what is read here.  Imports the standard library alone:
-the data provider hands out numpy arrays, and their own methods are enough.
+``nfi_monitor/report/tensorboard/tab_data.py`` writes these records.  This module imports only the standard
+library: the data provider returns numpy arrays, and their own methods are enough.
 
 A poll lists the tags and reads only those that changed.  A record that cannot be read becomes a sentence in
 :attr:`Run.problems`; the rest of the run is shown.
@@ -385,7 +385,7 @@ class Runs:
         self._refreshed: dict[str, float] = {}
 
     def refresh(self, context: Any, experiment: str) -> dict[str, Run]:
-        """Read what is new, at most once a second for all open tabs, and return the runs by name."""
+        """Read new records, at most once a second for all open tabs, and return the runs by name."""
         with self._lock:
             runs = self._runs.setdefault(experiment, {})
             now = self._clock()

@@ -1,1 +1,1 @@
-"""Hooks: from the running training to detached tensors. Nothing is measured or judged here."""
+"""Capture detached tensors from the running training by hooks. Nothing is measured or judged here."""

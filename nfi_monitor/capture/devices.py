@@ -1,6 +1,6 @@
-"""Tell where a tensor is, and whether it may be read there now.
+"""Find the device of a tensor, and whether its numbers may be read now.
 
-Reading a number of an accelerator's tensor would make the training wait for it, or fail.
+To read a number of a tensor on an accelerator, the training would have to wait, or would fail.
 """
 
 from __future__ import annotations
@@ -13,46 +13,46 @@ import torch
 from torch import Tensor
 
 GRAPHS = torch.backends.cuda.is_built()
-"""Whether this torch supports CUDA graphs. If not, no hook asks whether a graph is being captured."""
+"""Whether this torch supports CUDA graphs. If not, no hook checks whether a graph is being captured."""
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether the numbers of ``tensor`` can be read at once."""
+    """Return whether the numbers of ``tensor`` can be read at once."""
     return tensor.device.type == "cpu"
 
 
 def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """Return numbers, or a tensor of any device, as a tensor on ``device``.
+    """Return numbers, or a tensor on any device, as a tensor on ``device``.
 
-    The copy to CUDA is from pinned memory: from other memory the host would wait until the device has done
+    The copy to CUDA is from pinned memory. From other memory, the host would wait until the device has done
     all earlier work.
     """
     tensor = torch.as_tensor(numbers, dtype=dtype)
-    late = device.type == "cuda"  # not every other device keeps the source until it is copied
+    late = device.type == "cuda"  # other devices may not keep the source until it is copied
     if late and on_host(tensor):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=late)
 
 
 def together(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return all tensors on one device: that of the first that is not on the host, if there is one.
+    """Return all tensors on one device: the first device that is not the host, if any.
 
-    So no number is fetched from a device.
+    So no number is copied from a device to the host.
     """
     device = next((tensor.device for tensor in tensors if not on_host(tensor)), None)
     return [x if device is None or x.device == device else send(x, device) for x in tensors]
 
 
 def capturing() -> bool:
-    """Whether a CUDA graph is being captured.
+    """Return whether a CUDA graph is being captured.
 
-    Then kernels are recorded and not run, and using an event, pinned memory or a number makes the capture
+    Kernels are then recorded and not run.  An event, pinned memory or reading a number would make the capture
     fail.
     """
     return GRAPHS and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def full_precision(tensor: Tensor | None) -> Any:
-    """Autocast would turn the monitor's own dot products into half precision, where ``tensor`` is."""
+    """Disable autocast on the tensor's device, which would compute dot products in half precision."""
     device = "cpu" if tensor is None else tensor.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -15,18 +15,18 @@ HEAD_NAMES = {
     "lm_head": 1, "score": 1, "classifier": 1, "classification_head": 1, "unembed": 1,
     "output_projection": 1, "qa_outputs": 1, "head": 0, "fc": 0,
 }  # fmt: skip
-"""Attribute names that libraries use for the head, most specific first, each with the depth down to which it
-is trusted: ``fc`` of the model is its head, ``fc`` of a block is any layer."""
+"""Attribute names that libraries use for the head, most specific first, each with a maximum depth.  ``fc`` of
+the model is its head, but ``fc`` of a block may be any layer."""
 
 
 @dataclass(frozen=True)
 class Head:
-    """The watched module, its qualified name in the model, and the layout of its weight."""
+    """The watched module, with its qualified name in the model and the layout of its weight."""
 
     name: str
     module: nn.Module
     class_axis: int  # 0 for nn.Linear's [K, d], 1 for GPT-2-style Conv1D's [d, K]
-    tied: bool  # an input embedding has the same weight: its .grad has no zero-sum
+    tied: bool  # an input embedding shares the weight, so its .grad has no zero-sum
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -58,15 +58,17 @@ class Head:
 def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
     """Return the last linear layer before the softmax.
 
-    Order of preference: what the caller names; ``model.get_output_embeddings()``; a unique linear layer under
-    one of the usual names; the last linear layer in registration order, unless a sibling reads the same
-    features (two heads).
+    Order of preference: the given ``head``; ``model.get_output_embeddings()``; a unique linear layer with one
+    of the usual names; the last linear layer in registration order, unless a sibling reads the same features
+    (two heads).
 
     Raises:
         HeadNotFoundError: no module fits, or more than one; the message lists the candidates.
     """
     modules = {_clean(name, model): module for name, module in model.named_modules()}
-    adapted = [name for name, module in modules.items() if "base_layer" in module._modules]  # LoRA and kin
+    adapted = [
+        name for name, module in modules.items() if "base_layer" in module._modules
+    ]  # LoRA and similar
     linears = {
         name: module
         for name, module in modules.items()
@@ -142,21 +144,21 @@ def _describe(model: nn.Module, name: str, module: nn.Module) -> Head:
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """Return a registered parameter; None if there is none of this name.
 
-    Never the attribute: reading a parametrized one (spectral norm) runs code of the model, which changes its
-    buffers or draws random numbers.
+    Rejected: reading the attribute.  For a parametrized module (spectral norm), that runs code of the model,
+    which changes its buffers or draws random numbers.
     """
     return module._parameters.get(name)
 
 
 def _is_linear(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        # MultiheadAttention's projection is never called as a module, so it could never fire.
+        # MultiheadAttention's projection is never called as a module, so its hook would never run.
         return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
     return False
 
 
 def _same_input(linears: dict[str, nn.Module], name: str, last: str) -> bool:
-    """Whether two siblings have equal input widths and neither can feed the other: two heads."""
+    """Return whether two siblings have equal input widths and neither can feed the other: two heads."""
     if name.rpartition(".")[0] != last.rpartition(".")[0] or name.rpartition(".")[2].isdigit():
         return False
     one, other = linears[name], linears[last]

@@ -1,8 +1,8 @@
 """Watch the gradient at the head's output.
 
-The hook is on the head module, not on the model: under mixed precision the model's output is often a
-converted copy, whose hook never fires.  A tensor hook on the head's output sees the true ∂L/∂z of the run, in
-the run's own precision, without labels and without a second backward pass.
+A tensor hook on the head's output gets the true ∂L/∂z of the run, in the run's own precision, without labels
+and without a second backward pass.  The hook is on the head module, not on the model: under mixed precision
+the model's output is often a converted copy, whose hook never runs.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one backward pass, detached, sampled by one stride: [n, K], [n, K] and [n, d] or None."""
+    """Sampled rows of one backward pass: gradient [n, K], logits [n, K], features [n, d] or None."""
 
     grad: Tensor
     logits: Tensor
     features: Tensor | None
-    total: int  # rows of the whole batch
-    shard: ClassShard | None = None  # the K are some of the classes; other ranks hold the others
+    total: int  # number of rows of the whole batch
+    shard: ClassShard | None = None  # set if this rank holds only some of the classes
 
 
 Sampler = Callable[[Tensor], Tensor]
-"""Rows [..., K or d] → those of them that are read, [n, K or d]."""
+"""Takes the sampled rows of a tensor: [..., K or d] → [n, K or d]."""
 
 
 class HeadProbe:
-    """Forward hook of the head. Copies and pickles of the model get a hook that does nothing.
+    """Hook the head's forward pass, and deliver its rows in the backward pass.
 
-    With a bound method as hook, ``deepcopy(model)`` and ``torch.save(model)`` would copy the monitor, and an
-    EMA copy would report its rows as the run's.
+    Copies and pickles of the model get a hook that does nothing.  With a bound method as hook,
+    ``deepcopy(model)`` and ``torch.save(model)`` would copy the monitor, and the copy of an EMA would report
+    its rows as rows of the run.
     """
 
     def __init__(
@@ -51,7 +52,7 @@ class HeadProbe:
         failed: Callable[[str, BaseException], None],
         spent: Callable[[float], None] = lambda seconds: None,
     ) -> None:
-        """``spent`` gets the seconds of each hook in a step that is read."""
+        """``wanted`` returns the step to capture, or None.  ``spent`` gets the seconds of each hook."""
         self._wanted = wanted
         self._deliver = deliver
         self._failed = failed
@@ -64,21 +65,21 @@ class HeadProbe:
         self.plan = ReadingPlan()
         self.can_reduce = False  # whether a reduced sample would have fewer rows
         self.without_features = 0
-        self.sharded = 0  # logits of which each rank holds some classes only, and nobody puts them together
+        self.sharded = 0  # number of sharded logits that could not be read
         self._features: Tensor | None = None
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
     @property
     def level(self) -> str:
-        """Where violations are read: "rows", "tap" or, while no row was seen, "weight_gradient"."""
+        """The place where violations are read: "rows", "tap" or, before any row, "weight_gradient"."""
         if self.tapped:
             return "tap"
         return "rows" if self.delivered else "weight_gradient"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
-            # Inside a compiled graph a Python hook would be a graph break; the head's weight gradient
-            # is read instead.  (The count is a constant to the tracer: set, not added to.)
+            # Inside a compiled graph a Python hook would be a graph break, so the head's weight gradient is
+            # read instead.  Set the count, do not add to it: it is a constant to the tracer.
             self.traced = 1
             return
         try:
@@ -102,7 +103,7 @@ class HeadProbe:
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         features = next(inputs, None)
         if self.tapped:
-            # The tapped tensor comes later; this input may be its features.
+            # The tapped tensor comes later. This input may be its features.
             self._features = None if features is None else features.detach()
         else:
             weight = own_parameter(module, "weight")
@@ -131,7 +132,7 @@ class HeadProbe:
         tapped: bool,
         weight: Tensor | None = None,
     ) -> None:
-        """Register the gradient hook on ``logits`` [..., K]; ``features`` [..., d] feed them."""
+        """Register the gradient hook on ``logits`` [..., K], computed from ``features`` [..., d]."""
         self.fired += 1
         plan = self.plan
         shard, shown = None, whole_rows(logits)
@@ -146,10 +147,10 @@ class HeadProbe:
         classes = shown.shape[-1] if shown.dim() else 0
         total = shown.numel() // classes if classes else 0
         if total == 0:
-            return  # an empty batch shows nothing
+            return  # an empty batch
         wide = shard.outputs if shard else classes
-        stride = row_stride(total, wide, lowered=plan.reduced_sample)
-        self.can_reduce = row_stride(total, wide, lowered=True) > row_stride(total, wide)
+        stride = row_stride(total, wide, reduced=plan.reduced_sample)
+        self.can_reduce = row_stride(total, wide, reduced=True) > row_stride(total, wide)
         if shard is not None:
             stride = max(stride, -(-total // plan.row_slots))
         first = offset(step, stride)
@@ -163,9 +164,10 @@ class HeadProbe:
     def _copies(
         self, shown: Tensor, features: Tensor | None, sample: Sampler, *, whole: bool
     ) -> list[Tensor]:
-        """The rows that are sampled of the logits and, where these are known, of their features."""
-        # Copies: some losses write their gradient over the logits, and a strided view would keep the whole
-        # [N, K] and [N, d] storages alive.  All rows of the features are autograd's own and are shared.
+        """Return sampled rows of the logits and, if these are known, of their features."""
+        # Copies, because some losses write their gradient over the logits, and a strided view would keep the
+        # whole [N, K] and [N, d] storages alive.  If all rows of the features are read, they are not copied:
+        # autograd keeps them anyway.
         kept = [sample(shown).clone()]
         same_rows = features is not None and features.shape[:-1] == shown.shape[:-1]
         if features is not None and same_rows and features.device == shown.device:
@@ -184,11 +186,11 @@ class HeadProbe:
         *,
         tapped: bool,
     ) -> None:
-        """Hook ``logits``: their gradient is delivered with what was ``kept`` of the forward pass."""
+        """Hook ``logits``, and deliver their gradient with the rows ``kept`` from the forward pass."""
 
         def on_gradient(grad: Tensor | None) -> None:
-            # None: some compiled outer graphs call tensor hooks so.  Tapped after this forward: the
-            # tapped tensor reports the rows.
+            # Some compiled outer graphs call tensor hooks with None.  If logits were tapped after this
+            # forward pass, the tapped tensor reports the rows.
             if grad is None or self.tapped is not tapped:
                 return
             started = time.perf_counter()
@@ -205,10 +207,10 @@ class HeadProbe:
                 self.sharded += 1
                 return
             self.delivered += 1
-            if kept:  # a second backward through the same graph shows the same rows again
+            if kept:  # a second backward pass through the same graph has the same rows
                 features = kept[1] if len(kept) > 1 else None
                 self._deliver(Rows(sample(grad), kept[0], features, total, shard))
-                kept.clear()  # the graph may outlive its backward
+                kept.clear()  # the graph may live longer than its backward pass
 
         logits.register_hook(on_gradient)
 
@@ -224,21 +226,21 @@ class HeadProbe:
 
 
 INERT: tuple[Callable[..., Any], tuple[Any, ...]] = (getattr, (nullcontext(), "__exit__"))
-"""The hook of a copied or unpickled model, as (function, arguments): it returns None for any arguments. It is
-of the standard library, so a saved model opens without this package."""
+"""The hook of a copied or unpickled model, as (function, arguments).  It returns None for any arguments.  It
+is from the standard library, so a saved model can be loaded without this package."""
 
 
 def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
-    """Return rows ``first``, ``first + stride``, … of [..., K], in the order of their indices → [n, K].
+    """Return rows ``first``, ``first + stride``, … of a tensor [..., K], in order of index → [n, K].
 
-    The whole tensor is never copied, also where no view has rows: in a gradient of
+    The whole tensor is never copied, also if it cannot be viewed as rows: in a gradient of
     ``cross_entropy(logits.transpose(1, 2), target)`` the classes come before the positions in memory.
     """
     classes = tensor.shape[-1]
     try:
         return tensor.view(-1, classes)[first::stride]
     except RuntimeError:
-        # torch.unravel_index would make the device wait for the shape.
+        # Not torch.unravel_index, which would wait for the device.
         at = torch.arange(first, tensor.numel() // classes, stride, device=tensor.device)
         places: list[Tensor] = []
         for size in reversed(tensor.shape[:-1]):
@@ -248,7 +250,7 @@ def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
 
 
 def whole_rows(tensor: Any) -> Tensor | None:
-    """Return this rank's rows of a DTensor, detached; None if they do not hold all classes (or features).
+    """Return this rank's rows of a DTensor, detached; None if the rows are not whole.
 
     Returns any other tensor itself.
     """
@@ -262,8 +264,7 @@ def whole_rows(tensor: Any) -> Tensor | None:
 
 
 def classes_of(tensor: Any, shard: ClassShard) -> Tensor | None:
-    """Return this rank's classes of a gradient at logits that are sharded like ``shard``; None if they
-    differ."""
+    """Return this rank's classes of a gradient; None if it is not sharded like ``shard``."""
     whole = whole_rows(tensor)
     if whole is None:
         return local(tensor.detach()) if class_shard(tensor, -1) == shard else None
@@ -273,6 +274,6 @@ def classes_of(tensor: Any, shard: ClassShard) -> Tensor | None:
 
 
 def _inside_functorch(tensor: Tensor) -> bool:
-    """Whether the tensor is wrapped, as under vmap and torch.func.grad: then it has no rows to read."""
+    """Return whether the tensor is wrapped (by vmap or torch.func.grad): then its rows cannot be read."""
     wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
     return bool(wrapped is not None and wrapped(tensor))

@@ -1,8 +1,8 @@
-"""Bring packed numbers to the host without making the device wait.
+"""Copy packed numbers to the host without making the device wait.
 
 On a CPU a tensor is read at once.  On an accelerator it is copied into pinned memory, after the step's own
-kernels, and read at a later step, when its event has passed.  So the training never waits for the monitor,
-and the monitor reports a step or two late.
+kernels, and read at a later step, when the copy is complete.  So the training never waits for the monitor,
+and the monitor reports one or two steps late.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from nfi_monitor.capture import devices
 
 PENDING = 64
-"""Most copies in flight: then the oldest is waited for. Bounds memory if the training never synchronises."""
+"""Maximum number of copies in flight; beyond it, wait for the oldest. This bounds the memory."""
 
 
 class HostTransfer:
-    """A queue: ``put`` a packed vector with its label, ``take`` the vectors that have arrived."""
+    """Queue of copies: ``put`` a packed vector with its label, ``take`` the vectors that have arrived."""
 
     def __init__(self) -> None:
         self._pending: deque[tuple[Any, Tensor, Any]] = deque()
@@ -47,9 +47,9 @@ class HostTransfer:
     def take(
         self, *, everything: bool = False, due: Callable[[Any], bool] | None = None
     ) -> list[tuple[Any, list[float]]]:
-        """Return the vectors that have arrived, oldest first; with ``everything``, wait for the others.
+        """Return the vectors that have arrived, oldest first; with ``everything``, wait for all.
 
-        ``due(label)``: wait for those that are due, and leave the others even if they have arrived.
+        ``due(label)``: if given, return exactly the vectors for which it is true, and wait for them.
         """
         arrived = []
         while self._pending:

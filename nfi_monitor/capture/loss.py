@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from nfi_monitor.capture.head_probe import INERT
 
 COUNT = "num_items_in_batch"
-"""Keyword with which a HuggingFace trainer passes the number of items in all micro-batches of a step. Then
-the model's loss is a share of the step's loss, to be added up, and not a mean."""
+"""Keyword with which a HuggingFace trainer passes the number of items in all micro-batches of a step.  The
+model's loss is then a share of the step's loss, not a mean: the shares must be added."""
 
 
 class LossProbe:
-    """Forward hook of the model. ``deliver(loss, share)`` gets each training loss, a 0-d tensor."""
+    """Hook the model's forward pass: call ``deliver(loss, share)`` with each training loss, a 0-d tensor."""
 
     def __init__(
         self, deliver: Callable[[Tensor, bool], None], failed: Callable[[str, BaseException], None]
@@ -48,8 +48,7 @@ class LossProbe:
             self._failed("loss", error)
 
     def collect(self) -> None:
-        """Deliver the loss that a compiled forward has stored. Call it after each micro-batch, outside the
-        model."""
+        """Deliver the loss that a compiled forward pass has stored. Call it after each micro-batch."""
         left, self._compiled = self._compiled, None
         if left is not None:
             self._deliver(*left)

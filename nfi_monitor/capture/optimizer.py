@@ -1,8 +1,8 @@
 """Read the optimizer around its step: gradients before, moments and weights after.
 
-Step hooks work for the default, foreach, fused and compiled steps and survive ``load_state_dict``.
-Gradients are read before the step (clipped, as the optimizer sees them), because a fused step under a
-gradient scaler unscales them in place.
+Step hooks work for the default, foreach, fused and compiled steps, and stay after ``load_state_dict``.
+Gradients are read before the step, clipped as the optimizer gets them.  After the step would be too late: a
+fused step under a gradient scaler unscales them in place.
 """
 
 from __future__ import annotations
@@ -25,41 +25,41 @@ from nfi_monitor.capture.second_moment import sample_moments, second_moment
 from nfi_monitor.capture.update import BeforeStep, Update
 
 HEAD_ELEMENTS = 1 << 18
-"""Head weights up to this many entries are compared whole, larger ones at a stride of class rows."""
+"""Head weights with at most this many entries are compared whole, larger ones at a stride of class rows."""
 
 MEAN_ELEMENTS = 1 << 20
-"""Most head weights read in each step for W_G and the batch's zero-sum; larger heads are read less often."""
+"""Maximum number of head weights read per step for W_G and the batch's zero-sum. Larger heads: less often."""
 
 ASSUMED_BETAS = (0.9, 0.99)
 """(β1, β2) of an optimizer that has no betas (SGD, RMSprop, Adafactor), for τ = 1/(1−β2) = 100 steps.
 
-Such an optimizer has no second-moment memory of that form, yet patience and intervals are counted in τ.  100
-steps is RMSprop's own default (alpha=.99).  With Adam's .999 it would be read a quarter as often at risk, and
-a replay would wait ten times as long for a slingshot."""
+Such an optimizer has no second moment of that form, but waiting times and intervals are counted in τ.  100
+steps is RMSprop's own default (alpha=.99).  Rejected: Adam's .999, because a run at risk would be read a
+quarter as often, and a replay would wait ten times as long for a slingshot."""
 
 
 class OptimizerReader:
-    """Gather an :class:`Update` for each step that is measured."""
+    """Read an :class:`~nfi_monitor.capture.update.Update` at each measured step."""
 
     def __init__(self, optimizer: Optimizer, head: Head | None) -> None:
         self.optimizer = optimizer
         self.head = head
         self.plan = ReadingPlan()
-        self.unreadable: set[str] = set()  # state of a kind that cannot be sampled, for a note
+        self.unreadable: set[str] = set()  # descriptions of state that cannot be read, for a note
         self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._found: tuple[Tensor | None, dict[str, Any]] | None = None
 
     @property
     def can_reduce(self) -> bool:
-        """Whether a reduced sample of this model would have fewer coordinates."""
-        return any(sample.can_lower for sample, _ in self._layouts.values())
+        """Whether a reduced sample of this model has fewer coordinates."""
+        return any(sample.can_reduce for sample, _ in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """Return the parameter group that holds ``param``, or the first group if none does."""
         groups = self.optimizer.param_groups
         known = self._found
-        # load_state_dict replaces the groups: one that is no longer in the list is stale.
+        # load_state_dict replaces the groups: a group that is no longer in the list is stale.
         if known is not None and known[0] is param and any(group is known[1] for group in groups):
             return known[1]
         for group in groups:
@@ -81,19 +81,19 @@ class OptimizerReader:
         return float(betas[0]), float(betas[1])
 
     def betas_or_assumed(self) -> tuple[float, float]:
-        """(β1, β2) of the head's group, or :data:`ASSUMED_BETAS`: the one place that decides on τ."""
+        """Return (β1, β2) of the head's group, or :data:`ASSUMED_BETAS`. This decides τ everywhere."""
         return self.betas() or ASSUMED_BETAS
 
     def has_second_moment(self) -> bool | None:
-        """Whether the state has a second moment; None before the first step, when it is unknown."""
+        """Return whether the state has a second moment; None before the first step."""
         states = [state for state in self.optimizer.state.values() if state]
         return any(second_moment(state) is not None for state in states) if states else None
 
     def before(self, step: int, *, closure: bool = False) -> BeforeStep | None:
-        """Read what the step will change. Call it in the pre-hook. None if no parameter has a gradient.
+        """Read gradients and weights before the step; None if no parameter has a gradient.
 
-        ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning), so they are read after
-        it.
+        Call it in the pre-hook.  ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning),
+        so :meth:`after` reads them.
         """
         layout = self._layout(needs_gradient=not closure)
         if layout is None:
@@ -121,7 +121,7 @@ class OptimizerReader:
         )
 
     def after(self, start: BeforeStep, step: int) -> Update | None:
-        """Read what the step changed. Call it in the post-hook, with the result of :meth:`before`."""
+        """Read moments and weights after the step, in the post-hook. ``start``: from :meth:`before`."""
         grad, weight_grad, bias_grad = start.grad, start.head_weight_grad, start.head_bias_grad
         if grad is None:
             gradients = [param.grad for param in start.params if param.grad is not None]
@@ -182,20 +182,20 @@ class OptimizerReader:
             usable = self._usable(params)
             if not usable:
                 return None
-            if len(self._layouts) >= 8:  # gradients that come and go (mixtures of experts)
+            if len(self._layouts) >= 8:  # parameters change from step to step (mixtures of experts)
                 self._layouts.clear()
             self._groups = {
                 id(param): group for group in self.optimizer.param_groups for param in group["params"]
             }
             place = {param: at for at, param in enumerate(self._groups)}
             found = self._layouts[key] = (
-                CoordinateSample(usable, places=[place[id(param)] for param in usable], lowered=reduced),
+                CoordinateSample(usable, places=[place[id(param)] for param in usable], reduced=reduced),
                 tuple(usable),
             )
         return found
 
     def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Return the dense real parameters on one device; if any has a second moment, only those with one."""
+        """Return the parameters to read: dense, real, on one device, with a second moment if any has one."""
         anchor = self.head.weight if self.head is not None and self.head.weight is not None else None
         dense = []
         for param in params:
@@ -250,14 +250,14 @@ class OptimizerReader:
         for param, state in zip(start.params, states, strict=True):
             group = self._groups.get(id(param)) or self.group_of(param)
             beta2 = float(group.get("betas", (0.0, 0.999))[1])
-            # Some optimizers count in the group (fused ones of other libraries), some not at all.
+            # Some optimizers count steps in the group (fused ones of other libraries), some do not count.
             taken = state.get("step", group.get("step", group.get("k")))
             eps = group.get("eps", 1e-8)
             correction = 1.0 if taken is None else 1.0 - beta2 ** _host(taken)
             pairs.append((correction, float(eps) if isinstance(eps, (int, float)) else 0.0))
             if isinstance(correction, Tensor):
-                # Capturable and fused steps count on the device.  One value for all: reading them apart
-                # would cost kernels for each tensor, and late in training the correction is 1.
+                # Capturable and fused optimizers count steps on the device.  Use one value for all tensors:
+                # single values would cost kernels for each, and late in training the correction is 1.
                 return pairs[0]
         first = pairs[0]
         if all(pair == first for pair in pairs):
@@ -270,9 +270,8 @@ class OptimizerReader:
         groups = self.optimizer.param_groups
         rates = [_host(group.get("lr")) for group in groups]
         first = rates[0]
-        on_device = any(
-            isinstance(rate, Tensor) for rate in rates
-        )  # comparing them would wait for the device
+        # Rates on a device are not compared, because that would wait for the device.
+        on_device = any(isinstance(rate, Tensor) for rate in rates)
         if all(rate is first or (not on_device and rate == first) for rate in rates):
             return None
         rate_of = {
@@ -285,8 +284,8 @@ class OptimizerReader:
     def _readable_head(self) -> Head | None:
         """Return the head; None if its weight is sharded and the ranks do not add up the shards.
 
-        A part of the classes alone means nothing."""
-        if self.head is not None and not self.plan.head_pooled and hasattr(self.head.weight, "to_local"):
+        Numbers of some of the classes alone have no meaning."""
+        if self.head is not None and not self.plan.head_summed and hasattr(self.head.weight, "to_local"):
             self.unreadable.add("the head's weight, which is sharded over ranks")
             return None
         return self.head
@@ -318,8 +317,8 @@ class OptimizerReader:
         if grad is None:
             return None, bias_grad
         grad = head.classes_first(grad.detach())
-        # The sum over classes has to be complete; the features may be sampled: neighbouring columns,
-        # because they share cache lines.
+        # Read all classes, because their sum is needed, and a sample of the feature columns.  Neighbouring
+        # columns share cache lines.
         columns = gradient_columns(grad.shape[1], head.outputs or 1)
         first = (step * columns) % (grad.shape[1] - columns + 1)
         return grad[:, first : first + columns], bias_grad
@@ -331,7 +330,7 @@ def gradient_columns(features: int, outputs: int) -> int:
 
 
 def _spread(numbers: Sequence[Tensor | float], start: BeforeStep) -> Tensor:
-    """Repeat one number for each tensor to one for each coordinate [C]."""
+    """Return one number per coordinate [C], from one number per tensor."""
     like = start.before
     if any(isinstance(number, Tensor) for number in numbers):
         each = torch.stack(
@@ -350,8 +349,7 @@ def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
 
 
 def _host(value: Any) -> Any:
-    """Return a float if that costs no synchronisation, else the tensor; NaN for None (self-scheduled
-    rates)."""
+    """Return a float if that needs no synchronisation, else the tensor; NaN for None."""
     if isinstance(value, Tensor) and not devices.on_host(value):
         return value
     return math.nan if value is None else float(value)

@@ -1,7 +1,7 @@
 """Compare the margins of a fixed batch between readings.
 
-The head's own update does not show what the layers below it moved; behind a LayerNorm it shows nothing.  One
-forward pass of a fixed batch shows the whole displacement, at the cost of that pass.
+The head's own update does not show the movement by the layers below the head; behind a LayerNorm it shows
+nothing.  A forward pass of a fixed batch shows the whole displacement, and costs that pass.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from nfi_monitor.measure.displacement import margin_displacement, probe_margins
 
 
 class ProbeBatch:
-    """A fixed batch. Rows whose target is no class of the model are left out.
+    """Measure margins of a fixed batch. Rows whose target is no class of the model are left out.
 
     Raises ValueError for targets that are not integer labels, and for a model that is sharded over ranks.
     """
@@ -30,8 +30,8 @@ class ProbeBatch:
                 "probe= cannot be used on a model that is sharded over ranks: its forward communicates, and "
                 "each rank decides on its readings alone. Leave it out."
             )
-        # Inside data parallelism: the wrapper's forward broadcasts buffers, which only all ranks together
-        # may do.
+        # Use the module inside DDP: the wrapper's forward pass broadcasts buffers, which only all ranks
+        # together may do.
         wrapped = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
         self._model: nn.Module = model.module if wrapped else model  # type: ignore[assignment]
         self._inputs = inputs
@@ -42,7 +42,7 @@ class ProbeBatch:
     def displacement(self, step: int) -> Tensor | None:
         """Return the largest margin change per optimizer step since the last call, in nats.
 
-        None at the first call, and for a model with one output, which has no margin.
+        Returns None at the first call, and for a model with one output, which has no margin.
         """
         margins = self._measure()
         if margins is None:
@@ -52,7 +52,7 @@ class ProbeBatch:
         return None if before is None else margin_displacement(before, margins, step - last)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the next displacement is compared with, in plain types."""
+        """Return the margins for the next comparison, in plain types."""
         return {"step": self._step, "margins": None if self._margins is None else to_text(self._margins)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -61,8 +61,10 @@ class ProbeBatch:
         self._margins = None if margins is None else from_text(margins, self._targets.device)
 
     def _measure(self) -> Tensor | None:
-        """Return the margins from a forward pass in eval mode (no dropout, same running statistics and random
-        state)."""
+        """Return the margins from a forward pass in eval mode.
+
+        It has no dropout, and changes neither running statistics nor the random state.
+        """
         model = self._model
         modes = [(module, module.training) for module in model.modules()]
         devices = [self._targets.device] if self._targets.device.type == "cuda" else []

@@ -7,7 +7,8 @@ neighbouring coordinates: value = table[code] · scale[block].
 * bitsandbytes: state entries ``state2`` (uint8), ``qmap2``, ``absmax2``; small tensors have ``state2`` in
   float32.
 
-Calling ``dequantize()`` lost: it makes the whole tensor, of which a few thousand coordinates are needed.
+Rejected: calling ``dequantize()``, because it makes the whole tensor, and only a few thousand coordinates are
+needed.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from nfi_monitor.capture.sampling import local
 
 
 class Quantized(NamedTuple):
-    """``codes`` uint8 of the parameter's shape, ``table`` [256], ``scales`` [blocks]."""
+    """An 8-bit moment: ``codes`` uint8 of the parameter's shape, ``table`` [256], ``scales`` [blocks]."""
 
     codes: Tensor
     table: Tensor
@@ -37,7 +38,7 @@ class Quantized(NamedTuple):
 
 
 def block_size(coordinates: int, blocks: int) -> int:
-    """Return how many coordinates share a scale: a power of two; the last block may be shorter.
+    """Return how many coordinates share a scale, a power of two. The last block may be shorter.
 
     Raises ValueError if no power of two makes this many blocks.
     """

@@ -1,4 +1,4 @@
-"""How much of a step is read, decided once for all that read it."""
+"""Define the plan of a reading: how many rows, coordinates and classes the hooks read."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class ReadingPlan:
-    """What :class:`~nfi_monitor.capture.head_probe.HeadProbe` and
-    :class:`~nfi_monitor.capture.optimizer.OptimizerReader` follow from the next step on.
+    """The size of the readings from the next step on.
 
-    The engine makes it from the schedule's decision and from what the ranks agreed on.
+    :class:`~nfi_monitor.capture.head_probe.HeadProbe` and
+    :class:`~nfi_monitor.capture.optimizer.OptimizerReader` follow it.  The engine makes it from the
+    decision of the schedule and from the agreement of the ranks.
     """
 
     reduced_sample: bool = False
-    """Read one in :data:`~nfi_monitor.capture.sampling.LOWERED` of the rows and coordinates."""
+    """Read one in :data:`~nfi_monitor.capture.sampling.REDUCTION` of the rows and coordinates."""
     row_slots: int = 0
-    """Rows per step of class-sharded logits that the ranks put together; 0: none."""
+    """Maximum number of rows exchanged per step for class-sharded logits; 0: none."""
     head_outputs: int | None = None
-    """K, where the head's own weight holds only a part of the classes; None where it is whole."""
-    head_pooled: bool = False
-    """Whether what is read of a sharded head is summed over its shards."""
+    """K if the head's weight is sharded along its classes; None if this process holds all classes."""
+    head_summed: bool = False
+    """Whether the ranks add up their sums over the classes of a sharded head."""

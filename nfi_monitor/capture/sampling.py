@@ -1,6 +1,6 @@
-"""Choose the rows, coordinates and steps that are read: deterministic, never random.
+"""Choose the rows, coordinates and steps that are read, without random numbers.
 
-The monitor must not change the random state, so every sample is a stride with a rotating offset.
+The monitor must not change the random state.  So every sample is a stride with a rotating offset.
 """
 
 from __future__ import annotations
@@ -16,47 +16,49 @@ from torch import Tensor, nn
 from nfi_monitor.capture import devices
 
 ROW_ELEMENTS = 1 << 18
-"""Logits read per backward pass at least (256 Ki elements, 1 MiB in float32)."""
+"""Smallest budget of logits read per backward pass (256 Ki elements, 1 MiB in float32)."""
 ROW_SHARE = 64
-"""... or one row in this many, whichever is more: at large N·K the cost stays near 1/64 of one read."""
+"""One row in this many is read if that is more than ``ROW_ELEMENTS``: at large N·K, 1/64 of all rows."""
 COORDINATES = 1 << 14
 """Optimizer coordinates read per step in large models."""
 COORDINATES_FULL = 1 << 15
 """Models up to this many parameters are read whole."""
 COORDINATES_PER_TENSOR = 64
-"""Fewest coordinates read of a tensor that has that many."""
-LOWERED = 4
-"""To save time the monitor divides its budget of rows and coordinates by this number: that saves a fifth to a
-third. An eighth would save hardly more: the rest of the time starts kernels."""
+"""Minimum number of coordinates read of a tensor that has that many."""
+REDUCTION = 4
+"""Factor by which a reduced sample divides the budget of rows and coordinates.  This saves a fifth to a third
+of a reading's time.  A factor of 8 saves hardly more, because the remaining time starts kernels."""
 FEWEST_ROWS = 64
-"""... but reads so many rows, if the budget has them."""
+"""Minimum number of rows in a reduced sample, if the full budget has that many."""
 
 _PLAIN = frozenset((Tensor, nn.Parameter))
-"""Tensors whose strides are cut from their memory directly; a subclass may not offer that."""
+"""Tensor types that support ``as_strided``; a subclass may not."""
 
 
-def row_stride(rows: int, classes: int, *, lowered: bool = False) -> int:
+def row_stride(rows: int, classes: int, *, reduced: bool = False) -> int:
     """Return the stride at which rows are read; 1: all rows."""
     budget = max(ROW_ELEMENTS // max(classes, 1), rows // ROW_SHARE, 1)
-    if lowered:
-        budget = max(budget // LOWERED, min(budget, FEWEST_ROWS))
+    if reduced:
+        budget = max(budget // REDUCTION, min(budget, FEWEST_ROWS))
     return -(-rows // budget)
 
 
 def offset(step: int, stride: int) -> int:
-    """Return where the stride starts at this step: all offsets in turn, those of neighbouring steps far
-    apart."""
-    # The golden ratio keeps successive offsets spread; a plain counter would scan rows in order and
-    # alias with a data order that does the same.
+    """Return the first index of the stride at this step, in [0, stride).
+
+    Over the steps it takes all values, and neighbouring steps have distant values.
+    """
+    # The golden ratio spreads successive offsets.  A plain counter would scan rows in order, and could follow
+    # the order of the data.
     return int(step * 0.6180339887498949 * stride) % stride if stride > 1 else 0
 
 
 def auto_interval(tau: float, *, at_risk: bool = False) -> int:
-    """Return the steps between readings of a quiet run: τ/5, from 1 to 16; at risk τ/50, from 1 to 8.
+    """Return the steps between readings of a healthy run: τ/5, from 1 to 16; at risk τ/50, from 1 to 8.
 
-    A numeric slingshot builds up over some 20 τ and its last stages over 2–5 τ, so τ/5 sees it coming
-    in time, and τ/50 sees ‖μ_G‖ begin to grow; the caps are for β2 = .999, where second-moment
-    slingshots take a few steps only.
+    A numeric slingshot builds up over some 20 τ, and its last stages over 2–5 τ.  So readings every τ/5 show
+    it in time, and readings every τ/50 show ‖μ_G‖ begin to grow.  The caps are for β2 = .999, where
+    second-moment slingshots take only a few steps.
     """
     return max(1, min(8, round(tau / 50)) if at_risk else min(16, round(tau / 5)))
 
@@ -70,8 +72,8 @@ def local(tensor: Tensor) -> Tensor:
 def _coprime(stride: int, shape: torch.Size) -> int:
     """Return the nearest stride, by ratio, that shares no factor with the sizes.
 
-    Another stride would visit a few columns only.  The next smaller one is often too small: for every fourth
-    coordinate of 300 columns it is 1.
+    A stride with a common factor would read only a few columns.  The next smaller stride is often too small:
+    for a stride of 4 over 300 columns it is 1.
     """
     inner, size = math.prod(shape[1:]), math.prod(shape)
     smaller = next(step for step in range(stride, 0, -1) if math.gcd(step, inner) == 1)
@@ -80,10 +82,10 @@ def _coprime(stride: int, shape: torch.Size) -> int:
     return larger if nearer else smaller
 
 
-def _strides(tensors: Sequence[Tensor], *, lowered: bool) -> list[int]:
+def _strides(tensors: Sequence[Tensor], *, reduced: bool) -> list[int]:
     """Return the stride at which each tensor's coordinates are read."""
     sizes = [local(tensor).numel() for tensor in tensors]
-    total, part = sum(sizes), LOWERED if lowered else 1
+    total, part = sum(sizes), REDUCTION if reduced else 1
     stride = 1 if total <= COORDINATES_FULL // part else -(-total // (COORDINATES // part))
     return [
         _coprime(max(1, min(stride, size // COORDINATES_PER_TENSOR)), local(tensor).shape)
@@ -94,28 +96,28 @@ def _strides(tensors: Sequence[Tensor], *, lowered: bool) -> list[int]:
 class CoordinateSample:
     """A fixed stratified sample of coordinates over a list of tensors, packed into one vector.
 
-    Every tensor contributes a strided view of at least ``COORDINATES_PER_TENSOR`` entries (all of it,
-    if it is smaller), larger tensors proportionally more.
+    Of every tensor at least ``COORDINATES_PER_TENSOR`` entries are read, at a stride (all, if it has fewer).
+    Of larger tensors proportionally more are read.
 
     Attributes:
-        segments: int64 [C], which tensor a coordinate belongs to.
-        counts: float32 [T], sampled coordinates of each tensor.
-        weights: float32 [C], coordinates one sampled coordinate stands for; None if all are read.
-        matrices: bool [T], which tensors have two dimensions or more.
-        total: coordinates of all tensors together.
-        can_lower: whether a lowered sample would be another one.
+        segments: int64 [C], index of the tensor of each coordinate.
+        counts: float32 [T], number of sampled coordinates of each tensor.
+        weights: float32 [C], number of coordinates that each sampled one represents; None if all are read.
+        matrices: bool [T], whether each tensor has two dimensions or more.
+        total: number of coordinates of all tensors.
+        can_reduce: whether a reduced sample would be smaller.
         spans: (start, end) of each tensor's coordinates in [C].
-        layout: (place, stride) of each tensor: what tells one sample's coordinates from another's.
+        layout: (place, stride) of each tensor. Samples with equal layouts have the same coordinates.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], *, places: Sequence[int] | None = None, lowered: bool = False
+        self, tensors: Sequence[Tensor], *, places: Sequence[int] | None = None, reduced: bool = False
     ) -> None:
-        """``places``: which of a longer list each of ``tensors`` is; default: they are all of it."""
+        """``places``: index of each tensor in a longer list; default: 0, 1, 2, …"""
         sizes = [local(tensor).numel() for tensor in tensors]
-        self.strides = _strides(tensors, lowered=lowered)
+        self.strides = _strides(tensors, reduced=reduced)
         self.layout = (*zip(range(len(sizes)) if places is None else places, self.strides, strict=True),)
-        self.can_lower = not lowered and _strides(tensors, lowered=True) != self.strides
+        self.can_reduce = not reduced and _strides(tensors, reduced=True) != self.strides
         counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
         self._sizes, self._shapes = sizes, [(count,) for count in counts]
         self._steps = [(step,) for step in self.strides]
@@ -124,7 +126,7 @@ class CoordinateSample:
         self.segments = torch.repeat_interleave(
             torch.arange(len(counts), device=device),
             devices.send(counts, device),
-            output_size=sum(counts),  # else the device is asked for it
+            output_size=sum(counts),  # without it, torch would wait for the device
         )
         self.weights: Tensor | None = None
         if any(step > 1 for step in self.strides):
@@ -140,9 +142,9 @@ class CoordinateSample:
             start += count
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Sampled coordinates of ``tensors`` (shapes as at construction) → float32/64 [C], a copy.
+        """Return the sampled coordinates of ``tensors`` (shapes as at construction), float32/64 [C], a copy.
 
-        No view outlives the call: it would keep alive what is moved elsewhere to make room.
+        No view is kept: it would keep a tensor's memory that the training moves elsewhere to save memory.
         """
         with torch.no_grad():
             return self.pack(self._views([local(tensor) for tensor in tensors]))
@@ -153,22 +155,22 @@ class CoordinateSample:
             and [*map(Tensor.numel, tensors)] == self._sizes
             and all(map(Tensor.is_contiguous, tensors))
         ):
-            # One call a tensor, from C, instead of three: large models have hundreds of them.
+            # One call for each tensor instead of three: large models have hundreds of tensors.
             return [*map(Tensor.as_strided, tensors, self._shapes, self._steps)]
         return [
             tensor.detach().reshape(-1)[::step] for tensor, step in zip(tensors, self.strides, strict=True)
         ]
 
     def per_tensor(self, values: Tensor) -> Tensor:
-        """Sums over the sampled coordinates of each tensor. ``values`` [..., C] → [..., T]."""
+        """Return sums over the sampled coordinates of each tensor. ``values`` [..., C] → [..., T]."""
         if devices.on_host(values):
-            # Segments lie one behind the other: a single pass, pairwise, in a quarter of index_add_'s time.
+            # The coordinates of a tensor are contiguous, so this takes a quarter of index_add_'s time.
             return torch.from_numpy(np.add.reduceat(values.numpy(), self._starts, axis=-1))
         sums = values.new_zeros(*values.shape[:-1], len(self.counts))
         return sums.index_add_(-1, self.segments, values)
 
     @staticmethod
     def pack(views: Sequence[Tensor]) -> Tensor:
-        """One contiguous copy of the views, float32 or float64 [C]."""
+        """Return one contiguous copy of the views, float32 or float64 [C]."""
         packed = torch.cat(list(views))
         return packed if packed.dtype in (torch.float32, torch.float64) else packed.float()

@@ -11,8 +11,8 @@ from nfi_monitor.capture.quantized import Quantized, quantized_moment
 from nfi_monitor.capture.sampling import CoordinateSample, local
 
 SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2")
-"""Names of the second moment in an optimizer's state. With amsgrad the step divides by the maximum; the last
-name is bitsandbytes'."""
+"""Names of the second moment in an optimizer's state. With amsgrad the step divides by the maximum. The last
+name is that of bitsandbytes."""
 
 
 def second_moment(state: Mapping[str, Any]) -> Tensor | Quantized | None:

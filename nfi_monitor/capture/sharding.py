@@ -1,4 +1,4 @@
-"""Tell how a tensor is sharded over several ranks."""
+"""Find out how a tensor is sharded over several ranks."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 
 def is_sharded(tensor: Any) -> bool:
-    """Whether a tensor is a DTensor, of which this process holds a part (or a replica)."""
+    """Return whether a tensor is a DTensor, of which this process holds a part (or a replica)."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "to_local")
 
 
 def shards(tensor: Any, axis: int | None = None) -> int:
-    """Return into how many parts a tensor is cut (along ``axis`` only, if given); 1 if it is whole."""
+    """Return the number of shards of a tensor (along ``axis`` only, if given); 1 if it is whole."""
     if not is_sharded(tensor):
         return 1
     parts = 1
@@ -27,9 +27,9 @@ def shards(tensor: Any, axis: int | None = None) -> int:
 
 @dataclass(frozen=True)
 class ClassShard:
-    """The classes of a row that this rank holds: ``classes`` of ``outputs`` from ``first`` on.
+    """The classes that this rank holds: ``classes`` of ``outputs``, from class ``first`` on.
 
-    The others are on the ranks of the same ``group``, whose number is its lowest global rank.
+    The other classes are on the other ranks of ``group``, which is named by its lowest global rank.
     """
 
     first: int
@@ -41,8 +41,8 @@ class ClassShard:
 def class_shard(tensor: Any, axis: int) -> ClassShard | None:
     """Return this rank's classes of a DTensor of logits (or of the head's weight).
 
-    None if it is not sharded along its class axis, if a shard is no range of classes, or if the shards must
-    still be added up.
+    Returns None if it is not sharded along its class axis, if a shard is not a range of classes, or if the
+    shards must still be added up.
     """
     if not is_sharded(tensor):
         return None

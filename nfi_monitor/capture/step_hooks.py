@@ -10,16 +10,15 @@ from torch.optim import Optimizer
 
 
 def has_closure(given: Sequence[Any]) -> bool:
-    """Whether the arguments of ``optimizer.step()`` (which may begin with the optimizer) have a closure."""
+    """Return whether there is a closure among the arguments of ``optimizer.step()``."""
     return any(callable(value) and not isinstance(value, Optimizer) for value in given)
 
 
 class StepHooks:
-    """The pair of hooks around ``optimizer.step()``, with their handles. ``before`` gets the step's
-    arguments.
+    """Call ``before(arguments of the step)`` and ``after()`` around each ``optimizer.step()``.
 
-    The last guard of a training: any error of ``before`` and ``after`` goes to ``failed("step", error)``.
-    ``remove`` and ``serve`` may be called from inside them, as by an ``on_alert`` that closes its monitor.
+    Any error of both goes to ``failed("step", error)``, so that it cannot stop the training.  ``remove`` and
+    ``serve`` may be called from inside them, for example by an ``on_alert`` that closes its monitor.
     """
 
     def __init__(
@@ -30,7 +29,7 @@ class StepHooks:
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self._before, self._after, self._failed = before, after, failed
-        self._inside: int | None = None  # which of the two hooks is running
+        self._inside: int | None = None  # 0 or 1 while the first or second hook is running
         self._removed = False
 
         def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -67,7 +66,7 @@ class StepHooks:
         after: Callable[[], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
-        """Let the hooks, which stay in place, call these functions from now on."""
+        """Let the hooks call these functions from now on."""
         self._before, self._after, self._failed = before, after, failed
 
     def remove(self) -> None:
@@ -78,11 +77,11 @@ class StepHooks:
                 handle.remove()
 
     def _leave_hook(self) -> None:
-        """Remove the hooks at the end of one of them, if ``remove`` was called in it or before it.
+        """Remove the hooks at the end of one of them, if ``remove`` was called inside or before.
 
-        torch iterates over its hooks, and raises into the training if one is removed meanwhile, unless it is
-        the last.  So a hook that is not the last is removed when the other one runs.  At worst one stays, and
-        does nothing.
+        torch iterates over its hooks, and raises an error if one is removed during that, unless it is the
+        last.  So a hook that is not the last is removed when the other hook runs.  At worst one hook stays
+        and does nothing.
         """
         inside, self._inside = self._inside, None
         if not self._removed or inside is None:

@@ -1,4 +1,4 @@
-"""Hold one optimizer step as tensors: what is read before it, and what it changed."""
+"""Hold one optimizer step as tensors: values before it, and values after it."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from nfi_monitor.capture.sampling import CoordinateSample
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step as tensors: [C] over sampled coordinates, head tensors classes first."""
+    """One optimizer step: tensors [C] over sampled coordinates, and the head's tensors, classes first."""
 
     sample: CoordinateSample
-    params: tuple[nn.Parameter, ...]  # the parameters that the sample is of
+    params: tuple[nn.Parameter, ...]  # the sampled parameters
     grad: Tensor  # [C]
     before: Tensor  # [C]
     after: Tensor  # [C]
@@ -22,8 +22,8 @@ class Update:
     correction: Tensor | float  # 1 − β2^t, scalar or [C]
     eps: Tensor | float  # ε_A, scalar or [C]
     lr: Tensor | float  # of the head's group
-    lrs: Tensor | None  # [C], where not all groups have the same
-    found_inf: Tensor | None  # > 0: a fused step under a gradient scaler skipped itself
+    lrs: Tensor | None  # [C]; None if all groups have the same rate
+    found_inf: Tensor | None  # > 0 if a fused step under a gradient scaler was skipped
     head_position: int | None  # index of the head's weight among the sample's tensors
     head_weight_update: Tensor | None  # [k, d], a stride of class rows
     head_bias_update: Tensor | None  # [k], the same classes
@@ -34,11 +34,11 @@ class Update:
 
 @dataclass(frozen=True)
 class BeforeStep:
-    """What is read before the step; :meth:`OptimizerReader.after` completes it to an :class:`Update`."""
+    """The tensors read before a step. ``OptimizerReader.after`` completes them to an :class:`Update`."""
 
     sample: CoordinateSample
     params: tuple[nn.Parameter, ...]
-    grad: Tensor | None  # None: to be read after the step
+    grad: Tensor | None  # None: read it after the step
     before: Tensor
     found_inf: Tensor | None
     head_weight: Tensor | None

@@ -75,7 +75,7 @@ class AlertBook:
     def _updated(
         self, alert: Alert, claim: Claim, severity: Severity, step: int, judgement: Judgement
     ) -> Alert:
-        """Return the alert as it is at ``step``: phase, evidence, mechanism and forecast.
+        """Return the alert with the phase, evidence, mechanism and forecast at ``step``.
 
         Keep the mechanism with the highest confidence so far: near the spike all mechanisms look alike.  A
         proven mechanism (rounding, which is measured) replaces a mechanism that was only inferred.

@@ -210,7 +210,7 @@ class Detector:
     def _update_warnings(self, judgement: Judgement) -> Causes:
         """Update the rules' switches, in the order of ``RULES``, then the alerts *at risk* and *imminent*.
 
-        Returns the signals by which a cause is named.
+        Returns the signals that name a cause.
         """
         now, step = self._now, self._now.step
         on: list[Rule] = []

@@ -23,7 +23,7 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
     doubt = 0.0 if violation < NUMERIC_BELOW or causes.no_classes else 0.2
     if causes.learning_rate_jump >= JUMP:
         return Mechanism.EXTERNAL, 0.8 - doubt
-    # Ask the last rule first: it switches on nearest to the event.
+    # Check the last rule first: it switches on nearest to the event.
     for rule in reversed(RULES):
         cause = rule.cause(causes) if rule.name in causes.on else None
         if cause is not None:

@@ -1,1 +1,1 @@
-"""The pass over one optimizer step: read it, judge it, report it, and choose the next step to read."""
+"""Handle each optimizer step: read it, judge it, report it, and choose the next step to read."""

@@ -1,4 +1,4 @@
-"""The state of a monitor in the run's checkpoint."""
+"""Save a monitor's state for the run's checkpoint, and restore it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nfi_monitor.types import Note, Phase
 
 def state_dict(loop: StepLoop) -> dict[str, Any]:
     """Return detector, alerts and schedule in plain types; see :meth:`nfi_monitor.Monitor.state_dict`."""
-    # Losses that wait to be judged are a part of the state: judged here, a resumed run would differ.
+    # Save deferred losses and do not judge them here: the original run judges them later, together.
     loop.losses.flush(loop.transfer)
     loop.judge.drain(everything=True)
     return {
@@ -24,7 +24,7 @@ def state_dict(loop: StepLoop) -> dict[str, Any]:
         "phases": [[step, phase.value] for step, phase in loop.judge.phases],
         **loop.step_reader.state_dict(loop.step),
         "plain_losses": [[step, loss] for step, loss in loop.losses.deferred],
-        "notes": [[note.code, note.message, note.step] for note in loop.notes.said.values()],
+        "notes": [[note.code, note.message, note.step] for note in loop.notes.by_code.values()],
     }
 
 
@@ -38,7 +38,7 @@ def load_state_dict(loop: StepLoop, state: Mapping[str, Any]) -> None:
     step = int(state["step"])
     waiting = [(int(waited), float(loss)) for waited, loss in state.get("plain_losses", [])]
     if step < loop.step:
-        # Losses that waited are judged once more.
+        # The deferred losses will be judged again.
         _forget_after(loop, min([step, *(waited - 1 for waited, _ in waiting)]))
     loop.step = step
     loop.detector.load_state_dict(state["detector"])
@@ -51,16 +51,16 @@ def load_state_dict(loop: StepLoop, state: Mapping[str, Any]) -> None:
     device = weight.device if weight is not None else next(loop.model.parameters()).device
     loop.step_reader.load_state_dict(state, device)
     loop.losses.deferred = waiting
-    if loop.membership.exchange is not None:  # none waits there, and all ranks have to know the same
+    if loop.membership.exchange is not None:  # with several ranks no loss is deferred
         loop.judge.judge_deferred()
     loop.rows.clear(loop.step + 1)
     loop.look_ahead()
     for code, message, step in state["notes"]:
-        loop.notes.said.setdefault(code, Note(code, message, int(step)))
+        loop.notes.by_code.setdefault(code, Note(code, message, int(step)))
 
 
 def _forget_after(loop: StepLoop, last: int) -> None:
-    """Forget what was seen after step ``last``: the run goes back to it."""
+    """Remove readings and replays after step ``last``: the run goes back to it."""
     loop.losses.flush(loop.transfer)
     loop.transfer.take(everything=True)
     loop.judge.recorded.cut(last)

@@ -1,4 +1,4 @@
-"""Check what a monitor is made with, before anything is attached."""
+"""Check the arguments of a monitor before it attaches."""
 
 from __future__ import annotations
 
@@ -81,8 +81,9 @@ def find_watched(
 ) -> tuple[Head | None, Optimizer]:
     """Return the head to watch and the optimizer that trains it, without wrappers.
 
-    Raises AlreadyMonitoredError where an open monitor watches that head, or a model without one; and as
-    :func:`~nfi_monitor.capture.head.find_head` and :func:`~nfi_monitor.capture.unwrap.choose`.
+    Raises AlreadyMonitoredError if an open monitor watches that head (or that model, if it has no head).
+    Raises the errors of :func:`~nfi_monitor.capture.head.find_head` and
+    :func:`~nfi_monitor.capture.unwrap.choose`.
     """
     found = None if isinstance(head, bool) else find_head(model, head)
     chosen = choose(optimizer, found)

@@ -1,4 +1,4 @@
-"""Detach a loop from its training: at ``close()``, and in a process that was forked from it."""
+"""Detach a loop from its training: at ``close()``, and in a forked process."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _LOOPS: weakref.WeakSet[StepLoop] = weakref.WeakSet()
 
 
 def abandon_if_forked(loop: StepLoop) -> None:
-    """Have a forked process detach this loop: it inherits the hooks, but what it runs is not this run."""
+    """Detach this loop in processes that are forked later: they inherit the hooks, but train nothing."""
     _LOOPS.add(loop)
 
 
 def close(loop: StepLoop) -> None:
     """Detach all hooks and finish the reports. Calling it again does nothing.
 
-    Each part is guarded: what fails in one must not keep the next from being detached.
+    Each part is guarded, so that an error in one part does not stop the others from detaching.
     """
     if loop.closed:
         return
@@ -34,10 +34,10 @@ def close(loop: StepLoop) -> None:
         with guarded("close"):
             handle.remove()
     loop.handles.clear()
-    for ending in loop.endings:
+    for ending in loop.close_callbacks:
         with guarded("close"):
             ending()
-    loop.endings.clear()
+    loop.close_callbacks.clear()
     _LOOPS.discard(loop)
     with guarded("close"):
         unregister(loop.owner, loop.watched_module)
@@ -48,11 +48,11 @@ def close(loop: StepLoop) -> None:
         loop.schedule.finish()
     with guarded("close"):
         loop.step_reader.release()
-    with guarded("close"):  # never in the way of an exception of the user's own
+    with guarded("close"):  # an error here must not hide an exception of the user's code
         _finish_reports(loop)
     with guarded("close"):
         loop.judge.release()
-    # The monitor may outlive the run for its history; the model and the optimizer must not for its sake.
+    # The user may keep the monitor for its history: it must not keep the model and the optimizer alive.
     del loop.owner, loop.model, loop.optimizer, loop.reader, loop.head, loop.stateful
 
 
@@ -63,13 +63,13 @@ def _finish_reports(loop: StepLoop) -> None:
     reports = loop.reports
     if reports.sinks:
         for alert in list(loop.detector.alerts):
-            if alert.state is AlertState.FIRING:  # how far it got: files hold only what was told
+            if alert.state is AlertState.FIRING:  # the files do not have its latest state yet
                 reports.alert(alert, Change.UPDATE)
         reports.close(loop.info(), loop.summary())
 
 
 def _abandon_all() -> None:
-    """Detach, and say nothing anywhere: files, ranks and the run are the parent process's."""
+    """Detach all loops without any report: the files and the other ranks belong to the parent process."""
     for loop in list(_LOOPS):
         loop.closed = True
         for handle in loop.handles:

@@ -1,4 +1,4 @@
-"""Errors of the monitor itself: each is reported once, and the part that failed stays quiet."""
+"""Handle errors of the monitor itself: report each once, and switch off the part that failed."""
 
 from __future__ import annotations
 
@@ -7,30 +7,30 @@ from contextlib import contextmanager, suppress
 
 
 class Faults:
-    """``quiet`` holds the names of the parts that have failed.
+    """Keep ``failed_parts``, the names of the parts that have failed and are switched off.
 
     Args:
-        report: ``report(part, error)``, called at the first error of each part. What it raises is dropped.
-        heard: ``heard(part)``, called at every error.
+        report: ``report(part, error)``, called at the first error of each part. Its own errors are ignored.
+        on_error: ``on_error(part)``, called at every error.
     """
 
-    def __init__(self, report: Callable[[str, BaseException], None], heard: Callable[[str], None]) -> None:
-        self._report, self._heard = report, heard
-        self.quiet: set[str] = set()
+    def __init__(self, report: Callable[[str, BaseException], None], on_error: Callable[[str], None]) -> None:
+        self._report, self._on_error = report, on_error
+        self.failed_parts: set[str] = set()
 
     def failed(self, part: str, error: BaseException) -> None:
-        """Report an error once; the part is quiet from now on, training goes on."""
-        self._heard(part)
-        if part in self.quiet:
+        """Report an error once, and mark the part as failed."""
+        self._on_error(part)
+        if part in self.failed_parts:
             return
-        self.quiet.add(part)
-        # Saying so may fail as well (a console that is gone): then there is nothing left to tell it to.
+        self.failed_parts.add(part)
+        # The report itself may fail (a closed console). Then there is no other place to report to.
         with suppress(Exception):
             self._report(part, error)
 
     @contextmanager
     def guarded(self, part: str) -> Iterator[None]:
-        """What runs in here must not stop a training: an exception is reported once, under this name."""
+        """Run a block that must not stop the training: report an exception once, as an error of ``part``."""
         try:
             yield
         except Exception as error:

@@ -1,7 +1,7 @@
-"""Judge what was measured, in the order of the steps, and report it.
+"""Judge the readings in the order of their steps, and report them.
 
-A reading comes here on its way from the step reader to the sinks.  The detector judges it, the history keeps
-it, the sinks and ``on_alert`` receive what it changes.
+Each reading comes from the step reader.  The detector judges it, the history stores it, and the sinks and
+``on_alert`` get the alerts that it changes.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
 
 
 class Judge:
-    """Feeds the detector.
+    """Pass readings and losses to the detector, and its results to the sinks.
 
     Args:
-        detector: judges.
-        losses: those that wait are judged here.
-        transfer: readings of this process that may be on their way from an accelerator.
-        reports, on_alert: where readings and alerts go.
-        notes: where skipped steps are said.
-        faults: an error of the detector's or of ``on_alert``'s goes there.
-        read_context: how the optimizer trains the head as things stand.
-        note_reading: called after each full reading that was judged.
+        detector: judges each reading.
+        losses: the queue whose deferred losses are judged here.
+        transfer: readings of this process that are being copied from an accelerator.
+        reports, on_alert: get the readings and alerts.
+        notes: gets a note for skipped steps.
+        faults: gets errors of the detector and of ``on_alert``.
+        read_context: returns the present settings of the optimizer for the head.
+        note_reading: called after each full reading.
     """
 
     def __init__(
@@ -54,9 +54,9 @@ class Judge:
     ) -> None:
         self.detector = detector
         self.recorded = History()
-        """What was judged so far, without the losses that wait."""
+        """History of all judged readings, without the deferred losses."""
         self.phases: list[tuple[int, Phase]] = [(0, Phase.HEALTHY)]
-        """(step, phase) whenever the phase changes."""
+        """Changes of the phase, as (step, new phase)."""
         self._released = False
         self._losses, self._transfer = losses, transfer
         self._reports, self._notes, self._faults = reports, notes, faults
@@ -64,7 +64,7 @@ class Judge:
         self._read_context, self._note_reading = read_context, note_reading
 
     def release(self) -> None:
-        """Judge nothing any more: the monitor was closed and has let go of the model."""
+        """Stop judging: the monitor is closed and has released the model."""
         self._released = True
 
     def released(self) -> bool:
@@ -73,32 +73,32 @@ class Judge:
 
     @property
     def history(self) -> History:
-        """What was measured so far. The losses that wait are judged first."""
+        """History of all readings so far. Deferred losses are judged first."""
         if self._losses.deferred:
             with self._faults.guarded("step"):
                 self.judge_deferred()
         return self.recorded
 
     def settle(self) -> None:
-        """Judge all that was measured, and wait for what is still on its way."""
+        """Judge all readings and losses; wait for those that are still being copied to the host."""
         self.judge_deferred()
         self._losses.flush(self._transfer)
         self.drain(everything=True)
 
     def judge_deferred(self) -> None:
-        """Judge the losses that wait in the queue."""
+        """Judge the deferred losses."""
         for step, loss in self._losses.take_deferred():
-            passed = False
-            if "detector" not in self._faults.quiet:
+            ordinary = False
+            if "detector" not in self._faults.failed_parts:
                 with self._faults.guarded("detector"):
-                    passed = self.detector.absorb_ordinary_loss(step, loss)
-            if passed:
+                    ordinary = self.detector.absorb_ordinary_loss(step, loss)
+            if ordinary:
                 self.recorded.append(step, {"loss": loss})
             else:
                 self.judge(Reading(step, {"loss": loss}), full=False)
 
     def drain(self, *, everything: bool = False) -> None:
-        """Judge what has arrived on the host: of a rank that is read alone, the others put nothing there."""
+        """Judge the readings of this process alone that have arrived on the host."""
         for label, numbers in self._transfer.take(everything=everything):
             if isinstance(label, list):
                 for step, loss in zip(label, numbers, strict=True):
@@ -111,7 +111,7 @@ class Judge:
                 self.judge(Reading(label.step, with_non_finite(values)), full=True)
 
     def receive(self, readings: Iterable[Reduced]) -> None:
-        """Judge what all ranks have measured, once a step and by all of them alike."""
+        """Judge the joint readings of all ranks. Every rank judges the same numbers."""
         for reduced in readings:
             for step, loss in reduced.losses:
                 self.judge(Reading(step, {"loss": loss}), full=False)
@@ -125,7 +125,7 @@ class Judge:
         if self.released():
             return
         judgement = Judgement(self.detector.phase)
-        if "detector" not in self._faults.quiet:
+        if "detector" not in self._faults.failed_parts:
             try:
                 if full:
                     self.detector.context = self._read_context()
@@ -150,7 +150,7 @@ class Judge:
     def report(self, change: Change, alert: Alert) -> None:
         """Give an alert to the sinks and to ``on_alert``, which may close the monitor."""
         self._reports.alert(alert, change)
-        if self._on_alert is not None and "on_alert" not in self._faults.quiet:
+        if self._on_alert is not None and "on_alert" not in self._faults.failed_parts:
             try:
                 self._on_alert(alert)
             except Exception as error:

@@ -1,8 +1,8 @@
-"""The pass over one optimizer step (hooks → measure → judge → report), and the choice of the next to read.
+"""Run the monitor's work at each optimizer step: capture, measure, judge, report, choose the next reading.
 
-:class:`nfi_monitor.Monitor` is its face.  The parts do not know the loop:
-:mod:`~nfi_monitor.engine.step_reader` reads a step, :mod:`~nfi_monitor.engine.loss_queue` holds the losses
-that can wait, :mod:`~nfi_monitor.ranks.membership` shares a reading with other processes, and
+:class:`nfi_monitor.Monitor` is the public class in front of it.  The loop calls these parts, and none of them
+imports the loop: :mod:`~nfi_monitor.engine.step_reader` reads a step, :mod:`~nfi_monitor.engine.loss_queue`
+defers losses, :mod:`~nfi_monitor.ranks.membership` shares a reading with other processes, and
 :mod:`~nfi_monitor.engine.judge` judges and reports it.
 """
 
@@ -52,13 +52,12 @@ if TYPE_CHECKING:
 
 
 class StepLoop:
-    """Everything of one monitor that runs in a hook, and the parts that it runs.
+    """Handle the hooks of one monitor, and own the parts that they call.
 
     Args:
-        owner: the monitor. The hooks keep the loop alive, and with it the monitor, until :meth:`close`.
-        optimizer: the one that is watched, without wrappers.
-        head: the head that is watched, or None.
-        options: the rest of what the monitor was made with, checked.
+        owner: the monitor. Until it is closed, the hooks keep the loop alive, and the loop keeps the monitor.
+        optimizer, head: the watched optimizer, without wrappers, and the watched head, or None.
+        options: the other arguments of the monitor, checked.
     """
 
     def __init__(
@@ -69,13 +68,13 @@ class StepLoop:
         self.stateful = tuple(options.stateful)
         self.thresholds = options.thresholds or Thresholds()
         self.step = 0  # optimizer steps completed
-        self.wanted_step: int | None = 1  # the step that is being captured, None between readings
-        self.next_read = 1  # the next step to be read, as things stand
+        self.wanted_step: int | None = 1  # the step that is captured now; None between readings
+        self.next_read = 1  # the next step to read, unless a loss is unusual before
         self.closed = False
-        self.paused = 0  # how many paused() are open
-        self.endings: list[Callable[[], object]] = []
+        self.paused = 0  # number of open paused() blocks
+        self.close_callbacks: list[Callable[[], object]] = []
         self.replays: list[ReplayVerdict] = []
-        self._unplanned = False  # whether an unusual loss alone has the next step read
+        self._unplanned = False  # whether only an unusual loss is the reason to read the next step
         self.final_info: dict[str, Any] | None = None
 
         self.faults = Faults(self._report_fault, self._own_fault)
@@ -83,7 +82,7 @@ class StepLoop:
         self.reader = OptimizerReader(optimizer, head)
         self.rows = RowAccumulator()
         probe_batch = None if options.probe is None else ProbeBatch(model, *options.probe)
-        self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.quiet, failed)
+        self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.failed_parts, failed)
         self.schedule = Schedule(options.overhead_budget)
         self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
         self.loss_probe: LossProbe | None = None
@@ -98,7 +97,7 @@ class StepLoop:
             follow=self._follow,
             note=self.notes.note,
             failed=failed,
-            quiet=self.faults.quiet,
+            failed_parts=self.faults.failed_parts,
         )
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
@@ -134,20 +133,22 @@ class StepLoop:
 
     @property
     def watched_module(self) -> nn.Module:
-        """The head, or the model where there is none: no two monitors watch the same one."""
+        """The head, or the model if there is no head. Only one open monitor may watch it."""
         return self.model if self.head is None else self.head.module
 
     # --- hooks -----------------------------------------------------------------------------------
 
     def recorded(self) -> bool:
-        """Whether what goes on is only recorded, into a CUDA graph: then every hook leaves at once."""
+        """Return whether a CUDA graph is being captured; then note it. Every hook returns at once then."""
         if not devices.capturing():
             return False
         self.notes.cuda_graph(self.step)
         return True
 
     def _captured_step(self) -> int | None:
-        """For the head's forward. In the first it may turn out that DDP wraps the model after all."""
+        """Return the step to capture in the head's forward pass, or None.
+
+        Look for the ranks again before the first step: DDP may wrap the model only after the monitor."""
         if self.paused or (devices.GRAPHS and self.recorded()):
             return None
         membership = self.membership
@@ -156,12 +157,12 @@ class StepLoop:
         return self.wanted_step
 
     def _rows_arrived(self, rows: Rows) -> None:
-        if "rows" in self.faults.quiet or self.closed or self.paused:
+        if "rows" in self.faults.failed_parts or self.closed or self.paused:
             return
         self.step_reader.add(rows)
 
     def observe_outputs(self, scale: float, observe: Callable[[Tensor], None]) -> None:
-        """Give the loss in the model's output to ``observe``; ``scale`` as for the monitor."""
+        """Pass the loss in the model's output to ``observe``; ``scale`` as for the monitor."""
         if self.closed or self.loss_probe is not None:
             return
 
@@ -173,7 +174,7 @@ class StepLoop:
         self.handles.append(self.model.register_forward_hook(self.loss_probe, with_kwargs=True))
 
     def end_micro_batch(self) -> None:
-        """Take the loss that a compiled forward has left."""
+        """Collect the loss that a compiled forward pass has stored."""
         if self.loss_probe is not None and not self.closed:
             try:
                 self.loss_probe.collect()
@@ -187,7 +188,7 @@ class StepLoop:
             self._complete_snapshot()
         if self.loss_probe is not None:
             self.end_micro_batch()
-        if self.wanted_step is None or "optimizer" in self.faults.quiet:
+        if self.wanted_step is None or "optimizer" in self.faults.failed_parts:
             return
         started = time.perf_counter()
         try:
@@ -204,7 +205,7 @@ class StepLoop:
         read, unplanned = self.wanted_step is not None, self._unplanned
         deferred = False
         try:
-            # While a reading is on its way from an accelerator, each step asks for it.
+            # While a reading is being copied from an accelerator, check at each step whether it has arrived.
             deferred = not (read or self.transfer.waiting) and self.losses.defer(self.step)
             if not deferred:
                 if read:
@@ -222,7 +223,7 @@ class StepLoop:
             if self.step + 1 == self.next_read:
                 self.wanted_step = self.next_read
         else:
-            if self.judge.released():  # a close() from inside on_alert has just come back to here
+            if self.judge.released():  # on_alert has closed the monitor inside this step
                 return
             self._end_step(read)
         if self.wanted_step is not None:
@@ -232,7 +233,7 @@ class StepLoop:
         self.schedule.step_done(read, now, unplanned=unplanned)
 
     def _end_step(self, read: bool) -> None:
-        """Forget what belongs to this step, and plan the next ones."""
+        """Drop this step's tensors, and plan the next readings."""
         try:
             self.losses.forget()
             if read:
@@ -244,14 +245,14 @@ class StepLoop:
         try:
             self.look_ahead()
         except Exception as error:
-            # The other ranks count on this one at a step that it cannot tell.
+            # This rank does not know the next common step now, and the other ranks would wait for it.
             self.faults.failed("step", error)
             self.membership.drop_out(self.step)
 
     # --- measure ---------------------------------------------------------------------------------
 
     def _measure(self) -> None:
-        """Read this step: as a part of what all ranks see, or all that this process sees."""
+        """Read this step: for the exchange with the other ranks, or for this process alone."""
         if self.membership.measure(self.step):
             return
         contents, packed = self.step_reader.read(self.step, self.losses)
@@ -260,7 +261,7 @@ class StepLoop:
         self.transfer.put(contents, packed)
 
     def _loss_only(self) -> None:
-        """Between readings the loss alone: at once on a CPU, a batch of late ones on an accelerator."""
+        """Judge the loss of a step that is not read: now on a CPU, later on an accelerator."""
         losses = self.losses
         loss = losses.mean()
         if loss is None:
@@ -270,11 +271,11 @@ class StepLoop:
         elif isinstance(loss, Tensor) and not devices.on_host(loss):
             losses.keep_late(self.step, loss)
         else:
-            if self.transfer.waiting:  # an earlier reading, from an accelerator
+            if self.transfer.waiting:  # an earlier reading is being copied from an accelerator
                 self.judge.drain()
             elif losses.deferred:
                 self.judge.judge_deferred()
-            if self.transfer.waiting:  # not here yet: a loss must not be judged before it
+            if self.transfer.waiting:  # the reading has not arrived, and must be judged before this loss
                 self.transfer.put([self.step], torch.tensor([float(loss)], dtype=torch.float64))
             else:
                 self.judge.judge(Reading(self.step, {"loss": float(loss)}), full=False)
@@ -292,14 +293,14 @@ class StepLoop:
     # --- plan ------------------------------------------------------------------------------------
 
     def look_ahead(self) -> None:
-        """Decide from the readings so far how closely to look at the next steps, and which loss is usual."""
+        """Choose the next step to read, and the losses that may be deferred, from the readings so far."""
         detector = self.detector
         attention = detector.attention
-        # Losses wait only while nothing is going on, and nobody for each reading.
-        patient = (
+        # Defer losses only in a healthy run of one process, if no sink takes readings.
+        may_defer = (
             attention is Attention.RARELY and self.membership.exchange is None and not self.reports.listening
         )
-        usual_below = detector.spike.usual_below(self.thresholds, TOGETHER + 1) if patient else -math.inf
+        usual_below = detector.spike.usual_below(self.thresholds, TOGETHER + 1) if may_defer else -math.inf
         self.losses.look_ahead(usual_below)
         tau = detector.context.tau
         schedule = self.schedule
@@ -316,20 +317,21 @@ class StepLoop:
         return next_read(self.step, self.every, attention, tau, self.schedule.healthy_interval)
 
     def can_reduce(self) -> bool:
-        """Return whether a reduced sample would be smaller, and nothing goes on meanwhile: two samples do not
-        agree to the last per cent, and growth is told from less."""
+        """Return whether a reduced sample would be smaller, and the run is healthy.
+
+        A change of sample shifts the numbers by up to a percent, and a growth may be smaller than that."""
         calm = self.detector.attention is Attention.RARELY
         return calm and (self.probe.can_reduce or self.reader.can_reduce)
 
     def _find_ranks(self) -> str | None:
-        """Look for the ranks that train together; returns why that failed, if it did."""
+        """Look for the ranks that train together; return the reason if that failed."""
         apart = self.membership.find(self.model, self.optimizer, self.head)
         if self.membership.exchange is not None:
             self.schedule.give_up_budget()
         return apart
 
     def _follow(self, agreed: ReadingPlan) -> None:
-        """Read as the ranks agreed; what was read before is not comparable with what follows."""
+        """Follow a new plan of the ranks. Drop the last step: later ones cannot be compared with it."""
         self.step_reader.memory = None
         self._set_plan(replace(agreed, reduced_sample=self.probe.plan.reduced_sample))
 
@@ -339,11 +341,11 @@ class StepLoop:
     # --- snapshots -------------------------------------------------------------------------------
 
     def _take_snapshot(self) -> None:
-        """At risk, now and then; from a slingshot's first unusual loss until its end, never."""
+        """Take a snapshot if the run is at risk and one is due; never during a possible slingshot."""
         detector, kept = self.detector, self.recent_snapshots
         if not detector.at_risk or detector.spike.state != QUIET or detector.spike.streak:
             return
-        if "snapshots" in self.faults.quiet or not kept.due(self.step, detector.context.tau):
+        if "snapshots" in self.faults.failed_parts or not kept.due(self.step, detector.context.tau):
             return
         try:
             kept.take(self.step, detector.spike.state_dict(), detector.signals.decay)
@@ -368,7 +370,7 @@ class StepLoop:
         self.notes.failed(part, error, self.step)
 
     def info(self) -> dict[str, Any]:
-        """Return what ``run.json`` holds."""
+        """Return the content of ``run.json``."""
         return (
             run_json(self)
             if self.final_info is None
@@ -376,18 +378,18 @@ class StepLoop:
         )
 
     def summary(self) -> Summary:
-        """Return everything so far as one object, with what is still on its way."""
+        """Return the summary so far. Waits for readings that are still being copied to the host."""
         from nfi_monitor.report.summary import summarize
 
         self.judge.settle()
-        judge, notes = self.judge, list(self.notes.said.values())
+        judge, notes = self.judge, list(self.notes.by_code.values())
         return summarize(
             self.info(), judge.history, judge.phases, list(self.detector.alerts), notes, self.replays
         )
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Ignore forwards, steps and losses while this is open; its time belongs to nobody."""
+        """Ignore forward passes, steps and losses inside a block, and do not count its time."""
         started = time.perf_counter()
         self.paused += 1
         try:

@@ -1,9 +1,9 @@
-"""The losses of optimizer steps: those of the present step, and those that wait to be judged together.
+"""Queue the losses of optimizer steps that are not read, and judge them together.
 
-Most steps of a healthy run are not read, and their loss begins nothing.  Code that runs once a step finds
-none of itself in the CPU's caches, so judging such a loss at its own step would cost more than everything
-else that the monitor does there.  Such losses wait and are judged together.  On an accelerator a loss is not
-known yet: those losses wait on the device and are copied together.
+Most steps of a healthy run are not read, and their loss cannot begin an alert.  Judging such a loss at its
+own step would cost more than all other work of the monitor there: the code is no longer in the CPU's
+caches.  So these losses are deferred and judged together.  On an accelerator the host does not know the loss
+yet: those losses stay on the device and are copied together.
 """
 
 from __future__ import annotations
@@ -20,21 +20,22 @@ from nfi_monitor.detect.spike import highest_usual
 from nfi_monitor.types import Thresholds
 
 TOGETHER = 32
-"""Losses judged at once."""
+"""Most losses that are deferred before they are judged together."""
 
 
 class LossQueue:
-    """Holds losses until they are judged.
+    """Hold losses until they are judged.
 
     Attributes:
         observed: losses of this step's micro-batches.
         deferred: (step, loss) of earlier steps, oldest first.
-        share: factor by which a step's losses add up to its own; None where each is a mean of its own.
-        usual_below: losses from 0 up to this begin nothing and may wait; −inf while none may.
+        share: None if each observed loss is a mean over its micro-batch. Else each loss is a share of the
+            step's loss, which is their sum times this factor.
+        usual_below: a loss from 0 up to this cannot begin an alert and may be deferred; −inf: defer none.
     """
 
     def __init__(self, is_unusual: Callable[[int, float], bool], limits: Thresholds) -> None:
-        """``is_unusual(step, loss)``: whether a loss calls for closer attention; called at its step."""
+        """``is_unusual(step, loss)``, called at each step: whether the next steps must be read."""
         self._is_unusual = is_unusual
         self._limits = limits
         self._lowest = math.inf  # of the deferred losses
@@ -45,7 +46,7 @@ class LossQueue:
         self._late: list[tuple[int, Tensor]] = []  # on an accelerator, not copied yet
 
     def defer(self, step: int) -> bool:
-        """Defer the loss of a step that is not read, if it begins nothing. False: judge it now.
+        """Defer an ordinary loss of a step that is not read. Returns False if it must be judged now.
 
         This changes no result: a loss that may begin a slingshot is judged at once.
         """
@@ -69,32 +70,32 @@ class LossQueue:
         return True
 
     def look_ahead(self, usual_below: float) -> None:
-        """Set what is usual from here on, deferred losses included (also those from before a resume)."""
+        """Set ``usual_below``, then lower it for the losses deferred so far."""
         self.usual_below, self._lowest = usual_below, math.inf
         for _, loss in self.deferred:
             self._lower_limit(loss)
 
     def _lower_limit(self, loss: float) -> None:
-        """Lower ``usual_below``: a deferred loss may lower the average that later ones are compared with."""
-        if loss < self._lowest:  # a larger one cannot lower it further
+        """Lower ``usual_below`` for a deferred loss, which lowers the average of later comparisons."""
+        if loss < self._lowest:  # a larger loss cannot lower the limit further
             self._lowest = loss
             self.usual_below = min(self.usual_below, highest_usual(loss, self._limits))
 
     def forget(self) -> None:
-        """Clear the present step's losses, once they were judged."""
+        """Clear the present step's losses."""
         self.observed.clear()
         self.share = None
 
     def take_deferred(self) -> list[tuple[int, float]]:
-        """Return and clear the deferred losses. Cleared first: a callback may call this again meanwhile."""
+        """Return and clear the deferred losses, before they are judged: a callback may call this again."""
         deferred, self.deferred = self.deferred, []
         return deferred
 
     def mean(self) -> Tensor | float | None:
-        """Return the mean over the micro-batches, a 0-d tensor or a number, in the widest precision given.
+        """Return the mean over the micro-batches, a 0-d tensor or a number; None without losses.
 
-        A NaN or Inf is left out unless all losses are: a step that a gradient scaler skipped leaves its loss
-        behind.  None without losses.
+        The mean is in the widest precision of the losses.  NaN and Inf are left out unless all losses are NaN
+        or Inf: after a step that a gradient scaler skipped, its loss is still here.
         """
         observed = self.observed
         if not observed:
@@ -114,13 +115,13 @@ class LossQueue:
     def keep_late(self, step: int, loss: Tensor) -> None:
         """Keep a copy of a loss on an accelerator until :meth:`flush`.
 
-        By then the tensor itself may hold the mean of all ranks, or the loss of another step.
+        The training may overwrite the tensor meanwhile, with the mean of all ranks or a later loss.
         """
         self._late.append((step, loss.clone()))
 
     def flush(self, transfer: HostTransfer) -> None:
         """Send the late losses to the host in one copy, labelled with the list of their steps."""
-        late, self._late = self._late, []  # cleared first: a failure below happens once
+        late, self._late = self._late, []  # clear first, so that an error below happens once
         if late:
             losses = devices.together([loss.reshape(()) for _, loss in late])
             transfer.put([step for step, _ in late], torch.stack(losses))

@@ -1,4 +1,4 @@
-"""Say, once each, what limits what the monitor can see, and what it can still see."""
+"""Make notes: each says once what the monitor cannot see, what it still can, and what to do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, LOWERED, ROW_ELEMENTS, auto_interval
+from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
 from nfi_monitor.engine.remarks import REMARKS, Seen
 from nfi_monitor.types import Note
 
@@ -18,23 +18,24 @@ if TYPE_CHECKING:
 
 
 class NoteTaker:
-    """Keeps ``said`` (code → note) so that nothing is said twice, also after a resume."""
+    """Make each note once, also across a resume. ``by_code`` holds the notes by their code."""
 
     def __init__(self, say: Callable[[Note], None]) -> None:
         self._say = say
-        self.said: dict[str, Note] = {}
+        self.by_code: dict[str, Note] = {}
         self._without_rows = 0
         self._without_loss = 0
-        self._stopped: dict[Any, list[str]] = {}  # an error's type, text and place → the parts it stopped
+        # (type, text, place) of an error → the parts that it switched off
+        self._stopped: dict[Any, list[str]] = {}
 
     def note(self, code: str, message: str, step: int) -> None:
-        """Make a note, unless there is one of this code."""
-        if code not in self.said:
-            self.said[code] = Note(code, message, step)
-            self._say(self.said[code])
+        """Make a note, unless there is one with this code."""
+        if code not in self.by_code:
+            self.by_code[code] = Note(code, message, step)
+            self._say(self.by_code[code])
 
     def attached(self, head: Head | None, reader: OptimizerReader) -> None:
-        """Note what can be known before the first step."""
+        """Make the notes about the head and the optimizer, before the first step."""
         if head is None:
             return
         if head.weight is None:
@@ -64,13 +65,13 @@ class NoteTaker:
             )
 
     def read(self, seen: Seen) -> None:
-        """Note what a reading shows, or does not show."""
+        """Make the notes that a reading is a reason for (:data:`~nfi_monitor.engine.remarks.REMARKS`)."""
         values = seen.reading.values
         self._without_rows = 0 if "live_fraction" in values else self._without_rows + 1
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
         seen = seen._replace(without_rows=self._without_rows, without_loss=self._without_loss)
         for remark in REMARKS:
-            if remark.code not in self.said and remark.applies(seen):
+            if remark.code not in self.by_code and remark.applies(seen):
                 text = remark.text if isinstance(remark.text, str) else remark.text(seen)
                 self.note(remark.code, text, seen.reading.step)
 
@@ -94,7 +95,7 @@ class NoteTaker:
         )
 
     def slowed(self, schedule: Schedule, tau: float, step: int) -> None:
-        """Note that the interval between readings became longer, or their sample smaller, for the budget."""
+        """Note that the budget made readings rarer or smaller."""
         share = schedule.expected(tau)
         still = f"; a healthy step still costs {share:.1%}" if share > (schedule.budget or math.inf) else ""
         because = (
@@ -107,21 +108,21 @@ class NoteTaker:
             self.note(
                 "overhead_budget",
                 f"{because}From now on one step in {schedule.healthy_interval} is read instead of one in "
-                f"{auto_interval(tau)}, later one in {round(tau / 10)} at most{still}. At any sign of a "
-                f"slingshot as many are read as before. {otherwise}",
+                f"{auto_interval(tau)}, and never fewer than one in {round(tau / 10)}{still}. At any sign of "
+                f"a slingshot as many steps are read as before. {otherwise}",
                 step,
             )
         if schedule.reduced_sample:
             self.note(
                 "overhead_samples",
-                f"{because}From now on a reading holds one in {LOWERED} of its rows and coordinates: "
-                f"{COORDINATES // LOWERED:,} coordinates, {ROW_ELEMENTS // LOWERED:,} logits or "
+                f"{because}From now on a reading holds one in {REDUCTION} of its rows and coordinates: "
+                f"{COORDINATES // REDUCTION:,} coordinates, {ROW_ELEMENTS // REDUCTION:,} logits or "
                 f"{FEWEST_ROWS} rows (smaller models are read whole). {otherwise}",
                 step,
             )
 
     def failed(self, part: str, error: BaseException, step: int) -> None:
-        """Note that a part of the monitor failed. Parts that the same error stops later join that note."""
+        """Note that a part of the monitor failed; one note names all parts that an error switches off."""
         cause = (type(error), str(error), _place(error))
         parts = self._stopped.setdefault(cause, [])
         parts.append(part)
@@ -131,8 +132,8 @@ class NoteTaker:
             f"The monitor's {', '.join(parts)} failed and {are} off from now on; training is not affected. "
             f"{type(error).__name__}: {error}"
         )
-        if len(parts) > 1 and code in self.said:
-            self.said[code] = replace(self.said[code], message=message)
+        if len(parts) > 1 and code in self.by_code:
+            self.by_code[code] = replace(self.by_code[code], message=message)
         else:
             self.note(code, message, step)
 

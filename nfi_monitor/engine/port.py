@@ -1,4 +1,4 @@
-"""What adapters of training frameworks and remedies call on a monitor, beside what a user calls."""
+"""Define the methods of a monitor for adapters of training frameworks and for remedies."""
 
 from __future__ import annotations
 
@@ -21,59 +21,59 @@ MOVED_TO_PORT = {
 
 
 class AdapterPort:
-    """``monitor.port``: for code that attaches a monitor to a framework, or acts on its alerts.
+    """Serve code that attaches a monitor to a framework, or acts on its alerts, as ``monitor.port``.
 
-    A training loop of one's own needs nothing of it.  A new adapter calls, in this order:
+    Your own training loop does not need it.  A new adapter calls:
 
-    - :meth:`at_close` after the monitor is made, for what was registered with the framework along with it;
-    - :meth:`begin_step` before each optimizer step, where the framework says when one begins;
-    - :meth:`end_micro_batch` after each backward, where losses are read from the model's output
-      (``monitor.observe_outputs()``) and the framework says when a micro-batch ends;
-    - everything that its callbacks do inside :meth:`guarded`, so that it cannot stop the training;
-    - :meth:`may_act` before it changes the training because of an alert.
+    - :meth:`at_close` after the monitor is made, with functions that undo the adapter's own registrations;
+    - :meth:`begin_step` before each optimizer step, if the framework has an event for it;
+    - :meth:`end_micro_batch` after each backward pass, if losses are read from the model's output
+      (``monitor.observe_outputs()``) and the framework has an event for it;
+    - :meth:`guarded` around all its code in the framework's events, so that an error cannot stop the
+    training; - :meth:`may_act` before it changes the training because of an alert.
     """
 
     def __init__(self, loop: StepLoop) -> None:
         self._loop = loop
 
     def begin_step(self) -> None:
-        """Forget the losses that were observed since the last optimizer step.
+        """Drop the losses that were observed since the last optimizer step.
 
-        A step that a gradient scaler skipped leaves its loss behind; it is not the next step's.
+        If a gradient scaler skipped a step, its loss is still there and does not belong to the next step.
         """
         self._loop.losses.observed.clear()
 
     def end_micro_batch(self) -> None:
-        """Take the loss of the micro-batch whose backward is over.
+        """Collect the loss of the micro-batch after its backward pass.
 
-        Needed only for gradient accumulation with a compiled model after ``monitor.observe_outputs()``:
-        otherwise only the last micro-batch's loss is seen.
+        Needed only for gradient accumulation with a compiled model and ``monitor.observe_outputs()``:
+        without it, only the last micro-batch's loss is seen.
         """
         self._loop.end_micro_batch()
 
-    def at_close(self, *endings: Callable[[], object]) -> None:
-        """Call these when the monitor is closed, in this order. What one raises is reported once."""
-        self._loop.endings += endings
+    def at_close(self, *callbacks: Callable[[], object]) -> None:
+        """Register functions to call, in this order, when the monitor closes. Their errors are reported."""
+        self._loop.close_callbacks += callbacks
 
     def guarded(self, part: str) -> AbstractContextManager[None]:
-        """Run a block that must not stop the training: an exception in it is reported once, as ``part``'s."""
+        """Run a block that must not stop the training: report an exception once, as an error of ``part``."""
         return self._loop.faults.guarded(part)
 
     def may_act(self) -> bool:
         """Return whether an alert may change the training.
 
-        False where several processes run that are not read together: each has alerts of its own, and would
-        act at another step. A note then says so, once. ``on_alert`` is called all the same.
+        False if several processes run that are not read together: each has its own alerts, and would act at
+        another step. A note then says so once. ``on_alert`` is still called.
         """
         return self._loop.membership.may_act(self._loop.step)
 
     @property
     def sees_rows(self) -> bool:
-        """False where a note said that no gradients reach the logits, and none has arrived since."""
+        """Return whether gradients of rows arrive; False only after the note that none do."""
         loop = self._loop
-        return loop.probe.delivered > 0 or "head_never_fired" not in loop.notes.said
+        return loop.probe.delivered > 0 or "head_never_fired" not in loop.notes.by_code
 
     @property
     def stateful(self) -> tuple[Any, ...]:
-        """The objects beside model and optimizer that belong to a state of the run; none once closed."""
+        """The objects given as ``stateful``; empty once closed."""
         return () if self._loop.closed else self._loop.stateful

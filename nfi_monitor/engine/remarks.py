@@ -1,6 +1,6 @@
-"""What a reading can show that limits what the monitor sees: each remark is one row of :data:`REMARKS`.
+"""List the notes that a reading can be a reason for: :data:`REMARKS`, in the order in which they are checked.
 
-:class:`~nfi_monitor.engine.notes.NoteTaker` goes through them after each reading, in this order.
+:class:`~nfi_monitor.engine.notes.NoteTaker` checks them after each reading.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ FLOAT32_MARGIN = 10.0
 """Nats. With float32 a row is absorbed from a margin of 16.6 on and rounds visibly from 13.2; with float16
 from 7.6 and 4.2, with bfloat16 from 5.6 and 2.0, measured on F.cross_entropy's own backward."""
 PATIENCE = 5
-"""Measured steps without a sign of life before something is said to be missing."""
+"""Readings without any rows, or any loss, before a note says so."""
 
 
 class Seen(NamedTuple):
-    """A reading, and the parts that made it."""
+    """A reading, with the parts of the monitor that made it."""
 
     reading: Reading
     signals: Signals
@@ -32,12 +32,12 @@ class Seen(NamedTuple):
     rows: RowAccumulator
     loss_below_zero: bool
     measured: int
-    """Readings so far, this one not counted."""
+    """Number of readings before this one."""
     reader: OptimizerReader
     without_rows: int = 0
-    """Readings without rows up to this one, in succession."""
+    """Number of readings in a row without rows, this one included."""
     without_loss: int = 0
-    """Readings without a loss up to this one, in succession."""
+    """Number of readings in a row without a loss, this one included."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from nfi_monitor.replay.verdict import ReplayVerdict
 
 
 def take_snapshot(loop: StepLoop) -> Snapshot:
-    """Return the run as it is after the last step. Raises MonitorError once the monitor is closed."""
+    """Return the state of the run after the last step. Raises MonitorError once the monitor is closed."""
     if loop.closed:
         raise MonitorError("A closed monitor does not hold the model. Use Snapshot.take(step, model, ...).")
     spike, decay = loop.detector.spike.state_dict(), loop.detector.signals.decay
@@ -32,8 +32,7 @@ def replay_slingshot(
     steps: int | None,
     snapshot: Snapshot | None,
 ) -> ReplayVerdict:
-    """Replay it with what the monitor knows of the run, and report the verdict; see
-    :meth:`nfi_monitor.Monitor.replay`."""
+    """Replay the last slingshot and report the verdict; see :meth:`nfi_monitor.Monitor.replay`."""
     if not callable(step_fn):
         raise MonitorError(f"replay needs a function, got {type(step_fn).__name__}. {STEP_FN} {RECIPE}")
     if loop.closed:
@@ -46,7 +45,7 @@ def replay_slingshot(
     context = loop.detector.context
     start = plan(list(loop.detector.alerts), loop.recent_snapshots, context.tau, snapshot, steps)
     taken = start.snapshot
-    if taken.second_moment_decay == 0.0:  # of the user's own taking: the history knows
+    if taken.second_moment_decay == 0.0:  # taken by the user: read the decay from the history
         read_at, decays = loop.judge.history["second_moment_decay"]
         known = decays[read_at <= taken.step]
         if len(known):

@@ -1,4 +1,4 @@
-"""What is known of a run before it starts: what ``run.json`` holds of it, and what the detector needs."""
+"""Describe a run: the content of ``run.json``, and the optimizer's settings for the detector."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _GROUP_KEYS = (
 
 
 def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -> dict[str, Any]:
-    """Versions, model, head and optimizer in plain types."""
+    """Return versions, model, head and optimizer in plain types."""
     group = reader.group_of(head.weight if head is not None else None)
     parameters = list(model.parameters())
     return {
@@ -44,7 +44,7 @@ def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -
 
 
 def run_json(loop: StepLoop) -> dict[str, Any]:
-    """Return what ``run.json`` holds of a run, as it is now."""
+    """Return the present content of ``run.json``."""
     schedule, tau = loop.schedule, loop.detector.context.tau
     auto = schedule.healthy_interval or auto_interval(tau)
     training = schedule.training
@@ -69,11 +69,11 @@ def run_json(loop: StepLoop) -> dict[str, Any]:
 
 def notes_json(notes: NoteTaker) -> list[dict[str, Any]]:
     """Return the notes so far in plain types, oldest first."""
-    return [asdict(note) for note in notes.said.values()]
+    return [asdict(note) for note in notes.by_code.values()]
 
 
 def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool, rank: int) -> RunContext:
-    """How the optimizer trains the head as things stand, for the detector."""
+    """Return the present settings of the optimizer for the head, for the detector."""
     beta1, beta2 = reader.betas_or_assumed()
     group = reader.group_of(head.weight if head is not None else None)
     decoupled = group.get("decoupled_weight_decay", type(reader.optimizer).__name__.startswith("AdamW"))
@@ -89,7 +89,7 @@ def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
-        # A learning rate on an accelerator is not worth a synchronisation.
+        # Reading a learning rate on an accelerator would synchronise: leave it out.
         return float(value) if value.device.type == "cpu" else None
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(item) for item in value]

@@ -1,8 +1,8 @@
-"""Which optimizer steps are read in full, and what that costs.
+"""Choose the optimizer steps to read in full, and keep the cost of readings within a budget.
 
-A reading starts the same few hundred small kernels whatever the model: it slows a small model down, not a
-large one.  Where τ leaves room, the monitor reads a small healthy model less often.  Where that is not
-enough, it reads fewer rows and coordinates.
+A reading starts a few hundred small kernels for any model: that slows down a small model, not a large one.
+Where τ leaves room, the monitor reads a small healthy model less often.  If that is not enough, it reads
+fewer rows and coordinates.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ from nfi_monitor.capture.sampling import auto_interval
 from nfi_monitor.detect.detector import Attention
 
 SAMPLES = 32
-"""Steps and readings whose medians are taken: one slow step (a checkpoint, a compilation) must not count."""
+"""Number of steps, and of readings, in a median. With a median, one slow step (a checkpoint) hardly
+counts."""
 FIRST_CHANGE = 64
-"""The first optimizer step at which the interval is decided. It is decided again at each doubling."""
+"""First optimizer step at which the interval is chosen. It is chosen again each time the step doubles."""
 ALL_READ = 8
-"""The first steps are all read: they show whether anything can be seen at all."""
+"""Number of steps at the start that are all read: they show what the monitor can see."""
 
 
 def next_read(
@@ -39,7 +40,7 @@ def next_read(
     if attention is Attention.OFTEN:
         often = auto_interval(tau, at_risk=True)
         return -(-following // often) * often
-    # Two neighbouring steps, then a longer pause: curvature, alignment and swing need the step before.
+    # Read two neighbouring steps, then pause longer: curvature, alignment and swing need the step before.
     pair = 2 * (healthy or auto_interval(tau))
     return following if following % pair <= 1 else -(-following // pair) * pair
 
@@ -50,14 +51,14 @@ def shared_schedule(every: int | str) -> Callable[[int, Attention, float], int]:
 
 
 class Schedule:
-    """Measures the monitor's own time, and decides on the interval between readings and on their size.
+    """Measure the monitor's own time, and choose the interval between readings and their sample size.
 
-    ``budget``: the share of the training's own time that healthy steps may cost; None: not limited.
+    ``budget``: share of the training's own time that the monitor may take at healthy steps; None: no limit.
     """
 
     def __init__(self, budget: float | None) -> None:
         self.budget = budget
-        self.own_seconds = 0.0  # seconds
+        self.own_seconds = 0.0  # taken by the monitor so far
         self.readings = 0
         self.healthy_interval: int | None = None
         """Steps between readings of a healthy run; None: τ alone decides."""
@@ -67,18 +68,17 @@ class Schedule:
         self._own_before = 0.0
         self._finished: float | None = None
         self._next_decision = FIRST_CHANGE
-        self._steps = self._unplanned = (
-            0  # since the last decision; readings that an unusual loss alone caused
-        )
+        # Since the last decision: all steps, and readings that only an unusual loss caused.
+        self._steps = self._unplanned = 0
         self._unplanned_share = 0.0
-        """Unplanned readings per step, as found at the last decision."""
+        """Unplanned readings per step, before the last decision."""
         self._training: deque[float] = deque(maxlen=SAMPLES)
         self._reading: deque[float] = deque(maxlen=SAMPLES)
         self._passing: deque[float] = deque(maxlen=4 * SAMPLES)
 
     @property
     def training(self) -> float:
-        """Seconds since the start that were the training's, not the monitor's."""
+        """Seconds since the start without those of the monitor."""
         end = self._finished if self._finished is not None else time.perf_counter()
         return end - self._started - self.own_seconds
 
@@ -87,9 +87,9 @@ class Schedule:
         self.own_seconds += seconds
 
     def step_done(self, read: bool, now: float, *, unplanned: bool = False) -> None:
-        """Count an optimizer step, once all work of the monitor on it is done.
+        """Count an optimizer step, after all work of the monitor on it.
 
-        ``unplanned``: an unusual loss alone caused the reading, in a healthy run.
+        ``unplanned``: only an unusual loss caused the reading, in a healthy run.
         """
         self._steps += 1
         self._unplanned += read and unplanned
@@ -103,30 +103,30 @@ class Schedule:
         self._last, self._own_before = now, self.own_seconds
 
     def leave_out(self, seconds: float) -> None:
-        """Leave out a time in which nothing was trained or watched."""
+        """Do not count a time in which the monitor was paused."""
         self._started += seconds
         self._last += seconds
 
     def give_up_budget(self) -> None:
-        """Let τ alone decide, and read full samples: ranks have to agree, and no two clocks do."""
+        """Drop the budget: ranks must read the same steps, but their clocks differ."""
         self.budget = self.healthy_interval = None
         self.reduced_sample = False
 
     def finish(self) -> None:
-        """Stop the training's clock."""
+        """Stop the clock at the end of the training."""
         self._finished = time.perf_counter()
 
     def decide(self, step: int, tau: float, *, can_reduce: Callable[[], bool] = lambda: True) -> bool:
-        """Fit interval and sample size to the budget, a few times in a run. True if either was made sparser.
+        """Fit interval and sample size to the budget. Return whether one became sparser.
 
-        The interval stays between the one of τ and a tenth of τ: what precedes a slingshot lasts some τ, and
-        must still be seen.  In its first τ steps a second moment remembers no more than those, and slingshots
-        build up as fast; hence at most a 32nd of the steps done.  (τ/5 at once lost: hinge slingshots of the
-        first τ came without a warning.)  Unplanned readings count: a minibatch loss may cause as many as the
-        schedule.  Decisions are rare, so that the interval does not follow the machine's load.
+        The interval stays between the default one and τ/10, because the signs of a slingshot last some τ.  It
+        is also at most 1/32 of the steps so far: in the first τ steps slingshots build up faster.  (Rejected:
+        τ/5 at once, because hinge slingshots in the first τ then came without a warning.)  Unplanned readings
+        count towards the cost: a minibatch loss may cause as many of them as the schedule.  The interval is
+        chosen a few times in a run only, so that it does not follow the machine's load.
 
-        Where the longest interval still costs too much, the sample is reduced, if ``can_reduce()``.  Never
-        undone: a change of sample size would look like growth.
+        If the longest interval still costs too much, the sample is reduced, if ``can_reduce()``.  This is
+        never undone: a change of sample size would look like growth.
         """
         if self.budget is None or step < self._next_decision:
             return False
@@ -162,9 +162,10 @@ class Schedule:
         return cost / max(statistics.median(self._training), 1e-9)
 
     def _passing_seconds(self) -> float:
-        """Return the mean seconds of a step without a reading, the slowest one left out.
+        """Return the mean seconds of a step without a reading, without the slowest such step.
 
-        No median: losses are judged several at a time.  The slowest may have been a garbage collection.
+        A mean, because losses are judged several at a time.  The slowest step may have been a garbage
+        collection.
         """
         return (sum(self._passing) - max(self._passing)) / max(len(self._passing) - 1, 1)
 

@@ -1,8 +1,7 @@
 """Measure an optimizer step in one process: its rows, the step itself, the probe batch.
 
-Capture and measure meet here, and nothing is judged.  A process that trains alone packs all of it into one
-vector (:meth:`StepReader.read`), one of many puts its parts into a message to the others
-(:meth:`StepReader.fill`).
+A process that trains alone packs all numbers into one vector (:meth:`StepReader.read`).  With several ranks,
+each adds its numbers to a message to the others (:meth:`StepReader.fill`).
 """
 
 from __future__ import annotations
@@ -34,13 +33,13 @@ _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 
 
 class Contents(NamedTuple):
-    """Describes a packed vector: row sums and maxima, if ``rows``, then the quantities ``names``."""
+    """Describe a packed vector: row sums and maxima if ``rows``, then the quantities in ``names``."""
 
     step: int
     rows: bool
     names: tuple[str, ...]
     known: dict[str, float]
-    """Quantities that are not in the vector: they were on the host already."""
+    """Quantities that are not in the vector, because the host knows them already."""
     single_output: bool
 
     def unpack(self, numbers: Sequence[float]) -> dict[str, float]:
@@ -54,10 +53,10 @@ class Contents(NamedTuple):
 
 
 class StepReader:
-    """Reads one optimizer step between :meth:`begin` and :meth:`forget`.
+    """Read one optimizer step between :meth:`begin` and :meth:`forget`.
 
-    ``quiet``: the parts of the monitor that failed.  ``failed(part, error)``: reports an error of one.
-    ``memory``: what the next step is compared with.
+    ``failed_parts``: the parts of the monitor that failed.  ``failed(part, error)``: reports an error.
+    ``memory``: the last measured step, with which the next step is compared.
     """
 
     def __init__(
@@ -65,11 +64,11 @@ class StepReader:
         reader: OptimizerReader,
         rows: RowAccumulator,
         probe_batch: ProbeBatch | None,
-        quiet: AbstractSet[str],
+        failed_parts: AbstractSet[str],
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self.reader, self.rows = reader, rows
-        self.quiet, self.failed = quiet, failed
+        self.failed_parts, self.failed = failed_parts, failed
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
         self._before: Any = None
@@ -80,12 +79,12 @@ class StepReader:
             self.rows.add(rows)
 
     def begin(self, step: int, given: Sequence[Any]) -> None:
-        """Read what is there before the optimizer step. ``given``: the arguments of ``optimizer.step()``."""
+        """Read gradients and weights before the step. ``given``: the arguments of ``optimizer.step()``."""
         with torch.no_grad():
             self._before = self.reader.before(step, closure=has_closure(given))
 
     def forget(self) -> None:
-        """Drop what was read before the step."""
+        """Drop the tensors read before the step."""
         self._before = None
 
     def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
@@ -97,7 +96,7 @@ class StepReader:
         has_rows = bool(packed)
         values: dict[str, Tensor] = {}
         known: dict[str, float] = {}
-        if self._before is not None and "optimizer" not in self.quiet:
+        if self._before is not None and "optimizer" not in self.failed_parts:
             try:
                 values, known = self._step_quantities(step)
             except Exception as error:
@@ -106,7 +105,7 @@ class StepReader:
         loss = losses.mean()
         parts = [*packed, *values.values()]
         if isinstance(loss, Tensor) and devices.on_host(loss) and not all(map(devices.on_host, parts)):
-            loss = loss.item()  # known already: do not send it to the device and back
+            loss = loss.item()  # the host knows it: do not send it to the device and back
         if isinstance(loss, Tensor):
             values["loss"] = loss
         elif loss is not None:
@@ -119,7 +118,7 @@ class StepReader:
         return contents, torch.cat(packed) if packed else torch.empty(0)
 
     def _step_quantities(self, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return what the optimizer step did: quantities on the device, and those known on the host."""
+        """Return the quantities of the optimizer step: those on the device, and those known on the host."""
         update = self.update(step)
         if update is None:
             self.memory = None
@@ -132,14 +131,14 @@ class StepReader:
         return values, {}
 
     def update(self, step: int) -> Update | None:
-        """Return what the optimizer step did; None where nothing was seen of it."""
+        """Return the tensors around the optimizer step; None if none were read."""
         return None if self._before is None else self.reader.after(self._before, step)
 
     def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor]:
-        """Return the step's quantities, 0-d each, and keep what the next step is compared with."""
+        """Return the step's quantities, 0-d each, and keep the step for the comparison with the next."""
         features, device = self.rows.features, update.grad.device
         if features is not None and features.device != device:
-            if devices.on_host(update.grad):  # copying them to the host would wait for them
+            if devices.on_host(update.grad):  # copying the features to the host would wait for the device
                 self.reader.unreadable.add(f"features on {features.device}, with the head on {device}")
                 features = feature_mean = None
             else:
@@ -150,8 +149,8 @@ class StepReader:
         return values
 
     def add_probe(self, values: dict[str, Tensor], step: int) -> None:
-        """Add how far the margins of the probe batch have moved, if there is one."""
-        if self._probe_batch is not None and "probe" not in self.quiet:
+        """Add the displacement of the probe batch's margins to ``values``, if there is a probe batch."""
+        if self._probe_batch is not None and "probe" not in self.failed_parts:
             try:
                 displacement = self._probe_batch.displacement(step)
                 if displacement is not None:
@@ -164,14 +163,14 @@ class StepReader:
         return [[float(k), count] for k, count in self.rows.most_absorbed(limit)]
 
     def state_dict(self, step: int) -> dict[str, Any]:
-        """Return what steps after ``step`` are compared with, in plain types."""
+        """Return the state that readings after ``step`` need, in plain types."""
         kind, memory = self.rows.loss_kind, self.memory
         return {
             "absorbing_classes": self.absorbing_classes(limit=None),
             "loss_kind": None if kind is None else [float(x) for x in kind],
             "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in kind or ()],
             "single_output": self.rows.single_output,
-            # Only the next step is compared with it.
+            # Only the next step is compared with the memory.
             "last_step": None if memory is None or memory.step != step else memory.state_dict(),
             "probe": None if self._probe_batch is None else self._probe_batch.state_dict(),
         }
@@ -180,7 +179,7 @@ class StepReader:
         """Continue from :meth:`state_dict`. ``device``: where the head's rows are."""
         rows = self.rows
         rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
-        rows.absorbed_classes = None  # if the run went back, the earlier ones contain these
+        rows.absorbed_classes = None  # if the run went back, earlier_classes already contains them
         rows.loss_kind = None
         if state["loss_kind"] is not None:
             dtypes = [getattr(torch, name) for name in state.get("loss_kind_dtypes") or ["float32"] * 4]
@@ -197,13 +196,13 @@ class StepReader:
             self._probe_batch.load_state_dict(state["probe"])
 
     def fill(self, losses: LossQueue, exchange: Exchange, message: Message, step: int) -> Tensor | None:
-        """Put this process's part of a reading into the message to the other ranks.
+        """Add this process's numbers of the step to the message to the other ranks.
 
-        Returns the head's weight, where this process holds all of it."""
+        Returns the head's weight if this process holds all of it, else None."""
         exchange.add_rows(message, self.rows)
         values: dict[str, Tensor] = {}
         weight = None
-        if "optimizer" not in self.quiet:
+        if "optimizer" not in self.failed_parts:
             try:
                 weight = self._fill_step(exchange, message, step)
             except Exception as error:

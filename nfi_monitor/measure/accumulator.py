@@ -20,15 +20,16 @@ from nfi_monitor.measure.rows import (
 from nfi_monitor.measure.sharded.rows import ShardRows, shard_rows
 
 LOOK_FIRST = 8
-"""Optimizer steps at the start of a run that all look at the kind of loss."""
+"""Number of optimizer steps at the start of a run in which the kind of loss is always checked."""
 LOOK_EVERY = 64
-"""Later, one step in so many looks: the kind of loss rarely changes, and looking doubles the work."""
+"""Later, the kind of loss is checked in one of so many steps: it rarely changes, and the check doubles the
+work."""
 FEATURE_ROWS = 64
-"""Rows of features that are kept until the optimizer step, for the logit displacement."""
+"""Number of rows of features kept until the optimizer step, for the logit displacement."""
 
 
 def looks(step: int) -> bool:
-    """Return whether optimizer step ``step`` looks at the kind of loss."""
+    """Return whether the kind of loss is checked in optimizer step ``step``."""
     return step <= LOOK_FIRST or step % LOOK_EVERY == 0
 
 
@@ -89,7 +90,7 @@ class RowAccumulator:
         self._add_features(rows, part.counts)
 
     def learn(self, loss_kind: LossKind, absorbed: Mapping[int, int]) -> None:
-        """Keep what the ranks found in the rows that they joined: kind of loss, absorbed rows by class."""
+        """Keep the facts from the joined rows of all ranks: kind of loss, absorbed rows by class."""
         self.loss_kind = loss_kind
         for index, count in absorbed.items():
             self.earlier_classes[index] = self.earlier_classes.get(index, 0.0) + count

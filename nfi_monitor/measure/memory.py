@@ -1,4 +1,4 @@
-"""Keep of the last measured step what the next one is compared with."""
+"""Keep the numbers of the last measured step, for the comparison with the next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TENSORS = ("before", "feature_mean", "grad", "preconditioner")
 
 
 class Memory:
-    """The part of the last measured step that the next one is compared with.
+    """The numbers of the last measured step that the next one is compared with.
 
     ``layout`` is that of the coordinate sample; None if an earlier version saved the state.
     """

@@ -49,7 +49,7 @@ SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
 
 class LossKind(NamedTuple):
-    """What the rows have shown of the loss so far, scalar tensors.
+    """The facts about the loss that the rows have shown so far, scalar tensors.
 
     ``eps``: machine epsilon of the precision in which the loss is computed.  ``floor``: the violation that
     rounding may cause in this precision.  ``level``: ln of the size below which its gradients underflow.
@@ -63,8 +63,11 @@ class LossKind(NamedTuple):
 
 
 class RowStatistics(NamedTuple):
-    """``sums`` [len(SUMS)], ``maxima`` [len(MAXIMA)]; per row [N]: ``counts`` (1.0 for a row that counts:
-    live or underflowed), ``winner`` (int64, class of the largest logit) and ``absorbed`` (1.0 or 0.0)."""
+    """The statistics of one backward pass: ``sums`` [len(SUMS)] and ``maxima`` [len(MAXIMA)].
+
+    Per row [N]: ``counts`` (1.0 for a row that counts: live or underflowed), ``winner`` (int64, class of the
+    largest logit) and ``absorbed`` (1.0 or 0.0).
+    """
 
     sums: Tensor
     maxima: Tensor
@@ -83,7 +86,7 @@ def row_statistics(
         grad: ∂L/∂z [N, K] of the (sampled) rows, in the run's own dtype.
         logits: z [N, K] of the same rows.
         rows: rows of the whole batch, which a mean reduction divides by.
-        loss_kind: what earlier passes learned of the loss.
+        loss_kind: the facts about the loss from earlier passes.
         look: look at the kind of loss again. This is half of the work.
     """
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
@@ -160,7 +163,7 @@ def row_view(
         top: the largest logits.
         target: the correct class, with its logit ``target_logit`` and its gradient ``own``.
         rows: rows of the whole batch.
-        kind: what is known of the loss.
+        kind: the facts about the loss so far.
         classes: gradient and logits [N, K], where one process holds all of them.
     """
     signed, absolute = sums
@@ -190,7 +193,7 @@ def row_view(
 
 
 def _look(view: RowView, kind: LossKind, zero: Tensor) -> tuple[LossKind, Tensor]:
-    """Look at the kind of loss. Returns what is known of it now, and the ``LOOK_SUMS``."""
+    """Check the kind of loss. Returns the facts about it so far, and the ``LOOK_SUMS``."""
     dtype = zero.dtype
     absolute_live = torch.where(view.live, view.absolute, zero)
     kind, strange = unexplained_rows(view, absolute_live, kind, view.grad.shape[-1])

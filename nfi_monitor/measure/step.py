@@ -38,7 +38,7 @@ def step_statistics(
         step: the number of this optimizer step.
 
     Returns:
-        Quantities by name as scalar tensors, and what the next step is compared with.
+        Quantities by name as scalar tensors, and the memory of this step for the comparison with the next.
     """
     sample = update.sample
     consecutive = previous is not None and previous.step == step - 1
@@ -76,7 +76,7 @@ def step_statistics(
 
 
 def _of_second_moment(update: Update, root: Tensor) -> dict[str, Tensor]:
-    """Measure together what is computed from ``root``, sqrt(v̂) [C]."""
+    """Measure all quantities that are computed from ``root``, sqrt(v̂) [C]."""
     sample, eps = update.sample, update.eps
     per_tensor = second_moment.rms_t(update.grad, root, eps, sample)
     values = {"rms_t_max": per_tensor.amax()}

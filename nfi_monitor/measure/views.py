@@ -1,4 +1,4 @@
-"""What a declared function measures from: the rows of one backward pass, or one optimizer step.
+"""Define the arguments of declared functions: the rows of one backward pass, or one optimizer step.
 
 :mod:`nfi_monitor.measure.rows` and :mod:`nfi_monitor.measure.step` fill a view once and hand it to every
 function that a declaration in :mod:`nfi_monitor.quantities` names.

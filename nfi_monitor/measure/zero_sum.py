@@ -1,9 +1,9 @@
 """Measure the zero-sum violation: how far the logit gradients of a row are from summing to zero.
 
 If a loss does not change when all logits of a row shift together, then Σ_k g_k = 0 in exact arithmetic (g =
-∂L/∂z).  In finite precision, rounding the gradient of the correct class leaves a sum of what was lost (Liu et
-al. 2026, arXiv 2605.06152, section 3).  Dividing by Σ_k |g_k| makes the quantity independent of the loss's
-reduction, of loss scaling and of accumulation.
+∂L/∂z).  In finite precision, rounding changes the gradient of the correct class, and the sum is the rounding
+error (Liu et al. 2026, arXiv 2605.06152, section 3).  Dividing by Σ_k |g_k| makes the quantity independent of
+the loss's reduction, of loss scaling and of accumulation.
 """
 
 from __future__ import annotations

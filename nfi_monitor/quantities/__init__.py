@@ -1,8 +1,8 @@
-"""The catalogue of measured quantities: one declaration each, and everything that follows from it.
+"""List all measured quantities, with one declaration each.
 
-One place for units, meanings and ranges, for labels, charts and columns, and for how a quantity is merged and
-tested.  A name absent here cannot be recorded.  To add a quantity, add a declaration to :mod:`.rows` or
-:mod:`.step` and put its function into a file in ``nfi_monitor/measure/``.
+A declaration holds the unit, meaning and range of a quantity, its labels, charts and columns, how it is
+merged, and its test.  A name that is not here cannot be recorded.  To add a quantity, add a declaration to
+:mod:`.rows` or :mod:`.step` and put its function into a file in ``nfi_monitor/measure/``.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The form of a declaration: all that the package has to know about one quantity, in one place.
+"""Define the declaration of a quantity: all facts that the package needs about it.
 
-Imports nothing heavy: the command line and TensorBoard read the declarations without torch.  Functions are
-therefore named by a path ``"module:function"`` and imported where they are called.
+The command line and TensorBoard read the declarations without torch.  So functions are named by a path
+``"module:function"`` and imported where they are called.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from math import inf
 from typing import Literal
 
 LAST = 1_000
-"""Place of a quantity that has no place of its own."""
+"""Default for ``Quantity.place``."""
 
 
 class Undefined(Enum):
-    """Why a reading may be NaN."""
+    """Reason why a reading may be NaN."""
 
     INPUT = "an input of the quantity is NaN, Inf, or too large to be squared"
     NO_ROWS = "no row of the step counts"
@@ -25,10 +25,10 @@ class Undefined(Enum):
 
 
 class Merge(Enum):
-    """How several micro-batches, and several ranks, become one number."""
+    """Way in which the numbers of micro-batches and ranks become one number."""
 
     ROW_SUMS = "sums over rows are added over micro-batches and ranks, then divided"
-    ROW_EXTREME = "the most extreme row of all micro-batches and ranks counts"
+    ROW_EXTREME = "the most extreme row of all micro-batches and ranks is used"
     MEAN_FEATURES = "features are added over micro-batches and ranks; computed from their mean"
     RANK_MEAN = "measured once per step on each rank; mean over the ranks that measured it"
     FIRST_RANK = "measured once per step on each rank; the value of the first rank that has one"
@@ -69,11 +69,11 @@ class Quantity:
     How it is held: ``reference`` names the test (``"file::function"``) that compares it with an independent
     computation; ``no_reference`` gives the reason where there is none.  Exactly one of the two is given.
 
-    Where it is shown: ``chart``, title of its chart in TensorBoard's NFI tab, and ``curve``, the few words
-    that tell it from other curves there; ``extreme``, the side on which the after-run report looks (None: no
-    line in that report); ``live``, a column of the live panel, where its label is ``short``; ``tail``, a
-    column of ``nfi-monitor tail``.  ``place``: order wherever people read it, smallest first.  Quantities
-    without one come last, in the order of the catalogue.
+    Where it is shown: ``chart``, title of its chart in TensorBoard's NFI tab, and ``curve``, its short name
+    there; ``extreme``, "max" or "min" for its line in the after-run report (None: no line); ``live``, a
+    column of the live panel, where its label is ``short``; ``tail``, a column of ``nfi-monitor tail``.
+    ``place``: order wherever people read it, smallest first.  Quantities without one come last, in the order
+    of the catalogue.
     """
 
     name: str

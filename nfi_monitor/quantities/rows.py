@@ -1,4 +1,4 @@
-"""Declare what is measured of the rows: the gradient and the logits at the head's output."""
+"""Declare the quantities of the rows: of the gradient and the logits at the head's output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Declare what is measured of the global means, the optimizer's state and update, and the run."""
+"""Declare the quantities of the global means, the optimizer's state and update, and the run."""
 
 from __future__ import annotations
 

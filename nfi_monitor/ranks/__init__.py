@@ -1,4 +1,4 @@
-"""Several processes, one monitor: who trains together, what they exchange, how one of them leaves."""
+"""Read several processes as one: find who trains together, exchange readings, let a process leave."""
 
 from typing import TYPE_CHECKING, Any
 

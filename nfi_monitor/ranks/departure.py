@@ -21,18 +21,18 @@ NextRead = Callable[[int, Attention, float], int]
 
 
 class Departure:
-    """Stays on the optimizer of a closed monitor until the other ranks know that it is gone, then detaches.
+    """Keep a closed monitor's hooks until the other ranks know that it is closed, then remove them.
 
-    They expect an answer at the next step that is read.  On an accelerator readings arrive late: there they
-    expect answers at the steps right after it, too.
+    The other ranks wait for this one in the exchange of the next step that is read.  On an accelerator, where
+    readings arrive late, they also wait at the steps right after it.
     """
 
     def __init__(
         self, exchange: Exchange, hooks: StepHooks, step: int, detector: Detector, next_read: NextRead
     ) -> None:
-        """``hooks``: the closed monitor's. They are taken over: it may be closed from inside one of them."""
+        """``hooks``: those of the closed monitor, reused because it may be closed from inside one of them."""
         self._exchange, self._step, self._next_read_after = exchange, step, next_read
-        self._detector = copy.deepcopy(detector)  # a copy: the closed monitor's alerts stay as they are
+        self._detector = copy.deepcopy(detector)  # a copy, so that the closed monitor's alerts do not change
         self._next_read = self._look_ahead()
         self._hooks = hooks
         hooks.serve(lambda given: None, self._after_step, lambda part, error: None)
@@ -43,7 +43,7 @@ class Departure:
         self._step += 1
         try:
             if self._step == self._next_read:
-                self._exchange.send(self._exchange.nothing(self._step, left=True), self._step)
+                self._exchange.send(self._exchange.empty(self._step, left=True), self._step)
             for reduced in self._exchange.receive(self._step):
                 if reduced.left or reduced.out_of_step:
                     self._hooks.remove()
@@ -53,7 +53,7 @@ class Departure:
                 if not reduced.skipped:
                     self._detector.update(Reading(reduced.step, with_non_finite(reduced.values)))
             self._next_read = self._look_ahead()
-        except Exception:  # the others are gone: nobody waits any more
+        except Exception:  # the other ranks are gone, so none waits
             self._hooks.remove()
 
     def _look_ahead(self) -> int:

@@ -1,13 +1,14 @@
-"""Exchange the readings of one measured step between the ranks of a team: one vector a rank, one sum.
+"""Exchange the readings of one measured step between the ranks of a team, in one sum of vectors.
 
 The layout of the vector is fixed when the monitor is attached (:mod:`nfi_monitor.ranks.layout`).  Sums (rows,
 features, losses, shards of step quantities) have the same position on every rank.  Maxima, flags and the
-step's number must not be added: each rank writes them to a line of its own.  So one sum brings both.  A rank
-that saw nothing, or whose capture failed, sends zeros: every rank joins every exchange.
+step's number must not be added, so each rank writes them to its own line of the vector.  One sum then
+exchanges both kinds.  A rank without rows, or with a failed capture, sends zeros, because every rank must
+join every exchange.
 
 On an accelerator numbers reach the host late, and at another time on each rank.  There all ranks begin an
-exchange ``lag`` steps after its step, and use its sum one step later.  So all ranks decide the same (phase,
-schedule).
+exchange ``lag`` steps after its step, and use its sum one step later.  So all ranks get the same phase and
+the same schedule.
 """
 
 from __future__ import annotations
@@ -66,19 +67,19 @@ class Exchange:
     """Exchange the readings of a team. All ranks make every call, at the same step."""
 
     def __init__(self, team: Team, shape: Shape, shares: Shares, places: Mapping[int, int]) -> None:
-        """``places``: id of a parameter → which of the optimizer's tensors it is."""
+        """``places``: id of a parameter → its index among the optimizer's tensors."""
         self.team, self.shape, self._places = team, shape, places
         self._layout = Layout(shape, team.world)
         self._shares = shares
         self._lag = LAG if shape.late else 0
         self._transfer = HostTransfer()
-        self._under_way: deque[tuple[int, Callable[[], Tensor], Tensor | None]] = deque()
+        self._in_flight: deque[tuple[int, Callable[[], Tensor], Tensor | None]] = deque()
         self._losses: dict[int, Tensor | float] = {}
         self._means: deque[tuple[int, Tensor]] = deque(maxlen=2)
         self._probe_rows: Tensor | None = None
         self._own_mean: Tensor | None = None  # μ_G of this step, where all ranks have the same rows
         self._loss_kind: LossKind | None = None
-        self._probed: deque[tuple[int, int, bool]] = deque()  # per step: probe rows used, Δμ_G used
+        self._probed: deque[tuple[int, int, bool]] = deque()  # step, probe rows used, whether Δμ_G was used
         self._memory: Memory | None = None
         self._wrapper: weakref.ref[nn.Module] | None = None
 
@@ -99,13 +100,13 @@ class Exchange:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         exchange = cls(team, shape, shares, {id(param): place for place, param in enumerate(params)})
         wrapper = processes.wrapper_of(model)
-        # Weak: what a closed monitor leaves behind must not keep the model alive.
+        # Weak: the exchange of a closed monitor must not keep the model alive.
         exchange._wrapper = None if wrapper is None else weakref.ref(wrapper)
         return exchange
 
     @property
     def stops_early(self) -> bool:
-        """Whether a rank may have made fewer optimizer steps than the others."""
+        """Whether a rank may make fewer optimizer steps than the others (DDP's ``join()``)."""
         return processes.lets_ranks_stop_early(None if self._wrapper is None else self._wrapper())
 
     @property
@@ -119,9 +120,9 @@ class Exchange:
         return Message(self._layout, self.team.index)
 
     def keep_loss(self, step: int, loss: Tensor | float) -> None:
-        """Keep the loss of a step between readings for the next exchange; drop the oldest if too many wait.
+        """Keep the loss of a step for the next exchange; drop the oldest loss if there are too many.
 
-        The loss is copied: the training may write into its tensor meanwhile.
+        The loss is copied, because the training may overwrite its tensor before the exchange.
         """
         self._losses[step] = loss.clone() if isinstance(loss, Tensor) else loss
         while len(self._losses) > self.shape.slots + 1:
@@ -144,7 +145,7 @@ class Exchange:
             message.add("shards", sent.shown, place + SHOWN)
             message.add("shards", sent.numbers, place + len(HEADER))
             message.own(FLAGS.index("wide_rows"), float(sent.numbers.dtype is torch.float64))
-            if self._loss_kind is None and rows.loss_kind is not None:  # a resumed run's
+            if self._loss_kind is None and rows.loss_kind is not None:  # from a resumed run
                 self._loss_kind = LossKind(*(known.cpu() for known in rows.loss_kind))
         total, features = rows.feature_total, rows.features
         if self.shape.same_rows_everywhere:
@@ -168,13 +169,13 @@ class Exchange:
                 message.add("mean_counts", 1.0, MEANS.index(name))
 
     def whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Return the quantities of a step that a rank can compute alone: with sharded layers, the head's."""
+        """Return the quantities that this rank can compute alone; with sharded layers, those of the head."""
         if not self.shape.sharded:
             return values
         return {name: value for name, value in values.items() if name in WHOLE_ON_EACH_RANK}
 
     def add_step(self, message: Message, update: Update | None, step: int) -> None:
-        """Add step quantities of this rank's shards; ``update`` None: this rank holds none."""
+        """Add this rank's sums for the step quantities. ``update`` None: this rank holds no shard."""
         if not self.shape.sharded:
             return
         message.add("step_ranks", 1.0)
@@ -188,8 +189,8 @@ class Exchange:
         message.add("tensors", parts.tensors)
 
     def add_head(self, message: Message, update: Update | None, step: int) -> None:
-        """Add sums over this rank's classes of the head; ``update`` None: this rank holds none."""
-        if not self.shape.pooled_head:
+        """Add sums over this rank's classes of the head. ``update`` None: this rank holds no class."""
+        if not self.shape.head_is_summed:
             return
         if self.shape.same_rows_everywhere:
             self._keep_mean(step, self._own_mean)
@@ -197,7 +198,7 @@ class Exchange:
             for name in HEAD_RANKS:
                 message.add("head", 1.0, HEAD_SUMS.index(name))
             return
-        if not self.shape.head_sharded:  # the rest of it is whole on every rank
+        if not self.shape.head_sharded:  # every rank has the rest of the head whole
             update = replace(update, head_weight_grad=None, head_bias_grad=None, head_weight_update=None)
         moved, known = self._moved_mean(), self._probe_rows
         widths = (self.shape.features, self.shape.columns, self.shape.probe_rows)
@@ -214,13 +215,13 @@ class Exchange:
             self._means.append((step, mean))
 
     def _moved_mean(self) -> Tensor | None:
-        """Return Δμ_G [d] of the newest two steps, if these are neighbours and all ranks know both."""
+        """Return Δμ_G [d] of the last two steps, or None if they are not neighbours or a rank lacks one."""
         if len(self._means) < 2 or self._means[1][0] != self._means[0][0] + 1:
             return None
         return self._means[1][1] - self._means[0][1]
 
     def finish(self, message: Message, step: int, *, left: bool = False, failed: bool = False) -> Packed:
-        """Add the step, its flags and the waiting losses, and pack the message."""
+        """Add the step, its flags and the kept losses, and pack the message."""
         message.own(FLAGS.index("step"), float(step))
         message.own(FLAGS.index("left"), float(left))
         message.own(FLAGS.index("failed"), float(failed))
@@ -232,14 +233,15 @@ class Exchange:
                 message.add("loss_counts", 1.0, step - at)
         return message.pack()
 
-    def nothing(self, step: int, *, left: bool = False, failed: bool = False) -> Packed:
-        """Return the message of a rank that joins without a reading."""
+    def empty(self, step: int, *, left: bool = False, failed: bool = False) -> Packed:
+        """Return the message of a rank that joins an exchange without a reading."""
         self._losses.clear()
         return self.finish(self.message(), step, left=left, failed=failed)
 
     def send(self, packed: Packed, step: int, *, head_weight: Tensor | None = None) -> None:
-        """Begin the copy to the host. ``head_weight`` [K, d], if whole: for quantities of all ranks' mean
-        features."""
+        """Begin the copy of a message to the host.
+
+        ``head_weight`` [K, d], if this rank has all of it: for quantities of the ranks' common μ_G."""
         self._losses.clear()
         rows = 0 if self._probe_rows is None else len(self._probe_rows)
         self._probed.append((step, rows, self._moved_mean() is not None))
@@ -251,11 +253,10 @@ class Exchange:
     # --- receive -----------------------------------------------------------------------------------
 
     def receive(self, step: int) -> list[Reduced]:
-        """Return the exchanges that are due at this step, oldest first. Raises RuntimeError if a rank is
-        gone."""
+        """Return the exchanges due at this step, oldest first. Raises RuntimeError if a rank is gone."""
         arrived = []
-        while self._under_way and self._under_way[0][0] < step:
-            arrived.append(self._finish(*self._under_way.popleft()))
+        while self._in_flight and self._in_flight[0][0] < step:
+            arrived.append(self._finish(*self._in_flight.popleft()))
         for label, numbers in self._transfer.take(due=lambda label: label[0] <= step - self._lag):
             at, places, host, head_weight = label
             vector = torch.zeros(self._layout.size, dtype=torch.float64)
@@ -265,10 +266,10 @@ class Exchange:
             for position, length in places:
                 vector[position : position + length] = values[start : start + length]
                 start += length
-            self._under_way.append((at, self.team.add_up(vector), head_weight))
+            self._in_flight.append((at, self.team.add_up(vector), head_weight))
         if not self._lag:
-            while self._under_way:
-                arrived.append(self._finish(*self._under_way.popleft()))
+            while self._in_flight:
+                arrived.append(self._finish(*self._in_flight.popleft()))
         return arrived
 
     def _finish(self, step: int, wait: Callable[[], Tensor], head_weight: Tensor | None) -> Reduced:
@@ -286,7 +287,7 @@ class Exchange:
         skipped = values.pop(SKIPPED, 0.0) > 0
         values |= self._finish_step(vector, values.get("learning_rate", math.nan))
         values |= self._finish_mean(vector, head_weight, mean)
-        if self.shape.pooled_head:
+        if self.shape.head_is_summed:
             values |= self._finish_head(vector, lines[:, len(LINE) :], mean, probed, moved)
         if not self.shape.same_rows_everywhere:
             self._take_probe_rows(vector)
@@ -301,14 +302,14 @@ class Exchange:
             bool(line["single_output"].any()),
             failed=indices(line["failed"] > 0),
             left=indices(line["left"] > 0),
-            together=joined,
+            joined_rows=joined,
             out_of_step=indices(line["step"] != step),
         )
 
     def _finish_rows(
         self, vector: Tensor, line: Mapping[str, Tensor], joined: JoinedRows | None, dtype: torch.dtype
     ) -> dict[str, float]:
-        """Quantities of all ranks' rows; ``joined``: the rows whose classes are on several ranks."""
+        """Return the quantities of all ranks' rows. ``joined``: rows whose classes are on several ranks."""
         maxima = [float(line[name].amax()) for name in MAXIMA]
         sums = self._layout.cut(vector, "rows")
         if joined is not None:
@@ -319,7 +320,7 @@ class Exchange:
         return finish(sums.to(dtype).tolist(), maxima, single_output=bool(line["single_output"].any()))
 
     def _finish_step(self, vector: Tensor, rate: float) -> dict[str, float]:
-        """Quantities of a step with sharded tensors; none unless all ranks have given their shards."""
+        """Return the quantities of a step with sharded tensors; none unless all ranks sent their shards."""
         cut = self._layout.cut
         if not self.shape.sharded or float(cut(vector, "step_ranks")) != self.team.world:
             return {}
@@ -329,8 +330,8 @@ class Exchange:
     def _finish_mean(
         self, vector: Tensor, head_weight: Tensor | None, mean: Tensor | None
     ) -> dict[str, float]:
-        """Quantities of the mean features μ_G [d] of all ranks."""
-        # Only if all ranks can: a value that one rank has alone would let the ranks decide differently.
+        """Return the quantities of μ_G [d], the mean features of all ranks."""
+        # Only if all ranks can compute it: a value on one rank alone could make the ranks judge differently.
         whole_heads = float(self._layout.cut(vector, "whole_heads")) == self.team.world
         if head_weight is not None and whole_heads and mean is not None:
             before = self._means[0][1] if self._moved_mean() is not None else None

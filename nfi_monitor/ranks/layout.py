@@ -17,13 +17,13 @@ from nfi_monitor.quantities import QUANTITIES, Merge, merged_by
 from nfi_monitor.ranks.shape import Shape
 
 FLAGS = ("step", "left", "failed", "single_output", "wide_rows", "wide_loss")
-"""Numbers in a rank's line: the step; then 1 where the monitor leaves, where a part of it failed, where the
-head has one output, where rows are float64, where losses are float64."""
+"""Numbers in a rank's line: the step; then flags (1 or 0): the monitor leaves, a part of it failed, the head
+has one output, rows are float64, losses are float64."""
 OWN = merged_by(Merge.FIRST_RANK)
-"""Quantities that are taken from the first rank that has them, as one process takes them from its first
-micro-batch.  The largest of all ranks would be of more rows than the thresholds are meant for."""
+"""Quantities taken from the first rank that has them, as one process takes them from its first micro-batch.
+The maximum over all ranks would be over more rows than the thresholds were chosen for."""
 LARGEST = (*merged_by(Merge.LARGEST_RANK), SKIPPED)
-"""Quantities of which the largest of all ranks counts."""
+"""Quantities of which the maximum over the ranks is used."""
 LINE = (*FLAGS, *MAXIMA, *OWN, *LARGEST)
 """Names of the numbers in a rank's line."""
 WHOLE_ON_EACH_RANK = (
@@ -31,14 +31,14 @@ WHOLE_ON_EACH_RANK = (
 )  # fmt: skip
 """Quantities that every rank can compute alone although layers are sharded."""
 MEANS = tuple(name for name in QUANTITIES if name not in OWN + LARGEST + merged_by(Merge.LOSS))
-"""Quantities of which the mean over the ranks counts."""
+"""Quantities of which the mean over the ranks is used."""
 
 
 class Layout:
-    """The position of each field in the vector."""
+    """Hold the position of each field in the vector."""
 
     def __init__(self, shape: Shape, world: int) -> None:
-        self.line = len(LINE) + (2 * (shape.probe_rows + 1) if shape.pooled_head else 0)
+        self.line = len(LINE) + (2 * (shape.probe_rows + 1) if shape.head_is_summed else 0)
         self.block = len(HEADER) + len(FIELDS) * shape.row_slots if shape.row_slots else 0
         fields = {
             "rows": len(SUMS),
@@ -52,9 +52,9 @@ class Layout:
             "whole_heads": 1,
             "step": len(STEP_SUMS) if shape.sharded else 0,
             "tensors": len(TENSOR_SUMS) * shape.tensors if shape.sharded else 0,
-            "head": len(HEAD_SUMS) if shape.pooled_head else 0,
-            "classifier": shape.features if shape.pooled_head else 0,
-            "columns": shape.columns if shape.pooled_head else 0,
+            "head": len(HEAD_SUMS) if shape.head_is_summed else 0,
+            "classifier": shape.features if shape.head_is_summed else 0,
+            "columns": shape.columns if shape.head_is_summed else 0,
             "displaced": 2 * shape.probe_rows,
             "probe_rows": 0 if shape.same_rows_everywhere else shape.probe_rows * shape.features,
             "shards": world * self.block,
@@ -75,7 +75,7 @@ class Layout:
 
 
 class Message:
-    """One rank's share of the vector: tensors where they are, numbers on the host."""
+    """Collect one rank's part of the vector: tensors on their device, numbers on the host."""
 
     def __init__(self, layout: Layout, index: int) -> None:
         self._layout = layout
@@ -99,7 +99,7 @@ class Message:
             self.numbers.append((position, float(value)))
 
     def pack(self) -> Packed:
-        """Return all tensors in one, with the position of each."""
+        """Return all tensors in one vector, with the position of each."""
         places = [(position, tensor.numel()) for position, tensor in self.tensors]
         parts = devices.together([tensor for _, tensor in self.tensors])
         return Packed(torch.cat(parts) if parts else torch.empty(0), places, self.numbers)

@@ -1,9 +1,9 @@
-"""Decide whether this process's monitor is read together with those of the other ranks.
+"""Decide whether this rank's monitor is read together with the monitors of the other ranks.
 
-Once a rank falls out of step, each rank is read alone.  Each module here knows only those before it:
-:mod:`~nfi_monitor.ranks.processes` finds who trains together, :mod:`~nfi_monitor.ranks.team` connects them,
-:mod:`~nfi_monitor.ranks.exchange` exchanges what they measured of a step, :mod:`~nfi_monitor.ranks.departure`
-answers for a monitor that was closed, and this one is what the engine calls.
+Once a rank falls out of step, each rank is read alone.  The engine calls this module only.  Each of these
+modules imports only the earlier ones: :mod:`~nfi_monitor.ranks.processes` finds the processes that train
+together, :mod:`~nfi_monitor.ranks.team` connects them, :mod:`~nfi_monitor.ranks.exchange` exchanges their
+numbers of a step, :mod:`~nfi_monitor.ranks.departure` answers for a closed monitor.
 """
 
 from __future__ import annotations
@@ -29,28 +29,31 @@ from nfi_monitor.ranks.layout import Message
 from nfi_monitor.ranks.reduced import Reduced
 
 RECENT = 64
-"""Steps for which a rank's own fault explains why it fell out of step with the others."""
+"""Number of steps in which an earlier fault of this rank counts as the reason why it fell out of step."""
 
 Fill = Callable[[Exchange, Message, int], "Tensor | None"]
-"""``fill(exchange, message, step)`` adds what this process measured of a step to the message, and returns the
-head's weight where this process holds all of it."""
+"""``fill(exchange, message, step)`` adds this process's numbers of a step to the message.  It returns the
+head's weight if this process holds all of it, else None."""
 
 
 class Membership:
-    """``exchange``: with the ranks that are read together; None while this one is read alone. ``searching``:
-    whether they may still be found.  ``rank``: the global rank that reports what this one sees.  ``plan``:
-    what the ranks agreed to read of a sharded head.
+    """Read this rank together with the other ranks, or alone.
+
+    Attributes:
+        exchange: the exchange with the ranks that are read together; None while this rank is read alone.
+        searching: whether other ranks may still be found.
+        rank: the global rank that reports the readings of this rank.
+        plan: how the ranks agreed to read a sharded head.
 
     Args:
-        group: as for :class:`nfi_monitor.Monitor`.
-        every: likewise.
-        rows: what this rank sees of the rows; learns what the others saw.
-        fill: puts this rank's part of a reading into a message.
+        group, every: as for :class:`nfi_monitor.Monitor`.
+        rows: this rank's rows; it also gets the facts about the loss that the joined rows show.
+        fill: adds this rank's numbers of a step to a message.
         next_read: the schedule that all ranks share.
-        follow: called with the new plan whenever that changes, and when this rank parts from the others.
-        note: ``note(code, message, step)`` says, once, why ranks are not read together.
-        failed: ``failed(part, error)`` reports an error of this rank's own.
-        quiet: the parts of this rank's monitor that failed.
+        follow: called with the plan when it changes, and when this rank is read alone from then on.
+        note: ``note(code, message, step)`` makes a note once.
+        failed: ``failed(part, error)`` reports an error of this rank.
+        failed_parts: the parts of this rank's monitor that failed.
     """
 
     def __init__(
@@ -64,16 +67,16 @@ class Membership:
         follow: Callable[[ReadingPlan], None],
         note: Callable[[str, str, int], None],
         failed: Callable[[str, BaseException], None],
-        quiet: AbstractSet[str],
+        failed_parts: AbstractSet[str],
     ) -> None:
         self.exchange: Exchange | None = None
         self.searching = group is not False
         self.rank = processes.rank()
         self.plan = ReadingPlan()
-        self.failed_at: int | None = None  # the step of this rank's last fault of its own
+        self.failed_at: int | None = None  # step of the last error on this rank
         self._group, self._every = group, every
         self._rows, self._fill, self._next_read = rows, fill, next_read
-        self._follow, self._note, self._failed, self._quiet = follow, note, failed, quiet
+        self._follow, self._note, self._failed, self._failed_parts = follow, note, failed, failed_parts
 
     @property
     def is_reporter(self) -> bool:
@@ -84,8 +87,8 @@ class Membership:
     def may_act(self, step: int) -> bool:
         """Return whether an alert may change the training; see ``monitor.port.may_act``.
 
-        The process group decides, not the model, whose wrapper may be unknown: to act apart by mistake hangs
-        a run, not to act costs a note.
+        This depends on the process group, not on the model, whose wrapper may be unknown.  A rank that acts
+        alone by mistake makes the run hang; a rank that does not act only makes a note.
         """
         if self.exchange is not None or processes.processes(self._group) == 1:
             return True
@@ -100,13 +103,13 @@ class Membership:
         return False
 
     def _at_fault(self, step: int) -> bool:
-        """Return whether a recent fault of its own may have kept this rank from an exchange."""
+        """Return whether a recent error on this rank may be why it missed an exchange."""
         return self.failed_at is not None and step - self.failed_at <= RECENT
 
-    # --- together, or apart ----------------------------------------------------------------------
+    # --- join and separate ------------------------------------------------------------------------
 
     def find(self, model: nn.Module, optimizer: Optimizer, head: Head | None) -> str | None:
-        """Look for the ranks that train together, and sign up. Returns why that failed, if it did."""
+        """Find the ranks that train together, and register with them. Returns the reason if that failed."""
         if not self.searching:
             return None
         try:
@@ -119,15 +122,15 @@ class Membership:
         return None
 
     def share_head(self, head: Head | None, apart: str | None) -> None:
-        """Plan to read this rank's classes of the head where the other ranks hold the rest.
+        """Plan to read this rank's classes of the head if the head is sharded.
 
-        ``apart``: why :meth:`find` failed, if it did.
+        ``apart``: the reason if :meth:`find` failed.
         """
         plan = self.plan
         if head is not None and sharding.is_sharded(head.weight):
-            plan = replace(plan, head_outputs=head.outputs)  # logits of fewer classes are a part of them
+            plan = replace(plan, head_outputs=head.outputs)  # then logits with fewer classes are a shard
         if self.exchange is not None and self.exchange.shape.head_sharded:
-            plan = replace(plan, head_pooled=True, row_slots=self.exchange.shape.row_slots)
+            plan = replace(plan, head_summed=True, row_slots=self.exchange.shape.row_slots)
         if plan != self.plan:
             self.plan = plan
             self._follow(plan)
@@ -136,7 +139,7 @@ class Membership:
             self._separate(apart, 0)
 
     def _meet(self, exchange: Exchange, step: int) -> bool:
-        """Return whether all ranks are here. The first call of each rank waits for the others."""
+        """Return whether all ranks have attached, after waiting; if not, read this rank alone."""
         try:
             if exchange.stops_early:
                 why = "DDP's join() lets a rank that has run out of batches stop making optimizer steps"
@@ -156,14 +159,14 @@ class Membership:
         return False
 
     def _separate(self, why: str, step: int) -> None:
-        """Read this rank alone from here on: the others are not there, or not at the same step."""
+        """Read this rank alone from now on, and note the reason ``why``."""
         if self.exchange is not None:
             self.exchange.team.disband()
             self.searching = False
             self.exchange = None
-            self.plan = replace(self.plan, head_pooled=False, row_slots=0)
+            self.plan = replace(self.plan, head_summed=False, row_slots=0)
             self._follow(self.plan)
-        if self._at_fault(step):  # its own fault is the cause, and a note says so already
+        if self._at_fault(step):  # the error on this rank is the cause, and has a note already
             return
         self._note(
             "ranks_apart",
@@ -173,15 +176,15 @@ class Membership:
         )
 
     def drop_out(self, step: int) -> None:
-        """Leave the other ranks after a fault. They notice at once: this end of their channel closes."""
+        """Leave the other ranks after an error. They notice at once, because the connection closes."""
         if self.exchange is not None:
-            self._separate("this one has failed", step)
+            self._separate("the monitor failed on this rank", step)
 
     def leave(self, hooks: StepHooks, step: int, detector: Detector) -> bool:
-        """Announce to the other ranks, with the next reading, that this one has closed its monitor.
+        """Announce to the other ranks, with the next reading, that this rank has closed its monitor.
 
-        Returns whether they wait for that. ``hooks``, the closed monitor's, then belong to a
-        :class:`~nfi_monitor.ranks.departure.Departure`.
+        Returns whether they wait for that.  In that case a :class:`~nfi_monitor.ranks.departure.Departure`
+        takes over ``hooks``, those of the closed monitor.
         """
         exchange = self.exchange
         if self._at_fault(step):
@@ -191,7 +194,7 @@ class Membership:
         try:
             if exchange is None or not exchange.team.leave():
                 return False
-        except RuntimeError:  # gloo's: the others are gone
+        except RuntimeError:  # raised by gloo: the other ranks are gone
             return False
         Departure(exchange, hooks, step, detector, self._next_read)
         return True
@@ -199,9 +202,9 @@ class Membership:
     # --- send ------------------------------------------------------------------------------------
 
     def measure(self, step: int) -> bool:
-        """Send this rank's part of the step's reading. False: this rank is read alone.
+        """Send this rank's numbers of the step. Returns False if this rank is read alone.
 
-        Whatever fails, something is sent: the others wait for it.
+        After an error an empty message is sent, because the other ranks wait for one.
         """
         exchange = self.exchange
         if exchange is None or not self._meet(exchange, step):
@@ -209,19 +212,19 @@ class Membership:
         message, weight = exchange.message(), None
         try:
             weight = self._fill(exchange, message, step)
-            packed = exchange.finish(message, step, failed=bool(self._quiet))
+            packed = exchange.finish(message, step, failed=bool(self._failed_parts))
         except Exception as error:
             self._failed("ranks", error)
-            packed = exchange.nothing(step, failed=True)
+            packed = exchange.empty(step, failed=True)
         exchange.send(packed, step, head_weight=weight)
         return True
 
     # --- receive ---------------------------------------------------------------------------------
 
     def receive(self, step: int) -> Iterator[Reduced]:
-        """Yield the readings of all ranks that are due at this step: the same ones on each rank.
+        """Yield the joint readings that are due at this step. Every rank gets the same readings.
 
-        Judge each before taking the next: notes made here come before or after it.
+        Judge each reading before you take the next: the notes made here then have the right order.
         """
         exchange = self.exchange
         if exchange is None:
@@ -229,10 +232,10 @@ class Membership:
         try:
             received = exchange.receive(step)
         except Exception as error:
-            # gloo's RuntimeErrors are about other ranks, all other errors are this rank's own.
+            # A RuntimeError of gloo is about other ranks. Any other error happened on this rank.
             if not isinstance(error, RuntimeError):
                 self._failed("ranks", error)
-            self._separate(f"one of them is gone, or late ({type(error).__name__}: {error})", step)
+            self._separate(f"one of the other ranks is gone or late ({type(error).__name__}: {error})", step)
             return
         rows = self._rows
         for reduced in received:
@@ -244,11 +247,10 @@ class Membership:
                 return
             if reduced.single_output:
                 rows.single_output = True
-            if reduced.together is not None:
-                rows.learn(reduced.together.loss_kind, reduced.together.absorbed)
-            elsewhere = [
-                index for index in reduced.failed if index != exchange.team.index
-            ]  # this rank's own is noted already
+            if reduced.joined_rows is not None:
+                rows.learn(reduced.joined_rows.loss_kind, reduced.joined_rows.absorbed)
+            # An error on this rank has a note already.
+            elsewhere = [index for index in reduced.failed if index != exchange.team.index]
             if elsewhere:
                 self._note(
                     "failed_rank",

@@ -21,13 +21,16 @@ def _running() -> bool:
 
 
 def processes(group: Any = None) -> int:
-    """Return how many processes may train together: those that ``group`` names, or all that run."""
+    """Return the number of processes in ``group``, or of all running processes."""
     return len(_ranks_of(group) or ()) or (dist.get_world_size() if _running() else 1)
 
 
 def check_group(group: Any) -> None:
-    """Check a ``group`` argument. Raises TypeError unless it is None, False, a ProcessGroup or a DeviceMesh,
-    and ValueError for a group without this process."""
+    """Check a ``group`` argument.
+
+    Raises TypeError unless it is None, False, a ProcessGroup or a DeviceMesh, and ValueError for a group
+    without this process.
+    """
     if group is None or group is False:
         return
     ranks = _ranks_of(group)
@@ -41,10 +44,10 @@ def check_group(group: Any) -> None:
 
 
 def find_ranks(model: nn.Module, group: Any = None) -> tuple[int, ...] | None:
-    """Return the global ranks that train ``model`` together, ascending; None if this process trains it alone.
+    """Return the global ranks that train ``model`` together, ascending; None if this process trains alone.
 
-    ``group`` as for :class:`nfi_monitor.Monitor`.  Found are DistributedDataParallel (also around or inside
-    torch.compile), FSDP and FSDP2, tensor parallel meshes; of several meshes the largest.
+    ``group`` as for :class:`nfi_monitor.Monitor`.  This finds DistributedDataParallel (also around or inside
+    torch.compile), FSDP, FSDP2 and tensor parallel meshes; of several meshes it takes the largest.
     """
     if group is False or not _running():
         return None
@@ -59,7 +62,7 @@ def find_ranks(model: nn.Module, group: Any = None) -> tuple[int, ...] | None:
 
 
 def wrapper_of(model: nn.Module) -> nn.Module | None:
-    """Return the DDP or FSDP around ``model``, or the DDP whose forward is running; None if there is neither.
+    """Return the DDP or FSDP around ``model``, or the DDP whose forward pass is running; else None.
 
     A framework may wrap the model after the monitor is attached, or around the model that it was given.
     """
@@ -70,12 +73,12 @@ def wrapper_of(model: nn.Module) -> nn.Module | None:
 
 
 def lets_ranks_stop_early(wrapper: nn.Module | None) -> bool:
-    """Whether DDP's join() is, or was, in use: ranks may have made different numbers of optimizer steps."""
+    """Return whether DDP's join() is or was in use: then ranks may make different numbers of steps."""
     return bool(getattr(getattr(wrapper, "_join_config", None), "enable", False))
 
 
 def flat_shards(wrapper: nn.Module | None) -> int:
-    """Return into how many parts FullyShardedDataParallel (FSDP1) cuts a tensor; 1 for any other wrapper."""
+    """Return the number of shards of a tensor under FullyShardedDataParallel (FSDP1), else 1."""
     if type(wrapper).__name__ != "FullyShardedDataParallel":
         return 1
     strategy = getattr(getattr(wrapper, "sharding_strategy", None), "name", "")
@@ -83,7 +86,7 @@ def flat_shards(wrapper: nn.Module | None) -> int:
 
 
 def same_rows_everywhere(model: nn.Module, world: int) -> bool:
-    """Whether all ``world`` ranks read the same rows: tensor parallelism over all of them, nothing else."""
+    """Return whether all ``world`` ranks read the same rows: they are all in one tensor parallel mesh."""
     sharded: list[Any] = [param for param in model.parameters() if is_sharded(param)]
     meshes = {param.device_mesh for param in sharded}
     flat = all(mesh.ndim == 1 and mesh.size() == world for mesh in meshes)
@@ -91,7 +94,7 @@ def same_rows_everywhere(model: nn.Module, world: int) -> bool:
 
 
 def data_ranks(model: nn.Module, world: int) -> int:
-    """Return how many of the ``world`` ranks read rows of their own: all but tensor parallel ones."""
+    """Return how many of the ``world`` ranks read different rows: tensor parallel ranks read the same."""
     if not any(is_sharded(param) for param in model.parameters()):
         return world
     for module in model.modules():
@@ -117,6 +120,6 @@ def _several(ranks: Iterable[int] | None) -> tuple[int, ...] | None:
 
 
 def any_accelerator(model: nn.Module) -> bool:
-    """Whether the model's parameters are on an accelerator, whose numbers reach the host late."""
+    """Return whether a parameter is on an accelerator, whose numbers reach the host late."""
     first = next(model.parameters(), None)
     return first is not None and first.device.type not in ("cpu", "meta")

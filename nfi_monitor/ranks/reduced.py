@@ -1,4 +1,4 @@
-"""Read what all ranks have measured of one step out of the sum of their vectors."""
+"""Turn the sum of the ranks' vectors into the joint reading of one step."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nfi_monitor.ranks.layout import LARGEST, MEANS, OWN, Layout
 
 @dataclass
 class Reduced:
-    """One step, measured on all ranks. ``values`` is empty if no rank measured anything."""
+    """The joint reading of one step. ``values`` is empty if no rank measured anything."""
 
     step: int
     values: dict[str, float]
@@ -23,17 +23,17 @@ class Reduced:
     skipped: bool
     single_output: bool
     failed: list[int] = field(default_factory=list)
-    """Indices of ranks on which a part of the monitor failed: their share is missing."""
+    """Indices of ranks on which a part of the monitor failed; their numbers are missing."""
     left: list[int] = field(default_factory=list)
-    """Indices of ranks that take part for the last time."""
-    together: JoinedRows | None = None
+    """Indices of ranks that leave after this exchange."""
+    joined_rows: JoinedRows | None = None
     """Rows whose classes are on several ranks; None if there are none."""
     out_of_step: list[int] = field(default_factory=list)
-    """Indices of ranks that are at another step: they cannot be read together."""
+    """Indices of ranks that are at another optimizer step. The ranks cannot be read together then."""
 
 
 def finish_values(layout: Layout, vector: Tensor, line: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return the quantities that every rank has whole: means over ranks, extremes, those of the first rank.
+    """Return quantities that each rank measures alone: means, maxima and those of the first rank.
 
     ``line``: name → each rank's own number [world], −∞ where a rank has none.
     """
@@ -48,8 +48,10 @@ def finish_values(layout: Layout, vector: Tensor, line: Mapping[str, Tensor]) ->
 
 
 def finish_losses(layout: Layout, vector: Tensor, step: int, *, wide: bool) -> list[tuple[int, float]]:
-    """Return (step, mean loss over the ranks that had one), newest first; ``wide``: a rank has float64
-    losses."""
+    """Return (step, mean loss over the ranks that had one), newest first.
+
+    ``wide``: a rank has float64 losses.
+    """
     # The mean of float32 losses is a float32, as one process would have it.
     counted = layout.cut(vector, "loss_counts")
     means = layout.cut(vector, "losses") / counted

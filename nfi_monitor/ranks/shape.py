@@ -1,4 +1,4 @@
-"""What a team's ranks have in common: how the model, its rows and its head lie on them."""
+"""Describe how the model, its rows and its head are distributed over the ranks of a team."""
 
 from __future__ import annotations
 
@@ -16,31 +16,30 @@ from nfi_monitor.measure.sharded.rows import FIELDS
 from nfi_monitor.ranks import processes
 
 PROBE_ELEMENTS = 1 << 15
-"""Most feature entries that all ranks receive to measure the displacement of a sharded head."""
+"""Maximum number of feature entries exchanged to measure the displacement of a sharded head."""
 ROW_SLOTS = 512
-"""Most rows exchanged a step where logits are sharded along the classes ..."""
+"""Maximum number of rows exchanged per step for class-sharded logits."""
 ROW_NUMBERS = 1 << 18
-"""... and fewer where many ranks exchange: all rows together take 2 MiB at most, unless 8 rows a rank are
-more."""
+"""Maximum size of all rows exchanged per step: 2 MiB. At least 8 rows of each rank are exchanged."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """What all ranks must have in common, or their vectors would not mean the same.
+    """The facts that must be the same on all ranks; otherwise their vectors have different layouts.
 
     Attributes:
         features: d of the head; 0 where it is not known.
         outputs: K of the head.
         columns: columns of the head's gradient that are read.
-        matrices: which of the optimizer's tensors have two dimensions or more.
-        head: which of the optimizer's tensors is the head's weight, or None.
+        matrices: for each of the optimizer's tensors, whether it has two dimensions or more.
+        head: index of the head's weight among the optimizer's tensors, or None.
         tied: whether the head shares its weight with an input embedding.
         sharded: whether some tensor is sharded over the ranks.
-        head_sharded: whether the head is, along its classes.
+        head_sharded: whether the head is sharded along its classes.
         late: whether numbers come from an accelerator.
-        slots: losses between two readings.
+        slots: maximum number of losses between two readings.
         same_rows_everywhere: whether all ranks have the same rows, and the head is read by sums over classes.
-        row_slots: most rows a step that ranks exchange where logits may be sharded along the classes, else 0.
+        row_slots: maximum number of rows exchanged per step for class-sharded logits; 0 without such logits.
     """
 
     features: int
@@ -67,13 +66,13 @@ class Shape:
         return max(1, min(FEATURE_ROWS, PROBE_ELEMENTS // self.features))
 
     @property
-    def pooled_head(self) -> bool:
-        """Whether the head is read by sums over classes: it is sharded, or μ_G reaches the host late."""
+    def head_is_summed(self) -> bool:
+        """Whether the head is read by sums over its classes: it is sharded, or μ_G reaches the host late."""
         return bool(self.features) and (self.head_sharded or self.late)
 
 
 class Shares(NamedTuple):
-    """1 / (ranks that hold the same): for each tensor, for the classes of the head, and for rows."""
+    """1 / (number of ranks that hold the same part), for each tensor, the head's classes, and the rows."""
 
     tensors: tuple[float, ...]
     head: float
@@ -83,8 +82,10 @@ class Shares(NamedTuple):
 def survey(
     model: nn.Module, optimizer: Optimizer, head: Head | None, world: int, *, slots: int
 ) -> tuple[Shape, Shares]:
-    """Return how a model lies on the ``world`` ranks that train it; ``slots``: losses between two
-    readings."""
+    """Return how a model is distributed over the ``world`` ranks that train it.
+
+    ``slots``: maximum number of losses between two readings.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     flat = processes.flat_shards(processes.wrapper_of(model))
     weight = head.weight if head is not None else None
@@ -94,7 +95,7 @@ def survey(
     if head is not None and weight is not None:
         outputs, features = head.outputs or 0, weight.shape[1 - head.class_axis]
         columns = gradient_columns(features, outputs)
-        # Cut along its features, too, a head would need another exchange for every row.
+        # A head that is sharded along its features, too, would need another exchange for every row.
         along_classes = sharding.shards(weight, head.class_axis)
         head_sharded = sharding.is_sharded(weight) and along_classes == of_weight
     data_ranks = processes.data_ranks(model, world)

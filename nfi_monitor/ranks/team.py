@@ -1,14 +1,14 @@
 """Add up small vectors over the monitors of several ranks.
 
-The ranks of a team do so once per measured step, in the optimizer's post-step hook.  They use a gloo channel
-of their own, never the training's process group.  There a collective too few or too many (a monitor on rank 0
-alone, a closed one, a rank that skipped a step) would pair with the next gradient and corrupt or hang the
-run.  On their own channel it costs the monitor a bounded wait and its view of the other ranks; training goes
-on.
+The ranks of a team do this once per measured step, in the optimizer's post-step hook.  They use their own
+gloo channel, never the training's process group.  The number of collectives may differ between ranks: a
+monitor may be on rank 0 alone, or closed, or a rank may have skipped a step.  In the training's process
+group, such a collective would pair with the next gradient and corrupt or hang the run.  On the own channel
+the monitor only waits for a bounded time, and then reads each rank alone; the training goes on.
 
-The ranks agree once whether they form a team, through the store that the process group was made with.  Either
-all ranks attached, or each watches its own rows.  A rank that never attaches cannot answer, hence the
-deadline.
+The ranks agree once whether they form a team, through the store of the process group.  Either all ranks have
+attached, or each watches its own rows.  There is a deadline, because a rank that never attaches cannot
+answer.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from torch.distributed import distributed_c10d
 from nfi_monitor.ranks.processes import rank
 
 WAIT = 30.0
-"""Seconds that the ranks which attached wait, once, for those that have not."""
+"""Seconds that the attached ranks wait, once, for the other ranks to attach."""
 
 TIMEOUT = 120.0
-"""Seconds that one exchange may take. The ranks have just finished a collective of the training, so only a
-rank that skipped the step, or died, is late."""
+"""Maximum seconds of one exchange. The ranks have just finished a collective of the training, so a rank is
+late only if it skipped the step or died."""
 
 _ATTACHED: Counter[str] = Counter()
 
@@ -40,9 +40,9 @@ class Team:
     """The monitors of several ranks that watch one model.
 
     Args:
-        ranks: global ranks, ascending, this process's among them.
-        name: what the monitors have in common (head, layout of what is exchanged): monitors of different
-            names never meet, so that no exchange is misread.  The n-th monitor of a name meets the n-th.
+        ranks: global ranks, ascending, including this process's rank.
+        name: text made of the head and the layout of the vector. Monitors with different names never form a
+            team, so no vector is misread. The n-th monitor with a name joins the n-th of each other rank.
         wait, timeout: seconds, see :data:`WAIT` and :data:`TIMEOUT`.
     """
 
@@ -64,9 +64,9 @@ class Team:
         self._channel: Any = None
 
     def meet(self) -> bool:
-        """Return whether all ranks attached. The first call waits for them, and decides for all ranks.
+        """Return whether all ranks have attached. The first call waits for them, and decides for all ranks.
 
-        Raises what gloo raises if they attached, but cannot be reached.
+        Raises an error of gloo if they have attached but cannot be reached.
         """
         if self.together is not None:
             return self.together
@@ -81,7 +81,7 @@ class Team:
                 break
             time.sleep(0.01)
         if self.together:
-            self.together = False  # until the channel stands
+            self.together = False  # until the channel is open
             self._channel = dist.ProcessGroupGloo(
                 distributed_c10d.PrefixStore("channel", self._store),
                 self.index,
@@ -106,7 +106,7 @@ class Team:
         return finish
 
     def leave(self) -> bool:
-        """Return whether the others wait for this rank, so that its next exchange must say that it leaves."""
+        """Return whether the other ranks wait for this one, so that it must announce that it leaves."""
         if self.together is None:
             self.together = self._settle("alone")
             # The others may have agreed already, while this rank had not yet come to its first step.
@@ -120,6 +120,6 @@ class Team:
         self._channel = None
 
     def _settle(self, proposal: str) -> bool:
-        """Return whether the team stands: the first proposal of any rank is the decision."""
+        """Return whether the ranks form a team: the first proposal of any rank is the decision."""
         decided: Any = self._store.compare_set("decision", "", proposal)
         return (decided.decode() if isinstance(decided, bytes) else decided) == "together"

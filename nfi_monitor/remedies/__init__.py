@@ -1,8 +1,8 @@
-"""Apply what an alert advises, each remedy in one line that can be undone.
+"""Apply the remedies that alerts advise, each in one line that can be undone.
 
-Losses replace the training's own; the other remedies return a :class:`Handle` whose ``undo()`` ends them.
-Remedies that no alert recommends are in :mod:`nfi_monitor.remedies.experimental`.  Names are resolved on
-first use (PEP 562), as in the package itself.
+Losses replace the training's own loss; the other remedies return a :class:`Handle` whose ``undo()`` ends
+them. Remedies that no alert recommends are in :mod:`nfi_monitor.remedies.experimental`.  Names are resolved
+on first use (PEP 562), as in the package itself.
 """
 
 from __future__ import annotations

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 
 class AutopilotStop(RuntimeError):
-    """Training should end. Raised from ``optimizer.step()`` under ``Policy(stop="raise")``."""
+    """Raised from ``optimizer.step()`` under ``Policy(stop="raise")`` if the training should end."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """One action after optimizer step ``step``; in a dry run, one that would have been taken."""
+    """One action after optimizer step ``step``; in a dry run, the action that would have been taken."""
 
     step: int
-    what: str  # "loss", "projection", "cool", "release", "stop", or "nothing" where a rung is out of reach
+    what: str  # "loss", "projection", "cool", "release", "stop", or "nothing" if a rung cannot be applied
     alert: str  # id of the alert that caused it
     message: str

@@ -1,6 +1,6 @@
-"""Apply what the alerts advise, watch whether it helps, undo it, and report each action.
+"""Apply the remedies that alerts advise, watch whether they help, undo them, and report each action.
 
-The monitor never changes a run.  The Autopilot does: it is the only part of the package that acts.
+The monitor never changes a run.  The Autopilot does: it is the only part of the package that acts on its own.
 
     autopilot = Autopilot()
     with Monitor(model, optimizer, on_alert=autopilot):
@@ -12,16 +12,16 @@ The monitor never changes a run.  The Autopilot does: it is the only part of the
             if autopilot.should_stop:
                 break
 
-The rungs are those of :class:`nfi_monitor.remedies.policy.Rung`: replace the loss, lower the learning rate
-for a while, take a snapshot and ask for an end.  At once an alert gets the rungs that its mechanism needs,
-each once.  It gets the next rung only if it outlasts the policy's patience.  The learning rate comes back
-when the alarm has been over for a while.  The loss stays replaced: margins at which ``F.cross_entropy``
-rounds remain, and the other loss is the same function.
+The rungs (:class:`nfi_monitor.remedies.policy.Rung`) are: replace the loss, lower the learning rate for a
+while, take a snapshot and ask for an end of the training.  For a new alert, the Autopilot takes the rungs
+that its mechanism needs, each once.  It takes the next rung only if the alert lasts longer than the policy's
+patience. The learning rate comes back when the alarm has been over for a while.  The loss stays replaced: it
+is the same function, and the margins stay so large that ``F.cross_entropy`` rounds.
 
-All ranks of a training act at the same step: while they are read together they agree on every alert.  Ranks
-that are not read together, or no longer (also after ``monitor.close()``), never act.  Remedies that are on
-then stay on, even a low learning rate: undone on one rank alone it would let the replicas drift apart.  A new
-monitor with the Autopilot, on every rank, starts anew.
+All ranks of a training act at the same step, because ranks that are read together agree on every alert. Ranks
+that are not, or no longer, read together never act (also after ``monitor.close()``).  Remedies that are
+active then stay active, even a low learning rate: if one rank alone undid it, the replicas would drift apart.
+If every rank makes a new monitor with the Autopilot, the Autopilot starts anew.
 """
 
 from __future__ import annotations
@@ -60,16 +60,16 @@ class Autopilot(AlertHandler):
     """Act on alerts. Pass it to the monitor: ``Monitor(model, optimizer, on_alert=Autopilot())``.
 
     Args:
-        policy: what it may do, and when.
-        dry_run: only report what would be done at each alert; training stays the same to the last bit.
+        policy: what the Autopilot may do, and when.
+        dry_run: only report what would be done at each alert; the training stays the same to the last bit.
 
-    Its actions appear among the monitor's notes (console, run directory, TensorBoard, summary) and in
-    ``actions``.  If the loss is not computed through :meth:`loss`, the gradient at the head is projected
-    instead, which averts less (``tests/benchmarks/remedies/RESULTS.md``).  An error of its own is reported
+    Actions are in ``actions`` and among the monitor's notes (console, run directory, TensorBoard, summary).
+    If the loss is not computed by :meth:`loss`, the gradient at the head is projected instead, which averts
+    fewer slingshots (``tests/benchmarks/remedies/RESULTS.md``).  An error inside the Autopilot is reported
     once.  Then only the remedy that failed is undone.
 
-    It is made for numeric slingshots.  Against the others it only lowers the learning rate, often too late to
-    avert them.  When not to use it: if a run must be repeatable from its seed alone.
+    The Autopilot is made for numeric slingshots.  Against others it only lowers the learning rate, often too
+    late.  When not to use it: if a run must be repeatable from its seed alone.
     """
 
     def __init__(self, policy: Policy | None = None, *, dry_run: bool = False) -> None:
@@ -83,7 +83,7 @@ class Autopilot(AlertHandler):
         """The state that was saved when training should end; also written to the run directory."""
         self._monitor: Monitor | None = None
         self._take_off: Any = None
-        self._pending: Any = None  # completes the snapshot once schedulers and scalers have moved
+        self._pending: Any = None  # completes the snapshot after schedulers and scalers have stepped
         self._projection: Handle | None = None
         self._cooling: CoolDown | None = None
         self._routed = False  # loss() has been called
@@ -109,10 +109,10 @@ class Autopilot(AlertHandler):
         reduction: str = "mean",
         label_smoothing: float = 0.0,
     ) -> Tensor:
-        """Return ``F.cross_entropy``, to the last bit, or :func:`zero_sum_cross_entropy` once that replaces
-        it.
+        """Return ``F.cross_entropy``, or :func:`zero_sum_cross_entropy` after the loss was replaced.
 
-        Arguments, shapes, units and errors as for these two functions.
+        Before, the result is that of ``F.cross_entropy`` to the last bit.  Arguments, shapes, units and
+        errors are those of these two functions.
         """
         self._routed = True
         options: dict[str, Any] = {
@@ -130,14 +130,14 @@ class Autopilot(AlertHandler):
 
     @property
     def should_stop(self) -> bool:
-        """Whether training should end. Check it after each step, and leave the loop if it is true."""
+        """Whether the training should end. Check it after each step, and leave the loop if it is True."""
         with self._guarded():
             self._complete()
         return self._stopped
 
     @property
     def swapped(self) -> bool:
-        """Whether :meth:`loss` returns the repaired loss now."""
+        """Whether :meth:`loss` returns ``zero_sum_cross_entropy`` now."""
         return self._exchanged == "loss" and not self.dry_run
 
     @property
@@ -169,7 +169,7 @@ class Autopilot(AlertHandler):
                 "Not an autopilot's state: expected keys 'taken' and 'exchanged', found "
                 f"{sorted(map(str, state))[:8]}. Pass what autopilot.state_dict() returned."
             )
-        self._let_go()
+        self._undo_remedies()
         self._start_anew()
         self._exchanged, self._stopped = str(state["exchanged"]), bool(state["stopped"])
         self._firing = {alert.id: alert for alert in map(Alert.from_json, state["firing"])}
@@ -181,7 +181,7 @@ class Autopilot(AlertHandler):
         self.actions = [Action(**action) for action in state["actions"]]
         self._loaded = True
         if self._monitor is not None:
-            self._take_up()
+            self._reapply()
 
     # --- the monitor's side --------------------------------------------------------------------------
 
@@ -197,16 +197,16 @@ class Autopilot(AlertHandler):
         if self._monitor is not None and not self._monitor.closed:
             raise ValueError("This Autopilot serves an open monitor already: make one for each.")
         if not self._loaded:
-            self._let_go()
+            self._undo_remedies()
             self._start_anew()
             self.actions, self.snapshot = [], None
         self._monitor = monitor
         if self._take_off is not None:
             self._take_off()
-        # Here and not at the first alert: alerts come from inside a step.
+        # Add the hooks now, not at the first alert, because alerts come from inside a step.
         self._take_off = around_steps(monitor.optimizer, self._before_step, self._after_step)
         self._loaded = False
-        self._take_up()
+        self._reapply()
 
     def __call__(self, alert: Alert) -> None:
         """Act on an alert. The monitor calls this when an alert begins, changes or ends."""
@@ -216,7 +216,7 @@ class Autopilot(AlertHandler):
                 "This Autopilot has no monitor. Pass the Autopilot itself, not a function that calls it: "
                 "Monitor(model, optimizer, on_alert=autopilot)."
             )
-        if monitor.closed or not monitor.port.may_act():  # what is told while it closes comes too late
+        if monitor.closed or not monitor.port.may_act():  # an alert during close() comes too late
             return
         if alert.state is AlertState.RESOLVED:
             self._firing.pop(alert.id, None)
@@ -228,21 +228,20 @@ class Autopilot(AlertHandler):
             self._answer(alert, rung, monitor)
 
     def _guarded(self) -> AbstractContextManager[None]:
-        """Report an error inside the block once, and let training go on; without a monitor the error is
-        raised."""
+        """Report an error inside the block once; without a monitor, raise it."""
         return nullcontext() if self._monitor is None else self._monitor.port.guarded("autopilot")
 
     @property
-    def _told(self) -> Callable[[Exception], None]:
-        """The error callback of remedies that stay on. It keeps neither Autopilot nor monitor alive."""
+    def _on_error(self) -> Callable[[Exception], None]:
+        """A function that reports an error of a remedy. It keeps neither Autopilot nor monitor alive."""
         pilot = weakref.ref(self)
 
-        def told(error: Exception) -> None:
+        def report(error: Exception) -> None:
             if (alive := pilot()) is not None:
                 with alive._guarded():
                     raise error
 
-        return told
+        return report
 
     def _before_step(self, optimizer: Optimizer) -> None:
         if self._pending is not None:
@@ -267,8 +266,7 @@ class Autopilot(AlertHandler):
             raise AutopilotStop(f"{self.actions[-1].message} Catch AutopilotStop around the training loop.")
 
     def _watch(self, monitor: Monitor) -> None:
-        """Once a step: go to the next rung if an alert goes on in spite of a remedy; end a cool-down that may
-        end."""
+        """Take the next rung if an alert goes on in spite of a remedy; end the cool-down if it may end."""
         step, tau = monitor.step, monitor.tau
         if not self.dry_run:  # a dry run applies no remedy, so none can have failed
             patience = self.policy.patience_in_steps(tau)
@@ -276,7 +274,7 @@ class Autopilot(AlertHandler):
                 taken = self._taken.get(alert.id, {})
                 last = max(taken, default=None)
                 since = alert.first_step if last is None else taken[last]
-                if alert.kind is AlertKind.SLINGSHOT:  # counted anew after each recovery of the loss
+                if alert.kind is AlertKind.SLINGSHOT:  # count again after each recovery of the loss
                     since = max(since, monitor.phases[-1][0])
                 if step - since >= patience:
                     rung = self.policy.next_rung(alert, last, monitor.phase)
@@ -304,10 +302,10 @@ class Autopilot(AlertHandler):
         if rung in taken:
             return
         taken[rung] = monitor.step
-        do = {Rung.LOSS: self._exchange, Rung.COOL: self._cool, Rung.STOP: self._stop}[rung]
+        do = {Rung.LOSS: self._replace_loss, Rung.COOL: self._cool, Rung.STOP: self._stop}[rung]
         do(alert, monitor, "the alert goes on; " if escalated else "")
 
-    def _exchange(self, alert: Alert, monitor: Monitor, why: str) -> None:
+    def _replace_loss(self, alert: Alert, monitor: Monitor, why: str) -> None:
         if self._exchanged:
             return
         if self._routed:
@@ -326,7 +324,7 @@ class Autopilot(AlertHandler):
             return
         self._exchanged = "projection"
         if not self.dry_run:
-            self._projection = project_zero_sum(head.module, failed=self._told)
+            self._projection = project_zero_sum(head.module, failed=self._on_error)
         what = f"the gradient at the output of {head.name} is projected to zero sum from now on"
         self._act(monitor, "projection", alert.id, why + what)
 
@@ -343,7 +341,7 @@ class Autopilot(AlertHandler):
     def _cool_now(self, monitor: Monitor) -> None:
         ramp = max(round(monitor.tau), 1)
         factor = self.policy.factor
-        self._cooling = cool_down(monitor.optimizer, factor, steps=None, ramp=ramp, failed=self._told)
+        self._cooling = cool_down(monitor.optimizer, factor, steps=None, ramp=ramp, failed=self._on_error)
 
     def _stop(self, alert: Alert, monitor: Monitor, why: str) -> None:
         if self.dry_run:
@@ -370,26 +368,26 @@ class Autopilot(AlertHandler):
         self.actions.append(Action(monitor.step, what, alert, text))
         monitor.note(f"autopilot-{alert}-{what}-{monitor.step}", text)
 
-    # --- coming and going ----------------------------------------------------------------------------
+    # --- attach and close -----------------------------------------------------------------------------
 
-    def _take_up(self) -> None:
-        """Apply the remedies again that were on in a loaded state."""
+    def _reapply(self) -> None:
+        """Apply the remedies again that were active in a loaded state."""
         monitor = self._monitor
         if monitor is None or self.dry_run:
             return
         if self._exchanged == "projection" and monitor.head is not None:
-            self._projection = project_zero_sum(monitor.head.module, failed=self._told)
+            self._projection = project_zero_sum(monitor.head.module, failed=self._on_error)
         if self._hold.held_since is not None:
             self._cool_now(monitor)
 
-    def _let_go(self) -> None:
+    def _undo_remedies(self) -> None:
         for handle in (self._projection, self._cooling):
             if handle is not None:
                 handle.undo()
         self._projection, self._cooling = None, None
 
     def _retire(self, monitor: Monitor) -> None:
-        """End the cool-down after the monitor was closed, unless it could end on this rank alone."""
+        """End the cool-down after the monitor was closed, unless it would end on this rank alone."""
         if self._cooling is None or monitor.port.may_act():
             if self._cooling is not None:
                 self._cooling.release()

@@ -1,4 +1,4 @@
-"""Lower the learning rate for a while, invisibly to schedulers."""
+"""Lower the learning rate for a while, without any change that schedulers see."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def cool_down(
     """Multiply the learning rate by ``factor`` for ``steps`` optimizer steps (None: until ``release()``).
 
     Then the rate comes back over ``ramp`` steps (default: a quarter of ``steps``), by the same factor each
-    step.  The change exists inside ``optimizer.step()`` alone: schedulers read and write their own rate.  Of
-    several cool-downs the smallest factor counts.  It costs nothing.
+    step. The rate is changed only inside ``optimizer.step()``: schedulers read and write their own rate.  Of
+    several cool-downs the smallest factor is used.  It costs no time.
 
-    For second-moment slingshots and those at the edge of stability, where no other remedy helps at once.  A
-    few τ of it delay a slingshot of any mechanism, and rarely avert it.  So before a numeric slingshot
-    replace the loss meanwhile; before the others keep the rate low (``steps=None``).  When not to use it:
-    from the start of a training, which then learns more slowly.  Source: measured,
+    It is for second-moment slingshots and those at the edge of stability, where no other remedy helps at
+    once. A few τ of it only delay a slingshot of any mechanism, and rarely avert it.  So replace the loss
+    meanwhile before a numeric slingshot, and keep the rate low (``steps=None``) before the others.  When not
+    to use it: from the start of a training, which then learns more slowly.  Source: measured,
     ``tests/benchmarks/remedies/RESULTS.md``.
 
-    After an error of its own the cool-down ends, the rate comes back and ``optimizer.step()`` raises the
-    error.  With ``failed`` the error is passed to that function instead, and the step goes on.
+    After an error inside the cool-down, it ends, the rate comes back, and ``optimizer.step()`` raises the
+    error. With ``failed``, that function gets the error instead, and the step goes on.
 
     Raises ValueError unless 0 < factor ≤ 1, steps ≥ 1 and ramp ≥ 0.
     """
@@ -69,7 +69,7 @@ def cool_down(
 
 
 def undated(optimizer: Optimizer) -> str | None:
-    """Return why a replay cannot repeat a timed cool-down whose start step is unknown; None where it can."""
+    """Return why a replay cannot repeat the cool-downs of this optimizer, or None if it can."""
     scaled = _SCALED.get(optimizer)
     if scaled is None or all(
         cooling.since is not None or cooling.steps is None for cooling in scaled._active
@@ -94,7 +94,7 @@ class _Cooling:
         since: int | None,
     ) -> None:
         self.factor, self.steps, self.ramp, self.failed = factor, steps, ramp, failed
-        self.done = 0  # optimizer steps taken under it
+        self.done = 0  # optimizer steps taken with the lower rate
         self.since = since  # the last step of the run before it began; None if unknown
 
     def release(self) -> None:
@@ -102,7 +102,7 @@ class _Cooling:
             self.steps = self.done
 
     def now(self) -> float | None:
-        """Return the factor of the next step, or of the step that is replayed; None once the rate is back."""
+        """Return the factor of the next or the replayed step; None once the rate is back."""
         done, replayed = self.done, REPLAY.step
         if replayed is not None and self.since is not None:
             done = replayed - 1 - self.since
@@ -116,12 +116,14 @@ class _Cooling:
 
 
 class _Scaled:
-    """One pair of step hooks for each optimizer: a second pair would restore the rate that the first had
-    set."""
+    """Apply all cool-downs of one optimizer with one pair of step hooks.
+
+    A second pair would restore the rate that the first pair had set.
+    """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self._active: list[_Cooling] = []
-        self._own: list[Any] = []  # the groups' own rates, while a step runs
+        self._own: list[Any] = []  # the rates of the groups, to restore after the step
         self._optimizer = weakref.ref(optimizer)
         self._take_off = around_steps(optimizer, self._before, self._after)
 
@@ -146,7 +148,7 @@ class _Scaled:
     def _before(self, optimizer: Optimizer) -> None:
         active = self._active
         try:
-            self._restore(optimizer)  # a step that raised left the smaller rates behind
+            self._restore(optimizer)  # after a step that raised an error, the smaller rates are still set
             factors = [factor for cooling in self._active if (factor := cooling.now()) is not None]
             if not factors:
                 return
@@ -171,16 +173,15 @@ class _Scaled:
             self._give_up(error, active)
 
     def _give_up(self, error: Exception, active: Sequence[_Cooling]) -> None:
-        """End all cool-downs after an error. ``active``: those that were on, the last of which may just have
-        ended."""
+        """End all cool-downs after an error, and report it to those in ``active``."""
         self._active = []
         with suppress(Exception):
             self._end()
-        told = [cooling.failed for cooling in active]
-        for failed in told:
+        callbacks = [cooling.failed for cooling in active]
+        for failed in callbacks:
             if failed is not None:
                 failed(error)
-        if None in told:
+        if None in callbacks:
             raise error
 
     def _restore(self, optimizer: Optimizer) -> None:

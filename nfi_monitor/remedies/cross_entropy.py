@@ -1,8 +1,9 @@
 """Compute a cross-entropy that cannot absorb: in the input's own precision, cheaper than torch's.
 
-``F.cross_entropy`` gets the correct class's gradient as p_r − 1.  Once p_r is within half an ulp of 1 that is
-exactly 0, the other gradients are not, and a row's gradient no longer sums to zero (Liu et al. 2026, section
-3; Prieto et al. 2025).  Nothing is lost if 1 − p_r is never formed: with S = Σ_{k≠r} p_k, summed,
+``F.cross_entropy`` computes the correct class's gradient as p_r − 1.  If p_r is within half an ulp of 1, this
+is exactly 0, but the other gradients are not.  So the row's gradient no longer sums to zero (Liu et al. 2026,
+section 3; Prieto et al. 2025).  The cure is to compute 1 − p_r as the sum S = Σ_{k≠r} p_k, without a
+subtraction:
 
     loss = ln(1 + S / p_r) = softplus(ln Σ_{k≠r} e^z_k − z_r),   g_k = p_k,   g_r = −S.
 
@@ -13,8 +14,8 @@ With weights, label smoothing or probabilities as targets, a_k the (weighted) ta
 where ℓ_r is the loss above and r the class with the largest target.
 
 The forward pass makes one [N, K] tensor, the gradient itself; a plain backward pass makes none.
-``F.cross_entropy`` makes three.  A few rows on a CPU are computed by NumPy: there each call counts, not each
-number.
+``F.cross_entropy`` makes three.  A few rows on a CPU are computed with NumPy, whose calls cost less than
+torch's.
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ def zero_sum_cross_entropy(
 ) -> Tensor:
     """Return what :func:`torch.nn.functional.cross_entropy` returns, with a gradient that sums to zero.
 
-    For numerical feature inflation.  Used from the start, no row absorbs; used from 1.25 τ before a slingshot
-    or earlier, it averts the slingshot.  It does not avert spikes of other mechanisms.
+    It is for numerical feature inflation.  From the start of a training, it prevents absorption.  From 1.25 τ
+    before a slingshot or earlier, it averts the slingshot.  It does not avert spikes of other mechanisms.
 
     Args:
         input: logits [K], [N, K] or [N, K, d1, ...], floating point.  Half precisions are summed in float32.
@@ -59,13 +60,13 @@ def zero_sum_cross_entropy(
         label_smoothing: in [0, 1].
 
     Returns:
-        The loss in nats, a scalar (shape without the class axis for "none"); float32 for half precisions, as
-        ``F.cross_entropy`` has it under autocast: a gradient scaler's factor would overflow float16.
+        The loss in nats, a scalar (shape without the class axis for "none").  For half precisions it is
+        float32, as ``F.cross_entropy`` under autocast: a gradient scaler's factor would overflow float16.
 
     Raises:
         ValueError, TypeError: shapes, dtypes or options that ``F.cross_entropy`` refuses as well.
         RuntimeError: on a second derivative (use ``F.cross_entropy`` in float64 there); on a second backward
-            pass after the gradient of the first, which is kept, was changed in place.
+            pass if the gradient of the first, which is kept, was changed in place.
 
     In float32 the loss is within (|margin| + 8)·2⁻²⁴ of the exact one, relatively (and K·2⁻¹⁵⁰).  A row's
     gradient sums to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  On a
@@ -101,7 +102,7 @@ def zero_sum_cross_entropy(
 def _smoothed(
     rows: Tensor, index: Tensor, weight: Tensor | None, ignore_index: int, reduction: str, smoothing: float
 ) -> Tensor:
-    """The reduced loss of ``rows`` [N, K] against hard targets [N] with label smoothing ([N] for "none")."""
+    """Return the reduced loss of ``rows`` [N, K] with label smoothing, hard targets [N] ([N] for "none")."""
     kept = index != ignore_index
     index = torch.where(kept, index, 0)
     loss = torch.where(kept, SmoothCrossEntropy.apply(rows, index, weight, smoothing), 0.0)
@@ -114,11 +115,11 @@ def _smoothed(
 
 
 def float64_cross_entropy(input: Tensor, target: Tensor, **options: Any) -> Tensor:
-    """Return ``F.cross_entropy`` in float64, with parameters as they are: the reference of the function
-    above.
+    """Return ``F.cross_entropy`` in float64; the parameters keep their dtype.
 
-    For numerical feature inflation up to margins of 36 nats, where float64 absorbs as well (2⁻⁵³).  Costs two
-    [N, K] tensors of twice the width.  ``options`` and shapes as for ``F.cross_entropy``; returns float64.
+    It is for numerical feature inflation up to margins of 36 nats, where float64 absorbs as well (2⁻⁵³).  It
+    costs two [N, K] tensors of twice the width.  It is the reference of :func:`zero_sum_cross_entropy`.
+    ``options`` and shapes as for ``F.cross_entropy``; returns float64.
     """
     if target.is_floating_point():
         target = target.double()

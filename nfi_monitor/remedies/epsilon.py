@@ -1,4 +1,4 @@
-"""Raise Adam's ε_A, the lower bound of what the gradient is divided by."""
+"""Raise Adam's ε_A, which is added to the root of the second moment."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _RAISED: weakref.WeakKeyDictionary[Optimizer, _Raised] = weakref.WeakKeyDictiona
 
 
 def raise_epsilon(optimizer: Any, eps: float = 1e-6) -> Handle:
-    """Raise ``eps`` of every parameter group in which it is smaller; of several handles the largest counts.
+    """Raise ``eps`` of every parameter group in which it is smaller. Of several handles the largest counts.
 
-    For numerical feature inflation: 1e-6 made slingshots fewer, 1e-5 removed them (Liu et al. 2026).  It
-    costs nothing, but training differs: coordinates whose gradients are below ``eps`` hardly move.  When not
-    to use it: where gradients are always that small (large models with a sum over many tokens, float16), or
+    It is for numerical feature inflation: 1e-6 made slingshots rarer, 1e-5 removed them (Liu et al. 2026). It
+    costs no time, but changes the training: coordinates with gradients below ``eps`` hardly move.  When not
+    to use it: if gradients are always that small (large models with a sum over many tokens, float16), or
     against other mechanisms, whose slingshots it does not avert (``tests/benchmarks/remedies/RESULTS.md``).
 
     Raises ValueError for an ``eps`` that is not positive, or an optimizer without one.
@@ -41,9 +41,9 @@ def raise_epsilon(optimizer: Any, eps: float = 1e-6) -> Handle:
 
 
 class _Raised:
-    """The values that handles ask for on one optimizer, and the values that its groups had before.
+    """Set the largest ``eps`` of all handles on one optimizer, and restore the earlier values.
 
-    The optimizer is referred to weakly.  A value that the user has set in a group meanwhile is kept.
+    The optimizer is referenced weakly.  A value that the user sets in a group meanwhile is kept.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:

@@ -1,7 +1,7 @@
 """Compute the mean cross-entropy of a few rows on a CPU with NumPy, in the same memory.
 
-There a call of torch costs more than its arithmetic, and several times as much as a call of NumPy.  The tests
-compare the result with :mod:`nfi_monitor.remedies.row_losses`.
+For a few rows, a call of torch costs more than its arithmetic, and several times as much as a call of NumPy.
+The tests compare the result with :mod:`nfi_monitor.remedies.row_losses`.
 """
 
 from __future__ import annotations
@@ -17,29 +17,29 @@ from torch import Tensor
 from nfi_monitor.remedies.row_losses import saved_gradient
 
 SMALL = 1 << 14
-"""Most logits for which NumPy is faster."""
+"""Maximum number of logits for which NumPy is faster."""
 
 _Array = np.ndarray[Any, Any]
 _UNSIGNED = np.dtype(np.uint64)
 
 
 def mean_of_few_rows(logits: Tensor, target: Tensor) -> Tensor | None:
-    """Return the mean loss, or None where torch must compute it: other inputs, ignored rows, an overflow."""
+    """Return the mean loss, or None if torch must compute it (other inputs, ignored rows, an overflow)."""
     if not (
-        not torch.compiler.is_compiling()  # first: the sizes are not to be guarded
-        and type(logits) is Tensor  # a subclass may hold something else than its values
+        not torch.compiler.is_compiling()  # first, so that torch.compile does not guard the sizes
+        and type(logits) is Tensor  # the memory of a subclass may not hold its values
         and logits.is_cpu
         and target.is_cpu
         and 0 < logits.numel() <= SMALL
         and (logits.dtype is torch.float32 or logits.dtype is torch.float64)
         and target.dtype is torch.int64
-        and not torch._C._len_torch_dispatch_stack()  # make_fx would see constants
+        and not torch._C._len_torch_dispatch_stack()  # make_fx would record constants
         and not torch._C._is_tracing()  # likewise
     ):
         return None
     try:
         z, index = logits.detach().numpy(), target.numpy()
-    except (RuntimeError, TypeError):  # without memory of their own: inside vmap, sparse
+    except (RuntimeError, TypeError):  # tensors without own memory: inside vmap, sparse
         return None
     if z.ndim != 2 or index.shape != z.shape[:1] or not z.flags.c_contiguous:
         return None
@@ -55,15 +55,15 @@ def _mean_and_gradient(z: _Array, index: _Array, wanted: bool) -> tuple[_Array, 
     """Return (mean loss [], its gradient [N, K] if ``wanted``), with all logits relative to the target's.
 
     loss = ln(1 + Σ_{k≠r} e_k), e_k = e^(z_k − z_r).  No maximum is computed, so a margin below about −80
-    (float32) overflows; then the answer is None.
+    (float32) overflows.  Then the result is None.
     """
     rows, classes = z.shape
     starts, ones, counts, shares = _constants(rows, classes, z.dtype)
-    unsigned = index.view(_UNSIGNED)  # what is negative is large
+    unsigned = index.view(_UNSIGNED)  # negative indices become large
     if unsigned.item(unsigned.argmax()) >= classes:
         return None
     own = starts + index
-    # Repeated and flat: a broadcast operation starts a loop for each row.
+    # Repeat and flatten, because a broadcast operation starts a loop for each row.
     flat = z.ravel() - z.take(own).repeat(classes)
     e = np.exp(flat, out=flat).reshape(rows, classes)
     total = e.dot(counts)  # N (1 + Σ_{k≠r} e_k)
@@ -81,7 +81,7 @@ def _mean_and_gradient(z: _Array, index: _Array, wanted: bool) -> tuple[_Array, 
 
 @lru_cache(maxsize=8)
 def _constants(rows: int, classes: int, dtype: np.dtype[Any]) -> tuple[_Array, _Array, _Array, _Array]:
-    """(where each row starts, ones [K], N [K], 1/N [N])."""
+    """Return (first index of each row, ones [K], N [K], 1/N [N])."""
     return (
         np.arange(0, rows * classes, classes),
         np.ones(classes, dtype),
@@ -91,7 +91,7 @@ def _constants(rows: int, classes: int, dtype: np.dtype[Any]) -> tuple[_Array, _
 
 
 class _Known(torch.autograd.Function):
-    """A loss [] whose gradient [N, K], if it is needed, has been computed with it."""
+    """Return a loss [] whose gradient [N, K] is known already."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, loss: _Array, gradient: _Array | None) -> Tensor:
@@ -105,6 +105,6 @@ class _Known(torch.autograd.Function):
         return found if grad.item() == 1.0 else found * grad, None, None
 
 
-# Function.apply looks for functorch's wrappers first, which have no NumPy view and never get here: 5% of all
-# that F.cross_entropy takes for 128 rows of ten classes.
+# Not Function.apply, which first looks for functorch's wrappers.  They have no NumPy view and never get here.
+# The search takes 5% of the time of F.cross_entropy for 128 rows of ten classes.
 _attach = super(torch.autograd.Function, _Known).apply

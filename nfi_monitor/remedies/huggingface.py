@@ -24,9 +24,10 @@ def causal_lm_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor | in
 def classification_loss(
     outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None
 ) -> Tensor:
-    """Return the loss of ``outputs.logits`` [..., K] against ``labels`` [...], otherwise as
-    :func:`causal_lm_loss`: for classifiers, masked language models, token classification,
-    sequence-to-sequence models."""
+    """Return the loss of ``outputs.logits`` [..., K] against ``labels`` [...].
+
+    For classifiers, masked language models, token classification and sequence-to-sequence models.  Otherwise
+    as :func:`causal_lm_loss`."""
     return _reduced(_logits(outputs).flatten(0, -2), labels.flatten(), num_items_in_batch)
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class LastSnapshot(NamedTuple):
-    """``finish()`` returns the snapshot with schedulers and scalers as they are then, and writes it."""
+    """The last snapshot. ``finish()`` adds schedulers and scalers, writes it and returns it."""
 
     snapshot: Snapshot | None
     finish: Callable[[], Snapshot] | None
@@ -24,7 +24,7 @@ class LastSnapshot(NamedTuple):
 
     @classmethod
     def of(cls, alert: Alert, monitor: Monitor) -> LastSnapshot:
-        """Take a snapshot now; after a slingshot or NaN, use the newest that was kept from before it."""
+        """Take a snapshot now; after a slingshot or NaN, use the newest snapshot from before it."""
         spoilt = alert.kind in (AlertKind.SLINGSHOT, AlertKind.NON_FINITE)
         earlier = [kept for kept in monitor.snapshots if kept.step < alert.first_step]
         snapshot: Snapshot | None = None
@@ -36,7 +36,7 @@ class LastSnapshot(NamedTuple):
         path = None
         finish = None
         if snapshot is not None:
-            # Of a sharded model each rank keeps its own part, in memory.
+            # For a sharded model each rank keeps its own part, in memory.
             sharded = monitor.head is not None and hasattr(monitor.head.weight, "to_local")
             if monitor.run_dir is not None and processes.rank() == 0 and not sharded:
                 path = Path(monitor.run_dir) / f"autopilot-{snapshot.step}.pt"
@@ -50,8 +50,7 @@ class LastSnapshot(NamedTuple):
 def _finished(
     snapshot: Snapshot, moves: tuple[Any, tuple[Any, ...]] | None, path: Path | None, monitor: Monitor
 ) -> Snapshot:
-    """Return the snapshot with the state that ``moves`` has now (None: as it is), and write it to
-    ``path``."""
+    """Return the snapshot with the present state of ``moves`` (if given), and write it to ``path``."""
     with monitor.port.guarded("autopilot_snapshot"):
         if moves is not None:
             snapshot = snapshot.completed(*moves)

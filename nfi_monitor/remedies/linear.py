@@ -10,7 +10,7 @@ from torch import Tensor
 from nfi_monitor.remedies.cross_entropy import zero_sum_cross_entropy
 
 BLOCK = 1 << 24
-"""Logits of one block, by default: 64 MiB in float32."""
+"""Default number of logits in a block: 64 MiB in float32."""
 
 
 def linear_zero_sum_cross_entropy(
@@ -26,14 +26,14 @@ def linear_zero_sum_cross_entropy(
 ) -> Tensor:
     """Return :func:`zero_sum_cross_entropy` of ``hidden @ head_weight.T + bias``, for large vocabularies.
 
-    Logits and their gradient exist for one block of rows at a time: the gradients of ``hidden``,
-    ``head_weight`` and ``bias`` are made in the forward pass, block by block, and scaled in the backward.
-    The monitor sees no rows then, only the head's weight gradient.
+    Logits and their gradient exist for one block of rows at a time.  The gradients of ``hidden``,
+    ``head_weight`` and ``bias`` are computed in the forward pass, block by block, and scaled in the backward
+    pass.  The monitor then sees no rows, only the head's weight gradient.
 
     Args:
         hidden: features [N, d] (or [..., d]); ``head_weight`` [K, d]; ``bias`` [K] or None.
         target: class indices [N] (or [...]).
-        rows_at_a_time: default so many that a block holds 2^24 logits.
+        rows_at_a_time: rows of a block; default: so many that a block holds 2^24 logits.
         weight, ignore_index, label_smoothing: as for ``zero_sum_cross_entropy``.
         reduction: "mean" or "sum".
 
@@ -62,7 +62,7 @@ def linear_zero_sum_cross_entropy(
 
 
 class _Linear(torch.autograd.Function):
-    """The sum of the losses; the gradients are those of the sum."""
+    """Compute the sum of the losses, with the gradients of the sum."""
 
     @staticmethod
     def forward(
@@ -77,7 +77,7 @@ class _Linear(torch.autograd.Function):
         wide = torch.float64 if hidden.dtype is torch.float64 else torch.float32
         total = torch.zeros((), dtype=wide, device=hidden.device)
         wanted = ctx.needs_input_grad[:3]
-        # Of the weight in float32: thousands of blocks are added up.
+        # Keep the weight's gradient in float32, because thousands of blocks are added up.
         grads = [
             torch.zeros_like(tensor, dtype=wide) if want and tensor is not None else None
             for want, tensor in zip(wanted, (hidden, head_weight, bias), strict=True)

@@ -1,4 +1,4 @@
-"""Decide what the Autopilot does: alerts in, rungs out. No torch, no state."""
+"""Decide which rungs the Autopilot takes for an alert. No torch, no state."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from enum import IntEnum
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
 
 FEWEST = 100
-"""Fewest steps before a remedy counts as not enough, whatever τ."""
+"""Minimum number of steps, for any τ, before a remedy counts as not enough."""
 
 
 class Rung(IntEnum):
-    """What the Autopilot can do, the mildest first."""
+    """The actions of the Autopilot, the mildest first."""
 
-    LOSS = 1  # a loss that cannot absorb; training is otherwise the same
-    COOL = 2  # a smaller learning rate for a while
-    STOP = 3  # a snapshot, and no more steps
+    LOSS = 1  # use a loss that cannot absorb; the training is otherwise the same
+    COOL = 2  # lower the learning rate for a while
+    STOP = 3  # take a snapshot, and end the training
 
     def __str__(self) -> str:
         return self.name.lower()
@@ -29,31 +29,31 @@ _STOPS = ("never", "flag", "raise")
 
 @dataclass(frozen=True)
 class Policy:
-    """What an :class:`Autopilot` may do, and when. Times are in τ = 1/(1−β2) optimizer steps.
+    """What an Autopilot may do, and when. Times are in τ = 1/(1−β2) optimizer steps.
 
-    Raises ValueError for a value that means nothing.
+    Raises ValueError for an invalid value.
     """
 
     loss_at: str = "warning"
-    """The first alert of numerical feature inflation at which the loss is exchanged: "at_risk" (rows absorb;
-    can last for ever without a slingshot), "warning" (and the feature mean grows), "imminent", "slingshot"
-    (only against the next one) or "never"."""
+    """The first alert of numerical feature inflation at which the loss is replaced: "at_risk" (rows absorb;
+    this can last forever without a slingshot), "warning" (the feature mean also grows), "imminent",
+    "slingshot" (only against the next one) or "never"."""
     cool: bool = True
     """Whether the learning rate may be lowered, at *imminent*. Before second-moment slingshots and at the
-    edge of stability nothing else helps."""
+    edge of stability, no other remedy helps."""
     factor: float = 0.1
-    """What the learning rate is multiplied by. .3 delays; below .03 a run stands still."""
+    """Factor of the learning rate. .3 only delays a slingshot; below .03 a run hardly learns."""
     hold: float = 2.0
-    """τ that a cool-down lasts at least (and 10 steps). Twice as long each time the alarm comes back within
-    10 τ after one, up to eight times."""
+    """Minimum time of a cool-down in τ (at least 10 steps). It doubles each time the alarm comes back within
+    10 τ after a cool-down, up to eight times as long."""
     calm: float = 1.0
-    """τ without that alarm before the rate comes back: the hysteresis."""
+    """Time in τ without the alarm before the rate comes back: the hysteresis."""
     patience: float = 5.0
-    """τ (and 100 steps) that an alert may go on under a remedy before the next rung. Lower: a remedy that
-    works is taken for one that does not, because what the alert rests on is averaged over half a τ."""
+    """Time in τ (at least 100 steps) that an alert may go on under a remedy before the next rung. Lower: a
+    remedy that works seems not to work, because the alert's signals are averaged over half a τ."""
     stop: str = "flag"
-    """When nothing else is left, and at NaN or Inf in gradients or weights: "flag" takes a snapshot and sets
-    ``should_stop``, "raise" also raises :class:`AutopilotStop` from ``optimizer.step()``, "never" does
+    """The action if no other rung is left, and at NaN or Inf in gradients or weights. "flag" takes a snapshot
+    and sets ``should_stop``; "raise" also raises ``AutopilotStop`` from ``optimizer.step()``; "never" does
     neither."""
 
     def __post_init__(self) -> None:
@@ -69,13 +69,13 @@ class Policy:
                 raise ValueError(f"{item.name} must be a positive finite number, got {value!r}.")
 
     def advised(self, alert: Alert) -> tuple[Rung, ...]:
-        """Return what to do about an alert at once, in this order; empty if the alert is only watched."""
+        """Return the rungs to take for a new alert, in this order; empty: only watch it."""
         wanted: list[Rung] = []
         if alert.state is AlertState.RESOLVED:
             return ()
         if alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION and self._loss_is_due(alert):
             wanted.append(Rung.LOSS)
-        # What came from outside is over: a smaller rate now would only be late.
+        # A kick from outside is over already: a smaller rate now comes too late.
         if alert.kind is AlertKind.IMMINENT and self.cool and alert.mechanism is not Mechanism.EXTERNAL:
             wanted.append(Rung.COOL)
         # In the loss alone it may come from a batch without a row that counts: nothing is spoilt.
@@ -85,15 +85,15 @@ class Policy:
         return tuple(wanted)
 
     def next_rung(self, alert: Alert, last: Rung | None, phase: Phase) -> Rung | None:
-        """What follows where ``alert`` has outlasted :attr:`patience` since ``last``; None: go on waiting.
+        """Return the next rung for an alert that has gone on for :attr:`patience` since ``last``, or None.
 
-        ``phase`` is the run's own, now: an alert keeps the severity that it once had.
+        ``phase`` is the run's present phase: an alert keeps the highest severity that it had.
         """
         if alert.state is AlertState.RESOLVED:
             return None
         stop = Rung.STOP if self.stop != "never" and last is not Rung.STOP else None
         if alert.kind is AlertKind.SLINGSHOT:
-            # A loss that does not come back is no slingshot, but a divergence.
+            # A loss that stays high is not a slingshot but a divergence.
             return stop if phase is Phase.SLINGSHOT else None
         if alert.kind is AlertKind.IMMINENT and last is Rung.COOL:
             return stop
@@ -102,14 +102,14 @@ class Policy:
         return None
 
     def asks_to_cool(self, alert: Alert, phase: Phase) -> bool:
-        """Whether an alert for which the rate was lowered still needs a low rate."""
+        """Return whether an alert for which the rate was lowered still needs a low rate."""
         return alert.kind is AlertKind.IMMINENT or phase in (Phase.INFLATING, Phase.IMMINENT)
 
     def patience_in_steps(self, tau: float) -> int:
         return max(round(self.patience * tau), FEWEST)
 
     def hold_in_steps(self, tau: float, repeated: int) -> int:
-        """Steps of a cool-down that follows ``repeated`` others too soon."""
+        """Return the steps of a cool-down that follows ``repeated`` others too soon."""
         return max(round(self.hold * tau), 10) << min(repeated, 3)
 
     def _loss_is_due(self, alert: Alert) -> bool:

@@ -16,27 +16,27 @@ from nfi_monitor.replay.replayed_step import REPLAY, acts
 def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | None = None) -> Handle:
     """Subtract from each row's gradient at the logits its mean over the classes: g ← g − mean_k g.
 
-    For numerical feature inflation where the loss cannot be replaced.  The loss stays the same, and so do
-    absorbed rows, but these no longer push the means (Liu et al. 2026, section 5).  Costs one [N, K] tensor a
-    backward pass.  Applying it twice has the effect of once.  A monitor on the same head shows the projected
-    gradient, also where this is applied after the monitor.
+    It is for numerical feature inflation if the loss cannot be replaced.  The loss and the absorbed rows stay
+    the same, but these rows no longer push the means (Liu et al. 2026, section 5).  It costs one [N, K]
+    tensor per backward pass.  To apply it twice has the same effect as once.  A monitor on the same head
+    shows the projected gradient, also if this is applied after the monitor.
 
     Args:
         head: the module whose output are the logits [..., K], K ≥ 2, uncompiled (a hook that is registered
-            after the first compiled call never fires).
+            after the first compiled call never runs).
         failed: called with an error of the projection; the gradient then stays as it is. By default
             ``backward()`` raises the error.
 
-    Raises TypeError unless ``head`` is a module, ValueError for a convolution.  When not to use it: with
-    losses whose gradient has no zero-sum (z-loss, one-vs-rest, regression), of which it would remove a part.
-    A repaired loss does more: in deep networks and transformers this averted fewer slingshots
+    Raises TypeError unless ``head`` is a module, ValueError for a convolution.  When not to use it: for
+    losses whose gradient has no zero-sum (z-loss, one-vs-rest, regression): it would remove a part of it.
+    In deep networks and transformers it averted fewer slingshots than a replaced loss
     (``tests/benchmarks/detection/RESULTS.md``).
     """
     if not isinstance(head, nn.Module):
         raise TypeError(f"project_zero_sum needs the head, a torch.nn.Module, got {type(head).__name__}.")
     classes_last("project_zero_sum", head)
-    # First of the head's hooks: a monitor shows the gradient that the weights get, as it does for a repaired
-    # loss, and an alert that this answers ends.
+    # Make it the first of the head's hooks: then a monitor reads the gradient that the weights get, and its
+    # alert ends.
     hook = head.register_forward_hook(_Project(failed, step_now(None, head)), prepend=True)
     return Handle("zero-sum projection", hook.remove)
 
@@ -51,7 +51,7 @@ def classes_last(remedy: str, head: nn.Module) -> None:
 
 
 class _Project:
-    """A class and not a closure: a model with a closure for a hook cannot be saved or copied."""
+    """Hook the head. A class, because a model with a closure as hook cannot be saved or copied."""
 
     def __init__(self, failed: Callable[[Exception], None] | None = None, since: int | None = None) -> None:
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name

@@ -12,14 +12,14 @@ RELAPSE = 10.0
 
 
 class RateHold:
-    """One cool-down after the other. All steps are optimizer steps.
+    """Keep the times of the cool-downs. All steps are optimizer steps.
 
     Attributes:
-        held_since: the step at which the rate was lowered; None while it is not.
-        held_for: the step until which it stays low at least.
-        calm_since: when the last alert that asked for a smaller rate ended.
-        released: when the rate last came back; None if it never was low.
-        repeated: how many cool-downs in a row came too soon after one another.
+        held_since: the step at which the rate was lowered; None while it is not low.
+        held_for: the step until which the rate stays low at least.
+        calm_since: the step at which the last alert that asked for a smaller rate ended.
+        released: the step at which the rate last came back; None if it was never low.
+        repeated: number of cool-downs in a row that came too soon after one another.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class RateHold:
         self.repeated = 0
 
     def ask(self, step: int, tau: float, policy: Policy) -> int | None:
-        """Extend the hold from ``step`` on; return for how many steps, None where the rate is low already."""
+        """Start or extend a cool-down at ``step``. Returns its steps, or None if the rate is low already."""
         if self.held_since is None:
             soon = self.released is not None and step - self.released <= RELAPSE * tau
             self.repeated = self.repeated + 1 if soon else 0
@@ -39,7 +39,7 @@ class RateHold:
         return hold if self.held_since is None else None
 
     def may_end(self, step: int, tau: float, policy: Policy) -> bool:
-        """Whether the rate has been low long enough, provided that no alert asks for a low rate."""
+        """Return whether the rate has been low long enough, provided that no alert asks for a low rate."""
         calm = round(policy.calm * tau)
         return step - self.calm_since >= calm and step >= self.held_for
 
@@ -47,6 +47,6 @@ class RateHold:
         return dict(vars(self))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what :meth:`state_dict` returned, out of ``state``; raises KeyError for a lacking key."""
+        """Restore what :meth:`state_dict` returned. Raises KeyError for a missing key."""
         for name in vars(self):
             setattr(self, name, state[name])

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Hard targets, int64 [N] → the reduced loss (one a row [N] for "none").
+    """Compute the reduced loss for hard targets, int64 [N] (one loss per row [N] for "none").
 
-    The loss is reduced here: at ten classes each autograd operation costs as much as the softmax.  Then the
-    gradient is known except for its incoming factor, which is 1 in a plain training step: no second [N, K].
+    The loss is reduced here, because at ten classes each autograd operation costs as much as the softmax.
+    Then the gradient is known except for its incoming factor.  In a plain training step this is 1, so no
+    second [N, K] is needed.
     """
 
     @staticmethod
     def forward(
         ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, reduction: str
     ) -> Tensor:
-        target = target.unsqueeze(-1)  # columns throughout: each view costs as much as a small operation
+        target = target.unsqueeze(-1)  # keep columns: each view costs as much as a small operation
         kept = target != ignore_index
         index = torch.where(kept, target, 0)
         rest, total, mass, loss = _rest(logits, index)
@@ -54,7 +55,7 @@ class CrossEntropy(torch.autograd.Function):
 
 
 class SmoothCrossEntropy(torch.autograd.Function):
-    """Hard targets with label smoothing, and class weights or None; no [N, K] of targets is made. → [N]"""
+    """Compute the loss [N] for hard targets with label smoothing. No [N, K] of targets is made."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor, weight: Tensor | None, smoothing: float) -> Tensor:
@@ -81,7 +82,7 @@ class SmoothCrossEntropy(torch.autograd.Function):
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """``targets`` a [N, K] with weights and smoothing in them; like a teacher's, they get no gradient."""
+    """Compute the loss [N] for targets [N, K] that contain weights and smoothing, without their gradient."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ class SoftCrossEntropy(torch.autograd.Function):
         amount = targets.sum(-1, keepdim=True)
         others = targets.scatter(-1, column, 0.0)
         wide = logits.to(rest.dtype)
-        # A target of 0 counts nothing, also at a logit of −inf.
+        # A target of 0 adds nothing, also at a logit of −inf.
         differences = wide.gather(-1, column) - wide
         spread = torch.where(others == 0, 0.0, others * differences).sum(-1, keepdim=True)
         if ctx.needs_input_grad[0]:
@@ -106,10 +107,10 @@ class SoftCrossEntropy(torch.autograd.Function):
 
 
 def _rest(logits: Tensor, column: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(e with the target's entry 0 [N, K], Σ_k e_k, Σ_{k≠r} e_k, ℓ_r = −ln p_r, each [N, 1]).
+    """Return e [N, K] with 0 for the target, and Σ_k e_k, Σ_{k≠r} e_k, ℓ_r = −ln p_r, each [N, 1].
 
-    e_k = e^(z_k − max z), ``column`` int64 [N, 1] the target.  Elementwise and not ``torch.softmax``, whose
-    kernel takes twenty times as long at ten classes and no less at fifty thousand.
+    e_k = e^(z_k − max z), ``column`` int64 [N, 1] the target.  Rejected: ``torch.softmax``, whose
+    kernel takes twenty times as long at ten classes, and is not faster at fifty thousand.
     """
     rest = logits - logits.amax(-1, keepdim=True).to(wide_dtype(logits.dtype))
     own = rest.gather(-1, column)
@@ -135,7 +136,7 @@ def saved_gradient(ctx: Any) -> Tensor:
 
 
 def _is_one(grad: Tensor) -> bool:
-    """Whether ``grad`` is 1; False where the answer would cost a synchronisation or a graph break."""
+    """Return whether ``grad`` is 1; False if the answer would need a synchronisation or a graph break."""
     return not torch.compiler.is_compiling() and grad.device.type == "cpu" and grad.item() == 1.0
 
 

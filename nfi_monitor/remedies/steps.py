@@ -1,9 +1,9 @@
 """Add and remove hooks around an optimizer's step, also while a step is running.
 
-torch iterates over an optimizer's own dictionary of hooks.  To add or remove one from inside another (a
-cool-down that ends, a remedy that an alert starts) makes ``optimizer.step()`` raise.  So one pair is
-registered for each optimizer, once, and stays; it iterates over a copy of its own list.  A new dictionary for
-each change lost: torch's handles refer to the old one, and removing through them would do nothing.
+torch iterates over the dictionary of an optimizer's hooks.  If a hook adds or removes another one (a
+cool-down ends, an alert starts a remedy), ``optimizer.step()`` raises an error.  So one pair of hooks is
+registered for each optimizer, once, and stays.  It iterates over a copy of its own list.  Rejected: a new
+dictionary for each change, because torch's handles refer to the old one and could not remove hooks any more.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _STEPS: weakref.WeakKeyDictionary[Optimizer, _Steps] = weakref.WeakKeyDictionary
 def around_steps(
     optimizer: Optimizer, before: Hook | None = None, after: Hook | None = None
 ) -> Callable[[], None]:
-    """Call ``before(optimizer)`` and ``after(optimizer)`` around each step; return a function that removes
-    them.
+    """Call ``before(optimizer)`` and ``after(optimizer)`` around each step. Returns a function that stops it.
 
-    The ``after`` of several pairs run in the opposite order: the last change is undone first.  Safe inside a
-    step, unless it is the first pair on an optimizer that has other hooks after the running one.
+    Of several pairs, the ``after`` functions run in reverse order, so that the last change is undone first.
+    This may be called inside a step, unless it is the first pair on an optimizer with other hooks after the
+    running one.
     """
     steps = _STEPS.get(optimizer)
     if steps is None:
@@ -43,18 +43,18 @@ def around_steps(
 
 
 def hooks_on(optimizer: Optimizer) -> int:
-    """Return how many pairs of hooks ``optimizer`` has now."""
+    """Return the number of pairs of hooks on ``optimizer``."""
     steps = _STEPS.get(optimizer)
     return 0 if steps is None else len(steps.pairs)
 
 
 class _Steps:
-    """Has no reference to the optimizer, which refers to this."""
+    """Call the pairs of one optimizer. It has no reference to the optimizer, which references it."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.pairs: dict[object, tuple[int | None, Hook | None, Hook | None]] = {}
         before, after = self._before, self._after
-        if "torch._dynamo" in sys.modules:  # a compiled step must not trace what changes from step to step
+        if "torch._dynamo" in sys.modules:  # a compiled step must not trace a list that changes
             before, after = torch.compiler.disable(before), torch.compiler.disable(after)
         optimizer.register_step_pre_hook(before)
         optimizer.register_step_post_hook(after)
@@ -74,7 +74,7 @@ class _Steps:
 
 
 def step_now(optimizer: Optimizer | None, head: nn.Module | None = None) -> int | None:
-    """Return the last optimizer step, as an open monitor of either counts; None without one."""
+    """Return the last optimizer step that an open monitor has counted; None without such a monitor."""
     watching = open_monitors(nn.Module() if head is None else head, optimizer)
     return int(watching[0].step) if watching else None
 

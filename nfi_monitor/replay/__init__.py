@@ -1,4 +1,4 @@
-"""Find the cause of a slingshot by replay: go back to before it, remove one possible cause, look again.
+"""Find the cause of a slingshot by replay: restore an earlier step, remove one possible cause, train again.
 
 Names are resolved on first use (PEP 562): a report reads verdicts and must not import torch.
 """

@@ -16,28 +16,28 @@ from nfi_monitor.replay.snapshots import Snapshot
 
 @dataclass
 class ArmContext:
-    """What an arm may change. The replay restores the snapshot before it enters :attr:`Arm.change`."""
+    """The objects that an arm may change. The replay restores the snapshot before it enters the arm."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     head: Head | None
     snapshot: Snapshot
-    steps: int  # most optimizer steps that are replayed
+    steps: int  # maximum number of optimizer steps to replay
     data_step: Callable[[int], int] = field(default=lambda step: step)
-    """Optimizer step → the number that ``step_fn`` gets: the step whose data it should use."""
+    """Optimizer step → the step number that is passed to ``step_fn``, whose data it should use."""
     applied: bool = True
-    """An arm sets it to False if it found nothing to change."""
+    """The arm sets this to False if it found nothing to change."""
     note: str = ""
-    """What else a reader of the outcome must know of the arm; empty if there is nothing."""
+    """A remark on the outcome for people; may be empty."""
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One variant. ``change(context)`` is a context manager that is open while the arm's steps run."""
+    """One variant of the replay. ``change(context)`` is a context manager around the arm's steps."""
 
     name: str
     what: str
-    """One line for people."""
+    """Description in one line, for people."""
     change: Callable[[ArmContext], AbstractContextManager[Any]]
 
 

@@ -28,10 +28,10 @@ def _other_data(context: ArmContext) -> Iterator[None]:
     start, back = context.snapshot.step, context.steps
 
     def earlier(step: int) -> int:
-        return (step - back - 1) % max(start, 1) + 1  # early in a run: its first steps again
+        return (step - back - 1) % max(start, 1) + 1  # early in a run: the data of its first steps
 
     context.data_step = earlier
-    # step_fn may draw its batches from the random state instead. The replay restores that afterwards.
+    # step_fn may draw its batches from the random state, so change that, too. The replay restores it.
     torch.manual_seed(0x5EED + start)
     random.seed(0x5EED + start)
     np.random.seed((0x5EED + start) % (1 << 32))
@@ -39,7 +39,7 @@ def _other_data(context: ArmContext) -> Iterator[None]:
 
 
 NUDGE = 2.0**-20
-"""A part in a million: far below anything an optimizer step does, a few ulp of float32."""
+"""Relative change of the weights: a few ulp of float32, far less than any optimizer step."""
 
 
 @contextmanager
@@ -48,7 +48,7 @@ def _nudged(context: ArmContext) -> Iterator[None]:
         for param in context.model.parameters():
             if param.is_floating_point():
                 values = local(param)
-                # Up and down in turn, so that the weights' mean stays; no random number is drawn.
+                # Alternate up and down, so that the mean of the weights stays and no random number is needed.
                 signs = torch.arange(values.numel(), device=values.device).remainder_(2).mul_(2).sub_(1)
                 values.add_(values * (NUDGE * signs.reshape(values.shape).to(values.dtype)))
     yield

@@ -1,6 +1,6 @@
 """Change the loss in a replay: at the head's output and in torch's own loss functions.
 
-The user's code computes the loss, so there is no other place to change it.
+The user's code computes the loss, so it cannot be changed elsewhere.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ _LOSSES = {getattr(F, name) for name in _NAMES if callable(getattr(F, name))}
 class _AtTheLoss(TorchFunctionMode):
     """Keep everything after the head in float64 until the backward pass begins.
 
-    Between head and backward it skips casts of a float64 tensor to a lower precision: losses of HuggingFace
-    models begin with ``logits.float()``.  It skips them for any float64 tensor, because only the loss is
-    computed there.  Losses and log-softmaxes are computed in float64 everywhere; without a head that is all.
+    Between head and backward pass, it skips casts of float64 tensors to a lower precision, because losses of
+    HuggingFace models begin with ``logits.float()``.  It skips them for any float64 tensor, because only the
+    loss is computed there.  Losses and log-softmaxes are computed in float64 everywhere.  Without a head,
+    only these are changed.
     """
 
     def __init__(self, always: bool) -> None:
         super().__init__()
-        self.always = always  # there is no head, so nothing shows where the loss begins
+        self.always = always  # True without a head: then nothing shows where the loss begins
         self.after_head = False
         self.reached = False
 
@@ -125,7 +126,7 @@ def float64_loss(context: ArmContext) -> Iterator[None]:
 
 
 class _LogitsOfTheLoss(TorchFunctionMode):
-    """Pass on the logits that a cross-entropy gets, for models without a head module."""
+    """Pass the logits of each cross-entropy to ``seen``, for models without a head module."""
 
     def __init__(self, seen: Callable[[Tensor], None]) -> None:
         super().__init__()

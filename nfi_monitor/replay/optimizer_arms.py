@@ -1,7 +1,7 @@
 """Change the optimizer in a replay.
 
-Learning rates change inside the step alone, between a pre-hook and a post-hook: schedulers read and write
-them between steps.
+Learning rates are changed only inside the step, between a pre-hook and a post-hook, because schedulers read
+and write them between steps.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def second_moment_reset(context: ArmContext) -> Iterator[None]:
 
 
 MOST_GIVEN_BACK = 10.0
-"""Most decades of sqrt(v̂) that are restored: more changes no outcome, and 0 · ∞ would be NaN."""
+"""Maximum number of decades of sqrt(v̂) that are restored. More changes no outcome, and 0 · ∞ would be NaN."""
 
 
 @contextmanager
 def second_moment_held(context: ArmContext) -> Iterator[None]:
-    # The monitor takes a snapshot when an alert begins: by then the second moment has decayed. Held at that
-    # value it averts only half of the slingshots that it averts at the value from before the decay.
+    # The monitor takes a snapshot when an alert begins, and by then the second moment has decayed.  If it is
+    # held at that value, half as many slingshots are averted as at its value from before the decay.
     given_back = 10.0 ** (-2.0 * max(context.snapshot.second_moment_decay, -MOST_GIVEN_BACK))
     if given_back >= 4.0:
         context.note = (
@@ -64,7 +64,7 @@ def second_moment_held(context: ArmContext) -> Iterator[None]:
                 moment.copy_(floor)
 
     hold()
-    # After each step, and so before the next: the step divides by β2 times the floor or more.
+    # Restore it after each step, which is before the next: the step divides by β2 times the floor or more.
     hook = context.optimizer.register_step_post_hook(hold)
     try:
         yield
@@ -93,7 +93,7 @@ def larger_eps(eps: float = 1e-6) -> Arm:
 
 @contextmanager
 def _lr(context: ArmContext, lr_of: Callable[[int, Any], Any]) -> Iterator[None]:
-    """Use ``lr_of(index of the group, its lr)`` inside each optimizer step and nowhere else.
+    """Use ``lr_of(index of the group, its lr)`` inside each optimizer step only.
 
     Schedulers read and write ``group["lr"]`` between steps: they must not see the change.
     """
@@ -120,8 +120,7 @@ def _lr(context: ArmContext, lr_of: Callable[[int, Any], Any]) -> Iterator[None]
 
 
 def smaller_lr(factor: float = 0.1, steps: int | None = None) -> Arm:
-    """Return an arm that multiplies the learning rate by ``factor`` in the first ``steps`` steps (None:
-    all)."""
+    """Return an arm that multiplies the learning rate by ``factor`` in ``steps`` steps (None: all)."""
 
     @contextmanager
     def change(context: ArmContext) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Where the replay of a watched run begins, and for how long it goes on."""
+"""Choose the snapshot and the number of steps for the replay of a watched run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from nfi_monitor.types import Alert, AlertKind
 
 
 class Plan(NamedTuple):
-    """From which snapshot a replay starts, for how many steps (None: the default), and the alert it
-    repeats."""
+    """The snapshot of a replay, its number of steps (None: the default), and the slingshot to repeat."""
 
     snapshot: Snapshot
     steps: int | None
@@ -28,10 +27,10 @@ def plan(
     snapshot: Snapshot | None = None,
     steps: int | None = None,
 ) -> Plan:
-    """Return how to replay the last slingshot of a run.
+    """Return the plan for the replay of a run's last slingshot.
 
-    From the newest snapshot at least 2 τ before the slingshot, or else the oldest, until max(2 τ, 20) steps
-    after it.  ``snapshot`` and ``steps`` are kept where they are given.
+    It begins at the newest snapshot at least 2 τ before the slingshot, or else at the oldest snapshot.  It
+    ends max(2 τ, 20) steps after the slingshot.  ``snapshot`` and ``steps`` replace these defaults.
 
     Raises MonitorError, with the reason, if there is no snapshot.
     """
@@ -39,7 +38,7 @@ def plan(
     if snapshot is None:
         snapshot = _snapshot_before(slingshot, recent, tau)
     if slingshot is not None and slingshot.first_step <= snapshot.step:
-        slingshot = None  # the given snapshot is of a later step: the next slingshot is another one
+        slingshot = None  # the given snapshot is of a later step, after that slingshot began
     if steps is None and slingshot is not None:
         steps = slingshot.first_step - snapshot.step + margin(tau)
     return Plan(snapshot, steps, slingshot)
@@ -53,17 +52,17 @@ def _snapshot_before(slingshot: Alert | None, recent: RecentSnapshots, tau: floa
         return early[-1] if early else before[0]
     if kept and slingshot is not None:
         why = (
-            f"those that the monitor kept are of steps {kept[0].step:,}–{kept[-1].step:,}, after the "
-            "slingshot began"
+            f"the monitor's snapshots are of steps {kept[0].step:,}–{kept[-1].step:,}, after the slingshot "
+            "began"
         )
     elif recent.refused:
         why = recent.refused
     elif not recent.limit:
-        why = "the monitor keeps none (snapshots=False or 0)"
+        why = "the monitor takes no snapshots (snapshots=False or 0)"
     else:
         why = (
-            "the monitor takes one when an at-risk alert begins; none began, or the copy failed (see "
-            "monitor.notes)"
+            "the monitor takes a snapshot when an at-risk alert begins; no such alert began, or the copy "
+            "failed (see monitor.notes)"
         )
     raise MonitorError(
         f"No snapshot to replay from: {why}. Pass snapshots=<bytes> to Monitor (say snapshots=4 << 30), "

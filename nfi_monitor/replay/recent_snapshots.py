@@ -2,8 +2,8 @@
 
 A replay must begin before the cause of a slingshot takes effect, and that step is unknown beforehand.  So the
 monitor keeps several snapshots and drops the oldest.  It copies inside the optimizer's post-step hook, where
-weights and moments belong to the same step.  Schedulers and scalers move later: they are added before the
-next step.
+weights and moments belong to the same step.  Schedulers and scalers step later: their states are added before
+the next step.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.replay.snapshots import Snapshot, state_bytes
 
 CHEAP = 16 << 20
-"""Most bytes of a snapshot that "auto" takes; copying so much takes some 5 ms."""
+"""Maximum bytes of a snapshot with "auto". Copying so much takes some 5 ms."""
 KEPT = 4
-"""Most snapshots that are kept."""
+"""Maximum number of snapshots."""
 
 
 class RecentSnapshots:
-    """``take`` after a step, ``complete`` before the next one.
+    """Keep snapshots: call ``take`` after a step, and ``complete`` before the next one.
 
-    ``limit``: "auto" keeps snapshots if everything is on the CPU and one is at most :data:`CHEAP`; an int is
-    the bytes that all together may take, on any device; 0 keeps none.
+    ``limit``: "auto" keeps snapshots if everything is on the CPU and one takes at most :data:`CHEAP` bytes.
+    An int is the maximum bytes of all together, on any device; 0 keeps none.
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, stateful: Sequence[Any], limit: int | str) -> None:
@@ -38,7 +38,7 @@ class RecentSnapshots:
             tuple(stateful),
         )
         self.limit = limit
-        self._kept: deque[tuple[Snapshot, Any]] = deque(maxlen=KEPT)  # with the event of its copies
+        self._kept: deque[tuple[Snapshot, Any]] = deque(maxlen=KEPT)  # with the event that ends its copies
         self._pending: tuple[Snapshot, Any] | None = None
         self._last: int | None = None
         self._size = 0
@@ -55,19 +55,19 @@ class RecentSnapshots:
         return self._pending is not None
 
     def clear(self) -> None:
-        """Drop all snapshots: the run goes back to before their steps, or another run goes on."""
+        """Drop all snapshots, because the run goes back to an earlier step, or another run is loaded."""
         self._kept.clear()
         self._pending = self._last = None
 
     def due(self, step: int, tau: float) -> bool:
         """Return whether the last snapshot is max(2 τ, 20) steps old, or there is none.
 
-        A new *at risk* alert does not change that: alerts that come and go must not replace all snapshots.
+        A new *at risk* alert does not matter here: alerts that come and go must not replace all snapshots.
         """
         return self._last is None or step - self._last >= max(round(2 * tau), 20)
 
     def take(self, step: int, spike: Mapping[str, Any] | None, second_moment_decay: float = 0.0) -> None:
-        """Copy the state after ``step``; do nothing where snapshots would cost too much."""
+        """Copy the state after ``step``; do nothing if a snapshot would take too much memory."""
         if self._parts is None or self.refused or self.limit == 0:
             return
         self._last = step
@@ -76,21 +76,19 @@ class RecentSnapshots:
         bound = self._bound(model, optimizer, size)
         if bound is None:
             return
-        self._make_room(bound - size)  # before the copy: the bound holds while it is made, too
+        self._make_room(bound - size)  # before the copy, so that the bound holds during it, too
         pinned = _Pinned()
         snapshot = Snapshot.take(
             step, model, optimizer, stateful, spike, second_moment_decay=second_moment_decay, to_host=pinned
         )
-        self._size = snapshot.nbytes  # with stateful objects and random state, which no estimate knows
+        self._size = snapshot.nbytes  # with stateful objects and random state, which the estimate lacks
         bound = self._bound(model, optimizer, self._size)
         if bound is not None:
             self._make_room(bound - self._size)
             self._pending = (snapshot, pinned.event())
 
     def complete(self) -> None:
-        """Add hyperparameters and stateful objects as the next step finds them; the snapshot is then
-        complete.
-        """
+        """Add hyperparameters and stateful objects to the last snapshot. Call it before the next step."""
         if self._pending is None or self._parts is None:
             return
         (snapshot, event), self._pending = self._pending, None
@@ -109,12 +107,11 @@ class RecentSnapshots:
             self._kept.popleft()
 
     def _bound(self, model: nn.Module, optimizer: Any, size: int) -> float | None:
-        """Return the bytes that all snapshots may take; None, with a reason in ``refused``, if one is too
-        large."""
+        """Return the maximum bytes of all snapshots; None, with a reason in ``refused``, if one is larger."""
         if isinstance(self.limit, int):
             if size > self.limit:
                 self.refused = (
-                    f"one takes {size / 2**20:.1f} MiB and snapshots={self.limit} allows "
+                    f"a snapshot takes {size / 2**20:.1f} MiB and snapshots={self.limit} allows "
                     f"{self.limit / 2**20:.1f} MiB for all together"
                 )
             return None if self.refused else self.limit
@@ -124,10 +121,10 @@ class RecentSnapshots:
         elsewhere = {tensor.device.type for tensor in tensors} - {"cpu"}
         if elsewhere:
             self.refused = (
-                f"the model is on {', '.join(sorted(elsewhere))}, where snapshots='auto' takes none"
+                f"the model is on {', '.join(sorted(elsewhere))}, and snapshots='auto' works on a CPU only"
             )
         elif size > CHEAP:
-            self.refused = f"one takes {size / 2**20:.0f} MiB, more than snapshots='auto' takes"
+            self.refused = f"a snapshot takes {size / 2**20:.0f} MiB, more than snapshots='auto' allows"
         return None if self.refused else float(KEPT * CHEAP)
 
 

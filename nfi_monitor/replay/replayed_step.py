@@ -1,6 +1,6 @@
-"""Which optimizer step a replay repeats at the moment, and what stands in the way of a replay.
+"""Hold the optimizer step that a replay repeats now, and the objections to a replay.
 
-Remedies that are switched on ask here: in a replay each acts at the steps at which it acted in the run.
+Active remedies read the step here: in a replay each acts at the same steps as in the run.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ class _Replay:
 
 
 REPLAY = _Replay()
-"""``step``: the optimizer step that is being replayed; None in the run itself. An attribute and not a
-function: it is read in each training step, outside of any try block."""
+"""``step``: the optimizer step that is replayed now; None outside a replay.  It is an attribute and not a
+function, because it is read in each training step, outside of any try block."""
 
 Objection = Callable[[Optimizer], "str | None"]
-"""Returns why steps of this optimizer cannot be replayed; None where they can be."""
+"""Returns the reason why steps of this optimizer cannot be replayed, or None."""
 
 OBJECTIONS: list[Objection] = []
-"""Asked before a replay begins. Remedies add theirs: this package does not know them."""
+"""Functions that a replay calls before it begins. Remedies add theirs, because this package imports none."""
 
 
 @contextmanager
 def replaying(step: int) -> Iterator[None]:
-    """Mark optimizer step ``step`` as the one that is being replayed, while this is open."""
+    """Set the optimizer step that is replayed, inside a block."""
     REPLAY.step = step
     try:
         yield
@@ -37,5 +37,5 @@ def replaying(step: int) -> Iterator[None]:
 
 
 def acts(since: int | None) -> bool:
-    """Return whether a remedy that was switched on after step ``since`` (None: not known) acts now."""
+    """Return whether a remedy that began after step ``since`` (None: unknown) acts at the present step."""
     return REPLAY.step is None or since is None or REPLAY.step > since

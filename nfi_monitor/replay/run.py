@@ -16,11 +16,11 @@ mechanism, by the rules of :mod:`nfi_monitor.replay.verdict`.
 
     verdict = replay(snapshot, step_fn, model=model, optimizer=optimizer, stateful=[scheduler])
 
-The price is one short training per arm.  Afterwards weights, buffers, gradients, optimizer state,
-hyperparameters, ``stateful``, training mode and random state are as they were, to the last bit.  Monitors
-that are open on the model are paused.  A remedy takes effect at its original step.  Where no monitor was open
-when it began, that step is unknown, and the remedy acts in all.  It is not used up.  An eps that was raised
-since is not raised again.
+A replay costs one short training per arm.  Afterwards weights, buffers, gradients, optimizer state,
+hyperparameters, ``stateful``, training mode and random state are as before, to the last bit.  Monitors that
+are open on the model are paused.  A remedy takes effect at its original step.  If no monitor was open when
+the remedy began, that step is unknown, and the remedy acts at all steps.  The replayed steps do not count
+towards the duration of a remedy.  An eps that was raised after the snapshot is not raised in the replay.
 """
 
 from __future__ import annotations
@@ -104,24 +104,24 @@ def replay(
     """Continue from ``snapshot`` under each arm, and conclude from the arms that spike.
 
     Args:
-        snapshot: where to start; at least 1.25 τ before the slingshot, or float64 comes too late.
+        snapshot: where to start; at least 1.25 τ before the slingshot, because float64 works too late after.
         step_fn: ``step_fn(step) -> loss`` does optimizer step number ``step`` (from 1) as the run did,
             deterministic in ``step`` and in the random state, and returns its loss.
         arms: default :data:`ARMS`; the unchanged run is always replayed first.
-        steps: most optimizer steps until the slingshot of the unchanged run (default: max(10 τ, 200)). The
+        steps: maximum number of steps to the slingshot of the unchanged run (default: max(10 τ, 200)). The
             other arms run until max(2 τ, 20) steps after that slingshot.
         model, optimizer, head, stateful: as for :class:`nfi_monitor.Monitor`; ``stateful`` as in the
             snapshot.
         beta2: for τ = 1/(1−β2); default: that of the head's parameter group, or .99 where it has no betas
             (:data:`nfi_monitor.capture.optimizer.ASSUMED_BETAS`).
         recorded: optimizer step → loss of the original run, for the bitwise check.
-        thresholds: what counts as a slingshot.
+        thresholds: the levels of the loss that define a slingshot.
 
-    The call leaves everything as it was, also when it raises (see the module).
+    The call restores everything afterwards, also if it raises an error (see the module).
 
     Raises:
-        MonitorError: step_fn is no function, returns no loss, makes no optimizer step, or raises; or a
-            timed cool-down is on whose start step is unknown.
+        MonitorError: step_fn is no function, returns no loss, makes no optimizer step, or raises an error; or
+            a timed cool-down with an unknown start step is active.
         ValueError: the snapshot is of another model or optimizer, or two arms have one name.
     """
     tried = _tried(step_fn, arms, steps)
@@ -155,7 +155,7 @@ def _tried(step_fn: StepFunction, arms: Sequence[Arm] | None, steps: int | None)
 
 
 class _Run(NamedTuple):
-    """What all arms of a replay have in common."""
+    """The settings that all arms of a replay share."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -184,11 +184,11 @@ def _outcomes(
         context = ArmContext(run.model, run.optimizer, run.head, snapshot, wait)
         outcome = _try(arm, context, run)
         if outcomes and outcome.losses == outcomes[BASELINE].losses:
-            outcome = replaced(outcome, applied=False)  # a constant rate is held, one batch is repeated
+            outcome = replaced(outcome, applied=False)  # nothing changed: a constant rate, or the same batch
         outcomes[arm.name] = outcome
         spiked = outcomes[BASELINE].spiked_at
         if spiked is None:
-            break  # nothing to avert: every arm would be silent
+            break  # without a slingshot in the unchanged run, no arm can avert one
         wait = spiked - snapshot.step + margin(run.tau)
     return outcomes
 
@@ -246,7 +246,7 @@ def _try(arm: Arm, context: ArmContext, run: _Run) -> Outcome:
     finally:
         steps.remove()
     if losses and steps.taken == 0:
-        raise MonitorError(f"step_fn made no step of the optimizer that was given. {STEP_FN}")
+        raise MonitorError(f"step_fn made no step of the given optimizer. {STEP_FN}")
     peak = max((loss for loss in losses if math.isfinite(loss)), default=math.nan)
     known = [*context.snapshot.lrs[:1], *steps.rates]
     jump = max((new / old for old, new in pairwise(known) if old > 0), default=1.0)
@@ -279,7 +279,7 @@ def _train(
             return step
         if detector.update(step, loss, run.tau, run.limits) != QUIET and was == QUIET:
             return detector.start
-        # A gradient scaler may skip some steps, but not so many.
+        # A gradient scaler may skip some steps, but not this many in a row.
         if steps.taken == 0 and len(losses) >= 20:
             break
     return None
@@ -299,8 +299,10 @@ def _loss(value: Any, step: int) -> float:
 def _detector(
     snapshot: Snapshot, tau: float, limits: Thresholds, recorded: Mapping[int, float] | None
 ) -> SpikeDetector:
-    """Return the spike detector with its state at the snapshot, or one that has read the losses until
-    then."""
+    """Return the spike detector with its state at the snapshot.
+
+    If the snapshot has no such state, the detector reads the recorded losses up to the snapshot.
+    """
     detector = SpikeDetector()
     if snapshot.spike is not None:
         detector.load_state_dict(dict(snapshot.spike))
@@ -346,7 +348,7 @@ def _not_reproduced(optimizer: torch.optim.Optimizer, stateful: Sequence[Any]) -
 def _put_back(
     model: nn.Module, optimizer: torch.optim.Optimizer, stateful: Sequence[Any]
 ) -> Iterator[list[nn.Parameter]]:
-    """Restore at the end whatever a replay changes. Gives the parameters, whose gradients may be dropped."""
+    """Restore everything at the end of the block. Yields the parameters, whose gradients may be dropped."""
     before = Snapshot.take(0, model, optimizer, stateful)
     params = {id(p): p for p in model.parameters()}
     params |= {id(p): p for group in optimizer.param_groups for p in group["params"]}

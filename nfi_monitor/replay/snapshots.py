@@ -1,9 +1,9 @@
-"""Copy to host memory whatever a run needs to continue from one of its steps.
+"""Copy to host memory all state that a run needs to continue from one of its steps.
 
-A snapshot is restored *in place*: the same parameters, the same state tensors, the same parameter groups
-get their old values back.  ``load_state_dict`` lost: it casts optimizer state to the parameters' dtype and
-replaces the groups, so a run continued from it need not be the same run to the last bit.  Non-persistent
-buffers are copied, too: a replay changes them like any others.
+A snapshot is restored *in place*: the same parameters, state tensors and parameter groups get their old
+values back.  Rejected: ``load_state_dict``, because it casts optimizer state to the parameters' dtype and
+replaces the groups, so the continued run may differ in the last bits.  Non-persistent buffers are copied,
+too, because a replay changes them.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ class Snapshot:
     model: dict[str, Any]
     """``parameters`` and ``buffers`` {name: tensor in host memory}, ``training`` {module's name: mode}."""
     optimizer: dict[str, Any]
-    """Laid out as ``optimizer.state_dict()``, tensors in host memory."""
+    """The form of ``optimizer.state_dict()``, with tensors in host memory."""
     extras: tuple[dict[str, Any], ...]
     """States of the objects given as ``stateful``, in their order."""
     rng: dict[str, Any]
-    """torch (CPU and, where it is in use, CUDA), ``random`` and ``numpy.random``."""
+    """Random states of torch (CPU, and CUDA if it is in use), ``random`` and ``numpy.random``."""
     spike: dict[str, Any] | None
-    """State of the spike detector at this step; None where nobody watched the loss."""
+    """State of the spike detector at this step; None if no monitor watched the loss."""
     nbytes: int
     lrs: tuple[Any, ...] = ()
-    """Learning rate of each group *in* step ``step``: a schedule may have moved on since."""
+    """Learning rate of each group *in* step ``step``. A scheduler may have changed it since."""
     second_moment_decay: float = 0.0
-    """Decades that the head's sqrt(v̂) had fallen by then (the quantity of this name, at most 0)."""
+    """The quantity of this name at this step: decades by which the head's sqrt(v̂) has fallen, ≤ 0."""
 
     @classmethod
     @renamed_keyword("extras", "stateful")
@@ -63,11 +63,11 @@ class Snapshot:
         second_moment_decay: float = 0.0,
         to_host: Callable[[Tensor], Tensor] | None = None,
     ) -> Snapshot:
-        """Copy everything to host memory; draws no random number and changes nothing.
+        """Copy the state to host memory. Draws no random number and changes nothing.
 
-        ``stateful``: what else a step moves: learning-rate scheduler, gradient scaler, sampler, average of
-        the weights (anything with ``state_dict``/``load_state_dict``, or a ``torch.Generator``).
-        ``second_moment_decay``: what a replay gives back to the second moment that it holds, decades.
+        ``stateful``: other objects that a step changes: learning-rate scheduler, gradient scaler, sampler,
+        average of the weights (anything with ``state_dict``/``load_state_dict``, or a ``torch.Generator``).
+        ``second_moment_decay``: decades by which a replay raises the second moment before it holds it.
         ``to_host`` copies one tensor (default: a blocking copy).  Raises TypeError for other objects.
         """
         to_host = to_host or _to_host
@@ -94,11 +94,11 @@ class Snapshot:
 
     @renamed_keyword("extras", "stateful")
     def completed(self, optimizer: Any, stateful: Sequence[Any] = ()) -> Snapshot:
-        """This snapshot with the hyperparameters and the ``stateful`` objects of *now*.
+        """Return this snapshot with the present hyperparameters and states of ``stateful`` objects.
 
-        Schedulers, scalers and weight averages move after the optimizer's step, so their states belong to a
-        snapshot that was taken inside it.  What hands out data has by then moved on to the next batch:
-        generators, samplers and loaders keep the state they had.
+        Schedulers, scalers and weight averages change after the optimizer's step, so a snapshot that was
+        taken inside the step needs their later state.  Generators, samplers and loaders have by then moved on
+        to the next batch, so the snapshot keeps their earlier state.
         """
         states = tuple(
             old if feeds_data(extra) else _copied(_state_of(extra), _to_host)
@@ -113,10 +113,10 @@ class Snapshot:
 
     @renamed_keyword("extras", "stateful")
     def restore(self, model: nn.Module, optimizer: Any, stateful: Sequence[Any] = ()) -> None:
-        """Restore everything in place, random state included. May be called any number of times.
+        """Restore the state in place, also the random state. May be called any number of times.
 
-        Raises ValueError, before anything is changed, where the model, the parameter groups or the number
-        of ``stateful`` objects are not those of the snapshot.
+        Raises ValueError, before anything is changed, if the model, the parameter groups or the number of
+        ``stateful`` objects differ from those of the snapshot.
         """
         optimizer = unwrap(optimizer)
         parameters = dict(model.named_parameters())
@@ -129,22 +129,22 @@ class Snapshot:
                 module.training = self.model["training"].get(name, module.training)
             _restore_optimizer(optimizer, self.optimizer)
         for extra, state in zip(stateful, self.extras, strict=True):
-            # A copy: load_state_dict of a scheduler keeps the lists it is given, and goes on writing to them.
+            # A copy, because a scheduler keeps the lists that it loads, and changes them later.
             _load_into(extra, _copied(state, _to_host))
-        _restore_rng(self.rng)  # last: a loader's load_state_dict may draw
+        _restore_rng(self.rng)  # last, because a loader's load_state_dict may draw random numbers
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write to ``path``, atomically: after a crash there is the old file, the new one or none."""
+        """Write to ``path`` atomically: after a crash there is the old file, the new one or none."""
         content = {"format": _FORMAT, **{name: getattr(self, name) for name in self.__dataclass_fields__}}
         with replacing(Path(path)) as file:
             torch.save(content, file)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, trusted: bool = False) -> Snapshot:
-        """Read what :meth:`save` wrote. Raises ValueError for a file that is none.
+        """Read a file that :meth:`save` wrote. Raises ValueError for other files.
 
-        Only tensors and plain types are unpickled, unless ``trusted`` says that the file may run code:
-        some schedulers and samplers keep objects of their own in their state.
+        Only tensors and plain types are unpickled.  With ``trusted=True`` the file may run code: some
+        schedulers and samplers keep other objects in their state.
         """
         try:
             content = torch.load(path, map_location="cpu", weights_only=not trusted)
@@ -172,7 +172,7 @@ class Snapshot:
         known = [len(group["params"]) for group in self.optimizer["param_groups"]]
         if groups != known:
             raise ValueError(
-                f"The snapshot of step {self.step} knows {len(known)} parameter group(s) of {known} tensors, "
+                f"The snapshot of step {self.step} has {len(known)} parameter group(s) of {known} tensors, "
                 f"the optimizer has {len(groups)} of {groups}. Take one after the last group was added."
             )
         if len(stateful) != len(self.extras):
@@ -182,10 +182,9 @@ class Snapshot:
             )
 
 
-def feeds_data(extra: Any) -> bool:
-    """Whether an extra provides data (generator, sampler, loader), and so moves before the step that uses
-    it."""
-    return isinstance(extra, torch.Generator) or hasattr(type(extra), "__iter__")
+def feeds_data(item: Any) -> bool:
+    """Return whether an object provides data (generator, sampler, loader), so changes before its step."""
+    return isinstance(item, torch.Generator) or hasattr(type(item), "__iter__")
 
 
 def state_bytes(model: nn.Module, optimizer: Any) -> int:
@@ -208,7 +207,7 @@ def _to_host(tensor: Tensor) -> Tensor:
 
 
 def _copied(value: Any, to_host: Callable[[Tensor], Tensor]) -> Any:
-    """A copy that shares nothing with ``value``, tensors in host memory."""
+    """Return a copy that shares nothing with ``value``, with tensors in host memory."""
     if isinstance(value, Tensor):
         return to_host(value)
     if isinstance(value, np.generic):
@@ -274,7 +273,7 @@ def _restore_buffers(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 
 def _optimizer_state(optimizer: torch.optim.Optimizer, to_host: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """As ``optimizer.state_dict()``, whose hooks (of sharded optimizers) would gather from all ranks."""
+    """Return ``optimizer.state_dict()``, without the hooks by which sharded optimizers gather all ranks."""
     order = {
         id(param): index
         for index, param in enumerate(p for group in optimizer.param_groups for p in group["params"])
@@ -307,7 +306,7 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any
         for name in [name for name in here if name not in state]:
             del here[name]
         for name, value in state.items():
-            # torch's rule: the step count stays on the host unless the step runs on the device.
+            # As torch does: the step count stays on the host unless the step runs on the device.
             counts = name == "step" and not (group.get("capturable") or group.get("fused"))
             here[name] = _put(here.get(name), value, torch.device("cpu") if counts else param.device)
     for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):

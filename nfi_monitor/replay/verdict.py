@@ -1,8 +1,8 @@
 """Conclude the mechanism of a slingshot from the arms that averted it in a replay.
 
-A signal may only accompany the cause.  Removing the cause and seeing no slingshot is as close to a proof as
-one run allows.  The order of the rules matters: a smaller learning rate averts nearly everything, so it names
-a mechanism only if no more specific arm averts the slingshot.
+A signal may only accompany the cause.  If the slingshot does not come after one cause was removed, this is
+the best proof that one run allows.  The order of the rules matters: a smaller learning rate averts nearly
+every slingshot, so it names a mechanism only if no more specific arm averts it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from nfi_monitor.types import Mechanism, finite_or_none
 
 BASELINE = "as_it_was"
 FLOAT64_NEEDS = 1.25
-"""τ before the slingshot: if the loss changes to float64 later than that, it is too late (measured)."""
+"""Time in τ before the slingshot: after it, a change of the loss to float64 comes too late (measured)."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened under one arm. ``losses`` are those of the ``steps`` optimizer steps after the
-    snapshot."""
+    """The result of one arm. ``losses``: one for each of the ``steps`` optimizer steps after the snapshot."""
 
     arm: str
     spiked_at: int | None
@@ -33,12 +32,11 @@ class Outcome:
     losses: tuple[float, ...]
     steps: int
     applied: bool = True
-    """False if the arm found nothing to change (no head, no second moment): then its outcome means
-    nothing."""
+    """False if the arm found nothing to change (no head, no second moment). Then ignore its outcome."""
     rate_jump: float = 1.0
     """Largest factor between the learning rates of neighbouring optimizer steps."""
     note: str = ""
-    """What else a reader of the outcome must know of the arm."""
+    """A remark on the outcome for people; may be empty."""
 
     def to_json(self) -> dict[str, Any]:
         record = asdict(self)
@@ -62,14 +60,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class ReplayVerdict:
-    """The causal verdict of a replay, with the outcomes it is based on."""
+    """The mechanism that a replay found, with the outcomes of its arms."""
 
     snapshot_step: int
     outcomes: dict[str, Outcome]
     """Arm → its outcome, in the order of the replay."""
     mechanism: Mechanism
     reasons: tuple[str, ...]
-    """The verdict in words, its grounds first."""
+    """Sentences that explain the verdict, the decisive one first."""
     reproduced: bool | None
     """Whether the unchanged arm gave the recorded losses to the last bit; None: nothing to compare."""
     slingshot: str | None = None
@@ -94,7 +92,7 @@ class ReplayVerdict:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ReplayVerdict:
-        """The inverse of :meth:`to_json`. Raises KeyError and ValueError like :meth:`Alert.from_json`."""
+        """Make a verdict from the result of :meth:`to_json`. Raises KeyError or ValueError otherwise."""
         outcomes = [Outcome.from_json(item) for item in record["outcomes"]]
         return cls(
             snapshot_step=int(record["snapshot_step"]),

@@ -46,7 +46,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Drawable(Protocol):
-    """The part of a run that :func:`compare` reads; a ``RunRecord`` has it."""
+    """The attributes of a run that :func:`compare` reads; a ``RunRecord`` has them."""
 
     @property
     def history(self) -> History: ...

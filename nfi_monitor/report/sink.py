@@ -1,4 +1,4 @@
-"""Where the monitor sends readings, alerts, notes and replays: the base class of a sink, and its type."""
+"""Define a sink, which gets the monitor's readings, alerts, notes and replays: base class and type."""
 
 from __future__ import annotations
 

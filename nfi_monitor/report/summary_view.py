@@ -1,6 +1,6 @@
-"""Show the after-run report on a terminal: a title, a header and one block a subject.
+"""Show the after-run report on a terminal: a title, a header and one block for each subject.
 
-Each function makes one block of :class:`nfi_monitor.report.summary.Summary`; None where there is nothing to
+Each function makes one block of :class:`nfi_monitor.report.summary.Summary`, or None if there is nothing to
 show.  ``say`` makes text safe for the terminal (:func:`nfi_monitor.report.terminal.cleaner`).
 """
 
@@ -196,7 +196,7 @@ def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
             Text(str(severity), style=SEVERITY_STYLES[severity]),
             say(_steps(row["first_step"], end)),
             say(" ".join(_certain(row["mechanism"], row["confidence"])).strip()),
-            Text(say(evidence)),  # names of quantities come from a file: they must not be read as markup
+            Text(say(evidence)),  # names of quantities come from a file: do not read them as markup
         )
     return _with(table, _earlier(rows, say, "events"))
 

@@ -22,10 +22,10 @@ MECHANISM_NAMES = {
 }
 
 WITHOUT_RULE = {
-    # What no rule speaks for: kind → mechanism → words.
+    # For mechanisms without a rule: kind of alert → mechanism → text.
     AlertKind.AT_RISK: {
-        Mechanism.EXTERNAL: "the batches or the learning-rate schedule kick the weights",
-        Mechanism.UNKNOWN: "what precedes a slingshot is there",
+        Mechanism.EXTERNAL: "the batches or the learning-rate schedule move the weights far",
+        Mechanism.UNKNOWN: "signs of a slingshot, without a known mechanism",
     },
     AlertKind.IMMINENT: {
         Mechanism.EXTERNAL: "the batch or the learning rate has just moved the weights far",
@@ -70,16 +70,14 @@ def kind_in_words(kind: AlertKind) -> str:
 
 
 def headline(alert: Alert) -> str:
-    """What is going on, in one plain clause; the past tense of it once the alert is resolved."""
+    """Return one clause that says what happens, or what has happened if the alert is resolved."""
     over = alert.state is AlertState.RESOLVED
     steps = alert.last_step - alert.first_step
     since = f"steps {alert.first_step:,}–{alert.last_step:,}, {steps:,} {'step' if steps == 1 else 'steps'}"
     if alert.kind is AlertKind.SLINGSHOT:
         if over:
             after = alert.evidence.get("loss_afterwards")
-            how = (
-                "is back" if after is None else f"stayed at {number(after.value)}, which is usual from now on"
-            )
+            how = "is back" if after is None else f"stayed at {number(after.value)}, which is its new level"
             return f"slingshot over, the loss {how} ({since})"
         return "slingshot: the loss has left its floor"
     if alert.kind is AlertKind.NON_FINITE:
@@ -96,7 +94,7 @@ def headline(alert: Alert) -> str:
 
 
 def _what(alert: Alert) -> str:
-    """What goes on, in the words of the rule that has the most to say of it."""
+    """Return the reason for the alert, in the words of the rule that describes it best."""
     rule = rule_of(alert.mechanism, alert.kind, alert.phase)
     return rule.labels[alert.kind] if rule is not None else WITHOUT_RULE[alert.kind][alert.mechanism]
 
@@ -121,7 +119,7 @@ def one_evidence_in_words(name: str, item: Evidence) -> str:
 
 
 def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
-    """The alert's evidence, what its kind and mechanism rest on first, the rest in the alert's order."""
+    """Return the alert's evidence, with the items that its kind and mechanism are based on first."""
     first = first_evidence(alert.mechanism, alert.kind) or FIRST_WITHOUT_RULE.get(alert.mechanism, ())
     if alert.kind is AlertKind.SLINGSHOT:
         first = ("loss", "loss_afterwards", "head_loss", *first)

@@ -403,7 +403,7 @@ def test_a_rank_that_dies_inside_the_optimizer_step_stops_only_the_reading(
 ) -> None:
     survivor, dead = fast("dies_in_step")
     assert dead is None
-    assert "one of them is gone, or late" in survivor["seen"]["notes"]["ranks_apart"]
+    assert "one of the other ranks is gone or late" in survivor["seen"]["notes"]["ranks_apart"]
     assert survivor["seen"]["step"] == 11 and survivor["seconds"] < 20
 
 

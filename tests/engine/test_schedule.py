@@ -173,7 +173,7 @@ def test_a_model_smaller_than_its_reading_is_read_seldom_and_told_so_once():
         train(monitor, 2_200)
     (note,) = [note for note in monitor.notes if note.code == "overhead_budget"]
     assert note.step == 1024
-    assert "one step in 32 is read instead of one in 16, later one in 100 at most" in note.message
+    assert "one step in 32 is read instead of one in 16, and never fewer than one in 100" in note.message
     assert "costs more than the 1% that was asked for" in note.message
     assert "overhead_budget=None" in note.message
     read = monitor.history["rms_t_max"][0]

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nfi_monitor.capture.sampling import COORDINATES, COORDINATES_FULL, LOWERED, CoordinateSample
+from nfi_monitor.capture.sampling import COORDINATES, COORDINATES_FULL, REDUCTION, CoordinateSample
 from nfi_monitor.measure import weight_norm
 
 FAST = settings(deadline=None, derandomize=True, max_examples=25)
@@ -78,19 +78,19 @@ def test_the_sample_of_a_matrix_does_not_sit_in_a_few_of_its_columns(shape):
 
 @pytest.mark.parametrize("width", [300, 210, 30_030, 512, 997])
 @pytest.mark.parametrize("size", [60_000, 200_000])
-@pytest.mark.parametrize("lowered", [False, True])
-def test_few_widths_make_the_sample_much_larger_or_smaller_than_its_budget(width, size, lowered):
+@pytest.mark.parametrize("reduced", [False, True])
+def test_few_widths_make_the_sample_much_larger_or_smaller_than_its_budget(width, size, reduced):
     """A width of many small factors has few strides that visit all of its columns: 30,030 has 1 and 17."""
-    sample = CoordinateSample([torch.empty(size // width + 1, width)], lowered=lowered)
-    budget = COORDINATES // (LOWERED if lowered else 1)
+    sample = CoordinateSample([torch.empty(size // width + 1, width)], reduced=reduced)
+    budget = COORDINATES // (REDUCTION if reduced else 1)
     assert budget / 4.2 <= len(sample.segments) <= 4.2 * budget
 
 
 @pytest.mark.parametrize("shape", [(4, 3), (200, 210), (2, 30_030), (300, 200), (1024, 1024)])
 def test_a_sample_can_be_lowered_only_where_that_makes_another_one(shape):
     tensors = [torch.empty(shape)]
-    full, lowered = CoordinateSample(tensors), CoordinateSample(tensors, lowered=True)
-    assert full.can_lower is (full.strides != lowered.strides) and not lowered.can_lower
+    full, reduced = CoordinateSample(tensors), CoordinateSample(tensors, reduced=True)
+    assert full.can_reduce is (full.strides != reduced.strides) and not reduced.can_reduce
 
 
 def test_a_norm_that_lives_in_one_column_is_seen():

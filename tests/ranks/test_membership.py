@@ -100,7 +100,7 @@ def membership(followed: list[ReadingPlan]) -> Membership:
         follow=followed.append,
         note=nothing,
         failed=nothing,
-        quiet=set(),
+        failed_parts=set(),
     )
 
 
@@ -116,7 +116,7 @@ def test_what_the_ranks_agree_on_is_handed_over_as_one_plan_and_taken_back_when_
     )
     one.share_head(None, None)
     one.share_head(None, None)
-    assert followed == [ReadingPlan(head_pooled=True, row_slots=16)]
+    assert followed == [ReadingPlan(head_summed=True, row_slots=16)]
     one.drop_out(7)
     assert followed[1:] == [ReadingPlan()] and disbanded == [True]
     assert one.exchange is None and not one.searching
@@ -132,7 +132,7 @@ def test_probe_and_reader_follow_the_same_plan() -> None:
         loop.look_ahead()
         assert loop.probe.plan is loop.reader.plan == ReadingPlan(reduced_sample=True)
         loop.step_reader.memory = object()  # type: ignore[assignment]
-        loop._follow(ReadingPlan(head_pooled=True, row_slots=8))
+        loop._follow(ReadingPlan(head_summed=True, row_slots=8))
         assert loop.probe.plan is loop.reader.plan
-        assert loop.probe.plan == ReadingPlan(reduced_sample=True, head_pooled=True, row_slots=8)
+        assert loop.probe.plan == ReadingPlan(reduced_sample=True, head_summed=True, row_slots=8)
         assert loop.step_reader.memory is None, "what was read before is not comparable"

@@ -333,7 +333,7 @@ def test_what_step_fn_has_to_do_is_said() -> None:
             r"needs a function, got NoneType. step_fn\(step\) has to do one whole .*trainer.training_step",
         ),
         (lambda step: None, r"returned NoneType, not a loss. step_fn\(step\) has to"),
-        (lambda step: 1.0, "made no step of the optimizer that was given"),
+        (lambda step: 1.0, "made no step of the given optimizer"),
         (lambda step: [run.step(step), run.step(step)][0], r"step_fn\(4\) made 2 optimizer steps"),
     ):
         with pytest.raises(MonitorError, match=message):
@@ -498,7 +498,7 @@ def test_the_verdict_is_on_disk_and_in_the_report(tmp_path: Path, capsys: pytest
 def test_without_a_snapshot_the_monitor_says_what_to_do() -> None:
     run, monitor = watched(30, snapshots=False)
     with pytest.raises(
-        MonitorError, match=r"keeps none \(snapshots=False or 0\). Pass snapshots=<bytes> to Monitor"
+        MonitorError, match=r"takes no snapshots \(snapshots=False or 0\). Pass snapshots=<bytes> to Monitor"
     ):
         monitor.replay(run.step)
     with pytest.raises(MonitorError, match=r"needs a function, got Trainer.*HuggingFace Trainer"):
@@ -507,7 +507,7 @@ def test_without_a_snapshot_the_monitor_says_what_to_do() -> None:
     with pytest.raises(MonitorError, match=r"closed monitor .*nfi_monitor.replay.replay\(snapshot"):
         monitor.replay(run.step)
     run, monitor = watched(30)
-    with pytest.raises(MonitorError, match="when an at-risk alert begins; none began"):
+    with pytest.raises(MonitorError, match="when an at-risk alert begins; no such alert began"):
         monitor.replay(run.step)
     monitor.close()
 
@@ -519,7 +519,7 @@ def test_snapshots_only_after_the_slingshot_are_no_help_and_named() -> None:
     monitor._loop.recent_snapshots.take(110, None)
     monitor._loop.recent_snapshots.complete()
     with pytest.raises(
-        MonitorError, match="those that the monitor kept are of steps 110–110, after the slingshot began"
+        MonitorError, match="the monitor's snapshots are of steps 110–110, after the slingshot began"
     ):
         monitor.replay(run.step)
     monitor.close()

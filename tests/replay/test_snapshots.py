@@ -295,7 +295,7 @@ def test_a_ring_that_keeps_none_says_why(monkeypatch: pytest.MonkeyPatch) -> Non
     assert ring_of(2, 0)[0].snapshots == []
     monkeypatch.setattr(rings, "CHEAP", 100)
     ring, _ = ring_of(2, "auto")
-    assert ring.snapshots == [] and "more than snapshots='auto' takes" in ring.refused
+    assert ring.snapshots == [] and "more than snapshots='auto' allows" in ring.refused
 
 
 def test_a_snapshot_is_due_every_two_tau_and_never_before_twenty_steps() -> None:

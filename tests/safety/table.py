@@ -41,12 +41,12 @@ ROWS = {
     ),
     "faults": Row(
         "any function that runs inside a training may raise: the training's result is unchanged (under an "
-        "Autopilot that acts: it goes on), no rank waits for ever, the fault is said in one note, what does "
-        "not need the broken part goes on. Broken one at a time: all of the plain loop, and what else runs "
-        "with tapped logits, a slingshot, a GradScaler, a quiet run, 8-bit moments, one output, late "
-        "numbers, a copy, under the Autopilot, Transformers, Lightning, Accelerate; all of DDP on two ranks, "
-        "and what else runs under FSDP2, with the head cut along its classes, with a monitor that is closed "
-        "early",
+        "Autopilot that acts: the training goes on), no rank waits forever, one note reports the fault, and "
+        "parts that do not need the broken one go on. Functions are broken one at a time. In one process: "
+        "all of the plain loop, and the other functions that run with tapped logits, a slingshot, a "
+        "GradScaler, a quiet run, 8-bit moments, one output, late numbers, a copy, the Autopilot, "
+        "Transformers, Lightning, Accelerate. On two ranks: all of DDP, and the other functions that run "
+        "under FSDP2, with the head sharded along its classes, with a monitor that is closed early",
         ("safety/test_faults.py",),
     ),
     "storage": Row(
@@ -56,8 +56,8 @@ ROWS = {
     ),
     "numbers": Row(
         "random modules, K from 1 to 50,000, all dtypes, NaN, Inf, denormals, huge logits, empty and ragged "
-        "batches, ignored rows: nothing is raised, and no reading leaves the range documented for it, nor is "
-        "one NaN but where that is documented (`nfi_monitor/quantities/`)",
+        "batches, ignored rows: no error is raised, every reading stays within its documented range, and a "
+        "reading is NaN only where that is documented (`nfi_monitor/quantities/`)",
         ("safety/test_numbers.py",),
     ),
     "long runs": Row(
@@ -75,15 +75,15 @@ ROWS = {
         ("safety/test_detach.py",),
     ),
     "resume": Row(
-        "stopped at any step and resumed from a checkpoint, alerts and readings are bit for bit those of the "
-        "uninterrupted run (`overhead_budget=None`, or any run of which the clock changed neither cadence "
-        "nor samples)",
+        "a run is stopped at any step and resumed from a checkpoint: its alerts and readings are bit for bit "
+        "those of the uninterrupted run (`overhead_budget=None`, or any run in which the clock changed "
+        "neither the schedule nor the samples)",
         ("safety/test_resume.py", "test_resume.py"),
     ),
     "trust": Row(
         "nothing is written outside the run directory, the tab serves its own files only, control characters "
-        "and markup are spelled out, nothing is unpickled (but what `Snapshot.load(..., trusted=True)` is "
-        "told to trust), no connection is opened, what CI installs is pinned by hash",
+        "and markup are escaped, nothing is unpickled (except by `Snapshot.load(..., trusted=True)`), no "
+        "connection is opened, CI installs only files that are pinned by hash",
         ("safety/test_trust.py",),
     ),
 }
@@ -122,30 +122,33 @@ def render(found: list[tuple[str, int, str]]) -> str:
 LIMITS = """\
 ## What is bounded, and by how much
 
-`readings.jsonl` is thinned at 64 MiB (`nfi_monitor/report/run_directory/thinning.py`): of its older half
-about every second reading goes, evenly over the steps, but the first of each phase and of each resumed
-session stays. TensorBoard's files can only grow, and grow with the logarithm of the run's length: after
-2,048 readings every second one is written as scalars, after as many again every fourth, and so on. Alerts
-are never thinned. In the program, `monitor.history` keeps at most 32,768 values of a quantity.
+`readings.jsonl` is thinned at 64 MiB (`nfi_monitor/report/run_directory/thinning.py`): about every second
+reading of its older half is removed, evenly over the steps. The first reading of each phase and of each
+resumed session stays. TensorBoard's files can only grow, and they grow with the logarithm of the run's
+length: after 2,048 readings every second one is written as scalars, after as many again every fourth, and so
+on. Alerts are never thinned. In memory, `monitor.history` keeps at most 32,768 values of a quantity.
 
 ## What is not shown
 
-Faults are injected from the moment the monitor is attached to the end of `close()`. One while it attaches
-is an error of that call: it is raised, also where a framework attaches as its training begins.
-`tests/safety/outside.py` lists the functions that are left out because nothing can stand in front of them,
-and why: those that torch, a framework or the user calls (what they do is in a try block of their own), and
-the backward pass of a loss that the training was given. What is asked for its answer (`summary()`,
-`explain()`, `state_dict()`, `replay()`) and the remedies that a user applies raise where they are called. A
-rank whose part in an exchange fails costs the others one wait, of 120 seconds at most (half an hour where
-numbers come late, on accelerators). No row of the table ran on an accelerator: its late numbers, and
-DataParallel's replicas on several, of which those on one device are read, are only played on a CPU. What pip
-fetches to build the package itself (setuptools) is not hashed.
-
-A checkpoint of a run of many processes does not hold what the next step of *all* ranks would be compared
-with: curvature, alignment and feature displacement of the first reading after the resume are missing there.
-On accelerators, and with an `overhead_budget`, what is read depends on the clock, so that two runs may read
-different steps, or samples of different size. torch is pinned by version, not by hash: which build it is
-depends on the machine. On Windows, a second process in the same directory is not refused.
+- **Faults while the monitor attaches.** The tests inject faults from the end of that call to the end of
+  `close()`. An error before is raised by the call, also where a framework attaches as its training begins.
+- **Some functions.** `tests/safety/outside.py` lists the functions that no test can make raise, with the
+  reason. They are those that torch, a framework or the user calls (each has a try block of its own), and the
+  backward pass of a loss that the training was given.
+- **Functions that a user calls for an answer** (`summary()`, `explain()`, `state_dict()`, `replay()`), and
+  remedies that a user applies: these raise where they are called.
+- **Waiting.** A rank whose part in an exchange fails costs the others one wait, of 120 seconds at most. Where
+  numbers come late, on accelerators, it is half an hour at most.
+- **Accelerators.** No row of the table ran on one. A CPU only imitates late numbers, and DataParallel's
+  replicas on several devices, of which the monitor reads those on one device.
+- **The build.** The packages that pip downloads to build this package (setuptools) are not pinned by hash.
+  torch is pinned by version, not by hash: its build depends on the machine.
+- **Checkpoints of many processes.** Such a checkpoint does not hold the values that the next step of *all*
+  ranks would be compared with. Curvature, alignment and feature displacement are missing in the first reading
+  after the resume.
+- **Equal readings of two runs.** On accelerators, and with an `overhead_budget`, the clock decides what is
+  read. So two runs may read different steps, or samples of different size.
+- **Windows.** A second process in the same directory is not refused.
 """
 
 

@@ -27,9 +27,9 @@ RULES: tuple[Rule, ...] = (
 )  # fmt: skip
 
 ANYTIME_RULES = tuple(rule for rule in RULES if rule.anytime)
-"""Rules that are asked at every reading."""
+"""Rules that are updated at every reading."""
 WARNING_RULES = tuple(rule for rule in RULES if not rule.anytime)
-"""Rules that are asked at full readings between slingshots."""
+"""Rules that are updated at full readings, but not during a slingshot."""
 
 LEVELS: tuple[Level, ...] = tuple(level for rule in RULES for level in rule.levels)
 """All levels of all rules, in the order in which an explanation lists them."""

@@ -37,7 +37,7 @@ class Level:
     """Whether the evidence is per optimizer step while ``value`` is per τ."""
     below: bool = False
     """Whether low values are the sign; False: high values."""
-    lowered: bool = False
+    may_be_lower: bool = False
     """Whether the rule applies a lower level in some states. Then the alert's evidence has the level that was
     applied."""
     keeps_lowest: bool = False

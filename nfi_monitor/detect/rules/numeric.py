@@ -42,7 +42,7 @@ DISPLACEMENT = Level(
     supports=_NUMERIC,
     made_of=("margin_displacement", "logit_displacement"),
     value=lambda signals, reading, context: signals.displacement,
-    lowered=True,
+    may_be_lower=True,
     keeps_lowest=True,
     show="nat",
 )
@@ -54,7 +54,7 @@ class _Numeric(Rule):
     proves = True
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
-        """Return None: :func:`name_mechanism` checks the violation itself, before it asks any rule.
+        """Return None: ``name_mechanism`` checks the violation itself, before it asks any rule.
 
         Below the violation's level, hysteresis alone keeps the rule on.
         """
@@ -162,7 +162,7 @@ def displacement_level(now: Situation) -> float:
     """Return the δ of one update, in nats, at which *imminent* begins.
 
     The level is lower if δ has risen far above its recent minimum.  Without such a rise, two kinds of run
-    would stay above a lower level for ever.  Soft-capped logits move by half of the level between
+    would stay above a lower level forever.  Soft-capped logits move by half of the level between
     minibatches, and never double.  A run that goes on learning from minibatches adds up small updates.
     """
     limits, rise = now.limits, now.signals.displacement_rise

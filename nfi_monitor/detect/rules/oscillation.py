@@ -38,7 +38,7 @@ SWING = Level(
     supports=_EDGE,
     made_of=("feature_displacement",),
     value=lambda signals, reading, context: felt_displacement(reading),
-    lowered=True,
+    may_be_lower=True,
     show="nat",
 )
 

@@ -47,7 +47,7 @@ RMS_T = Level(
     supports=(Mechanism.SECOND_MOMENT, Mechanism.EDGE_OF_STABILITY),
     made_of=("rms_t_max",),
     value=lambda signals, reading, context: signals.rms_t,
-    lowered=True,
+    may_be_lower=True,
     others_up_to=lambda limits, context: limits.rms_t_exit,
 )
 CURVATURE = Level(
@@ -58,7 +58,7 @@ CURVATURE = Level(
     supports=(Mechanism.EDGE_OF_STABILITY,),
     made_of=("secant_curvature",),
     value=lambda signals, reading, context: reading.get("secant_curvature"),
-    lowered=True,
+    may_be_lower=True,
     keeps_lowest=True,
 )
 

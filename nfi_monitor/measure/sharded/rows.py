@@ -141,7 +141,7 @@ class JoinedRows(NamedTuple):
     """The joined rows of all ranks.
 
     ``sums`` and ``maxima`` as in :class:`nfi_monitor.measure.rows.RowStatistics`; ``absorbed`` rows by class;
-    ``loss_kind``: what is now known of the loss; ``groups``: number of sets of ranks that were complete.
+    ``loss_kind``: the facts about the loss so far; ``groups``: number of sets of ranks that were complete.
     """
 
     sums: Tensor
@@ -160,7 +160,7 @@ def join_shards(
         blocks: [ranks, len(HEADER) + len(FIELDS)·slots] float64, header then numbers; zeros for a rank that
             has sent nothing.
         outputs: K.
-        known: what earlier steps learned of the loss.
+        known: the facts about the loss from earlier steps.
         look: look at the kind of loss again.
         dtype: float64 if the numbers of a rank were, else float32: the dtype that one process would use.
     """

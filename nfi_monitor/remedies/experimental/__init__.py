@@ -1,6 +1,6 @@
 """Collect the remedies that no alert recommends, for comparison.
 
-``tests/benchmarks/remedies/RESULTS.md`` shows how each did.  Names are resolved on first use (PEP 562).
+``tests/benchmarks/remedies/RESULTS.md`` shows the result of each.  Names are resolved on first use (PEP 562).
 """
 
 from __future__ import annotations

@@ -20,19 +20,19 @@ _FEATURES = "_nfi_centered_features"
 def center_classifier(model: nn.Module, optimizer: Any, head: nn.Module | str | None = None) -> Handle:
     """Subtract the class means after each optimizer step: W ← W − W_G, b ← b − mean b.
 
-    For logits that drift as a whole.  Their differences, and so the model's predictions, stay the same up to
-    rounding; their common part W_G·h is removed.  The class mean of ``exp_avg`` is subtracted as well: it
-    would bring W_G back.  (Stollenwerk, arXiv 2601.02031; in language models it stops the drift that float64
-    does not.)  Alone it delays a numeric slingshot by some τ: the features go on drifting.  Costs one pass
-    over the head's weight.
+    It is for logits that drift as a whole.  Their differences, and so the model's predictions, stay the same
+    up to rounding; their common part W_G·h is removed.  The class mean of ``exp_avg`` is subtracted as well,
+    because it would bring W_G back.  Source: Stollenwerk, arXiv 2601.02031; in language models this stops a
+    drift that float64 does not stop.  Alone it delays a numeric slingshot by some τ, because the features go
+    on drifting.  It costs one pass over the head's weight.
 
     Args:
         model: the module that holds the head; ``head`` as for :class:`nfi_monitor.Monitor`.
-        optimizer: the one whose ``step()`` updates it.
+        optimizer: the optimizer whose ``step()`` updates the head.
 
     Raises:
         ValueError: for a head that is no weight matrix, has one class, is tied to an input embedding (whose
-            rows would move, too) or is sharded over ranks (whose mean no rank knows).
+            rows would move, too) or is sharded over ranks (no rank knows the mean).
         HeadNotFoundError: as ``Monitor``.
     """
     found = find_head(model, head)
@@ -79,11 +79,11 @@ def _take_mean_off(parameter: nn.Parameter, axis: int, optimizer: torch.optim.Op
 def center_features(head: nn.Module, momentum: float = 0.1) -> Handle:
     """Subtract the mean over the rows from the features before the head: h ← h − mean h.
 
-    For numerical feature inflation.  BatchNorm directly before the classifier does the same (Liu et al. 2026,
-    section 5), and divides by the variance.  In training the batch's mean is subtracted, with its gradient;
-    in evaluation a running mean, which the head keeps as a buffer, so that a saved model has it.  It changes
-    the model.  When not to use it: in causal language models, where a row's logits would depend on later
-    tokens, or on batches of a few rows.
+    It is for numerical feature inflation.  BatchNorm directly before the classifier does the same and divides
+    by the variance (Liu et al. 2026, section 5).  In training the batch's mean is subtracted, with its
+    gradient; in evaluation a running mean.  The head keeps that mean as a buffer, so that a saved model has
+    it.  This changes the model.  When not to use it: in causal language models, where a row's logits would
+    depend on later tokens, or for batches of a few rows.
 
     ``undo()`` subtracts W·(running mean) from the head's bias, if it has one, so that evaluation stays the
     same.
@@ -116,7 +116,7 @@ def center_features(head: nn.Module, momentum: float = 0.1) -> Handle:
 
 
 class _Center:
-    """A class and not a closure: a model with a closure for a hook cannot be saved or copied."""
+    """Hook the head. A class, because a model with a closure as hook cannot be saved or copied."""
 
     def __init__(self, momentum: float, since: int | None) -> None:
         self.momentum, self._since = momentum, since

@@ -16,11 +16,11 @@ from nfi_monitor.remedies.handle import Handle
 def reset_second_moment(optimizer: Any, params: Iterable[Tensor] | None = None) -> Handle:
     """Set ``exp_avg``, ``exp_avg_sq`` and ``step`` of ``params`` (None: of all parameters) to 0.
 
-    All three: with a step count of thousands, a second moment of 0 is not corrected for its bias, and the
-    next updates would be 1/√(1−β2) times too large.
+    All three are reset: with a step count of thousands, a second moment of 0 is not corrected for its bias,
+    and the next updates would be 1/√(1−β2) times too large.
 
-    W. Wu (2024) found that it suppresses second-moment slingshots.  In our runs it brought most slingshots
-    sooner, of every mechanism (``tests/benchmarks/remedies/RESULTS.md``).  ``undo()`` restores the moments; a
+    W. Wu (2024) found that this suppresses second-moment slingshots.  In our runs most slingshots of every
+    mechanism came sooner (``tests/benchmarks/remedies/RESULTS.md``).  ``undo()`` restores the moments; a
     copy of them is kept until then.
 
     Raises ValueError if there is no second moment to reset.

@@ -18,9 +18,9 @@ def stablemax_cross_entropy(
 ) -> Tensor:
     """Return −ln(s(z_r) / Σ_k s(z_k)) with s(x) = x + 1 for x ≥ 0 and 1/(1 − x) below (section 4.1).
 
-    For numerical feature inflation: s grows like x and not like e^x, so margins do not become so large that
-    rounding removes the other classes.  It is another loss, with other optima and flatter gradients: for new
-    trainings, not for a running one.  Its gradient has no zero-sum over the classes by design.
+    It is for numerical feature inflation: s grows like x and not like e^x, so margins do not become so large
+    that rounding removes the other classes.  It is another loss, with other optima and flatter gradients.  So
+    use it in new trainings, not in a running one.  Its gradient has no zero-sum over the classes by design.
 
     Args: ``logits`` [N, K] floating point, ``target`` int64 [N]; ``reduction`` "mean", "sum" or "none".
     Raises ValueError for another reduction.
@@ -39,13 +39,12 @@ def stablemax_cross_entropy(
 
 
 def orthogonal_gradients(optimizer: Any) -> Handle:
-    """Before each step replace each gradient g by its part orthogonal to the weight, at g's length (⊥Grad,
-    4.2).
+    """Make each gradient orthogonal to its weight before each step, at the same length (⊥Grad, section 4.2).
 
-    For numerical feature inflation: the part along the weights only scales the logits up, and without it
-    margins stop growing by themselves.  Costs two reductions and one pass a parameter.  Gradients are changed
-    in place, as clipping does.  For new trainings: it changes them from the start.  When not to use it: with
-    weights that have to grow.
+    It is for numerical feature inflation: the part of a gradient along the weights only scales the logits up,
+    and without it margins stop growing by themselves.  It costs two reductions and one pass per parameter.
+    Gradients are changed in place, as by clipping.  Use it in new trainings, because it changes them from the
+    start.  When not to use it: with weights that must grow.
 
     Under a gradient scaler with a fused optimizer, which unscales later, ``step()`` raises RuntimeError.
     """

@@ -22,12 +22,12 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
 
     RMS_t = sqrt(mean(g² / max(v̂, ε_A²))) is 1 where the second moment describes the gradient, and many times
     more when a gradient returns after v̂ has decayed (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2).
-    Weight decay shrinks with the step, as there.  It needs no warning; a step costs a copy of the parameters
-    and three passes over the gradient.  When not to use it: for numeric slingshots, whose updates are as
-    large as their second moment expects.
+    Weight decay shrinks with the step, as there.  It can be used without a warning.  A step costs a copy of
+    the parameters and three passes over the gradient.  When not to use it: against numeric slingshots, whose
+    updates are as large as the second moment expects.
 
-    Raises ValueError for a limit that is not positive, for an optimizer without a second moment, or for one
-    whose updates are clipped already: the same step would be divided twice.
+    Raises ValueError for a limit that is not positive, and for an optimizer without a second moment.  It also
+    raises ValueError if the optimizer's updates are clipped already: the step would be divided twice.
     """
     optimizer = unwrap(optimizer)
     if not limit > 0:
@@ -62,7 +62,7 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
                     values, square = before[param]
                     unbiased = moment / (1.0 - beta2 ** state["step"])
                     share = (limit / _rms(square, unbiased, eps)).clamp_max(1.0)
-                    if skipped is not None:  # a fused step whose gradients overflowed has moved nothing
+                    if skipped is not None:  # a fused step whose gradients overflowed has changed nothing
                         share = torch.where(skipped > 0, 1.0, share)
                     # Interpolate towards the old values: an optimizer has one rate a group, not one a tensor.
                     param.copy_(torch.lerp(values, param, share.to(param.dtype)))
@@ -79,6 +79,6 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
 
 
 def _rms(square: Tensor, moment: Tensor, eps: float) -> Tensor:
-    """RMS_t [] of a gradient² against an unbiased second moment of the same shape."""
+    """Return RMS_t [] of a gradient² and an unbiased second moment of the same shape."""
     floor = eps * eps or torch.finfo(moment.dtype).tiny
     return (square / moment.clamp_min(floor)).mean().sqrt()

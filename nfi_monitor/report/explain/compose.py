@@ -1,7 +1,7 @@
 """Explain an alert: which quantities crossed which thresholds, when, and which did not.
 
-An alert names a mechanism.  The explanation gives the reasons, and what speaks against the other mechanisms.
-:mod:`~nfi_monitor.report.explain.signal_history` computes what the detector saw,
+An alert names a mechanism.  The explanation gives the reasons for it, and those against other mechanisms.
+:mod:`~nfi_monitor.report.explain.signal_history` computes the detector's signals again,
 :mod:`~nfi_monitor.report.explain.crossings` compares it with the thresholds, and this module makes an
 :class:`~nfi_monitor.report.explain.explanation.Explanation` of both.
 """

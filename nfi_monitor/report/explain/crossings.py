@@ -1,4 +1,4 @@
-"""Find what crossed its threshold before an alert, what did not, and what was not measured.
+"""Find the signals that crossed their thresholds before an alert, and those that did not or are unknown.
 
 Each signal is compared with the detector's own level, in the same unit.
 """
@@ -84,7 +84,7 @@ def _applied_levels(alert: Alert, record: SignalHistory) -> list[_AppliedLevel]:
     for level in LEVELS:
         enter = level.enter(record.limits, record.context)
         item = alert.evidence.get(level.quantity)
-        if level.lowered and item is not None and item.threshold is not None:
+        if level.may_be_lower and item is not None and item.threshold is not None:
             others = level.others_up_to
             own = others is None or min(enter, item.threshold) > others(record.limits, record.context)
             enter = min(enter, item.threshold) if own else enter

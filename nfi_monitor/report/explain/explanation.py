@@ -66,7 +66,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Why an alert was raised, and what speaks against other causes. ``print`` and ``rich.print`` show it."""
+    """The reasons for an alert and against other causes, for ``print`` and ``rich.print``."""
 
     alert: Alert
     window: tuple[int, int]

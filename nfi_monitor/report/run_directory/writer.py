@@ -122,7 +122,9 @@ class RunDirectory(SinkBase):
             now = time.monotonic()
             if self._linked and now - self._checked >= CHECK_SECONDS:
                 self._checked = now
-                if os.fstat(self._files[name]).st_nlink == 0:  # nobody could open what is written now
+                if (
+                    os.fstat(self._files[name]).st_nlink == 0
+                ):  # a file without a name: its lines would be lost
                     raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
             while rest:  # a full disk may take a part of a line before it refuses the rest
                 rest = rest[os.write(self._files[name], rest) :]

@@ -32,7 +32,7 @@ from nfi_monitor.types import Alert, Note, Phase, Reading
 
 PLUGIN = "nfi"
 FORMAT = 1
-"""Version of the format: raise it if older tabs cannot read the records any more. They then say so."""
+"""Version of the format. Raise it if older tabs cannot read new records: they then say so."""
 ROWS = 128
 CHUNKS_PER_WIDTH = 1024
 UPDATES = 360
@@ -54,7 +54,7 @@ class Chart:
 
     @property
     def curves(self) -> dict[str, str]:
-        """Quantities by name, each with the few words that tell it from the others in the chart."""
+        """The chart's quantities by name, each with the short name of its curve."""
         return {quantity.name: quantity.curve for quantity in READING_ORDER if quantity.chart == self.title}
 
 
