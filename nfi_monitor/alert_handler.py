@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nfi_monitor.types import Alert
-
-if TYPE_CHECKING:
-    from nfi_monitor.monitor import Monitor
 
 
 class AlertHandler:
@@ -19,8 +16,8 @@ class AlertHandler:
     :class:`nfi_monitor.remedies.Autopilot` is one.
     """
 
-    def attach(self, monitor: Monitor) -> None:
-        """Get the monitor, once, when it attaches. An error here closes the monitor."""
+    def attach(self, monitor: Any) -> None:
+        """Get the :class:`nfi_monitor.Monitor`, once, when it attaches. An error here closes the monitor."""
 
     def __call__(self, alert: Alert) -> None:
         """Handle an alert that begins, changes or ends. An error here is reported once."""
@@ -64,7 +61,7 @@ class _OldHandler(AlertHandler):
             stacklevel=4,
         )
 
-    def attach(self, monitor: Monitor) -> None:
+    def attach(self, monitor: Any) -> None:
         if hasattr(self._inner, "attach_monitor"):
             self._inner.attach_monitor(monitor)
 

@@ -87,12 +87,12 @@ def test_no_module_uses_a_private_part_of_another_one() -> None:
 
 
 def _graph() -> dict[str, set[str]]:
-    """Module → modules of the package that it imports, anywhere in it."""
+    """Module → modules of the package that it imports, anywhere in it, also for type hints."""
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
         found = set()
-        for other in imported(path):
+        for other in imported(path, hints=True):
             for known in (other, f"{other}.__init__"):
                 if known in modules and known != name:
                     found.add(known)

@@ -17,12 +17,12 @@ ROOMS = (
 ALLOWED = {"capture/probe_batch.py imports measure.displacement"}  # keeps margins, not a batch of logits
 
 
-def imported(path: Path) -> set[str]:
-    """Modules of the package that a file imports, wherever in it; for type hints alone do not count."""
+def imported(path: Path, *, hints: bool = False) -> set[str]:
+    """Modules of the package that a file imports, wherever in it; with ``hints`` also for hints alone."""
     found: set[str] = set()
 
     def look(node: ast.AST) -> None:
-        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        if not hints and isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
             return
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nfi_monitor"):
             inner = node.module.removeprefix("nfi_monitor").removeprefix(".")

@@ -2,26 +2,46 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.sampling import auto_interval
+from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.engine.notes import NoteTaker
-
-if TYPE_CHECKING:
-    from nfi_monitor.engine.loop import StepLoop
+from nfi_monitor.engine.schedule import Schedule
+from nfi_monitor.engine.step_reader import StepReader
+from nfi_monitor.types import Thresholds
 
 _GROUP_KEYS = (
     "lr", "betas", "eps", "weight_decay", "momentum", "amsgrad", "decoupled_weight_decay", "foreach", "fused",
 )  # fmt: skip
+
+
+class Run(Protocol):
+    """What ``run.json`` is made from: these parts of a :class:`~nfi_monitor.engine.loop.StepLoop`."""
+
+    model: nn.Module
+    head: Head | None
+    reader: OptimizerReader
+    probe: HeadProbe
+    detector: Detector
+    schedule: Schedule
+    step_reader: StepReader
+    notes: NoteTaker
+    thresholds: Thresholds
+    every: int | str
+    step: int
+    run_dir: str | os.PathLike[str] | None
 
 
 def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -> dict[str, Any]:
@@ -43,27 +63,27 @@ def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -
     }
 
 
-def run_json(loop: StepLoop) -> dict[str, Any]:
+def run_json(run: Run) -> dict[str, Any]:
     """Return the present content of ``run.json``."""
-    schedule, tau = loop.schedule, loop.detector.context.tau
+    schedule, tau = run.schedule, run.detector.context.tau
     auto = schedule.healthy_interval or auto_interval(tau)
     training = schedule.training
     return {
-        **describe_run(loop.model, loop.head, loop.reader),
-        "level": loop.probe.level,
+        **describe_run(run.model, run.head, run.reader),
+        "level": run.probe.level,
         "tau": round(tau, 6),
-        "every": loop.every,
-        "interval": loop.every if isinstance(loop.every, int) else auto,
-        "thresholds": loop.thresholds.to_json(),
-        "steps": loop.step,
-        "absorbing_classes": loop.step_reader.absorbing_classes(),
-        "notes": notes_json(loop.notes),
+        "every": run.every,
+        "interval": run.every if isinstance(run.every, int) else auto,
+        "thresholds": run.thresholds.to_json(),
+        "steps": run.step,
+        "absorbing_classes": run.step_reader.absorbing_classes(),
+        "notes": notes_json(run.notes),
         "overhead": {
             "seconds": schedule.own_seconds,
             "share": schedule.own_seconds / training if training > 0 else None,
             "measured_steps": schedule.readings,
         },
-        "run_dir": None if loop.run_dir is None else str(loop.run_dir),
+        "run_dir": None if run.run_dir is None else str(run.run_dir),
     }
 
 

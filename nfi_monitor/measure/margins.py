@@ -6,23 +6,11 @@ ln Σ_{k≠m} e^{z_k − z_m} (m the largest logit), which neither cancels nor u
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
 from nfi_monitor.measure import extremes
-from nfi_monitor.measure.views import RowView
-
-
-class TopLogits(NamedTuple):
-    """Per row, all [N]: the largest logit, its class (int64), the second largest, and the log of the rest."""
-
-    largest: Tensor
-    winner: Tensor
-    runner_up: Tensor
-    log_rest: Tensor
-    """ln Σ_{k≠m} e^{z_k − z_m}; with a single competitor, the negative margin."""
+from nfi_monitor.measure.views import RowView, TopLogits
 
 
 def top_logits(logits: Tensor) -> TopLogits:

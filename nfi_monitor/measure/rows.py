@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.measure import absorption, declared, extremes, margins, shift_invariance, zero_sum
-from nfi_monitor.measure.views import RowView
+from nfi_monitor.measure.views import RowView, TopLogits
 from nfi_monitor.quantities import PerRow
 
 
@@ -147,7 +147,7 @@ def _view(grad: Tensor, logits: Tensor, rows: int, kind: LossKind) -> tuple[RowV
 
 def row_view(
     sums: tuple[Tensor, Tensor],
-    top: margins.TopLogits,
+    top: TopLogits,
     target: Tensor,
     target_logit: Tensor,
     own: Tensor,

@@ -7,14 +7,23 @@ function that a declaration in :mod:`nfi_monitor.quantities` names.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from nfi_monitor.capture.update import Update
-    from nfi_monitor.measure.margins import TopLogits
     from nfi_monitor.measure.memory import Memory
+
+
+class TopLogits(NamedTuple):
+    """Per row, all [N]: the largest logit, its class (int64), the second largest, and the log of the rest."""
+
+    largest: Tensor
+    winner: Tensor
+    runner_up: Tensor
+    log_rest: Tensor
+    """ln Σ_{k≠m} e^{z_k − z_m}; with a single competitor, the negative margin."""
 
 
 @dataclass(frozen=True)

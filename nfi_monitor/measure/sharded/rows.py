@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nfi_monitor.measure import absorption, declared, extremes, margins, shift_invariance, zero_sum
 from nfi_monitor.measure.rows import LOOK_SUMS, MASKS, MAXIMA, SUMS, LossKind, row_view, unexplained_rows
-from nfi_monitor.measure.views import RowView
+from nfi_monitor.measure.views import RowView, TopLogits
 from nfi_monitor.quantities import PerRow
 
 FIELDS = (
@@ -256,9 +256,7 @@ def _declared(view: RowView, of: dict[str, PerRow], rows: Tensor) -> dict[str, f
     return dict.fromkeys(of, float("nan")) | {name: _total(value, rows) for name, value in values}
 
 
-def _joined(
-    part: dict[str, Tensor], dtype: torch.dtype
-) -> tuple[dict[str, Tensor], margins.TopLogits, Tensor]:
+def _joined(part: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], TopLogits, Tensor]:
     """Join rows: [N] sums and the target's gradient and logit, the largest logits, the target's class."""
     owner = part["largest"].argmax(0)
     lowest, where = part["lowest"].min(0)
@@ -271,7 +269,7 @@ def _joined(
     rest = torch.where(owns, part["log_rest"], torch.log1p(part["log_rest"].exp())) + part["largest"]
     # A shard whose classes are all masked with −inf has no competitor.
     rest = torch.where(part["largest"] == -torch.inf, -torch.inf, rest)
-    top = margins.TopLogits(
+    top = TopLogits(
         largest.to(dtype),
         of("winner", owner).long(),
         torch.where(owns, part["runner_up"], part["largest"]).amax(0).to(dtype),
