@@ -7,9 +7,8 @@ remedy is applied at the moment of the alert (measured: ``tests/benchmarks/remed
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from nfi_monitor.detect.rules import RULES
 from nfi_monitor.types import AlertKind, Mechanism, Severity
 
 _LOSS = (
@@ -63,7 +62,7 @@ _OUTSIDE = (
 )
 
 ADVICE: dict[str, _Table] = {
-    "numeric": {
+    "numerical_feature_inflation": {
         AlertKind.AT_RISK: (_LOSS, _EPSILON),
         AlertKind.IMMINENT: (
             _LOSS.replace("Replace the loss", "Replace the loss now"), _LAST_MOMENT, _SAVE,
@@ -98,28 +97,33 @@ ADVICE: dict[str, _Table] = {
 }  # fmt: skip
 """Advice key → kind of alert → lines of advice, in the order to try them.
 
-The key is ``Rule.advice``, or the name of a mechanism that no rule has."""
+The key is ``Rule.advice`` or the name of a mechanism. A rule may have a key of its own, for the kinds that it
+holds.
+"""
 
 
 def advice_for(
-    kind: AlertKind, mechanism: Mechanism, tau: float, severity: Severity = Severity.CRITICAL
+    kind: AlertKind,
+    mechanism: Mechanism,
+    tau: float,
+    severity: Severity = Severity.CRITICAL,
+    keys: Iterable[str] = (),
 ) -> tuple[str, ...]:
     """Return the lines of advice in the order to try them; the first line is the action to take.
 
     ``tau``: τ in optimizer steps; it sets the number of steps that some lines name.  ``severity`` matters for
-    a NaN or Inf only: below critical, it was in the loss alone.
+    a NaN or Inf only: below critical, it was in the loss alone.  ``keys``: advice keys of the rules that are
+    on; the first that has advice for ``kind`` is used, or else the mechanism's own.
     """
     if kind is AlertKind.NON_FINITE:
         return NON_FINITE if severity is Severity.CRITICAL else NON_FINITE_LOSS
-    key = next(
-        (rule.advice for rule in RULES if rule.mechanism is mechanism and not rule.anytime), str(mechanism)
-    )
+    lines = next(ADVICE[key][kind] for key in (*keys, str(mechanism)) if kind in ADVICE.get(key, {}))
     numbers = {
         "{steps}": max(10, round(2 * tau)),
         "{last_steps}": max(1, round(1.25 * tau)),
         "{tau}": max(1, round(tau)),
     }
-    return tuple(_filled(line, numbers) for line in ADVICE[key][kind])
+    return tuple(_filled(line, numbers) for line in lines)
 
 
 def _filled(line: str, numbers: Mapping[str, int]) -> str:

@@ -77,4 +77,6 @@ class AlertWriter:
 
     def advice(self, kind: AlertKind, mechanism: Mechanism, severity: Severity) -> tuple[str, ...]:
         """Return the lines of advice, in the order to try them."""
-        return advice_for(kind, mechanism, self._now.context.tau, severity)
+        now = self._now
+        keys = [rule.advice for rule in RULES if rule.mechanism is mechanism and now.on(rule.name)]
+        return advice_for(kind, mechanism, now.context.tau, severity, keys)

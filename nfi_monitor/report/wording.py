@@ -21,7 +21,7 @@ MECHANISM_NAMES = {
     Mechanism.UNKNOWN: "mechanism not clear",
 }
 
-_NO_RULE = {
+WITHOUT_RULE = {
     # For mechanisms without a rule: kind of alert → mechanism → text.
     AlertKind.AT_RISK: {
         Mechanism.EXTERNAL: "the batches or the learning-rate schedule move the weights far",
@@ -32,7 +32,7 @@ _NO_RULE = {
         Mechanism.UNKNOWN: "one update already moves the logits",
     },
 }
-_FIRST_WITHOUT_RULE = {Mechanism.EXTERNAL: ("learning_rate", "rms_t_max")}
+FIRST_WITHOUT_RULE = {Mechanism.EXTERNAL: ("learning_rate", "rms_t_max")}
 
 
 def number(value: float | None) -> str:
@@ -96,7 +96,7 @@ def headline(alert: Alert) -> str:
 def _what(alert: Alert) -> str:
     """Return the reason for the alert, in the words of the rule that describes it best."""
     rule = rule_of(alert.mechanism, alert.kind, alert.phase)
-    return rule.labels[alert.kind] if rule is not None else _NO_RULE[alert.kind][alert.mechanism]
+    return rule.labels[alert.kind] if rule is not None else WITHOUT_RULE[alert.kind][alert.mechanism]
 
 
 def mechanism_in_words(alert: Alert) -> str:
@@ -120,7 +120,7 @@ def one_evidence_in_words(name: str, item: Evidence) -> str:
 
 def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
     """Return the alert's evidence, with the items that its kind and mechanism are based on first."""
-    first = first_evidence(alert.mechanism, alert.kind) or _FIRST_WITHOUT_RULE.get(alert.mechanism, ())
+    first = first_evidence(alert.mechanism, alert.kind) or FIRST_WITHOUT_RULE.get(alert.mechanism, ())
     if alert.kind is AlertKind.SLINGSHOT:
         first = ("loss", "loss_afterwards", "head_loss", *first)
     names = dict.fromkeys([*(name for name in first if name in alert.evidence), *alert.evidence])

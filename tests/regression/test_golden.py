@@ -12,7 +12,10 @@ from tests.regression.golden import NAMES, answers, differences, known
 @pytest.mark.parametrize("name", NAMES)
 def test_the_answers_to_a_recorded_run_are_unchanged(name: str) -> None:
     """``python -m tests.regression golden`` writes the answers anew. Read ``git diff`` before you commit."""
-    assert not list(differences(known(name), answers(name)))[:10]
+    found = list(differences(known(name), answers(name)))
+    assert not found, "\n".join(
+        [f"{len(found)} differ; write them anew with: python -m tests.regression golden", *found[:10]]
+    )
 
 
 def test_the_recorded_runs_contain_three_kinds_of_alert_and_all_phases() -> None:

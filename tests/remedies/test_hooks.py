@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import math
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from nfi_monitor import remedies
 from nfi_monitor.remedies.steps import hooks_on
+from tests.remedies import ranks
 from tests.remedies.training import adam
 from tests.runs import differences, mlp, snapshot, train
 
@@ -26,6 +28,27 @@ APPLY = {
     "clip_update_rms": lambda model, optimizer: remedies.experimental.clip_update_rms(optimizer, 0.1),
     "orthogonal_gradients": lambda model, optimizer: remedies.experimental.orthogonal_gradients(optimizer),
 }
+AT_ONCE = {"reset_second_moment"}  # changes the state once, and hooks nothing
+OWN_ROWS = {"center_features"}  # centres the rows of its own rank: no process alone computes the same
+
+
+def test_every_remedy_that_gives_a_handle_is_applied_here_and_on_several_ranks() -> None:
+    public = {*remedies.__all__, *remedies.experimental.__all__}
+    handles = {name for name in public if _gives_a_handle(name)}
+    assert handles - AT_ONCE == set(APPLY), (
+        "add it to APPLY (and, if it can be undone in any order, to REVERSIBLE)"
+    )
+    assert handles - OWN_ROWS <= set(ranks.REMEDIES), (
+        "add it to REMEDIES in tests/remedies/ranks.py: there it meets DDP and FSDP2"
+    )
+
+
+def _gives_a_handle(name: str) -> bool:
+    remedy = getattr(remedies, name) if name in remedies.__all__ else getattr(remedies.experimental, name)
+    returned = getattr(remedy, "__annotations__", {}).get("return", "")
+    return inspect.isfunction(remedy) and returned in ("Handle", "CoolDown")
+
+
 ONE_TIME = {"center_classifier"}  # it centres at once, too
 
 
@@ -280,7 +303,8 @@ def test_the_losses_for_huggingface_shift_and_divide_as_its_own() -> None:
 
 def test_the_float64_reference_absorbs_later_than_float32() -> None:
     logits = torch.tensor([[30.0, 0.0]], requires_grad=True)
-    assert float(remedies.float64_cross_entropy(logits, torch.tensor([0]))) == pytest.approx(math.exp(-30))
+    loss = remedies.float64_cross_entropy(logits, torch.tensor([0]))
+    assert loss.item() == pytest.approx(math.exp(-30))
     assert float(F.cross_entropy(logits, torch.tensor([0]))) == 0.0
 
 

@@ -19,6 +19,9 @@ __all__ = [
     "rule_of",
 ]  # fmt: skip
 
+# The order decides four things.  A rule may depend on those before it.  Of a quantity that several rules
+# give as evidence, the first rule's counts.  Explanations list the levels in this order.  A mechanism is
+# named by the last rule that is on, because that one is the nearest to the event.
 RULES: tuple[Rule, ...] = (
     NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Kicking(), Swinging(),
 )  # fmt: skip

@@ -22,7 +22,7 @@ class Level:
     signal: str
     """Name of the signal in an explanation's series."""
     quantity: str
-    """Name of the quantity that shows the signal in an alert's evidence."""
+    """Name of the quantity that shows the signal in an alert's evidence, in the unit of ``value``."""
     enter: Limit
     """Returns the level at which the sign begins, in the unit of ``value``."""
     leave: Callable[[Thresholds, float], float]
@@ -33,6 +33,8 @@ class Level:
     """Measured quantities of the signal. A reading with none of them has no value of the signal."""
     value: Callable[[Signals, Reading, RunContext], float]
     """Returns the signal after ``Signals`` was updated with the reading."""
+    evidence_per_step: bool = False
+    """Whether the evidence is per optimizer step while ``value`` is per τ."""
     below: bool = False
     """Whether low values are the sign; False: high values."""
     may_be_lower: bool = False

@@ -31,6 +31,7 @@ GROWTH = Level(
     supports=_NUMERIC,
     made_of=("feature_mean_norm",),
     value=lambda signals, reading, context: signals.growth * context.tau,
+    evidence_per_step=True,
     show="percent of τ",
 )
 DISPLACEMENT = Level(
@@ -49,7 +50,7 @@ DISPLACEMENT = Level(
 
 class _Numeric(Rule):
     mechanism = Mechanism.NUMERICAL_FEATURE_INFLATION
-    advice = "numeric"
+    advice = "numerical_feature_inflation"
     proves = True
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:

@@ -171,10 +171,11 @@ def _from_evidence(applied: _AppliedLevel, alert: Alert, record: SignalHistory, 
     quantity, enter = applied.level.quantity, applied.enter
     item = alert.evidence.get(quantity)
     value = item.value if item is not None else math.nan
-    if applied.level.signal == "growth":
-        value *= record.context.tau  # an alert has the growth per step, the level is per τ
-    # RMS_t has two levels. The threshold of the evidence shows to which level the evidence belongs.
-    other = quantity == "rms_t_max" and (item is None or item.threshold != enter)
+    if applied.level.evidence_per_step:
+        value *= record.context.tau
+    # Some quantities have two levels (RMS_t). The threshold of the evidence shows to which one it belongs.
+    shared = sum(level.quantity == quantity for level in LEVELS) > 1
+    other = shared and (item is None or item.threshold != enter)
     if other or not math.isfinite(value):
         label = applied.label.rstrip(",")
         return Finding(quantity, Seen.NOT_MEASURED, label, enter, supports_mechanism=own)

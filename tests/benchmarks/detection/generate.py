@@ -31,6 +31,7 @@ from examples.reference.parallel import as_completed
 from nfi_monitor import Alert, Monitor
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
+from nfi_monitor.quantities import Merge, merged_by
 from nfi_monitor.types import Thresholds
 from tests.benchmarks.detection.families import Family
 
@@ -95,7 +96,7 @@ def _record(family: Family, seed: int, steps: int) -> Run:
     return Run(family.name, seed, columns, contexts, monitor.alerts, steps, info)
 
 
-DERIVED = ("feature_mean_growth", "classifier_mean_growth", "second_moment_decay")
+DERIVED = tuple(name for name in merged_by(Merge.DERIVED) if name != "non_finite_gradients")
 """What the detector itself adds to a reading."""
 
 

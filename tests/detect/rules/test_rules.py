@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from nfi_monitor.detect.advice import ADVICE
+from nfi_monitor.detect.advice import ADVICE, advice_for
 from nfi_monitor.detect.alert_book import AlertBook, Claim
 from nfi_monitor.detect.alert_writer import AlertWriter
 from nfi_monitor.detect.detector import Detector
@@ -34,17 +34,18 @@ SHAPES = {
     "is low": lambda step: 1e-3,
     "is negative": lambda step: -0.9,
     "is not finite": lambda step: 1.0 if step < 90 else math.nan,
+    "jumps": lambda step: 1e-3 if step < 110 else 1.0,
 }
+"""Courses of a quantity. Every rule's explanation has to name one: add what a new rule looks for."""
 CONTEXT = RunContext(beta2=0.95, decoupled_decay=True)
 
 
 def situation(only: Rule) -> Situation:
     """Return a situation with finite signals, where only this rule is on."""
     signals = Signals()
-    for name in ("violation", "growth", "displacement", "displacement_rise", "rms_t_peak", "rms_t_mean",
-    "swing",
-                 "decay_lowest", "curvature_peak", "alignment", "turn", "swell", "shrinkage"):  # fmt: skip
-        setattr(signals, name, -0.5 if name in ("decay_lowest", "alignment", "turn") else 0.5)
+    for name in Signals.__slots__:
+        if not name.startswith("_") and isinstance(getattr(signals, name), float):
+            setattr(signals, name, -0.5 if name in ("decay_lowest", "alignment", "turn") else 0.5)
     switches = {rule.name: Hysteresis() for rule in RULES}
     switches.setdefault(only.name, Hysteresis()).on = True
     reading = Reading(100, {"loss": math.nan, "weight_norm": 1.0, "non_finite_gradients": 0.0})
@@ -86,7 +87,7 @@ def demand_advice(rule: Rule) -> None:
     for alert in alerts_of(rule):
         assert alert.advice
         if rule.mechanism is not Mechanism.UNKNOWN:
-            assert alert.advice != ADVICE["unknown"].get(alert.kind), (
+            assert alert.advice != advice_for(alert.kind, Mechanism.UNKNOWN, CONTEXT.tau), (
                 "this is the advice for an unknown mechanism"
             )
 
@@ -94,10 +95,17 @@ def demand_advice(rule: Rule) -> None:
 def demand_labels(rule: Rule) -> None:
     assert rule.labels and rule.labels.keys() <= rule.holds.keys()
     for alert in alerts_of(rule):
-        assert (found := rule_of(rule.mechanism, alert.kind, rule.phase)) is not None
+        found = rule_of(rule.mechanism, alert.kind, rule.phase)
+        assert found is not None, f"no rule of {rule.mechanism} has a label for {alert.kind}: give this one"
         if not rule.anytime:
             assert found.labels[alert.kind] in wording.headline(alert)
-            assert next(iter(wording.ordered_evidence(alert))) in first_evidence(rule.mechanism, alert.kind)
+            shown, wanted = (
+                next(iter(wording.ordered_evidence(alert))),
+                first_evidence(rule.mechanism, alert.kind),
+            )
+            assert shown in wanted, (
+                f"{rule.name}: first_evidence says which evidence of {alert.kind} comes first"
+            )
     assert rule.mechanism in wording.MECHANISM_NAMES
 
 
@@ -125,7 +133,7 @@ def demand_explanation(rule: Rule) -> None:
     wanted = {level.quantity for level in rule.levels if rule.mechanism in level.supports} or set(
         rule.looks_at
     )
-    assert wanted & named, f"{rule.name}: no explanation names a crossing of its quantities"
+    assert wanted & named, f"{rule.name}: no explanation names a crossing of {wanted}, under any of SHAPES"
 
 
 DEMANDS = (demand_evidence, demand_advice, demand_labels, demand_charts, demand_explanation)
@@ -221,3 +229,11 @@ def test_evidence_has_the_threshold_that_a_rule_applied_while_it_is_on() -> None
     applied = AlertWriter(situation(coasting)).evidence(AlertKind.AT_RISK)
     assert usual["rms_t_max"].threshold == Thresholds().rms_t_imminent
     assert applied["rms_t_max"] == Evidence(0.5, Thresholds().coasting_enter, 1.0)
+
+
+def test_words_for_what_no_rule_speaks_for_are_needed() -> None:
+    """A rule words every alert of its mechanism: words without a rule would never be shown there."""
+    for kind, words in wording.WITHOUT_RULE.items():
+        for mechanism in words:
+            assert rule_of(mechanism, kind) is None, f"a rule has words for {mechanism}, {kind}: remove these"
+    assert not any(first_evidence(mechanism, AlertKind.AT_RISK) for mechanism in wording.FIRST_WITHOUT_RULE)
