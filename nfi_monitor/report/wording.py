@@ -77,7 +77,7 @@ def headline(alert: Alert) -> str:
     if alert.kind is AlertKind.SLINGSHOT:
         if over:
             after = alert.evidence.get("loss_afterwards")
-            how = "is back" if after is None else f"stayed at {number(after.value)}, which is its new level"
+            how = "is back" if after is None else f"stayed at {number(after.value)}, its new level"
             return f"slingshot over, the loss {how} ({since})"
         return "slingshot: the loss has left its floor"
     if alert.kind is AlertKind.NON_FINITE:

@@ -382,7 +382,7 @@ def test_a_run_whose_notes_explain_its_silence_does_not_pass_for_quiet(pages: Pa
             sink.reading(Reading(step, {"loss": math.nan, "zero_sum_violation": 0.0}), Phase.HEALTHY)
         sink.close({**INFO, "notes": notes}, Summary())
     page = pages.tab()
-    for name, said in (("noted", "Its notes say how it was watched."), ("unnoted", "nothing built up")):
+    for name, said in (("noted", "Its notes say how it was watched."), ("unnoted", "no sign of a slingshot")):
         until_listed(page, name)
         page.select_option("select[aria-label='Run']", name)
         page.wait_for_selector(f".alerts:has-text('{said}')")

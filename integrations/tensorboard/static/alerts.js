@@ -1,4 +1,4 @@
-// The list of alerts: newest first, filtered, each opening to what it rests on and what to do.
+// The list of alerts, newest first and filtered. An open alert shows its evidence and advice.
 
 import { SEVERITIES, el, said, severityIcon, whole } from "./dom.js";
 
@@ -74,8 +74,8 @@ export class Alerts {
     this.list.replaceChildren();
   }
 
-  // ``version`` is another one where an alert is: what is listed stays in place as long as it can.
-  // ``reserved``: the run's notes, or records that could not be read, may be why there is no alert.
+  // ``version`` changes when an alert changes. Rows that stay the same are not moved.
+  // ``reserved``: there are notes, or unreadable records, that may be the reason why there is no alert.
   set(alerts, finished, reserved, version) {
     if (version === this.version && finished === this.finished && reserved === this.reserved) return;
     Object.assign(this, { version, finished, reserved });
@@ -107,14 +107,14 @@ export class Alerts {
         : this.finished
           ? this.reserved
             ? "No alert in this run. Its notes say how it was watched."
-            : "No alert: nothing built up in this run."
+            : "No alert: no sign of a slingshot in this run."
           : "No alert so far. The first one appears here by itself.";
       this.list.replaceChildren(el("p", { class: "quiet" }, why));
       return;
     }
     const top = this.list.scrollTop;
     const focused = document.activeElement?.closest?.(".alert")?.dataset.key;
-    // At once also what was scrolled to, and what has the focus.
+    // Draw the scrolled-to rows and the row with the focus at once, too.
     const seen = top ? Math.ceil((top + this.list.clientHeight) / ROW) : 0;
     let from = Math.max(AT_ONCE, seen, focused ? shown.findIndex(({ key }) => key === focused) + 1 : 0);
     this.list.replaceChildren(...shown.slice(0, from).map((alert) => this.row(alert)));

@@ -1,9 +1,9 @@
-// A run's curves and its phase strip. uPlot draws; what is added to it is bands, phases and the chosen alert.
+// A run's curves and its phase strip. uPlot draws the curves; this file adds bands, phases and the chosen alert.
 /* global uPlot */
 
 import { colour, el, number, whole } from "./dom.js";
 
-// Where many phases fall on one pixel the worst is drawn: no slingshot may vanish between two pixels.
+// If several phases fall on one pixel, draw the worst, so that no slingshot is lost.
 const RANK = { healthy: 0, recovering: 1, absorbing: 2, inflating: 3, imminent: 4, slingshot: 5 };
 const HEIGHT = { healthy: 0.2, recovering: 0.32, absorbing: 0.46, inflating: 0.64, imminent: 0.82, slingshot: 1 };
 export const PHASES = ["healthy", "absorbing", "inflating", "imminent", "slingshot", "recovering"];
@@ -28,14 +28,14 @@ function power(value) {
   return "10" + [...String(Math.round(exponent))].map((digit) => SUPERSCRIPT[digit]).join("");
 }
 
-// Powers of ten, few enough to be read: uPlot's own also rules the lines between them.
+// Few powers of ten as ticks. uPlot's own ticks also draw lines between them.
 function decades(low, high) {
   const first = Math.ceil(Math.log10(low) - 1e-9), last = Math.floor(Math.log10(high) + 1e-9);
   const every = Math.max(1, Math.ceil((last - first) / 5));
   return Array.from({ length: Math.floor((last - first) / every) + 1 }, (_, i) => 10 ** (last - i * every)).reverse();
 }
 
-// The y range that all the data share, band included: two runs side by side are read against one scale.
+// The y range of all runs and the band, so that two runs side by side have one scale.
 export function sharedRange(spec, log, datas) {
   let low = Infinity, high = -Infinity;
   const take = (value) => {
@@ -56,7 +56,7 @@ export function sharedRange(spec, log, datas) {
   return [low - pad, high + pad];
 }
 
-// Phases as stretches of whole pixels, the worst of each pixel: {from, to, phase} in [0, width).
+// Phases as ranges of whole pixels, the worst phase of each pixel: {from, to, phase} in [0, width).
 function stretches(run, range, width) {
   const edges = run?.phases ?? []; // null: not loaded yet
   if (!edges.length || width < 1) return [];
@@ -84,7 +84,7 @@ function stretches(run, range, width) {
   return found;
 }
 
-// Keeps a chart (or strip) as wide as its place; one that was built to this width is not drawn again.
+// Keeps a chart (or strip) as wide as its container; draws it again only if the width changes.
 function follow(chart, height) {
   const observer = new ResizeObserver(([entry]) => {
     const width = Math.floor(entry.contentRect.width);
@@ -107,7 +107,7 @@ const xAxis = () => ({
   values: (_, steps) => steps.map(shortStep),
 });
 
-// Drag to zoom, double-click to go back, one cursor for all: what strip and charts have in common.
+// The mouse actions of strip and charts: drag to zoom, double-click for all steps, one common cursor.
 function pointer(actions, click) {
   return {
     cursor: {
@@ -191,7 +191,7 @@ export class Chart {
   }
 
   columns() {
-    // uPlot: undefined is bridged (not measured at this step), null is a gap (measured, not finite).
+    // uPlot bridges undefined (not measured at this step), and draws a gap for null (measured, not finite).
     const place = (value) => {
       if (value === null) return undefined;
       if (!isNumber(value)) return null;
@@ -265,7 +265,7 @@ export class Chart {
     return at;
   }
 
-  // At a point of the curves; null: the last value measured, which a curve thinned to its extremes does not hold.
+  // Values at a point of the curves. null: the last measured values, which a thinned curve may not contain.
   readings(index) {
     return this.shown().map((item, i) => {
       if (index === null) return { ...item, text: number(this.data.latest[item.name], this.spec.unit) };
@@ -275,7 +275,7 @@ export class Chart {
     });
   }
 
-  // A thinned curve shows the lowest and the highest of some steps, not what was measured at this one.
+  // A thinned curve shows the smallest and the largest value of several steps, not the value at this step.
   place() {
     return this.data.exact ? "step " : "extremes near step ";
   }
@@ -392,7 +392,7 @@ const MOVES = {
 };
 
 // The whole run at a glance: phases by colour and height, alerts by shape, the window that the charts show.
-// By keyboard a slider over the run's steps that stops at phases and at alerts.
+// For the keyboard it is a slider over the run's steps that stops at phases and at alerts.
 export class Strip {
   constructor(owner, actions) {
     this.owner = owner;
@@ -440,7 +440,7 @@ export class Strip {
     for (const [name, value] of Object.entries(values)) this.plot.setAttribute(name, value);
   }
 
-  // Where the keyboard stops, in the order of the steps; those from index ``start`` on.
+  // The keyboard's stops in the order of the steps, from index ``start`` on.
   stops(kind, start = 0) {
     const run = this.owner.run();
     const between = (from, to) => (from === to ? `step ${whole(from)}` : `steps ${whole(from)} to ${whole(to)}`);

@@ -11,7 +11,7 @@ export function el(tag, attributes = {}, ...children) {
   return node;
 }
 
-// Text of a run's own: shown literally, and kept from turning what stands beside it right to left.
+// Text from a run: shown literally, and isolated so that its direction does not change the text beside it.
 export const said = (text, attributes = {}) => el("bdi", attributes, shorten(String(text)));
 
 const LONGEST = 20000;

@@ -1,6 +1,6 @@
-// The NFI tab: which runs are shown, which steps of them, and how they are kept up to date.
+// The NFI tab: choose runs and steps, and keep them up to date.
 //
-// The server says everything in JSON; this file asks (every few seconds: TensorBoard's reload button does not
+// The server answers in JSON. This file requests it (every few seconds: TensorBoard's reload button does not
 // reach a plugin's frame), charts.js and alerts.js draw. Nothing is fetched from anywhere else.
 
 import { Alerts } from "./alerts.js";
@@ -22,7 +22,7 @@ const state = {
 };
 const ui = {};
 
-// --- asking ---------------------------------------------------------------------------------------
+// --- requests -------------------------------------------------------------------------------------
 
 async function get(route, query = {}) {
   const url = `${new URL(route, import.meta.url)}?${new URLSearchParams(query)}`;
@@ -37,7 +37,7 @@ async function get(route, query = {}) {
   try {
     answer = JSON.parse(text);
   } catch {
-    throw new Error(`TensorBoard answered ${response.status} with something unreadable. The tab tries again by itself.`);
+    throw new Error(`TensorBoard answered ${response.status} with an unreadable reply. The tab tries again by itself.`);
   }
   if (!response.ok) throw Object.assign(new Error(answer.error ?? `status ${response.status}`), { status: response.status });
   return answer;
@@ -59,7 +59,7 @@ async function poll(asked) {
   }
 }
 
-// Of a run not seen before both questions are asked at once.
+// For a new run, send both requests at once.
 function meet(name, shown = {}) {
   const met = { name, run: get("run", { run: name, version: "" }), series: ask({ ...shown, name }) };
   for (const answer of [met.run, met.series]) answer.catch(() => {}); // awaited later, unless the other one fails
@@ -110,7 +110,7 @@ async function curves(shown, early = null) {
   draw();
 }
 
-// --- which runs -----------------------------------------------------------------------------------
+// --- choice of runs -------------------------------------------------------------------------------
 
 function setRuns(names) {
   if (names.join("\n") === state.names.join("\n") && ui.built) return;
@@ -123,7 +123,7 @@ function setRuns(names) {
   const first = kept[0] ?? names[0];
   options(ui.first, names, first);
   options(ui.second, names, kept[1] ?? NONE, "nothing");
-  // A run that appears beside the shown ones leaves them, and what is open of them, alone.
+  // A new run does not change the shown runs or their open parts.
   if (chosen().join("\n") !== state.shown.map(({ name }) => name).join("\n")) show();
 }
 
@@ -176,7 +176,7 @@ function legend() {
   return el("div", { class: "legend", "aria-hidden": "true" }, PHASES.map(swatch));
 }
 
-// --- which steps ----------------------------------------------------------------------------------
+// --- choice of steps-------------------------------------------------------------------------------
 
 function extent() {
   const known = state.shown.map(({ data }) => data?.extent).filter(Boolean);
@@ -289,7 +289,7 @@ function draw() {
   if (!cards.length) cards.push(el("p", { class: "card run quiet" }, "Attached. The first measured step appears here by itself."));
   const order = [...cards, ...classes, ui.more, ui.keys];
   const here = [...ui.charts.children];
-  // Cards of charts stay in place while they can: moving one would drop the focus on it.
+  // Do not move the cards of charts without need: a moved card loses the focus.
   if (order.length !== here.length || order.some((node, i) => node !== here[i])) {
     const focused = document.activeElement;
     ui.charts.replaceChildren(...order);
@@ -350,7 +350,7 @@ function absorbing(shown) {
     "section",
     { class: "card classes", "data-classes": shown.name },
     el("header", { class: "facts" }, shown.owner.letter ? el("span", { class: `badge ${shown.owner.letter.toLowerCase()}` }, shown.owner.letter) : null,
-      el("h3", {}, "Classes that absorb most"), el("span", {}, "rows seen")),
+      el("h3", {}, "Classes with the most absorbed rows"), el("span", {}, "rows seen")),
     el("ol", {}, classes.map(([name, count]) => {
       const bar = el("span", { class: "bar" });
       bar.style.width = `${(100 * count) / most}%`;
@@ -390,7 +390,7 @@ function build() {
     el("h2", {}, "No monitored run in this log directory"),
     el("p", {}, "A run appears here as soon as the monitor writes into a directory below the one that TensorBoard was started with:"),
     el("pre", {}, 'pip install "nfi-monitor[tensorboard]"\n\nwith Monitor(model, optimizer, run_dir="runs/7"):\n    ...  # the training loop, unchanged\n\ntensorboard --logdir runs'),
-    el("p", { class: "quiet" }, "Runs written by an nfi-monitor that had no tab yet show under Scalars, Custom scalars and Text. This page looks again every five seconds."));
+    el("p", { class: "quiet" }, "Runs of nfi-monitor versions before this tab are shown under Scalars, Custom scalars and Text. This page looks for new runs every five seconds."));
   ui.spoken = el("div", { class: "spoken", "aria-live": "polite" });
   document.body.append(
     el("div", { class: "top" }, el("h1", {}, "NFI monitor"), ui.controls), ui.banner, ui.page, ui.empty, ui.spoken);
@@ -407,7 +407,7 @@ function build() {
   document.addEventListener("visibilitychange", () => document.hidden || poll());
 }
 
-// TensorBoard marks its own page when it is dark; standing alone, the system decides.
+// TensorBoard marks its page as dark. Outside of TensorBoard, follow the system's setting.
 function theme() {
   let host = null;
   try {

@@ -168,7 +168,7 @@ def test_a_loss_that_never_came_back_is_not_said_to_be_back() -> None:
     after = alert.to_json()["evidence"]["loss_afterwards"]
     assert (after["value"], after["baseline"]) == (2.3, pytest.approx(1e-3))
     assert headline(alert) == (
-        "slingshot over, the loss stayed at 2.3, which is its new level (steps 201–702, 501 steps)"
+        "slingshot over, the loss stayed at 2.3, its new level (steps 201–702, 501 steps)"
     )
     assert line(explanation, "What follows") == (
         "It is over, but the loss has not recovered: at step 702 it was 2.3, its new level."
