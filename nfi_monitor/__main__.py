@@ -1,4 +1,4 @@
-"""``python -m nfi_monitor``: the same as the ``nfi-monitor`` command."""
+"""Run the ``nfi-monitor`` command by ``python -m nfi_monitor``."""
 
 from nfi_monitor.cli import main
 

@@ -1,3 +1,3 @@
-"""The one place the version is written. No imports: the build reads this file without running it."""
+"""Define the version. This file has no imports, because the build reads it without running it."""
 
 __version__ = "0.2.0"

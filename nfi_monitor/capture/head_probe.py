@@ -41,8 +41,8 @@ class HeadProbe:
     """Hook the head's forward pass, and deliver its rows in the backward pass.
 
     Copies and pickles of the model get a hook that does nothing.  With a bound method as hook,
-    ``deepcopy(model)`` and ``torch.save(model)`` would copy the monitor, and the copy of an EMA would report
-    its rows as rows of the run.
+    ``deepcopy(model)`` and ``torch.save(model)`` would copy the monitor.  The copy of an EMA would then
+    report its rows as rows of the run.
     """
 
     def __init__(

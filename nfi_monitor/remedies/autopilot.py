@@ -186,7 +186,7 @@ class Autopilot(AlertHandler):
     # --- the monitor's side --------------------------------------------------------------------------
 
     def attach_monitor(self, monitor: Monitor) -> None:
-        """Old name of :meth:`attach`."""
+        """Call :meth:`attach`, whose old name this is."""
         warnings.warn("autopilot.attach_monitor is now autopilot.attach.", DeprecationWarning, stacklevel=2)
         self.attach(monitor)
 

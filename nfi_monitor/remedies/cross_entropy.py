@@ -70,8 +70,8 @@ def zero_sum_cross_entropy(
 
     In float32 the loss is within (|margin| + 8)·2⁻²⁴ of the exact one, relatively (and K·2⁻¹⁵⁰).  A row's
     gradient sums to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  On a
-    CPU it costs half of ``F.cross_entropy`` with a large vocabulary or many rows of few classes, and up to
-    50 µs more for a few hundred rows of ten classes (``tests/benchmarks/remedies/RESULTS.md``).  Not for
+    CPU it costs half of ``F.cross_entropy`` with a large vocabulary or many rows of few classes.  For a few
+    hundred rows of ten classes it costs up to 50 µs more (``tests/benchmarks/remedies/RESULTS.md``).  Not for
     other losses, nor for second derivatives.  Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism: Liu et al. 2026.
     """
     if weight is None and reduction == "mean" and label_smoothing == 0.0 and ignore_index < 0:

@@ -20,11 +20,11 @@ _CLIPPED: weakref.WeakSet[Optimizer] = weakref.WeakSet()
 def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
     """Divide each tensor's step by max(1, RMS_t / limit).
 
-    RMS_t = sqrt(mean(g² / max(v̂, ε_A²))) is 1 where the second moment describes the gradient, and many times
-    more when a gradient returns after v̂ has decayed (Wortsman et al. 2023, arXiv 2304.13013, algorithm 2).
-    Weight decay shrinks with the step, as there.  It can be used without a warning.  A step costs a copy of
-    the parameters and three passes over the gradient.  When not to use it: against numeric slingshots, whose
-    updates are as large as the second moment expects.
+    RMS_t = sqrt(mean(g² / max(v̂, ε_A²))) is 1 if the second moment describes the gradient.  It is many times
+    larger when a gradient comes back after v̂ has decayed (Wortsman et al. 2023, arXiv 2304.13013, algorithm
+    2). Weight decay shrinks with the step, as there.  It can be used without a warning.  A step costs a copy
+    of the parameters and three passes over the gradient.  When not to use it: against numeric slingshots,
+    whose updates are as large as the second moment expects.
 
     Raises ValueError for a limit that is not positive, and for an optimizer without a second moment.  It also
     raises ValueError if the optimizer's updates are clipped already: the step would be divided twice.

@@ -41,8 +41,8 @@ class RunDirectory(SinkBase):
 
     If the directory holds a run, this one is appended: a resumed run is one run.  At ``readings_bytes``, old
     readings are thinned.  Raises OSError, with the path and what to do, if the directory cannot be made or a
-    line cannot be written, and DirectoryInUseError if another process writes there.  After an error all files
-    are closed: nothing is written after a gap.
+    line cannot be written.  Raises DirectoryInUseError if another process writes there.  After an error all
+    files are closed: nothing is written after a gap.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, readings_bytes: int = READINGS_BYTES) -> None:
