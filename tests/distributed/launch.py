@@ -36,7 +36,7 @@ def work(case: Callable[[int, int], Any], rank: int, world: int, port: int, out:
     try:
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        # The store lives in the parent, as it lives in the agent under torchrun: it outlasts every rank.
+        # The store has its own process, as it lives in the agent under torchrun: it outlasts every rank.
         store = dist.TCPStore("127.0.0.1", port, is_master=False)
         dist.init_process_group(
             "gloo", store=dist.PrefixStore(case.__name__, store), rank=rank, world_size=world
@@ -54,8 +54,35 @@ def work(case: Callable[[int, int], Any], rank: int, world: int, port: int, out:
     part.rename(out)
 
 
+def open_store() -> tuple[int, int]:
+    """Start a store in a process of its own. Returns its port and the process.
+
+    Not in the parent: the store has threads, and a lock that one of them holds during a fork stays locked in
+    the child.
+    """
+    reading, writing = os.pipe()
+    process = os.fork()
+    if process == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writing, str(store.port).encode())
+        while True:
+            signal.pause()
+    port = int(os.read(reading, 16))
+    os.close(reading)
+    os.close(writing)
+    return port, process
+
+
 def main(folder: Path, wanted: list[str]) -> None:
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port, store = open_store()
+    try:
+        run(folder, wanted, port)
+    finally:
+        os.kill(store, signal.SIGKILL)
+        os.waitpid(store, 0)
+
+
+def run(folder: Path, wanted: list[str], port: int) -> None:
     for one in wanted:
         name, _, size = one.partition(":")
         module, _, function = name.rpartition(".")
@@ -65,15 +92,16 @@ def main(folder: Path, wanted: list[str]) -> None:
         for rank in range(world):
             child = os.fork()
             if child == 0:
-                work(case, rank, world, store.port, folder / f"{name}.{rank}")
+                work(case, rank, world, port, folder / f"{name}.{rank}")
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(0)
             children[child] = rank
         started = time.monotonic()
         while children:
-            ended, _ = os.waitpid(-1, os.WNOHANG)
-            children.pop(ended, None)
+            for child in list(children):
+                if os.waitpid(child, os.WNOHANG)[0]:
+                    del children[child]
             if time.monotonic() - started > getattr(case, "limit", LIMIT):
                 for child in children:
                     os.kill(child, signal.SIGKILL)
