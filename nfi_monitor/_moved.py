@@ -79,6 +79,7 @@ RENAMED: dict[str, str] = {
     "Together": "JoinedRows",
     "Unrest": "LossWatch",
     "LOOK_SECONDS": "CHECK_SECONDS",
+    "LOWERED": "REDUCTION",
     "check_extra": "check_stateful",
     "lingers": "warning_gap",
     "merged": "pack_shards",
@@ -104,6 +105,7 @@ LEFT: dict[str, dict[str, str]] = {
         **dict.fromkeys(("choose", "unwrap"), "nfi_monitor.capture.unwrap"),
         "SECOND_MOMENTS": "nfi_monitor.capture.second_moment",
     },
+    "nfi_monitor.capture.sampling": {"LOWERED": "nfi_monitor.capture.sampling"},
     "nfi_monitor.ranks": dict.fromkeys(("RECENT", "Ranks"), _RANK),
     "nfi_monitor.remedies.steps": {"replaying": "nfi_monitor.replay.replayed_step"},
     "nfi_monitor.replay": {

@@ -28,6 +28,10 @@ OLD: dict[str, str] = {
     "capture.outbox": "PENDING Outbox",
     "capture.placement": "GRAPHS on_host send together capturing",
     "capture.ring": "CHEAP KEPT SnapshotRing",
+    "capture.sampling": (
+        "ROW_ELEMENTS ROW_SHARE COORDINATES COORDINATES_FULL COORDINATES_PER_TENSOR LOWERED FEWEST_ROWS "
+        "row_stride offset auto_interval local CoordinateSample"
+    ),
     "capture.snapshots": "Snapshot feeds_data state_bytes check_extra",
     "capture.texts": "to_text from_text",
     "detect.causal": "BASELINE FLOAT64_NEEDS Outcome ReplayVerdict margin judge arm_in_words",

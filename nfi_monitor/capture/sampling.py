@@ -8,11 +8,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nfi_monitor._moved import left
 from nfi_monitor.capture import devices
 
 ROW_ELEMENTS = 1 << 18
@@ -174,3 +176,9 @@ class CoordinateSample:
         """Return one contiguous copy of the views, float32 or float64 [C]."""
         packed = torch.cat(list(views))
         return packed if packed.dtype in (torch.float32, torch.float64) else packed.float()
+
+
+if not TYPE_CHECKING:  # for a type checker, any name would exist
+
+    def __getattr__(name: str) -> Any:
+        return left(__name__, name)
