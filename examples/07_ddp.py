@@ -24,7 +24,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from nfi_monitor import AlertKind, Monitor
@@ -76,7 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     inputs, targets = (part[rank::world].to(device) for part in division(args.seed))
     torch.manual_seed(args.seed)
     bare = mlp().to(device)
-    model = fully_shard(bare) if args.fully_shard else DistributedDataParallel(bare)
+    if args.fully_shard:
+        from torch.distributed.fsdp import fully_shard  # needs torch 2.6
+
+        model = fully_shard(bare)
+    else:
+        model = DistributedDataParallel(bare)
     optimizer = torch.optim.Adam(model.parameters(), lr=LR, betas=(0.9, 0.95))
 
     with Monitor(model, optimizer, run_dir=args.run_dir) as monitor:  # on every rank

@@ -106,6 +106,7 @@ LEFT: dict[str, dict[str, str]] = {
         "SECOND_MOMENTS": "nfi_monitor.capture.second_moment",
     },
     "nfi_monitor.capture.sampling": {"LOWERED": "nfi_monitor.capture.sampling"},
+    "nfi_monitor.detect.mechanism": dict.fromkeys(("FORGOTTEN", "LEARNED"), "nfi_monitor.detect.causes"),
     "nfi_monitor.ranks": dict.fromkeys(("RECENT", "Ranks"), _RANK),
     "nfi_monitor.remedies.steps": {"replaying": "nfi_monitor.replay.replayed_step"},
     "nfi_monitor.replay": {

@@ -58,7 +58,7 @@ class _OldHandler(AlertHandler):
             f"{type(inner).__name__} should inherit from nfi_monitor.AlertHandler: attach(monitor) replaces "
             "attach_monitor(monitor).",
             DeprecationWarning,
-            stacklevel=4,
+            stacklevel=5,  # from here, over handler_of, a constructor and what wraps or calls it
         )
 
     def attach(self, monitor: Any) -> None:

@@ -145,3 +145,18 @@ def test_the_autopilots_old_method_works_and_warns() -> None:
             pilot.attach_monitor(monitor)
         with pytest.raises(ValueError, match="serves an open monitor already"):
             pilot.attach(monitor)
+
+
+def test_the_warning_about_an_old_handler_points_at_the_line_that_passed_it() -> None:
+    model, optimizer = pair()
+    with pytest.warns(DeprecationWarning, match="OldKind should inherit") as caught:
+        Monitor(model, optimizer, console=False, on_alert=OldKind()).close()
+    assert caught[0].filename == __file__
+
+
+def test_a_handler_without_call_is_refused_where_it_is_passed() -> None:
+    class Silent(AlertHandler):
+        pass
+
+    with pytest.raises(TypeError, match=r"Silent must define __call__\(alert\)"):
+        Monitor(*pair(), console=False, on_alert=Silent())

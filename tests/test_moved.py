@@ -32,6 +32,7 @@ OLD: dict[str, str] = {
         "ROW_ELEMENTS ROW_SHARE COORDINATES COORDINATES_FULL COORDINATES_PER_TENSOR LOWERED FEWEST_ROWS "
         "row_stride offset auto_interval local CoordinateSample"
     ),
+    "detect.mechanism": "FORGOTTEN LEARNED JUMP UNMOVED Causes name_mechanism",
     "capture.snapshots": "Snapshot feeds_data state_bytes check_extra",
     "capture.texts": "to_text from_text",
     "detect.causal": "BASELINE FLOAT64_NEEDS Outcome ReplayVerdict margin judge arm_in_words",

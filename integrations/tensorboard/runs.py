@@ -5,6 +5,8 @@ library: the data provider returns numpy arrays, and their own methods are enoug
 
 A poll lists the tags and reads only those that changed.  A record that cannot be read becomes a sentence in
 :attr:`Run.problems`; the rest of the run is shown.
+
+Longer than 400 lines because the check of each kind of record stands beside its reading.
 """
 
 from __future__ import annotations

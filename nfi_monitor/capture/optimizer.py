@@ -249,6 +249,8 @@ class OptimizerReader:
         pairs: list[tuple[float, float]] = []
         for param, state in zip(start.params, states, strict=True):
             group = self._groups.get(id(param)) or self.group_of(param)
+            # Without betas, torch's default for Adam. ASSUMED_BETAS would be wrong: it is a time scale, and
+            # this undoes the bias correction of a second moment that the optimizer does keep.
             beta2 = float(group.get("betas", (0.0, 0.999))[1])
             # Some optimizers count steps in the group (fused ones of other libraries), some do not count.
             taken = state.get("step", group.get("step", group.get("k")))

@@ -7,7 +7,9 @@ that rounding is the cause.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING, Any
 
+from nfi_monitor._moved import left
 from nfi_monitor.detect.causes import JUMP, NUMERIC_ABOVE, NUMERIC_BELOW, UNMOVED, Causes
 from nfi_monitor.detect.rules import RULES
 from nfi_monitor.types import Mechanism
@@ -34,3 +36,9 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
     if causes.update_jump <= UNMOVED and causes.rms_t <= UNMOVED:
         return Mechanism.EXTERNAL, 0.6 - doubt
     return Mechanism.UNKNOWN, 0.0
+
+
+if not TYPE_CHECKING:  # for a type checker, any name would exist
+
+    def __getattr__(name: str) -> Any:
+        return left(__name__, name)

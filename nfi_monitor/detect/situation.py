@@ -15,7 +15,10 @@ from nfi_monitor.types import Reading, Thresholds
 
 @dataclass(frozen=True)
 class RunContext:
-    """What the detector knows about the run besides its readings."""
+    """What the detector knows about the run besides its readings.
+
+    The defaults are torch's for Adam. The engine always gives the optimizer's own betas, or ASSUMED_BETAS.
+    """
 
     beta1: float = 0.9
     beta2: float = 0.999

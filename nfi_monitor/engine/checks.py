@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nfi_monitor.alert_handler import AlertHandler
 from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.unwrap import choose
 from nfi_monitor.errors import AlreadyMonitoredError
@@ -18,6 +19,7 @@ from nfi_monitor.open_monitors import is_watched
 from nfi_monitor.ranks import processes
 from nfi_monitor.replay.snapshots import check_stateful
 from nfi_monitor.report.sink import Sink
+from nfi_monitor.report.sinks import check_sink
 from nfi_monitor.types import Alert, Thresholds
 
 if TYPE_CHECKING:
@@ -60,6 +62,12 @@ class Options:
             raise ValueError("probe must be a pair (inputs, targets).")
         if self.on_alert is not None and not callable(self.on_alert):
             raise TypeError(f"on_alert must be callable, got {type(self.on_alert).__name__}.")
+        if isinstance(self.on_alert, AlertHandler) and type(self.on_alert).__call__ is AlertHandler.__call__:
+            raise TypeError(f"{type(self.on_alert).__name__} must define __call__(alert).")
+        if not isinstance(self.sinks, Sequence):
+            raise TypeError(f"sinks must be a list, got {type(self.sinks).__name__}: sinks=[it].")
+        for sink in self.sinks:
+            check_sink(sink)
         limit = self.snapshot_limit
         if not (limit == "auto" or (type(limit) is int and limit >= 0)):
             raise ValueError(f'snapshots={limit!r}: use "auto", False, or bytes that they may take.')

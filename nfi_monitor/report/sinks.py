@@ -42,6 +42,9 @@ def open_sinks(
     return sinks
 
 
+_METHODS = ("start", "reading", "alert", "note", "replay", "went_back", "close")
+
+
 class Sinks:
     """Call a method of every sink that has it; drop a sink that raises, and call ``failed(name, error)``."""
 
@@ -120,4 +123,19 @@ class Sinks:
         self._failed(type(sink).__name__, error)
 
 
-_METHODS = ("start", "reading", "alert", "note", "replay", "went_back", "close")
+def check_sink(sink: Any) -> None:
+    """Raise TypeError for a class, and for an object that has no method of a sink."""
+    if isinstance(sink, type):
+        raise TypeError(f"sinks needs objects, got the class {sink.__name__}: sinks=[{sink.__name__}(...)].")
+    if not any(_has(sink, method) for method in _METHODS):
+        raise TypeError(
+            f"{type(sink).__name__} in sinks has none of the methods {', '.join(_METHODS)}: inherit from "
+            "nfi_monitor.SinkBase and override those that it needs."
+        )
+
+
+def _has(sink: Any, method: str) -> bool:
+    try:
+        return callable(getattr(sink, method, None))
+    except Exception:  # a property that raises: the sink is dropped later, with a note
+        return True

@@ -166,9 +166,12 @@ def test_a_run_resumed_once_anywhere_gives_the_same_alerts_as_an_uninterrupted_r
 @given(seed=st.integers(0, 1000), share=st.floats(0, 0.75))
 def test_missing_readings_cost_no_warning_and_cause_no_false_alert(seed: int, share: float) -> None:
     chance = random.Random(seed)
-    detector, _ = feed((r for r in numeric() if chance.random() >= share), NUMERIC)
+    kept = [reading for reading in numeric() if chance.random() >= share]
+    detector, _ = feed(kept, NUMERIC)
     first = {alert.kind: alert.first_step for alert in reversed(detector.alerts)}
-    assert first[AlertKind.AT_RISK] < first[AlertKind.IMMINENT] <= first[AlertKind.SLINGSHOT] - 25
+    assert first[AlertKind.AT_RISK] < first[AlertKind.IMMINENT] <= 400 - 25
+    spike_read = any(reading.values["loss"] > 0.1 for reading in kept)  # 12 steps, which may all be missing
+    assert (AlertKind.SLINGSHOT in first) is spike_read
     for context in (NUMERIC, DECAYED):
         detector, _ = feed((r for r in quiet(seed=seed) if chance.random() >= share), context)
         assert detector.alerts == []

@@ -89,6 +89,27 @@ def test_a_monitor_keeps_a_sink_that_has_only_alert(make: Callable[[], Any]) -> 
     assert not [note for note in monitor.notes if note.code.startswith("failed")]
 
 
+class Misspelt:
+    def alerts(self, alert: Alert, change: Change) -> None:
+        raise AssertionError("nobody calls this")
+
+
+@pytest.mark.parametrize(
+    ("sinks", "message"),
+    [
+        ([Misspelt()], "Misspelt in sinks has none of the methods start, reading, alert"),
+        ([5], "int in sinks has none of the methods"),
+        ([Inherits], r"got the class Inherits: sinks=\[Inherits\(...\)\]"),
+        (Inherits(), r"sinks must be a list, got Inherits: sinks=\[it\]"),
+    ],
+)
+def test_what_can_never_be_called_is_refused_where_it_is_passed(sinks: Any, message: str) -> None:
+    model = torch.nn.Linear(4, 3)
+    optimizer = torch.optim.Adam(model.parameters())
+    with pytest.raises(TypeError, match=message):
+        Monitor(model, optimizer, console=False, sinks=sinks)
+
+
 def test_the_base_class_has_every_method_that_is_called_and_each_does_nothing() -> None:
     sink = SinkBase()
     methods = {name for name, _ in inspect.getmembers(SinkBase, inspect.isfunction) if name[0] != "_"}
