@@ -324,12 +324,13 @@ def vocabulary_slung(world: int, resumed: int) -> dict[str, Any]:
     parallelize_module(model, mesh, {"6": head})
     optimizer = adam(model)
     for param, held in zip(model.parameters(), before, strict=True):
-        optimizer.state[param] = {
-            name: distribute_tensor(value, mesh, param.placements)
-            if isinstance(param, DTensor) and value.dim()
-            else value
-            for name, value in held.items()
-        }
+        if held:  # an empty state would look like one that has begun
+            optimizer.state[param] = {
+                name: distribute_tensor(value, mesh, param.placements)
+                if isinstance(param, DTensor) and value.dim()
+                else value
+                for name, value in held.items()
+            }
     return slung(model, optimizer, inputs, targets, whole_loss, state)
 
 

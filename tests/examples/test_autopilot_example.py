@@ -23,7 +23,7 @@ def slingshots(run: Path) -> list[int]:
 @pytest.mark.slow
 def test_the_slingshot_of_the_run_as_it_is_does_not_come_with_the_autopilot(tmp_path: Path) -> None:
     printed = example(NAME, "--out", "out", cwd=tmp_path)
-    assert "warned, acted on, and no slingshot" in printed
+    assert "warned, the Autopilot acted, and no slingshot" in printed
     start, *_ = slingshots(tmp_path / "out" / "alone")
     assert slingshots(tmp_path / "out" / "autopilot") == []
     [note] = [note for note in read_run(tmp_path / "out" / "autopilot").notes if "autopilot" in note.code]

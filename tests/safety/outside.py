@@ -17,6 +17,7 @@ CALLED_FROM_OUTSIDE = {
         "monitor:Monitor.observe_loss",
         "monitor:Monitor.tap",
         "monitor:Monitor.close",
+        "monitor:Monitor.history",
         "engine/detach:close",
         "engine/port:AdapterPort.end_micro_batch",
         "engine/loop:StepLoop.end_micro_batch",
