@@ -168,7 +168,7 @@ def _preset(
     plans: Mapping[str, Plan],
     own: Mapping[str, Mapping[str, Any]],
 ) -> Preset:
-    """Return the configuration of each arm, by pair or arm name; ``own``: extra settings by model."""
+    """Return the preset with the configuration of every pair or arm; ``own``: extra settings by model."""
     configs = {
         model: {**common, "model": model, "divide": divide[model], **own.get(model, {})} for model in WHAT
     }

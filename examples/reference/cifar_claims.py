@@ -140,7 +140,7 @@ def numeric_gone(*arms: str) -> Callable[[Results], Judgement]:
 
 
 def first_survives(results: Results) -> Judgement:
-    """Judge whether the transformer's first slingshot, if not from absorption, also comes in float64."""
+    """Judge whether float64 removes the transformer's first slingshot, if absorption is not its cause."""
     pairs = [(run, base) for run, base in results.pairs("vit-float64-loss", "vit-float32") if base.slingshots]
     early = [(run, base) for run, base in pairs if base.slingshots[0]["mechanism"] != NUMERIC]
     if not early:

@@ -126,7 +126,7 @@ def _by_step(record: Record, name: str) -> dict[int, float]:
 
 
 def later(arm: str, than: str) -> Callable[[Results], Judgement]:
-    """Compare the steps of the first slingshots of two arms, as a ratio per seed."""
+    """Judge whether the first slingshot comes later in one arm than in another, seed by seed."""
 
     def judge(results: Results) -> Judgement:
         pairs = results.pairs(arm, than)
@@ -142,7 +142,7 @@ def later(arm: str, than: str) -> Callable[[Results], Judgement]:
 
 
 def absorbs_sooner(arm: str, than: str) -> Callable[[Results], Judgement]:
-    """Compare the steps of the first *at risk* alerts of two arms, seed by seed."""
+    """Judge whether the first *at risk* alert comes sooner in one arm than in another, seed by seed."""
 
     def judge(results: Results) -> Judgement:
         both = [(_at_risk(r), _at_risk(b)) for r, b in results.pairs(arm, than)]
@@ -184,7 +184,10 @@ def no_feature_inflation(arm: str) -> Callable[[Results], Judgement]:
 
 
 def bimodal(when: str) -> Callable[[Results], Judgement]:
-    """Judge whether the update's coordinates are bimodal, by Sarle's coefficient at each slingshot."""
+    """Judge whether updates are bimodal at a slingshot, or not bimodal before or after it, as ``when`` says.
+
+    The measure is Sarle's coefficient of the update's coordinates.
+    """
 
     def judge(results: Results) -> Judgement:
         groups = [

@@ -128,8 +128,9 @@ def outward(results: Results) -> Judgement:
 def simpler(results: Results) -> Judgement:
     """Judge the log ratio of λ̂, after over before, by each sampler with possible estimates.
 
-    No coefficient exceeds half of the number of weights (Watanabe 2009). A sampler with a larger estimate has
-    left the neighbourhood and does not count. The claim is decided only if all the others agree.
+    No coefficient exceeds half of the number of weights (Watanabe 2009). A sampler with an estimate
+    outside (0, that limit) has left the neighbourhood and does not count. The claim is
+    decided only if all the others agree.
     """
     runs = [run for run in results["ce-float32"] if run.values["kept"]]
     if not runs:
