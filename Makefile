@@ -17,12 +17,12 @@ STAMP := $(VENV)/.nfi-monitor-installed
 DEMO_STAMP := $(VENV)/.nfi-monitor-demo-installed
 CHECKED := nfi_monitor integrations examples tests
 
-# The pins belong to the environment that this file makes, never to one that was here before it.
+# Install pinned versions only into the .venv that this file makes, never into your own environment.
 ifeq ($(VENV),.venv)
 PINS := -c constraints.txt
 endif
 
-# One without pip is what `venv` leaves where it fails (Debian without python3-venv): made anew.
+# A .venv without pip is a failed installation (Debian without python3-venv): make it anew.
 ifeq ($(VENV),.venv)
 HAVE_VENV := $(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 else
@@ -32,7 +32,7 @@ endif
 .PHONY: demo test test-full fast-tests all-tests reference lint format figure clean
 .DEFAULT_GOAL := demo
 
-# The demo needs a fifth of what the tests do: nobody should wait for the rest to see it.
+# The demo installs only its own packages, a fifth of those for the tests.
 $(DEMO_STAMP): pyproject.toml constraints.txt
 	$(HAVE_VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[tensorboard,plots]"
@@ -46,15 +46,15 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(DEMO_STAMP)
 	$(BIN)/nfi-monitor demo $(DEMO_ARGS)
 
-# Side by side: mypy takes one core, and the longest of the tests wait for processes of their own.
+# Run lint and tests in parallel: mypy uses one core, and the longest tests wait for their own processes.
 test: $(STAMP)
 	@$(MAKE) --no-print-directory -j 2 lint fast-tests
 
 test-full: $(STAMP)
 	@$(MAKE) --no-print-directory -j 2 lint all-tests
 
-# A process a core, one thread each: the tests' models are too small for more.
-# In order: a file of few tests may be a long one, and must not come last.
+# One process per core, with one thread each: the tests' models are too small for more threads.
+# Keep the order of files: a file of few tests may take long, and must not start last.
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 fast-tests: $(STAMP)
@@ -83,7 +83,7 @@ format: $(STAMP)
 figure: $(STAMP)
 	out=$$(mktemp -d) && $(BIN)/nfi-monitor demo --no-live --out $$out/demo && cp $$out/demo/figure.png docs/demo.png
 
-# Only what this file and the tools made; never runs/, and never an environment of your own.
+# Delete only what this file and the tools made, never runs/ and never your own environment.
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

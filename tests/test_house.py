@@ -1,5 +1,6 @@
-"""What keeps code easy to enter: short files and functions, no circle, no hand in another one's private
-parts.
+"""Test that code stays easy to enter.
+
+Files and functions are short, imports have no circles, and no module uses private names of another module.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ PACKAGE = Path(nfi_monitor.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 LINES, FUNCTION_LINES = 400, 60
 REASON = "Longer than 400 lines because"
-"""How the docstring of a long file begins to say why it is one."""
+"""Beginning of the sentence with which a long file's docstring explains its length."""
 
 
 def _name(path: Path) -> str:
@@ -55,7 +56,7 @@ def _private(name: str) -> bool:
 
 
 def _defined(tree: ast.Module) -> set[str]:
-    """Private names that a module makes: functions, classes, variables, attributes of ``self`` and slots."""
+    """Return the private names of a module: functions, classes, variables, attributes of ``self``, slots."""
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
@@ -87,7 +88,7 @@ def test_no_module_uses_a_private_part_of_another_one() -> None:
 
 
 def _graph() -> dict[str, set[str]]:
-    """Module → modules of the package that it imports, anywhere in it, also for type hints."""
+    """Return module → modules of the package that it imports anywhere, also for type hints."""
     modules = {".".join(path.relative_to(PACKAGE).with_suffix("").parts): path for path in FILES}
     graph: dict[str, set[str]] = {}
     for name, path in modules.items():
@@ -101,7 +102,7 @@ def _graph() -> dict[str, set[str]]:
 
 
 def _circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Sets of nodes that reach each other (Tarjan's algorithm is overkill for a hundred modules)."""
+    """Return sets of nodes that reach each other, by search from each node: the graph is small."""
     reach: dict[str, set[str]] = {}
     for start in graph:
         seen, left = set(), [start]

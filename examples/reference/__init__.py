@@ -1,1 +1,1 @@
-"""The papers' experiments, each with its verdict: ``python -m examples.reference.parity``."""
+"""Reproduce the papers' experiments and judge each claim: ``python -m examples.reference.parity``."""

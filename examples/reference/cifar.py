@@ -1,13 +1,13 @@
-"""CIFAR-10: which image classifiers slingshot under full-batch Adam, and what stops them.
+"""Test on CIFAR-10 which image classifiers slingshot under full-batch Adam, and which remedies stop it.
 
-Six networks (Liu et al. 2026, table 1), the same training: Adam, lr 1e-3, β = (0.9, 0.95), no decay, no
-augmentation, every row in every step.  For three of them the loss is also computed in float64, and the
-gradient of the logits projected to zero sum; both leave the network and its parameters alone.  For VGG11,
-where the projection is not enough, also with this project's exact loss.  BatchNorm right before the
-head, and ResNet18, are the networks that should not slingshot at all.
+Six networks (Liu et al. 2026, table 1) are trained the same way: Adam, lr 1e-3, β = (0.9, 0.95), no decay, no
+augmentation, every row in every step. Three of them have two more arms: the loss in float64, and the gradient
+of the logits projected to zero sum. Both arms leave the network and its parameters alone. VGG11, where the
+projection is not enough, is also trained with this project's exact loss. VGG11 with BatchNorm right before
+the head, and ResNet18, should not slingshot at all.
 
-The quick preset divides widths and learns digits that come with scikit-learn; the paper preset is full
-size and needs CIFAR-10, from the hub or from --data-dir (see vision_data.py for what it reads).
+The quick preset divides widths and learns the digits of scikit-learn. The paper preset has full size and
+needs CIFAR-10, from the hub or from --data-dir (vision_data.py lists the formats).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: imports start at the root of the checkout
+if not __package__:  # run as a script: import from the root of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
@@ -39,14 +39,17 @@ CONVOLUTIONAL = ("vgg11", "resnet18")
 
 
 def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Training:
-    """Keys of ``config``: data, data_dir, model, divide, rows, test_rows, batch, micro, lr, beta2,
-    measure_every, loss_dtype, project, exact."""
+    """Build one training.
+
+    Keys of ``config``: data, data_dir, model, divide, rows, test_rows, batch, micro, lr, beta2,
+    measure_every, loss_dtype, project, exact.
+    """
     train, test = vision_data.load(config["data"], config.get("data_dir"))
     x, y = vision_data.subset(train, config["rows"], seed)
     tested = vision_data.subset(test, config["test_rows"], seed)
     model = MODELS[config["model"]](vision_data.CLASSES, config["divide"]).to(device)
     if config["model"].startswith(CONVOLUTIONAL):
-        # A layout, not another computation: convolutions are a third faster with channels last.
+        # This changes the memory layout only: convolutions are a third faster with channels last.
         model.to(memory_format=torch.channels_last)
     x, y, x_test, y_test = (tensor.to(device) for tensor in (x, y, *tested))
     optimizer = torch.optim.Adam(model.parameters(), lr=config["lr"], betas=(0.9, config["beta2"]), eps=1e-8)
@@ -57,7 +60,7 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
     def batch(number: int) -> tuple[Tensor, Tensor]:
         if config["batch"] is None:
             return x, y
-        # From seed and step alone: nothing to be kept for a resume, the same rows for every arm.
+        # Seed and step alone choose the rows: a resume needs no state, and every arm gets the same rows.
         generator = torch.Generator().manual_seed(1_000_003 * (seed + 1) + number)
         rows = torch.randperm(len(y), generator=generator)[: config["batch"]].to(device)
         return x[rows], y[rows]
@@ -80,12 +83,12 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
         return total
 
     def measure(done: int) -> dict[str, float]:
-        model.eval()  # BatchNorm reads the averages it kept, and changes none
+        model.eval()  # BatchNorm uses its running averages and does not change them
         logits = torch.cat([model(part) for part in x_test.split(config["micro"])])
         model.train()
         return {"test_accuracy": (logits.argmax(1) == y_test).double().mean().item()}
 
-    # Behind its last LayerNorm the head alone does not show what an update does; a probe batch does.
+    # After the last LayerNorm the head alone does not show the effect of an update; a probe batch does.
     watch = {"probe": (x[:32], y[:32])} if config["model"] == "vit" else {}
     return Training(
         model,
@@ -109,7 +112,7 @@ def finish(record: Record) -> dict[str, Any]:
     }
 
 
-# --- what is run ------------------------------------------------------------------------------------------
+# --- plans and presets ------------------------------------------------------------------------------------
 
 WHAT = {
     "mlp": "MLP of five hidden layers",
@@ -146,7 +149,7 @@ ARMS = (
 
 _COMMON = {"lr": 1e-3, "beta2": 0.95, "batch": None}
 _QUICK = {**_COMMON, "data": "digits", "rows": 64, "test_rows": 200, "micro": 500, "measure_every": 300}
-# Full batches of 50,000 rows are accumulated; BatchNorm inside then sees the micro-batch, as always.
+# Full batches of 50,000 rows are accumulated, so BatchNorm inside the network sees only a micro-batch.
 _PAPER = {
     **_COMMON,
     "data": "cifar10",
@@ -165,7 +168,7 @@ def _preset(
     plans: Mapping[str, Plan],
     own: Mapping[str, Mapping[str, Any]],
 ) -> Preset:
-    """Every arm's configuration, under its pair's name or its own; ``own``: what a model has of its own."""
+    """Return the preset with the configuration of every pair or arm; ``own``: extra settings by model."""
     configs = {
         model: {**common, "model": model, "divide": divide[model], **own.get(model, {})} for model in WHAT
     }
@@ -215,7 +218,7 @@ PRESETS = (
 
 
 def figure(results: Results, path: Path) -> None:
-    """Loss, zero-sum violation and ‖μ_G‖ of what spikes, of what stops it, and of what does not spike."""
+    """Draw loss, zero-sum violation and ‖μ_G‖ of spiking arms, their remedies and the arms without spikes."""
     groups = [
         (WHAT[model], [f"{model}-{arm}" for arm in ("float32", *TREATMENTS)])
         for model in ("mlp", "vgg11", "vit")

@@ -1,4 +1,4 @@
-"""What Liu et al. 2026 say of image classifiers, and how the runs of the CIFAR study are held against it."""
+"""Judge the claims of Liu et al. 2026 about image classifiers by the runs of the CIFAR study."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from nfi_monitor.history import History
 
 LIU = "Liu et al. 2026 (arXiv 2605.06152)"
 WINDOW = 100
-"""Steps after absorption sets in, over which ε and ‖μ_G‖ are followed: well before the first slingshot."""
+"""Steps from the start of absorption to the comparison of ε and ‖μ_G‖, before the first slingshot."""
 NUMERIC = "numerical_feature_inflation"
 SPIKING = ("mlp", "vgg11", "vit")
 
 
-# --- what a run is remembered by ------------------------------------------------------------------------
+# --- values stored of a run -----------------------------------------------------------------------------
 
 
 def inflation(history: History) -> dict[str, Any]:
-    """Numbers of the feedback loop, from the monitor's readings; None for what was never reached.
+    """Return measures of the feedback loop from the monitor's readings; None if a level was never reached.
 
-    ``absorbed_from``: step from which on half of the live rows are absorbed. ``residual_mass_fall`` and
-    ``feature_mean_rise``: how many decades ε has fallen and how many nats ln‖μ_G‖ has risen ``WINDOW`` steps
-    later. ``absorbed_median``: median share of absorbed rows over the second half of the run.
-    ``alignment_lowest`` with ``norm_ratio``, ‖W_G‖·√K / ‖μ_G‖ at that step (Theorem 3.7 says 1).
+    ``absorbed_from``: first step at which half of the live rows are absorbed. ``residual_mass_fall``: decades
+    that ε has fallen ``WINDOW`` steps later. ``feature_mean_rise``: nats that ln‖μ_G‖ has risen by then.
+    ``absorbed_median``: median share of absorbed rows over the second half of the run. ``alignment_lowest``:
+    lowest cosine; ``norm_ratio``: ‖W_G‖·√K / ‖μ_G‖ at that step (Theorem 3.7 says 1).
     """
     steps, absorbed = history["absorbed_fraction"]
     found: dict[str, Any] = {
@@ -83,7 +83,7 @@ def _norm_ratio(history: History, step: int) -> float | None:
 
 
 def _ratio(history: History, name: str, begin: int) -> float | None:
-    """The value ``WINDOW`` steps after ``begin`` over that at ``begin``; None where one is 0 or missing."""
+    """Divide the value ``WINDOW`` steps after ``begin`` by that at ``begin``; None if one is 0 or missing."""
     steps, values = history[name]
     first, last = np.searchsorted(steps, begin), np.searchsorted(steps, begin + WINDOW)
     if last >= len(steps) or not (values[first] > 0 and values[last] > 0):
@@ -96,11 +96,14 @@ def _last(history: History, name: str) -> float | None:
     return float(values[-1]) if len(values) else None
 
 
-# --- how it is judged -----------------------------------------------------------------------------------
+# --- judgements -----------------------------------------------------------------------------------------
 
 
 def calm(arm: str) -> Callable[[Results], Judgement]:
-    """No run slingshots, although rows absorb: a run that never became confident shows nothing."""
+    """Judge whether no run slingshots although rows absorb.
+
+    A run without absorption is no evidence, because it never became confident.
+    """
 
     def judge(results: Results) -> Judgement:
         runs = results[arm]
@@ -116,9 +119,9 @@ def calm(arm: str) -> Callable[[Results], Judgement]:
 
 
 def numeric_gone(*arms: str) -> Callable[[Results], Judgement]:
-    """Per run: as many slingshots are left as the paired float32 run has of another mechanism, or fewer.
+    """Judge whether the control has no more slingshots than its float32 pair has of another mechanism.
 
-    The monitor's verdict counts for the float32 run only; in the control every slingshot counts.
+    The monitor's verdict counts for the float32 run only. In the control every slingshot counts.
     """
 
     def judge(results: Results) -> Judgement:
@@ -137,7 +140,7 @@ def numeric_gone(*arms: str) -> Callable[[Results], Judgement]:
 
 
 def first_survives(results: Results) -> Judgement:
-    """The vision transformer's first slingshot, if it is none of absorption's, comes in float64, too."""
+    """Judge whether float64 removes the transformer's first slingshot, if absorption is not its cause."""
     pairs = [(run, base) for run, base in results.pairs("vit-float64-loss", "vit-float32") if base.slingshots]
     early = [(run, base) for run, base in pairs if base.slingshots[0]["mechanism"] != NUMERIC]
     if not early:
@@ -154,7 +157,7 @@ def first_survives(results: Results) -> Judgement:
 
 
 def every_size(results: Results) -> Judgement:
-    """The MLP slingshots with every number of rows that was run."""
+    """Judge whether the MLP slingshots with every number of rows in the results."""
     sizes: dict[int, list[Result]] = {}
     for arm in results.arms():
         if arm == "mlp-float32" or arm.startswith("mlp-rows-"):
@@ -174,7 +177,7 @@ def minibatch_absorbs(results: Results) -> Judgement:
 
 
 def minibatch_grows(results: Results) -> Judgement:
-    """‖μ_G‖ at the end against the same training in float64, seed by seed."""
+    """Compare ‖μ_G‖ at the end with the same training in float64, seed by seed."""
     ratios = [
         run.values["feature_mean_final"] / base.values["feature_mean_final"]
         for arm in minibatch(results)
@@ -185,7 +188,7 @@ def minibatch_grows(results: Results) -> Judgement:
 
 
 def minibatch_calm(results: Results) -> Judgement:
-    """No slingshot; the control says whether those that come are rounding's."""
+    """Judge whether minibatch runs have no slingshot; the control shows those that rounding causes."""
     runs = [run for arm in minibatch(results) for run in results[arm]]
     clean = sum(not run.slingshots for run in runs)
     controls = [
@@ -199,7 +202,7 @@ def minibatch_calm(results: Results) -> Judgement:
 
 
 def minibatch(results: Results) -> list[str]:
-    """The minibatch arms that were run in float32. Raises NotTested without one."""
+    """Return the minibatch arms with float32 results. Raises NotTested without one."""
     arms = [arm for arm in results.arms() if arm.endswith("-minibatch-float32")]
     if not arms:
         raise NotTested("no result of a minibatch arm")
@@ -207,7 +210,7 @@ def minibatch(results: Results) -> list[str]:
 
 
 def aligned(results: Results) -> Judgement:
-    """cos(W_G, μ_G) → −1 where the loop runs; the control is shown beside it."""
+    """Judge whether cos(W_G, μ_G) → −1 where the loop runs; the note shows the control."""
     lowest = _values(results, [f"{model}-float32" for model in ("mlp", "vgg11")], "alignment_lowest")
     control = _values(results, [f"{model}-float64-loss" for model in ("mlp", "vgg11")], "alignment_lowest")
     found = quantiles(lowest)
@@ -216,13 +219,13 @@ def aligned(results: Results) -> Judgement:
 
 
 def proportional(results: Results) -> Judgement:
-    """W_G ≈ −μ_G/√K, hence ‖W_G‖·√K/‖μ_G‖ = 1."""
+    """Judge whether W_G ≈ −μ_G/√K, that is ‖W_G‖·√K/‖μ_G‖ = 1."""
     found = quantiles(_values(results, [f"{model}-float32" for model in ("mlp", "vgg11")], "norm_ratio"))
     return agrees_if(0.5 <= found.value <= 2.0, found, "= ‖W_G‖·√K/‖μ_G‖ where the cosine is lowest")
 
 
 def epsilon_falls(results: Results) -> Judgement:
-    """ResNet18's ε falls faster than that of a network that slingshots."""
+    """Judge whether ResNet18's ε falls faster than that of a network with slingshots."""
     escaping = quantiles(_values(results, ["resnet18-float32"], "residual_mass_fall"))
     caught = _values(results, ["mlp-float32", "vgg11-float32"], "residual_mass_fall")
     if not caught:
@@ -246,16 +249,16 @@ def mean_logit_falls(results: Results) -> Judgement:
 
 
 def numeric_announced(results: Results) -> Judgement:
-    """Before every slingshot that the monitor calls numeric it had spoken."""
+    """Judge whether an alert came before every slingshot that the monitor calls numeric."""
     runs = [run for model in SPIKING for run in results[f"{model}-float32"]]
     every = [item for run in runs for item in _numeric(run)]
-    told = [item for run in runs for item in run.announced if item["mechanism"] == NUMERIC]
+    warned = [item for run in runs for item in run.announced if item["mechanism"] == NUMERIC]
     if not every:
         raise NotTested("no numeric slingshot")
-    leads = [max(item["at_risk_lead"] or 0, item["imminent_lead"] or 0) for item in told]
+    leads = [max(item["at_risk_lead"] or 0, item["imminent_lead"] or 0) for item in warned]
     note = f"lead {min(leads):,}–{max(leads):,} steps" if leads else ""
     return agrees_if(
-        len(told) == len(every), share(len(told), len(every)), "numeric slingshots announced", note
+        len(warned) == len(every), share(len(warned), len(every)), "numeric slingshots announced", note
     )
 
 

@@ -1,4 +1,4 @@
-"""What Liu et al. (2026) say of modular division, what is remembered of a run for it, and the verdicts."""
+"""Judge the claims of Liu et al. (2026) about modular division; define the values stored of a run for it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ BIMODAL = 5 / 9
 """Sarle's coefficient of a uniform distribution: above it a distribution is called bimodal."""
 
 
-# --- what is remembered of a run -----------------------------------------------------------------------
+# --- values stored of a run ----------------------------------------------------------------------------
 
 
 def remembered(record: Record, log: UpdateLog | None) -> dict[str, Any]:
@@ -67,15 +67,15 @@ def remembered(record: Record, log: UpdateLog | None) -> dict[str, Any]:
 
 
 def approach(record: Record) -> dict[str, Any]:
-    """The stretch from the first *at risk* alert to just before the first slingshot, or to the end.
+    """Measure the steps from the first *at risk* alert to just before the first slingshot, or to the end.
 
-    ``growth``: of ‖μ_G‖ per step as measured, by the plain theory ln(1 + lr·ε/√K) and with Adam's effective
-    rates and the features' own norm, on the grid of the study's measurements; ``alignment``: cos(W_G, μ_G),
-    last; ``epsilon`` and ``feature_mean``: first and last.
+    ``growth``: growth of ‖μ_G‖ per step, on the grid of the study's measurements. It is given as measured, by
+    the plain theory ln(1 + lr·ε/√K), and with Adam's effective rates and the features' own norm.
+    ``alignment``: last cos(W_G, μ_G). ``epsilon`` and ``feature_mean``: first and last value.
     """
     at_risk = [a.first_step for a in record.monitor.alerts if a.kind is AlertKind.AT_RISK]  # type: ignore[union-attr]
     spikes = [start for start, _, _ in episodes(record.loss)]
-    end = (spikes[0] if spikes else record.steps + 1) - 5  # the last few steps are the slingshot's own
+    end = (spikes[0] if spikes else record.steps + 1) - 5  # the last 5 steps already belong to the slingshot
     found: dict[str, Any] = {"growth": {"measured": [], "plain": [], "corrected": []}}
     if not at_risk or at_risk[0] >= end:
         return found
@@ -126,7 +126,7 @@ def _by_step(record: Record, name: str) -> dict[int, float]:
 
 
 def later(arm: str, than: str) -> Callable[[Results], Judgement]:
-    """First slingshots of two arms: the steps of one over the other's, seed by seed."""
+    """Judge whether the first slingshot comes later in one arm than in another, seed by seed."""
 
     def judge(results: Results) -> Judgement:
         pairs = results.pairs(arm, than)
@@ -142,7 +142,7 @@ def later(arm: str, than: str) -> Callable[[Results], Judgement]:
 
 
 def absorbs_sooner(arm: str, than: str) -> Callable[[Results], Judgement]:
-    """First *at risk* alerts of two arms, seed by seed."""
+    """Judge whether the first *at risk* alert comes sooner in one arm than in another, seed by seed."""
 
     def judge(results: Results) -> Judgement:
         both = [(_at_risk(r), _at_risk(b)) for r, b in results.pairs(arm, than)]
@@ -167,7 +167,7 @@ def _slingshots(results: Results, arm: str) -> str:
 
 
 def no_feature_inflation(arm: str) -> Callable[[Results], Judgement]:
-    """No run of the arm is ever called at risk for rounding."""
+    """Judge whether no run of the arm gets an *at risk* alert for rounding."""
 
     def judge(results: Results) -> Judgement:
         runs = results[arm]
@@ -184,7 +184,10 @@ def no_feature_inflation(arm: str) -> Callable[[Results], Judgement]:
 
 
 def bimodal(when: str) -> Callable[[Results], Judgement]:
-    """Sarle's coefficient of the update's coordinates, slingshot by slingshot."""
+    """Judge whether updates are bimodal at a slingshot, or not bimodal before or after it, as ``when`` says.
+
+    The measure is Sarle's coefficient of the update's coordinates.
+    """
 
     def judge(results: Results) -> Judgement:
         groups = [
@@ -202,7 +205,7 @@ def larger_update(results: Results) -> Judgement:
 
 
 def growth(which: str) -> Callable[[Results], Judgement]:
-    """Measured growth of ‖μ_G‖ over what theory says, reading by reading before the first slingshot."""
+    """Divide measured growth of ‖μ_G‖ by theory's, for each reading before the first slingshot."""
 
     def judge(results: Results) -> Judgement:
         groups = []
@@ -223,7 +226,7 @@ def gradient_descent(results: Results) -> Judgement:
         rates = run.values["approach"]["growth"]
         pairs = zip(rates["measured"], rates["corrected"], strict=True)
         ratios = [m / t for m, t in pairs if t and t > 0]
-        groups.append(ratios[len(ratios) // 2 :])  # the rate is the loop's once both means are aligned
+        groups.append(ratios[len(ratios) // 2 :])  # theory holds once both means are aligned
     estimate = grouped_median(groups)
     return agrees_if(0.5 <= estimate.value <= 2, estimate, "times what theory says")
 
@@ -235,7 +238,7 @@ def opposed(results: Results) -> Judgement:
 
 
 def inflated(arm: str) -> Callable[[Results], Judgement]:
-    """‖μ_G‖ just before the first slingshot over what it was when first at risk."""
+    """Divide ‖μ_G‖ just before the first slingshot by its value at the first *at risk* alert."""
 
     def judge(results: Results) -> Judgement:
         pairs = [run.values["approach"].get("feature_mean") for run in results[arm] if run.episodes]
@@ -246,7 +249,7 @@ def inflated(arm: str) -> Callable[[Results], Judgement]:
 
 
 def steady(results: Results) -> Judgement:
-    """|Δ ln ε| over Δ ln‖μ_G‖ between at risk and the slingshot."""
+    """Compare |Δ ln ε| with Δ ln‖μ_G‖ between the first *at risk* alert and the slingshot."""
     ratios = []
     for run in results["mlp-float32"]:
         found = run.values["approach"]
@@ -334,7 +337,7 @@ CLAIMS = (
 
 
 def figure(results: Results, path: Path) -> None:
-    """Loss, ε and ‖μ_G‖ of the pairs (Liu et al., figures 1 to 3), and the updates around a slingshot."""
+    """Draw loss, ε and ‖μ_G‖ of the pairs (Liu et al., figures 1 to 3), and updates around a slingshot."""
     columns = [
         ("MLP", ["mlp-float32", "mlp-float64-loss"]),
         ("transformer", ["transformer-float32", "transformer-float64-loss"]),

@@ -1,7 +1,7 @@
-"""Modular division a/b mod p: its rows, and the two networks that learn it.
+"""Build the data of modular division a/b mod p, and the two networks that learn it.
 
-The head is built last and is called ``head`` in both, so that arms which change it draw the same weights as
-their pair everywhere else.
+Both networks build the head last and call it ``head``. So arms that change the head draw the same other
+weights as their pair.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def division(p: int, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Half of all (a, b ≠ 0) to train on, the other half to test: ``(pairs [N, 2], a/b mod p [N])`` each."""
+    """Return half of all (a, b ≠ 0) to train on and half to test: ``(pairs [N, 2], a/b mod p [N])`` each."""
     a, b = (grid.flatten() for grid in torch.meshgrid(torch.arange(p), torch.arange(1, p), indexing="ij"))
     inverse = torch.tensor([0, *(pow(k, -1, p) for k in range(1, p))])
     pairs, result = torch.stack([a, b], dim=1), a * inverse[b] % p
@@ -24,18 +24,18 @@ def division(p: int, seed: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Te
 
 
 def one_hot(pairs: Tensor, p: int) -> Tensor:
-    """one-hot(a) ⊕ one-hot(b), float32 [N, 2p]."""
+    """Return one-hot(a) ⊕ one-hot(b), float32 [N, 2p]."""
     return F.one_hot(pairs, p).flatten(1).float()
 
 
 def tokens(pairs: Tensor, p: int) -> Tensor:
-    """[a, ÷, b, =] with the tokens p for ÷ and p + 1 for =, int64 [N, 4]."""
+    """Return [a, ÷, b, =] with the tokens p for ÷ and p + 1 for =, int64 [N, 4]."""
     sign = torch.full((len(pairs),), p, device=pairs.device)
     return torch.stack([pairs[:, 0], sign, pairs[:, 1], sign + 1], dim=1)
 
 
 class MLP(nn.Module):
-    """``depth`` hidden ReLU layers; ``norm`` puts a LayerNorm before the head."""
+    """Apply ``depth`` hidden ReLU layers; ``norm`` puts a LayerNorm before the head."""
 
     def __init__(self, p: int, width: int, depth: int, *, norm: bool, head_bias: bool) -> None:
         super().__init__()
@@ -52,7 +52,10 @@ class MLP(nn.Module):
 
 
 class _Block(nn.Module):
-    """Pre-norm self-attention and feed-forward of four times the width; without ``norm`` as in Liu's runs."""
+    """Apply pre-norm self-attention, then a feed-forward layer of four times the width.
+
+    Without ``norm`` it has no LayerNorm, as in Liu's runs.
+    """
 
     def __init__(self, width: int, heads: int, *, norm: bool) -> None:
         super().__init__()
@@ -72,7 +75,7 @@ class _Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Tokens [N, 4] → logits [N, p] at the last position."""
+    """Map tokens [N, 4] to logits [N, p] at the last position."""
 
     def __init__(
         self, p: int, width: int, depth: int, heads: int, *, norm: bool, head_norm: bool, head_bias: bool

@@ -1,6 +1,7 @@
-"""Figures in the papers' own form: one panel a group of arms, loss above, what explains it below.
+"""Draw figures in the papers' form: one column per group of arms, loss on top, explaining series below.
 
-matplotlib's object interface on an Agg canvas: no display, no global state.  Drawn from stored series alone.
+The figures use matplotlib's object interface on an Agg canvas: no display, no global
+state. They read only stored series.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ LOGARITHMIC = {"loss", "feature_mean_norm", "classifier_mean_norm", "residual_ma
 
 
 def sheet(rows: int, columns: int, title: str) -> tuple[Any, Any]:
-    """(figure, axes [rows, columns]). Raises ImportError without matplotlib."""
+    """Return (figure, axes [rows, columns]). Raises ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,7 +54,7 @@ def save(figure: Any, path: Path) -> None:
 
 
 def first(results: Results, arm: str) -> Result:
-    """The run whose series were kept. Raises NotTested without one."""
+    """Return the run with stored series. Raises NotTested without one."""
     for run in results[arm]:
         if run.series:
             return run
@@ -61,7 +62,7 @@ def first(results: Results, arm: str) -> Result:
 
 
 def curve(axis: Any, run: Result, name: str, colour: str, label: str = "") -> bool:
-    """Draw one series; exact zeros on a logarithmic axis lie on its floor. False if it was not kept."""
+    """Draw one series; on a logarithmic axis exact zeros lie at the bottom. False if it was not stored."""
     if name not in run.series:
         return False
     steps, values = run.series[name]
@@ -82,9 +83,9 @@ def loss_figure(
     rows: Sequence[tuple[str, Sequence[str]]],
     names: Sequence[str] = ("loss", "zero_sum_violation"),
 ) -> None:
-    """One column a group ``(title, arms)``, one row a series name. Arms without results are left out.
+    """Draw one column per group ``(title, arms)`` and one row per series name.
 
-    Raises NotTested if there is nothing to draw.
+    Arms without results are left out. Raises NotTested if there is nothing to draw.
     """
     groups = []
     for heading, arms in rows:
@@ -99,7 +100,7 @@ def loss_figure(
             axis = axes[row][column]
             drawn = [
                 curve(axis, first(results, arm), name, COLOURS[index % len(COLOURS)], arm)
-                for index, arm in reversed(list(enumerate(arms)))  # the first arm lies on top
+                for index, arm in reversed(list(enumerate(arms)))  # draws the first arm on top
             ]
             if not any(drawn):
                 axis.text(

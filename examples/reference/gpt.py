@@ -1,13 +1,13 @@
-"""A language model: which tokens reach a loss of exactly 0, where the logits drift, and what stops it.
+"""Test in a language model which tokens reach a loss of exactly 0, how the logits drift, and what stops it.
 
-A GPT as in Liu et al. 2026, table 4 (rotary positions, SwiGLU, QK-LayerNorm, untied, no bias), bfloat16
-autocast, AdamW with β = (0.9, 0.95), no decay, clipping at 1, warm-up and cosine.  Token frequencies make
-the mean of the classifier large by themselves there; the paper finds that the logits then drift upwards,
-and faster in float64.
+The model is a GPT as in Liu et al. 2026, table 4 (rotary positions, SwiGLU, QK-LayerNorm, untied, no bias).
+It is trained in bfloat16 autocast by AdamW with β = (0.9, 0.95), no decay, clipping at 1, warm-up and cosine.
+Unequal token frequencies alone make the mean of the classifier large. The paper finds that the logits then
+drift upwards, and faster in float64.
 
-The quick preset learns an excerpt of Python's own language reference nearly by heart, in 1,000 steps: the
-paper sees every text once, and needs 100,000.  The paper preset streams FineWeb (--data-dir: local files).
-One arm is a GPT2LMHeadModel in HuggingFace's Trainer, watched through the callback.
+The quick preset learns an excerpt of Python's own language reference nearly by heart, in 1,000 steps. The
+paper sees every text once, and needs 100,000 steps. The paper preset streams FineWeb (--data-dir: local
+files). One arm is a GPT2LMHeadModel in HuggingFace's Trainer, watched through the callback.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: imports start at the root of the checkout
+if not __package__:  # run as a script: import from the root of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
@@ -42,7 +42,7 @@ SOURCES = ("python", "fineweb")
 
 
 def text(config: Mapping[str, Any], seed: int) -> tuple[Excerpt | TokenStream, Any]:
-    """``(windows, tokenizer)`` of the configuration's data."""
+    """Return ``(windows, tokenizer)`` of the configuration's data."""
     rows, length = config["rows"], config["length"]
     if config["data"] == "python":
         stream, tokenizer = excerpt(config["tokens"] + 1, config["vocabulary"])
@@ -54,8 +54,11 @@ def text(config: Mapping[str, Any], seed: int) -> tuple[Excerpt | TokenStream, A
 
 
 def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Training:
-    """Keys of ``config``: data, data_dir, tokens, vocabulary, length, rows, micro, width, layers, heads, lr,
-    lr_end, warm_up, steps, autocast, loss_dtype, exact, centred, z_loss."""
+    """Build one training.
+
+    Keys of ``config``: data, data_dir, tokens, vocabulary, length, rows, micro, width, layers, heads, lr,
+    lr_end, warm_up, steps, autocast, loss_dtype, exact, centred, z_loss.
+    """
     data, tokenizer = text(config, seed)
     fixed = data.fixed()
     model = GPT(config["vocabulary"], width=config["width"], layers=config["layers"], heads=config["heads"])
@@ -94,7 +97,10 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
         return total
 
     def measure(done: int) -> dict[str, float]:
-        """On the fixed tokens. The head's module is not called, so that the monitor sees training alone."""
+        """Measure on the fixed tokens.
+
+        The head's module is not called, so that the monitor sees training alone.
+        """
         weight = model.head.weight
         zero = torch.zeros((), dtype=torch.int64, device=device)
         sums = torch.zeros(2, dtype=torch.float64, device=device)  # of logits, of log Z
@@ -144,14 +150,14 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
 
 
 def learning_rate(done: int, config: Mapping[str, Any]) -> float:
-    """Factor on lr after ``done`` steps: linear warm-up, then half a cosine down to ``lr_end`` / lr."""
+    """Return the factor on lr after ``done`` steps: linear warm-up, then half a cosine to ``lr_end`` / lr."""
     rise = min(1.0, (done + 1) / config["warm_up"])
     lowest = config["lr_end"] / config["lr"]
     way = min(1.0, max(0.0, (done - config["warm_up"]) / max(1, config["steps"] - config["warm_up"])))
     return rise * (lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * way)))
 
 
-# --- what is run ------------------------------------------------------------------------------------------
+# --- plans and presets ------------------------------------------------------------------------------------
 
 ARMS = (
     Variant("float32-loss", "bfloat16 autocast, loss in float32", pair="gpt"),
@@ -171,7 +177,8 @@ _QUICK = {
     "width": 64, "layers": 2, "heads": 4, "autocast": True,
     "lr": 3e-3, "lr_end": 3e-4, "warm_up": 50, "steps": 1_000, "measure_every": 50,
 }  # fmt: skip
-# What table 4 leaves open is as in Stollenwerk's 109M (arXiv 2601.02031): it has the same tokens a step.
+# Table 4 does not give these: they are from Stollenwerk's 109M (arXiv 2601.02031), with as many tokens a
+# step.
 _PAPER = {
     "data": "fineweb", "vocabulary": 50_304, "length": 2_048, "rows": 64, "micro": 8,
     "width": 640, "layers": 15, "heads": 4, "autocast": True,
@@ -205,7 +212,7 @@ PRESETS = (
 
 
 def figure(results: Results, path: Path) -> None:
-    """Loss, tokens at exactly 0, mean logit, ‖W_G‖ and cosine of all arms."""
+    """Draw loss, tokens with a loss of exactly 0, mean logit, ‖W_G‖ and cosine of all arms."""
     names = ("loss", "zero_loss_tokens", "mean_logit", "classifier_mean", "alignment")
     groups = [
         ("precision of the loss", ["float32-loss", "float64-loss", "bfloat16-loss"]),

@@ -1,4 +1,4 @@
-"""What Liu et al. 2026 and others say of language models, held against the runs of the GPT study."""
+"""Judge the claims of Liu et al. 2026 and others about language models by the runs of the GPT study."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ HALVES = 2
 
 
 def mean_of_last_tenth(series: tuple[Any, Any]) -> float | None:
-    """Mean of the values in the last tenth of the steps; None without values."""
+    """Return the mean of the values in the last tenth of the steps; None without values."""
     steps, values = series
     return float(np.mean(values[steps > 0.9 * steps[-1]])) if len(steps) else None
 
 
-# --- what the judgements rest on ------------------------------------------------------------------------
+# --- estimates ------------------------------------------------------------------------------------------
 
 
 def zeros(runs: Sequence[Result]) -> Estimate:
-    """Of the fixed tokens, how many have a loss of exactly 0 at the end of training."""
+    """Estimate the share of the fixed tokens with a loss of exactly 0 at the end of training."""
     return share(
         sum(int(run.values["zero_loss_tokens"][-1]) for run in runs),
         sum(int(run.values["tokens_measured"]) for run in runs),
@@ -43,14 +43,15 @@ def zeros(runs: Sequence[Result]) -> Estimate:
 
 
 def late(runs: Sequence[Result], name: str) -> Estimate:
-    """Median and range of a measured series over the second half of training."""
+    """Return median and range of a measured series over the second half of training."""
     return quantiles([value for run in runs for value in run.values[name][len(run.values[name]) // HALVES :]])
 
 
 def drift(run: Result) -> Estimate:
-    """Slope of the mean logit in nats per 1,000 steps over the second half of training, by least squares.
+    """Estimate the drift of the mean logit in nats per 1,000 steps over the second half of training.
 
-    The interval is the fit's own. Raises NotTested for fewer than four measurements.
+    It is the slope of a least-squares fit, with the fit's interval. Raises NotTested for fewer than four
+    measurements.
     """
     at = np.asarray(run.values["measured_at"], float)
     half = len(at) // HALVES
@@ -65,7 +66,7 @@ def drift(run: Result) -> Estimate:
 
 
 def slowest(runs: Sequence[Result]) -> Estimate:
-    """The smallest drift of the runs."""
+    """Return the smallest drift of the runs."""
     return min((drift(run) for run in runs), key=lambda found: found.value)
 
 
@@ -94,7 +95,10 @@ def more_in_bfloat16(results: Results) -> Judgement:
 
 
 def frequent_first(results: Results) -> Judgement:
-    """Rank correlation of how often a token comes and how often it absorbs; its ten most are named."""
+    """Correlate by rank how often a token occurs and how often its loss is exactly 0.
+
+    The note names the ten tokens with most zeros.
+    """
     runs = [run for run in results["float32-loss"] if (run.values["kinds_at_zero"] or 0) > 3]
     if not runs:
         raise NotTested("fewer than four kinds of token reached exactly 0")
@@ -109,7 +113,7 @@ def frequent_first(results: Results) -> Judgement:
 
 
 def not_the_same_per_occurrence(results: Results) -> Judgement:
-    """Of the ten that absorb most per occurrence, how many are among the ten most frequent tokens."""
+    """Count how many of the ten tokens that absorb most per occurrence are among the ten most frequent."""
     runs = [run for run in results["float32-loss"] if run.values["most_per_occurrence"]]
     if not runs:
         raise NotTested("no token that came often enough reached exactly 0")
@@ -146,7 +150,7 @@ def float64_worse(results: Results) -> Judgement:
 
 
 def absorption_pulls_down(results: Results) -> Judgement:
-    """The mean logit where most tokens absorb, against the same training without absorption."""
+    """Compare the mean logit where most tokens absorb with that of the same training without absorption."""
     pairs = results.pairs("bfloat16-loss", "float64-loss")
     found = max((drift(run) for run, _ in pairs), key=lambda drift: drift.value)
     base = slowest([base for _, base in pairs])
@@ -154,7 +158,7 @@ def absorption_pulls_down(results: Results) -> Judgement:
 
 
 def not_from_rounding(results: Results) -> Judgement:
-    """With no token absorbed the mean logit still goes at least half as far as in float32."""
+    """Judge whether, with no token absorbed, the mean logit moves at least half as far as in float32."""
     pairs = results.pairs("exact-loss", "float32-loss")
     found, base = (_sizes(runs, "mean_logit") for runs in zip(*pairs, strict=True))
     slope, usual = (drift(runs[0]).ours for runs in zip(*pairs, strict=True))
@@ -163,7 +167,7 @@ def not_from_rounding(results: Results) -> Judgement:
 
 
 def held_by(arm: str, name: str, what: str, factor: float) -> Callable[[Results], Judgement]:
-    """The second half's median |``name``| is below ``factor`` times the smallest of float32."""
+    """Judge whether the second half's median |``name``| is below ``factor`` × the smallest of float32."""
 
     def judge(results: Results) -> Judgement:
         pairs = results.pairs(arm, "float32-loss")
@@ -185,25 +189,25 @@ def no_slingshot(results: Results) -> Judgement:
         raise NotTested("no token was absorbed")
     floor = np.median([run.loss_final for run in runs if run.loss_final is not None])
     clean = sum(not run.slingshots for run in runs)
-    # Wu's rule reads single losses, and those of a minibatch cross its two lines by chance.
+    # Wu's rule reads single losses. The losses of minibatches cross its two thresholds by chance.
     crossed = sum(len(run.episodes) for run in runs)
     note = f"loss at the end {floor:.2g}; by Wu's rule on minibatch losses {crossed}"
     return agrees_if(clean == len(runs), share(clean, len(runs)), "runs without a slingshot", note)
 
 
 def monitor_tells_them_apart(results: Results) -> Judgement:
-    """*At risk* by absorption in bfloat16, never in float64."""
+    """Judge whether the monitor is *at risk* by absorption in every bfloat16 run and in no float64 run."""
     loud, quiet = results["bfloat16-loss"], results["float64-loss"]
-    told = sum(any(_numeric(run)) for run in loud) + sum(not any(_numeric(run)) for run in quiet)
+    correct = sum(any(_numeric(run)) for run in loud) + sum(not any(_numeric(run)) for run in quiet)
     first = [step for run in loud for step in _numeric(run)[:1]]
     note = f"bfloat16: at risk from step {first[0]:,}" if first else "bfloat16: no alert"
     return agrees_if(
-        told == len(loud) + len(quiet), share(told, len(loud) + len(quiet)), "runs called rightly", note
+        correct == len(loud) + len(quiet), share(correct, len(loud) + len(quiet)), "runs called rightly", note
     )
 
 
 def nothing_imminent(results: Results) -> Judgement:
-    """No *imminent* alert in a run that has no slingshot."""
+    """Judge whether runs without a slingshot have no *imminent* alert."""
     runs = [run for run in results if run.pair == "gpt" and not run.slingshots]
     alarms = {run.arm: [a for a in run.alerts if a.kind is AlertKind.IMMINENT] for run in runs}
     quiet = sum(not found for found in alarms.values())
@@ -213,7 +217,7 @@ def nothing_imminent(results: Results) -> Judgement:
 
 
 def _numeric(run: Result) -> list[int]:
-    """First steps of the run's at-risk alerts that name absorption."""
+    """Return the first steps of the run's *at risk* alerts that name absorption."""
     return [
         alert.first_step
         for alert in run.alerts

@@ -1,8 +1,8 @@
-"""A small GPT as in Liu et al. 2026, table 4: rotary positions, SwiGLU, QK-LayerNorm, untied, no bias.
+"""Define a small GPT (Liu et al. 2026, table 4): rotary positions, SwiGLU, QK-LayerNorm, untied, no bias.
 
-Small enough to read; ``transformers`` has each of these parts but no model with all of them.  The head is
-called ``head``, returns raw logits in the precision of autocast, and casting them is left to the loss:
-which precision the loss is computed in is what the study is about.
+``transformers`` has each of these parts but no model with all of them. The head is called ``head`` and
+returns raw logits in the precision of autocast. The loss casts them, because the study compares precisions of
+the loss.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotary position embedding (Su et al., arXiv 2104.09864) of ``x`` [B, heads, T, even size], in float32.
+    """Rotate ``x`` [B, heads, T, even size] by its positions, in float32 (Su et al., arXiv 2104.09864).
 
     Channel i turns with channel i + size/2 by the angle position · base^(−2i/size).
     """
@@ -26,7 +26,7 @@ def rotate(x: Tensor, base: float = 10_000.0) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Causal self-attention; a LayerNorm on queries and keys keeps their logits from growing."""
+    """Apply causal self-attention; a LayerNorm on queries and keys bounds the attention logits."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -45,7 +45,10 @@ class Attention(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """out(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202), with as many weights as a 4× feed-forward."""
+    """Compute out(silu(gate(x)) · up(x)) (Shazeer, arXiv 2002.05202).
+
+    It has as many weights as a feed-forward layer of four times the width.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -72,7 +75,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Tokens [B, T] int64 → logits [B, T, vocabulary]."""
+    """Map tokens [B, T] int64 to logits [B, T, vocabulary]."""
 
     def __init__(self, vocabulary: int, *, width: int, layers: int, heads: int) -> None:
         super().__init__()
@@ -82,12 +85,12 @@ class GPT(nn.Module):
         self.head = nn.Linear(width, vocabulary, bias=False)
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2:
-                # GPT-2's: what is added to the stream is smaller the more often something is added.
+                # As in GPT-2: the more layers add to the residual stream, the smaller each term.
                 residual = name.endswith("out.weight")
                 nn.init.normal_(parameter, std=0.02 / (2 * layers) ** 0.5 if residual else 0.02)
 
     def features(self, tokens: Tensor) -> Tensor:
-        """What the head reads, [B, T, width]."""
+        """Return the input of the head, [B, T, width]."""
         x = self.tokens(tokens)
         for block in self.blocks:
             x = block(x)

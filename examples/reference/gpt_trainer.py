@@ -1,7 +1,7 @@
-"""The same text through HuggingFace's Trainer: two runs that differ in nothing but the callback.
+"""Train on the same text with HuggingFace's Trainer: two runs that differ only in the callback.
 
-No loop of ours is involved, so this arm shows what a user of the Trainer gets, and that it costs the
-training nothing: both runs must end in the same bits.
+This arm uses no training loop of ours. It shows what a user of the Trainer gets, and that the callback does
+not change the training. Both runs must end bit for bit equal.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from nfi_monitor import Monitor
 def train_with_trainer(
     config: Mapping[str, Any], seed: int, device: torch.device, run_dir: Path
 ) -> dict[str, Any]:
-    """Keys of ``config``: tokens, vocabulary, length, rows, width, layers, heads, lr, steps.
+    """Train once with the callback and once without it, and compare.
 
-    Raises StudyError where transformers or accelerate is missing.
+    Keys of ``config``: tokens, vocabulary, length, rows, width, layers, heads, lr, steps. Raises StudyError
+    if transformers or accelerate is missing.
     """
     stream, _ = excerpt(config["tokens"], config["vocabulary"])
     windows = stream[: len(stream) // config["length"] * config["length"]].reshape(-1, config["length"])
@@ -53,7 +54,7 @@ def _train(
     *,
     watch: bool,
 ) -> tuple[dict[str, torch.Tensor], Monitor | None, list[float]]:
-    """``(weights and optimizer state by name, monitor, loss per step)`` of one run."""
+    """Run once; return ``(weights and optimizer state by name, monitor, loss per step)``."""
     transformers = require("transformers", "the Trainer")
     require("accelerate", "the Trainer")
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""What changes across slingshots, against equally long stretches of the same run without one."""
+"""Measure changes across slingshots, and across equally long stretches of the same run without one."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ def intervals(
     seed: int,
     quiet: int = 4,
 ) -> dict[str, list[float]]:
-    """``change(a, b)`` between points of a grid of every ``grid`` steps, of slingshots and quiet stretches.
+    """Return ``change(a, b)`` across each slingshot, and across quiet stretches of the same length.
 
-    ``spans`` are (first step, first step after it) of the slingshots.  Read are the last point before each
-    and the first after it.  For each slingshot up to ``quiet`` stretches of its length are drawn between the
-    first loss (of steps 1, 2, …) below 1e-2 and the end, none of which touches a slingshot.
+    ``a`` and ``b`` are points of a grid of every ``grid`` steps: the last before the stretch and the first
+    after it. ``spans`` are (first step, first step after it) of the slingshots. For each slingshot up to
+    ``quiet`` stretches of its length are drawn. They lie between the first loss (of steps 1, 2, …) below 1e-2
+    and the end, and touch no slingshot.
     """
     last = len(loss) // grid
     on_grid = [((first - 1) // grid, -(-end // grid)) for first, end in spans]

@@ -1,6 +1,6 @@
-"""From results to a verdict: a number, its interval, and whether the claim holds here.
+"""Turn results into verdicts: a number, its interval, and whether the claim holds here.
 
-No claim is judged without an interval: shares of runs carry Wilson's, medians a bootstrap's.
+Every judgement has an interval: Wilson's for shares of runs, a bootstrap's for medians.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Verdict(str, Enum):
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95% interval."""
+    """Hold a number with its 95% interval."""
 
     value: float
     low: float
@@ -69,7 +69,7 @@ class Judgement:
 
 @dataclass(frozen=True)
 class Claim:
-    """What a source says, and how our results are held against it."""
+    """Hold a source's claim, and the function that judges our results by it."""
 
     text: str
     source: str
@@ -83,14 +83,16 @@ class Claim:
 
 
 def agrees_if(condition: bool, estimate: Estimate, unit: str = "", note: str = "") -> Judgement:
-    """The estimate in words, with the verdict that the condition gives; ``note`` follows in brackets."""
+    """Return the estimate in words and the condition's verdict; ``note`` follows in brackets."""
     ours = f"{estimate.ours} {unit}".strip() + (f" ({note})" if note else "")
     return Judgement(Verdict.AGREES if condition else Verdict.DISAGREES, ours, estimate.interval)
 
 
 def decided(estimate: Estimate, expected: str, than: float, unit: str = "", note: str = "") -> Judgement:
-    """Agrees if the whole interval is "below" or "above" ``than``, as expected; disagrees if it lies on the
-    other side; else these runs are too few to tell. So are fewer than five values.
+    """Agree if the whole interval is "below" or "above" ``than``, as expected.
+
+    Disagree if the whole interval is on the other side. Otherwise, and for fewer than five values, the runs
+    are too few for a verdict.
     """
     ours = f"{estimate.ours} {unit}".strip() + (f" ({note})" if note else "")
     below, above = estimate.high < than, estimate.low > than
@@ -101,7 +103,7 @@ def decided(estimate: Estimate, expected: str, than: float, unit: str = "", note
 
 
 def number(value: float) -> str:
-    """Three significant digits, in the form a person reads."""
+    """Format a number with three significant digits."""
     if not math.isfinite(value):
         return str(value)
     if value != 0 and not 1e-2 <= abs(value) < 1e5:
@@ -110,7 +112,7 @@ def number(value: float) -> str:
 
 
 def share(k: int, n: int) -> Estimate:
-    """k of n with Wilson's score interval (Wilson 1927). Raises NotTested for n = 0."""
+    """Return k of n with Wilson's score interval (Wilson 1927). Raises NotTested for n = 0."""
     if n == 0:
         raise NotTested("nothing to count")
     p = k / n
@@ -122,7 +124,10 @@ def share(k: int, n: int) -> Estimate:
 
 
 def median(values: Sequence[float], unit: str = "") -> Estimate:
-    """Median with the bootstrap's percentile interval (2,000 resamples, seed 0). NotTested if empty."""
+    """Return the median with the bootstrap's percentile interval (2,000 resamples, seed 0).
+
+    Raises NotTested without values.
+    """
     sample = np.asarray([value for value in values if value is not None and math.isfinite(value)], float)
     if not len(sample):
         raise NotTested("nothing was measured")
@@ -136,10 +141,10 @@ def median(values: Sequence[float], unit: str = "") -> Estimate:
 
 
 def grouped_median(groups: Sequence[Sequence[float]], unit: str = "") -> Estimate:
-    """Median of values nested in runs: the bootstrap draws whole runs, whose values belong together.
+    """Return the median of values nested in runs; the bootstrap draws whole runs.
 
-    Of a single run it draws the values: the interval then says nothing of other runs.
-    Raises NotTested if there is no value.
+    Of a single run the bootstrap draws the values: the interval then says nothing about other runs. Raises
+    NotTested without values.
     """
     filled = [np.asarray(group, float) for group in groups if len(group)]
     if not filled:
@@ -164,7 +169,7 @@ def grouped_median(groups: Sequence[Sequence[float]], unit: str = "") -> Estimat
 
 
 def quantiles(values: Sequence[float], unit: str = "") -> Estimate:
-    """Median with the smallest and the largest value: for few values that are not a sample of anything."""
+    """Return the median with the smallest and the largest value, for a few values that are not a sample."""
     sample = [float(value) for value in values if value is not None and math.isfinite(value)]
     if not sample:
         raise NotTested("nothing was measured")
@@ -173,11 +178,11 @@ def quantiles(values: Sequence[float], unit: str = "") -> Estimate:
     return Estimate(value, low, high, len(sample), ours, f"all in {number(low)} to {number(high)}{unit}")
 
 
-# --- the claims that every study makes ---------------------------------------------------------------
+# --- claims of every study ---------------------------------------------------------------------------
 
 
 def spiking(arm: str) -> Callable[[Results], Judgement]:
-    """Most runs of the arm slingshot, by Wu's rule."""
+    """Judge whether most runs of the arm slingshot, by Wu's rule."""
 
     def judge(results: Results) -> Judgement:
         runs = results[arm]
@@ -188,7 +193,7 @@ def spiking(arm: str) -> Callable[[Results], Judgement]:
 
 
 def quiet(arm: str) -> Callable[[Results], Judgement]:
-    """No run of the arm slingshots, by Wu's rule."""
+    """Judge whether no run of the arm slingshots, by Wu's rule."""
 
     def judge(results: Results) -> Judgement:
         runs = results[arm]
@@ -200,10 +205,11 @@ def quiet(arm: str) -> Callable[[Results], Judgement]:
 
 
 def compared(arm: str, than: str, more: bool) -> Callable[[Results], Judgement]:
-    """Whether an arm slingshots more (or less) often than another in as many steps of the same seeds.
+    """Judge whether an arm slingshots more (or less) often than another in as many steps of the same seeds.
 
-    Aftershocks are not counted again (the monitor's slingshots).  Given their sum, those of two equally long
-    Poisson processes are binomial: the interval is Wilson's, of the arm's share; one half is no difference.
+    The slingshots are the monitor's, which count no aftershock again. Given their sum, the counts of two
+    equally long Poisson processes are binomial. So the interval is Wilson's for the arm's share; a share of
+    one half is no difference.
     """
 
     def judge(results: Results) -> Judgement:
@@ -222,7 +228,7 @@ def compared(arm: str, than: str, more: bool) -> Callable[[Results], Judgement]:
 
 
 def shared(results: Results, arm: str, than: str) -> list[tuple[int, int]]:
-    """(slingshots of the arm, of its pair) in as many steps, on the seeds on which the pair has any.
+    """Count (slingshots of the arm, of its pair) in as many steps, on the seeds whose pair has any.
 
     Raises NotTested if there is no such seed.
     """
@@ -237,7 +243,7 @@ def shared(results: Results, arm: str, than: str) -> list[tuple[int, int]]:
 
 
 def without(arm: str, than: str) -> Callable[[Results], Judgement]:
-    """No run of the arm slingshots where its pair does, by Wu's rule."""
+    """Judge whether no run of the arm slingshots on the seeds where its pair does, by Wu's rule."""
 
     def judge(results: Results) -> Judgement:
         counts = shared(results, arm, than)
@@ -250,7 +256,7 @@ def without(arm: str, than: str) -> Callable[[Results], Judgement]:
 
 
 def stays(arm: str, than: str) -> Callable[[Results], Judgement]:
-    """The arm slingshots wherever its pair does, by Wu's rule."""
+    """Judge whether the arm slingshots on every seed where its pair does, by Wu's rule."""
 
     def judge(results: Results) -> Judgement:
         counts = shared(results, arm, than)
@@ -268,17 +274,19 @@ def _against(counts: Sequence[tuple[int, int]]) -> str:
 
 
 def announced(*arms: str) -> Callable[[Results], Judgement]:
-    """Every slingshot of these arms comes after an alert that was still in force, or had been."""
+    """Judge whether an alert began before every slingshot of these arms."""
 
     def judge(results: Results) -> Judgement:
         runs = [run for arm in arms for run in results[arm]]
         every = [s for run in runs for s in run.slingshots]
-        told = [s for run in runs for s in run.announced]
+        warned = [s for run in runs for s in run.announced]
         if not every:
             raise NotTested("no slingshot to announce")
-        leads = [max(s["at_risk_lead"] or 0, s["imminent_lead"] or 0) for s in told]
+        leads = [max(s["at_risk_lead"] or 0, s["imminent_lead"] or 0) for s in warned]
         note = f"median lead {number(float(np.median(leads)))} steps" if leads else ""
-        return agrees_if(len(told) == len(every), share(len(told), len(every)), "slingshots announced", note)
+        return agrees_if(
+            len(warned) == len(every), share(len(warned), len(every)), "slingshots announced", note
+        )
 
     return judge
 

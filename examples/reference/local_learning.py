@@ -1,9 +1,9 @@
-"""The local learning coefficient by Langevin sampling, held against models where it is known.
+"""Estimate the local learning coefficient by Langevin sampling, and calibrate on models where it is known.
 
-λ̂ = nβ (E[L(w)] − L(w*)), the mean over a chain that samples exp(−nβ L(w) − γ/2 ‖w − w*‖²) around w*, with
-β = 1/ln n (Watanabe 2013; Lau et al. 2023, arXiv 2308.12108).  devinterp 2.0, which would do it, installs
-beside this torch, but its sampler takes a HuggingFace data set of token ids and a loss per token: language
-models only.  So these are our own forty lines, and they are calibrated first.
+λ̂ = nβ (E[L(w)] − L(w*)), the mean over a chain that samples exp(−nβ L(w) − γ/2 ‖w − w*‖²) around w*, with β
+= 1/ln n (Watanabe 2013; Lau et al. 2023, arXiv 2308.12108). devinterp 2.0 has such a sampler, and installs
+beside this torch. But it accepts only language models: a HuggingFace data set of token ids and a loss per
+token. Hence these forty lines of our own, with a calibration.
 """
 
 from __future__ import annotations
@@ -19,7 +19,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Sampler:
-    """``step``: Langevin step size ε times nβ (so that it means the same for every n); ``pull``: γ."""
+    """Hold the settings of a sampler, and estimate with them.
+
+    ``step``: Langevin step size ε times nβ, so that it means the same for every n; ``pull``: γ.
+    """
 
     step: float = 1e-3
     pull: float = 1.0
@@ -28,7 +31,7 @@ class Sampler:
     chains: int = 4
 
     def estimate(self, loss: Callable[[Tensor], Tensor], at: Tensor, rows: int, seed: int = 0) -> float:
-        """λ̂ at ``at`` [P]. ``loss`` maps weights [C, P] of C chains to their mean losses [C]."""
+        """Return λ̂ at ``at`` [P]; ``loss`` maps weights [C, P] of C chains to their mean losses [C]."""
         n_beta = rows / math.log(rows)
         generator = torch.Generator().manual_seed(seed)
         start = at.detach().repeat(self.chains, 1)
@@ -53,7 +56,7 @@ class Sampler:
 
 
 def regular(d: int, rows: int, seed: int) -> tuple[Callable[[Tensor], Tensor], Tensor, float]:
-    """Linear regression with d weights: (loss, minimum, λ = d/2)."""
+    """Return linear regression with d weights: (loss, minimum, λ = d/2)."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, d, generator=generator, dtype=torch.float64)
     y = torch.randn(rows, generator=generator, dtype=torch.float64)
@@ -64,9 +67,10 @@ def regular(d: int, rows: int, seed: int) -> tuple[Callable[[Tensor], Tensor], T
 def reduced_rank(
     outer: int, inner: int, rank: int, rows: int, seed: int
 ) -> tuple[Callable[[Tensor], Tensor], Tensor, float]:
-    """Two-layer linear network ``outer → inner → outer`` that teaches itself a matrix of this rank.
+    """Return a two-layer linear network ``outer → inner → outer`` that fits a matrix of the given rank.
 
-    (loss, a minimum, λ of Aoyagi and Watanabe 2005, case 1).  Raises ValueError outside that case.
+    The result is (loss, a minimum, λ of Aoyagi and Watanabe 2005, case 1). Raises ValueError outside that
+    case.
     """
     if not inner + rank <= 2 * outer:
         raise ValueError(f"λ is that of 'case 1' only: inner + rank = {inner + rank} > {2 * outer}.")
@@ -77,7 +81,7 @@ def reduced_rank(
     for index in range(rank):
         left[index, index] = right[index, index] = 1.0
     target = x @ (left @ right)
-    # The noise cancels out of L(w) − L(w*) in expectation; without it the coefficient is the same.
+    # The noise cancels out of L(w) − L(w*) in expectation, so it is left out: the coefficient is the same.
 
     def loss(w: Tensor) -> Tensor:
         a, b = (
@@ -93,7 +97,7 @@ def reduced_rank(
 
 
 def calibration(sampler: Sampler, rows: int, seed: int) -> list[dict[str, Any]]:
-    """λ̂ and λ for models from regular to singular."""
+    """Return λ̂ and λ for models from regular to singular."""
     models = {
         "regular, 5 weights": regular(5, rows, seed),
         "regular, 20 weights": regular(20, rows, seed),

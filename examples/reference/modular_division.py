@@ -1,8 +1,9 @@
-"""Modular division, where rounding makes the slingshots (Liu, Cao, Li, Zhou 2026, arXiv 2605.06152).
+"""Test modular division, where rounding causes slingshots (Liu, Cao, Li, Zhou 2026, arXiv 2605.06152).
 
-An MLP and a transformer learn a/b mod p with Adam and without decay.  Late in training the correct class's
-gradient is rounded away, the zero-sum over classes breaks, classifier mean and feature mean push each other,
-and the loss jumps by orders of magnitude.  Each arm takes one suspected cause away or adds one.
+An MLP and a transformer learn a/b mod p with Adam and without decay. Late in training the correct class's
+gradient is rounded to zero, and the zero-sum over classes breaks. Then the classifier mean and the feature
+mean amplify each other, and the loss jumps by orders of magnitude. Each arm removes one suspected cause or
+adds one.
 
     python -m examples.reference.modular_division                        # p = 23, minutes
     python -m examples.reference.modular_division --preset paper --device cuda
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: imports start at the root of the checkout
+if not __package__:  # run as a script: import from the root of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
@@ -34,7 +35,7 @@ from nfi_monitor.remedies import zero_sum_cross_entropy
 
 WARM_UP = 10
 ADAM_STEPS = 100_000
-"""At most, before gradient descent takes over."""
+"""Maximum number of Adam steps before gradient descent begins."""
 
 
 def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Training:
@@ -114,7 +115,7 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
 
 
 class Loss:
-    """Cross-entropy, with what an arm does between the logits and it."""
+    """Compute the cross-entropy, after the arm's change of the logits."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.dtype = getattr(torch, config.get("loss_dtype", "float32"))
@@ -127,7 +128,7 @@ class Loss:
     def __call__(self, logits: Tensor, target: Tensor) -> Tensor:
         if self.project:
             logits.register_hook(lambda grad: grad - grad.mean(-1, keepdim=True))
-        if self.clamp is not None:  # nothing underflows to probability 0 any more
+        if self.clamp is not None:  # no probability underflows to 0
             logits = torch.maximum(logits, logits.detach().amax(-1, keepdim=True) - self.clamp)
         if logits.dtype is not torch.float64:
             logits = logits.to(self.dtype)
@@ -142,12 +143,15 @@ def _adam(model: nn.Module, config: Mapping[str, Any]) -> torch.optim.Optimizer:
     kind = torch.optim.AdamW if decay else torch.optim.Adam
     return kind(
         model.parameters(), lr=config["lr"], betas=(0.9, config["beta2"]), eps=config.get("eps", 1e-8),
-        weight_decay=decay, fused=True,  # a step this small is mostly the overhead of its kernels
+        weight_decay=decay, fused=True,  # kernel launches dominate a step this small
     )  # fmt: skip
 
 
 def _until_zero_loss(model: nn.Module, x: Tensor, y: Tensor, config: Mapping[str, Any]) -> None:
-    """Adam until the loss of a share of the rows is exactly 0. Raises RuntimeError if that never happens."""
+    """Train with Adam until a share of the rows has a loss of exactly 0.
+
+    Raises RuntimeError if that never happens.
+    """
     optimizer = _adam(model, config)
     for step in range(ADAM_STEPS):
         optimizer.param_groups[0]["lr"] = config["lr"] * min(1.0, (step + 1) / WARM_UP)
@@ -164,7 +168,7 @@ def _until_zero_loss(model: nn.Module, x: Tensor, y: Tensor, config: Mapping[str
 
 
 def _effective_rates(optimizer: torch.optim.Optimizer, model: MLP) -> dict[str, float]:
-    """lr / (median sqrt(v̂) + ε_A) of the head's weight and of the last hidden layer's."""
+    """Return lr / (median sqrt(v̂) + ε_A) of the weights of the head and of the last hidden layer."""
     group = optimizer.param_groups[0]
     found = {}
     for name, weight in (("head_rate", model.head.weight), ("hidden_rate", model.last[0].weight)):
@@ -185,7 +189,7 @@ def finish(record: Record) -> dict[str, Any]:
 # --- the arms ------------------------------------------------------------------------------------------
 
 ARMS = (
-    # Looking at the updates is no part of the training: "update_log" makes no other arm.
+    # The update log does not change the training, so "update_log" does not make another arm.
     Variant("mlp-float32", "MLP, everything in float32", "mlp", {"update_log": True}),
     Variant("mlp-float64-model", "parameters and loss in float64", "mlp", {"dtype": "float64"}),
     Variant("mlp-float64-loss", "float64 from the logits to the loss", "mlp", {"loss_dtype": "float64"}),
@@ -225,9 +229,9 @@ ARMS = (
 _SEEDS = (0, 1, 2)
 _MAIN, _REST, _ONE = Plan(1_500, _SEEDS), Plan(1_500, _SEEDS[:2]), Plan(1_500, _SEEDS[:1])
 _TRANSFORMER, _TWO_LAYERS = Plan(1_200, _SEEDS[:2]), Plan(600, _SEEDS[:1])
-# One layer inflates its features; two without LayerNorm slingshot at the same precision before they do.
+# One layer inflates its features; two without LayerNorm slingshot at the same precision before that.
 _TINY = {"model": "transformer", "p": 17, "width": 64, "heads": 4, "lr": 1e-3, "beta2": 0.95, "every": 4}
-# Liu et al. train on seed 42; two more say how much of it is luck.
+# Liu et al. train on seed 42; two more seeds show the variation.
 _LONG = Plan(100_000, (42, 43, 44))
 _ADAM = {"lr": 1e-3, "beta2": 0.999, "batch": 512, "descent_lr": 1e5, "zero_share": 0.9, "measure_every": 100}
 PRESETS = (

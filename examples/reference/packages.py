@@ -1,4 +1,4 @@
-"""Packages that only the studies need: imported where they are used, asked for by name where missing."""
+"""Import packages that only the studies need, where they are used; name a missing one in the error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from examples.reference.results import StudyError
 
 
 def require(module: str, purpose: str) -> Any:
-    """The imported module. Raises StudyError with the line that installs it.
+    """Import and return the module. Raises StudyError with the command that installs it.
 
     ``purpose`` ends the sentence "X is needed for …".
     """

@@ -1,4 +1,4 @@
-"""Many calls over processes, or over a Ray cluster, with joblib: results in the order in which they come."""
+"""Run many calls on processes, or on a Ray cluster, with joblib; yield results as they arrive."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 
 class BackendError(RuntimeError):
-    """A backend whose package is not installed; says what to install."""
+    """Report a backend whose package is not installed, and what to install."""
 
 
 def as_completed(calls: Iterable[Any], *, jobs: int, backend: str = "loky") -> Iterator[Any]:
-    """Results of joblib's ``delayed(function)(...)`` objects, in any order.
+    """Yield results of joblib's ``delayed(function)(...)`` objects, in any order.
 
-    ``backend="ray"``: on the cluster that ``RAY_ADDRESS`` names, or on this machine; its results come all at
-    the end, because Ray's joblib backend cannot hand them over one by one.
+    ``backend="ray"`` uses the cluster that ``RAY_ADDRESS`` names, or this machine. Its results all come at
+    the end, because Ray's joblib backend cannot return them one by one.
     """
     try:
         from joblib import Parallel, parallel_config

@@ -1,9 +1,10 @@
-"""k-sparse parity, where hinge loss and cross-entropy slingshot for different reasons (W. Wu 2024).
+"""Test k-sparse parity, where hinge loss and cross-entropy slingshot for different reasons (W. Wu 2024).
 
-40 random bits, the label is the parity of 3 of them, one hidden ReLU layer of width 128, AdamW at lr 1e-2 and
-otherwise as it comes.  Under hinge loss the gradient vanishes, weight decay pulls the weights back over the
-margin, and what meets them there is a second moment that has let go: precision plays no part.  Under
-cross-entropy it is rounding.
+The input is 40 random bits; the label is the parity of 3 of them. The network has one hidden ReLU layer of
+width 128, trained by AdamW at lr 1e-2 with torch's other defaults. Under hinge loss the gradient vanishes,
+and the second moment decays towards zero. Weight decay then pulls the outputs back below the margin. The
+gradient returns, and Adam divides it by the decayed second moment: the step is too large. Precision plays no
+part. Under cross-entropy the cause is rounding.
 
     python -m examples.reference.parity
     python -m examples.reference.parity --preset paper --jobs 16       # 100 runs of each loss
@@ -17,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-if not __package__:  # run as a script: imports start at the root of the checkout
+if not __package__:  # run as a script: import from the root of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 import torch
@@ -34,18 +35,21 @@ from nfi_monitor import Monitor
 
 
 def parity(rows: int, bits: int, relevant: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """``(bits [rows, bits] as 0.0/1.0, XOR of the first ``relevant`` [rows])``; whichever those are."""
+    """Return ``(bits [rows, bits] as 0.0/1.0, XOR of the first ``relevant`` [rows])``.
+
+    The choice of the relevant bits makes no difference.
+    """
     values = torch.randint(0, 2, (rows, bits), generator=generator)
     return values.float(), values[:, :relevant].sum(1) % 2
 
 
 def hinge(output: Tensor, label: Tensor) -> Tensor:
-    """max(0, 1 − y·ŷ) with y = ±1: exactly 0, gradient and all, past the margin."""
+    """Return max(0, 1 − y·ŷ) with y = ±1; loss and gradient are exactly 0 past the margin."""
     return F.relu(1 - (2 * label - 1) * output.squeeze(-1)).mean()
 
 
 class Net(nn.Sequential):
-    """bits → width, ReLU → 1 or 2 columns."""
+    """Map bits to ``width`` ReLU units, then to 1 or 2 columns."""
 
     def __init__(self, bits: int, width: int, columns: int) -> None:
         super().__init__()
@@ -63,8 +67,8 @@ def loss_of(config: Mapping[str, Any], output: Tensor, label: Tensor) -> Tensor:
 
 
 def make_optimizer(config: Mapping[str, Any], model: nn.Module) -> torch.optim.Optimizer:
-    """``weight_decay`` 0 is Adam: AdamW without decay is the same algorithm."""
-    # Fused: a step this small is mostly the overhead of a dozen kernels.
+    """Make AdamW; ``weight_decay`` 0 is Adam, because AdamW without decay is the same algorithm."""
+    # Fused: the launches of a dozen kernels dominate a step this small.
     return torch.optim.AdamW(
         model.parameters(), lr=config["lr"], betas=(0.9, config["beta2"]),
         weight_decay=config["weight_decay"], fused=True,
@@ -97,7 +101,7 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
         return loss.detach()
 
     def test_loss(network: nn.Module) -> Tensor:
-        # In float64 from the logits on: near 0 a float32 cross-entropy is as coarse as what is looked for.
+        # Float64 from the logits on: near 0 a float32 cross-entropy is as coarse as the values of interest.
         return loss_of({"loss": config["loss"]}, network(test_x).double(), test_y)
 
     def measure(step: int) -> dict[str, float]:
@@ -121,7 +125,7 @@ def build(config: Mapping[str, Any], seed: int, device: torch.device) -> Trainin
 
 
 def forget(optimizer: torch.optim.Optimizer, what: str) -> None:
-    """Reset AdamW: "state" forgets both moments, "count" only the number of steps of the bias correction."""
+    """Reset AdamW: "state" zeroes both moments, "count" only the step count of the bias correction."""
     if what == "state":
         optimizer.state.clear()
         return
@@ -129,11 +133,11 @@ def forget(optimizer: torch.optim.Optimizer, what: str) -> None:
         state["step"].zero_()
 
 
-# --- what is no training ------------------------------------------------------------------------------
+# --- computations without training --------------------------------------------------------------------
 
 
 def samplers(config: Mapping[str, Any]) -> dict[str, Sampler]:
-    """By their step and pull, since what they find depends on both; the first is the one to go by."""
+    """Return the samplers by step and pull, which affect their estimates; the first one is the reference."""
     return {
         f"step {step:g}, pull {pull:g}": Sampler(step=step, pull=pull, **config["chains"])
         for step, pull in config["samplers"]
@@ -141,19 +145,19 @@ def samplers(config: Mapping[str, Any]) -> dict[str, Sampler]:
 
 
 def calibrate(config: Mapping[str, Any], seed: int, device: torch.device, run_dir: Path) -> dict[str, Any]:
-    """Each sampler on models whose coefficient is known."""
+    """Run each sampler on models whose coefficient is known."""
     return {name: calibration(sampler, config["rows"], seed) for name, sampler in samplers(config).items()}
 
 
 def kick(config: Mapping[str, Any], seed: int, device: torch.device, run_dir: Path) -> dict[str, Any]:
-    """torch's own AdamW on one weight: a gradient that stays the same after ``silence`` steps without any."""
+    """Measure torch's AdamW on one weight: a constant gradient after ``silence`` steps without any."""
     found = {}
     for beta2 in (0.999, 0.99):
         weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
         optimizer = torch.optim.AdamW([weight], lr=1.0, betas=(0.9, beta2), eps=1e-30, weight_decay=0.0)
         weight.grad = torch.zeros_like(weight)
         optimizer.step()
-        # Steps with a gradient of 0 leave both moments at 0: only their count has to be made up.
+        # Steps with a gradient of 0 leave both moments at 0, so it is enough to set their count.
         optimizer.state[weight]["step"].fill_(config["silence"])
         sizes = []
         for _ in range(config["aligned"]):
@@ -169,7 +173,7 @@ def kick(config: Mapping[str, Any], seed: int, device: torch.device, run_dir: Pa
 
 HINGE, CE = {"loss": "hinge"}, {"loss": "cross_entropy"}
 ARMS = (
-    # Looking at what lies around its slingshots is no part of the training: "kept" makes no other arm.
+    # Keeping states around slingshots does not change the training, so "kept" does not make another arm.
     Variant("hinge-float32", "hinge loss, AdamW, float32", "hinge", {"kept": 4}),
     Variant("hinge-float64-model", "parameters and loss in float64", "hinge", {"dtype": "float64"}),
     Variant("hinge-float64-loss", "float64 from the output to the loss", "hinge", {"loss_dtype": "float64"}),
@@ -190,7 +194,8 @@ ARMS = (
 
 _WU = {"bits": 40, "relevant": 3, "rows": 1_000, "test_rows": 2_000, "width": 128, "lr": 1e-2, "beta2": 0.999,
        "weight_decay": 1e-2, "kept": 0, "jumps": 4, "every": "auto"}  # fmt: skip
-# Steps are as long as stay stable, pulls from one that hardly confines to one that hides what is flat.
+# The steps are the longest stable ones. The pulls go from almost no confinement to one that hides flat
+# directions.
 _SAMPLERS = {"samplers": [[0.03, 1.0], [0.003, 1.0], [0.03, 100.0], [0.01, 1_000.0]]}
 _SHORT = {**_SAMPLERS, "chains": {"draws": 120, "burn_in": 60, "chains": 2}}
 _CHAINS = {**_SAMPLERS, "chains": {"draws": 600, "burn_in": 300, "chains": 4}}

@@ -1,4 +1,4 @@
-"""What is made of the states around each slingshot, after the run: test loss, jumps, resets, complexity."""
+"""Analyse the states around each slingshot after the run: test loss, jumps, resets, complexity."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from examples.reference.slingshot_log import EARLY, LOW, Continuation, MakeOptim
 from examples.reference.training import Record
 
 HORIZON = 150
-"""Steps that a continuation gets."""
+"""Steps of each continuation."""
 TINY = 1e-300
-"""Stands for a test loss of exactly 0, which has no logarithm."""
+"""Replaces a test loss of exactly 0, which has no logarithm."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What the continuations need to know of the training."""
+    """Hold what the continuations need of the training."""
 
     loss: Callable[[nn.Module], Tensor]
     test_loss: Callable[[nn.Module], Tensor]
@@ -41,7 +41,7 @@ class Task:
 
 
 def after(task: Task, record: Record) -> dict[str, Any]:
-    """The values of a run; ``record.training.model`` itself is not touched."""
+    """Return the values of a run; ``record.training.model`` itself does not change."""
     model = copy.deepcopy(record.training.model)
     on = Continuation(model, task.make_optimizer, task.loss)
     kept = [_around(task, on, item, index + 10 * record.seed) for index, item in enumerate(task.log.kept)]
@@ -53,7 +53,7 @@ def after(task: Task, record: Record) -> dict[str, Any]:
 
 
 def _test_loss_intervals(record: Record) -> dict[str, list[float]]:
-    """Log ratios of test loss, after over before."""
+    """Return log ratios of test loss, after over before."""
     steps, test = record.series["test_loss"]
     logs = np.log(np.maximum(test, TINY))
     closed = [(first, end) for first, end, _ in episodes(record.loss) if end is not None]
@@ -87,8 +87,8 @@ def _around(task: Task, on: Continuation, item: Mapping[str, Any], seed: int) ->
         found[f"jump_{name}"] = [ratio for ratio in jumped if ratio is not None]
         found[f"jump_{name}_lost"] = sum(ratio is None for ratio in jumped)
     if task.samplers:
-        # At the edges of a slingshot the loss has no minimum to sample around: before it begins, and once the
-        # training has settled again.
+        # Sample before the slingshot begins and after training has settled. At the edges of a slingshot the
+        # loss has no minimum to sample around.
         on.train(on.begin(item["after"]), HORIZON)
         settled = torch.cat([p.detach().reshape(-1) for p in on.model.parameters()])
         found["coefficients"] = {
@@ -107,7 +107,10 @@ def _test(task: Task, on: Continuation, state: Mapping[str, Any]) -> float:
 
 
 def _kick(task: Task, item: Mapping[str, Any]) -> dict[str, float]:
-    """The optimizer's part of the updates, in units of lr, on the way out: a settled Adam takes at most 1."""
+    """Return the optimizer's part of the updates on the way out, in units of lr.
+
+    A settled Adam takes at most 1.
+    """
     state, largest, alignment = item["early"]["weights"], [], []
     earlier = None
     for update in item["updates"]:
@@ -124,7 +127,7 @@ def _kick(task: Task, item: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _resets(on: Continuation, item: Mapping[str, Any]) -> dict[str, float]:
-    """Highest loss of the steps that follow the early state, as it was and with a reset."""
+    """Return the highest loss of the steps after the early state, without a reset and with each reset."""
     return {
         name: max(on.train(on.begin(item["early"], reset), HORIZON))
         for name, reset in (("as_it_was", ""), ("state", "state"), ("count", "count"))
@@ -134,7 +137,7 @@ def _resets(on: Continuation, item: Mapping[str, Any]) -> dict[str, float]:
 def _jumped(
     task: Task, on: Continuation, item: Mapping[str, Any], weights: Tensor, test_before: float
 ) -> float | None:
-    """Log ratio of test loss once the loss is below 1e-2 again; None if it does not get there in time."""
+    """Return the log ratio of test loss once the loss is below 1e-2 again; None if that takes too long."""
     optimizer = on.begin({**item["before"], "weights": weights})
     losses = on.train(optimizer, 4 * HORIZON, until=lambda loss: loss < LOW)
     if losses[-1] >= LOW:
@@ -144,7 +147,7 @@ def _jumped(
 
 
 def _coefficient(sampler: Sampler, task: Task, model: nn.Module, weights: Tensor, seed: int) -> float:
-    """λ̂ of the training loss around these weights, in float64."""
+    """Return λ̂ of the training loss around these weights, in float64."""
     names = [name for name, _ in model.named_parameters()]
     shapes = [p.shape for p in model.parameters()]
     sizes = [p.numel() for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""What W. Wu (2024) and Liu et al. (2026) say of sparse parity, and how the results are held against it."""
+"""Judge the claims of W. Wu (2024) and Liu et al. (2026) about sparse parity."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def figure(results: Results, path: Path) -> None:
 
 
 def smaller(results: Results) -> Judgement:
-    """Peaks of the loss with β2 .99, and with .999."""
+    """Compare the peaks of the loss with β2 .99 and with .999."""
     runs, base = results["hinge-beta2-.99"], results["hinge-float32"]
     typical = float(np.median([peak for run in base for *_, peak in run.episodes] or [math.nan]))
     if math.isnan(typical):
@@ -51,7 +51,7 @@ def smaller(results: Results) -> Judgement:
 
 
 def reset(what: str) -> Callable[[Results], Judgement]:
-    """The highest loss after a reset 20 steps before, over what it was without."""
+    """Divide the highest loss after a reset 20 steps before by the highest loss without a reset."""
 
     def judge(results: Results) -> Judgement:
         runs = results["hinge-float32"]
@@ -64,7 +64,10 @@ def reset(what: str) -> Callable[[Results], Judgement]:
 
 
 def falls(arm: str) -> Callable[[Results], Judgement]:
-    """Log ratio of test loss across slingshots less that of quiet stretches: nested by run, with Mood's p."""
+    """Compare log ratios of test loss across slingshots with those of quiet stretches.
+
+    The estimate is the difference, nested by run, with the p-value of Mood's test.
+    """
 
     def judge(results: Results) -> Judgement:
         runs = [run for run in results[arm] if run.values["intervals"]["slingshot"]]
@@ -92,7 +95,10 @@ def _mood(one: list[float], other: list[float]) -> str:
 
 
 def jumps(kind: str) -> Callable[[Results], Judgement]:
-    """Log ratio of test loss across a slingshot less the median of jumps of its size from its start."""
+    """Compare log ratios of test loss: a slingshot's less the median of random jumps from its start.
+
+    The jumps have the slingshot's size.
+    """
 
     def judge(results: Results) -> Judgement:
         groups, lost = [], 0
@@ -120,10 +126,11 @@ def outward(results: Results) -> Judgement:
 
 
 def simpler(results: Results) -> Judgement:
-    """Log ratio of λ̂, after over before, by each sampler that stays where a coefficient can be.
+    """Judge the log ratio of λ̂, after over before, by each sampler with possible estimates.
 
-    No coefficient exceeds half of the number of weights (Watanabe 2009); a sampler that says so has left the
-    neighbourhood.  The claim is decided only if all the others decide it alike.
+    No coefficient exceeds half of the number of weights (Watanabe 2009). A sampler with an estimate
+    outside (0, that limit) has left the neighbourhood and does not count. The claim is
+    decided only if all the others agree.
     """
     runs = [run for run in results["ce-float32"] if run.values["kept"]]
     if not runs:
@@ -144,7 +151,7 @@ def simpler(results: Results) -> Judgement:
 
 
 def _weights(run: Result) -> int:
-    """Of the network: both layers with their biases."""
+    """Return the number of weights of the network: both layers with their biases."""
     config = run.config
     columns = 1 if config["loss"] == "hinge" else 2
     return int(config["width"] * (config["bits"] + 1) + columns * (config["width"] + 1))
@@ -158,7 +165,7 @@ def _kept(results: Results, arm: str) -> list[dict[str, float]]:
 
 
 def calibrated(results: Results) -> Judgement:
-    """Worst relative error of the first sampler; the interval is that of all samplers."""
+    """Return the worst relative error of the first sampler; the interval is that of all samplers."""
     runs = results["calibration"]
     errors = {
         name: max(abs(item["estimate"] / item["known"] - 1) for run in runs for item in run.values[name])
@@ -182,7 +189,7 @@ def first_kick(results: Results) -> Judgement:
 
 
 def aligned(results: Results) -> Judgement:
-    """Exponent of the kick's size over the number of aligned steps; local slopes as its interval."""
+    """Fit the exponent of the kick's size over the aligned steps; local slopes give the interval."""
     sizes = np.array(results["kick"][0].values["kicks"]["0.999"][:10])
     steps = np.arange(1, len(sizes) + 1)
     local = np.diff(np.log(sizes)) / np.diff(np.log(steps))
@@ -201,7 +208,7 @@ def kick_in_training(results: Results) -> Judgement:
 
 
 def named(arm: str, mechanism: str) -> Callable[[Results], Judgement]:
-    """The share of slingshots for which the monitor names this mechanism."""
+    """Return the share of slingshots for which the monitor names this mechanism."""
 
     def judge(results: Results) -> Judgement:
         every = [s for run in results[arm] for s in run.slingshots]

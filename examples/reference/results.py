@@ -1,8 +1,8 @@
-"""What a run leaves behind: one small JSON file an arm and seed, from which all numbers are made again.
+"""Read and write the results of runs: one small JSON file per arm and seed.
 
-Tables and figures are drawn from these files and from nothing else, so that whoever has them can check every
-number without training anything.  A file that cannot be read is named and left out; a run that did not begin
-where its pair began is no evidence about the arm, and is named, too.
+Tables and figures come only from these files, so anyone who has them can check every number without training.
+A file that cannot be read is left out and reported. So is a run whose data or initial weights differ from its
+pair's: it is no evidence about the arm.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from nfi_monitor.types import Thresholds
 RESULTS = Path(__file__).parent / "results"
 RUNS = Path("runs") / "reference"
 BINS = 400
-"""Of a stored series; each keeps its smallest and its largest value."""
+"""Bins of a stored series; each keeps its smallest and its largest value."""
 
 Series = dict[str, tuple["np.ndarray[Any, Any]", "np.ndarray[Any, Any]"]]
 
 
 class StudyError(Exception):
-    """What a person has to do before the study can run, in one line."""
+    """Tell the user in one line what the study needs before it can run."""
 
 
 class NotTested(Exception):
-    """The results at hand do not bear on a claim; the message says what is missing."""
+    """Report that the results do not decide a claim; the message says what is missing."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run of one arm."""
+    """Hold one run of one arm."""
 
     study: str
     preset: str
@@ -54,13 +54,13 @@ class Result:
     config: dict[str, Any]
     steps: int
     slingshots: list[dict[str, Any]]
-    """The monitor's, as its summary lists them: start, end, at_risk_lead, imminent_lead, mechanism, …"""
+    """The slingshots of the monitor's summary: start, end, at_risk_lead, imminent_lead, mechanism, …"""
     episodes: list[tuple[int, int | None, float]]
     """Wu's slingshot intervals in the loss of every step: (first step, first step after it or None, peak)."""
     alerts: list[Alert]
     loss_final: float | None
     values: dict[str, Any]
-    """What the study measured besides."""
+    """Further measurements of the study."""
     start: dict[str, str] = field(default_factory=dict)
     """Tensor of the model → digest of its initial value in float32."""
     data: str = ""
@@ -71,12 +71,12 @@ class Result:
 
     @property
     def announced(self) -> list[dict[str, Any]]:
-        """The slingshots before which an alert began."""
+        """Return the slingshots before which an alert began."""
         return [s for s in self.slingshots if (s["at_risk_lead"] or 0) > 0 or (s["imminent_lead"] or 0) > 0]
 
     @cached_property
     def series(self) -> Series:
-        """Name → (steps int64, values float32), thinned; empty for runs that no figure shows."""
+        """Return name → (steps int64, values float32), thinned; empty for runs that no figure shows."""
         if self.path is None or not (stored := self.path.with_suffix(".npz")).exists():
             return {}
         with np.load(stored) as arrays:
@@ -90,7 +90,7 @@ class Result:
 
     @classmethod
     def read(cls, path: Path) -> Result:
-        """Raises OSError, ValueError, KeyError or TypeError for a file that is not a whole result."""
+        """Read one result. Raises OSError, ValueError, KeyError or TypeError for an incomplete file."""
         record = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(record, dict):
             raise ValueError("it holds no object")
@@ -109,7 +109,10 @@ class Result:
 
 
 def _short(alert: Alert) -> dict[str, Any]:
-    """Without the advice, which follows from the rest; evidence to four digits: these files are committed."""
+    """Return the alert without its advice, and with evidence to four digits, for the result file.
+
+    The advice follows from the rest, and short files suit version control.
+    """
     record = alert.to_json()
     record["advice"] = []
     record["evidence"] = {
@@ -125,18 +128,18 @@ def _short(alert: Alert) -> dict[str, Any]:
 
 
 class Results:
-    """The results of one preset of one study. ``results["arm"]`` → its runs by seed."""
+    """Hold the results of one preset of one study; ``results["arm"]`` returns its runs by seed."""
 
     def __init__(self, runs: Iterable[Result], problems: Iterable[str] = ()) -> None:
         self.problems = list(problems)
-        """What was left out, and why: one line each."""
+        """What was left out and why, one line each."""
         self._by_arm: dict[str, list[Result]] = defaultdict(list)
         for run in sorted(_paired(list(runs), self.problems), key=lambda run: run.seed):
             self._by_arm[run.arm].append(run)
 
     @classmethod
     def load(cls, directory: Path) -> Results:
-        """Everything in the directory of a preset; nothing if there is none."""
+        """Load all results in the directory of a preset; none if it does not exist."""
         runs, problems = [], []
         for path in sorted(directory.glob("*.json")):
             try:
@@ -164,7 +167,7 @@ class Results:
         return list(self._by_arm)
 
     def pairs(self, one: str, other: str) -> list[tuple[Result, Result]]:
-        """Runs of two arms with the same seed."""
+        """Return the runs of two arms with the same seed."""
         others = {run.seed: run for run in self[other]}
         found = [(run, others[run.seed]) for run in self[one] if run.seed in others]
         if not found:
@@ -179,9 +182,9 @@ def _what(error: Exception) -> str:
 
 
 def _paired(runs: list[Result], problems: list[str]) -> list[Result]:
-    """Without those whose data or initial weights differ from their pair's, tensor by tensor.
+    """Return the runs whose data and initial weights equal their pair's, tensor by tensor.
 
-    The reference is what most of a pair's runs have.  An arm may add tensors of its own or lack some.
+    The reference is what most of a pair's runs have. An arm may add tensors of its own or lack some.
     """
     kept = []
     votes: dict[tuple[str, int, str], dict[str, int]] = defaultdict(lambda: defaultdict(int))
@@ -207,16 +210,16 @@ def _began(run: Result) -> dict[str, str]:
     return {**run.start, **({"the data": run.data} if run.data else {})}
 
 
-# --- what goes into a result --------------------------------------------------------------------------
+# --- parts of a result --------------------------------------------------------------------------------
 
 
 def fingerprint(model: torch.nn.Module) -> dict[str, str]:
-    """Name → digest of shape and value in float32: the same for a model that was then cast to float64."""
+    """Return name → digest of shape and float32 value; a later cast to float64 does not change it."""
     return {name: digest(value.float()) for name, value in model.state_dict().items()}
 
 
 def digest(*tensors: Tensor) -> str:
-    """Eight hexadecimal digits of what the tensors hold."""
+    """Return eight hexadecimal digits that identify the tensors' values."""
     sha = hashlib.sha256()
     for tensor in tensors:
         array = tensor.detach().cpu().contiguous()
@@ -228,10 +231,11 @@ def digest(*tensors: Tensor) -> str:
 def episodes(
     loss: np.ndarray[Any, Any], low: float = Thresholds.spike_low, high: float = Thresholds.spike_high
 ) -> list[tuple[int, int | None, float]]:
-    """W. Wu's slingshot intervals (2024, footnote 6) in a loss per step, steps counted from 1.
+    """Return W. Wu's slingshot intervals (2024, footnote 6) of a loss per step; steps count from 1.
 
-    One begins when the loss, having been below ``low``, exceeds ``high`` and ends when it is below ``low``
-    again: ``(first step, first step after it, highest loss)``; the second is None if the run ends before.
+    An interval begins when the loss was below ``low`` and then exceeds ``high``. It ends when the loss is
+    below ``low`` again. Each is ``(first step, first step after it, highest loss)``; the second is None if
+    the run ends before.
     """
     found: list[tuple[int, int | None, float]] = []
     was_low, start = False, 0
@@ -251,7 +255,10 @@ def episodes(
 
 
 def write(result: Result, directory: Path, series: Mapping[str, Any] | None = None) -> Path:
-    """``ARM-SEED.json``, with ``.npz`` beside it where there are series; the json comes last and counts."""
+    """Write ``ARM-SEED.json``, after ``.npz`` beside it if there are series.
+
+    The JSON file is written last: without it there is no result.
+    """
     path = directory / result.file_name
     directory.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".npz")
@@ -270,7 +277,7 @@ def write(result: Result, directory: Path, series: Mapping[str, Any] | None = No
 
 
 def _one_key_a_line(text: str) -> str:
-    """Compact JSON, but with a line for each top-level key: small, and a change shows in a diff."""
+    """Return compact JSON with one line per top-level key: small, and changes show in a diff."""
     record = json.loads(text)
     lines = (
         f"{json.dumps(key)}: {json.dumps(value, separators=(',', ':'), ensure_ascii=False)}"
@@ -280,9 +287,9 @@ def _one_key_a_line(text: str) -> str:
 
 
 def atomically(path: Path, fill: Callable[[IO[bytes]], Any]) -> None:
-    """Write under another name, then rename: whoever is interrupted leaves the old file or the new one."""
+    """Write to a temporary name, then rename: an interruption leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Not tempfile's: those are readable by their owner alone, and result files are there to be shared.
+    # Not tempfile's names: only the owner can read those files, and result files are shared.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with temporary.open("wb") as file:

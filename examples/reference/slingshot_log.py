@@ -1,8 +1,8 @@
-"""The states around each slingshot, and what would have become of them otherwise.
+"""Keep the states around each slingshot, and continue training from them in other ways.
 
-That a slingshot begins is known only when the loss has risen; the last states are therefore kept in a ring
-and put aside then.  After the run they are the starting points of short continuations that differ in one
-thing: the optimizer's memory reset, or a random jump of the slingshot's own size in its place.
+A slingshot is detected only after the loss has risen. So a ring buffer holds the most recent states, and a
+slingshot's start copies them. After the run, short continuations start from these states. Each differs in one
+thing: a reset of the optimizer's memory, or a random jump of the slingshot's size in its place.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from nfi_monitor.types import Thresholds
 
 RING = 48
-"""Steps before the loss has risen that can still be gone back to."""
+"""Number of recent states in the ring buffer, one per step."""
 EARLY = 20
-"""Steps before the loss left its floor, from which the continuations with a reset begin."""
+"""Steps before the loss first rose, at which the continuations with a reset begin."""
 LOW, HIGH = Thresholds.spike_low, Thresholds.spike_high
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -27,7 +27,7 @@ LossOf = Callable[[nn.Module], Tensor]
 
 
 class SlingshotLog:
-    """Call :meth:`add` after each optimizer step; all it holds is in its ``state_dict``."""
+    """Record states; call :meth:`add` after each optimizer step. ``state_dict`` holds everything."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, limit: int = 6) -> None:
         self._model, self._optimizer, self._limit = model, optimizer, limit
@@ -38,7 +38,7 @@ class SlingshotLog:
         """Per finished slingshot: start, end, the states *early*, *before*, *after*, the first *updates*."""
 
     def add(self, step: int, loss: float) -> None:
-        """``loss`` is the one that this step's gradient is of: of the weights before it."""
+        """Record a step; ``loss`` belongs to the weights before the step, and to this step's gradient."""
         if not self._limit:
             return
         state = self._state(step, loss)
@@ -54,8 +54,8 @@ class SlingshotLog:
         del self._ring[:-RING]
 
     def _begin(self, step: int) -> None:
-        # The last weights whose loss was below LOW: what the step before the one that measured it left. Where
-        # the loss climbed for longer than the ring remembers, the oldest that EARLY steps can be had before.
+        # Start from the last weights whose loss was below LOW: the state before the one that measured it. If
+        # the loss rose for longer than the ring holds, take the oldest state with EARLY states before it.
         last = max((i for i, s in enumerate(self._ring) if s["loss"] < LOW), default=0)
         before = max(last - 1, EARLY)
         weights = torch.stack([s["weights"] for s in self._ring[before - EARLY :]])
@@ -98,14 +98,17 @@ def _put(flat: Tensor, tensors: Sequence[Tensor]) -> None:
 
 @dataclass
 class Continuation:
-    """Trains on from a kept state. The model is used as it is found and left changed."""
+    """Train on from a recorded state. Uses the model as it is, and changes it."""
 
     model: nn.Module
     make_optimizer: MakeOptimizer
     loss: LossOf
 
     def begin(self, state: Mapping[str, Any], reset: str = "") -> torch.optim.Optimizer:
-        """An optimizer at this state; ``reset``: "state" forgets both moments, "count" the step count."""
+        """Return an optimizer at this state.
+
+        ``reset``: "state" zeroes both moments, "count" the step count.
+        """
         parameters = list(self.model.parameters())
         _put(state["weights"], parameters)
         optimizer = self.make_optimizer(self.model)
@@ -123,7 +126,7 @@ class Continuation:
     def train(
         self, optimizer: torch.optim.Optimizer, steps: int, until: Callable[[float], bool] | None = None
     ) -> list[float]:
-        """Losses before each step; ends early, without the step, where ``until`` holds of the loss."""
+        """Return the losses before each step; end early, before the step, once ``until(loss)`` is true."""
         losses: list[float] = []
         for _ in range(steps):
             optimizer.zero_grad()
@@ -137,7 +140,7 @@ class Continuation:
 
 
 def jump(weights: Tensor, size: Tensor, sizes: Sequence[int], layers: bool, seed: int) -> Tensor:
-    """``weights`` moved in a random direction by ‖``size``‖, or tensor by tensor by each one's own norm."""
+    """Return ``weights`` moved in a random direction by ‖``size``‖, or by each tensor's own norm."""
     generator = torch.Generator().manual_seed(seed)
     direction = torch.randn(len(weights), generator=generator, dtype=torch.float64).to(weights)
     if not layers:

@@ -1,10 +1,10 @@
-"""What a study is made of, and the command line that all of them share.
+"""Define what a study consists of, and the command line that all studies share.
 
-A study is one module with a ``STUDY``: how an arm is built, which arms there are, how long each preset trains
-them on which seeds, what the papers claim and how the results are held against it.  Arms of one *pair* begin
-with the same data and the same weights for the same seed; what differs is the arm's ``options``.
+A study is one module with a ``STUDY``. It says how to build an arm, which arms there are, and how long and on
+which seeds each preset trains them. It also lists the papers' claims and how to judge them. Arms of one
+*pair* begin with the same data and the same weights for the same seed. They differ in the arm's ``options``.
 
-Runs are joblib's jobs; a result on record is not made again, an interrupted one goes on from its checkpoint.
+joblib runs the jobs. A stored result is not computed again; an interrupted run continues from its checkpoint.
 """
 
 from __future__ import annotations
@@ -33,32 +33,32 @@ Compute = Callable[[Config, int, torch.device, Path], Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Variant:
-    """One variant of a training, or a computation that is none."""
+    """Hold one variant of a training, or a computation without training."""
 
     name: str
     what: str
-    """One line for people."""
+    """One-line description for tables."""
     pair: str = ""
     """Arms with the same pair are compared seed by seed; the first of them is the baseline."""
     options: Config = field(default_factory=dict)
-    """What is changed in the pair's configuration: the arm itself."""
+    """Changes to the pair's configuration that define the arm."""
     compute: Compute | None = None
-    """(config, seed, device, run directory) → values, for what is no training loop."""
+    """(config, seed, device, run directory) → values, for a computation without a training loop."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long an arm is trained, and on which seeds."""
+    """Hold the number of steps and the seeds of an arm."""
 
     steps: int
     seeds: tuple[int, ...] = (0,)
     weight: float = 1.0
-    """How long a step takes, beside one of the other arms: those that last longest begin first."""
+    """Cost of a step relative to the other arms'; the runs that take longest begin first."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A scale at which a study can be run."""
+    """Hold a scale at which a study can run."""
 
     name: str
     configs: Mapping[str, Config]
@@ -69,7 +69,7 @@ class Preset:
     """Optimizer steps between checkpoints."""
 
     def changed(self, configs: Mapping[str, Config], checkpoint_every: int | None = None) -> Preset:
-        """The same with some configuration replaced: a study in a smaller form."""
+        """Return a copy with some configurations replaced, for example for a smaller study."""
         merged = {name: {**config, **configs.get(name, {})} for name, config in self.configs.items()}
         return replace(self, configs=merged, checkpoint_every=checkpoint_every or self.checkpoint_every)
 
@@ -79,17 +79,17 @@ class Study:
     name: str
     title: str
     build: Callable[[Config, int, torch.device], Training]
-    """(config, seed, device) → a training; everything random has been seeded before."""
+    """(config, seed, device) → a training; all random generators are seeded before."""
     arms: Sequence[Variant]
     presets: Sequence[Preset]
     claims: Sequence[Claim]
     figure: Callable[[Results, Path], None] | None = None
     series: Sequence[str] = ("loss",)
-    """What is kept for the figure, of ..."""
+    """Series that are stored for the figure, for the arms in ``drawn``."""
     drawn: Sequence[str] = ()
-    """... these arms' first seed."""
+    """Arms whose first seed stores its series."""
     options: Callable[[argparse.ArgumentParser], None] | None = None
-    """Adds command-line options; those that are given go into the configuration of every run."""
+    """Adds command-line options; those in use go into the configuration of every run."""
 
     def arm(self, name: str) -> Variant:
         found: Variant = _named("arm", name, {arm.name: arm for arm in self.arms})
@@ -100,7 +100,7 @@ class Study:
         return found
 
     def config(self, preset: Preset, arm: Variant, options: Config | None = None) -> dict[str, Any]:
-        """The preset's configuration of the arm's pair, the arm's own options, the command line's."""
+        """Merge the configurations of the preset's pair, the arm and the command line; the last wins."""
         base = preset.configs.get(arm.pair or arm.name, {})
         return {**base, **arm.options, **(options or {})}
 
@@ -115,7 +115,7 @@ def _named(kind: str, name: str, known: Mapping[str, Any]) -> Any:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors in one line: the usage of fourteen options would hide what is wrong."""
+    """Print errors in one line: the usage of fourteen options would hide the error."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}\n")
@@ -170,7 +170,7 @@ def parse(study: Study, doc: str | None, argv: Sequence[str] | None) -> argparse
 
 
 def command(name: str, argv: Sequence[str] | None = None) -> int:
-    """Run what is missing of a preset; then the table of runs, the verdicts and the figure."""
+    """Run the missing runs of a preset; then print runs and verdicts, and draw the figure."""
     module = importlib.import_module(f"examples.reference.{name}")
     study: Study = module.STUDY
     args = parse(study, module.__doc__, argv)
@@ -198,7 +198,7 @@ def command(name: str, argv: Sequence[str] | None = None) -> int:
 
 
 def _run_all(study: Study, args: argparse.Namespace, console: Console) -> int:
-    """Make what is not on record; returns how many runs that were."""
+    """Run what has no stored result; return the number of runs."""
     preset: Preset = args.chosen
     wanted = [
         (arm, seed) for arm in args.arms for seed in dict.fromkeys(args.seeds or preset.plans[arm].seeds)
@@ -209,7 +209,7 @@ def _run_all(study: Study, args: argparse.Namespace, console: Console) -> int:
             f"{len(wanted) - len(missing)} of {len(wanted)} runs are on record; --refresh repeats them.",
             highlight=False,
         )
-    # Long runs first: the last one to begin should not be the one to end.
+    # Long runs first, so that no long run starts last.
     missing.sort(key=lambda item: -preset.plans[item[0]].steps * preset.plans[item[0]].weight)
     columns = (
         TextColumn("{task.description}"),
@@ -256,17 +256,17 @@ def _made(
 
 
 def _job(study: str, preset: str, arm: str, seed: int, common: Mapping[str, Any]) -> tuple[str, int, float]:
-    """In a process of its own: the study is found by its name, since its functions do not travel."""
+    """Run one arm and seed in a process; find the study by name, because its functions do not pickle."""
     found = load_study(study)
     result = run_one(found, found.preset(preset), arm, seed, **common)
     return arm, seed, float(result.made["seconds"])
 
 
-# --- what is shown ------------------------------------------------------------------------------------
+# --- output -------------------------------------------------------------------------------------------
 
 
 def draw(study: Study, results: Results, directory: Path) -> str:
-    """Where the figure is, or why there is none."""
+    """Draw the figure; return its path, or why there is none."""
     if study.figure is None:
         return "none"
     path = directory / "figure.png"
@@ -301,15 +301,15 @@ def _plain(text: str) -> str:
 
 
 def run_rows(study: Study, results: Results) -> list[tuple[str, ...]]:
-    """One row an arm: name, what it is, runs × steps, slingshots, of them announced, lead, mechanisms."""
+    """Return one row per arm: name, description, runs × steps, slingshots, announced, lead, mechanisms."""
     rows: list[tuple[str, ...]] = []
     for arm in study.arms:
         if arm.name not in results:
             continue
         runs = results[arm.name]
         every = [s for run in runs for s in run.slingshots]
-        told = [s for run in runs for s in run.announced]
-        leads = sorted(max(s["at_risk_lead"] or 0, s["imminent_lead"] or 0) for s in told)
+        warned = [s for run in runs for s in run.announced]
+        leads = sorted(max(s["at_risk_lead"] or 0, s["imminent_lead"] or 0) for s in warned)
         named = dict.fromkeys(str(s["mechanism"]).replace("_", " ") for s in every)
         rows.append(
             (
@@ -317,7 +317,7 @@ def run_rows(study: Study, results: Results) -> list[tuple[str, ...]]:
                 arm.what,
                 f"{len(runs)} × {runs[0].steps:,}",
                 str(sum(len(run.episodes) for run in runs)),
-                f"{len(told)} of {len(every)}" if every else "–",
+                f"{len(warned)} of {len(every)}" if every else "–",
                 f"{leads[len(leads) // 2]:,}" if leads else "–",
                 ", ".join(named) or "–",
             )

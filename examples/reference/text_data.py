@@ -1,9 +1,9 @@
-"""Text for the GPT study: English that ships with Python, or FineWeb streamed from the hub.
+"""Load text for the GPT study: English that ships with Python, or FineWeb streamed from the hub.
 
-The embedded text is the language reference that ``help()`` prints (``pydoc_data.topics``), some hundred
-thousand words, with a byte-pair encoding trained on it.  Both sources give ``batch(step)`` → tokens, in an
-order that depends on nothing but the seed, so that all arms of a pair read the same text; ``fixed()`` is
-what a study measures on.
+The embedded text is the language reference of ``help()`` (``pydoc_data.topics``), some hundred thousand
+words, with a byte-pair encoding trained on it. Both sources give ``batch(step)`` → tokens. The order depends
+on the seed alone, so that all arms of a pair read the same text. ``fixed()`` returns the tokens for
+measurements.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ END = "<|endoftext|>"
 
 
 def python_reference() -> str:
-    """What ``help()`` prints of the language, all topics in alphabetical order."""
+    """Return the language topics of ``help()``, in alphabetical order."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))
 
 
 def byte_pair_encoding(text: str, vocabulary: int) -> Any:
-    """A ``tokenizers.Tokenizer``: byte-level BPE with exactly ``vocabulary`` entries, the same at every call.
+    """Train a ``tokenizers.Tokenizer``: byte-level BPE with exactly ``vocabulary`` entries, reproducibly.
 
-    Raises StudyError where the text is too short for so many, or ``tokenizers`` is missing.
+    Raises StudyError if the text is too short for so many entries, or if ``tokenizers`` is missing.
     """
     tokenizers = require("tokenizers", "text")
-    # Its threads and a forked worker do not go together, and one text needs none.
+    # The tokenizer's threads conflict with forked workers, and one text does not need threads.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -57,7 +57,10 @@ def byte_pair_encoding(text: str, vocabulary: int) -> Any:
 
 
 def excerpt(tokens: int, vocabulary: int) -> tuple[Tensor, Any]:
-    """``(the reference's first tokens [tokens] int64, tokenizer)``; the encoding is trained on all of it."""
+    """Return ``(the reference's first tokens [tokens] int64, tokenizer)``.
+
+    The encoding is trained on the whole reference.
+    """
     text = python_reference()
     tokenizer = byte_pair_encoding(text, vocabulary)
     ids = tokenizer.encode(text).ids
@@ -67,10 +70,10 @@ def excerpt(tokens: int, vocabulary: int) -> tuple[Tensor, Any]:
 
 
 class Excerpt:
-    """A text cut into windows of equal length, all of them read once an epoch, in another order each time.
+    """Cut a text into windows of equal length; each epoch reads all of them in another order.
 
-    The windows' places are fixed: all but the few tokens that follow on an ambiguous beginning can be learned
-    by heart, and a small model reaches in minutes the confidence that absorption needs.
+    The windows do not move. So a model can learn by heart all tokens except a few after an ambiguous
+    beginning. A small model then reaches in minutes the confidence that absorption needs.
     """
 
     def __init__(self, stream: Tensor, *, rows: int, length: int, seed: int) -> None:
@@ -84,14 +87,14 @@ class Excerpt:
         self.rows, self.seed = rows, seed
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """``(tokens, next tokens)``, both [rows, length], of optimizer step ``step`` ≥ 1; keeps no state."""
+        """Return ``(tokens, next tokens)``, both [rows, length], of step ``step`` ≥ 1; keep no state."""
         epoch, place = divmod(step - 1, len(self.windows) // self.rows)
         generator = torch.Generator().manual_seed(1_000_003 * (self.seed + 1) + epoch)
         order = torch.randperm(len(self.windows), generator=generator)
         return _shifted(self.windows[order[place * self.rows : (place + 1) * self.rows]])
 
     def fixed(self) -> tuple[Tensor, Tensor]:
-        """All windows: what is measured on."""
+        """Return all windows, for measurements."""
         return _shifted(self.windows)
 
 
@@ -100,10 +103,10 @@ def _shifted(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class TokenStream:
-    """Documents one after the other, encoded and cut into windows; remembers where it is.
+    """Encode documents one after the other, cut them into windows, and remember the position.
 
-    ``documents`` is a ``datasets.IterableDataset`` with a column ``text``: its own ``state_dict`` says which
-    document is next, so that a resumed run goes on in the middle of terabytes without reading them again.
+    ``documents`` is a ``datasets.IterableDataset`` with a column ``text``. Its ``state_dict`` says which
+    document is next, so a resumed run does not read terabytes again.
     """
 
     def __init__(self, documents: Any, tokenizer: Any, *, rows: int, length: int) -> None:
@@ -115,9 +118,9 @@ class TokenStream:
         self._reading: Iterator[Any] | None = None
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """``(tokens, next tokens)``, both [rows, length]; ``step`` is the order in which it is called.
+        """Return ``(tokens, next tokens)``, both [rows, length]; call it in the order of ``step``.
 
-        Raises StudyError when the documents are used up or the connection breaks for good.
+        Raises StudyError when no documents are left or the connection fails for good.
         """
         wanted = self.rows * self.length + 1
         parts, have = [self.rest], len(self.rest)
@@ -137,13 +140,14 @@ class TokenStream:
             parts.append(torch.tensor([*self.tokenizer.encode(document["text"]).ids, self.end]))
             have += len(parts[-1])
         flat = torch.cat(parts)
-        # The last target is the next batch's first input: every token but the first is predicted once.
+        # The last target is also the next batch's first input, so every token but the first is predicted
+        # once.
         self.rest = flat[wanted - 1 :].clone()
         shape = (self.rows, self.length)
         return flat[: wanted - 1].reshape(shape).contiguous(), flat[1:wanted].reshape(shape).contiguous()
 
     def fixed(self) -> tuple[Tensor, Tensor]:
-        """The first ``rows`` windows, which are then never trained on: call it once, before any batch."""
+        """Return the first ``rows`` windows, which are never trained on; call it once, before any batch."""
         return self.batch(0)
 
     def state_dict(self) -> dict[str, Any]:
@@ -155,10 +159,10 @@ class TokenStream:
 
 
 def fineweb(*, rows: int, length: int, data_dir: str | None = None) -> TokenStream:
-    """FineWeb's 10-billion-token sample in GPT-2's encoding, streamed from the hub or from ``data_dir``.
+    """Stream FineWeb's 10-billion-token sample in GPT-2's encoding, from the hub or from ``data_dir``.
 
-    ``data_dir`` holds parquet files with a column ``text`` and GPT-2's ``tokenizer.json``.
-    Raises StudyError without network or files.
+    ``data_dir`` holds parquet files with a column ``text`` and GPT-2's ``tokenizer.json``. Raises StudyError
+    without network or files.
     """
     datasets, tokenizers = require("datasets", "FineWeb"), require("tokenizers", "text")
     if data_dir is not None:
@@ -170,11 +174,11 @@ def fineweb(*, rows: int, length: int, data_dir: str | None = None) -> TokenStre
             documents = datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
             tokenizer = tokenizers.Tokenizer.from_file(str(encoding))
             columns = documents.column_names or list(next(iter(documents)))
-        except Exception as error:  # whatever the reader of a format raises on a broken file
+        except Exception as error:  # a broken file can raise any exception of its reader
             raise StudyError(f"{data_dir} cannot be read as text: {str(error).splitlines()[0]}") from error
     else:
         try:
-            with redirect_stderr(io.StringIO()):  # their client logs every retry; one line is said below
+            with redirect_stderr(io.StringIO()):  # the client logs every retry; we report one line below
                 tokenizer = tokenizers.Tokenizer.from_pretrained("gpt2")
                 documents = datasets.load_dataset(FINEWEB, "sample-10BT", split="train", streaming=True)
                 columns = documents.column_names or list(next(iter(documents)))

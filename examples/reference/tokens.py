@@ -1,4 +1,4 @@
-"""Which tokens reach a loss of exactly 0: counted by target, as often as they come in training."""
+"""Count which tokens reach a loss of exactly 0, by target and in proportion to their occurrences."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from examples.reference.packages import require
 
 TOP = 10
 SELDOM = 20
-"""Occurrences below which a share per occurrence says nothing."""
+"""Below this number of occurrences a share per occurrence means nothing."""
 
 
 class Tally:
-    """Per token of the vocabulary: how often it was a target, and how often with a loss of exactly 0.
+    """Count per token of the vocabulary: occurrences as a target, and those with a loss of exactly 0.
 
-    Integer counts on the device: nothing is read until the run ends, and their sum has no order.
+    The counts are integers on the device. They are read only when the run ends, and their order does not
+    matter.
     """
 
     def __init__(self, vocabulary: int, device: torch.device) -> None:
@@ -27,16 +28,16 @@ class Tally:
         self.zero = torch.zeros_like(self.seen)
 
     def add(self, targets: Tensor, losses: Tensor) -> None:
-        """``targets`` of any shape, ``losses`` as many, one each."""
+        """Count ``targets`` of any shape, with one loss each in ``losses``."""
         flat = targets.flatten()
         self.seen.scatter_add_(0, flat, torch.ones_like(flat))
         self.zero.scatter_add_(0, flat, (losses.detach().flatten() == 0).to(torch.int64))
 
     def summary(self, decode: Callable[[int], str]) -> dict[str, Any]:
-        """Totals, the rank correlation of frequency and zeros, and the ten tokens with most zeros.
+        """Return totals, the rank correlation of frequency and zeros, and the ten tokens with most zeros.
 
-        ``rank_correlation`` is Spearman's over the tokens that reached 0 at least once; None below three.
-        Tokens come as ``[decoded, zeros, occurrences]``.
+        ``rank_correlation`` is Spearman's over the tokens that reached 0 at least once; None for fewer than
+        three. Tokens come as ``[decoded, zeros, occurrences]``.
         """
         seen, zero = self.seen.cpu(), self.zero.cpu()
         often = torch.where(seen >= SELDOM, zero / seen.clamp(min=1), torch.zeros(()))
@@ -61,7 +62,7 @@ class Tally:
 
 
 def _top(order: Tensor, seen: Tensor, zero: Tensor, decode: Callable[[int], str]) -> list[list[Any]]:
-    """The ten largest of ``order`` above 0, largest first; the smaller token first where they tie."""
+    """Return the ten largest of ``order`` above 0, largest first; ties give the smaller token first."""
     best = torch.argsort(order, descending=True, stable=True)[:TOP]
     return [[decode(int(k)), int(zero[k]), int(seen[k])] for k in best if order[k] > 0]
 
@@ -70,4 +71,4 @@ def _spearman(a: Tensor, b: Tensor) -> float | None:
     if len(a) < 3:
         return None
     found = float(require("scipy.stats", "rank correlations").spearmanr(a.numpy(), b.numpy()).statistic)
-    return found if math.isfinite(found) else None  # not a number where all are equal
+    return found if math.isfinite(found) else None  # NaN if all values are equal

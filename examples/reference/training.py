@@ -1,9 +1,9 @@
-"""One run of one arm under the monitor: its loop, its checkpoints, and what it leaves behind.
+"""Run one arm under the monitor: its loop, its checkpoints, and its result.
 
-A run is made of segments.  Between two the whole state goes through a checkpoint and a monitor is attached
-anew, *whether or not the run was interrupted there*: a fresh monitor has no previous step to compare with, so
-a run that was resumed could otherwise differ in an alert from one that was not.  With it, both are the same
-run to the last bit.
+A run consists of segments. After each segment the whole state goes through a checkpoint and a new monitor is
+attached, *even if the run was not interrupted*. The reason: a new monitor has no previous step to compare
+with, so its alerts could differ after an interruption. With segments, a resumed run equals an uninterrupted
+one bit for bit.
 """
 
 from __future__ import annotations
@@ -44,39 +44,43 @@ if TYPE_CHECKING:
 
 CHECKPOINT = "checkpoint.pt"
 _FLUSH = 256
-"""Losses that are kept on the device before they are read in one copy."""
+"""Losses that stay on the device before one copy transfers them."""
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass
 class Training:
-    """Everything that one run needs; a study's ``build`` returns it."""
+    """Hold everything that one run needs; a study's ``build`` returns it."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step: Callable[[int, Monitor], Tensor | float]
-    """The body of the training loop for optimizer step ``number`` ≥ 1, ``monitor.observe_loss`` included;
-    returns the loss."""
+    """Run the training loop's body for optimizer step ``number`` ≥ 1; return the loss.
+
+    It also calls ``monitor.observe_loss``.
+    """
     data: Sequence[Tensor] = ()
-    """What the arms of a pair have to have in common besides the initial weights."""
+    """Tensors that the arms of a pair must share besides the initial weights."""
     extras: Sequence[Any] = ()
-    """What else belongs to the state: ``torch.Generator`` objects, and things with ``load_state_dict`` and a
-    ``state_dict`` in plain types and tensors (scheduler, scaler, what closures carry from step to step)."""
+    """Further objects with state: ``torch.Generator``, scheduler, scaler, variables of closures.
+
+    Except for generators they have ``load_state_dict``, and a ``state_dict`` of plain types and tensors.
+    """
     watch: Mapping[str, Any] = field(default_factory=dict)
-    """What Monitor is given besides the model and the optimizer."""
+    """Arguments of Monitor besides the model and the optimizer."""
     measure: Callable[[int], Mapping[str, float]] | None = None
-    """Own series at steps completed; must draw no random number."""
+    """Further series at steps completed; must draw no random number."""
     measure_every: int = 100
     finish: Callable[[Record], Mapping[str, Any]] | None = None
-    """What the run is to be remembered by: plain values."""
+    """Values to store in the result, as plain types."""
     start: Mapping[str, str] | None = None
-    """Fingerprint of the model at its very beginning, where ``build`` has already trained it."""
+    """Fingerprint of the model before any training, if ``build`` trains it."""
 
 
 @dataclass
 class Record:
-    """A run while it is made, and what ``finish`` is given when it is over."""
+    """Hold a run in progress; ``finish`` receives it at the end."""
 
     training: Training
     config: Mapping[str, Any]
@@ -84,7 +88,7 @@ class Record:
     device: torch.device
     run_dir: Path
     history: History
-    """The monitor's readings, of all segments."""
+    """The monitor's readings of all segments."""
     monitor: Monitor | None = None
     steps: int = 0
     measured: dict[str, tuple[list[int], list[float]]] = field(default_factory=dict)
@@ -93,17 +97,17 @@ class Record:
 
     @property
     def loss(self) -> Array:
-        """Of steps 1, 2, …, float64 [steps]."""
+        """Return the losses of steps 1, 2, …, float64 [steps]."""
         self._flush()
         return torch.cat(self._losses).numpy() if self._losses else np.empty(0)
 
     @property
     def series(self) -> dict[str, tuple[Array, Array]]:
-        """What ``measure`` returned: name → (steps, values)."""
+        """Return the values of ``measure``: name → (steps, values)."""
         return {name: (np.array(s), np.array(v)) for name, (s, v) in self.measured.items()}
 
     def column(self, name: str) -> tuple[Array, Array]:
-        """(steps, values) of a measured series, of the loss, or of one of the monitor's quantities."""
+        """Return (steps, values) of a measured series, of the loss, or of one of the monitor's quantities."""
         if name in self.measured:
             return self.series[name]
         if name == "loss":
@@ -132,7 +136,7 @@ class Record:
             self._pending.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        """What ``torch.load(weights_only=True)`` reads back."""
+        """Return a state that ``torch.load(weights_only=True)`` can read."""
         names = self.history.names()
         return {
             "steps": self.steps,
@@ -167,10 +171,10 @@ def run_one(
     options: Mapping[str, Any] | None = None,
     told: Callable[[int], None] | None = None,
 ) -> Result:
-    """The result of one arm and seed: from its file where the same was run before, else made now.
+    """Return the result of one arm and seed, from its file if the same run is stored, else by running it.
 
-    ``steps``: default the preset's. ``options`` go on top of the arm's configuration. ``told`` is called with
-    the number of steps completed now and then.  A run that was interrupted goes on from its checkpoint.
+    ``steps`` defaults to the preset's. ``options`` override the arm's configuration. ``told`` is called with
+    the number of steps completed, every 50 steps. An interrupted run continues from its checkpoint.
     """
     chosen = study.arm(arm)
     config = study.config(preset, chosen, options)
@@ -194,7 +198,7 @@ def run_one(
 
 
 def finished(path: Path, config: Mapping[str, Any], steps: int) -> Result | None:
-    """The result in this file if it is whole and of this configuration and length."""
+    """Return the result in this file if it is complete and has this configuration and length."""
     try:
         result = Result.read(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -205,7 +209,7 @@ def finished(path: Path, config: Mapping[str, Any], steps: int) -> Result | None
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """At these sizes a second thread costs more than it brings; several runs at once bring it."""
+    """Use one thread: at these sizes several parallel runs are faster than several threads."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -221,7 +225,7 @@ def _seed(seed: int) -> None:
 
 
 class _Job:
-    """A run on its way."""
+    """Hold a run in progress."""
 
     def __init__(
         self,
@@ -296,7 +300,7 @@ class _Job:
             self.told(done)
 
     def _open(self, record: Record, state: Mapping[str, Any] | None) -> None:
-        """A monitor for the next segment."""
+        """Attach a monitor for the next segment."""
         training = record.training
         watch: dict[str, Any] = {"console": False, "snapshots": False, "run_dir": self.run_dir}
         record.monitor = Monitor(training.model, training.optimizer, **(watch | dict(training.watch)))
@@ -323,13 +327,13 @@ class _Job:
         self._open(record, monitor)
 
     def _checkpoint(self) -> dict[str, Any] | None:
-        """The checkpoint of an interrupted run of the same configuration."""
+        """Return the checkpoint of an interrupted run of the same configuration."""
         path = self.run_dir / CHECKPOINT
         if not path.exists():
             return None
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception:  # written by another torch, or damaged: then the run starts anew
+        except Exception:  # another torch wrote it, or it is damaged: start the run anew
             return None
         same = state["config"] == as_json(self.config) and state["record"]["steps"] < self.total
         return state if same else None
@@ -380,7 +384,7 @@ def _set_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-# --- what does not fit the loop -----------------------------------------------------------------------
+# --- computations without a training loop -------------------------------------------------------------
 
 
 def _computed(
@@ -420,7 +424,7 @@ def _computed(
 
 
 def made(device: torch.device, seconds: float) -> dict[str, Any]:
-    """When, where and with what, so that a number can be traced; nothing of the machine but its kind."""
+    """Return date, duration, device kind and versions, so that a number can be traced."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
     return {
         "date": datetime.now(timezone.utc).date().isoformat(),

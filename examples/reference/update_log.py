@@ -1,7 +1,7 @@
-"""The updates around a slingshot, coordinate by coordinate: are they bimodal (Liu et al. 2026, figure 4)?
+"""Record the updates around a slingshot by coordinate: are they bimodal (Liu et al. 2026, figure 4)?
 
-Which step is the interesting one is known only after it: so the last updates of a fixed sample of coordinates
-are kept in a ring, and the ring is put aside when a slingshot has begun.
+A slingshot is detected only after it begins. So a ring buffer holds the last updates of a fixed sample of
+coordinates, and a slingshot's start copies it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ BEFORE, AFTER = 40, 24
 
 
 class UpdateLog:
-    """Call :meth:`begin` before and :meth:`end` after each optimizer step, and change no parameter between an
-    end and a begin; ``state_dict`` holds all of it."""
+    """Record updates; call :meth:`begin` before and :meth:`end` after each optimizer step.
+
+    Change no parameter between an end and a begin. ``state_dict`` holds everything.
+    """
 
     def __init__(self, parameters: Sequence[nn.Parameter], sample: int = 4_096, slingshots: int = 2) -> None:
         self._parameters = [p for p in parameters if p.requires_grad]
@@ -44,11 +46,11 @@ class UpdateLog:
             return torch.cat(parts).float()
 
     def begin(self) -> None:
-        if self._before is None:  # else: as the step before has left them
+        if self._before is None:  # otherwise the previous step has set it
             self._before = self._read()
 
     def end(self, step: int, loss: float) -> None:
-        """``loss`` is the one that this step's gradient is of."""
+        """Record the update of this step; its gradient is that of ``loss``."""
         assert self._before is not None
         before, self._before = self._before, self._read()
         self._ring[step % len(self._ring)] = (self._before - before).cpu()
@@ -76,10 +78,11 @@ class UpdateLog:
         self.kept = [(step, updates) for step, updates in state["kept"]]
 
     def histograms(self, bins: int = 41) -> list[dict[str, Any]]:
-        """Per slingshot: counts before, at and after it, their bimodality, and how much larger *at* is.
+        """Return counts before, at and after each slingshot, their bimodality, and the relative size of *at*.
 
-        *before* is the median-sized update of the 20 steps up to ten before the loss rose; *at* the largest
-        one from there on; *after* the last kept.  The bins of each span ± its own largest absolute value.
+        *before* is the median-sized update of the 20 steps up to ten before the loss rose. *at* is the
+        largest one from there on; *after* is the last one recorded. The bins of each cover ± its own largest
+        absolute value.
         """
         found = []
         for start, updates in self.kept:
@@ -101,13 +104,13 @@ class UpdateLog:
 
 def _histogram(update: Tensor, bins: int) -> dict[str, Any]:
     span = float(update.abs().max())
-    moved = update[update != 0]  # dead units do not move at all; they are no mode of what does
+    moved = update[update != 0]  # leave out dead units: their updates are exactly 0
     counts = torch.histc(moved, bins, -span, span) if span > 0 else torch.zeros(bins)
     return {"span": span, "counts": counts.int().tolist(), "bimodality": bimodality(moved)}
 
 
 def bimodality(sample: Tensor) -> float:
-    """Sarle's coefficient (skewness² + 1) / kurtosis: 1 for two points, .56 uniform, .33 normal."""
+    """Return Sarle's coefficient (skewness² + 1) / kurtosis: 1 for two points, .56 uniform, .33 normal."""
     if len(sample) < 4:
         return float("nan")
     centred = sample.double() - sample.double().mean()

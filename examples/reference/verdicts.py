@@ -1,6 +1,6 @@
 """Make RESULTS.md from the stored result files: ``python -m examples.reference.verdicts``.
 
-Nothing on that page is typed by hand: claims come from the studies, numbers from the files in ``results/``.
+No number on that page is typed by hand: claims come from the studies, numbers from the files in ``results/``.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-if not __package__:  # run as a script: imports start at the root of the checkout
+if not __package__:  # run as a script: import from the root of the checkout
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
 from examples.reference.judge import Judgement, Verdict
@@ -24,7 +24,7 @@ COMMAND = "python -m examples.reference.verdicts"
 
 
 def page(studies: Sequence[Study], directory: Path) -> str:
-    """The whole page."""
+    """Return the whole page."""
     parts: list[str] = []
     total: Counter[Verdict] = Counter()
     for study in studies:

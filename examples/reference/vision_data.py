@@ -1,8 +1,8 @@
-"""Images for the CIFAR-10 study: digits that need no network, CIFAR-10, Fashion-MNIST.
+"""Load images for the CIFAR-10 study: digits that need no network, CIFAR-10, Fashion-MNIST.
 
-Everything becomes 32×32×3 in [0, 1], so that one network fits all three.  No augmentation and no
-whitening, as in Liu et al. 2026, who give neither.  Nothing is ever unpickled: CIFAR-10's Python archive
-runs whatever code is in it, its binary version and the parquet files hold the same rows.
+All images become 32×32×3 in [0, 1], so that one network fits all three. There is no augmentation and no
+whitening: Liu et al. 2026 mention neither. Nothing is ever unpickled, because CIFAR-10's Python archive can
+run any code. Its binary version and the parquet files hold the same rows.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ TEST_ROWS = {"digits": 360, "cifar10": 10_000, "fashion-mnist": 10_000}
 
 
 class Split(NamedTuple):
-    """``x`` [N, 3, 32, 32] float32 in [0, 1] and ``y`` [N] int64 below 10."""
+    """Hold ``x`` [N, 3, 32, 32] float32 in [0, 1] and ``y`` [N] int64 below 10."""
 
     x: Tensor
     y: Tensor
 
 
 def load(name: str, data_dir: str | None = None) -> tuple[Split, Split]:
-    """``(train, test)`` of "digits", "cifar10" or "fashion-mnist", row counts verified.
+    """Return ``(train, test)`` of "digits", "cifar10" or "fashion-mnist", row counts verified.
 
-    Raises StudyError, in one line that says what to do: an unknown name, files that are missing, broken or
-    incomplete, no network, a package that is not installed.
+    Raises StudyError, in one line that says what to do. Causes: an unknown name, files that are missing,
+    broken or incomplete, no network, a package that is not installed.
     """
     if name == "digits":
         train, test = digits()
@@ -65,7 +65,7 @@ def load(name: str, data_dir: str | None = None) -> tuple[Split, Split]:
 
 
 def subset(split: Split, rows: int, seed: int) -> Split:
-    """``rows`` random rows (all, shuffled, where there are fewer), the same for every arm of a seed."""
+    """Return ``rows`` random rows, the same for every arm of a seed; all, shuffled, if there are fewer."""
     order = torch.randperm(len(split.y), generator=torch.Generator().manual_seed(seed))[:rows]
     return Split(split.x[order], split.y[order])
 
@@ -74,7 +74,7 @@ def subset(split: Split, rows: int, seed: int) -> Split:
 
 
 def digits() -> tuple[Split, Split]:
-    """The 1,797 digits of 8×8 pixels that come with scikit-learn, scaled up; every fifth is a test row."""
+    """Load scikit-learn's 1,797 digits of 8×8 pixels, scaled up; every fifth is a test row."""
     data = require("sklearn.datasets", "the digits").load_digits()
     small = torch.tensor(data.images / 16.0, dtype=torch.float32).unsqueeze(1)
     x = F.interpolate(small, size=(32, 32), mode="bilinear", align_corners=False).expand(-1, 3, -1, -1)
@@ -89,7 +89,7 @@ def digits() -> tuple[Split, Split]:
 def cifar10_from_hub() -> tuple[Split, Split]:
     datasets = require("datasets", "CIFAR-10")
     try:
-        with redirect_stderr(io.StringIO()):  # its client logs every retry; one line is said below
+        with redirect_stderr(io.StringIO()):  # the client logs every retry; we report one line below
             found = datasets.load_dataset(CIFAR_HUB)
     except (OSError, ValueError) as error:
         raise StudyError(
@@ -100,7 +100,7 @@ def cifar10_from_hub() -> tuple[Split, Split]:
 
 
 def cifar10_from_files(directory: Path) -> tuple[Split, Split]:
-    """The binary version, parquet files named train* and test*, or what ``save_to_disk`` wrote."""
+    """Load the binary version, parquet files named train* and test*, or the output of ``save_to_disk``."""
     batches = sorted(directory.rglob("data_batch_*.bin"))
     if batches:
         return cifar10_binary(batches), cifar10_binary([batches[0].with_name("test_batch.bin")])
@@ -120,7 +120,7 @@ def cifar10_from_files(directory: Path) -> tuple[Split, Split]:
 
 
 def cifar10_binary(paths: Sequence[Path]) -> Split:
-    """Rows of 3,073 bytes: a label, then 1,024 bytes each of red, green and blue."""
+    """Read rows of 3,073 bytes: a label, then 1,024 bytes each of red, green and blue."""
     rows = []
     for path in paths:
         content = np.frombuffer(_read(path), np.uint8)
@@ -141,12 +141,12 @@ def _pickled(directory: Path) -> bool:
 def _opened(directory: Path, opener: Any, *args: Any, **kwargs: Any) -> Any:
     try:
         return opener(*args, **kwargs)
-    except Exception as error:  # whatever the reader of a format raises on a broken file
+    except Exception as error:  # a broken file can raise any exception of its reader
         raise StudyError(f"{directory} cannot be read as a data set: {_first_line(error)}") from error
 
 
 def _rows(dataset: Any) -> Split:
-    """Of a ``datasets.Dataset`` with an image and a label a row, under the hub's names or plain ones."""
+    """Convert a ``datasets.Dataset`` with an image and a label per row, under any known names."""
     image = next((name for name in ("img", "image") if name in dataset.column_names), None)
     if image is None or "label" not in dataset.column_names:
         raise StudyError(f"expected the columns img and label, found {', '.join(dataset.column_names)}")
@@ -164,7 +164,7 @@ def _rows(dataset: Any) -> Split:
 
 
 def fashion_mnist(directory: Path) -> tuple[Split, Split]:
-    """The four idx files, gzipped or not; 28×28 pixels get a black frame and three equal channels."""
+    """Load the four idx files, gzipped or not; pad 28×28 pixels with black, make three equal channels."""
     splits = []
     for part in ("train", "t10k"):
         images, labels = (
@@ -182,7 +182,7 @@ def fashion_mnist(directory: Path) -> tuple[Split, Split]:
 
 
 def idx(directory: Path, name: str) -> Tensor:
-    """An idx file of unsigned bytes: 0 0 8 dims, each size as a big-endian int32, then the bytes."""
+    """Read an idx file of unsigned bytes: 0 0 8 dims, each size as a big-endian int32, then the bytes."""
     found = next((path for path in (directory / name, directory / f"{name}.gz") if path.is_file()), None)
     if found is None:
         raise StudyError(f"no {name} or {name}.gz in {directory}")

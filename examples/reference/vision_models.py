@@ -1,9 +1,8 @@
-"""The image classifiers of Liu et al. 2026, table 1: each ends in one linear head.
+"""Define the image classifiers of Liu et al. 2026, table 1; each ends in one linear head.
 
-What the table turns on is the last layer before that head, so every network is spelled out here down to it
-instead of being taken from a library that adds dropout, three linear layers or a pooled token of its own.
-``divide`` divides every width, so that the quick preset runs the same networks on a CPU; 1 is the paper's.
-All take images [N, 3, 32, 32] and return logits [N, classes].
+Results depend on the last layer before that head. So every network is written out here. Library versions add
+dropout, three linear layers or a pooled token. ``divide`` divides every width, so that the quick preset runs
+the same networks on a CPU; the paper uses 1. All take images [N, 3, 32, 32] and return logits [N, classes].
 """
 
 from __future__ import annotations
@@ -20,14 +19,14 @@ VGG11 = (64, "M", 128, "M", 256, 256, "M", 512, 512, "M", 512, 512, "M")
 
 
 def mlp(classes: int, divide: int = 1) -> nn.Sequential:
-    """Five hidden ReLU layers of 512."""
+    """Build an MLP with five hidden ReLU layers of 512."""
     sizes = [3 * SIDE * SIDE, *[512 // divide] * 5]
     hidden = [layer for a, b in pairwise(sizes) for layer in (nn.Linear(a, b), nn.ReLU())]
     return nn.Sequential(nn.Flatten(), *hidden, nn.Linear(sizes[-1], classes))
 
 
 def vgg11(classes: int, divide: int = 1, *, norm_inside: bool = False) -> nn.Sequential:
-    """VGG11's eight convolutions; ``norm_inside`` puts a BatchNorm after each, as torchvision's vgg11_bn."""
+    """Build VGG11's convolutions; ``norm_inside`` adds a BatchNorm after each, as torchvision does."""
     layers: list[nn.Module] = []
     channels = 3
     for item in VGG11:
@@ -42,7 +41,7 @@ def vgg11(classes: int, divide: int = 1, *, norm_inside: bool = False) -> nn.Seq
 
 
 def vgg11_norm_before_head(classes: int, divide: int = 1) -> nn.Sequential:
-    """VGG11 with one BatchNorm, on the features that the head reads: their batch mean is held in place."""
+    """Build VGG11 with one BatchNorm on the head's input, which fixes the batch mean of the features."""
     *body, head = vgg11(classes, divide)
     return nn.Sequential(*body, nn.BatchNorm1d(512 // divide), head)
 
@@ -61,7 +60,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm: x + attention(norm(x)), then x + feed(norm(x)). No dropout."""
+    """Apply pre-norm x + attention(norm(x)), then x + feed(norm(x)). No dropout."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -76,7 +75,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """Patches → blocks → mean over the patches → LayerNorm → head."""
+    """Apply patches → blocks → mean over the patches → LayerNorm → head."""
 
     def __init__(self, classes: int, *, patch: int, width: int, blocks: int, heads: int) -> None:
         super().__init__()
@@ -92,9 +91,10 @@ class ViT(nn.Module):
 
 
 def vit(classes: int, divide: int = 1) -> ViT:
-    """Patch 4, width 256, 12 blocks, 8 heads; divided, also fewer blocks and heads and larger patches.
+    """Build a transformer: patch 4, width 256, 12 blocks, 8 heads.
 
-    The width is rounded down to a multiple of 8.
+    ``divide`` also reduces blocks and heads and enlarges patches. The width is rounded down to a multiple of
+    8.
     """
     if divide == 1:
         return ViT(classes, patch=4, width=256, blocks=12, heads=8)
@@ -123,7 +123,7 @@ class Residual(nn.Module):
 
 
 def resnet18(classes: int, divide: int = 1) -> nn.Sequential:
-    """ResNet18 for small images: a 3×3 stem of stride 1 and no max-pool."""
+    """Build ResNet18 for small images: a 3×3 stem of stride 1 and no max-pool."""
     stem = 64 // divide
     layers: list[nn.Module] = [nn.Conv2d(3, stem, 3, 1, 1, bias=False), nn.BatchNorm2d(stem), nn.ReLU()]
     channels = stem
