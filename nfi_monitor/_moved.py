@@ -142,17 +142,32 @@ def left(module: str, name: str) -> Any:
 
 
 class _Moved(ModuleType):
-    """A module under an old name. Its attributes are looked up in the new modules at each access."""
+    """A module under an old name. Its attributes are read from, and written to, the new modules."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        for home in MOVED[self.__name__]:
-            module = importlib.import_module(home)
-            for known in (name, RENAMED.get(name, name)):
-                if hasattr(module, known):
-                    return getattr(module, known)
-        raise AttributeError(f"module {self.__name__!r} (moved) has no attribute {name!r}")
+        found = _home_of(self.__name__, name)
+        if found is None:
+            raise AttributeError(f"module {self.__name__!r} (moved) has no attribute {name!r}")
+        return getattr(*found)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        found = None if name.startswith("__") else _home_of(self.__name__, name)
+        if found is None:
+            super().__setattr__(name, value)
+        else:
+            setattr(*found, value)
+
+
+def _home_of(moved: str, name: str) -> tuple[ModuleType, str] | None:
+    """Return the module that has ``name`` of the module ``moved`` today, and the name there."""
+    for home in MOVED[moved]:
+        module = importlib.import_module(home)
+        for known in (name, RENAMED.get(name, name)):
+            if hasattr(module, known):
+                return module, known
+    return None
 
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):

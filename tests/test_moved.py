@@ -177,3 +177,17 @@ def test_installing_twice_adds_one_finder() -> None:
 def test_a_module_that_never_was_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("nfi_monitor.never_there")
+
+
+def test_a_setting_written_to_an_old_module_takes_effect_in_the_new_one() -> None:
+    from nfi_monitor.ranks import team
+
+    with pytest.warns(DeprecationWarning):
+        old = importlib.import_module("nfi_monitor.distributed")
+    before = team.WAIT
+    try:
+        old.WAIT = 3.0
+        assert team.WAIT == 3.0
+    finally:
+        team.WAIT = before
+    assert before == old.WAIT
