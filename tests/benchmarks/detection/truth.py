@@ -99,6 +99,11 @@ def slingshots(
     return tuple(_Labeller(at, loss, tau, levels or Levels(), has_floor).run())
 
 
+def recovery_steps(tau: float) -> float:
+    """Steps for which the loss must have been low before a slingshot is over."""
+    return min(max(2.0 * tau, 10.0), 200.0)
+
+
 class _Labeller:
     def __init__(
         self,
@@ -111,7 +116,7 @@ class _Labeller:
         self.steps, self.levels, self.has_floor = steps, levels, has_floor
         self.loss = np.where(np.isfinite(loss), loss, math.inf)
         self.log = np.log(np.maximum(self.loss, levels.floor))
-        self.recovery = min(max(2.0 * tau, 10.0), 200.0)
+        self.recovery = recovery_steps(tau)
         self.patience = max(5.0 * tau, 500.0)
         self.quiet: list[int] = []
         """Indices of the readings outside events, since the last change of level."""
