@@ -40,9 +40,20 @@ def truth_of(event: Record) -> str:
     return "" if replay is None or replay["reproduced"] is False else str(replay["mechanism"])
 
 
-def kicked(records: Iterable[Record]) -> list[Record]:
-    """Kicked runs whose loss rises with the kick and not without it."""
-    return [r for r in records if r["kind"] == EXTERNAL and r["external"]["rises"] and r["external"]["clean"]]
+def kicked(records: Iterable[Record], *, alone: bool = True) -> list[Record]:
+    """Kicked runs whose loss rises with the kick and not without it.
+
+    ``alone``: not those in which another cause was needed as well (a replay averts the rise by removing
+    it): there two names are right.
+    """
+    rises = [
+        r for r in records if r["kind"] == EXTERNAL and r["external"]["rises"] and r["external"]["clean"]
+    ]
+    return [record for record in rises if not (alone and _needs_another(record["external"]))]
+
+
+def _needs_another(found: Record) -> bool:
+    return found["replay"] is not None and found["replay"]["mechanism"] not in (EXTERNAL, UNKNOWN)
 
 
 def warned(records: Sequence[Record]) -> dict[str, tuple[int, int]]:
@@ -164,28 +175,38 @@ def _kicks(records: Sequence[Record]) -> Sheet:
     runs = [record for record in records if record["kind"] == EXTERNAL]
     for what, wanted in (
         *((kind, {"kick": kind}) for kind in ("bad batch", "corrupt gradient", "rate jump")),
-        *((net, {"net": net}) for net in sorted({_net(record) for record in runs})),
+        *((net, {"net": net}) for net in sorted({record["external"]["net"] for record in runs})),
     ):
-        own = [r for r in runs if wanted == {"kick": r["external"]["kick"]} or wanted == {"net": _net(r)}]
-        held = [record["external"] for record in kicked(own)]
+        own = [
+            r
+            for r in runs
+            if wanted == {"kick": r["external"]["kick"]} or wanted == {"net": r["external"]["net"]}
+        ]
+        rises = [record["external"] for record in kicked(own, alone=False)]
+        held = [item for item in rises if not _needs_another(item)]
         called = [item for item in held if item["named"] != "none"]
-        replayed = [item["replay"]["mechanism"] for item in held if item["replay"] is not None]
+        replayed = [item["replay"]["mechanism"] for item in rises if item["replay"] is not None]
         calm = [r["external"] for r in own if not r["external"]["rises"]]
         rows.append(
             [
                 what,
                 str(len(own)),
-                str(len(held)),
+                str(len(rises)),
+                str(len(rises) - len(held)),
                 share(len(called), len(held)),
                 share(sum(item["named"] == EXTERNAL for item in called), len(called)),
                 share(replayed.count(EXTERNAL), len(replayed)),
                 f"{sum(item['named'] != 'none' for item in calm)} of {len(calm)}",
             ]
         )
-    header = ["", "runs", "loss rises", "called", "named external", "replay says external", "called, no rise"]
+    header = [
+        "", "runs", "loss rises", "two causes", "called", "named external", "replay says external",
+        "called, no rise",
+    ]  # fmt: skip
     note = (
         "Kicked runs. The loss rises: two readings in a row above three times the largest of the 50 steps "
-        "before, with the kick and not without it. Replays: of runs with τ ≤ 200."
+        "before, with the kick and not without it. Two causes: a replay averts the rise by removing another "
+        "cause, too; those are not counted. Replays: of runs with τ ≤ 200."
     )
     return Sheet("From outside", note, header, rows)
 
@@ -279,10 +300,6 @@ def _kick_in_words(found: Record) -> str:
 
 def _words(name: str) -> str:
     return name.replace("_", " ")
-
-
-def _net(record: Record) -> str:
-    return str(record["family"]).split("-" + str(record["external"]["what"]).split(" ")[0])[0]
 
 
 # --- lines and page -------------------------------------------------------------------------------------

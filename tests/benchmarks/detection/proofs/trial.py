@@ -36,6 +36,7 @@ from tests.benchmarks.detection.proofs.subjects import (
     AFTER,
     EVERY_STEP,
     Subject,
+    net_of,
     unkicked,
 )
 from tests.benchmarks.detection.score import Event
@@ -315,6 +316,7 @@ def _external(subject: Subject, heard: Heard, events: Sequence[Event], on: _Cont
     record: Record = {
         "what": str(kick),
         "kick": kick.kind,
+        "net": net_of(subject),
         "first": kick.first,
         "before": before,
         "peak": _finite(max(heard.losses[kick.first - 1 : until])),
