@@ -122,6 +122,11 @@ _NETS: dict[str, tuple[str, dict[str, Any], int, list[tuple[str, int, float]]]] 
         "modular_mlp", {"p": 17, "width": 64, "lr": 3e-3}, 100,
         [_SPOILT, (FLIPPED, 3, 1e4), (RATE, 1, 300.0), (RATE, 5, 30.0), (RATE, 20, 30.0)],
     ),
+    "digits-absorbing": (  # two thirds of its rows have a violation, and the rate's jump needs no rounding
+        "digits_mlp", {"rows": 300, "width": 64, "batch": 64, "lr": 3e-3}, 600,
+        [_SPOILT, (FLIPPED, 1, 1e5), (FLIPPED, 3, 1e4), (RATE, 1, 100.0), (RATE, 1, 300.0), (RATE, 5, 30.0),
+         (RATE, 5, 100.0)],
+    ),
     "division-minibatch": (
         "modular_mlp", {"p": 17, "width": 64, "batch": 64, "lr": 3e-3, "beta2": 0.99}, 400,
         [_SPOILT, (BOTH, 1, 30.0), (SCALED, 1, 1e3), (SCALED, 1, 1e5), (FLIPPED, 1, 1e3), (FLIPPED, 1, 1e5),
