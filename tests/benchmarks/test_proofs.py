@@ -213,7 +213,7 @@ def test_the_page_counts_agreement_by_replay_and_lists_what_disagrees() -> None:
     rows = {row[0]: row[2:] for row in made[0].rows}
     assert rows["mechanism, numerical feature inflation"][0].startswith("0.500: 1/2")
     assert rows["mechanism, second moment, edge of stability"] == ["–", "not measured"]
-    assert rows["averted from the first warning on, numeric"][0].startswith("0.500: 1/2")
+    assert rows["averted from the first alarm on, numeric"][0].startswith("0.500: 1/2")
     assert rows["at risk confirmed by the float64 twin"][1] == "**no**"
     said = [row[1] for row in made[-1].rows]
     assert said == ["named unknown", "not averted (first)", "named none", "warning not confirmed"]

@@ -95,13 +95,13 @@ def targets(records: Sequence[Record]) -> Sheet:
     rows.append(_external_row(records))
     for name, truths, moments in (
         ("numeric", (NUMERIC,), ("first", "imminent")),
-        ("second moment, edge of stability", OTHERS, ("first",)),
+        ("second moment, edge of stability", OTHERS, ("first", "imminent")),
     ):
         for moment in moments:
             held = [event for _, event in events_of(records) if truth_of(event) in truths]
             tried = [event[moment] for event in held if event[moment] is not None]
             hits = sum(item["averted"] for item in tried)
-            when = "the first warning" if moment == "first" else "imminent"
+            when = "the first alarm" if moment == "first" else "imminent"
             silent = f"; {len(held) - len(tried)} without an alarm"
             rows.append(_row(f"averted from {when} on, {name}", AVERTED, hits, len(tried), 0, silent))
     twins = [twin for record in records for twin in record.get("twins", ())]
@@ -228,9 +228,10 @@ def _averted(records: Sequence[Record]) -> Sheet:
         truths = Counter(_words(truth_of(event) or "no replay") for event in own)
         cause = ", ".join(f"{name} {times}" for name, times in truths.items())
         rows.append([family, cause, *cells, said or NOTHING])
-    header = ["family", "replays", "first warning", "imminent", "first advice, read as"]
+    header = ["family", "replays", "first alarm", "imminent", "first advice, read as"]
     note = (
-        "Slingshots averted, of those with such an alarm, and the median lead. The action is what the first "
+        "Slingshots averted, of those with such an alarm, and the median lead. An alarm: imminent, or at "
+        "risk; where rounding is named, at risk of severity warning. The action is what the first "
         "line of the alert's advice names; None: it names none that is known."
     )
     return Sheet("Averted by the first advice", note, header, rows)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from tests.benchmarks.detection.proofs.kicks import (
     Kick,
     kicked,
 )
-from tests.benchmarks.detection.training import LogitChange
+from tests.benchmarks.detection.training import LogitChange, Training
 
 CURVATURE, ABSORBS, EVERY_STEP = "curvature", "absorbs", "every step"
 KINDS = (NUMERIC, CURVATURE, EXTERNAL, ABSORBS, EVERY_STEP)
@@ -70,21 +70,25 @@ def _numeric() -> list[Family]:
 
 
 def _curvature() -> list[Family]:
-    hinge = FAMILIES["parity-hinge-95"]
+    """Losses in float64, but for hinge's: whatever they come from, it is not rounding."""
+    parity, digits, division = setups.sparse_parity, setups.digits_mlp, setups.modular_mlp
+    transformer = partial(setups.modular_transformer, p=13, layers=1, norm=True, weight_decay=1.0)
+    hinge: dict[str, Any] = {"hinge": True, "rows": 500, "width": 64}
+    decayed: dict[str, Any] = {"width": 64, "weight_decay": 1.0}
+
+    def family(name: str, build: Callable[..., Training], steps: int, **options: Any) -> Family:
+        arm = LogitChange() if name.startswith("parity") else FLOAT64
+        return Family(name, partial(build, **options), steps, (0,), SECOND_MOMENT, arm=arm)
+
     return [
-        replace(hinge, steps=1500),  # a slingshot every hundred steps
-        replace(hinge, name="parity-hinge-95-float64", steps=1500, arm=FLOAT64),
-        FAMILIES["parity-hinge-99"],
-        Family(
-            "parity-hinge-99-decay",
-            partial(setups.sparse_parity, hinge=True, beta2=0.99, weight_decay=0.1, rows=500, width=64),
-            2500,
-            (0,),
-            SECOND_MOMENT,
-        ),
+        replace(FAMILIES["parity-hinge-95"], steps=1000),  # a slingshot every hundred steps
+        replace(FAMILIES["parity-hinge-99"], steps=2000),
+        family("parity-hinge-99-decay-.1", parity, 2000, beta2=0.99, weight_decay=0.1, **hinge),
         FAMILIES["survives-float64-quick"],
-        FAMILIES["high-lr-early"],
-        replace(FAMILIES["smoothing-high-lr"], steps=1500),
+        family("transformer-decay", transformer, 500, width=48, lr=5e-3, beta2=0.98),
+        family("transformer-decay-narrow", transformer, 400, width=32, lr=1e-2, beta2=0.95),
+        family("digits-decay", digits, 800, lr=3e-2, beta2=0.95, depth=3, **decayed),
+        family("division-decay-norm", division, 1500, p=17, lr=1e-2, beta2=0.99, norm=True, **decayed),
     ]
 
 

@@ -5,7 +5,8 @@
 truth is how it was made, if the loss rises and the same steps without the kick, from the snapshot before it,
 have no rise.
 
-**Averted.** From the snapshot at the end of the step in which the first alarm was heard, the run goes on with
+**Averted.** An alarm is an alert *imminent*, or *at risk*; where rounding is named, *at risk* of severity
+*warning*.  From the snapshot at the end of the step in which the first alarm was heard, the run goes on with
 the action that the first line of the alarm's advice names.  Averted: no slingshot until 10 τ after the one of
 the run as it was.
 
@@ -112,7 +113,7 @@ def _prove(subject: Subject, kept: Kept) -> Record:
 
 
 def _alarms(heard: Heard) -> list[tuple[int, Alert]]:
-    """The first time that each alert was *warning* or above, in order."""
+    """The first time that each alert was an alarm, in order."""
     first: dict[str, tuple[int, Alert]] = {}
     for step, alert in heard.told:
         if is_alarm(alert):
@@ -130,12 +131,12 @@ def _any(alert: Alert) -> bool:
 
 def _warnings(heard: Heard) -> list[tuple[int, Alert]]:
     """*At risk* by rounding, of severity *warning*."""
-    numeric = Mechanism.NUMERICAL_FEATURE_INFLATION
-    return [
-        (step, alert)
-        for step, alert in _alarms(heard)
-        if alert.kind is AlertKind.AT_RISK and alert.mechanism is numeric
-    ]
+    first: dict[str, tuple[int, Alert]] = {}
+    for step, alert in heard.told:
+        numeric = alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+        if is_alarm(alert) and numeric and alert.kind is AlertKind.AT_RISK:
+            first.setdefault(alert.id, (step, alert))
+    return list(first.values())
 
 
 def _alarm(heard: Heard, events: Sequence[Event], n: int, wanted: Any) -> tuple[int, Alert] | None:
