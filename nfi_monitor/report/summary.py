@@ -161,8 +161,12 @@ def _replay(verdict: ReplayVerdict) -> dict[str, Any]:
 
 def _event(alert: Alert) -> dict[str, Any]:
     record = alert.to_json()
-    keys = ("id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence")
-    found: dict[str, Any] = as_json({key: record[key] for key in (*keys, "advice")})
+    keys = (
+        "id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence", "advice",
+        "rule", "outcome", "event_step", "unmoved_since",
+    )  # fmt: skip
+    found: dict[str, Any] = as_json({key: record[key] for key in keys})
+    found["ended"] = wording.ending_in_words(alert)
     found["evidence"] = as_json({name: record["evidence"][name] for name in wording.ordered_evidence(alert)})
     return found
 

@@ -6,7 +6,6 @@ show.  ``say`` makes text safe for the terminal (:func:`nfi_monitor.report.termi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -184,8 +183,9 @@ def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
     if not rows:
         return Text("none", style="green")
     table = _table(
-        ("kind", ""), ("severity", ""), ("steps", ""), ("mechanism, confidence", ""), ("evidence", "")
-    )
+        ("kind", ""), ("severity", ""), ("steps", ""), ("mechanism, confidence", ""), ("evidence", ""),
+        ("then", ""),
+    )  # fmt: skip
     for row in rows[-_SHOWN:]:
         end = row["last_step"] if row["state"] == AlertState.RESOLVED else None
         severity = Severity(row["severity"])
@@ -197,14 +197,14 @@ def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
             say(_steps(row["first_step"], end)),
             say(" ".join(_certain(row["mechanism"], row["confidence"])).strip()),
             Text(say(evidence)),  # names of quantities come from a file: do not read them as markup
+            Text(say(row.get("ended") or "")),
         )
     return _with(table, _earlier(rows, say, "events"))
 
 
 def _evidence(name: str, item: Mapping[str, Any]) -> str:
     """Show the value without its threshold: a table on a terminal is too narrow for both."""
-    value = math.nan if item["value"] is None else item["value"]
-    return wording.one_evidence_in_words(name, Evidence(value))
+    return wording.one_evidence_in_words(name, Evidence(Evidence.from_json(item).value))
 
 
 def _phase_lines(summary: Mapping[str, Any], say: Callable[[str], str]) -> RenderableType | None:

@@ -15,7 +15,7 @@ from nfi_monitor.detect.rules import LEVELS, Level
 from nfi_monitor.report import wording
 from nfi_monitor.report.explain.explanation import Finding, Seen
 from nfi_monitor.report.explain.signal_history import FINITE, Series, SignalHistory
-from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism
+from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Outcome
 
 LR_CHANGE = 2.0
 """Ratio of two successive learning rates that counts as a change: few schedules reach it in one step."""
@@ -83,13 +83,19 @@ def _applied_levels(alert: Alert, record: SignalHistory) -> list[_AppliedLevel]:
     found = []
     for level in LEVELS:
         enter = level.enter(record.limits, record.context)
-        item = alert.evidence.get(level.quantity)
+        item = _evidence_of(level, alert)
         if level.may_be_lower and item is not None and item.threshold is not None:
             others = level.others_up_to
             own = others is None or min(enter, item.threshold) > others(record.limits, record.context)
             enter = min(enter, item.threshold) if own else enter
         found.append(_AppliedLevel(level, enter, level.leave(record.limits, enter)))
     return found
+
+
+def _evidence_of(level: Level, alert: Alert) -> Evidence | None:
+    """Return the alert's evidence of this level. Version 0.2 and before named it by what was measured."""
+    names = (level.quantity, *level.made_of)
+    return next((alert.evidence[name] for name in names if name in alert.evidence), None)
 
 
 def _supporting(alert: Alert) -> set[str]:
@@ -152,24 +158,41 @@ def _compare(
     elif at == series.steps[end]:
         text += f"{show(then)})"
     else:
-        text += f"{show(then)} then, {show(now)} {_at_end(alert)})"
+        text += f"{show(then)} then{_later(applied, alert, series, at, now, extreme)})"
     if applied.level.signal == "decay" and not own and not record.context.decoupled_decay:
         text += ", which alone causes no slingshot: the run has no decoupled weight decay"
     back_at = None if back is None else series.steps[back]
     return Finding(quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own)
 
 
+def _later(applied: _AppliedLevel, alert: Alert, series: Series, at: int, now: float, extreme: float) -> str:
+    """Return the signal's value when the alert began, if it crossed before, and its value at the end.
+
+    The first one is the value in the alert's evidence.
+    """
+    parts = []
+    began = [value for step, value in zip(*series, strict=True) if at < step <= alert.first_step]
+    if began and alert.kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
+        parts.append(f"{applied.show(began[-1])} when the alert began")
+    parts.append(f"{applied.show(now)} {_at_end(alert)}")
+    if applied.show(extreme) not in (applied.show(now), *(applied.show(value) for value in began[-1:])):
+        which = "largest" if applied.sign > 0 else "smallest"
+        parts.append(f"{which} {applied.show(extreme)}")
+    return "".join(f", {part}" for part in parts)
+
+
 def _at_end(alert: Alert) -> str:
     """Return the words for the time of the last reading in the window."""
     if alert.kind is AlertKind.SLINGSHOT or alert.kind is AlertKind.NON_FINITE:
         return "just before"
-    return "now" if alert.state is AlertState.FIRING else "at the end"
+    firing = alert.state is AlertState.FIRING and alert.outcome is not Outcome.OPEN
+    return "now" if firing else "at the end"
 
 
 def _from_evidence(applied: _AppliedLevel, alert: Alert, record: SignalHistory, *, own: bool) -> Finding:
     """Compare the alert's own evidence with the level, where no reading has the signal."""
     quantity, enter = applied.level.quantity, applied.enter
-    item = alert.evidence.get(quantity)
+    item = _evidence_of(applied.level, alert)
     value = item.value if item is not None else math.nan
     if applied.level.evidence_per_step:
         value *= record.context.tau
@@ -255,11 +278,12 @@ def _loss(alert: Alert, record: SignalHistory, last: int) -> list[Finding]:
             return []
         floor = "" if item.baseline is None else f", from {wording.number(item.baseline)} before"
         above = "its level" if item.threshold is None else wording.number(item.threshold)
-        at, peak = alert.first_step, wording.number(item.value)
-        text = f"the loss rose above {above} at step {at:,} (largest {peak}{floor})"
-        crossed = Finding("loss", Seen.CROSSED, text, item.threshold, at=at, extreme=item.value)
+        at, highest = alert.first_step, item.value if item.extreme is None else item.extreme
+        text = f"the loss rose above {above} at step {at:,} (largest {wording.number(highest)}{floor})"
+        crossed = Finding("loss", Seen.CROSSED, text, item.threshold, at=at, extreme=highest)
         return [replace(crossed, supports_mechanism=True)]
-    if alert.kind is AlertKind.NON_FINITE:
+    came_true = alert.outcome in (Outcome.SLINGSHOT, Outcome.BURST)  # what follows says so
+    if alert.kind is AlertKind.NON_FINITE or came_true:
         return []
     name = "loss" if "loss" in record.series else "head_loss"
     steps, values = record.series.get(name, Series([], []))
