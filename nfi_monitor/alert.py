@@ -132,6 +132,10 @@ class Evidence:
         )
 
 
+_RENAMED = {"zero_sum_violation": "zero_sum_violation_smoothed"}
+"""Old name → new name of an alert's evidence. The value was that of the smoothed violation always."""
+
+
 @dataclass(frozen=True)
 class Alert:
     """One event with a beginning and an end.
@@ -142,9 +146,9 @@ class Alert:
     detector's rule that describes the alert; empty where no rule of the mechanism is on, and in alerts of
     version 0.2 and before.
 
-    ``outcome`` says how the alert ended.  ``event_step`` is the first step of the spike that it warned of; for
-    an alert that still fired when the run ended, the run's last step.  ``unmoved_since``: the severity was
-    lowered, because nothing has moved since this step.
+    ``outcome`` says how the alert ended.  ``event_step`` is the first step of the spike that it warned of;
+    for an alert that still fired when the run ended, it is the run's last step.  ``unmoved_since``: the
+    severity was lowered, because nothing has moved since this step.
     """
 
     id: str
@@ -193,7 +197,10 @@ class Alert:
             last_step=int(record["last_step"]),
             mechanism=Mechanism(record["mechanism"]),
             confidence=float(record["confidence"]),
-            evidence={name: Evidence.from_json(item) for name, item in record.get("evidence", {}).items()},
+            evidence={
+                _RENAMED.get(name, name): Evidence.from_json(item)
+                for name, item in record.get("evidence", {}).items()
+            },
             steps_to_spike=(int(spike[0]), int(spike[1]), int(spike[2])) if spike else None,
             advice=tuple(record.get("advice", ())),
             layer=record.get("layer"),

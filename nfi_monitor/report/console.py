@@ -80,7 +80,7 @@ class ConsoleSink(SinkBase):
         self._print_alert(alert, "resolved", headline, "green")
 
     def _print_alert(self, alert: Alert, word: str, text: str, style: str = "") -> None:
-        """Print ``step N  WORD  TEXT``. Where no ``style`` is given the alert fires: its first part is bold."""
+        """Print ``step N  WORD  TEXT``. Without a ``style``, the alert fires: the text's start is bold."""
         over = bool(style)
         style = style or SEVERITY_STYLES[alert.severity]
         line = Text.assemble(("step ", "dim"), f"{alert.last_step:,}  ", (word, style))

@@ -15,7 +15,7 @@ def test_an_alert_is_one_line_of_headline_mechanism_evidence_and_forecast() -> N
     assert wording.alert_in_words(AT_RISK, 2) == (
         "at risk: rounding absorbs confident rows and the feature mean grows"
         " · numerical feature inflation (confidence 86%)"
-        " · zero-sum violation 0.134 (threshold 0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01)"
+        " · smoothed zero-sum violation 0.134 (threshold 0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01)"
         " · ≈ 360 steps left (180–720)"
     )
 

@@ -15,7 +15,7 @@ from nfi_monitor.detect.rules import LEVELS, Level
 from nfi_monitor.report import wording
 from nfi_monitor.report.explain.explanation import Finding, Seen
 from nfi_monitor.report.explain.signal_history import FINITE, Series, SignalHistory
-from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Outcome
+from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Outcome
 
 LR_CHANGE = 2.0
 """Ratio of two successive learning rates that counts as a change: few schedules reach it in one step."""
@@ -83,19 +83,13 @@ def _applied_levels(alert: Alert, record: SignalHistory) -> list[_AppliedLevel]:
     found = []
     for level in LEVELS:
         enter = level.enter(record.limits, record.context)
-        item = _evidence_of(level, alert)
+        item = alert.evidence.get(level.quantity)
         if level.may_be_lower and item is not None and item.threshold is not None:
             others = level.others_up_to
             own = others is None or min(enter, item.threshold) > others(record.limits, record.context)
             enter = min(enter, item.threshold) if own else enter
         found.append(_AppliedLevel(level, enter, level.leave(record.limits, enter)))
     return found
-
-
-def _evidence_of(level: Level, alert: Alert) -> Evidence | None:
-    """Return the alert's evidence of this level. Version 0.2 and before named it by what was measured."""
-    names = (level.quantity, *level.made_of)
-    return next((alert.evidence[name] for name in names if name in alert.evidence), None)
 
 
 def _supporting(alert: Alert) -> set[str]:
@@ -145,6 +139,7 @@ def _compare(
     back = next((i for i in range(latest + 1, end + 1) if not applied.stays(series.values[i])), None)
     after = series.steps[start - 1] if start > 0 else None
     at, then, now = series.steps[start], series.values[start], series.values[end]
+    began = _when_it_began(alert, series)
     verb = "rose" if applied.sign > 0 else "fell"
     if after is None or at <= earliest:
         when = "the readings began" if after is None else "the last slingshot ended"
@@ -158,27 +153,24 @@ def _compare(
     elif at == series.steps[end]:
         text += f"{show(then)})"
     else:
-        text += f"{show(then)} then{_later(applied, alert, series, at, now, extreme)})"
+        middle = ""
+        if began is not None and at < alert.first_step:
+            middle = f", {show(began)} when the alert began"
+        text += f"{show(then)} then{middle}, {show(now)} {_at_end(alert)})"
     if applied.level.signal == "decay" and not own and not record.context.decoupled_decay:
         text += ", which alone causes no slingshot: the run has no decoupled weight decay"
     back_at = None if back is None else series.steps[back]
-    return Finding(quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own)
+    return Finding(quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own, began)
 
 
-def _later(applied: _AppliedLevel, alert: Alert, series: Series, at: int, now: float, extreme: float) -> str:
-    """Return the signal's value when the alert began, if it crossed before, and its value at the end.
+def _when_it_began(alert: Alert, series: Series) -> float | None:
+    """Return the signal when the alert began, which is the value in its evidence; None for a spike or a NaN.
 
-    The first one is the value in the alert's evidence.
-    """
-    parts = []
-    began = [value for step, value in zip(*series, strict=True) if at < step <= alert.first_step]
-    if began and alert.kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
-        parts.append(f"{applied.show(began[-1])} when the alert began")
-    parts.append(f"{applied.show(now)} {_at_end(alert)}")
-    if applied.show(extreme) not in (applied.show(now), *(applied.show(value) for value in began[-1:])):
-        which = "largest" if applied.sign > 0 else "smallest"
-        parts.append(f"{which} {applied.show(extreme)}")
-    return "".join(f", {part}" for part in parts)
+    Readings of those events themselves show their effects."""
+    if alert.kind in (AlertKind.SLINGSHOT, AlertKind.NON_FINITE):
+        return None
+    before = [value for step, value in zip(*series, strict=True) if step <= alert.first_step]
+    return before[-1] if before else None
 
 
 def _at_end(alert: Alert) -> str:
@@ -192,7 +184,7 @@ def _at_end(alert: Alert) -> str:
 def _from_evidence(applied: _AppliedLevel, alert: Alert, record: SignalHistory, *, own: bool) -> Finding:
     """Compare the alert's own evidence with the level, where no reading has the signal."""
     quantity, enter = applied.level.quantity, applied.enter
-    item = _evidence_of(applied.level, alert)
+    item = alert.evidence.get(quantity)
     value = item.value if item is not None else math.nan
     if applied.level.evidence_per_step:
         value *= record.context.tau
