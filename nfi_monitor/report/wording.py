@@ -122,11 +122,12 @@ def _open(alert: Alert) -> str:
     what = {
         AlertKind.AT_RISK: "at risk",
         AlertKind.IMMINENT: "slingshot imminent",
-        AlertKind.SLINGSHOT: "slingshot, the loss is not back",
+        AlertKind.SLINGSHOT: "slingshot",
         AlertKind.NON_FINITE: "NaN or Inf",
     }[alert.kind]
     end = "" if alert.event_step is None else f" at step {alert.event_step:,}"
-    return f"{STILL_FIRING}{what} since step {alert.first_step:,}, when the run ended{end}"
+    back = "; the loss was not back" if alert.kind is AlertKind.SLINGSHOT else ""
+    return f"{STILL_FIRING}{what} since step {alert.first_step:,}{back} when the run ended{end}"
 
 
 def event_in_words(alert: Alert) -> str:
@@ -217,20 +218,24 @@ def evidence_cells(name: str, item: Evidence) -> tuple[str, str, str]:
     return value_in_words(name, item), limit, amount(name, item.baseline)
 
 
+_EVENT = ("loss", "loss_afterwards", "head_loss")
+
+
 def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
     """Return the alert's evidence: what crossed its threshold last, first; what did not cross, last.
 
-    Among items of the same step, those that the alert's rule is based on come first.
+    Among items of the same step, those that the alert's rule is based on come first.  The loss comes first
+    for a slingshot; for a warning it is what followed, and comes last.
     """
     first = first_evidence(alert.mechanism, alert.kind, alert.rule)
     first = first or FIRST_WITHOUT_RULE.get(alert.mechanism, ())
-    event = ("loss", "loss_afterwards", "head_loss") if alert.kind is AlertKind.SLINGSHOT else ()
-    names = [*event, *first, *alert.evidence]
+    names = [*_EVENT, *first, *alert.evidence]
     place = {name: names.index(name) for name in alert.evidence}
+    event = {AlertKind.SLINGSHOT: -1, AlertKind.NON_FINITE: 0}.get(alert.kind, 1)
 
-    def order(entry: tuple[str, Evidence]) -> tuple[bool, bool, int, int]:
+    def order(entry: tuple[str, Evidence]) -> tuple[int, bool, int, int]:
         name, item = entry
-        return name not in event, item.crossed is False, -(item.step or 0), place[name]
+        return event if name in _EVENT else 0, item.crossed is False, -(item.step or 0), place[name]
 
     return dict(sorted(alert.evidence.items(), key=order))
 
@@ -238,10 +243,12 @@ def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
 def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
     """Return the ``limit`` most important items of evidence (None: all), separated by commas.
 
-    With a limit, items that did not cross their thresholds are left out."""
+    With a limit, only what has crossed its threshold when the alert began, or last became more severe."""
     items = ordered_evidence(alert)
     if limit is not None and any(item.crossed for item in items.values()):
-        items = {name: item for name, item in items.items() if item.crossed is not False}
+        last = max(item.step or 0 for item in items.values())
+        crossed = {name: item for name, item in items.items() if item.crossed is not False}
+        items = {name: item for name, item in crossed.items() if item.step in (None, last)}
     return ", ".join(one_evidence_in_words(name, item) for name, item in list(items.items())[:limit])
 
 

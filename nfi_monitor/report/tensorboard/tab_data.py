@@ -139,7 +139,8 @@ class TabWriter:
             "headline": wording.headline(alert),
             "mechanism": wording.mechanism_name(alert.mechanism),
             "mechanism_in_words": wording.mechanism_in_words(alert),
-            "forecast": wording.forecast_in_words(alert) or wording.ending_in_words(alert),
+            "forecast": wording.forecast_in_words(alert),
+            "then": wording.ending_in_words(alert),
             "evidence": evidence,
         }
         self._write_json(f"alerts/{self._session}/{alert.id}", record, alert.last_step)
