@@ -34,23 +34,21 @@ class AlertWriter:
         for rule in ANYTIME_RULES:
             if kind in rule.holds:
                 return _crossed_first(self._compared(rule, rule.claims(now, kind)))
-        items: dict[str, Evidence] = {}
+        usual: dict[str, Evidence] = {}
         claimed: dict[str, Evidence] = {}
+        order: dict[str, None] = {}  # an ordered set of names
         for rule in WARNING_RULES:  # if several rules give a quantity, the first rule counts
-            for name, item in self._compared(rule, rule.evidence(now)).items():
-                items.setdefault(name, item)
+            signals = self._compared(rule, rule.evidence(now))
+            usual = signals | usual
             if now.on(rule.name):
-                for name, item in self._compared(rule, rule.claims(now, kind)).items():
-                    claimed.setdefault(name, item)
-        names = [
-            name
-            for rule in reversed(WARNING_RULES)
-            if now.on(rule.name)
-            for name in (*rule.claims(now, kind), *rule.evidence(now))
-        ]
-        everything = items | claimed
-        ordered = {name: everything[name] for name in dict.fromkeys([*names, *everything])}
-        return _crossed_first(finite(ordered | (self.loss() if kind is AlertKind.SLINGSHOT else {})))
+                claims = self._compared(rule, rule.claims(now, kind))
+                claimed = claims | claimed
+                order = dict.fromkeys((*claims, *signals, *order))
+        items = usual | claimed
+        items = {name: items[name] for name in dict.fromkeys((*order, *items))}
+        if kind is AlertKind.SLINGSHOT:
+            items |= self.loss()
+        return _crossed_first(finite(items))
 
     def loss(self) -> dict[str, Evidence]:
         """Return the loss of the event, now, against the level that it crossed and its floor before.

@@ -31,7 +31,7 @@ from nfi_monitor.types import (
     Severity,
     Thresholds,
 )
-from tests.detect.series import numeric_slingshot, second_moment_slingshot
+from tests.detect.series import numeric_slingshot, oscillation, second_moment_slingshot
 from tests.detect.test_detector import steep_kick
 from tests.detect.test_precursors import behind_a_layer_norm, long_memory
 
@@ -40,17 +40,6 @@ HINGE = RunContext(beta2=0.999, decoupled_decay=True, no_classes=True)
 CONTEXT = RunContext(beta2=0.95, decoupled_decay=True)
 RISK = AlertKind.AT_RISK
 OWN = Mechanism.NUMERICAL_FEATURE_INFLATION
-
-
-def oscillation() -> Iterable[Reading]:
-    for step in range(1, 401):
-        growth = 1.6 ** max(step - 388, 0)
-        values = {
-            "zero_sum_violation": 1e-8, "rms_t_max": 0.4, "loss": 1e-4,
-            "feature_displacement": 0.01 * growth, "relative_update": 2e-3, "margin_median": 12.0,
-            "gradient_alignment": -0.9 if step > 388 else 0.7, "secant_curvature": 0.3 * growth,
-        }  # fmt: skip
-        yield Reading(step, values)
 
 
 Series = tuple[Callable[[], Iterable[Reading]], RunContext]

@@ -29,7 +29,7 @@ from nfi_monitor.types import (
     Reading,
     Thresholds,
 )
-from tests.detect.series import numeric_slingshot, second_moment_slingshot
+from tests.detect.series import numeric_slingshot, oscillation, second_moment_slingshot
 from tests.detect.test_detector import steep_kick
 from tests.detect.test_precursors import behind_a_layer_norm, long_memory
 from tests.spiking import Recorded
@@ -260,17 +260,6 @@ def test_a_second_moment_slingshot_is_explained_by_coasting_and_the_kick() -> No
     assert f"RMS_t rose above {Thresholds().rms_t_steep} at step 2,501 (2.6 then, 6 at the end)" in crossed
     follows = line(run.explain("imminent-1"), "What follows")
     assert follows == "It happened: the loss jumped ×500 at step 2,503, 2 steps after the warning."
-
-
-def oscillation() -> Iterable[Reading]:
-    for step in range(1, 401):
-        growth = 1.6 ** max(step - 388, 0)
-        values = {
-            "zero_sum_violation": 1e-8, "rms_t_max": 0.4, "loss": 1e-4,
-            "feature_displacement": 0.01 * growth, "relative_update": 2e-3, "margin_median": 12.0,
-            "gradient_alignment": -0.9 if step > 388 else 0.7, "secant_curvature": 0.3 * growth,
-        }  # fmt: skip
-        yield Reading(step, values)
 
 
 @pytest.mark.parametrize(
