@@ -62,32 +62,45 @@ class AlertBook:
             self.begin(claim, step, judgement)
             return
         old = self.alerts[self._firing[claim.kind]]
-        rises = claim.severity.rank > old.severity.rank
-        falls = claim.may_lower and claim.severity.rank < old.severity.rank
-        new = replace(old, last_step=step, severity=claim.severity if rises or falls else old.severity)
-        if claim.develops:
-            new = self._developed(new, claim, judgement)
-        fresh = self._evidence(judgement, claim.kind)
-        evidence = _with_extremes(old.evidence, fresh)
+        other = claim.severity is not old.severity
+        rises = other and claim.severity.rank > old.severity.rank
+        falls = other and not rises and claim.may_lower
+        values: Mapping[str, float] = self._made(judgement, "evidence", {}, self._writer.values, claim.kind)
+        new = replace(
+            old,
+            last_step=step,
+            severity=claim.severity if rises or falls else old.severity,
+            evidence=_with_extremes(old.evidence, values),
+            **(self._developed(old, claim, judgement) if claim.develops else {}),
+        )
         changed = new.mechanism is not old.mechanism
-        if rises or changed:
-            new = replace(new, rule=self._rule(judgement, new))
-            evidence = _with_crossings(evidence, fresh)
-        if rises:
-            new = replace(new, unmoved_since=None)
-        elif falls:
-            since = step if claim.unmoved_since is None else claim.unmoved_since
-            new = replace(new, rule=self._rule(judgement, new), unmoved_since=since)
-        new = replace(new, evidence=evidence)
         if rises or falls or changed:
-            old_advice = () if changed else old.advice
-            advice = self._advice(judgement, old_advice, claim.kind, new.mechanism, new.severity)
-            new = replace(new, advice=advice)
+            new = self._changed(new, claim, judgement, risen=rises, fallen=falls, renamed=changed)
             judgement.changes.append((Change.UPDATE, new))
         self.alerts[self._firing[claim.kind]] = new
 
-    def _developed(self, alert: Alert, claim: Claim, judgement: Judgement) -> Alert:
-        """Return the alert with the phase, mechanism and forecast of this reading.
+    def _changed(
+        self, alert: Alert, claim: Claim, judgement: Judgement, *, risen: bool, fallen: bool, renamed: bool
+    ) -> Alert:
+        """Return the alert with the rule, evidence and advice of its new severity or mechanism."""
+        step, since, evidence = alert.last_step, alert.unmoved_since, alert.evidence
+        if risen:
+            since = None
+        elif fallen:
+            since = step if claim.unmoved_since is None else claim.unmoved_since
+        if risen or renamed:
+            evidence = _with_crossings(evidence, self._evidence(judgement, alert.kind))
+        old_advice = () if renamed else alert.advice
+        return replace(
+            alert,
+            rule=self._rule(judgement, alert),
+            evidence=evidence,
+            advice=self._advice(judgement, old_advice, alert.kind, alert.mechanism, alert.severity),
+            unmoved_since=since,
+        )
+
+    def _developed(self, alert: Alert, claim: Claim, judgement: Judgement) -> dict[str, Any]:
+        """Return the phase, mechanism and forecast of this reading, as fields of the alert.
 
         Keep the mechanism with the highest confidence so far: near the spike all mechanisms look alike.  A
         proven mechanism (rounding, which is measured) replaces a mechanism that was only inferred.
@@ -95,13 +108,12 @@ class AlertBook:
         more_certain = claim.confidence > alert.confidence or (
             claim.mechanism in PROVEN and alert.mechanism not in PROVEN
         )
-        return replace(
-            alert,
-            phase=judgement.phase,
-            mechanism=claim.mechanism if more_certain else alert.mechanism,
-            confidence=claim.confidence if more_certain else alert.confidence,
-            steps_to_spike=self._forecast(judgement, claim),
-        )
+        return {
+            "phase": judgement.phase,
+            "mechanism": claim.mechanism if more_certain else alert.mechanism,
+            "confidence": claim.confidence if more_certain else alert.confidence,
+            "steps_to_spike": self._forecast(judgement, claim),
+        }
 
     def begin(self, claim: Claim, step: int, judgement: Judgement) -> None:
         """Begin an alert at ``step``."""
@@ -154,7 +166,8 @@ class AlertBook:
         evidence = dict(alert.evidence)
         if kind is AlertKind.SLINGSHOT or outcome in (Outcome.SLINGSHOT, Outcome.BURST):
             loss: Mapping[str, Evidence] = self._made(judgement, "evidence", {}, self._writer.loss)
-            evidence = {**loss, **_with_extremes(evidence, loss)}
+            now = {name: item.value for name, item in loss.items()}
+            evidence = {**loss, **_with_extremes(evidence, now)}
         ended = replace(
             alert,
             state=AlertState.RESOLVED,
@@ -230,11 +243,11 @@ class AlertBook:
         self._counts = dict(state["counts"])
 
 
-def _with_extremes(old: Mapping[str, Evidence], fresh: Mapping[str, Evidence]) -> dict[str, Evidence]:
+def _with_extremes(old: Mapping[str, Evidence], values: Mapping[str, float]) -> dict[str, Evidence]:
     """Return the old items, those that crossed their thresholds with their extremes up to now."""
     items = dict(old)
     for name, item in old.items():
-        value = fresh[name].value if item.crossed and name in fresh else math.nan
+        value = values.get(name, math.nan) if item.crossed else math.nan
         extreme = item.value if item.extreme is None else item.extreme
         if value < extreme if item.below else value > extreme:
             items[name] = replace(item, extreme=value)

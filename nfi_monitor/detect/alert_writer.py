@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 from nfi_monitor.detect.advice import advice_for
 from nfi_monitor.detect.rules import ANYTIME_RULES, LEVELS, RULES, WARNING_RULES, Rule
@@ -61,15 +62,29 @@ class AlertWriter:
         }
         return finite(items)
 
+    def values(self, kind: AlertKind) -> dict[str, float]:
+        """Return the values of :meth:`evidence`, without the thresholds: quick, for each reading."""
+        now = self._now
+        for rule in ANYTIME_RULES:
+            if kind in rule.holds:
+                return {name: item.value for name, item in rule.claims(now, kind).items()}
+        usual: dict[str, float] = {}
+        claimed: dict[str, float] = {}
+        for rule in WARNING_RULES:
+            for name, item in rule.evidence(now).items():
+                usual.setdefault(name, item.value)
+            if now.on(rule.name):
+                for name, item in rule.claims(now, kind).items():
+                    claimed.setdefault(name, item.value)
+        return usual | claimed
+
     def _compared(self, rule: Rule, items: Mapping[str, Evidence]) -> dict[str, Evidence]:
         """Return the items with this step, and with whether each has crossed its threshold."""
-        found = {}
-        for name, item in items.items():
-            levels = [level for level in rule.levels if level.quantity == name]
-            levels = levels or [level for level in LEVELS if level.quantity == name]
-            below = item.below or any(level.below for level in levels[:1])
-            found[name] = replace(compared(item, below=below), step=self._now.step)
-        return found
+        step = self._now.step
+        return {
+            name: replace(compared(item, below=item.below or _is_below(rule, name)), step=step)
+            for name, item in items.items()
+        }
 
     def rule(self, kind: AlertKind, mechanism: Mechanism) -> str:
         """Return the name of the rule that describes an alert; empty if none of the mechanism is on.
@@ -110,3 +125,11 @@ class AlertWriter:
 def _crossed_first(items: Mapping[str, Evidence]) -> dict[str, Evidence]:
     """Return the items with those that have not crossed their thresholds last."""
     return dict(sorted(items.items(), key=lambda entry: entry[1].crossed is False))
+
+
+@cache
+def _is_below(rule: Rule, quantity: str) -> bool:
+    """Return whether low values of a quantity are the sign, by the rule's own level, or else by any level."""
+    own = [level for level in rule.levels if level.quantity == quantity]
+    levels = own or [level for level in LEVELS if level.quantity == quantity]
+    return bool(levels) and levels[0].below
