@@ -60,12 +60,11 @@ class AlertState(str, Enum):
 
 
 class Outcome(str, Enum):
-    """How an alert ended: what followed it."""
+    """What followed an alert."""
 
-    NONE = ""  # it fires, or nothing was expected to follow (a slingshot, a NaN)
-    SLINGSHOT = "slingshot"  # the slingshot came that it warned of
-    BURST = "burst"  # the loss rose, by less than in a slingshot
-    PASSED = "passed"  # it ended, and the loss did not rise
+    SLINGSHOT = "slingshot"  # a slingshot began: the warning came true
+    BURST = "burst"  # the loss rose far above its noise, but not as high as in a slingshot
+    PASSED = "passed"  # neither
     OPEN = "open"  # it still fired when the run ended
 
     def __str__(self) -> str:
@@ -146,9 +145,10 @@ class Alert:
     detector's rule that describes the alert; empty where no rule of the mechanism is on, and in alerts of
     version 0.2 and before.
 
-    ``outcome`` says how the alert ended.  ``event_step`` is the first step of the spike that it warned of;
-    for an alert that still fired when the run ended, it is the run's last step.  ``unmoved_since``: the
-    severity was lowered, because nothing has moved since this step.
+    ``outcome`` is what followed an *at risk* or *imminent* alert, None while it fires; ``outcome_step`` is
+    the step at which that slingshot or burst began.  An alert of any kind that still fires when the run ends
+    has the outcome OPEN and the run's last step.  ``unmoved_since``: the severity was lowered, because
+    nothing has moved since this step.
     """
 
     id: str
@@ -166,15 +166,16 @@ class Alert:
     layer: str | None = None
     rank: int = 0
     rule: str = ""
-    outcome: Outcome = Outcome.NONE
-    event_step: int | None = None
+    outcome: Outcome | None = None
+    outcome_step: int | None = None
     unmoved_since: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain types. Evidence that is NaN or Inf becomes None, which any JSON has."""
         record = asdict(self)
-        for key in ("kind", "severity", "state", "phase", "mechanism", "outcome"):
+        for key in ("kind", "severity", "state", "phase", "mechanism"):
             record[key] = str(record[key])
+        record["outcome"] = None if self.outcome is None else str(self.outcome)
         record["evidence"] = {name: item.to_json() for name, item in self.evidence.items()}
         record["steps_to_spike"] = list(self.steps_to_spike) if self.steps_to_spike else None
         record["advice"] = list(self.advice)
@@ -206,8 +207,8 @@ class Alert:
             layer=record.get("layer"),
             rank=int(record.get("rank", 0)),
             rule=str(record.get("rule") or ""),
-            outcome=Outcome(record.get("outcome") or ""),
-            event_step=record.get("event_step"),
+            outcome=Outcome(record["outcome"]) if record.get("outcome") else None,
+            outcome_step=record.get("outcome_step"),
             unmoved_since=record.get("unmoved_since"),
         )
 

@@ -147,24 +147,24 @@ class AlertBook:
         step: int,
         judgement: Judgement,
         *,
-        outcome: Outcome | None = None,
-        event_step: int | None = None,
+        outcome: tuple[Outcome | None, int | None] = (None, None),
     ) -> None:
         """End the alert of this kind at ``step``, if one fires.
 
-        ``outcome``: what followed; by default nothing, for a warning.  ``event_step``: first step of the
-        spike that followed.  The loss of a spike is added to the evidence, for a warning with the values of
-        its beginning, and for a slingshot with its peak and with the level at which the loss stayed.
+        ``outcome``: what followed a warning, and the step at which that began; by default PASSED.  The loss
+        of a slingshot is added to the evidence: to the warning as it was at its beginning, and to the
+        slingshot's alert the peak and the level at which the loss stayed.
         """
         index = self._firing.pop(kind, None)
         if index is None:
             return
         alert = self.alerts[index]
         warns = kind in (AlertKind.AT_RISK, AlertKind.IMMINENT)
-        if outcome is None:
-            outcome = Outcome.PASSED if warns else Outcome.NONE
+        followed, began = outcome
+        if followed is None and warns:
+            followed = Outcome.PASSED
         evidence = dict(alert.evidence)
-        if kind is AlertKind.SLINGSHOT or outcome in (Outcome.SLINGSHOT, Outcome.BURST):
+        if kind is AlertKind.SLINGSHOT or followed is Outcome.SLINGSHOT:
             loss: Mapping[str, Evidence] = self._made(judgement, "evidence", {}, self._writer.loss)
             now = {name: item.value for name, item in loss.items()}
             evidence = {**loss, **_with_extremes(evidence, now)}
@@ -174,8 +174,8 @@ class AlertBook:
             last_step=step,
             evidence=evidence,
             steps_to_spike=None,
-            outcome=outcome,
-            event_step=event_step,
+            outcome=followed,
+            outcome_step=began,
         )
         self.alerts[index] = ended
         judgement.changes.append((Change.END, ended))
@@ -185,7 +185,7 @@ class AlertBook:
         for index in self._firing.values():
             alert = self.alerts[index]
             last = max(alert.last_step, step)
-            self.alerts[index] = replace(alert, outcome=Outcome.OPEN, event_step=step, last_step=last)
+            self.alerts[index] = replace(alert, outcome=Outcome.OPEN, outcome_step=step, last_step=last)
         return [self.alerts[index] for index in sorted(self._firing.values())]
 
     # --- parts of an alert: if a part fails, the alert is raised without it ---------------------------
@@ -239,7 +239,7 @@ class AlertBook:
         self.alerts[:] = [Alert.from_json(record) for record in state["alerts"]]
         self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
         for index in self._firing.values():  # the state may be from after the end of a run, which now goes on
-            self.alerts[index] = replace(self.alerts[index], outcome=Outcome.NONE, event_step=None)
+            self.alerts[index] = replace(self.alerts[index], outcome=None, outcome_step=None)
         self._counts = dict(state["counts"])
 
 

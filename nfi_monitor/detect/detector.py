@@ -198,7 +198,7 @@ class Detector:
             warning = self._book.firing(kind)
             if warning is not None and warning.confidence > confidence and mechanism not in PROVEN:
                 mechanism, confidence = warning.mechanism, warning.confidence
-            self._book.end(kind, step, judgement, outcome=Outcome.SLINGSHOT, event_step=spike.start)
+            self._book.end(kind, step, judgement, outcome=(Outcome.SLINGSHOT, spike.start))
         # Begin the alert before the rules are switched off, because their levels are its evidence.
         claim = Claim(AlertKind.SLINGSHOT, Severity.CRITICAL, mechanism, confidence)
         self._book.begin(claim, spike.start, judgement)

@@ -164,7 +164,7 @@ def _event(alert: Alert, alerts: Sequence[Alert], tau: float) -> dict[str, Any]:
     record = alert.to_json()
     keys = (
         "id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence", "advice",
-        "rule", "outcome", "event_step", "unmoved_since",
+        "rule", "outcome", "outcome_step", "unmoved_since",
     )  # fmt: skip
     found: dict[str, Any] = as_json({key: record[key] for key in keys})
     found["ended"] = wording.ending_in_words(alert)

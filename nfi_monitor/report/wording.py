@@ -89,15 +89,11 @@ def headline(alert: Alert) -> str:
         loss_alone = alert.severity is Severity.WARNING
         what = f"NaN or Inf in the loss{'' if loss_alone else ', the gradients or the weights'}"
         return f"finite again ({since})" if over else what
-    if alert.kind is AlertKind.IMMINENT:
-        if over:
-            return (
-                f"was imminent, no slingshot came ({since})" if alert.outcome else f"was imminent ({since})"
-            )
-        return f"slingshot imminent: {_what(alert)}"
+    imminent = alert.kind is AlertKind.IMMINENT
     if over:
-        return f"was at risk, no slingshot came ({since})" if alert.outcome else f"was at risk ({since})"
-    return f"at risk: {_what(alert)}"
+        none_came = ", no slingshot came" if alert.outcome is Outcome.PASSED else ""
+        return f"was {'imminent' if imminent else 'at risk'}{none_came} ({since})"
+    return f"{'slingshot imminent' if imminent else 'at risk'}: {_what(alert)}"
 
 
 HAPPENED = "it happened: "
@@ -125,7 +121,7 @@ def _open(alert: Alert) -> str:
         AlertKind.SLINGSHOT: "slingshot",
         AlertKind.NON_FINITE: "NaN or Inf",
     }[alert.kind]
-    end = "" if alert.event_step is None else f" at step {alert.event_step:,}"
+    end = "" if alert.outcome_step is None else f" at step {alert.outcome_step:,}"
     back = "; the loss was not back" if alert.kind is AlertKind.SLINGSHOT else ""
     return f"{STILL_FIRING}{what} since step {alert.first_step:,}{back} when the run ended{end}"
 
@@ -135,7 +131,7 @@ def event_in_words(alert: Alert) -> str:
 
     A rise by less than a factor of ten is given as ``rose from 2.05 to 3.75``.
     """
-    loss, step = alert.evidence.get("loss"), alert.event_step
+    loss, step = alert.evidence.get("loss"), alert.outcome_step
     rose = "the loss rose"
     if loss is not None and loss.baseline is not None:
         low, high = loss.baseline, loss.value
@@ -153,12 +149,12 @@ def event_in_words(alert: Alert) -> str:
 def ending_in_words(alert: Alert) -> str:
     """Return what has become of an alert, for a table: ``no slingshot came``; empty if there is no news."""
     if alert.outcome is Outcome.OPEN:
-        end = "" if alert.event_step is None else f" at step {alert.event_step:,}"
+        end = "" if alert.outcome_step is None else f" at step {alert.outcome_step:,}"
         said = f"still firing when the run ended{end}"
         return f"{said}; {unmoved_in_words(alert)}" if alert.unmoved_since is not None else said
     if alert.outcome in (Outcome.SLINGSHOT, Outcome.BURST):
         what = "it happened" if alert.outcome is Outcome.SLINGSHOT else "a smaller burst"
-        return what if alert.event_step is None else f"{what} at step {alert.event_step:,}"
+        return what if alert.outcome_step is None else f"{what} at step {alert.outcome_step:,}"
     if alert.outcome is Outcome.PASSED:
         return "no slingshot came"
     return unmoved_in_words(alert)

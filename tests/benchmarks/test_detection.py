@@ -197,7 +197,7 @@ def test_the_tiny_run_gives_alerts_to_compare(run: generate.Run) -> None:
 def when_the_run_ended(alerts: list[Alert], step: int) -> list[dict[str, Any]]:
     """Return the alerts of a replay as a monitor keeps them that closed at ``step``."""
     return [
-        dataclasses.replace(item, outcome=Outcome.OPEN, event_step=step, last_step=step).to_json()
+        dataclasses.replace(item, outcome=Outcome.OPEN, outcome_step=step, last_step=step).to_json()
         if item.state is AlertState.FIRING
         else item.to_json()
         for item in alerts

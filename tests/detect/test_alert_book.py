@@ -202,11 +202,11 @@ def test_a_warning_that_is_followed_by_its_spike_ends_as_come_true() -> None:
     ended = [alert for change, alert in changes if change is Change.END and alert.kind in (RISK, "imminent")]
     assert [alert.outcome for alert in ended] == [Outcome.SLINGSHOT, Outcome.SLINGSHOT]
     for alert in ended:
-        assert alert.event_step == 400
+        assert alert.outcome_step == 400
         assert wording.headline(alert).startswith("it happened: the loss jumped ×")
         assert f"at step 400, {400 - alert.first_step} steps after" in wording.headline(alert)
     (slingshot,) = [alert for alert in detector.alerts if alert.kind is AlertKind.SLINGSHOT]
-    assert slingshot.outcome is Outcome.NONE and slingshot.state is AlertState.RESOLVED
+    assert slingshot.outcome is None and slingshot.state is AlertState.RESOLVED
 
 
 def test_a_warning_that_leads_to_nothing_ends_as_passed() -> None:
@@ -289,14 +289,14 @@ def test_what_still_fires_when_the_run_ends_says_so_and_goes_on_in_a_resumed_run
     (open_alert,) = book.book.run_ended(40)
     assert book.book.alerts == [open_alert]
     assert open_alert.state is AlertState.FIRING and open_alert.outcome is Outcome.OPEN
-    assert (open_alert.event_step, open_alert.last_step) == (40, 40)
+    assert (open_alert.outcome_step, open_alert.last_step) == (40, 40)
     assert wording.headline(open_alert) == (
         "still firing: at risk since step 5 when the run ended at step 40"
     )
     again = Book()
     again.book.load_state_dict(json.loads(json.dumps(book.book.state_dict())))
     resumed, _ = again.hold(41, Severity.INFO, 0.2)
-    assert resumed.outcome is Outcome.NONE and resumed.event_step is None and resumed.first_step == 5
+    assert resumed.outcome is None and resumed.outcome_step is None and resumed.first_step == 5
 
 
 # --- records ----------------------------------------------------------------------------------------------
@@ -304,12 +304,12 @@ def test_what_still_fires_when_the_run_ends_says_so_and_goes_on_in_a_resumed_run
 
 def test_a_record_of_version_0_2_is_read() -> None:
     record = begun(run("numeric")[1])[0].to_json()
-    for name in ("rule", "outcome", "event_step", "unmoved_since"):
+    for name in ("rule", "outcome", "outcome_step", "unmoved_since"):
         del record[name]
     record["evidence"] = {"zero_sum_violation": {"value": 0.13, "threshold": 0.1, "baseline": 0.0}}
     alert = Alert.from_json(record)
     assert alert.evidence == {"zero_sum_violation_smoothed": Evidence(0.13, 0.1, 0.0)}
-    assert alert.outcome is Outcome.NONE and alert.rule == ""
+    assert alert.outcome is None and alert.rule == ""
     assert wording.evidence_in_words(alert, 3) == "smoothed zero-sum violation 0.13 (threshold 0.1)"
 
 

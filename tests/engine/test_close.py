@@ -53,7 +53,7 @@ def test_an_alert_that_fires_at_the_end_is_not_resolved(closed: tuple[Monitor, K
     assert change is Change.UPDATE
     for found in (alert, monitor.alerts[-1], read_run(run).alerts[-1]):
         assert found.state is AlertState.FIRING and found.outcome is Outcome.OPEN
-        assert found.event_step == STEPS
+        assert found.outcome_step == STEPS
     lines = (run / "alerts.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(lines[-1])["alert"]["outcome"] == "open"
 

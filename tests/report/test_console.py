@@ -147,7 +147,7 @@ def test_a_warning_that_came_true_says_what_happened_and_how_long_before_it_warn
     loss = {"loss": Evidence(0.05, 0.02, 1.25e-7, crossed=True, step=905)}
     over = replace(
         resolved(replace(IMMINENT, first_step=628), 905),
-        outcome=Outcome.SLINGSHOT, event_step=905, evidence={**IMMINENT.evidence, **loss},
+        outcome=Outcome.SLINGSHOT, outcome_step=905, evidence={**IMMINENT.evidence, **loss},
     )  # fmt: skip
     ConsoleSink(console).alert(over, Change.END)
     assert text_of(console) == (
@@ -168,7 +168,7 @@ def test_an_alert_that_fires_when_the_run_ends_is_not_resolved() -> None:
     sink = ConsoleSink(console)
     sink.alert(AT_RISK, Change.BEGIN)
     before = text_of(console)
-    open_alert = replace(AT_RISK, last_step=1000, outcome=Outcome.OPEN, event_step=1000)
+    open_alert = replace(AT_RISK, last_step=1000, outcome=Outcome.OPEN, outcome_step=1000)
     sink.alert(open_alert, Change.UPDATE)
     assert text_of(console).removeprefix(before).strip() == (
         "nfi  step 1,000  still firing: at risk since step 535 when the run ended at step 1,000"

@@ -169,9 +169,9 @@ def endings(*alerts: Alert) -> list[str]:
 
 
 def test_an_event_says_how_it_ended() -> None:
-    came = replace(resolved(AT_RISK, 895), outcome=Outcome.SLINGSHOT, event_step=895)
+    came = replace(resolved(AT_RISK, 895), outcome=Outcome.SLINGSHOT, outcome_step=895)
     burst = replace(came, outcome=Outcome.BURST)
-    still = replace(AT_RISK, outcome=Outcome.OPEN, event_step=1000)
+    still = replace(AT_RISK, outcome=Outcome.OPEN, outcome_step=1000)
     lowered = replace(AT_RISK, severity=Severity.INFO, unmoved_since=700)
     passed = replace(event(AT, 100, 200), outcome=Outcome.PASSED)
     assert endings(came, burst, still, lowered, passed, AT_RISK) == [
@@ -197,6 +197,6 @@ def test_a_warning_that_had_ended_shortly_before_a_slingshot_is_not_said_to_have
 
 
 def test_the_table_of_events_has_what_became_of_each() -> None:
-    still = replace(AT_RISK, outcome=Outcome.OPEN, event_step=1000)
+    still = replace(AT_RISK, outcome=Outcome.OPEN, outcome_step=1000)
     text = str(summarize(INFO, History(), [], [still], []))
     assert "still firing when" in text

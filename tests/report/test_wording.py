@@ -97,7 +97,7 @@ def test_all_words_can_be_said_in_ascii_without_question_marks() -> None:
 )
 def test_a_spike_is_told_in_words_that_fit_its_size(floor: float, loss: float, said: str) -> None:
     item = Evidence(loss, None, floor, crossed=True, step=900)
-    alert = replace(resolved(AT_RISK, 900), outcome=Outcome.BURST, event_step=900, evidence={"loss": item})
+    alert = replace(resolved(AT_RISK, 900), outcome=Outcome.BURST, outcome_step=900, evidence={"loss": item})
     after = "at step 900, 365 steps after the run was called at risk"
     assert wording.headline(alert) == f"a smaller burst, no slingshot: {said} {after}"
 

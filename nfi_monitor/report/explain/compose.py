@@ -191,7 +191,7 @@ def _follows(alert: Alert, record: SignalHistory) -> str:
 
 def _open(alert: Alert) -> str:
     """Return what was true when the run ended while the alert fired."""
-    end = f"when the run ended at step {alert.event_step:,}" if alert.event_step else "when the run ended"
+    end = f"when the run ended at step {alert.outcome_step:,}" if alert.outcome_step else "when the run ended"
     if alert.kind is AlertKind.SLINGSHOT:
         return f"The loss had not recovered {end}."
     if alert.kind is AlertKind.NON_FINITE:
