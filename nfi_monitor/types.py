@@ -158,6 +158,11 @@ class Thresholds:
     second moment are of real gradients. Lower: networks that oscillate while the loss first falls are called
     imminent."""
 
+    # --- oscillations and kicks ------------------------------------------------------------------
+    loss_stands_out: float = 0.15
+    """Rise of the loss above its running average, in nats of log loss, that the alarm of a kick or an
+    oscillation requires: a run that lives at the edge of stability oscillates for good. Higher: less lead."""
+
     # --- what a slingshot is ---------------------------------------------------------------------
     spike_low: float = 1e-2
     """A slingshot starts only if the loss was below this on average (W. Wu 2024). Lower: fewer events

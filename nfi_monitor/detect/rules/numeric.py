@@ -146,12 +146,16 @@ class Imminent(_Numeric):
     }  # fmt: skip
 
     def enter(self, now: Situation) -> bool:
+        if not now.on(Absorbing.name):
+            return False
+        if swelling(now):
+            return True
         signals, limits = now.signals, now.limits
-        return (
-            now.on(Absorbing.name)
-            and signals.growth * now.context.tau >= limits.imminent_growth
-            and (signals.displacement >= displacement_level(now) or swelling(now))
-        )
+        # The means may also shrink, as with tied embeddings; behind a norm they hardly move, but δ rises.
+        grows = abs(signals.growth) * now.context.tau >= limits.imminent_growth
+        grows = grows or signals.displacement_rise >= limits.imminent_rise
+        level = displacement_level(now) * now.level_of(self.name)
+        return grows and signals.displacement >= level * signals.rate_rise
 
     def stay(self, now: Situation) -> bool:
         return now.on(Absorbing.name) and (displacing(now) or swelling(now))
@@ -203,5 +207,5 @@ def swelling(now: Situation) -> bool:
     Behind a LayerNorm the head hardly moves; there the movement by those layers grows.  Each minibatch has
     another mean row, which moves the logits anyway.  So the movement must also have grown."""
     signals, limits = now.signals, now.limits
-    factor = 0.25 if now.on(Imminent.name) else 1.0
+    factor = 0.25 if now.on(Imminent.name) else now.level_of(Imminent.name)
     return signals.swing >= factor * limits.imminent_exit and signals.swell >= factor * limits.imminent_swell
