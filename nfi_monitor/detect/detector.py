@@ -26,7 +26,7 @@ from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.situation import RunContext, Situation
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
-from nfi_monitor.types import Alert, AlertKind, Phase, Reading, Severity, Thresholds
+from nfi_monitor.types import Alert, AlertKind, Outcome, Phase, Reading, Severity, Thresholds
 
 _PHASES = list(Phase)
 _WARNINGS = (AlertKind.AT_RISK, AlertKind.IMMINENT)
@@ -114,6 +114,10 @@ class Detector:
 
     # --- judging ---------------------------------------------------------------------------------------
 
+    def run_ended(self, step: int) -> list[Alert]:
+        """Mark the firing alerts as still firing when the run ended at ``step``; return them."""
+        return self._book.run_ended(step)
+
     def is_unusual(self, step: int, loss: float) -> bool:
         """Record a loss as soon as it is known; return whether it is a reason to read the next steps."""
         return self.loss_watch.update(step, loss, self.limits)
@@ -199,7 +203,7 @@ class Detector:
             warning = self._book.firing(kind)
             if warning is not None and warning.confidence > confidence and mechanism not in PROVEN:
                 mechanism, confidence = warning.mechanism, warning.confidence
-            self._book.end(kind, step, judgement)
+            self._book.end(kind, step, judgement, outcome=(Outcome.SLINGSHOT, spike.start))
         # Begin the alert before the rules are switched off, because their levels are its evidence.
         claim = Claim(AlertKind.SLINGSHOT, Severity.CRITICAL, mechanism, confidence)
         self._book.begin(claim, spike.start, judgement)
@@ -212,7 +216,7 @@ class Detector:
 
     def _end_slingshot(self, judgement: Judgement) -> None:
         """End the slingshot's alert and reset the signals' peaks."""
-        self._book.end(AlertKind.SLINGSHOT, self.spike.fallen_at, judgement, "loss", "loss_afterwards")
+        self._book.end(AlertKind.SLINGSHOT, self.spike.fallen_at, judgement)
         self.signals.calm()
 
     def _update_warnings(self, judgement: Judgement) -> Causes:

@@ -124,6 +124,8 @@ class Signals(Stateful):
         times = _Times.of(reading.step, self.last_step, tau, limits)
         self._update_violation(reading, times, limits)
         derived = self._update_growth(reading, times)
+        if not math.isnan(_violation(reading)) and not math.isnan(self.violation):
+            derived["zero_sum_violation_smoothed"] = self.violation
         self._update_displacement(reading, times)
         self._update_swing(reading, times)
         self._update_optimizer(reading, times)

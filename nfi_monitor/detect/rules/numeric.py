@@ -16,12 +16,13 @@ _NUMERIC = (Mechanism.NUMERICAL_FEATURE_INFLATION,)
 
 VIOLATION = Level(
     signal="violation",
-    quantity="zero_sum_violation",
+    quantity="zero_sum_violation_smoothed",
     enter=lambda limits, context: limits.absorbing_enter,
     leave=lambda limits, level: limits.absorbing_exit,
     supports=_NUMERIC,
     made_of=("zero_sum_violation", "zero_sum_violation_weight", "zero_sum_violation_batch"),
     value=lambda signals, reading, context: signals.violation,
+    bands=("zero_sum_violation_smoothed",),
 )
 GROWTH = Level(
     signal="growth",
@@ -33,6 +34,7 @@ GROWTH = Level(
     value=lambda signals, reading, context: signals.growth * context.tau,
     evidence_per_step=True,
     show="percent of τ",
+    bands=("feature_mean_growth",),
 )
 DISPLACEMENT = Level(
     signal="displacement",
@@ -43,8 +45,8 @@ DISPLACEMENT = Level(
     made_of=("margin_displacement", "logit_displacement"),
     value=lambda signals, reading, context: signals.displacement,
     may_be_lower=True,
-    keeps_lowest=True,
     show="nat",
+    bands=("logit_displacement", "margin_displacement"),
 )
 
 
@@ -70,7 +72,7 @@ class Absorbing(_Numeric):
     labels = {AlertKind.AT_RISK: "rounding absorbs confident rows: their gradients no longer sum to zero"}
     charts = ("zero-sum violation", "rows that rounding silences", "margins")
     levels = (VIOLATION,)
-    first_evidence = {AlertKind.AT_RISK: ("zero_sum_violation", "feature_mean_growth")}
+    first_evidence = {AlertKind.AT_RISK: ("zero_sum_violation_smoothed", "feature_mean_growth")}
 
     def enter(self, now: Situation) -> bool:
         return now.signals.violation >= VIOLATION.enter(now.limits, now.context)
@@ -82,7 +84,9 @@ class Absorbing(_Numeric):
         return now.signals.violation >= 0.5 * now.limits.absorbing_exit
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
-        return {"zero_sum_violation": Evidence(now.signals.violation, now.limits.absorbing_enter, 0.0)}
+        return {
+            "zero_sum_violation_smoothed": Evidence(now.signals.violation, now.limits.absorbing_enter, 0.0)
+        }
 
 
 class Inflating(_Numeric):
@@ -136,7 +140,8 @@ class Imminent(_Numeric):
     levels = (DISPLACEMENT,)
     first_evidence = {
         AlertKind.IMMINENT: (
-            "logit_displacement", "margin_displacement", "zero_sum_violation", "feature_mean_growth",
+            "logit_displacement", "margin_displacement", "feature_displacement",
+            "zero_sum_violation_smoothed", "feature_mean_growth",
         )
     }  # fmt: skip
 
@@ -158,7 +163,17 @@ class Imminent(_Numeric):
         return {"logit_displacement": Evidence(now.signals.displacement, displacement_level(now))}
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
-        return {"feature_displacement": Evidence(now.signals.swing, now.limits.imminent_exit)}
+        """Return the growth and the swell that *imminent* requires, if they were met."""
+        signals, limits = now.signals, now.limits
+        claimed = {}
+        if kind is not AlertKind.AT_RISK:  # the rule "inflating" raises *at risk* at its own, lower level
+            level = limits.imminent_growth / now.context.tau
+            claimed["feature_mean_growth"] = Evidence(signals.growth, level, 0.0)
+        if swelling(now):
+            lowest = signals.swing / signals.swell
+            level = max(limits.imminent_exit, limits.imminent_swell * lowest)
+            claimed["feature_displacement"] = Evidence(signals.swing, level, lowest)
+        return claimed
 
 
 def displacement_level(now: Situation) -> float:

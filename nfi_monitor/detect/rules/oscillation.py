@@ -54,7 +54,10 @@ class Swinging(Rule):
     advice = "edge_of_stability"
     charts = ("displacement by one update", "alignment", "curvature along the update")
     levels = (ALIGNMENT, SWING)
-    first_evidence = dict.fromkeys((AlertKind.AT_RISK, AlertKind.IMMINENT), ("secant_curvature", "rms_t_max"))
+    first_evidence = dict.fromkeys(
+        (AlertKind.AT_RISK, AlertKind.IMMINENT),
+        ("secant_curvature", "gradient_alignment", "feature_displacement"),
+    )
 
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals

@@ -48,6 +48,7 @@ RMS_T = Level(
     made_of=("rms_t_max",),
     value=lambda signals, reading, context: signals.rms_t,
     may_be_lower=True,
+    bands=("rms_t_max",),
     others_up_to=lambda limits, context: limits.rms_t_exit,
 )
 CURVATURE = Level(
@@ -59,7 +60,7 @@ CURVATURE = Level(
     made_of=("secant_curvature",),
     value=lambda signals, reading, context: reading.get("secant_curvature"),
     may_be_lower=True,
-    keeps_lowest=True,
+    bands=("secant_curvature",),
 )
 
 
@@ -142,12 +143,16 @@ class Kicking(Rule):
         }
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
-        signals, claimed = now.signals, {}
+        signals, limits, claimed = now.signals, now.limits, {}
+        if not now.on("swinging"):  # it has a higher level of the same displacement
+            claimed["feature_displacement"] = Evidence(signals.swing, limits.kick_displacement)
+        if now.curvature_is_high and signals.turn <= -limits.kick_turn:
+            claimed["gradient_alignment"] = Evidence(signals.turn, -limits.kick_turn, 0.0, below=True)
         if now.forgotten:
             claimed["rms_t_max"] = Evidence(signals.rms_t_peak, self._level(now), signals.rms_t_mean)
         # The rule "swinging" has a lower level of curvature, which is crossed first: keep that one.
         if now.curvature_is_high and not now.on("swinging"):
-            share = now.limits.kick_curvature * now.context.stability_limit
+            share = limits.kick_curvature * now.context.stability_limit
             claimed["secant_curvature"] = Evidence(signals.curvature_peak, share)
         return claimed
 
