@@ -95,7 +95,10 @@ class Detector:
     @property
     def _attention(self) -> Attention:
         """How many of the next steps should be read for other reasons than an unusual loss."""
-        if self.phase is Phase.HEALTHY and not self._book and not self._any_rule_nears:
+        # Nothing moves in a state that may last for the rest of a run: then it is read like a healthy run.
+        calm = self._now.still and not displacing(self._now) and self._book.firing(AlertKind.IMMINENT) is None
+        healthy = self.phase is Phase.HEALTHY and not self._book
+        if (healthy or calm) and not self._any_rule_nears:
             return Attention.RARELY
         # The phase *absorbing* alone may last for the rest of a run. No slingshot follows within τ.
         calm = self.phase is Phase.ABSORBING and not displacing(self._now)
@@ -212,6 +215,7 @@ class Detector:
         for name in self._held:
             self.record.confirm(name)
         self._held.clear()
+        self._now.movement.forget()
         self.signals.restart()
 
     def _end_slingshot(self, judgement: Judgement) -> None:
@@ -235,8 +239,14 @@ class Detector:
             judgement.phase = max((rule.phase for rule in on), key=_PHASES.index)
         else:
             judgement.phase = Phase.HEALTHY
+        at_risk = [rule for rule in on if AlertKind.AT_RISK in rule.holds]
+        signals, movement, tau = self.signals, self._now.movement, self.context.tau
+        moved = (signals.displacement_per_rate, signals.swing)
+        movement.update(step, moved, tau, at_risk=bool(at_risk))
         for kind in _WARNINGS:
             holding = [rule for rule in on if kind in rule.holds]
+            if kind is AlertKind.AT_RISK and movement.is_resting(step, tau):
+                holding = []
             if holding:
                 self._book.hold(self._claim(kind, holding, causes), step, judgement)
             else:
@@ -260,6 +270,11 @@ class Detector:
         if mechanism is not proven:
             # By hysteresis, a rule stays on below the level at which its mechanism is named.
             mechanism, confidence = proven, 0.5
+        if kind is AlertKind.AT_RISK and self._now.still:
+            moved_at = self._now.movement.moved_at
+            return Claim(
+                kind, Severity.INFO, mechanism, confidence, may_lower=True, unmoved_since=moved_at
+            )
         return Claim(kind, severity, mechanism, confidence)
 
     def _observe(self) -> Causes:
@@ -295,6 +310,7 @@ class Detector:
             "causes": self._causes.state_dict(),
             "record": self.record.state_dict(),
             "held": sorted(self._held),
+            "movement": self._now.movement.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -312,6 +328,7 @@ class Detector:
         self._causes = Causes.from_state(state["causes"])
         if "record" in state:
             self.record.load_state_dict(state["record"])
+            self._now.movement.load_state_dict(state["movement"])
         self._held = set(state.get("held", ()))
 
     def _load_switch(self, rule: Rule, saved: Mapping[str, Any]) -> None:

@@ -50,6 +50,7 @@ class Signals(Stateful):
     growth: d ln‖μ_G‖ / d step, smoothed.
     classifier_growth: d ln‖W_G‖ / d step, smoothed.
     displacement: average of ln δ, as δ in nats; δ is of the probe's margins where there is a probe.
+    displacement_per_rate: ``displacement`` over the learning rate.
     displacement_rise: ratio of ``displacement`` over the learning rate to its own recent minimum.
     rate_rise: ratio of the learning rate to its own average over τ, at least 1.
     head_displacement: as ``displacement``, but always by the head alone, with or without a probe.
@@ -84,10 +85,11 @@ class Signals(Stateful):
         "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_loss_recent", "_rate",
         "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained",
         "_unexplained_switch", "_update_rms", "_violation", "alignment", "classifier_growth",
-        "curvature_peak", "decay", "decay_lowest", "displacement", "displacement_rise", "displacement_rms",
-        "displacement_slope", "gone_at", "growth", "head_displacement", "last_step", "learning_rate_jump",
-        "loss_recent", "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak",
-        "root_max", "shrinkage", "soft_targets", "swell", "swing", "turn", "update_jump", "violation",
+        "curvature_peak", "decay", "decay_lowest", "displacement", "displacement_per_rate",
+        "displacement_rise", "displacement_rms", "displacement_slope", "gone_at", "growth",
+        "head_displacement", "last_step", "learning_rate_jump", "loss_recent", "loss_rise", "other_rows",
+        "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "shrinkage", "soft_targets", "swell",
+        "swing", "turn", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -102,7 +104,7 @@ class Signals(Stateful):
         self._swing = Ema()
         self._loss_lowest = self._swing_lowest = self._displacement_lowest = NAN
         self.violation = self.growth = self.classifier_growth = NAN
-        self.displacement_rise = self.displacement_slope = NAN
+        self.displacement_rise = self.displacement_slope = self.displacement_per_rate = NAN
         self.displacement = self.head_displacement = self.displacement_rms = NAN
         self.swing = self.swell = self.alignment = NAN
         self.rms_t = self.rms_t_mean = self.rms_t_peak = self.curvature_peak = NAN
@@ -173,6 +175,7 @@ class Signals(Stateful):
         by_head = self._head_displacement.update(step, _log(get("logit_displacement")), times.short)
         self.head_displacement = math.exp(by_head)
         self.displacement_rise = math.exp(per_rate - self._displacement_lowest)
+        self.displacement_per_rate = math.exp(per_rate)
         log_rms = _log(get("logit_displacement_rms"))
         self.displacement_rms = math.exp(self._displacement_rms.update(step, log_rms, times.short))
         self.displacement_slope = self._slope.update(step, log_rms, times.long)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nfi_monitor.detect.causes import FORGOTTEN, LEARNED
+from nfi_monitor.detect.movement import Movement
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.signals import LOWEST_LOSS, Signals
 from nfi_monitor.detect.smoothing import Hysteresis
@@ -56,6 +57,8 @@ class Situation:
     """Name of a rule → its switch."""
     record: Record = field(default_factory=Record)
     """What the alarms of each rule led to so far."""
+    movement: Movement = field(default_factory=Movement)
+    """What has moved while the run is *at risk*."""
     reading: Reading = field(default_factory=lambda: Reading(0, {}))
 
     @property
@@ -107,6 +110,11 @@ class Situation:
             return not rise < self.limits.loss_stands_out
         spread = FEW * spike.noise / 1.128  # mean absolute difference of two readings → σ of their average
         return signals.loss_recent - spike.average >= max(self.limits.loss_stands_out, BATCH_SIGMAS * spread)
+
+    @property
+    def still(self) -> bool:
+        """Whether the run has been *at risk* for long and nothing moves."""
+        return self.movement.is_still(self.signals.last_step, self.context.tau)
 
     def level_of(self, rule: str) -> float:
         """Return the factor by which the levels of a rule are higher because its alarms led to nothing."""

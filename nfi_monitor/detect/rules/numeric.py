@@ -81,7 +81,7 @@ class Absorbing(_Numeric):
         return now.signals.violation >= now.limits.absorbing_exit
 
     def nears(self, now: Situation) -> bool:
-        return now.signals.violation >= 0.5 * now.limits.absorbing_exit
+        return now.signals.violation >= 0.5 * now.limits.absorbing_exit and not now.still
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
         return {
