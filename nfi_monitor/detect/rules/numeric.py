@@ -187,7 +187,7 @@ def displacement_level(now: Situation) -> float:
     limits, rise = now.limits, now.signals.displacement_rise
     level = limits.imminent_displacement
     if rise >= limits.imminent_rise:
-        level = max(min(level, limits.imminent_product / rise), limits.imminent_lowest)
+        level = max(min(level, limits.imminent_product / rise**2), limits.imminent_lowest)
         level /= now.displacement_steps
     return level * now.signals.rate_rise * now.level_of(Imminent.name)
 
