@@ -152,8 +152,8 @@ class AlertBook:
         """End the alert of this kind at ``step``, if one fires.
 
         ``outcome``: what followed a warning, and the step at which that began; by default PASSED.  The loss
-        of a slingshot is added to the evidence: to the warning as it was at its beginning, and to the
-        slingshot's alert the peak and the level at which the loss stayed.
+        of a slingshot is added to the evidence: to the warning as ``spike_loss``, as it was at the beginning
+        of the slingshot, and to the slingshot's alert the peak and the level at which the loss stayed.
         """
         index = self._firing.pop(kind, None)
         if index is None:
@@ -166,8 +166,11 @@ class AlertBook:
         evidence = dict(alert.evidence)
         if kind is AlertKind.SLINGSHOT or followed is Outcome.SLINGSHOT:
             loss: Mapping[str, Evidence] = self._made(judgement, "evidence", {}, self._writer.loss)
-            now = {name: item.value for name, item in loss.items()}
-            evidence = {**loss, **_with_extremes(evidence, now)}
+            if warns:  # "loss" may be there already: the loss that stood out when the alert began
+                evidence |= {"spike_loss": loss["loss"]} if "loss" in loss else {}
+            else:
+                now = {name: item.value for name, item in loss.items()}
+                evidence = {**loss, **_with_extremes(evidence, now)}
         ended = replace(
             alert,
             state=AlertState.RESOLVED,

@@ -137,9 +137,11 @@ def test_a_rule_claims_each_condition_by_which_it_switches_on() -> None:
             "logit_displacement", "feature_mean_growth", "zero_sum_violation_smoothed",
         },
         ("second moment", RISK): {"rms_t_max", "second_moment_decay"},
-        ("second moment", AlertKind.IMMINENT): {"rms_t_max", "second_moment_decay", "secant_curvature"},
+        ("second moment", AlertKind.IMMINENT): {
+            "rms_t_max", "second_moment_decay", "secant_curvature", "loss",
+        },
         ("edge of stability", AlertKind.IMMINENT): {
-            "secant_curvature", "gradient_alignment", "feature_displacement",
+            "secant_curvature", "gradient_alignment", "feature_displacement", "loss",
         },
     }  # fmt: skip
     for (name, kind), quantities in wanted.items():
