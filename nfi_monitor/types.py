@@ -86,22 +86,22 @@ class Thresholds:
 
     # --- imminent: updates are nearly large enough to raise the loss -----------------------------
     imminent_growth: float = 0.02
-    """Growth of ln‖μ_G‖ per τ that *imminent* requires in addition to a displacement. Higher: later
-    slingshots of a run, before which the means hardly grow, are missed."""
-    imminent_displacement: float = 0.15
-    """Logit (or probe margin) displacement in nats over a twentieth of τ (at least one step, log-averaged) at
-    which *imminent* begins. Higher: less lead before later slingshots of a run (.3: less than one τ). Lower:
-    false alarms (.1: two in 5,000 quiet steps with soft-capped logits)."""
+    """Growth or shrinkage of ln‖μ_G‖ per τ that *imminent* requires, unless δ has risen by
+    ``imminent_rise``. Higher: slingshots before which δ hardly rises are missed."""
+    imminent_displacement: float = 0.6
+    """Logit (or probe margin) displacement in nats of one update (log-averaged) at which *imminent* begins.
+    Lower: alarms more than 10 τ ahead (.3: every seventh); many of them end without a slingshot."""
+    imminent_product: float = 2.0
+    """Product of δ, in nats over a twentieth of τ, and its rise at which *imminent* begins after a rise of
+    ``imminent_rise``. Lower: more lead, and more alarms that come more than 10 τ ahead."""
+    imminent_lowest: float = 0.075
+    """Smallest displacement in nats over a twentieth of τ at which *imminent* begins after any rise."""
     imminent_exit: float = 0.05
     """Displacement in nats over the same time below which *imminent* ends without a slingshot."""
-    imminent_growing: float = 2.0
-    """Ratio of δ to its lowest value of the last 10 τ at which a lower displacement is enough:
-    ``imminent_displacement`` divided by this ratio. Measured: a tenth more lead, and no more false alarms.
-    Rejected: the lower displacement without this condition, because soft-capped logits stay above it."""
     imminent_rise: float = 3.0
-    """Required ratio of δ to its lowest value of the last 10 τ if only the sum of several updates reaches the
-    displacement (β2 above .95). Lower: a run that goes on learning from minibatches at β2 = .999 is called
-    imminent."""
+    """Ratio of δ to its lowest value of the last 10 τ, both over the learning rate, from which on δ counts as
+    risen. Then its sum over a twentieth of τ counts (β2 above .95), and a lower displacement is enough.
+    Lower: a run that goes on learning from minibatches at β2 = .999 is called imminent."""
     imminent_swell: float = 25.0
     """Ratio of the displacement by the layers below the head to its lowest value of the last 10 τ at which a
     run is *imminent*. It matters if a LayerNorm before the head hides that displacement from the head.
@@ -140,6 +140,10 @@ class Thresholds:
     kick_turn: float = 0.5
     """Minus the cosine of the last two gradients at which a kick needs no decayed second moment. Under strong
     weight decay the gradient comes back before the second moment has decayed, and then turns around."""
+
+    kick_agreement: float = 0.2
+    """Cosine of successive gradients, averaged over 3 steps, at which a kick counts where each step has other
+    rows. Measured: up to .1 where single minibatches are hard, .2 and more before slingshots."""
 
     # --- edge of stability (Cohen et al. 2022; Bai et al. 2025, arXiv 2506.04805) ---------------
     swing_alignment: float = 0.4
@@ -195,7 +199,8 @@ class Thresholds:
                 raise ValueError(f"Thresholds.{item.name} must be a positive finite number, got {value!r}.")
         for low, high in (
             ("absorbing_exit", "absorbing_enter"),
-            ("imminent_exit", "imminent_displacement"),
+            ("imminent_exit", "imminent_lowest"),
+            ("imminent_lowest", "imminent_displacement"),
             ("coasting_enter", "coasting_exit"),
             ("rms_t_exit", "rms_t_imminent"),
             ("rms_t_exit", "rms_t_steep"),
@@ -208,12 +213,6 @@ class Thresholds:
                     f"Thresholds.{low} ({getattr(self, low)}) must be below Thresholds.{high} "
                     f"({getattr(self, high)}): without this hysteresis, one event becomes several alerts."
                 )
-        lowest = self.imminent_displacement / self.imminent_growing
-        if self.imminent_exit >= lowest:
-            raise ValueError(
-                f"Thresholds.imminent_exit ({self.imminent_exit}) must be below imminent_displacement / "
-                f"imminent_growing ({lowest:g}), at which an imminent alert may begin."
-            )
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)

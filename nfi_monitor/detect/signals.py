@@ -82,18 +82,19 @@ class Signals(Stateful):
     __slots__ = (
         "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest", "_displacement_rms",
         "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_loss_recent", "_rate",
-        "_rms_t", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained", "_unexplained_switch",
-        "_update_rms", "_violation", "alignment", "classifier_growth", "curvature_peak", "decay",
-        "decay_lowest", "displacement", "displacement_rise", "displacement_rms", "displacement_slope",
-        "gone_at", "growth", "head_displacement", "last_step", "learning_rate_jump", "loss_recent",
-        "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max",
-        "shrinkage", "soft_targets", "swell", "swing", "turn", "update_jump", "violation",
+        "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained",
+        "_unexplained_switch", "_update_rms", "_violation", "alignment", "classifier_growth",
+        "curvature_peak", "decay", "decay_lowest", "displacement", "displacement_rise", "displacement_rms",
+        "displacement_slope", "gone_at", "growth", "head_displacement", "last_step", "learning_rate_jump",
+        "loss_recent", "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak",
+        "root_max", "shrinkage", "soft_targets", "swell", "swing", "turn", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._violation, self._unexplained, self._displacement = Ema(), Ema(), Ema()
         self._displacement_rms, self._rms_t, self._alignment = Ema(), Ema(), Ema()
-        self._head_displacement, self._rate, self._loss_recent = Ema(), Ema(), Ema()
+        self._head_displacement, self._rate = Ema(), Ema()
+        self._loss_recent, self._row_match = Ema(), Ema()
         self._learning_rate, self._update_rms, self._loss = Ema(), Ema(), Ema()
         self._growth, self._classifier_growth, self._shrinkage = Growth(), Growth(), Growth()
         self._slope = Growth()
@@ -178,8 +179,8 @@ class Signals(Stateful):
 
     def _update_swing(self, reading: Reading, times: _Times) -> None:
         step, get = reading.step, reading.get
-        if "row_match" in reading.values:
-            self.other_rows = not get("row_match") >= SAME_ROWS
+        match = self._row_match.update(step, get("row_match"), ROWS, limit_gap=True)
+        self.other_rows = match < SAME_ROWS
         # Another minibatch has another mean row: only a movement of the same rows is one of the layers.
         moved = NAN if self.other_rows else felt_displacement(reading)
         self.swing = _fading_max(self.swing, moved, math.exp(-times.gap / SWINGS))
@@ -264,10 +265,13 @@ LOWEST_LOSS = 1e-7
 """Losses below this count as equal."""
 SWINGS = 3.0
 """Time constant in steps of ``swing``, ``alignment`` and ``loss_recent``. One oscillation takes two steps."""
-SAME_ROWS = 0.8
-"""Match of the rows at and above which two neighbouring steps have the same rows.
+SAME_ROWS = 0.7
+"""Average match of the rows at and above which neighbouring steps have the same rows.
 
-Measured: .97 and more in full batches, also while an oscillation builds up; at most .6 in minibatches."""
+Measured in full batches: .97 and more, .7 and more while an oscillation builds up.  In minibatches: at most
+.6 in one step."""
+ROWS = 10.0
+"""Time constant in steps of the average match: one odd step does not change what the run's steps are."""
 GONE = 0.3
 """Averaged RMS_t at or below which the gradient counts as vanished.
 

@@ -154,8 +154,7 @@ class Imminent(_Numeric):
         # The means may also shrink, as with tied embeddings; behind a norm they hardly move, but δ rises.
         grows = abs(signals.growth) * now.context.tau >= limits.imminent_growth
         grows = grows or signals.displacement_rise >= limits.imminent_rise
-        level = displacement_level(now) * now.level_of(self.name)
-        return grows and signals.displacement >= level * signals.rate_rise
+        return grows and signals.displacement >= displacement_level(now)
 
     def stay(self, now: Situation) -> bool:
         return now.on(Absorbing.name) and (displacing(now) or swelling(now))
@@ -184,17 +183,17 @@ class Imminent(_Numeric):
 def displacement_level(now: Situation) -> float:
     """Return the δ of one update, in nats, at which *imminent* begins.
 
-    The level is lower if δ has risen far above its recent minimum.  Without such a rise, two kinds of run
-    would stay above a lower level forever.  Soft-capped logits move by half of the level between
-    minibatches, and never double.  A run that goes on learning from minibatches adds up small updates.
+    The further δ has risen above its recent minimum, the lower the level.  Two kinds of run stay at a high δ
+    forever, but it does not rise: soft-capped logits, which move between minibatches, and a run that goes on
+    learning from minibatches.  The level is higher while a schedule has raised the learning rate, and after
+    alarms that led to nothing.
     """
     limits, rise = now.limits, now.signals.displacement_rise
-    divisor = 1.0
-    if rise >= limits.imminent_growing:
-        divisor = limits.imminent_growing
+    level = limits.imminent_displacement
     if rise >= limits.imminent_rise:
-        divisor = max(divisor, now.displacement_steps)
-    return limits.imminent_displacement / divisor
+        level = max(min(level, limits.imminent_product / rise), limits.imminent_lowest)
+        level /= now.displacement_steps
+    return level * now.signals.rate_rise * now.level_of(Imminent.name)
 
 
 def displacing(now: Situation) -> bool:

@@ -122,7 +122,9 @@ class Kicking(Rule):
         turned = pulled and now.curvature_is_high and signals.turn <= -limits.kick_turn
         # RMS_t must have been at most 1 on average: noise around 1 is no kick.
         kicked = signals.rms_t_peak >= level * now.level_of(self.name) and signals.rms_t_mean <= 1.0
-        return (decayed or turned) and moved and kicked and now.loss_stands_out
+        # Minibatches whose gradients agree move together; a single hard one has a gradient of its own.
+        agree = not signals.other_rows or signals.alignment >= limits.kick_agreement
+        return (decayed or turned) and moved and kicked and agree and now.loss_stands_out
 
     def stay(self, now: Situation) -> bool:
         return not now.on(Absorbing.name) and now.signals.rms_t_peak >= now.limits.rms_t_exit
