@@ -130,7 +130,7 @@ class AlertBook:
             last_step=step,
             mechanism=claim.mechanism,
             confidence=claim.confidence,
-            evidence=self._evidence(judgement, kind),
+            evidence=self._as_warned(self._evidence(judgement, kind), kind, step),
             steps_to_spike=self._forecast(judgement, claim),
             advice=self._advice(judgement, (), kind, claim.mechanism, claim.severity),
             layer=layer,
@@ -140,6 +140,23 @@ class AlertBook:
         self._firing[kind] = len(self.alerts)
         self.alerts.append(alert)
         judgement.changes.append((Change.BEGIN, alert))
+
+    def _as_warned(self, fresh: dict[str, Evidence], kind: AlertKind, step: int) -> dict[str, Evidence]:
+        """Return a slingshot's evidence with the thresholds that its *imminent* alert began with.
+
+        A rule may apply another level by now, because its signals have risen further."""
+        warnings = (
+            alert
+            for alert in reversed(self.alerts)
+            if alert.kind is AlertKind.IMMINENT and alert.outcome is Outcome.SLINGSHOT
+        )
+        warning = next(warnings, None)
+        if kind is not AlertKind.SLINGSHOT or warning is None or warning.outcome_step != step:
+            return fresh
+        for name, began in warning.evidence.items():
+            if name != "loss" and name in fresh and began.crossed and fresh[name].crossed:
+                fresh[name] = replace(fresh[name], threshold=began.threshold)
+        return fresh
 
     def end(
         self,

@@ -125,7 +125,8 @@ def test_an_alert_for_a_swell_shows_the_swell() -> None:
     assert name == "feature_displacement" and item.baseline is not None
     assert item.threshold == pytest.approx(max(limits.imminent_exit, limits.imminent_swell * item.baseline))
     assert imminent.evidence["logit_displacement"].crossed is False
-    assert "threshold 0.15, not crossed" in wording.evidence_in_words(imminent)
+    level = wording.number(limits.imminent_displacement)
+    assert f"threshold {level}, not crossed" in wording.evidence_in_words(imminent)
     assert "logit displacement" not in wording.evidence_in_words(imminent, 3)
 
 
