@@ -60,6 +60,17 @@ class AlertState(str, Enum):
         return self.value
 
 
+class Outcome(str, Enum):
+    """What followed an *at risk* or *imminent* alert."""
+
+    SLINGSHOT = "slingshot"  # a slingshot began: the warning came true
+    BURST = "burst"  # the loss rose far above its noise, but not as high as in a slingshot
+    PASSED = "passed"  # neither
+
+    def __str__(self) -> str:
+        return self.value
+
+
 class Mechanism(str, Enum):
     """The cause of a spike of the loss, past or expected."""
 
@@ -88,7 +99,9 @@ class Alert:
 
     ``first_step`` and ``last_step`` are optimizer steps; ``last_step`` grows while the alert fires.
     ``steps_to_spike`` is ``(low, median, high)``, counted from ``last_step``, or None if the number would be
-    a guess.  ``confidence``, in [0, 1], is the confidence in ``mechanism``.
+    a guess.  ``confidence``, in [0, 1], is the confidence in ``mechanism``.  ``outcome`` is what followed an
+    *at risk* or *imminent* alert, None while it fires; ``outcome_step`` is the step at which that slingshot
+    or burst began.
     """
 
     id: str
@@ -105,6 +118,8 @@ class Alert:
     advice: tuple[str, ...] = ()
     layer: str | None = None
     rank: int = 0
+    outcome: Outcome | None = None
+    outcome_step: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain types. Evidence that is NaN or Inf becomes None, which any JSON has."""
@@ -117,6 +132,7 @@ class Alert:
         }
         record["steps_to_spike"] = list(self.steps_to_spike) if self.steps_to_spike else None
         record["advice"] = list(self.advice)
+        record["outcome"] = None if self.outcome is None else str(self.outcome)
         return record
 
     @classmethod
@@ -125,7 +141,9 @@ class Alert:
 
         Raises KeyError for a missing field and ValueError for an unknown enum value.
         """
-        spike = record.get("steps_to_spike")
+        spike, outcome, outcome_step = (
+            record.get(key) for key in ("steps_to_spike", "outcome", "outcome_step")
+        )
         return cls(
             id=record["id"],
             kind=AlertKind(record["kind"]),
@@ -148,6 +166,8 @@ class Alert:
             advice=tuple(record.get("advice", ())),
             layer=record.get("layer"),
             rank=int(record.get("rank", 0)),
+            outcome=Outcome(outcome) if outcome else None,
+            outcome_step=None if outcome_step is None else int(outcome_step),
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from nfi_monitor.detect.alert_writer import AlertWriter
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.rules import PROVEN
-from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Evidence, Mechanism, Severity
+from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Evidence, Mechanism, Outcome, Severity
 
 Part = TypeVar("Part")
 
@@ -119,10 +119,18 @@ class AlertBook:
         self.alerts.append(alert)
         judgement.changes.append((Change.BEGIN, alert))
 
-    def end(self, kind: AlertKind, step: int, judgement: Judgement, *renewed: str) -> None:
+    def end(
+        self,
+        kind: AlertKind,
+        step: int,
+        judgement: Judgement,
+        *renewed: str,
+        outcome: tuple[Outcome | None, int | None] = (None, None),
+    ) -> None:
         """End the alert of this kind at ``step``, if one fires.
 
-        ``renewed``: quantities whose evidence is updated at the end.
+        ``renewed``: quantities whose evidence is updated at the end.  ``outcome``: what followed a warning,
+        and the step at which that began.
         """
         index = self._firing.pop(kind, None)
         if index is None:
@@ -137,6 +145,8 @@ class AlertBook:
             last_step=step,
             evidence=evidence,
             steps_to_spike=None,
+            outcome=outcome[0],
+            outcome_step=outcome[1],
         )
         self.alerts[index] = ended
         judgement.changes.append((Change.END, ended))

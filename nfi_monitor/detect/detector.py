@@ -24,8 +24,8 @@ from nfi_monitor.detect.rules.numeric import displacing
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.situation import RunContext, Situation
 from nfi_monitor.detect.smoothing import Hysteresis
-from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
-from nfi_monitor.types import Alert, AlertKind, Phase, Reading, Severity, Thresholds
+from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
+from nfi_monitor.types import Alert, AlertKind, Outcome, Phase, Reading, Severity, Thresholds
 
 _PHASES = list(Phase)
 _WARNINGS = (AlertKind.AT_RISK, AlertKind.IMMINENT)
@@ -85,7 +85,7 @@ class Detector:
 
     @property
     def _loss_unusual(self) -> bool:
-        return self.loss_watch.step < self.loss_watch.until
+        return self.spike.streak > 0 or self.loss_watch.step < self.loss_watch.until
 
     @property
     def _attention(self) -> Attention:
@@ -111,7 +111,7 @@ class Detector:
 
     def is_unusual(self, step: int, loss: float) -> bool:
         """Record a loss as soon as it is known; return whether it is a reason to read the next steps."""
-        return self.loss_watch.update(step, loss, self.limits)
+        return self.loss_watch.update(step, loss, self.limits, self.spike.unit)
 
     def absorb_ordinary_loss(self, step: int, loss: float) -> bool:
         """Add an ordinary loss to the running average; call :meth:`is_unusual` with it first.
@@ -127,10 +127,12 @@ class Detector:
     def update(self, reading: Reading) -> Judgement:
         """Judge one reading."""
         old_state, tau = self.spike.state, self._now.context.tau
-        loss = self._loss_of(reading)
-        state = self.spike.update(reading.step, loss, tau, self.limits)
         # Between full readings only the loss is known. It only shows whether it left its floor.
         only_loss = len(reading.values) == 1 and "loss" in reading.values
+        if not only_loss and self.spike.readings < MEMORY:  # the unit is found in the first losses
+            self.spike.nats = self._in_nats
+        loss = self._loss_of(reading)
+        state = self.spike.update(reading.step, loss, tau, self.limits)
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
             return Judgement(self.phase)
         derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
@@ -150,6 +152,13 @@ class Detector:
                 self._causes = causes
         self.phase = judgement.phase
         return judgement
+
+    @property
+    def _in_nats(self) -> bool | None:
+        """Whether the loss is a cross-entropy in nats; None: unknown."""
+        if self.context.no_classes:
+            return False
+        return None if self.signals.broken_by_design else True
 
     def _loss_of(self, reading: Reading) -> float:
         """Return the loss to judge: the reported loss, or else the loss recovered at the head.
@@ -194,7 +203,7 @@ class Detector:
             warning = self._book.firing(kind)
             if warning is not None and warning.confidence > confidence and mechanism not in PROVEN:
                 mechanism, confidence = warning.mechanism, warning.confidence
-            self._book.end(kind, step, judgement)
+            self._book.end(kind, step, judgement, outcome=(Outcome.SLINGSHOT, spike.start))
         # Begin the alert before the rules are switched off, because their levels are its evidence.
         claim = Claim(AlertKind.SLINGSHOT, Severity.CRITICAL, mechanism, confidence)
         self._book.begin(claim, spike.start, judgement)
@@ -228,8 +237,15 @@ class Detector:
             if holding:
                 self._book.hold(self._claim(kind, holding, causes), step, judgement)
             else:
-                self._book.end(kind, step, judgement)
+                self._book.end(kind, step, judgement, outcome=self._outcome(kind))
         return causes
+
+    def _outcome(self, kind: AlertKind) -> tuple[Outcome, int | None]:
+        """Return what followed a warning that ends without a slingshot, and the step at which that began."""
+        warning, spike = self._book.firing(kind), self.spike
+        if warning is not None and spike.burst_at >= max(warning.first_step, 1):
+            return Outcome.BURST, spike.burst_start
+        return Outcome.PASSED, None
 
     def _claim(self, kind: AlertKind, holding: list[Rule], causes: Causes) -> Claim:
         """Return what the rules in ``holding`` require: the highest severity, a proven mechanism first."""

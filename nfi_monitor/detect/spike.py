@@ -1,17 +1,17 @@
 """Recognize slingshots in the loss: where a slingshot starts and when it is over.
 
-A slingshot is a rise of the loss that is large, far outside the loss's own noise, and lasts at least two
-losses in a row.  Large means one of three things.  U is the loss's unit: 1 for a loss in nats, else about the
-loss at which the run began.
+A slingshot is a rise of the loss that is large, far outside the loss's own noise, and lasts for at least two
+losses.  U is the loss's unit: 1 for a loss in nats, else about the loss at which the run began.
 
-- *Leap*: three decades above the running average, and above 1e-3 U.  Losses below 1e-7 U count as 1e-7 U.
-- *Wu's levels* (W. Wu 2024, footnote 6): above 1e-1 U, while the average is below 1e-2 U.
-- *Climb*: 1 U above the average, or ten times the average, and above 1e-1 U.
+- A *leap* is large: three decades above the running average, and above 1e-3 U.  Losses below 1e-7 U count as
+  1e-7 U.
+- A *climb* is large: a decade or 1 U above the running average, and above 1e-1 U.  From below 1e-2 U these are
+  the levels of W. Wu (2024, footnote 6).
 
 These rules protect ordinary losses:
 
 - The average is the larger one of two running averages of log loss.  While a loss falls quickly, the slower
-  one is larger.  So a blip on the way down is compared with the losses from before it.
+  one is larger.  So a blip on the way down is compared with earlier losses.
 - The noise is the larger one of two scales: the mean change between two losses, and the mean excursion above
   the average.  A loss without a floor (a GAN) wanders slowly, and only the second scale shows that.
 - High losses that led to nothing raise the number of losses that the next rise must last.  In a run that fits
@@ -34,18 +34,15 @@ DECADE = math.log(10.0)
 MEMORY = 50
 """Losses in the running average and the noise of log loss. With fewer losses no slingshot is found."""
 SLOW_MEMORY = 100
-"""Losses in the slow average. With fewer losses a climb must start below ``spike_low``: first losses swing."""
-LONG_MEMORY = 200
-"""Losses in the mean excursion above the average."""
-FIRST = 9
-"""Number of first losses whose median is the early level."""
+"""Losses in the slow average. Before, a climb must start below ``spike_low``: the first losses swing."""
+LONG_MEMORY = 200  # losses in the mean excursion above the average
+FIRST = 9  # number of first losses whose median is the early level
 HIGHEST_NATS = 20.0
 """An early level above this is no mean cross-entropy: 20 nats is the loss of 500 million equal classes."""
 VISIBLE = 1e-2
-"""Share of ``spike_low`` below which differences are no noise of a climb: a hinge loss that fits jumps between
-0 and 1e-4 U."""
-FREE = 0.3
-"""A change of log loss up to this updates the averages in full."""
+"""Share of ``spike_low`` below which differences are no noise of a climb: a hinge loss jumps between 0 and
+1e-4 U once it fits."""
+FREE = 0.3  # a change of log loss up to this updates the averages in full
 ENOUGH, ENOUGH_HIGH = 0.5, 0.8
 """Share of ``spike_sigmas`` by which each loss must rise, from a low and from a high average. The noise of a
 high loss lasts for many losses, so that they are no independent evidence."""
@@ -53,8 +50,9 @@ LEAK = 2.5
 """Evidence that every loss of a streak must bring, in σ. Without it the streak ends."""
 SIGMA_CAP = 10.0
 """Most that one loss adds to the evidence, in σ: one bad minibatch is no slingshot."""
-LONGEST_STREAK = 12
-"""Losses within which a streak must become a slingshot."""
+LONGEST_STREAK = 12  # losses within which a streak must become a slingshot
+NOISY = 0.5
+"""σ of log loss above which a streak needs one more high loss: two hard minibatches in a row are chance."""
 SHALLOW, SHALLOW_STREAK = 0.7, 4
 """A rise of log loss below ``SHALLOW`` (less than a doubling) needs ``SHALLOW_STREAK`` high losses."""
 FORGETS = 1.0 - 1.0 / 1000.0
@@ -63,12 +61,10 @@ MOST_NEEDED = 8
 """Most high losses that a streak may need because of them."""
 FEW = 4
 """An event of no more high losses than this makes a later event need one more."""
-BLOCK = 50
-"""Losses in a block of an event."""
+BLOCK = 50  # losses in a block of an event
 STILL_FALLING = 0.1
 """Smallest fall of the mean log loss from block to block of a loss that comes back."""
-LONGEST = 500
-"""Steps after which every event ends."""
+LONGEST = 500  # steps after which every event ends
 
 
 class SpikeDetector(Stateful):
@@ -235,7 +231,8 @@ class SpikeDetector(Stateful):
 
     def _is_slingshot(self, rise: float, limits: Thresholds) -> bool:
         """Return whether the streak is long enough."""
-        needed = min(2 + int(self.lone), MOST_NEEDED)
+        noisy = _spread(self.noise, self.excursion) > NOISY
+        needed = min(2 + noisy + int(self.lone), MOST_NEEDED)
         if rise < SHALLOW:
             needed = max(needed, SHALLOW_STREAK)
         return self.streak >= needed and self.evidence > 2.0 * limits.spike_sigmas
@@ -288,7 +285,7 @@ class SpikeDetector(Stateful):
         elif self.nats is False or early > HIGHEST_NATS:
             self.unit = early
         else:
-            # Unknown: a regression that began at .3 has another unit, but a language model at 11 nats has not.
+            # If unknown: a regression that begins at .3 has a smaller unit; a language model at 11 has not.
             self.unit = 1.0 if self.nats else min(early, 1.0)
 
     # --- in an event -----------------------------------------------------------------------------------
