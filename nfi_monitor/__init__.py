@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Evidence,
         Mechanism,
         Note,
+        Outcome,
         Phase,
         Reading,
         Severity,
@@ -45,7 +46,7 @@ _HOMES = {
     "Snapshot": "nfi_monitor.replay.snapshots",
     **dict.fromkeys(("AlreadyMonitoredError", "HeadNotFoundError", "MonitorError"), "nfi_monitor.errors"),
     **dict.fromkeys(
-        ("Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Phase", "Reading",
+        ("Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Outcome", "Phase", "Reading",
          "Severity", "Thresholds"),
         "nfi_monitor.types",
     ),
@@ -53,7 +54,7 @@ _HOMES = {
 
 __all__ = [
     "Alert", "AlertHandler", "AlertKind", "AlertState", "AlreadyMonitoredError", "Autopilot", "Change",
-    "Evidence", "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Phase", "Reading",
+    "Evidence", "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Outcome", "Phase", "Reading",
     "Severity", "SinkBase", "Snapshot", "Thresholds", "__version__",
 ]  # fmt: skip
 

@@ -5,8 +5,8 @@ losses.  U is the loss's unit: 1 for a loss in nats, else about the loss at whic
 
 - A *leap* is large: three decades above the running average, and above 1e-3 U.  Losses below 1e-7 U count as
   1e-7 U.
-- A *climb* is large: a decade or 1 U above the running average, and above 1e-1 U.  From below 1e-2 U these are
-  the levels of W. Wu (2024, footnote 6).
+- A *climb* is large: a decade or 1 U above the running average, and above 1e-1 U.  From below 1e-2 U these
+  are the levels of W. Wu (2024, footnote 6).
 
 These rules protect ordinary losses:
 
