@@ -46,16 +46,16 @@ _HOMES = {
     "Snapshot": "nfi_monitor.replay.snapshots",
     **dict.fromkeys(("AlreadyMonitoredError", "HeadNotFoundError", "MonitorError"), "nfi_monitor.errors"),
     **dict.fromkeys(
-        ("Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Outcome", "Phase", "Reading",
-         "Severity", "Thresholds"),
+        ("Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Outcome", "Phase",
+         "Reading", "Severity", "Thresholds"),
         "nfi_monitor.types",
     ),
 }  # fmt: skip
 
 __all__ = [
     "Alert", "AlertHandler", "AlertKind", "AlertState", "AlreadyMonitoredError", "Autopilot", "Change",
-    "Evidence", "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Outcome", "Phase", "Reading",
-    "Severity", "SinkBase", "Snapshot", "Thresholds", "__version__",
+    "Evidence", "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Outcome", "Phase",
+    "Reading", "Severity", "SinkBase", "Snapshot", "Thresholds", "__version__",
 ]  # fmt: skip
 
 _beside.install()
