@@ -106,7 +106,7 @@ class SpikeDetector(Stateful):
         self.height = math.nan  # within an event, a loss at or above this is a new rise
         self.floor = math.nan  # the loss before the event: its running (geometric) average
         self.highs = 0  # high losses of the event
-        self.peak = 0.0  # largest loss of the event
+        self.peak = 0.0  # largest loss of the streak or the event
         self.fallen_at = 0  # last step of the event at which the loss was high, or fell below ``level``
         self.stayed = math.nan  # the loss at the end of the last event if it did not come back, else NaN
         self.recent = math.nan  # average of log loss over about 10 readings of the event
@@ -174,7 +174,7 @@ class SpikeDetector(Stateful):
                 or loss * rise > limits.spike_nats * self.unit
             ) and self._stands_out(step, loss, log_loss, base, limits):
                 if self._is_slingshot(rise, limits):
-                    self._begin(loss, log_loss, base, limits)
+                    self._begin(log_loss, base, limits)
                 return  # a starting spike must not raise its own baseline
         self._absorb(log_loss, limits)
 
@@ -204,7 +204,9 @@ class SpikeDetector(Stateful):
         # In a streak, a loss that has risen half of the way counts, too: an oscillation has low losses.
         half_way = math.exp(0.5 * (base + math.log(climbs)))
         counts = high or (clear and loss > max(low, half_way))
-        self._extend_streak(step, max(sigmas, sigmas_visible) if leap else sigmas_visible, counts=counts)
+        self._extend_streak(
+            step, loss, max(sigmas, sigmas_visible) if leap else sigmas_visible, counts=counts
+        )
         return counts
 
     def _note_burst(self, step: int, loss: float) -> None:
@@ -213,10 +215,11 @@ class SpikeDetector(Stateful):
             self.burst_start, self.burst_peak = step, 0.0
         self.burst_at, self.burst_peak = step, max(self.burst_peak, loss)
 
-    def _extend_streak(self, step: int, sigmas: float, *, counts: bool) -> None:
+    def _extend_streak(self, step: int, loss: float, sigmas: float, *, counts: bool) -> None:
         """Begin a streak with a high loss, or add a loss to it; end a streak that leads to nothing."""
         if self.streak == 0:
-            self.start, self.evidence, self.streak_readings = step, 0.0, 0
+            self.start, self.evidence, self.streak_readings, self.peak = step, 0.0, 0, 0.0
+        self.peak = max(self.peak, loss)
         self.streak += counts
         self.streak_readings += 1
         self.evidence += min(max(sigmas, 0.0), SIGMA_CAP) - LEAK
@@ -235,7 +238,13 @@ class SpikeDetector(Stateful):
         needed = min(2 + noisy + int(self.lone), MOST_NEEDED)
         if rise < SHALLOW:
             needed = max(needed, SHALLOW_STREAK)
-        return self.streak >= needed and self.evidence > 2.0 * limits.spike_sigmas
+        if self.streak < needed:
+            return False
+        if self.evidence > 2.0 * limits.spike_sigmas:
+            return True
+        # Four or more moderate losses: their mean is as far outside the noise.
+        n = self.streak_readings
+        return self.streak >= 4 and self.evidence + LEAK * n > 1.2 * limits.spike_sigmas * math.sqrt(n)
 
     def _absorb(self, log_loss: float, limits: Thresholds) -> None:
         """Update the running averages."""
@@ -290,7 +299,7 @@ class SpikeDetector(Stateful):
 
     # --- in an event -----------------------------------------------------------------------------------
 
-    def _begin(self, loss: float, log_loss: float, base: float, limits: Thresholds) -> None:
+    def _begin(self, log_loss: float, base: float, limits: Thresholds) -> None:
         """Begin an event."""
         self.floor = math.exp(base)
         self.height = min(_highest_usual(self.floor, limits, self.unit))
@@ -300,17 +309,16 @@ class SpikeDetector(Stateful):
             back = math.sqrt(self.floor * self.height)
         noisy = math.exp(base + 0.5 * limits.spike_sigmas * _spread(self.noise, self.excursion))
         self.level = max(back, min(noisy, self.height))
-        self.state, self.peak, self.stayed, self.highs = RISEN, 0.0, math.nan, self.streak
+        self.state, self.stayed, self.highs = RISEN, math.nan, self.streak
         self.streak, self.evidence, self.pending, self.fallen_at = 0, 0.0, 0, self.start
         self.recent, self.block_before = log_loss, math.inf
         self._begin_block()
-        self._note_peak(loss, limits)
+        self._note_peak(limits)
 
-    def _note_peak(self, loss: float, limits: Thresholds) -> None:
-        """Record the largest loss. A leap that reaches Wu's upper level ends at his lower level."""
-        self.peak = loss
+    def _note_peak(self, limits: Thresholds) -> None:
+        """Raise the levels of a leap that reaches Wu's upper level: it ends at his lower level."""
         high, low = limits.spike_high * self.unit, limits.spike_low * self.unit
-        if loss > high > self.height:
+        if self.peak > high > self.height:
             self.height, self.level = high, max(self.level, low)
 
     def _follow_event(self, step: int, loss: float, tau: float, limits: Thresholds) -> None:
@@ -318,7 +326,8 @@ class SpikeDetector(Stateful):
         if step < self.fallen_at:  # the step counter was set back: the elapsed time is unknown
             self.start, self.fallen_at = min(self.start, step), step
         if loss > self.peak:
-            self._note_peak(loss, limits)
+            self.peak = loss
+            self._note_peak(limits)
         high = loss >= self.level
         if high:
             self.highs += 1
