@@ -1,185 +1,33 @@
 """Define what all stages share: readings, alerts, phases, thresholds. No torch, no numpy.
 
 Data flows from capture to measure to detect to report; each stage imports only earlier stages and this file.
-Everything here is a frozen dataclass, or an enum whose value is the word written to disk.  So an alert is the
-same object in the console, in ``alerts.jsonl``, in TensorBoard and in a callback.
+Everything here is a frozen dataclass, or an enum whose value is the word written to disk.  Alerts and phases
+are defined in :mod:`nfi_monitor.alert`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
-from enum import Enum
-from typing import Any
+from dataclasses import asdict, dataclass, fields
 
+from nfi_monitor.alert import (
+    Alert,
+    AlertKind,
+    AlertState,
+    Change,
+    Evidence,
+    Mechanism,
+    Outcome,
+    Phase,
+    Severity,
+    finite_or_none,
+)
 
-class Phase(str, Enum):
-    """The part of the slingshot cycle that a run is in."""
-
-    HEALTHY = "healthy"
-    ABSORBING = "absorbing"  # rounding breaks the zero-sum; the feature mean does not grow yet
-    INFLATING = "inflating"  # in addition, the feature mean grows
-    IMMINENT = "imminent"  # updates move the logits by a large part of a nat within τ/20 steps
-    SLINGSHOT = "slingshot"  # the loss has left its floor
-    RECOVERING = "recovering"  # the loss is low again, the second moment has not settled yet
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class AlertKind(str, Enum):
-    AT_RISK = "at_risk"  # a state; can last for thousands of steps
-    IMMINENT = "imminent"  # a prediction
-    SLINGSHOT = "slingshot"  # a fact
-    NON_FINITE = "non_finite"  # NaN or Inf in the loss, the gradients or the weights
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class Severity(str, Enum):
-    INFO = "info"
-    WARNING = "warning"
-    CRITICAL = "critical"
-
-    def __str__(self) -> str:
-        return self.value
-
-    @property
-    def rank(self) -> int:
-        """Order of the severity, 0 to 2 (``alert.severity.rank >= Severity.WARNING.rank``)."""
-        return list(Severity).index(self)
-
-
-class AlertState(str, Enum):
-    FIRING = "firing"
-    RESOLVED = "resolved"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class Outcome(str, Enum):
-    """What followed an *at risk* or *imminent* alert."""
-
-    SLINGSHOT = "slingshot"  # a slingshot began: the warning came true
-    BURST = "burst"  # the loss rose far above its noise, but not as high as in a slingshot
-    PASSED = "passed"  # neither
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class Mechanism(str, Enum):
-    """The cause of a spike of the loss, past or expected."""
-
-    NUMERICAL_FEATURE_INFLATION = "numerical_feature_inflation"  # Liu et al. 2026, Theorem 3.7
-    SECOND_MOMENT = "second_moment"  # W. Wu 2024, section 2.1
-    EDGE_OF_STABILITY = "edge_of_stability"  # Bai et al., arXiv 2506.04805
-    EXTERNAL = "external"  # a jump of the learning rate, or a bad batch
-    UNKNOWN = "unknown"
-
-    def __str__(self) -> str:
-        return self.value
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """One quantity that an alert is based on, with the threshold it is compared with."""
-
-    value: float
-    threshold: float | None = None
-    baseline: float | None = None
-
-
-@dataclass(frozen=True)
-class Alert:
-    """One event with a beginning and an end.
-
-    ``first_step`` and ``last_step`` are optimizer steps; ``last_step`` grows while the alert fires.
-    ``steps_to_spike`` is ``(low, median, high)``, counted from ``last_step``, or None if the number would be
-    a guess.  ``confidence``, in [0, 1], is the confidence in ``mechanism``.  ``outcome`` is what followed an
-    *at risk* or *imminent* alert, None while it fires; ``outcome_step`` is the step at which that slingshot
-    or burst began.
-    """
-
-    id: str
-    kind: AlertKind
-    severity: Severity
-    state: AlertState
-    phase: Phase
-    first_step: int
-    last_step: int
-    mechanism: Mechanism
-    confidence: float
-    evidence: Mapping[str, Evidence] = field(default_factory=dict)
-    steps_to_spike: tuple[int, int, int] | None = None
-    advice: tuple[str, ...] = ()
-    layer: str | None = None
-    rank: int = 0
-    outcome: Outcome | None = None
-    outcome_step: int | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return a dict of plain types. Evidence that is NaN or Inf becomes None, which any JSON has."""
-        record = asdict(self)
-        for key in ("kind", "severity", "state", "phase", "mechanism"):
-            record[key] = str(record[key])
-        record["evidence"] = {
-            name: {key: finite_or_none(value) for key, value in asdict(item).items()}
-            for name, item in self.evidence.items()
-        }
-        record["steps_to_spike"] = list(self.steps_to_spike) if self.steps_to_spike else None
-        record["advice"] = list(self.advice)
-        record["outcome"] = None if self.outcome is None else str(self.outcome)
-        return record
-
-    @classmethod
-    def from_json(cls, record: Mapping[str, Any]) -> Alert:
-        """Make an alert from the result of :meth:`to_json`; ignore unknown keys of a newer version.
-
-        Raises KeyError for a missing field and ValueError for an unknown enum value.
-        """
-        spike, outcome, outcome_step = (
-            record.get(key) for key in ("steps_to_spike", "outcome", "outcome_step")
-        )
-        return cls(
-            id=record["id"],
-            kind=AlertKind(record["kind"]),
-            severity=Severity(record["severity"]),
-            state=AlertState(record["state"]),
-            phase=Phase(record["phase"]),
-            first_step=int(record["first_step"]),
-            last_step=int(record["last_step"]),
-            mechanism=Mechanism(record["mechanism"]),
-            confidence=float(record["confidence"]),
-            evidence={
-                name: Evidence(
-                    value=math.nan if item["value"] is None else item["value"],
-                    threshold=item.get("threshold"),
-                    baseline=item.get("baseline"),
-                )
-                for name, item in record.get("evidence", {}).items()
-            },
-            steps_to_spike=(int(spike[0]), int(spike[1]), int(spike[2])) if spike else None,
-            advice=tuple(record.get("advice", ())),
-            layer=record.get("layer"),
-            rank=int(record.get("rank", 0)),
-            outcome=Outcome(outcome) if outcome else None,
-            outcome_step=None if outcome_step is None else int(outcome_step),
-        )
-
-
-class Change(str, Enum):
-    """What happened to an alert. The console prints BEGIN, END and a rise in severity."""
-
-    BEGIN = "begin"
-    UPDATE = "update"  # phase, severity, mechanism or forecast changed in a way worth a line
-    END = "end"
-
-    def __str__(self) -> str:
-        return self.value
+__all__ = [
+    "Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Outcome", "Phase",
+    "Reading", "Severity", "Thresholds", "finite_or_none",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -238,22 +86,22 @@ class Thresholds:
 
     # --- imminent: updates are nearly large enough to raise the loss -----------------------------
     imminent_growth: float = 0.02
-    """Growth of ln‖μ_G‖ per τ that *imminent* requires in addition to a displacement. Higher: later
-    slingshots of a run, before which the means hardly grow, are missed."""
-    imminent_displacement: float = 0.15
-    """Logit (or probe margin) displacement in nats over a twentieth of τ (at least one step, log-averaged) at
-    which *imminent* begins. Higher: less lead before later slingshots of a run (.3: less than one τ). Lower:
-    false alarms (.1: two in 5,000 quiet steps with soft-capped logits)."""
+    """Growth or shrinkage of ln‖μ_G‖ per τ that *imminent* requires, unless δ has risen by
+    ``imminent_rise``. Higher: slingshots before which δ hardly rises are missed."""
+    imminent_displacement: float = 0.6
+    """Logit (or probe margin) displacement in nats of one update (log-averaged) at which *imminent* begins.
+    Lower: alarms more than 10 τ ahead (.3: every seventh); many of them end without a slingshot."""
+    imminent_product: float = 2.0
+    """Product of δ, in nats over a twentieth of τ, and its rise at which *imminent* begins after a rise of
+    ``imminent_rise``. Lower: more lead, and more alarms that come more than 10 τ ahead."""
+    imminent_lowest: float = 0.075
+    """Smallest displacement in nats over a twentieth of τ at which *imminent* begins after any rise."""
     imminent_exit: float = 0.05
     """Displacement in nats over the same time below which *imminent* ends without a slingshot."""
-    imminent_growing: float = 2.0
-    """Ratio of δ to its lowest value of the last 10 τ at which a lower displacement is enough:
-    ``imminent_displacement`` divided by this ratio. Measured: a tenth more lead, and no more false alarms.
-    Rejected: the lower displacement without this condition, because soft-capped logits stay above it."""
     imminent_rise: float = 3.0
-    """Required ratio of δ to its lowest value of the last 10 τ if only the sum of several updates reaches the
-    displacement (β2 above .95). Lower: a run that goes on learning from minibatches at β2 = .999 is called
-    imminent."""
+    """Ratio of δ to its lowest value of the last 10 τ, both over the learning rate, from which on δ counts as
+    risen. Then its sum over a twentieth of τ counts (β2 above .95), and a lower displacement is enough.
+    Lower: a run that goes on learning from minibatches at β2 = .999 is called imminent."""
     imminent_swell: float = 25.0
     """Ratio of the displacement by the layers below the head to its lowest value of the last 10 τ at which a
     run is *imminent*. It matters if a LayerNorm before the head hides that displacement from the head.
@@ -293,6 +141,10 @@ class Thresholds:
     """Minus the cosine of the last two gradients at which a kick needs no decayed second moment. Under strong
     weight decay the gradient comes back before the second moment has decayed, and then turns around."""
 
+    kick_agreement: float = 0.2
+    """Cosine of successive gradients, averaged over 3 steps, at which a kick counts where each step has other
+    rows. Measured: up to .1 where single minibatches are hard, .2 and more before slingshots."""
+
     # --- edge of stability (Cohen et al. 2022; Bai et al. 2025, arXiv 2506.04805) ---------------
     swing_alignment: float = 0.4
     """Minus the cosine of successive gradients, averaged over 3 steps, at which the optimizer overshoots.
@@ -309,6 +161,11 @@ class Thresholds:
     """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``. By then 95% of the
     second moment are of real gradients. Lower: networks that oscillate while the loss first falls are called
     imminent."""
+
+    # --- oscillations and kicks ------------------------------------------------------------------
+    loss_stands_out: float = 0.15
+    """Rise of the loss above its running average, in nats of log loss, that the alarm of a kick or an
+    oscillation requires: a run that lives at the edge of stability oscillates for good. Higher: less lead."""
 
     # --- what a slingshot is ---------------------------------------------------------------------
     # Losses are in U: 1 for a loss in nats, else the loss at which the run began (``spike.py``).
@@ -356,7 +213,8 @@ class Thresholds:
                 raise ValueError(f"Thresholds.{item.name} must be a positive finite number, got {value!r}.")
         for low, high in (
             ("absorbing_exit", "absorbing_enter"),
-            ("imminent_exit", "imminent_displacement"),
+            ("imminent_exit", "imminent_lowest"),
+            ("imminent_lowest", "imminent_displacement"),
             ("coasting_enter", "coasting_exit"),
             ("rms_t_exit", "rms_t_imminent"),
             ("rms_t_exit", "rms_t_steep"),
@@ -372,17 +230,6 @@ class Thresholds:
                     f"Thresholds.{low} ({getattr(self, low)}) must be below Thresholds.{high} "
                     f"({getattr(self, high)}): without this hysteresis, one event becomes several alerts."
                 )
-        lowest = self.imminent_displacement / self.imminent_growing
-        if self.imminent_exit >= lowest:
-            raise ValueError(
-                f"Thresholds.imminent_exit ({self.imminent_exit}) must be below imminent_displacement / "
-                f"imminent_growing ({lowest:g}), at which an imminent alert may begin."
-            )
 
     def to_json(self) -> dict[str, float]:
         return asdict(self)
-
-
-def finite_or_none(value: float | None) -> float | None:
-    """Return ``value``, or None if it is NaN or Inf, which JSON does not have."""
-    return value if value is not None and math.isfinite(value) else None

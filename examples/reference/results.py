@@ -117,9 +117,9 @@ def _short(alert: Alert) -> dict[str, Any]:
     record["advice"] = []
     record["evidence"] = {
         name: {
-            key: float(f"{number:.4g}")
+            key: float(f"{number:.4g}") if isinstance(number, float) else number
             for key, number in item.items()
-            if number is not None or key == "value"
+            if number is not None
         }
         for name, item in record["evidence"].items()
         if item["value"] is not None

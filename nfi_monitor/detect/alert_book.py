@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
@@ -23,8 +24,11 @@ class Claim:
     mechanism: Mechanism
     confidence: float
     develops: bool = True
-    """True: update evidence, phase and forecast at each reading.  False: update only the evidence, and only
-    when the severity rises."""
+    """True: update phase, mechanism and forecast at each reading.  False: only keep the alert going."""
+    may_lower: bool = False
+    """Whether the alert may become less severe, because nothing moves."""
+    unmoved_since: int | None = None
+    """Step since which nothing has moved; None: the step of the reading that lowers the severity."""
 
 
 class AlertBook:
@@ -49,33 +53,54 @@ class AlertBook:
         return None if index is None else self.alerts[index]
 
     def hold(self, claim: Claim, step: int, judgement: Judgement) -> None:
-        """Begin an alert, or keep the firing alert of the same kind going."""
+        """Begin an alert, or keep the firing alert of the same kind going.
+
+        The evidence stays as it was when the alert began.  If the alert becomes more severe, or changes its
+        mechanism, what has crossed its threshold by then is added.
+        """
         if claim.kind not in self._firing:
             self.begin(claim, step, judgement)
             return
         old = self.alerts[self._firing[claim.kind]]
-        rises = claim.severity is not old.severity and claim.severity.rank > old.severity.rank
-        severity = claim.severity if rises else old.severity
-        if claim.develops:
-            new = self._updated(old, claim, severity, step, judgement)
-        else:
-            new = replace(old, last_step=step, severity=severity)
-            if rises:
-                evidence: Mapping[str, Evidence] = self._made(
-                    judgement, "evidence", {}, self._writer.evidence, claim.kind
-                )
-                new = replace(new, evidence=evidence)
-        if rises or new.mechanism is not old.mechanism:
-            old_advice = old.advice if new.mechanism is old.mechanism else ()
-            advice = self._advice(judgement, old_advice, claim.kind, new.mechanism, severity)
-            new = replace(new, advice=advice)
+        other = claim.severity is not old.severity
+        rises = other and claim.severity.rank > old.severity.rank
+        falls = other and not rises and claim.may_lower
+        values: Mapping[str, float] = self._made(judgement, "evidence", {}, self._writer.values, claim.kind)
+        new = replace(
+            old,
+            last_step=step,
+            severity=claim.severity if rises or falls else old.severity,
+            evidence=_with_extremes(old.evidence, values),
+            **(self._developed(old, claim, judgement) if claim.develops else {}),
+        )
+        changed = new.mechanism is not old.mechanism
+        if rises or falls or changed:
+            new = self._changed(new, claim, judgement, risen=rises, fallen=falls, renamed=changed)
             judgement.changes.append((Change.UPDATE, new))
         self.alerts[self._firing[claim.kind]] = new
 
-    def _updated(
-        self, alert: Alert, claim: Claim, severity: Severity, step: int, judgement: Judgement
+    def _changed(
+        self, alert: Alert, claim: Claim, judgement: Judgement, *, risen: bool, fallen: bool, renamed: bool
     ) -> Alert:
-        """Return the alert with the phase, evidence, mechanism and forecast at ``step``.
+        """Return the alert with the rule, evidence and advice of its new severity or mechanism."""
+        step, since, evidence = alert.last_step, alert.unmoved_since, alert.evidence
+        if risen:
+            since = None
+        elif fallen:
+            since = step if claim.unmoved_since is None else claim.unmoved_since
+        if risen or renamed:
+            evidence = _with_crossings(evidence, self._evidence(judgement, alert.kind))
+        old_advice = () if renamed else alert.advice
+        return replace(
+            alert,
+            rule=self._rule(judgement, alert),
+            evidence=evidence,
+            advice=self._advice(judgement, old_advice, alert.kind, alert.mechanism, alert.severity),
+            unmoved_since=since,
+        )
+
+    def _developed(self, alert: Alert, claim: Claim, judgement: Judgement) -> dict[str, Any]:
+        """Return the phase, mechanism and forecast of this reading, as fields of the alert.
 
         Keep the mechanism with the highest confidence so far: near the spike all mechanisms look alike.  A
         proven mechanism (rounding, which is measured) replaces a mechanism that was only inferred.
@@ -83,16 +108,12 @@ class AlertBook:
         more_certain = claim.confidence > alert.confidence or (
             claim.mechanism in PROVEN and alert.mechanism not in PROVEN
         )
-        return replace(
-            alert,
-            last_step=step,
-            severity=severity,
-            phase=judgement.phase,
-            mechanism=claim.mechanism if more_certain else alert.mechanism,
-            confidence=claim.confidence if more_certain else alert.confidence,
-            evidence=self._made(judgement, "evidence", alert.evidence, self._writer.renewed, alert),
-            steps_to_spike=self._forecast(judgement, claim),
-        )
+        return {
+            "phase": judgement.phase,
+            "mechanism": claim.mechanism if more_certain else alert.mechanism,
+            "confidence": claim.confidence if more_certain else alert.confidence,
+            "steps_to_spike": self._forecast(judgement, claim),
+        }
 
     def begin(self, claim: Claim, step: int, judgement: Judgement) -> None:
         """Begin an alert at ``step``."""
@@ -109,12 +130,13 @@ class AlertBook:
             last_step=step,
             mechanism=claim.mechanism,
             confidence=claim.confidence,
-            evidence=self._made(judgement, "evidence", {}, self._writer.evidence, kind),
+            evidence=self._evidence(judgement, kind),
             steps_to_spike=self._forecast(judgement, claim),
             advice=self._advice(judgement, (), kind, claim.mechanism, claim.severity),
             layer=layer,
             rank=rank,
         )
+        alert = replace(alert, rule=self._rule(judgement, alert))
         self._firing[kind] = len(self.alerts)
         self.alerts.append(alert)
         judgement.changes.append((Change.BEGIN, alert))
@@ -124,32 +146,47 @@ class AlertBook:
         kind: AlertKind,
         step: int,
         judgement: Judgement,
-        *renewed: str,
+        *,
         outcome: tuple[Outcome | None, int | None] = (None, None),
     ) -> None:
         """End the alert of this kind at ``step``, if one fires.
 
-        ``renewed``: quantities whose evidence is updated at the end.  ``outcome``: what followed a warning,
-        and the step at which that began.
+        ``outcome``: what followed a warning, and the step at which that began; by default PASSED.  The loss
+        of a slingshot is added to the evidence: to the warning as it was at its beginning, and to the
+        slingshot's alert the peak and the level at which the loss stayed.
         """
         index = self._firing.pop(kind, None)
         if index is None:
             return
-        evidence = dict(self.alerts[index].evidence)
-        if renewed:
-            now: Mapping[str, Evidence] = self._made(judgement, "evidence", {}, self._writer.evidence, kind)
-            evidence |= {name: item for name, item in now.items() if name in renewed}
+        alert = self.alerts[index]
+        warns = kind in (AlertKind.AT_RISK, AlertKind.IMMINENT)
+        followed, began = outcome
+        if followed is None and warns:
+            followed = Outcome.PASSED
+        evidence = dict(alert.evidence)
+        if kind is AlertKind.SLINGSHOT or followed is Outcome.SLINGSHOT:
+            loss: Mapping[str, Evidence] = self._made(judgement, "evidence", {}, self._writer.loss)
+            now = {name: item.value for name, item in loss.items()}
+            evidence = {**loss, **_with_extremes(evidence, now)}
         ended = replace(
-            self.alerts[index],
+            alert,
             state=AlertState.RESOLVED,
             last_step=step,
             evidence=evidence,
             steps_to_spike=None,
-            outcome=outcome[0],
-            outcome_step=outcome[1],
+            outcome=followed,
+            outcome_step=began,
         )
         self.alerts[index] = ended
         judgement.changes.append((Change.END, ended))
+
+    def run_ended(self, step: int) -> list[Alert]:
+        """Mark the firing alerts as still firing when the run ended at ``step``; return them."""
+        for index in self._firing.values():
+            alert = self.alerts[index]
+            last = max(alert.last_step, step)
+            self.alerts[index] = replace(alert, outcome=Outcome.OPEN, outcome_step=step, last_step=last)
+        return [self.alerts[index] for index in sorted(self._firing.values())]
 
     # --- parts of an alert: if a part fails, the alert is raised without it ---------------------------
 
@@ -163,6 +200,12 @@ class AlertBook:
         except Exception as error:
             judgement.failed.append((part, error))
             return fallback
+
+    def _evidence(self, judgement: Judgement, kind: AlertKind) -> dict[str, Evidence]:
+        return self._made(judgement, "evidence", {}, self._writer.evidence, kind)
+
+    def _rule(self, judgement: Judgement, alert: Alert) -> str:
+        return self._made(judgement, "rule", alert.rule, self._writer.rule, alert.kind, alert.mechanism)
 
     def _forecast(self, judgement: Judgement, claim: Claim) -> tuple[int, int, int] | None:
         return self._made(judgement, "forecast", None, self._writer.forecast, claim.kind, claim.mechanism)
@@ -195,4 +238,27 @@ class AlertBook:
         """Restore what :meth:`state_dict` returned; ``alerts`` stays the same list object."""
         self.alerts[:] = [Alert.from_json(record) for record in state["alerts"]]
         self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
+        for index in self._firing.values():  # the state may be from after the end of a run, which now goes on
+            self.alerts[index] = replace(self.alerts[index], outcome=None, outcome_step=None)
         self._counts = dict(state["counts"])
+
+
+def _with_extremes(old: Mapping[str, Evidence], values: Mapping[str, float]) -> dict[str, Evidence]:
+    """Return the old items, those that crossed their thresholds with their extremes up to now."""
+    items = dict(old)
+    for name, item in old.items():
+        value = values.get(name, math.nan) if item.crossed else math.nan
+        extreme = item.value if item.extreme is None else item.extreme
+        if value < extreme if item.below else value > extreme:
+            items[name] = replace(item, extreme=value)
+    return items
+
+
+def _with_crossings(old: Mapping[str, Evidence], fresh: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """Return the old items, and the fresh ones that have crossed their thresholds since; these come first."""
+    new = {
+        name: item
+        for name, item in fresh.items()
+        if name not in old or (item.crossed and not old[name].crossed)
+    }
+    return dict(sorted((new | dict(old) | new).items(), key=lambda entry: entry[1].crossed is False))

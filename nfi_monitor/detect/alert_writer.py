@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 from nfi_monitor.detect.advice import advice_for
-from nfi_monitor.detect.rules import ANYTIME_RULES, RULES, WARNING_RULES
-from nfi_monitor.detect.rules.base import finite
+from nfi_monitor.detect.rules import ANYTIME_RULES, LEVELS, RULES, WARNING_RULES, Rule
+from nfi_monitor.detect.rules.base import compared, finite
 from nfi_monitor.detect.situation import Situation
-from nfi_monitor.types import Alert, AlertKind, Evidence, Mechanism, Severity
-
-_KEEPS_LOWEST = {level.quantity for rule in RULES for level in rule.levels if level.keeps_lowest}
+from nfi_monitor.types import AlertKind, Evidence, Mechanism, Severity
 
 
 class AlertWriter:
@@ -25,41 +25,81 @@ class AlertWriter:
         return self._now.context.layer, self._now.context.rank
 
     def evidence(self, kind: AlertKind) -> dict[str, Evidence]:
-        """Return the evidence of an alert of ``kind``: quantity → value, threshold and baseline.
+        """Return the evidence of an alert of ``kind`` at this reading, by quantity.
 
-        Every rule gives its signals with their usual thresholds.  A rule that is on replaces them by the
-        thresholds that it applied.
+        What the rules that are on claim comes first, the rule nearest to the event before the others, with
+        the thresholds that these rules applied.  Then come the signals of all rules with their usual
+        thresholds.  Items that have not crossed their thresholds are last.
         """
         now = self._now
         for rule in ANYTIME_RULES:
             if kind in rule.holds:
-                return rule.claims(now, kind)
-        items: dict[str, Evidence] = {}
+                return _crossed_first(self._compared(rule, rule.claims(now, kind)))
+        usual: dict[str, Evidence] = {}
         claimed: dict[str, Evidence] = {}
+        order: dict[str, None] = {}  # an ordered set of names
         for rule in WARNING_RULES:  # if several rules give a quantity, the first rule counts
-            for name, item in rule.evidence(now).items():
-                items.setdefault(name, item)
-            if now.switches[rule.name].on:
-                for name, item in rule.claims(now, kind).items():
-                    claimed.setdefault(name, item)
-        items |= claimed
+            signals = self._compared(rule, rule.evidence(now))
+            usual = signals | usual
+            if now.on(rule.name):
+                claims = self._compared(rule, rule.claims(now, kind))
+                claimed = claims | claimed
+                order = dict.fromkeys((*claims, *signals, *order))
+        items = usual | claimed
+        items = {name: items[name] for name in dict.fromkeys((*order, *items))}
         if kind is AlertKind.SLINGSHOT:
-            spike = now.spike
-            items["loss"] = Evidence(spike.peak, spike.height, spike.floor)
-            items["loss_afterwards"] = Evidence(spike.stayed, spike.level, spike.floor)
+            items |= self.loss()
+        return _crossed_first(finite(items))
+
+    def loss(self) -> dict[str, Evidence]:
+        """Return the loss of the event, now, against the level that it crossed and its floor before.
+
+        Also return the loss at which it stayed, if the event ended without a recovery."""
+        spike, step = self._now.spike, self._now.step
+        items = {
+            "loss": Evidence(spike.peak, spike.height, spike.floor, crossed=True, step=step),
+            "loss_afterwards": Evidence(spike.stayed, spike.level, spike.floor, step=step),
+        }
         return finite(items)
 
-    def renewed(self, alert: Alert) -> dict[str, Evidence]:
-        """Return the present evidence of a firing alert.
+    def values(self, kind: AlertKind) -> dict[str, float]:
+        """Return the values of :meth:`evidence`, without the thresholds: quick, for each reading."""
+        now = self._now
+        for rule in ANYTIME_RULES:
+            if kind in rule.holds:
+                return {name: item.value for name, item in rule.claims(now, kind).items()}
+        usual: dict[str, float] = {}
+        claimed: dict[str, float] = {}
+        for rule in WARNING_RULES:
+            for name, item in rule.evidence(now).items():
+                usual.setdefault(name, item.value)
+            if now.on(rule.name):
+                for name, item in rule.claims(now, kind).items():
+                    claimed.setdefault(name, item.value)
+        return usual | claimed
 
-        Where the alert began with a lower threshold, keep that threshold.
+    def _compared(self, rule: Rule, items: Mapping[str, Evidence]) -> dict[str, Evidence]:
+        """Return the items with this step, and with whether each has crossed its threshold."""
+        step = self._now.step
+        return {
+            name: replace(compared(item, below=item.below or _is_below(rule, name)), step=step)
+            for name, item in items.items()
+        }
+
+    def rule(self, kind: AlertKind, mechanism: Mechanism) -> str:
+        """Return the name of the rule that describes an alert; empty if none of the mechanism is on.
+
+        Of several rules, a rule with a label for ``kind`` is preferred, then the rule nearest to the event.
         """
-        new = self.evidence(alert.kind)
-        for name in _KEEPS_LOWEST & new.keys() & alert.evidence.keys():
-            began, now = alert.evidence[name].threshold, new[name].threshold
-            if began is not None and (now is None or began < now):
-                new[name] = replace(new[name], threshold=began)
-        return new
+        on = [
+            rule
+            for rule in RULES
+            if rule.mechanism is mechanism
+            and self._now.on(rule.name)
+            and (kind in rule.holds or not rule.anytime)
+        ]
+        labelled = [rule for rule in on if kind in rule.labels]
+        return next((rule.name for rule in reversed(labelled or on)), "")
 
     def forecast(self, kind: AlertKind, mechanism: Mechanism) -> tuple[int, int, int] | None:
         """Return (low, median, high) optimizer steps left, or None if no rule gives a forecast.
@@ -80,3 +120,16 @@ class AlertWriter:
         now = self._now
         keys = [rule.advice for rule in RULES if rule.mechanism is mechanism and now.on(rule.name)]
         return advice_for(kind, mechanism, now.context.tau, severity, keys)
+
+
+def _crossed_first(items: Mapping[str, Evidence]) -> dict[str, Evidence]:
+    """Return the items with those that have not crossed their thresholds last."""
+    return dict(sorted(items.items(), key=lambda entry: entry[1].crossed is False))
+
+
+@cache
+def _is_below(rule: Rule, quantity: str) -> bool:
+    """Return whether low values of a quantity are the sign, by the rule's own level, or else by any level."""
+    own = [level for level in rule.levels if level.quantity == quantity]
+    levels = own or [level for level in LEVELS if level.quantity == quantity]
+    return bool(levels) and levels[0].below

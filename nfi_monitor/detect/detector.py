@@ -19,6 +19,7 @@ from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.loss_watch import LossWatch
 from nfi_monitor.detect.mechanism import name_mechanism
+from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES, Rule
 from nfi_monitor.detect.rules.numeric import displacing
 from nfi_monitor.detect.signals import Signals
@@ -52,7 +53,11 @@ class Detector:
         self.spike = SpikeDetector()
         self.loss_watch = LossWatch()
         self._switches = {rule.name: Hysteresis() for rule in RULES}
-        self._now = Situation(self.limits, context or RunContext(), self.signals, self.spike, self._switches)
+        self.record = Record()
+        self._now = Situation(
+            self.limits, context or RunContext(), self.signals, self.spike, self._switches, self.record
+        )
+        self._held: set[str] = set()  # names of the rules that have held the firing *imminent* alert
         self._book = AlertBook(AlertWriter(self._now))
         self._loss_reported = False
         self._causes = self._observe()
@@ -108,6 +113,10 @@ class Detector:
         return any(self._book.firing(kind) is not None for kind in _WARNINGS)
 
     # --- judging ---------------------------------------------------------------------------------------
+
+    def run_ended(self, step: int) -> list[Alert]:
+        """Mark the firing alerts as still firing when the run ended at ``step``; return them."""
+        return self._book.run_ended(step)
 
     def is_unusual(self, step: int, loss: float) -> bool:
         """Record a loss as soon as it is known; return whether it is a reason to read the next steps."""
@@ -209,11 +218,14 @@ class Detector:
         self._book.begin(claim, spike.start, judgement)
         for rule in WARNING_RULES:
             self._switches[rule.name].on = False
+        for name in self._held:
+            self.record.confirm(name)
+        self._held.clear()
         self.signals.restart()
 
     def _end_slingshot(self, judgement: Judgement) -> None:
         """End the slingshot's alert and reset the signals' peaks."""
-        self._book.end(AlertKind.SLINGSHOT, self.spike.fallen_at, judgement, "loss", "loss_afterwards")
+        self._book.end(AlertKind.SLINGSHOT, self.spike.fallen_at, judgement)
         self.signals.calm()
 
     def _update_warnings(self, judgement: Judgement) -> Causes:
@@ -232,12 +244,14 @@ class Detector:
             judgement.phase = max((rule.phase for rule in on), key=_PHASES.index)
         else:
             judgement.phase = Phase.HEALTHY
+        burst = self._outcome(AlertKind.IMMINENT)[0] is Outcome.BURST
         for kind in _WARNINGS:
             holding = [rule for rule in on if kind in rule.holds]
             if holding:
                 self._book.hold(self._claim(kind, holding, causes), step, judgement)
             else:
                 self._book.end(kind, step, judgement, outcome=self._outcome(kind))
+        self._keep_record([rule for rule in on if AlertKind.IMMINENT in rule.holds], burst=burst)
         return causes
 
     def _outcome(self, kind: AlertKind) -> tuple[Outcome, int | None]:
@@ -246,6 +260,17 @@ class Detector:
         if warning is not None and spike.burst_at >= max(warning.first_step, 1):
             return Outcome.BURST, spike.burst_start
         return Outcome.PASSED, None
+
+    def _keep_record(self, holding: list[Rule], *, burst: bool) -> None:
+        """Note which rules hold the *imminent* alert; when it ends with nothing, count that.
+
+        ``burst``: a burst of the loss has followed it. That is neither a slingshot nor nothing.
+        """
+        self._held.update(rule.name for rule in holding)
+        if not holding:
+            for name in () if burst else self._held:
+                self.record.disappoint(name, self._now.step, self.context.tau)
+            self._held.clear()
 
     def _claim(self, kind: AlertKind, holding: list[Rule], causes: Causes) -> Claim:
         """Return what the rules in ``holding`` require: the highest severity, a proven mechanism first."""
@@ -288,6 +313,8 @@ class Detector:
             "switches": {name: switch.state_dict() for name, switch in self._switches.items()},
             "loss_reported": self._loss_reported,
             "causes": self._causes.state_dict(),
+            "record": self.record.state_dict(),
+            "held": sorted(self._held),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -303,6 +330,9 @@ class Detector:
             self._load_switch(rule, state["switches"])
         self._loss_reported = bool(state.get("loss_reported", state.get("told")))
         self._causes = Causes.from_state(state["causes"])
+        if "record" in state:
+            self.record.load_state_dict(state["record"])
+        self._held = set(state.get("held", ()))
 
     def _load_switch(self, rule: Rule, saved: Mapping[str, Any]) -> None:
         """Restore the switch of one rule.

@@ -50,11 +50,14 @@ class Signals(Stateful):
     growth: d ln‖μ_G‖ / d step, smoothed.
     classifier_growth: d ln‖W_G‖ / d step, smoothed.
     displacement: average of ln δ, as δ in nats; δ is of the probe's margins where there is a probe.
-    displacement_rise: ratio of ``displacement`` to its own recent minimum.
+    displacement_rise: ratio of ``displacement`` over the learning rate to its own recent minimum.
+    rate_rise: ratio of the learning rate to its own average over τ, at least 1.
     head_displacement: as ``displacement``, but always by the head alone, with or without a probe.
     displacement_rms: average of ln of the head's root mean square displacement, as nats.
     displacement_slope: d ln(root mean square displacement) / d step.
+    other_rows: whether the last two neighbouring steps had different rows, as minibatches have.
     swing: nats that the layers below the head moved the mean row's logits; largest of the last few steps.
+    Only steps with the same rows count.
     swell: ratio of ``swing`` to the recent minimum of its average.
     alignment: average cosine of successive gradients.
     turn: cosine of the last two gradients.
@@ -68,6 +71,7 @@ class Signals(Stateful):
     learning_rate_jump: largest ratio of the learning rate to its own average in the last few steps.
     update_jump: ratio of the last update's RMS to its own average.
     loss_rise: nats of averaged log loss above its minimum of the last 3 τ.
+    loss_recent: log loss, averaged over about 3 readings.
     root_max: that maximum of sqrt(v̂); 0 where none is known.
     soft_targets: whether more than half of the rows have soft targets.
     last_step: step of the last reading.
@@ -76,21 +80,21 @@ class Signals(Stateful):
     """
 
     __slots__ = (
-        "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest",
-        "_displacement_rms", "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest",
-        "_rms_t", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained", "_unexplained_switch",
-        "_update_rms",
-        "_violation", "alignment", "classifier_growth", "curvature_peak", "decay", "decay_lowest",
-        "displacement", "displacement_rise", "displacement_rms", "displacement_slope", "gone_at", "growth",
-        "head_displacement", "last_step", "learning_rate_jump", "loss_rise", "rms_t", "rms_t_mean",
-        "rms_t_peak", "root_max", "shrinkage", "soft_targets", "swell", "swing", "turn",
-        "update_jump", "violation",
+        "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest", "_displacement_rms",
+        "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_loss_recent", "_rate",
+        "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained",
+        "_unexplained_switch", "_update_rms", "_violation", "alignment", "classifier_growth",
+        "curvature_peak", "decay", "decay_lowest", "displacement", "displacement_rise", "displacement_rms",
+        "displacement_slope", "gone_at", "growth", "head_displacement", "last_step", "learning_rate_jump",
+        "loss_recent", "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak",
+        "root_max", "shrinkage", "soft_targets", "swell", "swing", "turn", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._violation, self._unexplained, self._displacement = Ema(), Ema(), Ema()
         self._displacement_rms, self._rms_t, self._alignment = Ema(), Ema(), Ema()
-        self._head_displacement = Ema()
+        self._head_displacement, self._rate = Ema(), Ema()
+        self._loss_recent, self._row_match = Ema(), Ema()
         self._learning_rate, self._update_rms, self._loss = Ema(), Ema(), Ema()
         self._growth, self._classifier_growth, self._shrinkage = Growth(), Growth(), Growth()
         self._slope = Growth()
@@ -103,10 +107,11 @@ class Signals(Stateful):
         self.swing = self.swell = self.alignment = NAN
         self.rms_t = self.rms_t_mean = self.rms_t_peak = self.curvature_peak = NAN
         self.decay = self.decay_lowest = self.shrinkage = NAN
-        self.learning_rate_jump = self.update_jump = self.loss_rise = self.turn = NAN
+        self.learning_rate_jump = self.update_jump = self.loss_rise = self.turn = self.loss_recent = NAN
         self.root_max = 0.0
+        self.rate_rise = 1.0
         self.gone_at = -math.inf
-        self.soft_targets = False
+        self.soft_targets = self.other_rows = False
         self.last_step = 0
 
     @property
@@ -119,6 +124,8 @@ class Signals(Stateful):
         times = _Times.of(reading.step, self.last_step, tau, limits)
         self._update_violation(reading, times, limits)
         derived = self._update_growth(reading, times)
+        if not math.isnan(_violation(reading)) and not math.isnan(self.violation):
+            derived["zero_sum_violation_smoothed"] = self.violation
         self._update_displacement(reading, times)
         self._update_swing(reading, times)
         self._update_optimizer(reading, times)
@@ -154,19 +161,28 @@ class Signals(Stateful):
         step, get = reading.step, reading.get
         delta = get("margin_displacement", get("logit_displacement"))
         average = self._displacement.update(step, _log(delta), times.short, limit_gap=True)
-        fade = times.gap / (10.0 * times.tau)
-        self._displacement_lowest = _recent_lowest(self._displacement_lowest, average, fade)
         self.displacement = math.exp(average)
+        # A schedule that raises the rate raises δ with it; that is no rise of the run's own.
+        log_rate = _log(get("learning_rate"))
+        usual = self._rate.update(step, log_rate, times.tau, limit_gap=True)
+        known = math.isfinite(log_rate)
+        self.rate_rise = math.exp(max(log_rate - usual, 0.0)) if known else 1.0
+        per_rate = average - log_rate if known else average
+        fade = times.gap / (10.0 * times.tau)
+        self._displacement_lowest = _recent_lowest(self._displacement_lowest, per_rate, fade)
         by_head = self._head_displacement.update(step, _log(get("logit_displacement")), times.short)
         self.head_displacement = math.exp(by_head)
-        self.displacement_rise = math.exp(average - self._displacement_lowest)
+        self.displacement_rise = math.exp(per_rate - self._displacement_lowest)
         log_rms = _log(get("logit_displacement_rms"))
         self.displacement_rms = math.exp(self._displacement_rms.update(step, log_rms, times.short))
         self.displacement_slope = self._slope.update(step, log_rms, times.long)
 
     def _update_swing(self, reading: Reading, times: _Times) -> None:
         step, get = reading.step, reading.get
-        moved = felt_displacement(reading)
+        match = self._row_match.update(step, get("row_match"), ROWS, limit_gap=True)
+        self.other_rows = match < SAME_ROWS
+        # Another minibatch has another mean row: only a movement of the same rows is one of the layers.
+        moved = NAN if self.other_rows else felt_displacement(reading)
         self.swing = _fading_max(self.swing, moved, math.exp(-times.gap / SWINGS))
         if moved > 0:
             average = self._swing.update(step, _log(moved), times.short)
@@ -193,6 +209,10 @@ class Signals(Stateful):
         if get("update_rms") > 0:
             self.update_jump = get("update_rms") / math.exp(self._update_rms.value)
             self._update_rms.update(step, _log(get("update_rms")), times.window)
+        loss = get("loss", get("head_loss"))
+        if loss >= 0:
+            floored = max(loss, LOWEST_LOSS)
+            self.loss_recent = self._loss_recent.update(step, _log(floored), SWINGS, limit_gap=True)
         if get("loss") > 0:
             average = self._loss.update(step, _log(get("loss")), times.short)
             fade = times.gap / (3.0 * times.tau)
@@ -241,8 +261,17 @@ class Signals(Stateful):
                 setattr(self, name, state[name])
 
 
+LOWEST_LOSS = 1e-7
+"""Losses below this count as equal."""
 SWINGS = 3.0
-"""Time constant in steps of ``swing`` and ``alignment``. One oscillation takes two steps."""
+"""Time constant in steps of ``swing``, ``alignment`` and ``loss_recent``. One oscillation takes two steps."""
+SAME_ROWS = 0.7
+"""Average match of the rows at and above which neighbouring steps have the same rows.
+
+Measured in full batches: .97 and more, .7 and more while an oscillation builds up.  In minibatches: at most
+.6 in one step."""
+ROWS = 10.0
+"""Time constant in steps of the average match: one odd step does not change what the run's steps are."""
 GONE = 0.3
 """Averaged RMS_t at or below which the gradient counts as vanished.
 

@@ -7,10 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nfi_monitor.detect.causes import FORGOTTEN, LEARNED
-from nfi_monitor.detect.signals import Signals
+from nfi_monitor.detect.record import Record
+from nfi_monitor.detect.signals import LOWEST_LOSS, Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import MEMORY, SpikeDetector
 from nfi_monitor.types import Reading, Thresholds
+
+FEW = 0.41
+"""Standard deviation of ``Signals.loss_recent`` over that of one loss: an average over about 3 readings."""
+BATCH_SIGMAS = 4.0
+"""Standard deviations by which ``Signals.loss_recent`` must be high where each step has other rows."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,8 @@ class Situation:
     spike: SpikeDetector
     switches: Mapping[str, Hysteresis]
     """Name of a rule → its switch."""
+    record: Record = field(default_factory=Record)
+    """What the alarms of each rule led to so far."""
     reading: Reading = field(default_factory=lambda: Reading(0, {}))
 
     @property
@@ -82,6 +90,27 @@ class Situation:
     def curvature_is_high(self) -> bool:
         """Whether the curvature along the update exceeds ``kick_curvature`` of the stability limit."""
         return bool(self.signals.curvature_peak >= self.limits.kick_curvature * self.context.stability_limit)
+
+    @property
+    def loss_stands_out(self) -> bool:
+        """Whether the loss of this reading is above its own recent range; True where no loss is known.
+
+        With the same rows at each step, any clear rise counts.  Minibatches differ, so there a few losses in
+        a row must be far above the noise of the loss.
+        """
+        spike, signals = self.spike, self.signals
+        if math.isnan(spike.average) or math.isnan(signals.loss_recent):
+            return True
+        if not signals.other_rows:
+            loss = self.reading.get("loss", self.reading.get("head_loss"))
+            rise = math.log(max(loss, LOWEST_LOSS)) - spike.average if loss >= 0 else math.nan
+            return not rise < self.limits.loss_stands_out
+        spread = FEW * spike.noise / 1.128  # mean absolute difference of two readings → σ of their average
+        return signals.loss_recent - spike.average >= max(self.limits.loss_stands_out, BATCH_SIGMAS * spread)
+
+    def level_of(self, rule: str) -> float:
+        """Return the factor by which the levels of a rule are higher because its alarms led to nothing."""
+        return self.record.factor(rule, self.signals.last_step, self.context.tau)
 
     def weight_decay_pulls(self, step: int) -> bool:
         """Return whether decoupled weight decay is on and the second moment has had time to settle.

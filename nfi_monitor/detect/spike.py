@@ -31,14 +31,11 @@ from nfi_monitor.types import Thresholds
 
 QUIET, RISEN, FALLEN = "quiet", "risen", "fallen"
 DECADE = math.log(10.0)
-MEMORY = 50
-"""Losses in the running average and the noise of log loss. With fewer losses no slingshot is found."""
-SLOW_MEMORY = 100
-"""Losses in the slow average. Before, a climb must start below ``spike_low``: the first losses swing."""
+MEMORY = 50  # losses in the running average and the noise of log loss; before, no slingshot is found
+SLOW_MEMORY = 100  # losses in the slow average; before, a climb must start below ``spike_low``
 LONG_MEMORY = 200  # losses in the mean excursion above the average
 FIRST = 9  # number of first losses whose median is the early level
-HIGHEST_NATS = 20.0
-"""An early level above this is no mean cross-entropy: 20 nats is the loss of 500 million equal classes."""
+HIGHEST_NATS = 20.0  # largest early level of a cross-entropy: that of 500 million equal classes
 VISIBLE = 1e-2
 """Share of ``spike_low`` below which differences are no noise of a climb: a hinge loss jumps between 0 and
 1e-4 U once it fits."""
@@ -46,24 +43,18 @@ FREE = 0.3  # a change of log loss up to this updates the averages in full
 ENOUGH, ENOUGH_HIGH = 0.5, 0.8
 """Share of ``spike_sigmas`` by which each loss must rise, from a low and from a high average. The noise of a
 high loss lasts for many losses, so that they are no independent evidence."""
-LEAK = 2.5
-"""Evidence that every loss of a streak must bring, in σ. Without it the streak ends."""
-SIGMA_CAP = 10.0
-"""Most that one loss adds to the evidence, in σ: one bad minibatch is no slingshot."""
+LEAK = 2.5  # evidence that every loss of a streak must bring, in σ: else the streak ends
+SIGMA_CAP = 10.0  # most that one loss adds to the evidence, in σ: one bad minibatch is no slingshot
 LONGEST_STREAK = 12  # losses within which a streak must become a slingshot
 NOISY = 0.5
 """σ of log loss above which a streak needs one more high loss: two hard minibatches in a row are chance."""
-SHALLOW, SHALLOW_STREAK = 0.7, 4
-"""A rise of log loss below ``SHALLOW`` (less than a doubling) needs ``SHALLOW_STREAK`` high losses."""
-FORGETS = 1.0 - 1.0 / 1000.0
-"""Factor per loss by which the number of high losses that led to nothing fades."""
-MOST_NEEDED = 8
-"""Most high losses that a streak may need because of them."""
-FEW = 4
-"""An event of no more high losses than this makes a later event need one more."""
+SHALLOW = 0.7  # a smaller rise of log loss (less than a doubling) needs ``LASTING`` high losses
+LASTING = 4  # so many high losses may rise moderately, if their mean is as far outside the noise
+FORGETS = 1.0 - 1.0 / 1000.0  # factor per loss by which the number of lone high losses fades
+MOST_NEEDED = 8  # most high losses that a streak may need because of them
+FEW = 4  # an event of no more high losses than this makes a later event need one more
 BLOCK = 50  # losses in a block of an event
-STILL_FALLING = 0.1
-"""Smallest fall of the mean log loss from block to block of a loss that comes back."""
+STILL_FALLING = 0.1  # smallest fall of the mean log loss from block to block of a loss that comes back
 LONGEST = 500  # steps after which every event ends
 
 
@@ -72,10 +63,10 @@ class SpikeDetector(Stateful):
 
     __slots__ = (
         "average", "block", "block_before", "block_change", "block_count", "block_high", "burst_at",
-        "burst_peak", "burst_start", "evidence", "excursion", "excursion_visible", "fallen_at", "first",
-        "floor", "height", "highs", "last", "last_visible", "level", "lone", "nats", "negative", "noise",
-        "noise_visible", "peak", "pending", "pending_start", "readings", "recent", "slow", "start", "state",
-        "stayed", "streak", "streak_readings", "unit",
+        "burst_loss_at", "burst_peak", "burst_start", "evidence", "excursion", "excursion_visible", "fallen_at",
+        "first", "floor", "height", "highs", "last", "last_visible", "level", "lone", "nats", "negative",
+        "noise", "noise_visible", "peak", "pending", "pending_start", "readings", "recent", "slow", "start",
+        "state", "stayed", "streak", "streak_readings", "unit",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -101,6 +92,7 @@ class SpikeDetector(Stateful):
         self.start = 0  # first step of that streak, and so of the event
         self.burst_start = 0  # first step of the last burst; 0: none yet
         self.burst_at = 0  # last step of the last burst
+        self.burst_loss_at = 0  # last step whose loss may belong to a burst
         self.burst_peak = 0.0  # largest loss of the last burst
         self.level = math.nan  # the event ends when the loss falls below this
         self.height = math.nan  # within an event, a loss at or above this is a new rise
@@ -210,10 +202,12 @@ class SpikeDetector(Stateful):
         return counts
 
     def _note_burst(self, step: int, loss: float) -> None:
-        """Record a loss of a burst. Losses at most ``MEMORY`` steps apart belong to the same burst."""
-        if not 0 <= step - self.burst_at <= MEMORY:
-            self.burst_start, self.burst_peak = step, 0.0
-        self.burst_at, self.burst_peak = step, max(self.burst_peak, loss)
+        """Record a loss of a burst, which has two such losses within three steps, and pauses up to MEMORY."""
+        before, self.burst_loss_at = self.burst_loss_at, step
+        if 0 < step - before <= 3:
+            if not 0 <= step - self.burst_at <= MEMORY:
+                self.burst_start, self.burst_peak = before, 0.0
+            self.burst_at, self.burst_peak = step, max(self.burst_peak, loss)
 
     def _extend_streak(self, step: int, loss: float, sigmas: float, *, counts: bool) -> None:
         """Begin a streak with a high loss, or add a loss to it; end a streak that leads to nothing."""
@@ -237,14 +231,13 @@ class SpikeDetector(Stateful):
         noisy = _spread(self.noise, self.excursion) > NOISY
         needed = min(2 + noisy + int(self.lone), MOST_NEEDED)
         if rise < SHALLOW:
-            needed = max(needed, SHALLOW_STREAK)
+            needed = max(needed, LASTING)
         if self.streak < needed:
             return False
         if self.evidence > 2.0 * limits.spike_sigmas:
             return True
-        # Four or more moderate losses: their mean is as far outside the noise.
         n = self.streak_readings
-        return self.streak >= 4 and self.evidence + LEAK * n > 1.2 * limits.spike_sigmas * math.sqrt(n)
+        return self.streak >= LASTING and self.evidence + LEAK * n > 1.2 * limits.spike_sigmas * math.sqrt(n)
 
     def _absorb(self, log_loss: float, limits: Thresholds) -> None:
         """Update the running averages."""

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from nfi_monitor.engine.loop import StepLoop
 from nfi_monitor.open_monitors import unregister
-from nfi_monitor.types import AlertState, Change
+from nfi_monitor.types import Change
 
 _LOOPS: weakref.WeakSet[StepLoop] = weakref.WeakSet()
 
@@ -61,10 +61,10 @@ def _finish_reports(loop: StepLoop) -> None:
     loop.probe.forget()
     loop.final_info = loop.info()
     reports = loop.reports
+    still_firing = loop.detector.run_ended(loop.step)
     if reports.sinks:
-        for alert in list(loop.detector.alerts):
-            if alert.state is AlertState.FIRING:  # the files do not have its latest state yet
-                reports.alert(alert, Change.UPDATE)
+        for alert in still_firing:
+            reports.alert(alert, Change.UPDATE)
         reports.close(loop.info(), loop.summary())
 
 

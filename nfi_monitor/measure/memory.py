@@ -11,13 +11,14 @@ from torch import Tensor
 from nfi_monitor.capture.tensor_text import from_text, to_text
 from nfi_monitor.capture.update import Update
 
-_TENSORS = ("before", "feature_mean", "grad", "preconditioner")
+_TENSORS = ("before", "feature_mean", "grad", "preconditioner", "rows")
 
 
 class Memory:
     """The numbers of the last measured step that the next one is compared with.
 
-    ``layout`` is that of the coordinate sample; None if an earlier version saved the state.
+    ``layout`` is that of the coordinate sample; None if an earlier version saved the state.  ``rows`` is the
+    sketch of some rows (:func:`nfi_monitor.measure.row_match.row_sketch`), or None.
     """
 
     __slots__ = (*_TENSORS, "layout", "step")
@@ -30,6 +31,7 @@ class Memory:
         preconditioner: Tensor,
         feature_mean: Tensor | None,
         layout: tuple[tuple[int, int], ...] | None,
+        rows: Tensor | None = None,
     ) -> None:
         self.step = step
         self.layout = layout
@@ -37,6 +39,7 @@ class Memory:
         self.grad = grad
         self.preconditioner = preconditioner
         self.feature_mean = feature_mean
+        self.rows = rows
 
     def precedes(self, update: Update, step: int) -> bool:
         """Return whether this is the step before ``step``, at the same coordinates as ``update``.
@@ -58,7 +61,10 @@ class Memory:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Memory:
-        tensors = {name: None if state[name] is None else from_text(state[name], device) for name in _TENSORS}
+        saved_tensors = {name: state.get(name) for name in _TENSORS}  # version 0.1 kept no rows
+        tensors = {
+            name: None if text is None else from_text(text, device) for name, text in saved_tensors.items()
+        }
         saved = state.get("layout")
         layout = None if saved is None else tuple((int(place), int(stride)) for place, stride in saved)
         return cls(int(state["step"]), **tensors, layout=layout)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from nfi_monitor.measure import (
     declared,
     displacement,
     global_means,
+    row_match,
     second_moment,
     weight_norm,
     zero_sum,
@@ -57,7 +58,10 @@ def step_statistics(
         preconditioner = root + update.eps
         if comparable is not None:
             values |= _of_two_steps(update, comparable)
-        memory = Memory(step, update.before, update.grad, preconditioner, feature_mean, sample.layout)
+        rows = None if features is None or len(features) < 2 else row_match.row_sketch(features)
+        memory = Memory(step, update.before, update.grad, preconditioner, feature_mean, sample.layout, rows)
+        if consecutive and rows is not None and previous is not None and previous.rows is not None:
+            values["row_match"] = row_match.row_match(rows, previous.rows)
     if update.head_weight_update is not None and features is not None and len(features):
         moved = update.head_weight_update
         values["logit_displacement"], values["logit_displacement_rms"] = displacement.logit_displacement(
@@ -144,7 +148,7 @@ def with_non_finite(values: dict[str, float]) -> dict[str, float]:
     if "gradient_norm" not in values:
         return values
     values = {**values, "non_finite_gradients": float(not math.isfinite(values["gradient_norm"]))}
-    for name in ("mean_alignment", "gradient_alignment"):
+    for name in ("mean_alignment", "gradient_alignment", "row_match"):
         if name in values:
             values[name] = max(min(values[name], 1.0), -1.0)  # in this order NaN stays NaN
     return values

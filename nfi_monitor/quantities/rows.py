@@ -17,6 +17,15 @@ ROWS = (
         tail=True, place=30,
     ),
     Quantity(
+        "zero_sum_violation_smoothed", "1", "smoothed zero-sum violation",
+        "zero-sum violation, at most ten times that of the head's weight gradient, averaged over τ/2 or 50 "
+        "steps; the detector compares this number with its levels",
+        within=SHARE, merge=Merge.DERIVED,
+        reference="tests/detect/test_signals.py::"
+        "test_the_smoothed_violation_is_the_average_of_the_limited_violation",
+        chart="zero-sum violation", curve="smoothed", extreme="max", place=35,
+    ),
+    Quantity(
         "zero_sum_violation_max", "1", "largest zero-sum violation",
         "largest |Σ_k g_k| / Σ_k |g_k| of the live rows",
         source=f"{LIU}, section 3", within=SHARE, merge=Merge.ROW_EXTREME,

@@ -160,6 +160,13 @@ UPDATES = (
         chart="displacement by one update", curve="by the features", place=140,
     ),
     Quantity(
+        "row_match", "1", "match of the rows",
+        "correlation of some rows' features with those at the same places in the step before; near 1 for the "
+        "same rows, near 0 for another minibatch",
+        within=COSINE, nan=(*INPUT, Undefined.NO_DIRECTION), merge=Merge.FIRST_RANK,
+        reference="tests/measure/test_row_match.py::test_the_match_is_the_correlation_of_the_sketches",
+    ),
+    Quantity(
         "relative_update", "1", "relative update",
         "largest ‖ΔW‖ / ‖W‖ of one update over the weight matrices",
         within=POSITIVE, nan=INPUT,

@@ -87,7 +87,7 @@ class Policy:
     def next_rung(self, alert: Alert, last: Rung | None, phase: Phase) -> Rung | None:
         """Return the next rung for an alert that has gone on for :attr:`patience` since ``last``, or None.
 
-        ``phase`` is the run's present phase: an alert keeps the highest severity that it had.
+        ``phase`` is the run's present phase: an alert may have a higher severity than the phase.
         """
         if alert.state is AlertState.RESOLVED:
             return None

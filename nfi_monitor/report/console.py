@@ -1,4 +1,4 @@
-"""Print one line when an alert begins or ends, never one per step.
+"""Print one line when an alert begins, becomes more or less severe, or ends, never one per step.
 
 The lines go through a rich Console.  So they appear above a progress bar that is open on the same console.
 On a terminal they wrap with a hanging indent.  In a file or a pipe each event is one line, so that
@@ -18,7 +18,7 @@ from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import terminal, wording
 from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.styles import SEVERITY_STYLES
-from nfi_monitor.types import Alert, AlertState, Change, Note, Phase
+from nfi_monitor.types import Alert, AlertState, Change, Note, Outcome, Phase, Severity
 
 if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
@@ -51,27 +51,45 @@ class ConsoleSink(SinkBase):
         advice = alert.advice[0] if alert.advice else ""
         now = (alert.severity.rank, _PHASES[alert.phase], advice)
         before = self._printed.get(alert.id)
-        if change is Change.END:
+        if change is Change.END or alert.state is AlertState.RESOLVED or alert.outcome is Outcome.OPEN:
             self._printed.pop(alert.id, None)
-            advice = ""
-        elif before is None:  # also an UPDATE in a resumed run: the earlier run has printed its BEGIN
-            self._printed[alert.id] = now
-        elif now[0] > before[0] or now[1] > before[1]:
-            self._printed[alert.id] = now
-            advice = advice if advice != before[2] else ""
-        else:
+            self._print_end(alert)
             return
-        over = change is Change.END or alert.state is AlertState.RESOLVED
-        word = "resolved" if over else str(alert.severity).upper()
-        style = "green" if over else SEVERITY_STYLES[alert.severity]
-        line = Text.assemble(("step ", "dim"), f"{alert.last_step:,}  ", (word, style), "  ")
-        head, *rest = wording.alert_in_words(alert, _EVIDENCE).split(" · ")
+        if before is not None and now[0] < before[0]:
+            self._printed[alert.id] = now
+            if alert.severity is not Severity.INFO:
+                self._print_alert(alert, str(alert.severity).upper(), wording.lowered_in_words(alert))
+            return
+        if before is not None and now[0] <= before[0] and now[1] <= before[1]:
+            return
+        # before is None also at an UPDATE in a resumed run: the earlier run has printed its BEGIN
+        self._printed[alert.id] = now
+        self._print_alert(alert, str(alert.severity).upper(), wording.alert_in_words(alert, _EVIDENCE))
+        if advice and (before is None or advice != before[2]):
+            style = SEVERITY_STYLES[alert.severity]
+            self._print(Text.assemble(("→ ", style), advice), indent=True)
+
+    def _print_end(self, alert: Alert) -> None:
+        """Print the line of an alert that has ended, or that still fires when the run ends."""
+        headline = wording.headline(alert)
+        for words in (wording.HAPPENED, wording.STILL_FIRING):
+            if headline.startswith(words):
+                style = SEVERITY_STYLES[alert.severity]
+                self._print_alert(alert, words.rstrip(), headline.removeprefix(words), style)
+                return
+        self._print_alert(alert, "resolved", headline, "green")
+
+    def _print_alert(self, alert: Alert, word: str, text: str, style: str = "") -> None:
+        """Print ``step N  WORD  TEXT``. Without a ``style``, the alert fires: the text's start is bold."""
+        over = bool(style)
+        style = style or SEVERITY_STYLES[alert.severity]
+        line = Text.assemble(("step ", "dim"), f"{alert.last_step:,}  ", (word, style))
+        line.append(" " if word.endswith(":") else "  ")
+        head, *rest = text.split(" · ")
         line.append(head, style="" if over else "bold")
         for part in rest:
             line.append(" · ", style="dim").append(part)
         self._print(line)
-        if advice:
-            self._print(Text.assemble(("→ ", style), advice), indent=True)
 
     def note(self, note: Note) -> None:
         if not self._quiet:

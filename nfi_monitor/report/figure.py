@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
-from nfi_monitor.types import Alert, AlertKind, AlertState, Phase, Thresholds
+from nfi_monitor.report import levels
+from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
 
 # Colours that keep their order in greyscale and under common colour blindness; healthy has no colour.
 PHASE_COLOURS = {
@@ -62,7 +64,12 @@ class _Panel(NamedTuple):
 
 _PANELS = (
     _Panel(("loss", "head_loss"), "loss", True),
-    _Panel(("zero_sum_violation", "zero_sum_violation_weight"), "zero-sum\nviolation", False),
+    # The smoothed violation is the one that the detector tests; records of version 0.2 do not have it.
+    _Panel(
+        ("zero_sum_violation_smoothed", "zero_sum_violation", "zero_sum_violation_weight"),
+        "zero-sum\nviolation",
+        False,
+    ),
     _Panel(("feature_mean_norm",), "feature mean\n" + r"$\|\mu_G\|$", True),
     _Panel(("logit_displacement", "margin_displacement"), "displacement\n" + r"$\delta$ (nat)", True),
 )
@@ -82,7 +89,6 @@ def draw(
     the panel's floor, with a note; NaN and Inf are gaps.  ``thresholds`` is ``Thresholds.to_json()`` of the
     run (default: the defaults).  Raises ImportError, with what to install, without matplotlib.
     """
-    limits = Thresholds().to_json() | dict(thresholds or {})
     kinds = [kind for kind in AlertKind if kind is not AlertKind.NON_FINITE or _of_kind(alerts, kind)]
     figure, strip, axes = _figure(title, len(kinds))
     first, last = _extent([history], phases, alerts)
@@ -94,9 +100,10 @@ def draw(
     for axis, panel in zip(axes, _PANELS, strict=True):
         notes = [_curve(axis, panel, history, _INK, "")]
         _finish(axis, panel, notes)
-    _threshold(axes[1], limits["absorbing_enter"], "enter", shift=4)
-    _threshold(axes[1], limits["absorbing_exit"], "exit", shift=-3)
-    _threshold(axes[3], limits["imminent_displacement"], "imminent")
+    bands = levels.bands(levels.thresholds_of({"thresholds": thresholds}), RunContext())
+    _threshold(axes[1], bands["zero_sum_violation_smoothed"].enter, "enter", shift=4)
+    _threshold(axes[1], bands["zero_sum_violation_smoothed"].leave, "exit", shift=-3)
+    _threshold(axes[3], bands["logit_displacement"].enter, "imminent")
     for axis in (strip, *axes):
         axis.set_xlim(*_limits(first, last))
     _phase_legend(figure, phases)
@@ -130,11 +137,11 @@ def compare(records: Mapping[str, Drawable], path: str | os.PathLike[str], title
             # The first run is the one of interest: draw it on top.
             notes.append(_curve(axis, panel, record.history, colour, name, zorder=3 + len(arms) - order))
         _finish(axis, panel, notes)
-    limits = Thresholds().to_json()
-    for _, record, _ in arms[:1]:  # runs of one experiment share their thresholds
-        limits |= dict(getattr(record, "info", {}).get("thresholds") or {})
-    _threshold(axes[1], limits["absorbing_enter"], "enter")
-    _threshold(axes[3], limits["imminent_displacement"], "imminent")
+    # Runs of one experiment share their thresholds.
+    info = getattr(arms[0][1], "info", {}) if arms else {}
+    bands = levels.bands(levels.thresholds_of(info), RunContext())
+    _threshold(axes[1], bands["zero_sum_violation_smoothed"].enter, "enter")
+    _threshold(axes[3], bands["logit_displacement"].enter, "imminent")
     for axis in (strip, *axes):
         axis.set_xlim(*_limits(first, last))
     _arm_legend(figure)

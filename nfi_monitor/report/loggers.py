@@ -43,9 +43,10 @@ class AlertLog(SinkBase):
         self._severity: dict[str, int] = {}  # id of an alert → rank of the severity last notified
 
     def alert(self, alert: Alert, change: Change) -> None:
-        if change is Change.UPDATE and alert.severity.rank <= self._severity.get(alert.id, -1):
-            return
+        before = self._severity.get(alert.id, -1)
         self._severity[alert.id] = alert.severity.rank
+        if change is Change.UPDATE and alert.severity.rank <= before:
+            return
         self._notify(alert, change)
 
 

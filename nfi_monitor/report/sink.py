@@ -40,7 +40,7 @@ class SinkBase:
         """Take an alert that begins, changes in a way worth a line, or ends.
 
         ``alert.last_step`` is the step of this change.  An alert that fires when the run closes does not end:
-        it comes once more, as an UPDATE.
+        it comes once more, as an UPDATE with ``outcome`` OPEN.  An UPDATE may also have a lower severity.
         """
 
     def note(self, note: Note) -> None:

@@ -19,7 +19,7 @@ from nfi_monitor.quantities import READING_ORDER
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import summary_view, terminal, wording
 from nfi_monitor.report.json_values import as_json
-from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase
+from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Outcome, Phase
 
 KEY_QUANTITIES: dict[str, str] = {
     quantity.name: quantity.extreme for quantity in READING_ORDER if quantity.extreme is not None
@@ -69,7 +69,8 @@ def summarize(
     steps += [info["steps"]] if isinstance(info.get("steps"), int) and info["steps"] > 0 else []
     last_step = max([*steps, *_any_last_step(history)], default=None)
     # If the run was killed, run.json still holds the overhead of its start: leave it out.
-    overhead, tau = info.get("overhead"), info.get("tau")
+    overhead = info.get("overhead")
+    tau = float(info["tau"]) if isinstance(info.get("tau"), (int, float)) else 0.0
     if isinstance(overhead, dict) and len(history) and not overhead.get("measured_steps"):
         overhead = None
     return Summary(
@@ -78,9 +79,9 @@ def summarize(
         readings=len(history),
         phase=str(phases[-1][1]) if phases else None,
         phase_share=_phase_share(phases, last_step),
-        slingshots=slingshots(alerts, tau if isinstance(tau, (int, float)) else 0.0),
+        slingshots=slingshots(alerts, tau),
         replays=[_replay(verdict) for verdict in replays],
-        events=[_event(alert) for alert in alerts],
+        events=[_event(alert, alerts, tau) for alert in alerts],
         quantities={name: item for name, item in quantities.items() if item},
         absorbing_classes=info.get("absorbing_classes") or [],
         notes=[{"code": note.code, "message": note.message, "step": note.step} for note in notes],
@@ -159,10 +160,19 @@ def _replay(verdict: ReplayVerdict) -> dict[str, Any]:
     }
 
 
-def _event(alert: Alert) -> dict[str, Any]:
+def _event(alert: Alert, alerts: Sequence[Alert], tau: float) -> dict[str, Any]:
     record = alert.to_json()
-    keys = ("id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence")
-    found: dict[str, Any] = as_json({key: record[key] for key in (*keys, "advice")})
+    keys = (
+        "id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence", "advice",
+        "rule", "outcome", "outcome_step", "unmoved_since",
+    )  # fmt: skip
+    found: dict[str, Any] = as_json({key: record[key] for key in keys})
+    found["ended"] = wording.ending_in_words(alert)
+    if alert.outcome is Outcome.PASSED:
+        # It had ended before the slingshot came, but still counts as its warning.
+        starts = (other.first_step for other in alerts if other.kind is AlertKind.SLINGSHOT)
+        came = next((step for step in starts if 0 <= step - alert.last_step <= warning_gap(tau)), None)
+        found["ended"] = found["ended"] if came is None else f"a slingshot followed at step {came:,}"
     found["evidence"] = as_json({name: record["evidence"][name] for name in wording.ordered_evidence(alert)})
     return found
 

@@ -6,7 +6,6 @@ show.  ``say`` makes text safe for the terminal (:func:`nfi_monitor.report.termi
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -183,9 +182,9 @@ def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
     rows = summary["events"]
     if not rows:
         return Text("none", style="green")
-    table = _table(
-        ("kind", ""), ("severity", ""), ("steps", ""), ("mechanism, confidence", ""), ("evidence", "")
-    )
+    columns = ["kind", "severity", "steps", "mechanism, confidence", "evidence"]
+    endings = any(row.get("ended") for row in rows[-_SHOWN:])
+    table = _table(*((name, "") for name in [*columns, *(["then"] if endings else [])]))
     for row in rows[-_SHOWN:]:
         end = row["last_step"] if row["state"] == AlertState.RESOLVED else None
         severity = Severity(row["severity"])
@@ -197,14 +196,19 @@ def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
             say(_steps(row["first_step"], end)),
             say(" ".join(_certain(row["mechanism"], row["confidence"])).strip()),
             Text(say(evidence)),  # names of quantities come from a file: do not read them as markup
+            *([Text(say(row.get("ended") or ""))] if endings else []),
         )
     return _with(table, _earlier(rows, say, "events"))
 
 
-def _evidence(name: str, item: Mapping[str, Any]) -> str:
-    """Show the value without its threshold: a table on a terminal is too narrow for both."""
-    value = math.nan if item["value"] is None else item["value"]
-    return wording.one_evidence_in_words(name, Evidence(value))
+def _evidence(name: str, record: Mapping[str, Any]) -> str:
+    """Show the value at the beginning, without its threshold: a table on a terminal is too narrow for both.
+
+    Of a spike's loss, show the peak as well."""
+    item = Evidence.from_json(record)
+    if name == "loss":
+        return f"{wording.label(name)} {wording.value_in_words(name, item)}"
+    return wording.one_evidence_in_words(name, Evidence(item.value))
 
 
 def _phase_lines(summary: Mapping[str, Any], say: Callable[[str], str]) -> RenderableType | None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 
-from nfi_monitor.detect.rules import first_evidence, rule_of
+from nfi_monitor.detect.rules import first_evidence, rule_of_alert
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.replay.verdict import ReplayVerdict
-from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Severity
+from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Outcome, Severity
 
 MECHANISM_NAMES = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
@@ -70,10 +70,15 @@ def kind_in_words(kind: AlertKind) -> str:
 
 
 def headline(alert: Alert) -> str:
-    """Return one clause that says what happens, or what has happened if the alert is resolved."""
+    """Return one clause that says what happens, or what has happened if the alert has ended."""
     over = alert.state is AlertState.RESOLVED
-    steps = alert.last_step - alert.first_step
-    since = f"steps {alert.first_step:,}–{alert.last_step:,}, {steps:,} {'step' if steps == 1 else 'steps'}"
+    if alert.outcome is Outcome.OPEN:
+        return _open(alert)
+    if alert.outcome is Outcome.SLINGSHOT:
+        return f"{HAPPENED}{event_in_words(alert)}"
+    if alert.outcome is Outcome.BURST:
+        return f"a smaller burst, no slingshot: {event_in_words(alert)}"
+    since = _span(alert)
     if alert.kind is AlertKind.SLINGSHOT:
         if over:
             after = alert.evidence.get("loss_afterwards")
@@ -84,18 +89,91 @@ def headline(alert: Alert) -> str:
         loss_alone = alert.severity is Severity.WARNING
         what = f"NaN or Inf in the loss{'' if loss_alone else ', the gradients or the weights'}"
         return f"finite again ({since})" if over else what
-    if alert.kind is AlertKind.IMMINENT:
-        if over:
-            return f"was imminent ({since})"
-        return f"slingshot imminent: {_what(alert)}"
+    imminent = alert.kind is AlertKind.IMMINENT
     if over:
-        return f"was at risk ({since})"
-    return f"at risk: {_what(alert)}"
+        none_came = ", no slingshot came" if alert.outcome is Outcome.PASSED else ""
+        return f"was {'imminent' if imminent else 'at risk'}{none_came} ({since})"
+    return f"{'slingshot imminent' if imminent else 'at risk'}: {_what(alert)}"
+
+
+HAPPENED = "it happened: "
+"""Begins the headline of a warning that came true."""
+STILL_FIRING = "still firing: "
+"""Begins the headline of an alert that still fired when the run ended."""
+_AS_A_RATIO = 10.0
+"""A loss that rises by this factor or more is said to jump by the factor."""
+
+
+def _span(alert: Alert) -> str:
+    steps = alert.last_step - alert.first_step
+    return f"steps {alert.first_step:,}–{alert.last_step:,}, {_steps(steps)}"
+
+
+def _steps(count: int) -> str:
+    return f"{count:,} {'step' if count == 1 else 'steps'}"
+
+
+def _open(alert: Alert) -> str:
+    """Return the headline of an alert that still fired when the run ended."""
+    what = {
+        AlertKind.AT_RISK: "at risk",
+        AlertKind.IMMINENT: "slingshot imminent",
+        AlertKind.SLINGSHOT: "slingshot",
+        AlertKind.NON_FINITE: "NaN or Inf",
+    }[alert.kind]
+    end = "" if alert.outcome_step is None else f" at step {alert.outcome_step:,}"
+    back = "; the loss was not back" if alert.kind is AlertKind.SLINGSHOT else ""
+    return f"{STILL_FIRING}{what} since step {alert.first_step:,}{back} when the run ended{end}"
+
+
+def event_in_words(alert: Alert) -> str:
+    """Return what followed a warning: ``the loss jumped ×400,000 at step 905, 277 steps after the warning``.
+
+    A rise by less than a factor of ten is given as ``rose from 2.05 to 3.75``.
+    """
+    loss, step = alert.evidence.get("loss"), alert.outcome_step
+    rose = "the loss rose"
+    if loss is not None and loss.baseline is not None:
+        low, high = loss.baseline, loss.value
+        if low > 0 and high >= _AS_A_RATIO * low:
+            ratio = high / low
+            rose = f"the loss jumped ×{number(float(f'{ratio:.{1 if ratio >= 100 else 2}g}'))}"
+        else:
+            rose = f"the loss rose from {number(low)} to {number(high)}"
+    if step is None:
+        return rose
+    after = "the warning" if alert.kind is AlertKind.IMMINENT else "the run was called at risk"
+    return f"{rose} at step {step:,}, {_steps(step - alert.first_step)} after {after}"
+
+
+def ending_in_words(alert: Alert) -> str:
+    """Return what has become of an alert, for a table: ``no slingshot came``; empty if there is no news."""
+    if alert.outcome is Outcome.OPEN:
+        end = "" if alert.outcome_step is None else f" at step {alert.outcome_step:,}"
+        said = f"still firing when the run ended{end}"
+        return f"{said}; {unmoved_in_words(alert)}" if alert.unmoved_since is not None else said
+    if alert.outcome in (Outcome.SLINGSHOT, Outcome.BURST):
+        what = "it happened" if alert.outcome is Outcome.SLINGSHOT else "a smaller burst"
+        return what if alert.outcome_step is None else f"{what} at step {alert.outcome_step:,}"
+    if alert.outcome is Outcome.PASSED:
+        return "no slingshot came"
+    return unmoved_in_words(alert)
+
+
+def unmoved_in_words(alert: Alert) -> str:
+    """Return ``since step 700 nothing moved``; empty if the alert's severity was not lowered."""
+    return "" if alert.unmoved_since is None else f"since step {alert.unmoved_since:,} nothing moved"
+
+
+def lowered_in_words(alert: Alert) -> str:
+    """Return ``at risk, but less severe: since step 700 nothing moved``."""
+    why = unmoved_in_words(alert) or "nothing moves"
+    return f"{kind_in_words(alert.kind)}, but less severe: {why}"
 
 
 def _what(alert: Alert) -> str:
-    """Return the reason for the alert, in the words of the rule that describes it best."""
-    rule = rule_of(alert.mechanism, alert.kind, alert.phase)
+    """Return the reason for the alert, in the words of the rule that describes it."""
+    rule = rule_of_alert(alert)
     return rule.labels[alert.kind] if rule is not None else WITHOUT_RULE[alert.kind][alert.mechanism]
 
 
@@ -113,29 +191,67 @@ def mechanism_name(mechanism: Mechanism) -> str:
 
 
 def one_evidence_in_words(name: str, item: Evidence) -> str:
-    """Return ``zero-sum violation 0.134 (threshold 0.1)``."""
+    """Return ``zero-sum violation 0.134 (threshold 0.1)``; add ``not crossed`` where it is not."""
     words = f"{label(name)} {amount(name, item.value)}"
-    return words if item.threshold is None else f"{words} (threshold {_bare(name, item.threshold)})"
+    if item.threshold is None:
+        return words
+    limit = amount(name, item.threshold).removesuffix(" nat")  # the value beside it has the unit
+    return f"{words} (threshold {limit}{', not crossed' if item.crossed is False else ''})"
+
+
+def value_in_words(name: str, item: Evidence) -> str:
+    """Return the value with the most extreme one while the alert fired: ``0.134 (later up to 0.7)``."""
+    words = amount(name, item.value)
+    if item.extreme is None:
+        return words
+    return f"{words} (later {'down' if item.below else 'up'} to {amount(name, item.extreme)})"
+
+
+def evidence_cells(name: str, item: Evidence) -> tuple[str, str, str]:
+    """Return value, threshold and baseline for a table, each with its unit."""
+    limit = amount(name, item.threshold)
+    limit = f"{limit}, not crossed" if item.crossed is False and item.threshold is not None else limit
+    return value_in_words(name, item), limit, amount(name, item.baseline)
+
+
+_EVENT = ("loss", "loss_afterwards", "head_loss")
 
 
 def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
-    """Return the alert's evidence, with the items that its kind and mechanism are based on first."""
-    first = first_evidence(alert.mechanism, alert.kind) or FIRST_WITHOUT_RULE.get(alert.mechanism, ())
-    if alert.kind is AlertKind.SLINGSHOT:
-        first = ("loss", "loss_afterwards", "head_loss", *first)
-    names = dict.fromkeys([*(name for name in first if name in alert.evidence), *alert.evidence])
-    return {name: alert.evidence[name] for name in names}
+    """Return the alert's evidence: what crossed its threshold last, first; what did not cross, last.
+
+    Among items of the same step, those that the alert's rule is based on come first.  The loss comes first
+    for a slingshot; for a warning it is what followed, and comes last.
+    """
+    first = first_evidence(alert.mechanism, alert.kind, alert.rule)
+    first = first or FIRST_WITHOUT_RULE.get(alert.mechanism, ())
+    names = [*_EVENT, *first, *alert.evidence]
+    place = {name: names.index(name) for name in alert.evidence}
+    event = {AlertKind.SLINGSHOT: -1, AlertKind.NON_FINITE: 0}.get(alert.kind, 1)
+
+    def order(entry: tuple[str, Evidence]) -> tuple[int, bool, int, int]:
+        name, item = entry
+        return event if name in _EVENT else 0, item.crossed is False, -(item.step or 0), place[name]
+
+    return dict(sorted(alert.evidence.items(), key=order))
 
 
 def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
-    """Return the ``limit`` most important items of evidence (None: all), separated by commas."""
-    items = list(ordered_evidence(alert).items())[:limit]
-    return ", ".join(one_evidence_in_words(name, item) for name, item in items)
+    """Return the ``limit`` most important items of evidence (None: all), separated by commas.
+
+    With a limit, only what has crossed its threshold when the alert began, or last became more severe."""
+    items = ordered_evidence(alert)
+    if limit is not None and any(item.crossed for item in items.values()):
+        last = max(item.step or 0 for item in items.values())
+        crossed = {name: item for name, item in items.items() if item.crossed is not False}
+        items = {name: item for name, item in crossed.items() if item.step in (None, last)}
+    return ", ".join(one_evidence_in_words(name, item) for name, item in list(items.items())[:limit])
 
 
 def forecast_in_words(alert: Alert) -> str:
     """Return ``≈ 90 steps left (45–180)``; empty if there is no forecast or the alert is resolved."""
-    if alert.steps_to_spike is None or alert.state is AlertState.RESOLVED:
+    over = alert.state is AlertState.RESOLVED or alert.outcome is Outcome.OPEN
+    if alert.steps_to_spike is None or over:
         return ""
     low, median, high = alert.steps_to_spike
     return f"≈ {median:,} {'step' if median == 1 else 'steps'} left ({low:,}–{high:,})"
@@ -143,7 +259,7 @@ def forecast_in_words(alert: Alert) -> str:
 
 def alert_in_words(alert: Alert, evidence: int | None = None) -> str:
     """Return headline, mechanism, evidence and forecast of an alert on one line, separated by `` · ``."""
-    if alert.state is AlertState.RESOLVED:
+    if alert.state is AlertState.RESOLVED or alert.outcome is Outcome.OPEN:
         return headline(alert)
     parts = [headline(alert)]
     if alert.kind is not AlertKind.NON_FINITE:
@@ -157,8 +273,3 @@ def replay_in_words(verdict: ReplayVerdict) -> str:
     """Return a replay's mechanism and the reasons for it, separated by semicolons."""
     text = f"{mechanism_name(verdict.mechanism)}: {'; '.join(verdict.reasons)}"
     return text + ("; reproduced to the last bit" if verdict.reproduced else "")
-
-
-def _bare(name: str, value: float) -> str:
-    """Format a threshold without the unit nat, which the value beside it has."""
-    return amount(name, value).removesuffix(" nat")

@@ -69,3 +69,15 @@ def second_moment_slingshot(silent_from: int, kick: int) -> Iterator[Reading]:
                 "loss": 0.5 if 3 <= after < 20 else (0.0 if step > silent_from else 0.3),
             },
         )
+
+
+def oscillation() -> Iterator[Reading]:
+    """Yield an oscillation at the edge of stability that grows from step 389 on (τ = 20)."""
+    for step in range(1, 401):
+        growth = 1.6 ** max(step - 388, 0)
+        values = {
+            "zero_sum_violation": 1e-8, "rms_t_max": 0.4, "loss": 1e-4,
+            "feature_displacement": 0.01 * growth, "relative_update": 2e-3, "margin_median": 12.0,
+            "gradient_alignment": -0.9 if step > 388 else 0.7, "secant_curvature": 0.3 * growth,
+        }  # fmt: skip
+        yield Reading(step, values)

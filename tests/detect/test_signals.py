@@ -37,3 +37,22 @@ def test_the_decay_is_in_decades_below_the_fading_maximum(gap: int) -> None:
         assert values["second_moment_decay"] == pytest.approx(
             math.log10(root / max(faded)), rel=1e-9, abs=1e-12
         )
+
+
+@pytest.mark.parametrize("gap", [1, 3])
+def test_the_smoothed_violation_is_the_average_of_the_limited_violation(gap: int) -> None:
+    """``zero_sum_violation_smoothed``: a reading weighs e^(−distance / window), the window is half of τ."""
+    signals, tau, values = Signals(), 40.0, []
+    for step in range(1, 200, gap):
+        rows, weights = 0.5 + 0.4 * math.sin(step), 0.001 if step % 2 else 0.9
+        values.append(min(rows, 10.0 * weights))
+        reading = Reading(step, {"zero_sum_violation": rows, "zero_sum_violation_weight": weights})
+        found = signals.update(reading, tau, Thresholds())["zero_sum_violation_smoothed"]
+        keep = math.exp(-gap / (0.5 * tau))
+        powers = [keep ** (len(values) - 1 - index) for index in range(len(values))]
+        weighted = [(1 - keep) * power if index else power for index, power in enumerate(powers)]
+        assert found == pytest.approx(sum(w * x for w, x in zip(weighted, values, strict=True)), rel=1e-12)
+        assert found == signals.violation
+    assert "zero_sum_violation_smoothed" not in signals.update(
+        Reading(500, {"rms_t_max": 1.0}), tau, Thresholds()
+    )

@@ -116,9 +116,9 @@ def test_an_alert_opens_to_its_evidence_with_thresholds_and_its_advice(
     alert = spiking_run.alert(AlertKind.IMMINENT)
     shown = real.get("alert", run="run", id=alert.id, first=alert.first_step)
     assert tuple(shown["advice"]) == alert.advice
-    assert {row[0] for row in shown["evidence"]} >= {"zero-sum violation", "logit displacement δ"}
+    assert {row[0] for row in shown["evidence"]} >= {"smoothed zero-sum violation", "logit displacement δ"}
     by_label = {row[0]: row for row in shown["evidence"]}
-    assert by_label["zero-sum violation"][2] == "0.1"
+    assert by_label["smoothed zero-sum violation"][2] == "0.1"
     assert shown["mechanism"] == "numerical feature inflation"
 
 
@@ -149,9 +149,10 @@ def test_charts_carry_the_thresholds_of_their_run(real: Server, spiking_run: Rec
     charts = {chart["title"]: chart for chart in real.get("run", run="run")["record"]["charts"]}
     thresholds = spiking_run.monitor._loop.thresholds
     band = charts["displacement by one update"]["band"]
-    assert (band["low"], band["high"]) == (thresholds.imminent_exit, thresholds.imminent_displacement)
+    expected = (thresholds.imminent_exit, thresholds.imminent_displacement)
+    assert (band["low"], band["high"]) == pytest.approx(expected)
     growth = charts["growth of the means"]["band"]["high"]
-    assert growth == pytest.approx(thresholds.imminent_growth / 20)  # per τ there, per step here; τ = 20
+    assert growth == pytest.approx(thresholds.inflating_growth / 20)  # per τ there, per step here; τ = 20
     assert sum(chart["key"] for chart in charts.values()) < len(charts) == len(CHARTS)
 
 

@@ -302,3 +302,13 @@ def logit_displacement(
         common = math.fsum(change) / len(change)
         moved += [abs(x - common) for x in change]
     return max(moved), math.sqrt(math.fsum(x * x for x in moved) / len(moved))
+
+
+def row_match(features: np.ndarray, before: np.ndarray) -> float:
+    """Correlation of the same rows' features in two steps, along four fixed directions, in float64."""
+    directions = np.array(
+        [[math.cos((i + 1) * j * 2.399963) for j in (1, 2, 3, 4)] for i in range(features.shape[1])]
+    )
+    one, two = (rows @ directions for rows in (features, before))
+    one, two = one - one.mean(0), two - two.mean(0)
+    return float((one * two).sum() / math.sqrt((one**2).sum() * (two**2).sum()))

@@ -129,7 +129,9 @@ def check_against_formulas(run: Run, steps: int, betas: tuple[float, float], eps
             )
             logits = weight @ (h_mean - last[3])
             expected["feature_displacement"] = np.abs(logits - logits.mean()).max()
-        last = (before, grad, root + eps, h_mean)
+            if len(features) > 1:
+                expected["row_match"] = ref.row_match(features, last[4])
+        last = (before, grad, root + eps, h_mean, features)
         assert set(found) == set(expected)
         assert set(found) <= set(QUANTITIES)
         unit = ref.UNIT[run.h.dtype]

@@ -45,7 +45,7 @@ AT_RISK = Alert(
     mechanism=Mechanism.NUMERICAL_FEATURE_INFLATION,
     confidence=0.86,
     evidence={
-        "zero_sum_violation": Evidence(0.134, 0.1, 0.03),
+        "zero_sum_violation_smoothed": Evidence(0.134, 0.1, 0.03),
         "feature_mean_growth": Evidence(0.0167, 0.01),
         "absorbed_fraction": Evidence(0.63),
         "logit_displacement": Evidence(0.05, 0.3),
@@ -63,7 +63,7 @@ IMMINENT = replace(
     first_step=760,
     last_step=760,
     steps_to_spike=(45, 90, 180),
-    evidence={"zero_sum_violation": Evidence(0.5, 0.1), "logit_displacement": Evidence(0.41, 0.3)},
+    evidence={"zero_sum_violation_smoothed": Evidence(0.5, 0.1), "logit_displacement": Evidence(0.41, 0.3)},
 )
 SLINGSHOT = replace(
     AT_RISK,
@@ -74,7 +74,7 @@ SLINGSHOT = replace(
     first_step=895,
     last_step=895,
     steps_to_spike=None,
-    evidence={"zero_sum_violation": Evidence(0.5, 0.1), "loss": Evidence(2.3, 0.1)},
+    evidence={"zero_sum_violation_smoothed": Evidence(0.5, 0.1), "loss": Evidence(2.3, 0.1)},
 )
 
 

@@ -9,7 +9,7 @@ from rich.progress import Progress
 
 from nfi_monitor.report.console import ConsoleSink
 from nfi_monitor.report.summary import Summary
-from nfi_monitor.types import Change, Note, Phase, Reading, Severity
+from nfi_monitor.types import Change, Evidence, Note, Outcome, Phase, Reading, Severity
 from tests.report.builders import AT_RISK, IMMINENT, INFO, SLINGSHOT, resolved
 
 
@@ -45,15 +45,15 @@ nfi  watching head (Linear 128→23), reads every 5th step, and every step once 
      time constant τ = 20 steps
 nfi  note: The head is tied.
 nfi  step 535  INFO  at risk: rounding absorbs confident rows: their gradients no longer sum to zero
-     · numerical feature inflation (confidence 86%) · zero-sum violation 0.134 (threshold 0.1),
-     growth of ‖μ_G‖ 0.0167 (threshold 0.01), absorbed rows 63%
+     · numerical feature inflation (confidence 86%) · smoothed zero-sum violation 0.134 (threshold
+     0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01), absorbed rows 63%
      → Compute the loss in float64.
 nfi  step 700  WARNING  at risk: rounding absorbs confident rows and the feature mean grows ·
-     numerical feature inflation (confidence 86%) · zero-sum violation 0.134 (threshold 0.1), growth
-     of ‖μ_G‖ 0.0167 (threshold 0.01), absorbed rows 63% · ≈ 360 steps left (180–720)
+     numerical feature inflation (confidence 86%) · smoothed zero-sum violation 0.134 (threshold
+     0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01), absorbed rows 63% · ≈ 360 steps left (180–720)
 nfi  step 895  resolved  was at risk (steps 535–895, 360 steps)
 nfi  step 895  CRITICAL  slingshot: the loss has left its floor · numerical feature inflation
-     (confidence 86%) · loss 2.3 (threshold 0.1), zero-sum violation 0.5 (threshold 0.1)
+     (confidence 86%) · loss 2.3 (threshold 0.1), smoothed zero-sum violation 0.5 (threshold 0.1)
      → Compute the loss in float64.
 nfi  step 905  resolved  slingshot over, the loss is back (steps 895–905, 10 steps)
 nfi  run directory: runs/one"""
@@ -140,3 +140,64 @@ def test_many_alerts_leave_nothing_behind() -> None:
         sink.alert(alert, Change.BEGIN)
         sink.alert(resolved(alert, 600), Change.END)
     assert not sink._printed
+
+
+def test_a_warning_that_came_true_says_what_happened_and_how_long_before_it_warned() -> None:
+    console = terminal(width=200)
+    loss = {"loss": Evidence(0.05, 0.02, 1.25e-7, crossed=True, step=905)}
+    over = replace(
+        resolved(replace(IMMINENT, first_step=628), 905),
+        outcome=Outcome.SLINGSHOT, outcome_step=905, evidence={**IMMINENT.evidence, **loss},
+    )  # fmt: skip
+    ConsoleSink(console).alert(over, Change.END)
+    assert text_of(console) == (
+        "nfi  step 905  it happened: the loss jumped ×400,000 at step 905, 277 steps after the warning"
+    )
+
+
+def test_an_alert_that_passed_is_resolved_and_says_that_nothing_came() -> None:
+    console = terminal(width=200)
+    ConsoleSink(console).alert(replace(resolved(IMMINENT, 930), outcome=Outcome.PASSED), Change.END)
+    assert text_of(console) == (
+        "nfi  step 930  resolved  was imminent, no slingshot came (steps 760–930, 170 steps)"
+    )
+
+
+def test_an_alert_that_fires_when_the_run_ends_is_not_resolved() -> None:
+    console = terminal(width=200)
+    sink = ConsoleSink(console)
+    sink.alert(AT_RISK, Change.BEGIN)
+    before = text_of(console)
+    open_alert = replace(AT_RISK, last_step=1000, outcome=Outcome.OPEN, outcome_step=1000)
+    sink.alert(open_alert, Change.UPDATE)
+    assert text_of(console).removeprefix(before).strip() == (
+        "nfi  step 1,000  still firing: at risk since step 535 when the run ended at step 1,000"
+    )
+
+
+def test_a_severity_that_falls_is_one_short_line_and_none_at_info() -> None:
+    console = terminal(width=200)
+    sink = ConsoleSink(console)
+    for severity, said in (
+        (Severity.CRITICAL, None),
+        (Severity.WARNING, "nfi  step 900  WARNING  imminent, but less severe: since step 800 nothing moved"),
+        (Severity.INFO, ""),
+    ):
+        before = text_of(console)
+        lowered = replace(IMMINENT, severity=severity, last_step=900, unmoved_since=800)
+        sink.alert(lowered, Change.UPDATE)
+        assert said is None or text_of(console).removeprefix(before).strip() == said
+    sink.alert(replace(IMMINENT, last_step=950), Change.UPDATE)
+    assert text_of(console).splitlines()[-2].startswith("nfi  step 950  CRITICAL")
+
+
+def test_a_line_has_what_crossed_and_not_what_lies_far_below() -> None:
+    console = terminal(width=300)
+    evidence = {
+        "logit_displacement": Evidence(0.0129, 0.15, crossed=False, step=760),
+        "feature_mean_growth": Evidence(0.004, 0.001, crossed=True, step=760),
+        "zero_sum_violation_smoothed": Evidence(0.3, 0.1, crossed=True, step=760),
+    }
+    ConsoleSink(console).alert(replace(IMMINENT, evidence=evidence), Change.BEGIN)
+    line = text_of(console).splitlines()[0]
+    assert "growth of ‖μ_G‖ 0.004 (threshold 0.001)" in line and "logit displacement" not in line

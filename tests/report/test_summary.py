@@ -9,7 +9,7 @@ from rich.console import Console
 
 from nfi_monitor.history import History
 from nfi_monitor.report.summary import Summary, slingshots, summarize
-from nfi_monitor.types import AlertKind, Evidence, Note, Phase
+from nfi_monitor.types import Alert, AlertKind, Evidence, Note, Outcome, Phase, Severity
 from tests.report.builders import AT_RISK, IMMINENT, INFO, SLINGSHOT, event, readings, recorded, resolved
 
 TAU = 20.0
@@ -162,3 +162,41 @@ def test_two_thousand_alerts_are_all_in_the_data_and_the_last_in_the_text() -> N
     assert len(summary["events"]) == 2000 and len(summary["slingshots"]) == 1000
     text = str(summary)
     assert "1,980 earlier events" in text and "10,000–10,005" in text and len(text.splitlines()) < 80
+
+
+def endings(*alerts: Alert) -> list[str]:
+    return [row["ended"] for row in summarize(INFO, History(), [], alerts, [])["events"]]
+
+
+def test_an_event_says_how_it_ended() -> None:
+    came = replace(resolved(AT_RISK, 895), outcome=Outcome.SLINGSHOT, outcome_step=895)
+    burst = replace(came, outcome=Outcome.BURST)
+    still = replace(AT_RISK, outcome=Outcome.OPEN, outcome_step=1000)
+    lowered = replace(AT_RISK, severity=Severity.INFO, unmoved_since=700)
+    passed = replace(event(AT, 100, 200), outcome=Outcome.PASSED)
+    assert endings(came, burst, still, lowered, passed, AT_RISK) == [
+        "it happened at step 895",
+        "a smaller burst at step 895",
+        "still firing when the run ended at step 1,000",
+        "since step 700 nothing moved",
+        "no slingshot came",
+        "",
+    ]
+    assert endings(replace(still, unmoved_since=700)) == [
+        "still firing when the run ended at step 1,000; since step 700 nothing moved"
+    ]
+
+
+def test_a_warning_that_had_ended_shortly_before_a_slingshot_is_not_said_to_have_led_to_nothing() -> None:
+    passed = replace(event(AT, 700, 890), outcome=Outcome.PASSED)
+    early = replace(event(AT, 500, 600), outcome=Outcome.PASSED)
+    assert endings(early, passed, event(SL, 895, 905))[:2] == [
+        "no slingshot came",
+        "a slingshot followed at step 895",
+    ]
+
+
+def test_the_table_of_events_has_what_became_of_each() -> None:
+    still = replace(AT_RISK, outcome=Outcome.OPEN, outcome_step=1000)
+    text = str(summarize(INFO, History(), [], [still], []))
+    assert "still firing when" in text

@@ -7,7 +7,7 @@ import pytest
 
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.report import terminal, wording
-from nfi_monitor.types import AlertKind, AlertState, Evidence, Mechanism, Phase
+from nfi_monitor.types import AlertKind, AlertState, Evidence, Mechanism, Outcome, Phase
 from tests.report.builders import AT_RISK, IMMINENT, SLINGSHOT, resolved
 
 
@@ -15,7 +15,7 @@ def test_an_alert_is_one_line_of_headline_mechanism_evidence_and_forecast() -> N
     assert wording.alert_in_words(AT_RISK, 2) == (
         "at risk: rounding absorbs confident rows and the feature mean grows"
         " · numerical feature inflation (confidence 86%)"
-        " · zero-sum violation 0.134 (threshold 0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01)"
+        " · smoothed zero-sum violation 0.134 (threshold 0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01)"
         " · ≈ 360 steps left (180–720)"
     )
 
@@ -83,3 +83,38 @@ def test_all_words_can_be_said_in_ascii_without_question_marks() -> None:
     text = " ".join([*map(wording.alert_in_words, alerts), *map(wording.label, QUANTITIES)])
     assert "?" not in terminal.to_ascii(text)
     assert terminal.to_ascii("‖μ_G‖ ≈ 3 日") == "|mu_G| ~ 3 ?"
+
+
+@pytest.mark.parametrize(
+    ("floor", "loss", "said"),
+    [
+        (1e-7, 0.04, "the loss jumped ×400,000"),
+        (0.02, 0.5, "the loss jumped ×25"),
+        (2.05, 3.75, "the loss rose from 2.05 to 3.75"),
+        (-3.0, 40.0, "the loss rose from -3 to 40"),
+        (0.0, 0.5, "the loss rose from 0 to 0.5"),
+    ],
+)
+def test_a_spike_is_told_in_words_that_fit_its_size(floor: float, loss: float, said: str) -> None:
+    item = Evidence(loss, None, floor, crossed=True, step=900)
+    alert = replace(resolved(AT_RISK, 900), outcome=Outcome.BURST, outcome_step=900, evidence={"loss": item})
+    after = "at step 900, 365 steps after the run was called at risk"
+    assert wording.headline(alert) == f"a smaller burst, no slingshot: {said} {after}"
+
+
+def test_evidence_in_a_table_names_the_extreme_and_what_has_not_crossed() -> None:
+    rose = Evidence(0.134, 0.1, 0.03, crossed=True, step=5, extreme=0.7)
+    assert wording.evidence_cells("zero_sum_violation_smoothed", rose) == (
+        "0.134 (later up to 0.7)", "0.1", "0.03",
+    )  # fmt: skip
+    fell = Evidence(0.4, 0.5, crossed=True, below=True, step=5, extreme=0.01)
+    assert wording.evidence_cells("rms_t_max", fell)[0] == "0.4 (later down to 0.01)"
+    small = Evidence(0.0129, 0.15, crossed=False, step=5)
+    assert wording.evidence_cells("logit_displacement", small)[1] == "0.15 nat, not crossed"
+
+
+def test_the_loss_of_the_spike_comes_last_in_the_warning_and_first_in_the_slingshot() -> None:
+    loss = {"loss": Evidence(2.3, 0.1, 1e-7, crossed=True, step=900)}
+    warning, slingshot = (replace(a, evidence={**loss, **a.evidence}) for a in (IMMINENT, SLINGSHOT))
+    assert [*wording.ordered_evidence(warning)][-1] == "loss"
+    assert next(iter(wording.ordered_evidence(slingshot))) == "loss"

@@ -56,7 +56,7 @@ def alert_of(step: int) -> tuple[Alert, Change] | None:
         last_step=step,
         mechanism=Mechanism.NUMERICAL_FEATURE_INFLATION,
         confidence=0.5,
-        evidence={"zero_sum_violation": Evidence(value=1.0 / step, threshold=0.1)},
+        evidence={"zero_sum_violation_smoothed": Evidence(value=1.0 / step, threshold=0.1)},
         advice=("Compute the loss in float64.",),
         layer="κεφαλή",
     )

@@ -200,6 +200,7 @@ function detail(alert) {
   const lines = [
     ["mechanism", alert.mechanism_in_words],
     ["forecast", alert.forecast],
+    ["then", alert.then],
     ["phase", alert.phase],
     ["layer", alert.layer],
   ].filter(([, text]) => text);

@@ -12,11 +12,11 @@ from nfi_monitor.detect.rules.non_finite import NonFinite
 from nfi_monitor.detect.rules.numeric import Absorbing, Imminent, Inflating
 from nfi_monitor.detect.rules.oscillation import Swinging
 from nfi_monitor.detect.rules.second_moment import Coasting, Kicking
-from nfi_monitor.types import AlertKind, Mechanism, Phase
+from nfi_monitor.types import Alert, AlertKind, Mechanism, Phase
 
 __all__ = [
     "ANYTIME_RULES", "LEVELS", "PROVEN", "RULES", "WARNING_RULES", "Level", "Rule", "first_evidence",
-    "rule_of",
+    "rule_of", "rule_of_alert",
 ]  # fmt: skip
 
 # The order decides four things.  A rule may depend on those before it.  Of a quantity that several rules
@@ -37,6 +37,8 @@ LEVELS: tuple[Level, ...] = tuple(level for rule in RULES for level in rule.leve
 PROVEN = frozenset(rule.mechanism for rule in RULES if rule.proves)
 """Mechanisms that a rule measures directly. The other mechanisms are inferred."""
 
+_BY_NAME = {rule.name: rule for rule in RULES}
+
 
 def rule_of(mechanism: Mechanism, kind: AlertKind, phase: Phase | None = None) -> Rule | None:
     """Return the rule whose label describes an alert, or None if no rule has one.
@@ -48,11 +50,23 @@ def rule_of(mechanism: Mechanism, kind: AlertKind, phase: Phase | None = None) -
     return next((rule for rule in candidates if rule.phase is phase), candidates[0] if candidates else None)
 
 
-def first_evidence(mechanism: Mechanism, kind: AlertKind) -> tuple[str, ...]:
+def rule_of_alert(alert: Alert) -> Rule | None:
+    """Return the rule that describes an alert: the rule saved with it, or else that of :func:`rule_of`."""
+    saved = _BY_NAME.get(alert.rule)
+    if saved is not None and alert.kind in saved.labels:
+        return saved
+    return rule_of(alert.mechanism, alert.kind, alert.phase)
+
+
+def first_evidence(mechanism: Mechanism, kind: AlertKind, rule: str = "") -> tuple[str, ...]:
     """Return the quantities that an alert shows first; empty if no rule of its mechanism names any.
 
-    If no rule of the mechanism names quantities for this kind, the first ones for another kind are returned.
+    ``rule``: name of the rule that describes the alert; its quantities are preferred.  If no rule of the
+    mechanism names quantities for this kind, the first ones for another kind are returned.
     """
+    own = _BY_NAME[rule].first_evidence if rule in _BY_NAME else {}
+    if kind in own:
+        return own[kind]
     given = [rule.first_evidence for rule in RULES if rule.mechanism is mechanism and rule.first_evidence]
     for by_kind in given:
         if kind in by_kind:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from nfi_monitor.detect.causes import Causes
@@ -40,14 +40,21 @@ class Level:
     may_be_lower: bool = False
     """Whether the rule applies a lower level in some states. Then the alert's evidence has the level that was
     applied."""
-    keeps_lowest: bool = False
-    """Whether an alert keeps the lowest level since it began, even if the rule later applies a higher one."""
     others_up_to: Limit | None = None
     """Evidence with a threshold up to this level belongs to another rule, which shares the quantity."""
     label: str = ""
     """Name of the signal in texts; empty: the quantity's own label."""
     show: str = "number"
     """Format of the values: "number", "nat", "percent of τ" or "percent of its maximum"."""
+    bands: tuple[str, ...] = ()
+    """Quantities beside which pictures draw this level as a band, from the level at which the sign ends to
+    the level at which it begins."""
+
+    def band(self, limits: Thresholds, context: RunContext) -> tuple[float, float]:
+        """Return the levels at which the sign ends and begins, in the unit of the quantities in ``bands``."""
+        enter = self.enter(limits, context)
+        scale = 1.0 / context.tau if self.evidence_per_step else 1.0
+        return scale * self.leave(limits, enter), scale * enter
 
 
 class Rule:
@@ -113,7 +120,10 @@ class Rule:
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
         """Return evidence that replaces :meth:`evidence` in alerts of ``kind`` while the rule is on.
 
-        Its thresholds are the levels that the rule applied.
+        Give each condition of :meth:`enter` that is met and that :meth:`evidence` does not have, with the
+        level that the rule applied.  The writer adds the step, and whether the value has crossed the level:
+        downwards if the quantity's level is ``below``, or if the item says ``below=True``.  Set ``crossed``
+        only where that comparison is wrong (NaN, two conditions on one quantity).
         """
         return {}
 
@@ -129,3 +139,13 @@ class Rule:
 def finite(items: Mapping[str, Evidence]) -> dict[str, Evidence]:
     """Return the items with a finite value: the others were not measured."""
     return {name: item for name, item in items.items() if math.isfinite(item.value)}
+
+
+def compared(item: Evidence, *, below: bool) -> Evidence:
+    """Return the item with ``crossed`` and ``below``; an item that has ``crossed`` already stays as it is."""
+    if item.crossed is not None:
+        return item
+    if item.threshold is None:
+        return replace(item, below=below)
+    beyond = item.value <= item.threshold if below else item.value >= item.threshold
+    return replace(item, below=below, crossed=beyond)

@@ -43,5 +43,10 @@ class NonFinite(Rule):
         return Severity.CRITICAL if spoilt(now.reading) else Severity.WARNING
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
-        values, levels = now.reading.values, {"non_finite_gradients": 0.0}
-        return {name: Evidence(values[name], levels.get(name)) for name in self.looks_at if name in values}
+        values, found = now.reading.values, {}
+        for name in self.looks_at:
+            if name in values:
+                counted = name == "non_finite_gradients"
+                bad = values[name] > 0 if counted else not math.isfinite(values[name])
+                found[name] = Evidence(values[name], 0.0 if counted else None, crossed=bad)
+        return found

@@ -16,12 +16,13 @@ _NUMERIC = (Mechanism.NUMERICAL_FEATURE_INFLATION,)
 
 VIOLATION = Level(
     signal="violation",
-    quantity="zero_sum_violation",
+    quantity="zero_sum_violation_smoothed",
     enter=lambda limits, context: limits.absorbing_enter,
     leave=lambda limits, level: limits.absorbing_exit,
     supports=_NUMERIC,
     made_of=("zero_sum_violation", "zero_sum_violation_weight", "zero_sum_violation_batch"),
     value=lambda signals, reading, context: signals.violation,
+    bands=("zero_sum_violation_smoothed",),
 )
 GROWTH = Level(
     signal="growth",
@@ -33,6 +34,7 @@ GROWTH = Level(
     value=lambda signals, reading, context: signals.growth * context.tau,
     evidence_per_step=True,
     show="percent of τ",
+    bands=("feature_mean_growth",),
 )
 DISPLACEMENT = Level(
     signal="displacement",
@@ -43,8 +45,8 @@ DISPLACEMENT = Level(
     made_of=("margin_displacement", "logit_displacement"),
     value=lambda signals, reading, context: signals.displacement,
     may_be_lower=True,
-    keeps_lowest=True,
     show="nat",
+    bands=("logit_displacement", "margin_displacement"),
 )
 
 
@@ -70,7 +72,7 @@ class Absorbing(_Numeric):
     labels = {AlertKind.AT_RISK: "rounding absorbs confident rows: their gradients no longer sum to zero"}
     charts = ("zero-sum violation", "rows that rounding silences", "margins")
     levels = (VIOLATION,)
-    first_evidence = {AlertKind.AT_RISK: ("zero_sum_violation", "feature_mean_growth")}
+    first_evidence = {AlertKind.AT_RISK: ("zero_sum_violation_smoothed", "feature_mean_growth")}
 
     def enter(self, now: Situation) -> bool:
         return now.signals.violation >= VIOLATION.enter(now.limits, now.context)
@@ -82,7 +84,9 @@ class Absorbing(_Numeric):
         return now.signals.violation >= 0.5 * now.limits.absorbing_exit
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
-        return {"zero_sum_violation": Evidence(now.signals.violation, now.limits.absorbing_enter, 0.0)}
+        return {
+            "zero_sum_violation_smoothed": Evidence(now.signals.violation, now.limits.absorbing_enter, 0.0)
+        }
 
 
 class Inflating(_Numeric):
@@ -136,17 +140,21 @@ class Imminent(_Numeric):
     levels = (DISPLACEMENT,)
     first_evidence = {
         AlertKind.IMMINENT: (
-            "logit_displacement", "margin_displacement", "zero_sum_violation", "feature_mean_growth",
+            "logit_displacement", "margin_displacement", "feature_displacement",
+            "zero_sum_violation_smoothed", "feature_mean_growth",
         )
     }  # fmt: skip
 
     def enter(self, now: Situation) -> bool:
+        if not now.on(Absorbing.name):
+            return False
+        if swelling(now):
+            return True
         signals, limits = now.signals, now.limits
-        return (
-            now.on(Absorbing.name)
-            and signals.growth * now.context.tau >= limits.imminent_growth
-            and (signals.displacement >= displacement_level(now) or swelling(now))
-        )
+        # The means may also shrink, as with tied embeddings; behind a norm they hardly move, but δ rises.
+        grows = abs(signals.growth) * now.context.tau >= limits.imminent_growth
+        grows = grows or signals.displacement_rise >= limits.imminent_rise
+        return grows and signals.displacement >= displacement_level(now)
 
     def stay(self, now: Situation) -> bool:
         return now.on(Absorbing.name) and (displacing(now) or swelling(now))
@@ -155,23 +163,33 @@ class Imminent(_Numeric):
         return {"logit_displacement": Evidence(now.signals.displacement, displacement_level(now))}
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
-        return {"feature_displacement": Evidence(now.signals.swing, now.limits.imminent_exit)}
+        """Return the growth and the swell that *imminent* requires, if they were met."""
+        signals, limits = now.signals, now.limits
+        claimed = {}
+        if kind is not AlertKind.AT_RISK:  # the rule "inflating" raises *at risk* at its own, lower level
+            level = limits.imminent_growth / now.context.tau
+            claimed["feature_mean_growth"] = Evidence(signals.growth, level, 0.0)
+        if swelling(now):
+            lowest = signals.swing / signals.swell
+            level = max(limits.imminent_exit, limits.imminent_swell * lowest)
+            claimed["feature_displacement"] = Evidence(signals.swing, level, lowest)
+        return claimed
 
 
 def displacement_level(now: Situation) -> float:
     """Return the δ of one update, in nats, at which *imminent* begins.
 
-    The level is lower if δ has risen far above its recent minimum.  Without such a rise, two kinds of run
-    would stay above a lower level forever.  Soft-capped logits move by half of the level between
-    minibatches, and never double.  A run that goes on learning from minibatches adds up small updates.
+    The further δ has risen above its recent minimum, the lower the level.  Two kinds of run stay at a high δ
+    forever, but it does not rise: soft-capped logits, which move between minibatches, and a run that goes on
+    learning from minibatches.  The level is higher while a schedule has raised the learning rate, and after
+    alarms that led to nothing.
     """
     limits, rise = now.limits, now.signals.displacement_rise
-    divisor = 1.0
-    if rise >= limits.imminent_growing:
-        divisor = limits.imminent_growing
+    level = limits.imminent_displacement
     if rise >= limits.imminent_rise:
-        divisor = max(divisor, now.displacement_steps)
-    return limits.imminent_displacement / divisor
+        level = max(min(level, limits.imminent_product / rise), limits.imminent_lowest)
+        level /= now.displacement_steps
+    return level * now.signals.rate_rise * now.level_of(Imminent.name)
 
 
 def displacing(now: Situation) -> bool:
@@ -188,5 +206,5 @@ def swelling(now: Situation) -> bool:
     Behind a LayerNorm the head hardly moves; there the movement by those layers grows.  Each minibatch has
     another mean row, which moves the logits anyway.  So the movement must also have grown."""
     signals, limits = now.signals, now.limits
-    factor = 0.25 if now.on(Imminent.name) else 1.0
+    factor = 0.25 if now.on(Imminent.name) else now.level_of(Imminent.name)
     return signals.swing >= factor * limits.imminent_exit and signals.swell >= factor * limits.imminent_swell

@@ -54,7 +54,10 @@ class Swinging(Rule):
     advice = "edge_of_stability"
     charts = ("displacement by one update", "alignment", "curvature along the update")
     levels = (ALIGNMENT, SWING)
-    first_evidence = dict.fromkeys((AlertKind.AT_RISK, AlertKind.IMMINENT), ("secant_curvature", "rms_t_max"))
+    first_evidence = dict.fromkeys(
+        (AlertKind.AT_RISK, AlertKind.IMMINENT),
+        ("secant_curvature", "gradient_alignment", "feature_displacement"),
+    )
 
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
@@ -63,7 +66,9 @@ class Swinging(Rule):
             and not now.on(Absorbing.name)
             and signals.alignment <= -limits.swing_alignment
             and signals.curvature_peak >= limits.swing_curvature * now.context.stability_limit
-            and signals.swing >= limits.swing_displacement
+            and signals.swing >= limits.swing_displacement * now.level_of(self.name)
+            # A run may live at the edge for good: it oscillates, and its loss stays where it is.
+            and now.loss_stands_out
         )
 
     def stay(self, now: Situation) -> bool:

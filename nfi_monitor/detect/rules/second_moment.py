@@ -48,6 +48,7 @@ RMS_T = Level(
     made_of=("rms_t_max",),
     value=lambda signals, reading, context: signals.rms_t,
     may_be_lower=True,
+    bands=("rms_t_max",),
     others_up_to=lambda limits, context: limits.rms_t_exit,
 )
 CURVATURE = Level(
@@ -59,7 +60,7 @@ CURVATURE = Level(
     made_of=("secant_curvature",),
     value=lambda signals, reading, context: reading.get("secant_curvature"),
     may_be_lower=True,
-    keeps_lowest=True,
+    bands=("secant_curvature",),
 )
 
 
@@ -120,7 +121,10 @@ class Kicking(Rule):
         # gradient must turn around at high curvature instead.
         turned = pulled and now.curvature_is_high and signals.turn <= -limits.kick_turn
         # RMS_t must have been at most 1 on average: noise around 1 is no kick.
-        return (decayed or turned) and moved and signals.rms_t_peak >= level and signals.rms_t_mean <= 1.0
+        kicked = signals.rms_t_peak >= level * now.level_of(self.name) and signals.rms_t_mean <= 1.0
+        # Minibatches whose gradients agree move together; a single hard one has a gradient of its own.
+        agree = not signals.other_rows or signals.alignment >= limits.kick_agreement
+        return (decayed or turned) and moved and kicked and agree and now.loss_stands_out
 
     def stay(self, now: Situation) -> bool:
         return not now.on(Absorbing.name) and now.signals.rms_t_peak >= now.limits.rms_t_exit
@@ -139,12 +143,16 @@ class Kicking(Rule):
         }
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
-        signals, claimed = now.signals, {}
+        signals, limits, claimed = now.signals, now.limits, {}
+        if not now.on("swinging"):  # it has a higher level of the same displacement
+            claimed["feature_displacement"] = Evidence(signals.swing, limits.kick_displacement)
+        if now.curvature_is_high and signals.turn <= -limits.kick_turn:
+            claimed["gradient_alignment"] = Evidence(signals.turn, -limits.kick_turn, 0.0, below=True)
         if now.forgotten:
             claimed["rms_t_max"] = Evidence(signals.rms_t_peak, self._level(now), signals.rms_t_mean)
         # The rule "swinging" has a lower level of curvature, which is crossed first: keep that one.
         if now.curvature_is_high and not now.on("swinging"):
-            share = now.limits.kick_curvature * now.context.stability_limit
+            share = limits.kick_curvature * now.context.stability_limit
             claimed["secant_curvature"] = Evidence(signals.curvature_peak, share)
         return claimed
 

@@ -9,7 +9,6 @@ An alert names a mechanism.  The explanation gives the reasons for it, and those
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any
 
 from nfi_monitor.detect.situation import RunContext
@@ -18,8 +17,9 @@ from nfi_monitor.report import wording
 from nfi_monitor.report.explain.crossings import look_for
 from nfi_monitor.report.explain.explanation import Explanation, Finding, Seen
 from nfi_monitor.report.explain.signal_history import SignalHistory
+from nfi_monitor.report.levels import context_of, thresholds_of
 from nfi_monitor.report.summary import warning_gap
-from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Phase, Thresholds
+from nfi_monitor.types import Alert, AlertKind, AlertState, Note, Outcome, Phase, Thresholds
 
 
 def explain(
@@ -62,7 +62,7 @@ def explain_run(
         chosen = [find_alert(alerts, wanted)]
     if not chosen:
         return []
-    record = SignalHistory(history, phases, _thresholds_of(info), _context_of(info), notes)
+    record = SignalHistory(history, phases, thresholds_of(info), context_of(info), notes)
     return [_explain(alert, record) for alert in chosen]
 
 
@@ -91,7 +91,9 @@ def _explain(alert: Alert, record: SignalHistory) -> Explanation:
 
 # --- what could not be measured, and what follows -------------------------------------------------
 
-_ROWS = ("zero_sum_violation", "feature_mean_growth", "logit_displacement", "feature_displacement")
+_ROWS = (
+    "zero_sum_violation_smoothed", "feature_mean_growth", "logit_displacement", "feature_displacement",
+)  # fmt: skip
 _OPTIMIZER = (
     "second_moment_decay", "rms_t_max", "secant_curvature", "logit_displacement", "gradient_alignment",
 )  # fmt: skip
@@ -99,7 +101,7 @@ _BLIND: dict[str, tuple[str, ...]] = {
     # Code of a note → quantities that are missing because of it; the first note that fits is the reason.
     "head_never_fired": (*_ROWS, "loss"),
     "single_output": _ROWS,
-    "not_shift_invariant": ("zero_sum_violation",),
+    "not_shift_invariant": ("zero_sum_violation_smoothed",),
     "no_features": ("feature_mean_growth", "logit_displacement", "feature_displacement"),
     "head_without_weight": ("logit_displacement", "feature_displacement"),
     "optimizer_without_head": ("logit_displacement", "second_moment_decay"),
@@ -156,6 +158,8 @@ def _follows(alert: Alert, record: SignalHistory) -> str:
     """Return what happened after the alert, or what to expect if it still fires."""
     last = f"step {alert.last_step:,}"
     firing = alert.state is AlertState.FIRING
+    if alert.outcome is Outcome.OPEN:
+        return _open(alert)
     if alert.kind is AlertKind.SLINGSHOT:
         if firing:
             return "The loss has not recovered yet."
@@ -167,11 +171,16 @@ def _follows(alert: Alert, record: SignalHistory) -> str:
     if alert.kind is AlertKind.NON_FINITE:
         return f"NaN or Inf up to {last}." if firing else f"All numbers were finite again at {last}."
     if not firing:
+        if alert.outcome in (Outcome.SLINGSHOT, Outcome.BURST):
+            what = "It happened" if alert.outcome is Outcome.SLINGSHOT else "A smaller burst followed"
+            return f"{what}: {wording.event_in_words(alert)}."
         near = warning_gap(record.context.tau)
         came = next((step for step in record.starts if 0 <= step - alert.last_step <= near), None)
         if came is not None:
             return f"The slingshot came: the loss rose at step {came:,}."
         return f"It ended at {last} without a slingshot."
+    if alert.unmoved_since is not None:
+        return f"Since step {alert.unmoved_since:,} nothing has moved, so the alert is less severe now."
     forecast = wording.forecast_in_words(alert)
     if forecast:
         return f"A slingshot is expected: {forecast}, counted from {last}."
@@ -180,35 +189,15 @@ def _follows(alert: Alert, record: SignalHistory) -> str:
     return "No slingshot yet. This state can last for thousands of steps, so no number of steps is given."
 
 
+def _open(alert: Alert) -> str:
+    """Return what was true when the run ended while the alert fired."""
+    end = f"when the run ended at step {alert.outcome_step:,}" if alert.outcome_step else "when the run ended"
+    if alert.kind is AlertKind.SLINGSHOT:
+        return f"The loss had not recovered {end}."
+    if alert.kind is AlertKind.NON_FINITE:
+        return f"NaN or Inf was still there {end}."
+    return f"It was still firing {end}, and no slingshot had come."
+
+
 def _first_sentence(message: str) -> str:
     return message.split(". ")[0].rstrip(".")
-
-
-# --- a run that was read from disk -----------------------------------------------------------------
-
-
-def _thresholds_of(info: Mapping[str, Any]) -> Thresholds:
-    """Return the thresholds of ``run.json``; the defaults for those that are missing or invalid."""
-    found = info.get("thresholds")
-    known = {item.name for item in fields(Thresholds)}
-    try:
-        return Thresholds(**{name: x for name, x in dict(found or {}).items() if name in known})
-    except (TypeError, ValueError):
-        return Thresholds()
-
-
-def _context_of(info: Mapping[str, Any]) -> RunContext:
-    """Return the optimizer's settings from ``run.json``, in the form that the detector used."""
-    optimizer = info.get("optimizer")
-    group: Mapping[str, Any] = optimizer if isinstance(optimizer, Mapping) else {}
-    betas = group.get("betas")
-    tau = info.get("tau")
-    default = RunContext()
-    pair = isinstance(betas, Sequence) and len(betas) >= 2 and all(isinstance(b, (int, float)) for b in betas)
-    beta1 = float(betas[0]) if pair and betas is not None else default.beta1
-    if isinstance(tau, (int, float)) and tau > 0:
-        beta2 = 1.0 - 1.0 / tau
-    else:
-        beta2 = float(betas[1]) if pair and betas is not None else default.beta2
-    decoupled = group.get("decoupled_weight_decay", str(group.get("name", "")).startswith("AdamW"))
-    return RunContext(beta1, beta2, bool(decoupled) and bool(group.get("weight_decay")))

@@ -15,7 +15,7 @@ from nfi_monitor.detect.rules import LEVELS, Level
 from nfi_monitor.report import wording
 from nfi_monitor.report.explain.explanation import Finding, Seen
 from nfi_monitor.report.explain.signal_history import FINITE, Series, SignalHistory
-from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism
+from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Outcome
 
 LR_CHANGE = 2.0
 """Ratio of two successive learning rates that counts as a change: few schedules reach it in one step."""
@@ -139,6 +139,7 @@ def _compare(
     back = next((i for i in range(latest + 1, end + 1) if not applied.stays(series.values[i])), None)
     after = series.steps[start - 1] if start > 0 else None
     at, then, now = series.steps[start], series.values[start], series.values[end]
+    began = _when_it_began(alert, series)
     verb = "rose" if applied.sign > 0 else "fell"
     if after is None or at <= earliest:
         when = "the readings began" if after is None else "the last slingshot ended"
@@ -152,18 +153,32 @@ def _compare(
     elif at == series.steps[end]:
         text += f"{show(then)})"
     else:
-        text += f"{show(then)} then, {show(now)} {_at_end(alert)})"
+        middle = ""
+        if began is not None and at < alert.first_step:
+            middle = f", {show(began)} when the alert began"
+        text += f"{show(then)} then{middle}, {show(now)} {_at_end(alert)})"
     if applied.level.signal == "decay" and not own and not record.context.decoupled_decay:
         text += ", which alone causes no slingshot: the run has no decoupled weight decay"
     back_at = None if back is None else series.steps[back]
-    return Finding(quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own)
+    return Finding(quantity, Seen.CROSSED, text, limit, after, at, back_at, then, now, extreme, own, began)
+
+
+def _when_it_began(alert: Alert, series: Series) -> float | None:
+    """Return the signal when the alert began, which is the value in its evidence; None for a spike or a NaN.
+
+    Readings of those events themselves show their effects."""
+    if alert.kind in (AlertKind.SLINGSHOT, AlertKind.NON_FINITE):
+        return None
+    before = [value for step, value in zip(*series, strict=True) if step <= alert.first_step]
+    return before[-1] if before else None
 
 
 def _at_end(alert: Alert) -> str:
     """Return the words for the time of the last reading in the window."""
     if alert.kind is AlertKind.SLINGSHOT or alert.kind is AlertKind.NON_FINITE:
         return "just before"
-    return "now" if alert.state is AlertState.FIRING else "at the end"
+    firing = alert.state is AlertState.FIRING and alert.outcome is not Outcome.OPEN
+    return "now" if firing else "at the end"
 
 
 def _from_evidence(applied: _AppliedLevel, alert: Alert, record: SignalHistory, *, own: bool) -> Finding:
@@ -255,11 +270,12 @@ def _loss(alert: Alert, record: SignalHistory, last: int) -> list[Finding]:
             return []
         floor = "" if item.baseline is None else f", from {wording.number(item.baseline)} before"
         above = "its level" if item.threshold is None else wording.number(item.threshold)
-        at, peak = alert.first_step, wording.number(item.value)
-        text = f"the loss rose above {above} at step {at:,} (largest {peak}{floor})"
-        crossed = Finding("loss", Seen.CROSSED, text, item.threshold, at=at, extreme=item.value)
+        at, highest = alert.first_step, item.value if item.extreme is None else item.extreme
+        text = f"the loss rose above {above} at step {at:,} (largest {wording.number(highest)}{floor})"
+        crossed = Finding("loss", Seen.CROSSED, text, item.threshold, at=at, extreme=highest)
         return [replace(crossed, supports_mechanism=True)]
-    if alert.kind is AlertKind.NON_FINITE:
+    came_true = alert.outcome in (Outcome.SLINGSHOT, Outcome.BURST)  # what follows says so
+    if alert.kind is AlertKind.NON_FINITE or came_true:
         return []
     name = "loss" if "loss" in record.series else "head_loss"
     steps, values = record.series.get(name, Series([], []))

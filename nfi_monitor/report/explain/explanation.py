@@ -33,8 +33,9 @@ class Finding:
     """One quantity compared with one threshold over the steps that were searched.
 
     It crossed between the readings at steps ``after`` and ``at``.  ``after`` is None if there is no earlier
-    reading; both are None if the crossing is not on record.  ``then`` is its value at ``at``, ``now`` its
-    value at the end, ``extreme`` the value nearest to the threshold or farthest beyond it.  All values are in
+    reading; both are None if the crossing is not on record.  ``then`` is its value at ``at``, ``began`` its
+    value when the alert began (as in the alert's evidence), ``now`` its value at the end, ``extreme`` the
+    value nearest to the threshold or farthest beyond it.  All values are in
     the unit of ``threshold``.
     """
 
@@ -49,6 +50,7 @@ class Finding:
     now: float | None = None
     extreme: float | None = None
     supports_mechanism: bool = False  # the alert's mechanism is recognized by this quantity
+    began: float | None = None
 
     @property
     def own(self) -> bool:

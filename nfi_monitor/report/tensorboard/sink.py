@@ -21,6 +21,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.replay.verdict import ReplayVerdict
+from nfi_monitor.report.levels import bands_of
 from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.tensorboard.tab_data import TabWriter
 from nfi_monitor.report.tensorboard.texts import alert_markdown, info_markdown, overview_markdown
@@ -36,14 +37,6 @@ EVENTS = 2048
 """Readings written before the stride doubles: then every second one is written, later every fourth ..."""
 SLINGSHOT_EVENTS = 256
 """Readings from the first one of a slingshot that are all written."""
-
-# quantity → the names in Thresholds where its state ends and begins
-_BANDS = {
-    "zero_sum_violation": ("absorbing_exit", "absorbing_enter"),
-    "logit_displacement": ("imminent_exit", "imminent_displacement"),
-    "margin_displacement": ("imminent_exit", "imminent_displacement"),
-    "rms_t_max": ("rms_t_exit", "rms_t_imminent"),
-}
 
 _OVERVIEW = 20  # alerts in the overview text; it is written with each alert, so it must not grow
 _PHASES = {phase: index for index, phase in enumerate(Phase)}
@@ -100,13 +93,7 @@ class TensorBoardSink(SinkBase):
                 'TensorBoard files need the tensorboard package: pip install "nfi-monitor[tensorboard]"'
             ) from error
         self._proto, self._info = SummaryProto, info
-        thresholds = info.get("thresholds")
-        thresholds = thresholds if isinstance(thresholds, Mapping) else {}
-        self._edges = {
-            quantity: (float(thresholds[low]), float(thresholds[high]))
-            for quantity, (low, high) in _BANDS.items()
-            if low in thresholds and high in thresholds
-        }
+        self._edges = {name: (band.leave, band.enter) for name, band in bands_of(info).items()}
         if self._lock is not None:
             os.makedirs(self.log_dir, exist_ok=True)
             self._lock.acquire()
@@ -223,7 +210,8 @@ def layout(bands: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
 
     return {
         "zero-sum": {
-            **band("zero-sum violation", "zero_sum_violation"),
+            **band("smoothed zero-sum violation", "zero_sum_violation_smoothed"),
+            "of the rows": lines("zero_sum_violation"),
             "of the head's gradients": lines("zero_sum_violation_weight", "zero_sum_violation_bias"),
             "rows": lines("absorbed_fraction", "partially_absorbed_fraction", "underflowed_fraction"),
             "margins": lines("margin_min", "margin_median"),
@@ -232,7 +220,8 @@ def layout(bands: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
         "means": {
             "norms of the global means": lines("feature_mean_norm", "classifier_mean_norm"),
             "alignment cos(W_G, μ_G)": lines("mean_alignment"),
-            "growth per step": lines("feature_mean_growth", "classifier_mean_growth"),
+            **band("growth of ‖μ_G‖ per step", "feature_mean_growth"),
+            "growth of ‖W_G‖ per step": lines("classifier_mean_growth"),
             "mean logit": lines("mean_logit"),
         },
         "displacement": {
@@ -245,6 +234,7 @@ def layout(bands: Mapping[str, Any]) -> dict[str, dict[str, list[Any]]]:
             "effective learning rate": lines("effective_learning_rate"),
             "sqrt(v̂), median": lines("sqrt_exp_avg_sq_median", "head_sqrt_exp_avg_sq_median"),
             "decay, decades": lines("second_moment_decay"),
+            **band("curvature along the update", "secant_curvature"),
         },
         "norms": {
             "weight norms": lines("weight_norm", "head_weight_norm"),

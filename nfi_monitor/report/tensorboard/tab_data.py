@@ -28,6 +28,7 @@ from nfi_monitor.quantities import QUANTITIES, READING_ORDER
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import wording
 from nfi_monitor.report.json_values import as_json
+from nfi_monitor.report.levels import bands_of
 from nfi_monitor.types import Alert, Note, Phase, Reading
 
 PLUGIN = "nfi"
@@ -47,10 +48,6 @@ class Chart:
     title: str
     log: bool = True
     key: bool = True  # shown at first; the others on request
-    band: tuple[str, str] | None = None
-    """Names of the thresholds where a state ends and begins."""
-    band_means: str = ""
-    per_tau: bool = False  # True: the threshold is per τ, the quantity per step
 
     @property
     def curves(self) -> dict[str, str]:
@@ -59,26 +56,15 @@ class Chart:
 
 
 CHARTS = (
-    Chart("loss", band=("spike_low", "spike_high"), band_means="slingshot"),
-    Chart("zero-sum violation", band=("absorbing_exit", "absorbing_enter"), band_means="at risk"),
+    Chart("loss"),
+    Chart("zero-sum violation"),
     Chart("rows that rounding silences", log=False),
     Chart("global means"),
-    Chart(
-        "displacement by one update",
-        band=("imminent_exit", "imminent_displacement"),
-        band_means="imminent",
-    ),
-    Chart("RMS_t", band=("rms_t_exit", "rms_t_imminent"), band_means="imminent"),
+    Chart("displacement by one update"),
+    Chart("RMS_t"),
     Chart("margins", log=False),
     Chart("second moment, median sqrt(v̂)"),
-    Chart(
-        "growth of the means",
-        log=False,
-        key=False,
-        band=("inflating_growth", "imminent_growth"),
-        band_means="imminent",
-        per_tau=True,
-    ),
+    Chart("growth of the means", log=False, key=False),
     Chart("alignment", log=False, key=False),
     Chart("learning rate", key=False),
     Chart("second-moment decay", log=False, key=False),
@@ -142,7 +128,7 @@ class TabWriter:
         evidence = [
             [
                 wording.label(name),
-                *(wording.amount(name, x) for x in (item.value, item.threshold, item.baseline)),
+                *wording.evidence_cells(name, item),
                 QUANTITIES[name].meaning if name in QUANTITIES else "",
             ]
             for name, item in wording.ordered_evidence(alert).items()
@@ -154,6 +140,7 @@ class TabWriter:
             "mechanism": wording.mechanism_name(alert.mechanism),
             "mechanism_in_words": wording.mechanism_in_words(alert),
             "forecast": wording.forecast_in_words(alert),
+            "then": wording.ending_in_words(alert),
             "evidence": evidence,
         }
         self._write_json(f"alerts/{self._session}/{alert.id}", record, alert.last_step)
@@ -305,13 +292,9 @@ def _short(value: Any) -> str:
 
 def chart_json(chart: Chart, info: Mapping[str, Any]) -> dict[str, Any]:
     """Return a chart as the tab draws it, with the thresholds of this run; no band if they are unknown."""
-    thresholds = info.get("thresholds")
-    thresholds = thresholds if isinstance(thresholds, Mapping) else {}
-    scale = info.get("tau") if chart.per_tau else 1.0
-    band = None
-    if chart.band and scale and all(name in thresholds for name in chart.band):
-        low, high = (float(thresholds[name]) / float(scale) for name in chart.band)
-        band = {"low": low, "high": high, "means": chart.band_means}
+    drawn = bands_of(info)
+    found = next((drawn[name] for name in chart.curves if name in drawn), None)
+    band = None if found is None else {"low": found.leave, "high": found.enter, "means": found.means}
     units = {QUANTITIES[name].unit for name in chart.curves}
     unit = units.pop() if len(units) == 1 else ""
     return {

@@ -14,6 +14,7 @@ def alert_markdown(alert: Alert) -> str:
     """Return one alert with a table of its evidence and its advice."""
     forecast = wording.forecast_in_words(alert)
     over = alert.state is AlertState.RESOLVED
+    ending = wording.ending_in_words(alert)
     lines = [
         f"**{wording.headline(alert)}**",
         "",
@@ -22,9 +23,11 @@ def alert_markdown(alert: Alert) -> str:
         f"- mechanism: {wording.mechanism_in_words(alert)}",
     ]
     lines += [f"- forecast: {forecast}"] if forecast else []
+    lines += [f"- then: {ending}"] if ending else []
     lines += [f"- layer: `{alert.layer}`"] if alert.layer else []
     if alert.evidence:
-        lines += ["", "| quantity | value | threshold | baseline |", "|---|---:|---:|---:|"]
+        value = "value at the beginning" if any(item.step for item in alert.evidence.values()) else "value"
+        lines += ["", f"| quantity | {value} | threshold | baseline |", "|---|---:|---:|---:|"]
         lines += [_evidence_row(name, item) for name, item in wording.ordered_evidence(alert).items()]
     if alert.advice:
         lines += ["", "What to do:", "", *(f"1. {item}" for item in alert.advice)]
@@ -32,10 +35,7 @@ def alert_markdown(alert: Alert) -> str:
 
 
 def _evidence_row(name: str, item: Evidence) -> str:
-    cells = [
-        wording.label(name),
-        *(wording.amount(name, x) for x in (item.value, item.threshold, item.baseline)),
-    ]
+    cells = (wording.label(name), *wording.evidence_cells(name, item))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

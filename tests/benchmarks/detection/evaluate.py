@@ -79,9 +79,9 @@ def total(results: Iterable[Result]) -> Result:
     return sum(results, start=Result(runs=0))
 
 
-def evaluate(run: Run, *, quiet: bool, abrupt: bool = False, thresholds: Thresholds | None = None) -> Result:
+def evaluate(run: Run, family: Family, thresholds: Thresholds | None = None) -> Result:
     """Replay the detector over a run and judge it and its peers."""
-    truth = _truth(run, quiet, abrupt)
+    truth = truth_of_run(run, family)
     return _both(of_monitor(run, truth, thresholds), of_peers(run, truth))
 
 
@@ -111,7 +111,7 @@ def of_monitor(
 
 def of_peers(run: Run, truth: score.Truth) -> Result:
     """The simpler rules, the loss thresholds and the installed packages: no constant of ours matters."""
-    column = _columns(run)
+    column = columns_of(run)
     sounded = {name: rule(column) for name, rule in PEERS.items()} | dict(peers_installed.sounded(column))
     return Result(
         steps=run.steps,
@@ -126,12 +126,22 @@ def _both(monitor: Result, peers: Result) -> Result:
     return replace(monitor, scores=monitor.scores | peers.scores, by_level=peers.by_level)
 
 
-def _truth(run: Run, quiet: bool, abrupt: bool) -> score.Truth:
-    steps, loss = _loss(run)
-    return score.truth_of(steps.tolist(), loss.tolist(), run.tau, quiet=quiet, abrupt=abrupt)
+def truth_of_run(run: Run, family: Family) -> score.Truth:
+    """What happened, by the loss of the fixed part of the training set where the run has one."""
+    steps, loss = run.columns.get(generate.TRUTH) or _loss(run)
+    return score.truth_of(
+        steps.tolist(),
+        loss.tolist(),
+        run.tau,
+        quiet=family.quiet,
+        abrupt=family.abrupt,
+        nats=family.nats,
+        floor=family.floor,
+        last=run.steps,
+    )
 
 
-def _columns(run: Run) -> Callable[[str], Column]:
+def columns_of(run: Run) -> Callable[[str], Column]:
     """A quantity's readings; the loss as the detector sees it."""
     nothing: Column = (np.empty(0, np.int64), np.empty(0, np.float64))
     return lambda name: _loss(run) if name == "loss" else run.columns.get(name, nothing)
@@ -169,7 +179,7 @@ def evaluate_file(
     if scored is not None and not missing:
         return scored
     run = load(path)
-    truth = _truth(run, family.quiet, family.abrupt)
+    truth = truth_of_run(run, family)
     if scored is None:
         scored = Scored(run.family, run.seed, run.info, of_peers(run, truth))
     stream = list(readings(run))
@@ -205,12 +215,11 @@ def _read(file: Path | None, keys: Keys) -> Scored | None:
 
 def _keys(family: Family, path: Path) -> Keys:
     here = Path(__file__).parent
-    scoring = [generate._code(here / f"{name}.py") for name in ("evaluate", "score")]
+    scoring = [generate._code(here / f"{name}.py") for name in ("evaluate", "score", "truth")]
     stamp = path.with_suffix(".npz").stat()
     common = generate._hash(
         *scoring,
-        generate.spike_key(),
-        repr((family.quiet, family.abrupt, np.__version__)),
+        repr((family.quiet, family.abrupt, family.nats, family.floor, np.__version__)),
         repr((path.name, stamp.st_size, stamp.st_mtime_ns)),
     )
     peers = [generate._code(here / "peers_installed.py"), generate._code(here.parent / "peers.py")]

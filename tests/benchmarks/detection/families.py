@@ -13,6 +13,8 @@ from tests.benchmarks.detection.training import LogitChange, Training
 NUMERIC, SECOND_MOMENT, EDGE = "numerical_feature_inflation", "second_moment", "edge_of_stability"
 EXTERNAL = "external"
 """A kick from outside."""
+TUNING, FROZEN = "tuning", "frozen"
+"""Constants are fitted on the first half of a suite; the second is trained after they are fixed."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,12 @@ class Family:
     mechanism: str | None  # what its slingshots come from; None: there should be none
     quick: bool = False
     arm: LogitChange = field(default_factory=LogitChange)
+    half: str | None = None
+    """TUNING, FROZEN, or None for the families of the quick and the full suite."""
+    nats: bool = True
+    """Whether the loss is a cross-entropy; of any other loss the unit says nothing (truth.py)."""
+    floor: bool = True
+    """Whether the loss has a lowest value that the run descends to; that of one of two players has none."""
 
     @property
     def quiet(self) -> bool:
@@ -36,10 +44,19 @@ class Family:
         """Whether what it should warn of builds up within a few steps, whatever τ."""
         return self.mechanism not in (None, NUMERIC)
 
+    @property
+    def module(self) -> str:
+        """Name of the module that builds its runs."""
+        return str(self._function().__module__)
+
+    def _function(self) -> Any:
+        build: Any = self.build
+        return build.func if isinstance(build, partial) else build
+
     def config(self) -> str:
         """All that a run of it depends on, besides the code of the set-ups and the seed."""
         build: Any = self.build
-        function = build.func if isinstance(build, partial) else build
+        function = self._function()
         keywords = build.keywords if isinstance(build, partial) else {}
         return repr((function.__qualname__, sorted(keywords.items()), self.steps, self.arm))
 

@@ -34,6 +34,8 @@ from nfi_monitor.history import History
 from nfi_monitor.quantities import Merge, merged_by
 from nfi_monitor.types import Thresholds
 from tests.benchmarks.detection.families import Family
+from tests.benchmarks.detection.suites.checked import CheckedTraining
+from tests.benchmarks.detection.training import Training
 
 CACHE = Path("runs") / "detection"
 Column = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -78,8 +80,10 @@ def _record(family: Family, seed: int, steps: int) -> Run:
     monitor = Monitor(training.model, training.optimizer, console=False, every=1, **training.watch)
     monitor.history = History(max_rows=max(steps + 1, 4))  # nothing may be thinned here
     contexts: list[tuple[int, RunContext]] = []
+    checked = _WholeLoss()
     with monitor:
         for number in range(1, steps + 1):
+            checked.look(training, number)
             training.step(number, monitor)
             context = monitor._loop.detector.context  # no public name for it yet
             if not contexts or context != contexts[-1][1]:
@@ -93,9 +97,31 @@ def _record(family: Family, seed: int, steps: int) -> Run:
         "readings_by": readings_key(),
     }
     columns = {name: monitor.history[name] for name in monitor.history if name not in DERIVED}
+    columns |= checked.column()
     return Run(family.name, seed, columns, contexts, monitor.alerts, steps, info)
 
 
+class _WholeLoss:
+    """The loss of a fixed part of the training set, where the training has one (suites/checked.py)."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.values: list[float] = []
+
+    def look(self, training: Training, number: int) -> None:
+        """Before optimizer step ``number``: the weights are those of that step's own loss."""
+        if isinstance(training, CheckedTraining) and (value := training.check(number)) is not None:
+            self.steps.append(number)
+            self.values.append(value)
+
+    def column(self) -> dict[str, Column]:
+        if not self.steps:
+            return {}
+        return {TRUTH: (np.array(self.steps, dtype=np.int64), np.array(self.values, dtype=np.float64))}
+
+
+TRUTH = "truth_loss"
+"""Column with the loss that a run's slingshots are found in; the detector never sees it."""
 DERIVED = tuple(name for name in merged_by(Merge.DERIVED) if name != "non_finite_gradients")
 """What the detector itself adds to a reading."""
 
@@ -114,6 +140,8 @@ def versions() -> dict[str, str]:
 # --- keys ------------------------------------------------------------------------------------------
 
 
+SUITES = "tests.benchmarks.detection.suites."
+"""A run of these depends on the module of its builder too."""
 RENAMED = {"LogitChange": "Arm"}
 """Name in the set-ups' code → the one it had when runs were recorded: another name makes no other run."""
 
@@ -123,6 +151,9 @@ def family_key(family: Family) -> str:
     here = Path(__file__).parent
     code = [_code(here / f"{name}.py") for name in ("training", "data", "models", "losses", "setups")]
     parts = [family.config(), *code, torch.__version__]
+    own = family.module
+    if own.startswith(SUITES):
+        parts += [_code(here / "suites" / f"{name}.py") for name in ("checked", own.rpartition(".")[2])]
     for name, recorded in RENAMED.items():
         parts = [re.sub(rf"\b{name}\b", recorded, part) for part in parts]
     return _hash(*parts)

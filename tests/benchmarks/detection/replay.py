@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Reading, Thresholds
-from tests.benchmarks.detection.generate import Run
+from tests.benchmarks.detection.generate import TRUTH, Run
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,8 @@ def readings(run: Run) -> Iterator[Reading]:
     """The readings of a run, in order. A quantity that was not measured at a step is absent."""
     values: dict[int, dict[str, float]] = {}
     for name, (steps, numbers) in run.columns.items():
+        if name == TRUTH:
+            continue  # what the labels are made of is not for the detector
         for step, number in zip(steps.tolist(), numbers.tolist(), strict=True):
             values.setdefault(step, {})[name] = number
     for step in sorted(values):

@@ -1,7 +1,7 @@
 """What a warning was worth: alarms held against the slingshots that came, by episodes.
 
-**Truth.** Slingshots are found in the recorded loss by the project's own :class:`SpikeDetector`.  Events that
-only a detector with levels ten times lower finds are *near misses*: an alarm before one is neither a hit nor
+**Truth.** Slingshots are found in the recorded loss by truth.py, which is not the detector that is judged.
+Events that only levels ten times lower find are *near misses*: an alarm before one is neither a hit nor
 false.  From a slingshot's start until it is recovered nothing is judged.
 
 **Alarms.** A rule sounds at some steps; pauses shorter than ``REFRACTORY`` τ make no new alarm.  An alarm
@@ -27,29 +27,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nfi_monitor.detect.spike import QUIET, SpikeDetector, recovery_steps
-from nfi_monitor.types import Alert, AlertKind, Severity, Thresholds
+from nfi_monitor.types import Alert, AlertKind, Severity
+from tests.benchmarks.detection.truth import Event, Levels, recovery_steps, slingshots
 
 HORIZON = 10.0  # τ
 REFRACTORY = 1.0  # τ
 ABRUPT_HORIZON, ABRUPT_REFRACTORY = 500.0, 50.0  # steps
 TOO_LATE = 1.25  # τ
+EARLY = 20  # steps that a slingshot's alert may begin before its label, whose levels are others
 FORECAST_AT = (10, 6, 4, 3, 2, 1)  # τ before the slingshot
-NEAR = 0.1  # a near miss reaches this share of a slingshot's levels
-
-
-@dataclass(frozen=True)
-class Event:
-    """A stretch of steps [start, end], both included."""
-
-    start: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -104,26 +96,6 @@ class Score:
 # --- truth -----------------------------------------------------------------------------------------
 
 
-def find_events(
-    steps: Sequence[int], loss: Sequence[float], tau: float, limits: Thresholds | None = None
-) -> tuple[Event, ...]:
-    """Slingshots of a recorded loss, each until it is recovered; the last may be cut off by the run's end."""
-    limits = limits or Thresholds()
-    detector = SpikeDetector()
-    events: list[Event] = []
-    start: int | None = None
-    for step, value in zip(steps, loss, strict=True):
-        state = detector.update(step, value, tau, limits)
-        if state != QUIET and start is None:
-            start = detector.start
-        elif state == QUIET and start is not None:
-            events.append(Event(start, step - 1))  # at this step it is judged again
-            start = None
-    if start is not None:
-        events.append(Event(start, steps[-1]))
-    return tuple(events)
-
-
 def truth_of(
     steps: Sequence[int],
     loss: Sequence[float],
@@ -131,18 +103,21 @@ def truth_of(
     *,
     quiet: bool = False,
     abrupt: bool = False,
+    nats: bool = True,
+    floor: bool = True,
+    last: int | None = None,
 ) -> Truth:
-    """Slingshots and near misses of a recorded loss."""
-    limits = Thresholds()
-    slingshots = find_events(steps, loss, tau, limits)
-    lower = replace(limits, spike_low=NEAR * limits.spike_low, spike_high=NEAR * limits.spike_high)
-    recovery = round(recovery_steps(tau, limits))
+    """Slingshots and near misses of a recorded loss; ``last`` is the run's last step, if not the loss's."""
+    found = slingshots(steps, loss, tau, nats=nats, floor=floor)
+    lower = slingshots(steps, loss, tau, nats=nats, floor=floor, levels=Levels().near())
+    recovery = round(recovery_steps(tau))
     near = tuple(
         event
-        for event in find_events(steps, loss, tau, lower)
-        if not any(event.start <= other.end and other.start - recovery <= event.end for other in slingshots)
+        for event in lower
+        if not any(event.start <= other.end and other.start - recovery <= event.end for other in found)
     )
-    return Truth(steps[-1] if len(steps) else 0, tau, slingshots, near, quiet, abrupt)
+    end = last if last is not None else steps[-1] if len(steps) else 0
+    return Truth(end, tau, found, near, quiet, abrupt)
 
 
 # --- alarms ----------------------------------------------------------------------------------------
@@ -248,8 +223,17 @@ def _exposed(truth: Truth, events: Iterable[Event]) -> NDArray[np.bool_]:
 
 def mechanisms(alerts: Iterable[Alert], truth: Truth) -> dict[int, str]:
     """Start of each slingshot → the mechanism its alert named; "none" for one without alert."""
-    named = {alert.first_step: str(alert.mechanism) for alert in alerts if alert.kind is AlertKind.SLINGSHOT}
-    return {event.start: named.get(event.start, "none") for event in truth.slingshots}
+    said = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT]
+    found: dict[int, str] = {}
+    for event in truth.slingshots:
+        own = next((alert for alert in said if calls(alert, event)), None)
+        found[event.start] = "none" if own is None else str(own.mechanism)
+    return found
+
+
+def calls(alert: Alert, event: Event) -> bool:
+    """Whether a slingshot alert is about this event: it began in it, or a little before its label."""
+    return event.start - EARLY <= alert.first_step <= event.end
 
 
 @dataclass(frozen=True)

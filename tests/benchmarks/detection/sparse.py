@@ -23,8 +23,8 @@ from rich.progress import track
 
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.engine.schedule import next_read
-from nfi_monitor.types import Alert, AlertKind, Reading
-from tests.benchmarks.detection import generate, score
+from nfi_monitor.types import Alert, AlertKind, Change, Reading
+from tests.benchmarks.detection import evaluate, generate, score
 from tests.benchmarks.detection.families import EXTERNAL, NUMERIC, Family, suite
 from tests.benchmarks.detection.generate import Run
 from tests.benchmarks.detection.replay import readings, replay
@@ -43,6 +43,8 @@ class Sparse:
     alerts: list[Alert]
     read: list[int]
     """Steps that were read in full."""
+    changes: list[tuple[int, Change, Alert]]
+    """(step, what happened, the alert as it was then)."""
 
 
 def replay_sparsely(run: Run, every: int | str = "auto") -> Sparse:
@@ -53,6 +55,7 @@ def replay_sparsely(run: Run, every: int | str = "auto") -> Sparse:
     following, wanted, context = 0, 1, run.contexts[0][1]
     detector.context = context
     read: list[int] = []
+    changes: list[tuple[int, Change, Alert]] = []
     for reading in readings(run):
         while reading.step >= contexts[following][0]:
             context = contexts[following][1]
@@ -67,9 +70,10 @@ def replay_sparsely(run: Run, every: int | str = "auto") -> Sparse:
             values = {"loss": values["loss"]}
         else:
             continue
-        detector.update(Reading(reading.step, values))
+        verdict = detector.update(Reading(reading.step, values))
+        changes += [(reading.step, change, alert) for change, alert in verdict.changes]
         wanted = next_read(reading.step, every, detector.attention, detector.context.tau)
-    return Sparse(detector.alerts, read)
+    return Sparse(detector.alerts, read, changes)
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,7 @@ class Compared:
 
 
 def compare(family: Family, run: Run) -> Compared:
-    steps, loss = run.columns["loss"]
-    truth = score.truth_of(steps.tolist(), loss.tolist(), run.tau, quiet=family.quiet, abrupt=family.abrupt)
+    truth = evaluate.truth_of_run(run, family)
     sparse = replay_sparsely(run)
     every, seldom = (
         score.judge(score.firing_steps(alerts, AlertKind.IMMINENT), truth)

@@ -14,7 +14,7 @@ from nfi_monitor.detect.alert_book import AlertBook, Claim
 from nfi_monitor.detect.alert_writer import AlertWriter
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.judgement import Judgement
-from nfi_monitor.detect.rules import RULES, Rule, first_evidence, rule_of
+from nfi_monitor.detect.rules import RULES, Rule, first_evidence, rule_of, rule_of_alert
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.situation import RunContext, Situation
 from nfi_monitor.detect.smoothing import Hysteresis
@@ -95,13 +95,13 @@ def demand_advice(rule: Rule) -> None:
 def demand_labels(rule: Rule) -> None:
     assert rule.labels and rule.labels.keys() <= rule.holds.keys()
     for alert in alerts_of(rule):
-        found = rule_of(rule.mechanism, alert.kind, rule.phase)
+        found = rule_of_alert(alert)
         assert found is not None, f"no rule of {rule.mechanism} has a label for {alert.kind}: give this one"
         if not rule.anytime:
             assert found.labels[alert.kind] in wording.headline(alert)
             shown, wanted = (
                 next(iter(wording.ordered_evidence(alert))),
-                first_evidence(rule.mechanism, alert.kind),
+                first_evidence(rule.mechanism, alert.kind, alert.rule),
             )
             assert shown in wanted, (
                 f"{rule.name}: first_evidence says which evidence of {alert.kind} comes first"
@@ -228,7 +228,8 @@ def test_evidence_has_the_threshold_that_a_rule_applied_while_it_is_on() -> None
     (coasting,) = (rule for rule in RULES if rule.name == "coasting")
     applied = AlertWriter(situation(coasting)).evidence(AlertKind.AT_RISK)
     assert usual["rms_t_max"].threshold == Thresholds().rms_t_imminent
-    assert applied["rms_t_max"] == Evidence(0.5, Thresholds().coasting_enter, 1.0)
+    expected = Evidence(0.5, Thresholds().coasting_enter, 1.0, crossed=True, below=True, step=100)
+    assert applied["rms_t_max"] == expected
 
 
 def test_words_for_what_no_rule_speaks_for_are_needed() -> None:

@@ -49,7 +49,10 @@ def test_scalars_thresholds_and_texts_come_back(tmp_path: Path) -> None:
     assert loss[0].value == pytest.approx(run[0][0].values["loss"])
     assert [item.value for item in back.Scalars("nfi/phase")][-1] == list(Phase).index(run[-1][1])
     markdown = text(back, "nfi/alerts/at_risk-1")[0]
-    assert "| zero-sum violation | 0.134 | 0.1 | 0.03 |" in markdown and "1. Compute the loss" in markdown
+    assert (
+        "| smoothed zero-sum violation | 0.134 | 0.1 | 0.03 |" in markdown
+        and "1. Compute the loss" in markdown
+    )
     assert "The head is tied." in text(back, "nfi/notes/tied_head")[0]
     assert "Linear 128→23" in text(back, "nfi/run")[0]
 
@@ -58,12 +61,14 @@ def test_a_band_has_the_steps_of_its_value(tmp_path: Path) -> None:
     sink = TensorBoardSink(tmp_path, min_seconds=0)
     sink.start(INFO)
     for step in range(1, 21):  # the violation is not measured at every step
-        sink.reading(Reading(step, {"zero_sum_violation": 0.5} if step % 3 else {"loss": 1.0}), Phase.HEALTHY)
+        sink.reading(
+            Reading(step, {"zero_sum_violation_smoothed": 0.5} if step % 3 else {"loss": 1.0}), Phase.HEALTHY
+        )
     sink.close(INFO, Summary())
     back = read(tmp_path)
-    steps = [item.step for item in back.Scalars("nfi/zero_sum_violation")]
+    steps = [item.step for item in back.Scalars("nfi/zero_sum_violation_smoothed")]
     for edge, value in (("enter", 0.1), ("exit", 0.03)):
-        band = back.Scalars(f"nfi/threshold/zero_sum_violation/{edge}")
+        band = back.Scalars(f"nfi/threshold/zero_sum_violation_smoothed/{edge}")
         assert [item.step for item in band] == steps and band[0].value == pytest.approx(value)
 
 
@@ -99,12 +104,12 @@ def test_quick_runs_are_thinned_but_not_at_phase_changes_or_slingshots(tmp_path:
 
 
 def test_the_layout_shows_five_panels_of_known_quantities() -> None:
-    layout = tensorboard.layout({"zero_sum_violation": (0.03, 0.1)})
+    layout = tensorboard.layout({"zero_sum_violation_smoothed": (0.03, 0.1)})
     assert list(layout) == ["zero-sum", "means", "displacement", "second moment", "norms"]
     charts = [chart for charts in layout.values() for chart in charts.values()]
     assert [chart for chart in charts if chart[0] == "Margin"] == [
-        ["Margin", ["nfi/zero_sum_violation", "nfi/threshold/zero_sum_violation/exit",
-                    "nfi/threshold/zero_sum_violation/enter"]]
+        ["Margin", ["nfi/zero_sum_violation_smoothed", "nfi/threshold/zero_sum_violation_smoothed/exit",
+                    "nfi/threshold/zero_sum_violation_smoothed/enter"]]
     ]  # fmt: skip
     known = {f"nfi/{name}" for name in [*QUANTITIES, "phase"]}
     for kind, tags in charts:

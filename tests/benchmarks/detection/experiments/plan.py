@@ -157,7 +157,7 @@ def steady(run: Run, first: int, last: int) -> bool:
 def trials_of(alerts: Sequence[Alert], truth: Truth, *, numeric: bool) -> list[Trial]:
     """One trial a slingshot, in order."""
     tau = truth.tau
-    named = {alert.first_step: str(alert.mechanism) for alert in alerts if alert.kind is AlertKind.SLINGSHOT}
+    named = score.mechanisms(alerts, truth)
     imminent = score.firing_steps(alerts, AlertKind.IMMINENT)
     at_risk = score.firing_steps(alerts, AlertKind.AT_RISK)
     trials = []

@@ -1,0 +1,64 @@
+"""Keep what the alarms of each rule led to: a rule whose alarms led to nothing needs a higher level.
+
+An ordinary run may show the signs of a slingshot again and again without having one.  Each alarm that led to
+nothing doubles the level of the rule that raised it.  The factor fades slowly, and a slingshot resets it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+HIGHEST = 16.0
+"""Largest factor of a level."""
+FADES = 100.0
+"""Time in τ in which a factor falls to its half, at least FADES_STEPS."""
+FADES_STEPS = 5_000.0
+"""Least number of steps in which a factor falls to its half: with a short τ a run has many τ."""
+
+
+class Record:
+    """Count alarms by the name of their rule: those that came true, and those that led to nothing."""
+
+    def __init__(self) -> None:
+        self.came_true: dict[str, int] = {}
+        self.led_to_nothing: dict[str, int] = {}
+        self._raised: dict[str, tuple[float, int]] = {}  # rule → (factor, step at which it was so high)
+
+    def factor(self, rule: str, step: int, tau: float) -> float:
+        """Return the present factor of the rule's levels, from 1 to HIGHEST."""
+        raised = self._raised.get(rule)
+        if raised is None:
+            return 1.0
+        factor, since = raised
+        half_lives = max(step - since, 0) / max(FADES * tau, FADES_STEPS)
+        return float(max(factor * 0.5**half_lives, 1.0))
+
+    def disappoint(self, rule: str, step: int, tau: float) -> None:
+        """Count an alarm that ended without a slingshot."""
+        self.led_to_nothing[rule] = self.led_to_nothing.get(rule, 0) + 1
+        self._raised[rule] = (min(2.0 * self.factor(rule, step, tau), HIGHEST), step)
+
+    def confirm(self, rule: str) -> None:
+        """Count an alarm that a slingshot followed."""
+        self.came_true[rule] = self.came_true.get(rule, 0) + 1
+        self._raised.pop(rule, None)
+
+    def share_true(self, rule: str) -> float:
+        """Return the share of the rule's alarms that came true, 1 if it has raised none."""
+        true, false = self.came_true.get(rule, 0), self.led_to_nothing.get(rule, 0)
+        return (true + 1.0) / (true + false + 1.0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counts and factors in plain types."""
+        return {
+            "came_true": dict(self.came_true),
+            "led_to_nothing": dict(self.led_to_nothing),
+            "raised": {rule: list(raised) for rule, raised in self._raised.items()},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what :meth:`state_dict` returned."""
+        self.came_true = dict(state["came_true"])
+        self.led_to_nothing = dict(state["led_to_nothing"])
+        self._raised = {rule: (float(factor), int(step)) for rule, (factor, step) in state["raised"].items()}

@@ -1,0 +1,101 @@
+"""The ordinary suite: how people train. Half of it is for tuning, half is frozen.
+
+No slingshot is expected in any of them, so a warning is false unless the recorded loss shows one (truth.py).
+The architecture classes of the halves differ: perceptrons, convolutions, plain transformers, autoencoders and
+GANs on one side; recurrent networks, fine-tuned models of ``transformers``, LoRA, policies, variational and
+graph models and others on the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from tests.benchmarks.detection.families import TUNING, Family
+from tests.benchmarks.detection.suites import digits, images, language, others
+from tests.benchmarks.detection.training import Training
+
+
+def _made(half: str) -> Callable[..., Family]:
+    def family(
+        name: str,
+        build: Callable[..., Training],
+        steps: int,
+        *,
+        seeds: int = 1,
+        nats: bool = True,
+        floor: bool = True,
+        **variation: Any,
+    ) -> Family:
+        bound = partial(build, **variation)
+        return Family(
+            name,
+            bound,
+            steps,
+            tuple(range(seeds)),
+            None,
+            half=half,
+            nats=nats,
+            floor=floor,
+        )
+
+    return family
+
+
+def _tuning() -> list[Family]:
+    family = _made(TUNING)
+    mlp, gpt = digits.digits, language.modern_gpt
+    restarts = ("restarts", 1500)
+    return [
+        family("o-dropout", mlp, 12_000, dropout=0.2),
+        family("o-after-fit", mlp, 16_000, width=128),
+        family("o-single-batch", mlp, 8000, batch=16, kind="adam", lr=2e-3, betas=(0.9, 0.98), decay=0.0),
+        family("o-label-noise", mlp, 12_000, noise=0.1, width=128),
+        family("o-augmentation", mlp, 12_000, augment=True),
+        family("o-restarts", mlp, 12_000, schedule=restarts),
+        family("o-restarts-few-rows", mlp, 12_000, schedule=restarts, rows=200, batch=100, decay=0.0),
+        family("o-restarts-growing", mlp, 12_000, schedule=("restarts", 800, 2.0), dropout=0.1),
+        family("o-decay-1", mlp, 12_000, decay=1.0),
+        family("o-decay-tenth", mlp, 12_000, decay=0.1, lr=3e-3, schedule=("cosine", 12_000, 500)),
+        family("o-clipping", mlp, 10_000, clip=1.0, betas=(0.9, 0.95)),
+        family("o-curriculum", mlp, 10_000, pacing=4000),
+        family("o-imbalance", mlp, 12_000, imbalance=True, loss=("class_weighted", 0.2, 3.0)),
+        family("o-focal", mlp, 8000, loss=("focal", 2.0)),
+        family("o-mixup", mlp, 8000, mixup=0.4),
+        family("o-label-smoothing", mlp, 8000, loss=("smoothed", 0.1)),
+        family("o-soft-capped", mlp, 8000, loss=("soft_capped", 15.0)),
+        family("o-stablemax", mlp, 8000, loss=("stablemax",)),
+        family("o-scaled-logits", mlp, 8000, width=128, batch=64, loss=("scaled", 50.0, 0.2), kind="adam",
+               decay=0.0),
+        family("o-hinge-decay", mlp, 8000, loss=("multi_margin",), decay=0.1, nats=False),
+        family("o-warm-up-high-rate", mlp, 8000, lr=1e-2, schedule=("cosine", 8000, 400), batch=64),
+        family("o-one-cycle", mlp, 8000, lr=5e-3, schedule=("one_cycle", 8000), dropout=0.1),
+        family("o-tiny-batches", mlp, 12_000, batch=4, lr=5e-4),
+        family("o-sgd", mlp, 8000, kind="sgd", lr=0.05, decay=1e-4),
+        family("o-nadam", mlp, 8000, kind="nadam", decay=0.0),
+        family("o-rmsprop", mlp, 8000, kind="rmsprop", decay=0.0),
+        family("o-distillation", digits.distilled, 8000),
+        family("o-continued", digits.continued, 8000, lr=3e-4),
+        family("o-multi-label", digits.labelled_blobs, 4000, kind="adam", lr=1e-2,
+               betas=(0.9, 0.95), decay=0.0),
+        family("o-multi-label-batches", digits.labelled_blobs, 10_000, rows=800, batch=32),
+        family("o-text-topics", digits.text_topics, 10_000),
+        family("o-mnist-example", images.example_net, 6000, decaying=1500),
+        family("o-mnist-example-long", images.example_net, 6000),
+        family("o-batch-norm", images.normed_net, 5000, total=5000),
+        family("o-regression", others.regression, 8000, nats=False),
+        family("o-regression-unit", others.regression, 8000, nats=False, unit=30.0, huber=True),
+        family("o-regression-16", others.few_rows, 8000, nats=False),
+        family("o-autoencoder", others.autoencoder, 8000, nats=False, noise=0.1),
+        family("o-discriminator", others.discriminator, 6000, floor=False),
+        family("o-contrastive", others.two_views, 5000),
+        family("o-text-once", language.reader, 5000, windows=60_000, betas=(0.9, 0.95), decay=0.1, clip=1.0),
+        family("o-text-by-heart", language.reader, 6000, windows=64),
+        family("o-gpt-bf16", gpt, 4000, windows=30_000),
+        family("o-gpt-bf16-by-heart", gpt, 5000, windows=64, prefix=6, betas=(0.9, 0.999), decay=0.01),
+        family("o-sorting", language.sorting, 5000),
+    ]  # fmt: skip
+
+
+ORDINARY: dict[str, Family] = {family.name: family for family in _tuning()}

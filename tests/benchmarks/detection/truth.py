@@ -1,0 +1,203 @@
+"""Say where a recorded loss had a slingshot, without the detector that is judged by it.
+
+A slingshot is a rise of the training loss that stands out of the run's own past and lasts.  In plain words, a
+reading begins one if all of these hold:
+
+1. **It stands out.**  The loss is compared with the median of the quiet readings before it (of the last 50,
+   or of the last 200 if that is lower: the first follows a descent, the second does not follow a slow rise).
+   The rise is more than 6 σ, where σ comes from the differences of neighbouring readings.
+2. **The run has not just come from there.**  Nine in ten of the last 150 quiet readings are lower.  A blip on
+   the way down, which goes back to where the loss was some steps ago, is none.
+3. **It is large**, in one of four ways:
+   - a *leap*: at least three decades, to more than 1e-3, where losses below 1e-7 count as 1e-7;
+   - W. Wu's levels (2024): from below 1e-2 to more than 1e-1;
+   - tenfold, to more than 1e-1;
+   - half a nat or more, measured on the loss itself.
+4. **It lasts**: two of four readings are that large, or three in a row where only the half nat is reached.
+   One hard minibatch is no slingshot.  (Two of four, because a step too long throws the loss up and down.)
+
+A loss that is NaN or infinite is an event for itself.  A slingshot ends when the loss has been low again for
+a while, or, if it does not come back, when the new level has become the normal one.
+
+The levels are in nats.  A loss that is no cross-entropy has a unit of its own, so it is divided by the median
+of its first 20 readings: a run told in metres and one told in millimetres have the same slingshots.  A loss
+that goes below zero has no floor to leave, and neither has that of one of two players (``floor=False``).
+Only NaN and Inf are events there.
+
+Where a run records the loss of a fixed part of its training set (``truth_loss``), that one is judged: a
+minibatch that is hard says nothing about it.  The labels look at the whole run, also at what comes later; no
+warning can.  Numbers in, numbers out; nothing of ``nfi_monitor`` is used.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+SHORT, LONG, RECENT = 50, 200, 150
+"""Quiet readings in the two medians, and in the check that the run has not just come from there."""
+LOWER = 0.9
+"""Share of the recent readings that are below a slingshot's first."""
+FIRST = 20
+"""Readings whose median is the unit of a loss that is no cross-entropy."""
+LEAST_SIGMA = 0.02
+"""Smallest noise assumed of a logarithm of the loss."""
+
+
+@dataclass(frozen=True)
+class Levels:
+    """How large a rise must be; losses in nats, or in units of the run's first loss."""
+
+    floor: float = 1e-7
+    leap: float = 1e3
+    leap_to: float = 1e-3
+    low: float = 1e-2
+    high: float = 1e-1
+    ratio: float = 10.0
+    nats: float = 0.5
+    sigmas: float = 6.0
+
+    def near(self) -> Levels:
+        """Levels of a near miss: too small for a slingshot, too large to call an alarm before it false."""
+        return Levels(self.floor, 1e2, 0.1 * self.leap_to, 0.1 * self.low, 0.1 * self.high, 5.0, 0.25, 4.0)
+
+
+@dataclass(frozen=True)
+class Event:
+    """A stretch of steps [start, end], both included."""
+
+    start: int
+    end: int
+
+
+def slingshots(
+    steps: Sequence[int],
+    losses: Sequence[float],
+    tau: float,
+    *,
+    nats: bool = True,
+    floor: bool = True,
+    levels: Levels | None = None,
+) -> tuple[Event, ...]:
+    """Return the slingshots of a recorded loss, in order.
+
+    ``nats``: the loss is a cross-entropy or another log-likelihood, so levels in nats mean something.
+    ``floor``: the loss has a lowest value that the run descends to.  ``tau``: 1/(1−β2) in steps.
+    """
+    at = np.asarray(steps, dtype=np.int64)
+    loss = np.asarray(losses, dtype=np.float64)
+    finite = np.isfinite(loss)
+    if not nats and finite.any():
+        unit = float(np.median(np.abs(loss[finite][:FIRST])))
+        loss = loss / unit if unit > 0 else loss
+    # Rounding puts a divergence that is nearly 0 below it; a tenth of the lower level is no rounding.
+    has_floor = floor and not bool((loss[finite] < -1e-3).mean() > 0.01 if finite.any() else False)
+    return tuple(_Labeller(at, loss, tau, levels or Levels(), has_floor).run())
+
+
+def recovery_steps(tau: float) -> float:
+    """Steps for which the loss must have been low before a slingshot is over."""
+    return min(max(2.0 * tau, 10.0), 200.0)
+
+
+class _Labeller:
+    def __init__(
+        self,
+        steps: NDArray[np.int64],
+        loss: NDArray[np.float64],
+        tau: float,
+        levels: Levels,
+        has_floor: bool,
+    ) -> None:
+        self.steps, self.levels, self.has_floor = steps, levels, has_floor
+        self.loss = np.where(np.isfinite(loss), loss, math.inf)
+        self.log = np.log(np.maximum(self.loss, levels.floor))
+        self.recovery = recovery_steps(tau)
+        self.patience = max(5.0 * tau, 500.0)
+        self.quiet: list[int] = []
+        """Indices of the readings outside events, since the last change of level."""
+
+    def run(self) -> list[Event]:
+        events: list[Event] = []
+        index, count = 0, len(self.steps)
+        while index < count:
+            level = self._begins(index)
+            if level is None:
+                if math.isfinite(self.loss[index]):
+                    self.quiet.append(index)
+                index += 1
+                continue
+            end, index = self._end(index, level)
+            events.append(Event(int(self.steps[end[0]]), int(self.steps[end[1]])))
+        return events
+
+    def _end(self, begin: int, level: float) -> tuple[tuple[int, int], int]:
+        """((first, last) index of the event that begins here, index at which judging goes on)."""
+        count = len(self.steps)
+        high = begin
+        for index in range(begin, count):
+            if self.log[index] >= level:
+                high = index
+            since = self.steps[index] - self.steps[high]
+            if since >= self.recovery:
+                return (begin, index - 1), index
+            if self.steps[index] - self.steps[begin] > self.patience and high == index:
+                self.quiet.clear()  # the loss stays: its new level becomes the normal one
+                return (begin, index), index + 1
+        return (begin, count - 1), count
+
+    def _begins(self, index: int) -> float | None:
+        """Log of the level below which the event that begins at this reading is over; None if none does."""
+        if not math.isfinite(self.loss[index]):
+            return self._recent_level()
+        levels = self.levels
+        if not self.has_floor or self.loss[index] <= levels.leap_to or len(self.quiet) < SHORT:
+            return None
+        past = self.log[self.quiet[-LONG:]]
+        base = min(float(np.median(past)), float(np.median(past[-SHORT:])))
+        # Cheap and necessary; what follows costs more.
+        if self.log[index] - base < math.log(1.1):
+            return None
+        if np.quantile(past[-RECENT:], LOWER) >= self.log[index]:
+            return None
+        lowest = self._smallest_rise(past, base)
+        for needed, within, least in lowest:
+            ahead = self.log[index : index + within]
+            if ahead[0] > least and int((ahead > least).sum()) >= needed:
+                half_way = 0.5 * (base + least)
+                return max(half_way, math.log(levels.low)) if base < math.log(levels.low) else half_way
+        return None
+
+    def _smallest_rise(self, past: NDArray[np.float64], base: float) -> list[tuple[int, int, float]]:
+        """(n, of m readings, log of the loss that n must exceed), one of which makes a slingshot."""
+        levels = self.levels
+
+        def clear(low: float) -> float:
+            # Where the loss is a hundredth of what counts, its noise does not matter: 0 and 1e-9 are equal.
+            spread = max(_sigma(np.maximum(past, math.log(0.01 * low))), LEAST_SIGMA)
+            return max(base, math.log(0.01 * low)) + levels.sigmas * spread
+
+        leap = max(base + math.log(levels.leap), math.log(levels.leap_to), clear(levels.leap_to))
+        high = max(math.log(levels.high), clear(levels.high))
+        ways = [(2, 4, leap), (2, 4, max(base + math.log(levels.ratio), high))]
+        if base < math.log(levels.low):
+            ways.append((2, 4, high))
+        usual = math.exp(base)
+        spread = max(_sigma(np.exp(past)), LEAST_SIGMA * usual)
+        return [*ways, (3, 3, math.log(usual + max(levels.nats, levels.sigmas * spread)))]
+
+    def _recent_level(self) -> float:
+        past = self.log[self.quiet[-SHORT:]]
+        return float(np.median(past)) + math.log(2.0) if len(past) else math.inf
+
+
+def _sigma(values: NDArray[np.float64]) -> float:
+    """Robust σ of the noise, from the differences of neighbours: a trend hardly counts."""
+    if len(values) < 3:
+        return math.inf
+    changes = np.diff(values)
+    return float(1.4826 * np.median(np.abs(changes - np.median(changes))) / math.sqrt(2.0))
