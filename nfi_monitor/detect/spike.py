@@ -63,10 +63,10 @@ class SpikeDetector(Stateful):
 
     __slots__ = (
         "average", "block", "block_before", "block_change", "block_count", "block_high", "burst_at",
-        "burst_loss_at", "burst_peak", "burst_start", "evidence", "excursion", "excursion_visible", "fallen_at",
-        "first", "floor", "height", "highs", "last", "last_visible", "level", "lone", "nats", "negative",
-        "noise", "noise_visible", "peak", "pending", "pending_start", "readings", "recent", "slow", "start",
-        "state", "stayed", "streak", "streak_readings", "unit",
+        "burst_loss_at", "burst_peak", "burst_start", "evidence", "excursion", "excursion_visible",
+        "fallen_at", "first", "floor", "height", "highs", "last", "last_visible", "level", "lone",
+        "nats", "negative", "noise", "noise_visible", "peak", "pending", "pending_start", "readings",
+        "recent", "slow", "start", "state", "stayed", "streak", "streak_readings", "unit",
     )  # fmt: skip
 
     def __init__(self) -> None:
