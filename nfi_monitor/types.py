@@ -169,18 +169,32 @@ class Thresholds:
     oscillation requires: a run that lives at the edge of stability oscillates for good. Higher: less lead."""
 
     # --- what a slingshot is ---------------------------------------------------------------------
+    # Losses are in U: 1 for a loss in nats, else the loss at which the run began (``spike.py``).
+    spike_floor: float = 1e-7
+    """Losses below this, in U, count as this. Lower: a leap between losses that do not matter counts."""
+    spike_leap: float = 3.0
+    """Smallest rise above the running average, in decades, of a leap. Measured: 6 or more before most
+    slingshots of full batches; in runs that fit minibatches, ordinary losses rise by up to 4. Lower: those
+    become slingshots."""
+    spike_leap_loss: float = 1e-3
+    """Loss in U that a leap must exceed. Lower: small bursts count as slingshots."""
     spike_low: float = 1e-2
-    """A slingshot starts only if the loss was below this on average (W. Wu 2024). Lower: fewer events
-    count."""
+    """Loss in U below which a slingshot ends that was above ``spike_high`` (W. Wu 2024), if the average was
+    below this before. Lower: slingshots last longer."""
     spike_high: float = 1e-1
-    """A slingshot starts when the loss exceeds this, and ends when it is back below ``spike_low``. Lower:
-    small spikes count, too."""
-    spike_rise: float = 0.7
-    """Smallest rise of log loss above its running average in a spike, in nats: a doubling of the loss."""
+    """Loss in U that a climb must exceed: W. Wu's upper level. Lower: small spikes count, too."""
+    spike_rise: float = 2.303
+    """Smallest rise of log loss above its running average in a climb, in nats: a decade. So W. Wu's levels
+    (from below 1e-2 to above 1e-1) are the case of a low loss. Lower: a harder data set is a slingshot."""
+    spike_nats: float = 1.0
+    """Rise above the running average, in U, that is enough for a climb of a high loss: of a language model,
+    one nat (perplexity × 2.7). Lower: a change of the data is a slingshot."""
     spike_sigmas: float = 6.0
-    """Smallest rise of log loss above its running average in a spike, in standard deviations (estimated from
-    successive differences). Half of it is enough for four readings in a row. Lower: bad minibatches become
-    slingshots."""
+    """Smallest mean rise of log loss above its running average in a spike, in standard deviations; each loss
+    must rise by half of it. Lower: bad minibatches become slingshots."""
+    spike_burst: float = 1.5
+    """Smallest rise in decades of a burst: a rise that is no slingshot, but ends an *imminent* alert as one
+    that was right. Lower: noise counts as a burst."""
     recovered: float = 2.0
     """Time in τ (10 to 200 steps) that the loss must stay low before a new slingshot may begin. Lower: one
     slingshot with aftershocks becomes several alerts."""
@@ -206,7 +220,10 @@ class Thresholds:
             ("rms_t_exit", "rms_t_imminent"),
             ("rms_t_exit", "rms_t_steep"),
             ("swing_exit", "swing_displacement"),
+            ("spike_floor", "spike_leap_loss"),
+            ("spike_leap_loss", "spike_high"),
             ("spike_low", "spike_high"),
+            ("spike_burst", "spike_leap"),
             ("unexplained_exit", "unexplained_enter"),
         ):
             if getattr(self, low) >= getattr(self, high):

@@ -25,7 +25,7 @@ from nfi_monitor.detect.rules.numeric import displacing
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.situation import RunContext, Situation
 from nfi_monitor.detect.smoothing import Hysteresis
-from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
+from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
 from nfi_monitor.types import Alert, AlertKind, Outcome, Phase, Reading, Severity, Thresholds
 
 _PHASES = list(Phase)
@@ -90,7 +90,7 @@ class Detector:
 
     @property
     def _loss_unusual(self) -> bool:
-        return self.loss_watch.step < self.loss_watch.until
+        return self.spike.streak > 0 or self.loss_watch.step < self.loss_watch.until
 
     @property
     def _attention(self) -> Attention:
@@ -123,7 +123,7 @@ class Detector:
 
     def is_unusual(self, step: int, loss: float) -> bool:
         """Record a loss as soon as it is known; return whether it is a reason to read the next steps."""
-        return self.loss_watch.update(step, loss, self.limits)
+        return self.loss_watch.update(step, loss, self.limits, self.spike.unit)
 
     def absorb_ordinary_loss(self, step: int, loss: float) -> bool:
         """Add an ordinary loss to the running average; call :meth:`is_unusual` with it first.
@@ -139,10 +139,12 @@ class Detector:
     def update(self, reading: Reading) -> Judgement:
         """Judge one reading."""
         old_state, tau = self.spike.state, self._now.context.tau
-        loss = self._loss_of(reading)
-        state = self.spike.update(reading.step, loss, tau, self.limits)
         # Between full readings only the loss is known. It only shows whether it left its floor.
         only_loss = len(reading.values) == 1 and "loss" in reading.values
+        if not only_loss and self.spike.readings < MEMORY:  # the unit is found in the first losses
+            self.spike.nats = self._in_nats
+        loss = self._loss_of(reading)
+        state = self.spike.update(reading.step, loss, tau, self.limits)
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
             return Judgement(self.phase)
         derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
@@ -162,6 +164,13 @@ class Detector:
                 self._causes = causes
         self.phase = judgement.phase
         return judgement
+
+    @property
+    def _in_nats(self) -> bool | None:
+        """Whether the loss is a cross-entropy in nats; None: unknown."""
+        if self.context.no_classes:
+            return False
+        return None if self.signals.broken_by_design else True
 
     def _loss_of(self, reading: Reading) -> float:
         """Return the loss to judge: the reported loss, or else the loss recovered at the head.
@@ -197,6 +206,11 @@ class Detector:
         judgement.phase = Phase.RECOVERING if recovering else Phase.SLINGSHOT
         if not began:
             return
+        if self._book.firing(AlertKind.AT_RISK) is not None:
+            # A warning that would begin at the same reading goes first.
+            phase, causes = judgement.phase, self._causes
+            self._update_warnings(judgement)
+            judgement.phase, self._causes = phase, causes
         causes = self._causes
         if causes.step < spike.start - 1:  # the update right before the event was not read
             causes = replace(causes, update_jump=math.nan)
@@ -243,6 +257,7 @@ class Detector:
         signals, movement, tau = self.signals, self._now.movement, self.context.tau
         moved = (signals.displacement_per_rate, signals.swing)
         movement.update(step, moved, tau, at_risk=bool(at_risk))
+        burst = self._outcome(AlertKind.IMMINENT)[0] is Outcome.BURST
         for kind in _WARNINGS:
             holding = [rule for rule in on if kind in rule.holds]
             if kind is AlertKind.AT_RISK and movement.is_resting(step, tau):
@@ -250,15 +265,25 @@ class Detector:
             if holding:
                 self._book.hold(self._claim(kind, holding, causes), step, judgement)
             else:
-                self._book.end(kind, step, judgement)
-        self._keep_record([rule for rule in on if AlertKind.IMMINENT in rule.holds])
+                self._book.end(kind, step, judgement, outcome=self._outcome(kind))
+        self._keep_record([rule for rule in on if AlertKind.IMMINENT in rule.holds], burst=burst)
         return causes
 
-    def _keep_record(self, holding: list[Rule]) -> None:
-        """Note which rules hold the *imminent* alert; when it ends without a slingshot, count that."""
+    def _outcome(self, kind: AlertKind) -> tuple[Outcome, int | None]:
+        """Return what followed a warning that ends without a slingshot, and the step at which that began."""
+        warning, spike = self._book.firing(kind), self.spike
+        if warning is not None and spike.burst_at >= max(warning.first_step, 1):
+            return Outcome.BURST, spike.burst_start
+        return Outcome.PASSED, None
+
+    def _keep_record(self, holding: list[Rule], *, burst: bool) -> None:
+        """Note which rules hold the *imminent* alert; when it ends with nothing, count that.
+
+        ``burst``: a burst of the loss has followed it. That is neither a slingshot nor nothing.
+        """
         self._held.update(rule.name for rule in holding)
         if not holding:
-            for name in self._held:
+            for name in () if burst else self._held:
                 self.record.disappoint(name, self._now.step, self.context.tau)
             self._held.clear()
 

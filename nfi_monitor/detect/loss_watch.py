@@ -4,6 +4,7 @@ The loss is known at every step; readings are taken at some steps only.  An osci
 stability builds up within 5–10 steps.  That is less than the pause between two readings of a healthy run.
 The loss shows the first sign: a steadily falling loss rises, or a low loss leaves its recent range.
 Minibatches cause both now and then, so an unusual loss is no alarm.  It only costs a few extra readings.
+Where a low loss leaves its range again and again, it must leave it farther each time.
 
 On accelerators and in runs of many processes, a loss becomes known only with the next reading.  There an
 unusual loss helps only if it comes right before a reading."""
@@ -22,6 +23,13 @@ BLOCK = 16
 """Number of losses in a block. Each loss is compared with the present block and the block before."""
 LEAP = 1.5
 """A low loss above this multiple of the largest loss of both blocks is unusual."""
+LEARNS, FORGETS = 1.3, 0.99
+"""Factors by which that multiple grows at each such loss, and returns at every other loss: then about one
+loss in 240 of a noisy run is unusual."""
+MOST = 1e3
+"""Largest such multiple."""
+WATCHED = 1e-2
+"""Share of ``spike_leap_loss`` below which all losses count as equal."""
 STEPS = 6
 """Number of steps to read after an unusual loss. A growing oscillation rises again within that time."""
 
@@ -29,7 +37,7 @@ STEPS = 6
 class LossWatch(Stateful):
     """Check every loss. ``until`` is the last step to read because of an unusual loss."""
 
-    __slots__ = ("average", "before", "count", "falls", "highest", "last", "losses", "step", "until")
+    __slots__ = ("average", "before", "count", "falls", "highest", "last", "leap", "losses", "step", "until")
 
     def __init__(self) -> None:
         self.step = 0  # step of the last loss
@@ -40,10 +48,11 @@ class LossWatch(Stateful):
         self.highest = 0.0  # largest loss of this block
         self.before = math.inf  # largest loss of the block before
         self.count = 0  # number of losses in this block
+        self.leap = LEAP  # multiple of the largest recent loss at which a low loss is unusual now
         self.until = 0
 
-    def update(self, step: int, loss: float, limits: Thresholds) -> bool:
-        """Add a loss; return whether it is unusual.
+    def update(self, step: int, loss: float, limits: Thresholds, unit: float = 1.0) -> bool:
+        """Add a loss; return whether it is unusual. ``unit``: the loss's unit (``spike.py``).
 
         Skip a step that was added before.  Skip NaN and Inf, too: the rule ``non_finite`` alerts about them.
         """
@@ -54,14 +63,16 @@ class LossWatch(Stateful):
         self.step = step
         if not math.isfinite(loss):
             return False
-        # Count all losses below 0.01 spike_low as equal, because a hinge loss wanders between 0 and 1e-5.
-        # Rejected: 0.1 spike_low, as in the spike detector, because a slingshot at τ = 1000 is only a step or
-        # two away there: 17 of 41 were seen.
-        floored = max(loss, 0.01 * limits.spike_low)
-        low = self.average <= math.log(limits.spike_high)
-        unusual = (loss > self.last and self.falls >= FALLS) or (
-            low and floored > LEAP * max(self.highest, self.before)
-        )
+        # Rejected: a higher floor (1e-4), because a slingshot at τ = 1000 is only a step or two away there.
+        floor = WATCHED * limits.spike_leap_loss
+        high = limits.spike_high
+        if self.losses >= MEMORY:  # in the first losses the unit is not known
+            floor, high = floor * unit, high * unit
+        floored = max(loss, floor)
+        low = self.average <= math.log(high)
+        leaps = low and floored > self.leap * max(self.highest, self.before)
+        self.leap = min(self.leap * LEARNS, MOST) if leaps else max(self.leap * FORGETS, LEAP)
+        unusual = leaps or (loss > self.last and self.falls >= FALLS)
         self.losses = min(self.losses + 1, MEMORY)
         self.average = (
             math.log(floored)

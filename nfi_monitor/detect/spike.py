@@ -1,142 +1,398 @@
 """Recognize slingshots in the loss: where a slingshot starts and when it is over.
 
-W. Wu's levels (2024, footnote 6): a slingshot starts when the training loss, having been below 1e-2, exceeds
-1e-1.  It ends when the loss is back below 1e-2.
+A slingshot is a rise of the loss that is large, far outside the loss's own noise, and lasts for at least two
+losses.  U is the loss's unit: 1 for a loss in nats, else about the loss at which the run began.
 
-- Applied to single readings, these levels call every minibatch run a slingshot whose loss wanders between
-  them.  So "having been below" refers to the running average of log loss, and the rise must exceed the loss's
-  own noise.
-- A run whose loss never gets that low (a language model) is compared with its own past.  A rise beyond
-  ``spike_rise`` nats starts a slingshot on two readings in a row, because one bad minibatch is no slingshot.
-- Aftershocks within ``recovered`` τ belong to the same event.
-- A loss that does not come back has changed its level (a new data set, another schedule).  The new level
-  becomes the normal one.
+- A *leap* is large: three decades above the running average, and above 1e-3 U.  Losses below 1e-7 U count as
+  1e-7 U.
+- A *climb* is large: a decade or 1 U above the running average, and above 1e-1 U.  From below 1e-2 U these
+  are the levels of W. Wu (2024, footnote 6).
+
+These rules protect ordinary losses:
+
+- The average is the larger one of two running averages of log loss.  While a loss falls quickly, the slower
+  one is larger.  So a blip on the way down is compared with earlier losses.
+- The noise is the larger one of two scales: the mean change between two losses, and the mean excursion above
+  the average.  A loss without a floor (a GAN) wanders slowly, and only the second scale shows that.
+- High losses that led to nothing raise the number of losses that the next rise must last.  In a run that fits
+  its data, hard minibatches give such losses again and again.
+
+An event ends when the loss has come back, or when it no longer falls: then it has stayed at a new level,
+which becomes the baseline.  Aftershocks within ``recovered`` τ belong to the same event.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from nfi_monitor.detect.smoothing import Stateful
 from nfi_monitor.types import Thresholds
 
 QUIET, RISEN, FALLEN = "quiet", "risen", "fallen"
-MEMORY = 50
-"""Readings in the running average and the noise of log loss. With fewer readings no slingshot is found."""
+DECADE = math.log(10.0)
+MEMORY = 50  # losses in the running average and the noise of log loss; before, no slingshot is found
+SLOW_MEMORY = 100  # losses in the slow average; before, a climb must start below ``spike_low``
+LONG_MEMORY = 200  # losses in the mean excursion above the average
+FIRST = 9  # number of first losses whose median is the early level
+HIGHEST_NATS = 20.0  # largest early level of a cross-entropy: that of 500 million equal classes
+VISIBLE = 1e-2
+"""Share of ``spike_low`` below which differences are no noise of a climb: a hinge loss jumps between 0 and
+1e-4 U once it fits."""
+FREE = 0.3  # a change of log loss up to this updates the averages in full
+ENOUGH, ENOUGH_HIGH = 0.5, 0.8
+"""Share of ``spike_sigmas`` by which each loss must rise, from a low and from a high average. The noise of a
+high loss lasts for many losses, so that they are no independent evidence."""
+LEAK = 2.5  # evidence that every loss of a streak must bring, in σ: else the streak ends
+SIGMA_CAP = 10.0  # most that one loss adds to the evidence, in σ: one bad minibatch is no slingshot
+LONGEST_STREAK = 12  # losses within which a streak must become a slingshot
+NOISY = 0.5
+"""σ of log loss above which a streak needs one more high loss: two hard minibatches in a row are chance."""
+SHALLOW = 0.7  # a smaller rise of log loss (less than a doubling) needs ``LASTING`` high losses
+LASTING = 4  # so many high losses may rise moderately, if their mean is as far outside the noise
+FORGETS = 1.0 - 1.0 / 1000.0  # factor per loss by which the number of lone high losses fades
+MOST_NEEDED = 8  # most high losses that a streak may need because of them
+FEW = 4  # an event of no more high losses than this makes a later event need one more
+BLOCK = 50  # losses in a block of an event
+STILL_FALLING = 0.1  # smallest fall of the mean log loss from block to block of a loss that comes back
+LONGEST = 500  # steps after which every event ends
 
 
 class SpikeDetector(Stateful):
     """Judge the loss of every reading; ``state`` is QUIET, RISEN (in the spike) or FALLEN (recovering)."""
 
     __slots__ = (
-        "average", "fallen_at", "floor", "height", "last", "level", "negative", "noise", "peak", "readings",
-        "start", "state", "stayed", "streak",
+        "average", "block", "block_before", "block_change", "block_count", "block_high", "burst_at",
+        "burst_loss_at", "burst_peak", "burst_start", "evidence", "excursion", "excursion_visible",
+        "fallen_at", "first", "floor", "height", "highs", "last", "last_visible", "level", "lone",
+        "nats", "negative", "noise", "noise_visible", "peak", "pending", "pending_start", "readings",
+        "recent", "slow", "start", "state", "stayed", "streak", "streak_readings", "unit",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.state = QUIET
+        self.nats: bool | None = True  # the loss is a cross-entropy in nats; None: unknown
+        self.unit = 1.0  # U
+        self.first: list[float] = []  # the first losses, until U is known
         self.average = math.nan  # running average of log loss
+        self.slow = math.nan  # slower running average of log loss
         self.noise = 0.0  # mean absolute change of log loss from reading to reading: a trend hardly counts
+        self.excursion = 0.0  # mean of max(log loss − average, 0)
         self.last = math.nan  # log loss of the last reading
+        self.noise_visible = 0.0  # the same three of the loss without its smallest differences
+        self.excursion_visible = 0.0
+        self.last_visible = math.nan
         self.readings = 0  # number of readings in the average
-        self.streak = 0  # number of readings in a row that may begin a spike
+        self.lone = 0.0  # fading number of high losses that led to nothing
+        self.pending = 0  # high losses since ``pending_start``, which may still lead to a slingshot
+        self.pending_start = 0
+        self.streak = 0  # number of high readings in a streak that may become an event
+        self.streak_readings = 0  # readings since the streak began
+        self.evidence = 0.0  # sum of their rises in σ, less ``LEAK`` for each
         self.start = 0  # first step of that streak, and so of the event
+        self.burst_start = 0  # first step of the last burst; 0: none yet
+        self.burst_at = 0  # last step of the last burst
+        self.burst_loss_at = 0  # last step whose loss may belong to a burst
+        self.burst_peak = 0.0  # largest loss of the last burst
         self.level = math.nan  # the event ends when the loss falls below this
         self.height = math.nan  # within an event, a loss at or above this is a new rise
         self.floor = math.nan  # the loss before the event: its running (geometric) average
-        self.peak = 0.0  # largest loss of the event
+        self.highs = 0  # high losses of the event
+        self.peak = 0.0  # largest loss of the streak or the event
         self.fallen_at = 0  # last step of the event at which the loss was high, or fell below ``level``
         self.stayed = math.nan  # the loss at the end of the last event if it did not come back, else NaN
+        self.recent = math.nan  # average of log loss over about 10 readings of the event
+        self.block = 0.0  # sum of log loss in this block of the event
+        self.block_before = math.inf  # mean log loss of the block before
+        self.block_change = 0.0  # sum of absolute changes of log loss in this block
+        self.block_count = 0  # readings in this block
+        self.block_high = 0  # readings of this block at or above ``level``
         self.negative = False  # the loss was below zero by more than rounding: it is judged no more
 
     def update(self, step: int, loss: float, tau: float, limits: Thresholds) -> str:
         """Judge a loss; return the new state. NaN and Inf are skipped: they have an alert of their own."""
         if not math.isfinite(loss) or self.negative:
             return self.state
-        if loss <= -limits.spike_low:  # a negative loss has no floor to leave, and no logarithm
-            self.negative = True
-            if self.state == RISEN:
-                self.fallen_at = step
-            self._end(level_changed=False)
-            return self.state
-        loss = max(loss, 0.0)  # rounding can put a divergence that is nearly 0 slightly below 0
+        if loss < 0.0:
+            if loss <= -limits.spike_low * self.unit:  # a negative loss has no logarithm
+                self.negative = True
+                if self.state == RISEN:
+                    self.fallen_at = step
+                self.state, self.streak, self.evidence = QUIET, 0, 0.0
+                return self.state
+            loss = 0.0  # rounding can put a divergence that is nearly 0 slightly below 0
         if self.state == QUIET:
             self._look_for_rise(step, loss, limits)
-            return self.state
-        if step < self.fallen_at:  # the step counter was set back: the elapsed time is unknown
-            self.start, self.fallen_at = min(self.start, step), step
-        self.peak = max(self.peak, loss)
-        if loss >= self.level:
-            # An aftershock below ``height`` only prolongs the recovery.
-            self.fallen_at = step
-            if loss >= self.height:
-                self.state = RISEN
-            if step - self.start > max(5 * tau, 500.0):
-                self._end(level_changed=True)
-                self.stayed = loss
-        elif self.state == RISEN:
-            self.state, self.fallen_at = FALLEN, step
-        elif step - self.fallen_at >= recovery_steps(tau, limits):
-            self._end(level_changed=False)
+        else:
+            self._follow_event(step, loss, tau, limits)
         return self.state
 
     def usual_below(self, limits: Thresholds, ahead: int = 0) -> float:
         """Return the loss below which the next reading cannot begin a spike.
 
-        A loss from 0 to this value only updates the average.  ``ahead``: number of readings after which this
+        A loss from 0 to this value only updates the averages.  ``ahead``: number of readings after which this
         still holds, if each of their losses is at least as large as the average.
         """
-        if self.state != QUIET:
+        if self.state != QUIET or self.streak:
             return -math.inf
         if self.readings + ahead < MEMORY:
             return math.inf
-        return highest_usual(math.exp(self.average), limits)
+        return highest_usual(math.exp(max(self.average, self.slow)), limits, self.unit)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned, also by an earlier version."""
+        super().load_state_dict(state)
+        self.first = list(self.first)
+        if "slow" not in state:  # earlier versions had one average and one noise
+            self.slow, self.recent, self.last_visible = self.average, self.last, self.last
+            self.noise_visible = self.noise
+
+    # --- before an event -------------------------------------------------------------------------------
 
     def _look_for_rise(self, step: int, loss: float, limits: Thresholds) -> None:
         """Begin an event if the loss has risen; else update the running averages."""
-        # Below a tenth of Wu's lower level, differences do not matter: 1e-9 and 0 count as equal.
-        log_loss = math.log(max(loss, 0.1 * limits.spike_low))
-        spread = self.noise / 1.128  # mean absolute difference of two readings → σ of a normal distribution
-        rise = log_loss - self.average
-        was_low = self.average < math.log(limits.spike_low)
-        visible = self.readings >= MEMORY and loss > limits.spike_high and rise > limits.spike_rise
-        certain = visible and rise > limits.spike_sigmas * spread
-        possible = visible and rise > 0.5 * limits.spike_sigmas * spread
-        self.streak = self.streak + 1 if possible else 0
-        if self.streak == 1:
-            self.start = step
-        if (certain and (was_low or self.streak >= 2)) or self.streak >= 4:
-            noisy = math.exp(self.average + 0.5 * limits.spike_sigmas * spread)
-            half_way = math.exp(self.average + 0.5 * limits.spike_rise)
-            self.level = max(limits.spike_low if was_low else half_way, noisy)
-            self.height = max(limits.spike_high, math.exp(self.average + limits.spike_rise), self.level)
-            self.state, self.peak, self.streak = RISEN, loss, 0
-            self.floor, self.stayed = math.exp(self.average), math.nan
+        if self.readings < MEMORY:
+            self._find_unit(loss)
+        floor = limits.spike_floor * self.unit
+        log_loss = math.log(loss if loss > floor else floor)
+        if self.readings >= MEMORY:
+            base = self.average if self.average > self.slow else self.slow
+            rise = log_loss - base
+            # loss · rise is at least the rise of the loss itself. So this holds for every loss that counts.
+            if (
+                self.streak
+                or rise > limits.spike_rise
+                or rise > limits.spike_burst * DECADE
+                or loss * rise > limits.spike_nats * self.unit
+            ) and self._stands_out(step, loss, log_loss, base, limits):
+                if self._is_slingshot(rise, limits):
+                    self._begin(log_loss, base, limits)
+                return  # a starting spike must not raise its own baseline
+        self._absorb(log_loss, limits)
+
+    def _stands_out(self, step: int, loss: float, log_loss: float, base: float, limits: Thresholds) -> bool:
+        """Return whether this loss may belong to a slingshot; add it to the streak, and to a burst."""
+        climbs, leaps = _highest_usual(math.exp(base), limits, self.unit)
+        low = limits.spike_low * self.unit
+        is_low = base < math.log(low)
+        if self.readings < SLOW_MEMORY and not is_low:
+            climbs = math.inf
+        rise = log_loss - base
+        bursts = rise > limits.spike_burst * DECADE
+        if not (loss > climbs or loss > leaps or bursts or self.streak):
+            return False
+        # In σ of log loss, not of the loss: where the noise is small beside the loss, both are the same.
+        sigmas = rise / _spread(self.noise, self.excursion)
+        if bursts and sigmas > limits.spike_sigmas:
+            self._note_burst(step, loss)
+        visible = math.log(VISIBLE * low)
+        rise_visible = max(log_loss, visible) - max(base, visible)
+        sigmas_visible = rise_visible / _spread(self.noise_visible, self.excursion_visible)
+        clear = sigmas_visible >= (ENOUGH if is_low else ENOUGH_HIGH) * limits.spike_sigmas
+        leap = loss > leaps and sigmas >= ENOUGH * limits.spike_sigmas
+        high = leap or (clear and loss > climbs)
+        if not (high or self.streak):
+            return False
+        # In a streak, a loss that has risen half of the way counts, too: an oscillation has low losses.
+        half_way = math.exp(0.5 * (base + math.log(climbs)))
+        counts = high or (clear and loss > max(low, half_way))
+        self._extend_streak(
+            step, loss, max(sigmas, sigmas_visible) if leap else sigmas_visible, counts=counts
+        )
+        return counts
+
+    def _note_burst(self, step: int, loss: float) -> None:
+        """Record a loss of a burst, which has two such losses within three steps, and pauses up to MEMORY."""
+        before, self.burst_loss_at = self.burst_loss_at, step
+        if 0 < step - before <= 3:
+            if not 0 <= step - self.burst_at <= MEMORY:
+                self.burst_start, self.burst_peak = before, 0.0
+            self.burst_at, self.burst_peak = step, max(self.burst_peak, loss)
+
+    def _extend_streak(self, step: int, loss: float, sigmas: float, *, counts: bool) -> None:
+        """Begin a streak with a high loss, or add a loss to it; end a streak that leads to nothing."""
+        if self.streak == 0:
+            self.start, self.evidence, self.streak_readings, self.peak = step, 0.0, 0, 0.0
+        self.peak = max(self.peak, loss)
+        self.streak += counts
+        self.streak_readings += 1
+        self.evidence += min(max(sigmas, 0.0), SIGMA_CAP) - LEAK
+        if self.evidence > 0.0 and self.streak_readings <= LONGEST_STREAK:
             return
-        if possible:
-            return  # a starting spike must not raise its own baseline
-        self.readings += 1
-        if math.isnan(self.average):
-            self.average = self.last = log_loss
+        # A slingshot often begins with a few jumps. They count as noise only if no slingshot follows.
+        if not 0 <= self.start - self.pending_start <= MEMORY:
+            self.lone += self.pending
+            self.pending, self.pending_start = 0, self.start
+        self.pending += self.streak
+        self.streak, self.evidence = 0, 0.0
+
+    def _is_slingshot(self, rise: float, limits: Thresholds) -> bool:
+        """Return whether the streak is long enough."""
+        noisy = _spread(self.noise, self.excursion) > NOISY
+        needed = min(2 + noisy + int(self.lone), MOST_NEEDED)
+        if rise < SHALLOW:
+            needed = max(needed, LASTING)
+        if self.streak < needed:
+            return False
+        if self.evidence > 2.0 * limits.spike_sigmas:
+            return True
+        n = self.streak_readings
+        return self.streak >= LASTING and self.evidence + LEAK * n > 1.2 * limits.spike_sigmas * math.sqrt(n)
+
+    def _absorb(self, log_loss: float, limits: Thresholds) -> None:
+        """Update the running averages."""
+        self.readings = readings = self.readings + 1
+        floor = math.log(VISIBLE * limits.spike_low * self.unit)
+        visible = log_loss if log_loss > floor else floor
+        if readings == 1:
+            self.average = self.slow = self.last = log_loss
+            self.last_visible = visible
             return
-        # Cap upward updates, so that the first, small steps of a spike do not raise its own baseline.
-        cap = max(3.0 * spread, 0.3) if self.readings > MEMORY else math.inf
-        weight = 1.0 / min(self.readings, MEMORY)
-        self.noise += weight * (min(abs(log_loss - self.last), cap) - self.noise)
-        self.average += weight * min(rise, cap)
+        average = self.average
+        rise, change, slow_rise = log_loss - average, abs(log_loss - self.last), log_loss - self.slow
+        above = visible - (average if average > floor else floor)
+        change_visible = abs(visible - self.last_visible)
+        if readings <= MEMORY:
+            weight = slow_weight = long_weight = 1.0 / readings
+        else:
+            weight = 1.0 / MEMORY
+            slow_weight = 1.0 / (readings if readings < SLOW_MEMORY else SLOW_MEMORY)
+            long_weight = 1.0 / (readings if readings < LONG_MEMORY else LONG_MEMORY)
+            if rise > FREE or change > FREE:
+                # Cap upward updates, so that the first, small steps of a spike do not raise its own baseline.
+                cap = max(3.0 * _spread(self.noise, self.excursion), FREE)
+                cap_visible = max(3.0 * _spread(self.noise_visible, self.excursion_visible), FREE)
+                if rise > cap:
+                    rise, slow_rise = cap, min(slow_rise, cap)
+                if above > cap_visible:
+                    above = cap_visible
+                change = change if change < cap else cap
+                change_visible = change_visible if change_visible < cap_visible else cap_visible
+        self.average = average + weight * rise
+        self.slow += slow_weight * slow_rise
+        self.noise += weight * (change - self.noise)
+        self.noise_visible += weight * (change_visible - self.noise_visible)
+        self.excursion += long_weight * ((rise if rise > 0.0 else 0.0) - self.excursion)
+        self.excursion_visible += long_weight * ((above if above > 0.0 else 0.0) - self.excursion_visible)
+        self.lone *= FORGETS
+        self.last, self.last_visible = log_loss, visible
+
+    def _find_unit(self, loss: float) -> None:
+        """Set the unit from the early level: the median of the first losses."""
+        if len(self.first) < FIRST:
+            self.first.append(loss)
+        early = sorted(self.first)[len(self.first) // 2]
+        if early == 0.0:
+            self.unit = 1.0
+        elif self.nats is False or early > HIGHEST_NATS:
+            self.unit = early
+        else:
+            # If unknown: a regression that begins at .3 has a smaller unit; a language model at 11 has not.
+            self.unit = 1.0 if self.nats else min(early, 1.0)
+
+    # --- in an event -----------------------------------------------------------------------------------
+
+    def _begin(self, log_loss: float, base: float, limits: Thresholds) -> None:
+        """Begin an event."""
+        self.floor = math.exp(base)
+        self.height = min(_highest_usual(self.floor, limits, self.unit))
+        if base < math.log(limits.spike_low * self.unit):
+            back = min(self.height, limits.spike_low * self.unit)
+        else:
+            back = math.sqrt(self.floor * self.height)
+        noisy = math.exp(base + 0.5 * limits.spike_sigmas * _spread(self.noise, self.excursion))
+        self.level = max(back, min(noisy, self.height))
+        self.state, self.stayed, self.highs = RISEN, math.nan, self.streak
+        self.streak, self.evidence, self.pending, self.fallen_at = 0, 0.0, 0, self.start
+        self.recent, self.block_before = log_loss, math.inf
+        self._begin_block()
+        self._note_peak(limits)
+
+    def _note_peak(self, limits: Thresholds) -> None:
+        """Raise the levels of a leap that reaches Wu's upper level: it ends at his lower level."""
+        high, low = limits.spike_high * self.unit, limits.spike_low * self.unit
+        if self.peak > high > self.height:
+            self.height, self.level = high, max(self.level, low)
+
+    def _follow_event(self, step: int, loss: float, tau: float, limits: Thresholds) -> None:
+        """Update the event with a loss; end it if the loss has come back, or stays."""
+        if step < self.fallen_at:  # the step counter was set back: the elapsed time is unknown
+            self.start, self.fallen_at = min(self.start, step), step
+        if loss > self.peak:
+            self.peak = loss
+            self._note_peak(limits)
+        high = loss >= self.level
+        if high:
+            self.highs += 1
+            # An aftershock below ``height`` only prolongs the recovery.
+            self.fallen_at = step
+            if loss >= self.height:
+                self.state = RISEN
+        elif self.state == RISEN:
+            self.state, self.fallen_at = FALLEN, step
+        elif step - self.fallen_at >= recovery_steps(tau, limits):
+            self._end()
+            return
+        log_loss = math.log(max(loss, limits.spike_floor * self.unit))
+        self.recent += 0.1 * (log_loss - self.recent)
+        self.block += log_loss
+        self.block_change += abs(log_loss - self.last)
+        self.block_count += 1
+        self.block_high += high
         self.last = log_loss
+        late = step - self.start > LONGEST
+        if self.block_count >= BLOCK or late:
+            self._end_block(loss, late=late)
 
-    def _end(self, *, level_changed: bool) -> None:
-        """End the event. Keep the averages, unless the loss stayed at a new level."""
-        self.state, self.streak = QUIET, 0
-        if level_changed:
-            self.readings, self.average, self.noise, self.last = 0, math.nan, 0.0, math.nan
+    def _begin_block(self) -> None:
+        self.block = self.block_change = 0.0
+        self.block_count = self.block_high = 0
+
+    def _end_block(self, loss: float, *, late: bool) -> None:
+        """End the event if the loss no longer falls, or if the event is ``late``; else begin a block."""
+        mean = self.block / self.block_count
+        high = 2 * self.block_high > self.block_count
+        if high and (late or mean > self.block_before - STILL_FALLING):
+            # The loss stays at a new level, which becomes the baseline.
+            self.state, self.stayed = QUIET, loss
+            self.average = self.slow = mean
+            self.noise = self.noise_visible = self.block_change / self.block_count
+            self.excursion = self.excursion_visible = self.noise / (1.128 * 2.507)
+        elif late:
+            # High losses came again and again, and the loss was low in between: that is the run's noise.
+            self.lone += MOST_NEEDED
+            self._end()
+        self.block_before = mean
+        self._begin_block()
+
+    def _end(self) -> None:
+        """End an event whose loss has come back. What it still lies above the old averages is no new rise."""
+        self.state = QUIET
+        self.average, self.slow = max(self.average, self.recent), max(self.slow, self.recent)
+        if self.highs <= FEW:
+            self.lone += 1.0
 
 
-def highest_usual(loss: float, limits: Thresholds) -> float:
+def highest_usual(loss: float, limits: Thresholds, unit: float = 1.0) -> float:
     """Return the largest loss that cannot begin a spike, where the average loss is ``loss``."""
-    # Slightly less than the level at which a rise begins, because exp and log round.
-    return max(limits.spike_high, (1.0 - 1e-9) * math.exp(limits.spike_rise) * loss)
+    # Slightly less than the exact limit, because exp and log round.
+    return (1.0 - 1e-9) * min(_highest_usual(loss, limits, unit))
+
+
+def _highest_usual(loss: float, limits: Thresholds, unit: float) -> tuple[float, float]:
+    """Return the largest losses that are no climb, and no leap, where the average loss is ``loss``."""
+    climb = min(loss + limits.spike_nats * unit, loss * math.exp(limits.spike_rise))
+    leap = loss * 10.0**limits.spike_leap
+    return max(climb, limits.spike_high * unit), max(leap, limits.spike_leap_loss * unit)
+
+
+def _spread(noise: float, excursion: float) -> float:
+    """Return σ of log loss from its mean absolute change and its mean excursion above the average."""
+    # Of a normal distribution, σ is the mean absolute difference of two readings / 1.128, and 2.507 times
+    # the mean of the positive part.
+    changes, above = noise / 1.128, 2.507 * excursion
+    spread = changes if changes > above else above
+    return spread if spread > 1e-6 else 1e-6
 
 
 def recovery_steps(tau: float, limits: Thresholds) -> float:

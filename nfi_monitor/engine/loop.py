@@ -301,7 +301,7 @@ class StepLoop:
             attention is Attention.RARELY and self.membership.exchange is None and not self.reports.listening
         )
         usual_below = detector.spike.usual_below(self.thresholds, TOGETHER + 1) if may_defer else -math.inf
-        self.losses.look_ahead(usual_below)
+        self.losses.look_ahead(usual_below, detector.spike.unit)
         tau = detector.context.tau
         schedule = self.schedule
         if isinstance(self.every, str) and schedule.decide(self.step, tau, can_reduce=self.can_reduce):

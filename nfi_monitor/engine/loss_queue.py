@@ -38,6 +38,7 @@ class LossQueue:
         """``is_unusual(step, loss)``, called at each step: whether the next steps must be read."""
         self._is_unusual = is_unusual
         self._limits = limits
+        self._unit = 1.0
         self._lowest = math.inf  # of the deferred losses
         self.observed: list[Tensor | float] = []
         self.share: float | None = None
@@ -69,9 +70,9 @@ class LossQueue:
         observed.clear()
         return True
 
-    def look_ahead(self, usual_below: float) -> None:
-        """Set ``usual_below``, then lower it for the losses deferred so far."""
-        self.usual_below, self._lowest = usual_below, math.inf
+    def look_ahead(self, usual_below: float, unit: float = 1.0) -> None:
+        """Set ``usual_below``, then lower it for the losses deferred so far. ``unit``: the loss's unit."""
+        self.usual_below, self._unit, self._lowest = usual_below, unit, math.inf
         for _, loss in self.deferred:
             self._lower_limit(loss)
 
@@ -79,7 +80,7 @@ class LossQueue:
         """Lower ``usual_below`` for a deferred loss, which lowers the average of later comparisons."""
         if loss < self._lowest:  # a larger loss cannot lower the limit further
             self._lowest = loss
-            self.usual_below = min(self.usual_below, highest_usual(loss, self._limits))
+            self.usual_below = min(self.usual_below, highest_usual(loss, self._limits, self._unit))
 
     def forget(self) -> None:
         """Clear the present step's losses."""

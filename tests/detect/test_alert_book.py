@@ -160,7 +160,7 @@ def test_the_growth_that_imminent_requires_is_held_against_its_own_level() -> No
 def test_a_slingshot_keeps_the_loss_at_its_beginning_and_the_peak_besides() -> None:
     def readings() -> Iterable[Reading]:
         for r in numeric_slingshot(100, 400):
-            loss = {400: 0.3, 401: 4.0}.get(r.step, r.values["loss"])
+            loss = {400: 0.3, 401: 0.2, 402: 4.0}.get(r.step, r.values["loss"])
             yield Reading(r.step, {**r.values, "loss": loss})
 
     detector = Detector(None, NUMERIC)

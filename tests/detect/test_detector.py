@@ -17,6 +17,7 @@ from nfi_monitor.types import (
     AlertState,
     Change,
     Mechanism,
+    Outcome,
     Phase,
     Reading,
     Severity,
@@ -349,3 +350,52 @@ def test_noise_in_rms_t_raises_attention_only_under_weight_decay() -> None:
                 Reading(step, {"rms_t_max": rms_t, "head_sqrt_exp_avg_sq_mean": root, "weight_norm": 1.0})
             )
         assert detector.attention is expected
+
+
+def test_a_warning_before_a_slingshot_came_true_and_says_at_which_step() -> None:
+    detector, changes, _ = run(numeric_slingshot(100, 400), NUMERIC)
+    for kind in (AlertKind.AT_RISK, AlertKind.IMMINENT):
+        warning = only(detector, kind)
+        assert (warning.outcome, warning.outcome_step) == (Outcome.SLINGSHOT, 400)
+    slingshot = only(detector, AlertKind.SLINGSHOT)
+    assert (slingshot.outcome, slingshot.outcome_step) == (None, None)
+    assert all(alert.outcome is None for change, alert in changes if change is not Change.END)
+
+
+@pytest.mark.parametrize("peak, outcome", [(2e-4, Outcome.BURST), (1.2e-7, Outcome.PASSED)])
+def test_a_warning_without_a_slingshot_ends_with_a_burst_or_passes(peak: float, outcome: Outcome) -> None:
+    readings = []
+    for reading in numeric_slingshot(100, 400):
+        loss = reading.values["loss"]
+        readings.append(Reading(reading.step, {**reading.values, "loss": peak if loss == 0.5 else 1e-7}))
+    detector, _, _ = run(readings, NUMERIC)
+    imminent = only(detector, AlertKind.IMMINENT)
+    assert imminent.outcome is outcome
+    assert imminent.outcome_step == (400 if outcome is Outcome.BURST else None)
+    assert all(alert.kind is not AlertKind.SLINGSHOT for alert in detector.alerts)
+
+
+def test_imminent_may_begin_at_the_first_loss_of_a_slingshot() -> None:
+    """The slingshot is named at its second loss, so a warning at the first one still comes before it."""
+    detector = Detector(context=NUMERIC)
+    changes = []
+    for reading in numeric_slingshot(100, 400):
+        if reading.step < 400:
+            values = {**reading.values, "logit_displacement": 0.02}
+        elif reading.step == 400:
+            values = {**reading.values, "logit_displacement": 1e6}
+        else:
+            values = dict(reading.values)
+        judgement = detector.update(Reading(reading.step, values))
+        changes += [(reading.step, change, alert.kind) for change, alert in judgement.changes]
+    assert (400, Change.BEGIN, AlertKind.IMMINENT) in changes
+    assert (401, Change.BEGIN, AlertKind.SLINGSHOT) in changes
+    assert only(detector, AlertKind.IMMINENT).outcome_step == 400
+
+
+@pytest.mark.parametrize("no_classes, unit", [(True, 40.0), (False, 1.0)])
+def test_a_loss_without_classes_is_measured_in_its_early_level(no_classes: bool, unit: float) -> None:
+    detector = Detector(context=RunContext(no_classes=no_classes))
+    for step in range(1, 100):
+        detector.update(Reading(step, {"loss": 40.0 if no_classes else 4.0, "weight_norm": 1.0}))
+    assert detector.spike.unit == unit

@@ -11,6 +11,7 @@ import pytest
 from nfi_monitor.detect.detector import Attention, Detector
 from nfi_monitor.detect.loss_watch import BLOCK, FALLS, LEAP, STEPS, LossWatch
 from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.detect.spike import MEMORY
 from nfi_monitor.engine.schedule import next_read
 from nfi_monitor.types import Reading, Thresholds
 
@@ -45,15 +46,42 @@ def test_a_loss_is_not_compared_with_losses_more_than_two_blocks_ago():
 
 
 def test_differences_between_nearly_zero_losses_are_not_unusual():
-    """1e-9 and 1e-5 count as the same loss: both are far below where a slingshot starts."""
-    assert feed([0.0, 1e-9] * BLOCK + [1e-5, 9e-5, 1.4e-4]) == []
-    assert feed([0.0, 1e-9] * BLOCK + [1.6e-4]) == [2 * BLOCK + 1]
+    """1e-9 and 9e-6 count as the same loss: both are far below where a slingshot starts."""
+    assert feed([0.0, 1e-9] * BLOCK + [1e-6, 9e-6, 1.4e-5]) == []
+    assert feed([0.0, 1e-9] * BLOCK + [1.6e-5]) == [2 * BLOCK + 1]
 
 
 def test_fewer_than_five_in_a_thousand_noisy_minibatch_losses_are_unusual():
     generator = random.Random(0)
     losses = [math.exp(generator.gauss(-3.0, 0.1)) for _ in range(20_000)]
     assert len(feed(losses)) < 0.005 * len(losses)
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("level", [1e-6, 1e-4, 1e-2])
+def test_a_noisy_low_loss_is_unusual_at_most_three_times_in_a_hundred(level, sigma):
+    """Each time, the loss must leave its range farther. So a run that fits minibatches is read rarely."""
+    generator = random.Random(0)
+    losses = [level * math.exp(generator.gauss(0, sigma)) for _ in range(20_000)]
+    assert len(feed(losses)) < 0.03 * len(losses)
+
+
+def test_a_loss_in_another_unit_is_unusual_at_the_same_steps():
+    generator = random.Random(0)
+    losses = [math.exp(generator.gauss(-6.0, 1.0)) for _ in range(3000)]
+    watches = LossWatch(), LossWatch()
+    seen = [watches[0].update(step, loss, LIMITS) for step, loss in enumerate(losses, 1)]
+    told = [watches[1].update(step, 1e3 * loss, LIMITS, unit=1e3) for step, loss in enumerate(losses, 1)]
+    assert seen[2 * MEMORY :] == told[2 * MEMORY :] and any(seen[2 * MEMORY :])
+
+
+def test_every_step_is_read_while_a_slingshot_may_be_starting():
+    detector = Detector(context=RunContext(beta2=0.999))
+    for step in range(1, 300):
+        detector.update(Reading(step, {"loss": 1e-3}))
+    assert detector.attention is Attention.RARELY
+    detector.update(Reading(300, {"loss": 0.5}))
+    assert detector.spike.streak == 1 and detector.attention is Attention.ALWAYS
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

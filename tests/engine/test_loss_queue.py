@@ -19,8 +19,8 @@ from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.types import Alert, AlertKind, Thresholds
 
 STEPS = 400
-LEAPT = 160
-"""Steps of the runs below whose loss leaps by step 89: twice as many as wait together go by after it."""
+LEAPT = 200
+"""Steps of the runs below whose loss leaps by step 129: twice as many as wait together go by after it."""
 
 
 class Listener:
@@ -108,13 +108,18 @@ def young(step: int) -> float:
 
 
 def fallen(step: int) -> float:
-    """Falls to a tenth within three steps, while it waits, and comes back."""
-    return 6.0 if step >= 83 else {66: 2.5, 67: 1.2}.get(step, 5.0 if step < 66 else 0.5)
+    """Falls to a tenth within three steps, while it waits, and comes back: 1 nat above an average of 3.6."""
+    return 5.7 if step >= 118 else {100: 2.5, 101: 1.2}.get(step, 5.0 if step < 100 else 0.5)
 
 
 def just_low(step: int) -> float:
-    """Low only if what waits is counted, when it leaps."""
-    return 0.115 if step < 67 else 0.18 if step >= 89 else 0.07
+    """Rises to ten times its average only if what waits is counted."""
+    return 0.0115 if step < 107 else 0.11 if step >= 129 else 0.007
+
+
+def in_cents(step: int) -> float:
+    """A loss that is no cross-entropy in nats, whose unit is found in its first values."""
+    return 1e5 * just_low(step)
 
 
 def at_the_edge(step: int) -> float:
@@ -128,19 +133,20 @@ def a_hair_below_zero(step: int) -> float:
 
 
 @pytest.mark.parametrize("every", ["auto", 100, 49])
-@pytest.mark.parametrize("told", [young, fallen, just_low, at_the_edge, a_hair_below_zero])
+@pytest.mark.parametrize("told", [young, fallen, just_low, in_cents, at_the_edge, a_hair_below_zero])
 def test_what_waits_does_not_make_a_loss_look_usual(told, every):
     (waiting, heard), (prompt, heard_promptly) = (
         run(told=told, every=every, listen=listen, steps=LEAPT) for listen in (False, True)
     )
     assert heard == heard_promptly
+    assert any(alert.kind is AlertKind.SLINGSHOT for _, alert in heard)
     assert repr(read(waiting)) == repr(read(prompt))
     waiting.close()
     prompt.close()
 
 
 def test_looking_at_the_history_changes_nothing_that_is_read():
-    untouched, looked_at = (run(told=just_low, looked_at=step, steps=LEAPT)[0] for step in (None, 87))
+    untouched, looked_at = (run(told=just_low, looked_at=step, steps=LEAPT)[0] for step in (None, 127))
     assert repr(read(untouched)) == repr(read(looked_at))
     untouched.close()
     looked_at.close()
@@ -229,7 +235,7 @@ def test_a_loss_that_may_begin_a_slingshot_is_judged_at_its_own_step():
     monitor, heard = run(kicks=(203,))
     step, alert = next(item for item in heard if item[1].kind is AlertKind.SLINGSHOT)
     assert alert.first_step == 203
-    assert step == 203  # a loss that had been low needs no second look
+    assert step == 204  # a slingshot needs a second high loss
     monitor.close()
 
 
@@ -265,7 +271,7 @@ def test_a_run_that_is_resumed_while_losses_wait_ends_as_the_uninterrupted_one(w
 
 
 def test_what_waited_before_a_resume_makes_no_loss_look_usual_after_it():
-    heard, heard_resumed = (run(told=fallen, every=100, cut=cut, steps=LEAPT)[1] for cut in (None, 82))
+    heard, heard_resumed = (run(told=fallen, every=100, cut=cut, steps=LEAPT)[1] for cut in (None, 116))
     assert heard and [step for step, _ in heard] == [step for step, _ in heard_resumed]
 
 
