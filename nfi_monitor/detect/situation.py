@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nfi_monitor.detect.causes import FORGOTTEN, LEARNED
+from nfi_monitor.detect.outside import Outside
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import MEMORY, SpikeDetector
@@ -23,6 +24,9 @@ class RunContext:
     beta1: float = 0.9
     beta2: float = 0.999
     decoupled_decay: bool = False  # AdamW-style weight decay is on
+    coupled_decay: bool = False  # weight decay is added to the gradient (L2)
+    loss_bits: int = 0  # bits of the precision in which the loss is computed; 0: unknown
+    every_step: bool = False  # every step is read
     no_classes: bool = False  # the head has one output
     layer: str | None = None
     rank: int = 0
@@ -49,6 +53,8 @@ class Situation:
     switches: Mapping[str, Hysteresis]
     """Name of a rule → its switch."""
     reading: Reading = field(default_factory=lambda: Reading(0, {}))
+    outside: Outside = field(default_factory=Outside)
+    """What came from outside in the last steps."""
 
     @property
     def step(self) -> int:

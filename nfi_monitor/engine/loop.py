@@ -202,6 +202,7 @@ class StepLoop:
             return
         started = time.perf_counter()
         self.step += 1
+        self.detector.update_rates(self.step, self.reader.rates())
         read, unplanned = self.wanted_step is not None, self._unplanned
         deferred = False
         try:
