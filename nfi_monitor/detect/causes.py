@@ -13,9 +13,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from nfi_monitor.detect.outside import JUMP, Outside
+from nfi_monitor.detect.signals import NUMERIC_ABOVE
 
-NUMERIC_ABOVE = 0.05
-"""Zero-sum violation at and above which rounding is the cause."""
 NUMERIC_BELOW = 0.01
 """Zero-sum violation below which rounding is not the cause. Between the two levels the cause is uncertain."""
 FORGOTTEN = -0.3

@@ -169,7 +169,8 @@ class Detector:
         self._loss_reported = self._loss_reported or "loss" in reading.values
         loss = reading.get("loss")
         self.is_unusual(reading.step, loss)
-        if not self._loss_reported and not self.signals.broken_by_design:
+        signals = self.signals
+        if not (self._loss_reported or signals.broken_by_design or signals.logits_scaled):
             loss = reading.get("head_loss")
             self.outside.update_loss(reading.step, loss)
         return loss

@@ -1,7 +1,7 @@
 """Name the mechanism of an event from its signals.
 
-A zero-sum violation proves that rounding takes part.  It does not exclude other causes, so causes from outside
-are looked for first.  Only a replay proves that rounding is the cause.
+A zero-sum violation proves that rounding takes part.  It does not exclude other causes, so causes from
+outside are looked for first.  Only a replay proves that rounding is the cause.
 """
 
 from __future__ import annotations

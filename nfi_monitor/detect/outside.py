@@ -32,6 +32,8 @@ FLOOR = 1e-7
 """Losses below this count as equal: float32 rounds the loss of an absorbed row to 0."""
 MEMORY = 16
 """Number of losses before the last one that show what an ordinary loss is."""
+ROUNDED = 1e-6
+"""Reported losses up to this may be off by rounding."""
 LEAP = 1.5
 """Smallest rise of log loss in one step, in nats, that is compared with what the update moved."""
 AT_ONCE = 0.7
@@ -43,6 +45,10 @@ A margin moves by at most twice the displacement of a logit. Twice that, because
 unsampled, and the movement of the features is known for the mean row only."""
 AFTERWARDS = 12
 """Steps after a leap, or a corrupt gradient, in which its update may still raise the loss."""
+UNREAD = 3
+"""Largest number of updates, between the last reading and a leap, whose movements are added.
+
+Many updates that move the logits one way raise the loss step by step, and so make no leap."""
 BURST = 3.0
 """Ratio of the gradient norm to its own average, at an ordinary loss, that counts as a burst."""
 CORRUPT = 100.0
@@ -93,14 +99,15 @@ class OutsideWatch(Stateful):
     """Watch the learning rates and losses of every step, and the gradient norms of the readings."""
 
     __slots__ = (
-        "_norm", "_per_loss", "burst", "burst_at", "jump", "jump_at", "leap", "leap_at", "losses", "moved",
-        "moved_at", "quiet", "quiet_at", "rates", "references", "step",
+        "_norm", "_per_loss", "burst", "burst_at", "jump", "jump_at", "jump_until", "leap", "leap_at",
+        "losses", "moved", "moved_at", "quiet", "quiet_at", "rates", "references", "step",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.rates: list[float] = []  # learning rate of each parameter group
         self.references: list[float] = []  # what each is compared with
-        self.jump, self.jump_at = NAN, 0  # ratio and step of the last jump
+        self.jump = NAN  # largest ratio of the last jump
+        self.jump_at = self.jump_until = -math.inf  # first and last step at which the rate stood above
         self.step = 0  # step of the last loss
         self.losses: list[float] = []  # the last MEMORY + 1 log losses
         self.leap, self.leap_at = NAN, 0  # rise of log loss in one step, and that step
@@ -124,9 +131,9 @@ class OutsideWatch(Stateful):
         ratios = [r / low for r, low in zip(rates, self.references, strict=True) if low > 0 and r > 0]
         jump = max(ratios, default=1.0)
         if jump >= JUMP:
-            if step - self.jump_at > 1 or not self.jump >= jump:
-                self.jump = jump
-            self.jump_at = step
+            if step - self.jump_until > LASTS[1]:
+                self.jump, self.jump_at = jump, step
+            self.jump, self.jump_until = max(jump, self.jump), step
 
     def update_loss(self, step: int, loss: float) -> None:
         """Add the loss of a step, before the reading of this step. A step that was added is skipped."""
@@ -138,10 +145,10 @@ class OutsideWatch(Stateful):
             return
         log_loss = math.log(max(loss, FLOOR))
         leap = log_loss - self.losses[-1] if follows and len(self.losses) > MEMORY // 2 else 0.0
-        if leap >= LEAP and step - self.leap_at > AFTERWARDS:
-            if leap >= AT_ONCE * (log_loss - _median(self.losses)):
-                self.leap, self.leap_at = leap, step
-                self.quiet, self.quiet_at = self.moved, self.moved_at
+        new = leap >= LEAP and step - self.leap_at > AFTERWARDS
+        if new and leap >= AT_ONCE * (log_loss - _median(self.losses)):
+            self.leap, self.leap_at = leap, step
+            self.quiet, self.quiet_at = self.moved, self.moved_at
         self.losses = [*self.losses[-MEMORY:], log_loss]
 
     def update(self, reading: Reading, moved: float, *, per_loss: bool) -> None:
@@ -151,10 +158,13 @@ class OutsideWatch(Stateful):
         """
         if math.isfinite(moved):
             self.moved, self.moved_at = moved, reading.step
-        norm, loss = reading.get("gradient_norm"), reading.get("loss", reading.get("head_loss"))
+        norm, by_head = reading.get("gradient_norm"), reading.get("head_loss")
+        loss = reading.get("loss", by_head)
+        if per_loss and loss <= ROUNDED:  # the loss at the head is not rounded, but may be another one
+            loss = by_head if by_head <= 10.0 * ROUNDED else NAN
         if not (math.isfinite(norm) and norm > 0 and loss > 0):
             return
-        log_norm, log_ratio = math.log(norm), math.log(norm / max(loss, FLOOR))
+        log_norm, log_ratio = math.log(norm), math.log(norm / loss)
         risen = log_norm - self._norm.value
         if per_loss:
             risen = min(risen, log_ratio - self._per_loss.value)
@@ -170,15 +180,14 @@ class OutsideWatch(Stateful):
     def before(self, start: int, tau: float) -> Outside:
         """Return what came before an event that starts at step ``start``. ``tau``: in optimizer steps."""
         lasts = min(max(tau, LASTS[0]), LASTS[1])
-        jumped = self.jump >= JUMP and 0 < start - self.jump_at <= lasts
+        jumped = self.jump >= JUMP and self.jump_at < start <= self.jump_until + lasts
         leapt = self.leap >= LEAP and 0 <= start - self.leap_at <= AFTERWARDS
         gap = max(self.leap_at - self.quiet_at, 1)
-        burst = self.burst >= BURST and 0 < start - self.burst_at <= AFTERWARDS
+        burst = self.burst >= BURST and 0 < start - self.burst_at <= lasts
         return Outside(
             rate_jump=self.jump if jumped else NAN,
             leap=self.leap if leapt else NAN,
-            # Updates between the last reading and the leap may each have moved the logits as far.
-            moved=self.quiet * min(gap, AFTERWARDS) if leapt else NAN,
+            moved=self.quiet * min(gap, UNREAD) if leapt else NAN,
             read_before=leapt and gap == 1,
             burst=self.burst if burst else NAN,
         )
