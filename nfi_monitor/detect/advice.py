@@ -49,8 +49,8 @@ NON_FINITE = (
     "Check the batch of this step, the learning rate and, in float16, the loss scale.",
 )
 NON_FINITE_UPDATE = (
-    "The update itself made the NaN or Inf: every gradient of this step was finite. In float16, Adam's default "
-    "eps of 1e-8 is 0, and an update divides by it: set eps=1e-4, or keep float32 master weights (autocast).",
+    "The update itself made the NaN or Inf: all gradients of this step were finite. In float16, Adam's "
+    "default eps of 1e-8 is 0, and an update divides by it: set eps=1e-4, or keep float32 master weights.",
     "Go back to the last checkpoint: weights do not recover from a NaN or Inf.",
 )
 """Advice where gradients were finite and weights are not."""
@@ -78,7 +78,7 @@ _OUTSIDE = (
     _NOT_ROUNDING,
 )
 _BY_RATE = (
-    "The learning rate jumped in the steps before. Set it back to its value before the jump, or raise it over "
+    "The learning rate jumped in the steps before. Set it back to its value before, or raise it over "
     "at least a few τ (τ = {tau} steps). After a resume, check that the scheduler was restored.",
     _NOT_ROUNDING,
 )

@@ -88,8 +88,9 @@ class AlertWriter:
         """Return the advice keys that facts about this run call for, the most specific first."""
         now, reading = self._now, self._now.reading
         if kind is AlertKind.NON_FINITE:
-            spoilt = not math.isfinite(reading.get("weight_norm", 0.0))
-            return ["non_finite_update"] if spoilt and reading.get("non_finite_gradients") == 0 else []
+            before = math.isfinite(reading.get("loss", 0.0)) and reading.get("non_finite_gradients") == 0
+            spoilt = before and not math.isfinite(reading.get("weight_norm", 0.0))
+            return ["non_finite_update"] if spoilt else []
         if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
             by_bits = {16: "numeric, half precision", 64: "numeric, float64"}
             return [key for bits, key in by_bits.items() if bits == now.context.loss_bits]

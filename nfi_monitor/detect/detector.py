@@ -19,7 +19,7 @@ from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.loss_watch import LossWatch
 from nfi_monitor.detect.mechanism import name_mechanism, outside_cause
-from nfi_monitor.detect.outside import OutsideWatch
+from nfi_monitor.detect.outside import Outside, OutsideWatch
 from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES, Rule
 from nfi_monitor.detect.rules.numeric import displacing
 from nfi_monitor.detect.signals import Signals, felt_displacement
@@ -255,6 +255,8 @@ class Detector:
     def _claim(self, kind: AlertKind, holding: list[Rule], causes: Causes) -> Claim:
         """Return what the rules in ``holding`` require: the highest severity, a proven mechanism first."""
         severity = max((rule.severity(kind, self._now) for rule in holding), key=lambda level: level.rank)
+        if kind is AlertKind.AT_RISK:  # a state of the run, whatever came from outside
+            causes = replace(causes, outside=Outside(), learning_rate_jump=math.nan)
         mechanism, confidence = name_mechanism(causes)
         proven = next((rule.mechanism for rule in holding if rule.proves), mechanism)
         if kind is AlertKind.IMMINENT and outside_cause(causes):
@@ -268,7 +270,9 @@ class Detector:
         """Return the present signals in the form that names a mechanism."""
         signals, now = self.signals, self._now
         context = now.context
-        now.outside = self.outside.before(signals.last_step + 1, context.tau)
+        # A leap of the loss is an event itself, and no sign of one to come.
+        before = self.outside.before(signals.last_step + 1, context.tau)
+        now.outside = replace(before, leap=math.nan)
         return Causes(
             step=signals.last_step,
             violation=signals.violation,

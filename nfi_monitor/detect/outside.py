@@ -21,7 +21,7 @@ NAN = math.nan
 JUMP = 3.0
 """Ratio of the learning rate to its own recent value that counts as a jump.
 
-A linear warm-up from 0 reaches 2.5 (its fifth step)."""
+A linear warm-up from 0 reaches 2.9 (its sixth step)."""
 FOLLOWS = 1.2
 """Factor per step by which the value that the rate is compared with may rise."""
 LASTS = (20.0, 60.0)
@@ -68,6 +68,8 @@ class Outside:
     """Largest ratio of the learning rate to its value before, while that can explain the event."""
     leap: float = NAN
     """Rise of log loss in one step, in nats, if the rise came at once."""
+    rise: float = NAN
+    """The same rise of the loss itself."""
     moved: float = NAN
     """Nats by which the updates since the last reading before the leap can have moved the logits."""
     read_before: bool = False
@@ -78,7 +80,8 @@ class Outside:
     @property
     def unexplained_leap(self) -> bool:
         """Whether one step raised the loss by far more than its update can have done."""
-        return self.leap > LEAP + REACH * self.moved
+        # A cross-entropy or a hinge loss rises by at most twice what a logit moves.
+        return self.leap > LEAP + REACH * self.moved and self.rise > self.moved
 
     @property
     def corrupt_gradient(self) -> bool:
@@ -100,7 +103,8 @@ class OutsideWatch(Stateful):
 
     __slots__ = (
         "_norm", "_per_loss", "burst", "burst_at", "jump", "jump_at", "jump_until", "leap", "leap_at",
-        "losses", "moved", "moved_at", "quiet", "quiet_at", "rates", "references", "step",
+        "losses", "moved", "moved_at", "quiet", "quiet_at", "rates", "references", "rise",
+        "step",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -110,7 +114,11 @@ class OutsideWatch(Stateful):
         self.jump_at = self.jump_until = -math.inf  # first and last step at which the rate stood above
         self.step = 0  # step of the last loss
         self.losses: list[float] = []  # the last MEMORY + 1 log losses
-        self.leap, self.leap_at = NAN, 0  # rise of log loss in one step, and that step
+        self.leap, self.rise, self.leap_at = (
+            NAN,
+            NAN,
+            0,
+        )  # rise of log loss and loss in one step, and that step
         self.moved, self.moved_at = NAN, 0  # nats that the last reading's update moved, and its step
         self.quiet, self.quiet_at = NAN, 0  # the same of the last reading before the leap
         self.burst, self.burst_at = NAN, 0  # ratio and step of the last burst of the gradient
@@ -123,12 +131,14 @@ class OutsideWatch(Stateful):
             return
         if len(rates) != len(self.references):  # another optimizer's state, or a new group
             self.references = rates
+        ratios = [
+            rate / low for rate, low in zip(rates, self.references, strict=True) if rate > 0 and low > 0
+        ]
         self.references = [
             min(rate, FOLLOWS * before) if before > 0 else rate
             for rate, before in zip(rates, self.references, strict=True)
         ]
         self.rates = rates
-        ratios = [r / low for r, low in zip(rates, self.references, strict=True) if low > 0 and r > 0]
         jump = max(ratios, default=1.0)
         if jump >= JUMP:
             if step - self.jump_until > LASTS[1]:
@@ -148,6 +158,7 @@ class OutsideWatch(Stateful):
         new = leap >= LEAP and step - self.leap_at > AFTERWARDS
         if new and leap >= AT_ONCE * (log_loss - _median(self.losses)):
             self.leap, self.leap_at = leap, step
+            self.rise = loss - math.exp(self.losses[-1])
             self.quiet, self.quiet_at = self.moved, self.moved_at
         self.losses = [*self.losses[-MEMORY:], log_loss]
 
@@ -162,9 +173,9 @@ class OutsideWatch(Stateful):
         loss = reading.get("loss", by_head)
         if per_loss and loss <= ROUNDED:  # the loss at the head is not rounded, but may be another one
             loss = by_head if by_head <= 10.0 * ROUNDED else NAN
-        if not (math.isfinite(norm) and norm > 0 and loss > 0):
+        if not (math.isfinite(norm) and norm > 0 and math.isfinite(loss) and loss > 0):
             return
-        log_norm, log_ratio = math.log(norm), math.log(norm / loss)
+        log_norm, log_ratio = math.log(norm), math.log(norm) - math.log(loss)
         risen = log_norm - self._norm.value
         if per_loss:
             risen = min(risen, log_ratio - self._per_loss.value)
@@ -187,6 +198,7 @@ class OutsideWatch(Stateful):
         return Outside(
             rate_jump=self.jump if jumped else NAN,
             leap=self.leap if leapt else NAN,
+            rise=self.rise if leapt else NAN,
             moved=self.quiet * min(gap, UNREAD) if leapt else NAN,
             read_before=leapt and gap == 1,
             burst=self.burst if burst else NAN,
