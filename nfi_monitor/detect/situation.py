@@ -17,7 +17,7 @@ from nfi_monitor.types import Evidence, Reading, Thresholds
 
 FEW = 0.41
 """Standard deviation of ``Signals.loss_recent`` over that of one loss: an average over about 3 readings."""
-BATCH_SIGMAS = 4.0
+BATCH_SIGMAS = 6.0
 """Standard deviations by which ``Signals.loss_recent`` must be high where each step has other rows."""
 
 

@@ -165,7 +165,9 @@ class Kicking(Rule):
     @staticmethod
     def _level(now: Situation) -> float:
         """Return the RMS_t at which a kick begins while the second moment has decayed."""
-        return now.limits.rms_t_steep if now.curvature_is_high else now.limits.rms_t_imminent
+        # Between two minibatches, the curvature along the update says little.
+        steep = now.curvature_is_high and not now.signals.other_rows
+        return now.limits.rms_t_steep if steep else now.limits.rms_t_imminent
 
 
 def kick_or_swing(causes: Causes, confidence: float) -> tuple[Mechanism, float]:

@@ -128,7 +128,7 @@ def alarms_of(sounded: Iterable[int], truth: Truth) -> list[Event]:
     pause = truth.pause
     excused = np.zeros(truth.steps + 2, dtype=bool)
     for event in truth.slingshots:
-        excused[event.start : event.end + 1] = True
+        excused[event.start + 1 : event.end + 1] = True
     alarms: list[Event] = []
     last, carried = -math.inf, False
     for step in sorted(set(sounded)):
@@ -174,7 +174,7 @@ def _warning(alarms: Iterable[Event], slingshot: Event, truth: Truth) -> Score:
     """Whether and when one slingshot was warned of."""
     pause = truth.pause
     since = max((event.end for event in truth.slingshots if event.end < slingshot.start), default=0)
-    before = [alarm for alarm in alarms if since < alarm.start < slingshot.start]
+    before = [alarm for alarm in alarms if since < alarm.start <= slingshot.start]
     timely = [alarm.start for alarm in before if slingshot.start - alarm.start <= truth.horizon]
     sounding = [alarm.start for alarm in before if slingshot.start - alarm.end <= pause]
     if not timely and not sounding:
