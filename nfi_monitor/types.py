@@ -91,10 +91,12 @@ class Thresholds:
     imminent_displacement: float = 0.6
     """Logit (or probe margin) displacement in nats of one update (log-averaged) at which *imminent* begins.
     Lower: alarms more than 10 τ ahead (.3: every seventh); many of them end without a slingshot."""
-    imminent_product: float = 2.0
-    """Product of δ, in nats over a twentieth of τ, and its rise at which *imminent* begins after a rise of
-    ``imminent_rise``. Lower: more lead, and more alarms that come more than 10 τ ahead."""
-    imminent_lowest: float = 0.075
+    imminent_product: float = 8.0
+    """Product of δ, in nats over a twentieth of τ, and the square of its rise, at which *imminent* begins
+    after a rise of ``imminent_rise``. Measured: before a run's first slingshot δ is large for 10 τ and rises
+    slowly, before later ones it is small and rises fast. Lower: more lead, and more alarms that come more
+    than 10 τ ahead."""
+    imminent_lowest: float = 0.1
     """Smallest displacement in nats over a twentieth of τ at which *imminent* begins after any rise."""
     imminent_exit: float = 0.05
     """Displacement in nats over the same time below which *imminent* ends without a slingshot."""

@@ -65,6 +65,7 @@ class HeadProbe:
         self.plan = ReadingPlan()
         self.can_reduce = False  # whether a reduced sample would have fewer rows
         self.without_features = 0
+        self.dtype: torch.dtype | None = None  # of the watched logits
         self.sharded = 0  # number of sharded logits that could not be read
         self._features: Tensor | None = None
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
@@ -143,6 +144,7 @@ class HeadProbe:
             if shard is None or not plan.row_slots or shown.shape[-1] != shard.classes:
                 self.sharded += 1
                 return
+        self.dtype = shown.dtype
         features = None if features is None else whole_rows(features)
         classes = shown.shape[-1] if shown.dim() else 0
         total = shown.numel() // classes if classes else 0

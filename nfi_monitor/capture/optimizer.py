@@ -68,6 +68,11 @@ class OptimizerReader:
                 return group
         return groups[0]
 
+    def rates(self) -> list[float]:
+        """Return the learning rate of each group; NaN where the host does not know it."""
+        rates = [group.get("lr") for group in self.optimizer.param_groups]
+        return [rate if type(rate) is float else _host_rate(rate) for rate in rates]
+
     def holds(self, param: Tensor) -> bool:
         return any(
             candidate is param for group in self.optimizer.param_groups for candidate in group["params"]
@@ -348,6 +353,12 @@ def _spread(numbers: Sequence[Tensor | float], start: BeforeStep) -> Tensor:
 
 def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
     return None if after is None or before is None else after - before
+
+
+def _host_rate(rate: Any) -> float:
+    """Return a learning rate as a number; NaN if reading it would wait for the device."""
+    rate = _host(rate)
+    return math.nan if isinstance(rate, Tensor) else float(rate)
 
 
 def _host(value: Any) -> Any:

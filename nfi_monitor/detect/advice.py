@@ -17,6 +17,16 @@ _LOSS = (
 )
 _PROJECT = "If you cannot change the loss: nfi_monitor.remedies.project_zero_sum(head)."
 _EPSILON = "Or raise Adam's eps: nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5)."
+_HALF = (
+    "Compute the loss in float32 or float64, outside autocast: nfi_monitor.remedies.zero_sum_cross_entropy("
+    "logits.float(), target), or criterion(logits.double(), target). In half precision, rounding silences "
+    "rows already at margins of 2 to 6 nats, and a larger eps does not prevent that."
+)
+_IN_FLOAT64 = (
+    "Replace the loss by nfi_monitor.remedies.zero_sum_cross_entropy(logits, target). It is computed in "
+    "float64 already, so its logits or its gradient are rounded elsewhere."
+)
+_CLIP = "Clip the gradients before optimizer.step(): torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)."
 _LAST_MOMENT = (
     "With less than 1.25 τ ({last_steps} steps) left, replacing the loss alone comes too late. Then also "
     "call nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5). A smaller learning rate for a few τ only "
@@ -38,6 +48,12 @@ NON_FINITE = (
     "Stop and go back to the last checkpoint: weights do not recover from a NaN or Inf.",
     "Check the batch of this step, the learning rate and, in float16, the loss scale.",
 )
+NON_FINITE_UPDATE = (
+    "The update itself made the NaN or Inf: all gradients of this step were finite. In float16, Adam's "
+    "default eps of 1e-8 is 0, and an update divides by it: set eps=1e-4, or keep float32 master weights.",
+    "Go back to the last checkpoint: weights do not recover from a NaN or Inf.",
+)
+"""Advice where gradients were finite and weights are not."""
 NON_FINITE_LOSS = (
     "Look at the batch of this step: if all targets are ignored, the loss is a mean over no rows. Such a "
     "loss is NaN, but it changes no weight.",
@@ -55,10 +71,32 @@ _COASTING = (
     "the slingshot sooner.",
     _SAVE,
 )
+_NOT_ROUNDING = "Float64 does not help here: rounding is not the cause."
 _OUTSIDE = (
     "Look at the batches and the learning-rate schedule of these steps. Skip unusual batches, or clip their "
-    "gradients.",
-    "Float64 does not help here: rounding is not the cause.",
+    "gradients: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).",
+    _NOT_ROUNDING,
+)
+_BY_RATE = (
+    "The learning rate jumped in the steps before. Set it back to its value before, or raise it over "
+    "at least a few τ (τ = {tau} steps). After a resume, check that the scheduler was restored.",
+    _NOT_ROUNDING,
+)
+_BY_GRADIENT = (
+    _CLIP + " A gradient many times its usual size came at an ordinary loss.",
+    "Look at the batch of that step, and in mixed precision at the loss scale.",
+    _NOT_ROUNDING,
+)
+_BY_BATCH = (
+    "Look at the batch of this step: the update before was an ordinary one and cannot have raised the loss. "
+    "Check its labels and inputs, and skip such batches.",
+    _CLIP + " This limits what a bad batch can do.",
+    _NOT_ROUNDING,
+)
+_FOREWARNED = (AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT)
+_NO_SIGN = (
+    "Look at the batch and the learning-rate schedule of this step: no sign of a mechanism that the monitor "
+    "knows came before it."
 )
 
 ADVICE: dict[str, _Table] = {
@@ -83,16 +121,31 @@ ADVICE: dict[str, _Table] = {
         AlertKind.IMMINENT: (_STAY_COOL, _NOT_THE_LOSS, _SAVE),
         AlertKind.SLINGSHOT: _OVERSHOOT,
     },
-    "external": dict.fromkeys((AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT), _OUTSIDE),
+    "external": dict.fromkeys(_FOREWARNED, _OUTSIDE),
     "unknown": {
         AlertKind.AT_RISK: (_COOL, _SAVE),
         AlertKind.IMMINENT: (_COOL, _SAVE),
         AlertKind.SLINGSHOT: (
-            "Look at the batch and the learning-rate schedule of this step: no sign of a mechanism that the "
-            "monitor knows came before it.",
+            _NO_SIGN,
+            _CLIP,
             "Pass every=1 to the monitor: then it reads every step before the next slingshot.",
         ),
     },
+    "unknown, every step read": {AlertKind.SLINGSHOT: (_NO_SIGN, _CLIP)},
+    "outside, rate": dict.fromkeys(_FOREWARNED, _BY_RATE),
+    "outside, gradient": dict.fromkeys(_FOREWARNED, _BY_GRADIENT),
+    "outside, batch": dict.fromkeys(_FOREWARNED, _BY_BATCH),
+    "numeric, half precision": {
+        AlertKind.AT_RISK: (_HALF,),
+        AlertKind.IMMINENT: (_HALF, _COOL, _SAVE),
+        AlertKind.SLINGSHOT: (_HALF + " This prevents the next slingshot.", _PROJECT),
+    },
+    "numeric, float64": {
+        AlertKind.AT_RISK: (_IN_FLOAT64, _EPSILON),
+        AlertKind.IMMINENT: (_IN_FLOAT64, _LAST_MOMENT, _SAVE),
+        AlertKind.SLINGSHOT: (_IN_FLOAT64, _PROJECT, _EPSILON),
+    },
+    "non_finite_update": {AlertKind.NON_FINITE: NON_FINITE_UPDATE},
     "non_finite": {AlertKind.NON_FINITE: NON_FINITE},
 }  # fmt: skip
 """Advice key → kind of alert → lines of advice, in the order to try them.
@@ -116,6 +169,8 @@ def advice_for(
     on; the first that has advice for ``kind`` is used, or else the mechanism's own.
     """
     if kind is AlertKind.NON_FINITE:
+        if "non_finite_update" in keys:
+            return NON_FINITE_UPDATE
         return NON_FINITE if severity is Severity.CRITICAL else NON_FINITE_LOSS
     lines = next(ADVICE[key][kind] for key in (*keys, str(mechanism)) if kind in ADVICE.get(key, {}))
     numbers = {

@@ -130,7 +130,7 @@ class AlertBook:
             last_step=step,
             mechanism=claim.mechanism,
             confidence=claim.confidence,
-            evidence=self._evidence(judgement, kind),
+            evidence=self._as_warned(self._evidence(judgement, kind), kind, step),
             steps_to_spike=self._forecast(judgement, claim),
             advice=self._advice(judgement, (), kind, claim.mechanism, claim.severity),
             layer=layer,
@@ -140,6 +140,23 @@ class AlertBook:
         self._firing[kind] = len(self.alerts)
         self.alerts.append(alert)
         judgement.changes.append((Change.BEGIN, alert))
+
+    def _as_warned(self, fresh: dict[str, Evidence], kind: AlertKind, step: int) -> dict[str, Evidence]:
+        """Return a slingshot's evidence with the thresholds that its *imminent* alert began with.
+
+        A rule may apply another level by now, because its signals have risen further."""
+        warnings = (
+            alert
+            for alert in reversed(self.alerts)
+            if alert.kind is AlertKind.IMMINENT and alert.outcome is Outcome.SLINGSHOT
+        )
+        warning = next(warnings, None)
+        if kind is not AlertKind.SLINGSHOT or warning is None or warning.outcome_step != step:
+            return fresh
+        for name, began in warning.evidence.items():
+            if name != "loss" and name in fresh and began.crossed and fresh[name].crossed:
+                fresh[name] = replace(fresh[name], threshold=began.threshold)
+        return fresh
 
     def end(
         self,
@@ -152,8 +169,8 @@ class AlertBook:
         """End the alert of this kind at ``step``, if one fires.
 
         ``outcome``: what followed a warning, and the step at which that began; by default PASSED.  The loss
-        of a slingshot is added to the evidence: to the warning as it was at its beginning, and to the
-        slingshot's alert the peak and the level at which the loss stayed.
+        of a slingshot is added to the evidence: to the warning as ``spike_loss``, as it was at the beginning
+        of the slingshot, and to the slingshot's alert the peak and the level at which the loss stayed.
         """
         index = self._firing.pop(kind, None)
         if index is None:
@@ -166,8 +183,11 @@ class AlertBook:
         evidence = dict(alert.evidence)
         if kind is AlertKind.SLINGSHOT or followed is Outcome.SLINGSHOT:
             loss: Mapping[str, Evidence] = self._made(judgement, "evidence", {}, self._writer.loss)
-            now = {name: item.value for name, item in loss.items()}
-            evidence = {**loss, **_with_extremes(evidence, now)}
+            if warns:  # "loss" may be there already: the loss that stood out when the alert began
+                evidence |= {"spike_loss": loss["loss"]} if "loss" in loss else {}
+            else:
+                now = {name: item.value for name, item in loss.items()}
+                evidence = {**loss, **_with_extremes(evidence, now)}
         ended = replace(
             alert,
             state=AlertState.RESOLVED,

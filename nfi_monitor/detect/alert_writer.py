@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
 
 from nfi_monitor.detect.advice import advice_for
+from nfi_monitor.detect.outside import BURST, JUMP
 from nfi_monitor.detect.rules import ANYTIME_RULES, LEVELS, RULES, WARNING_RULES, Rule
 from nfi_monitor.detect.rules.base import compared, finite
 from nfi_monitor.detect.situation import Situation
@@ -118,8 +120,31 @@ class AlertWriter:
     def advice(self, kind: AlertKind, mechanism: Mechanism, severity: Severity) -> tuple[str, ...]:
         """Return the lines of advice, in the order to try them."""
         now = self._now
-        keys = [rule.advice for rule in RULES if rule.mechanism is mechanism and now.on(rule.name)]
+        rules = [rule.advice for rule in RULES if rule.mechanism is mechanism and now.on(rule.name)]
+        keys = [*self._facts(kind, mechanism), *rules]
         return advice_for(kind, mechanism, now.context.tau, severity, keys)
+
+    def _facts(self, kind: AlertKind, mechanism: Mechanism) -> list[str]:
+        """Return the advice keys that facts about this run call for, the most specific first."""
+        now, reading = self._now, self._now.reading
+        if kind is AlertKind.NON_FINITE:
+            before = math.isfinite(reading.get("loss", 0.0)) and reading.get("non_finite_gradients") == 0
+            spoilt = before and not math.isfinite(reading.get("weight_norm", 0.0))
+            return ["non_finite_update"] if spoilt else []
+        if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
+            by_bits = {16: "numeric, half precision", 64: "numeric, float64"}
+            return [key for bits, key in by_bits.items() if bits == now.context.loss_bits]
+        if mechanism is Mechanism.UNKNOWN and now.context.every_step:
+            return ["unknown, every step read"]
+        if mechanism is Mechanism.EXTERNAL:
+            outside, jump = now.outside, now.signals.learning_rate_jump
+            signs = {
+                "outside, rate": outside.rate_jump >= JUMP or jump >= JUMP,
+                "outside, gradient": outside.burst >= BURST and not outside.unexplained_leap,
+                "outside, batch": outside.unexplained_leap,
+            }
+            return [key for key, shown in signs.items() if shown]
+        return []
 
 
 def _crossed_first(items: Mapping[str, Evidence]) -> dict[str, Evidence]:

@@ -9,11 +9,12 @@ decides alone.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-NUMERIC_ABOVE = 0.05
-"""Zero-sum violation at and above which rounding is the cause."""
+from nfi_monitor.detect.outside import JUMP, Outside
+from nfi_monitor.detect.signals import NUMERIC_ABOVE
+
 NUMERIC_BELOW = 0.01
 """Zero-sum violation below which rounding is not the cause. Between the two levels the cause is uncertain."""
 FORGOTTEN = -0.3
@@ -26,8 +27,10 @@ LEARNED = 2.0
 
 Until then bias correction makes it an average over all gradients so far.  Holding it there averted no
 slingshot (0 of 3 replayed)."""
-JUMP = 3.0
-"""Ratio of the learning rate to its own average that counts as a jump. No warm-up reaches it in one step."""
+__all__ = [
+    "FORGOTTEN", "JUMP", "LEARNED", "NUMERIC_ABOVE", "NUMERIC_BELOW", "UNMOVED", "Causes", "Outside",
+]  # fmt: skip
+
 UNMOVED = 1.5
 """Largest ratio of an ordinary update's RMS to its own average.
 
@@ -49,6 +52,7 @@ class Causes:
     learning_rate_jump: float  # ratio of the learning rate to its own average
     update_jump: float  # ratio of the RMS of the last update before the event to its own average
     rms_t: float  # largest RMS_t of the last few steps before the event
+    outside: Outside = field(default_factory=Outside)  # what came from outside before the event
 
     @property
     def forgotten(self) -> bool:
@@ -65,4 +69,5 @@ class Causes:
         values = {"gone": False, "step": 0, **state}
         flags = {"kicked": "kicking", "coasting": "coasting", "swinging": "swinging"}
         on = [rule for flag, rule in flags.items() if values.pop(flag, False)]
-        return cls(**{**values, "on": tuple(values.get("on", on))})
+        outside = Outside.from_state(values.pop("outside", {}))
+        return cls(**{**values, "outside": outside, "on": tuple(values.get("on", on))})

@@ -8,21 +8,21 @@ whether a slingshot is under way (:mod:`~nfi_monitor.detect.spike`).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from enum import Enum
 from typing import Any
 
 from nfi_monitor.detect.alert_book import AlertBook, Claim
 from nfi_monitor.detect.alert_writer import AlertWriter
+from nfi_monitor.detect.attention import Attention, attention_of
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.loss_watch import LossWatch
-from nfi_monitor.detect.mechanism import name_mechanism
+from nfi_monitor.detect.mechanism import name_mechanism, outside_cause
+from nfi_monitor.detect.outside import Outside, OutsideWatch
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES, Rule
-from nfi_monitor.detect.rules.numeric import displacing
-from nfi_monitor.detect.signals import Signals
+from nfi_monitor.detect.signals import Signals, felt_displacement
 from nfi_monitor.detect.situation import RunContext, Situation
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
@@ -30,14 +30,6 @@ from nfi_monitor.types import Alert, AlertKind, Outcome, Phase, Reading, Severit
 
 _PHASES = list(Phase)
 _WARNINGS = (AlertKind.AT_RISK, AlertKind.IMMINENT)
-
-
-class Attention(Enum):
-    """How many of the next steps the detector wants to read."""
-
-    RARELY = "rarely"
-    OFTEN = "often"
-    ALWAYS = "always"
 
 
 class Detector:
@@ -52,6 +44,7 @@ class Detector:
         self.signals = Signals()
         self.spike = SpikeDetector()
         self.loss_watch = LossWatch()
+        self.outside = OutsideWatch()
         self._switches = {rule.name: Hysteresis() for rule in RULES}
         self.record = Record()
         self._now = Situation(
@@ -94,18 +87,7 @@ class Detector:
 
     @property
     def _attention(self) -> Attention:
-        """How many of the next steps should be read for other reasons than an unusual loss."""
-        if self.phase is Phase.HEALTHY and not self._book and not self._any_rule_nears:
-            return Attention.RARELY
-        # The phase *absorbing* alone may last for the rest of a run. No slingshot follows within τ.
-        calm = self.phase is Phase.ABSORBING and not displacing(self._now)
-        # After a loss that is NaN or Inf, the next reading shows whether the weights are finite.
-        calm = calm and self._book.firing(AlertKind.NON_FINITE) is None
-        return Attention.OFTEN if calm else Attention.ALWAYS
-
-    @property
-    def _any_rule_nears(self) -> bool:
-        return any(rule.nears(self._now) for rule in RULES)
+        return attention_of(self.phase, self._book, self._now)
 
     @property
     def at_risk(self) -> bool:
@@ -120,7 +102,12 @@ class Detector:
 
     def is_unusual(self, step: int, loss: float) -> bool:
         """Record a loss as soon as it is known; return whether it is a reason to read the next steps."""
+        self.outside.update_loss(step, loss)
         return self.loss_watch.update(step, loss, self.limits, self.spike.unit)
+
+    def update_rates(self, step: int, rates: Sequence[float]) -> None:
+        """Record the learning rates of an optimizer step, one for each parameter group."""
+        self.outside.update_rates(step, rates)
 
     def absorb_ordinary_loss(self, step: int, loss: float) -> bool:
         """Add an ordinary loss to the running average; call :meth:`is_unusual` with it first.
@@ -145,6 +132,8 @@ class Detector:
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
             return Judgement(self.phase)
         derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
+        if not only_loss and state == QUIET and self.spike.streak == 0:
+            self.outside.update(reading, _moved(reading), per_loss=self._is_cross_entropy)
         judgement = Judgement(self.phase, derived=derived)
         self._now.reading = reading
         for rule in ANYTIME_RULES:
@@ -178,9 +167,17 @@ class Detector:
         self._loss_reported = self._loss_reported or "loss" in reading.values
         loss = reading.get("loss")
         self.is_unusual(reading.step, loss)
-        if not self._loss_reported and not self.signals.broken_by_design:
+        signals = self.signals
+        if not (self._loss_reported or signals.broken_by_design or signals.logits_scaled):
             loss = reading.get("head_loss")
+            self.outside.update_loss(reading.step, loss)
         return loss
+
+    @property
+    def _is_cross_entropy(self) -> bool:
+        """Whether rows were seen, and nothing shows that the loss is no cross-entropy."""
+        signals = self.signals
+        return not (self.context.no_classes or signals.broken_by_design) and math.isfinite(signals.violation)
 
     def _update_anytime(self, rule: Rule, judgement: Judgement) -> None:
         """Update the switch of a rule with ``anytime``, and begin, keep or end its alerts."""
@@ -203,14 +200,23 @@ class Detector:
         judgement.phase = Phase.RECOVERING if recovering else Phase.SLINGSHOT
         if not began:
             return
+        if self._book.firing(AlertKind.AT_RISK) is not None:
+            # A warning that would begin at the same reading goes first.
+            phase, causes = judgement.phase, self._causes
+            self._update_warnings(judgement)
+            judgement.phase, self._causes = phase, causes
         causes = self._causes
         if causes.step < spike.start - 1:  # the update right before the event was not read
             causes = replace(causes, update_jump=math.nan)
+        causes = replace(causes, outside=self.outside.before(spike.start, self.context.tau))
+        self._now.outside = causes.outside
         mechanism, confidence = name_mechanism(causes)
+        from_outside = outside_cause(causes) > 0
         for kind in _WARNINGS:
             # A mechanism that was named during the build-up with more confidence replaces this one.
             warning = self._book.firing(kind)
-            if warning is not None and warning.confidence > confidence and mechanism not in PROVEN:
+            inferred = mechanism not in PROVEN and not from_outside
+            if warning is not None and warning.confidence > confidence and inferred:
                 mechanism, confidence = warning.mechanism, warning.confidence
             self._book.end(kind, step, judgement, outcome=(Outcome.SLINGSHOT, spike.start))
         # Begin the alert before the rules are switched off, because their levels are its evidence.
@@ -221,6 +227,7 @@ class Detector:
         for name in self._held:
             self.record.confirm(name)
         self._held.clear()
+        self._now.movement.forget()
         self.signals.restart()
 
     def _end_slingshot(self, judgement: Judgement) -> None:
@@ -244,9 +251,15 @@ class Detector:
             judgement.phase = max((rule.phase for rule in on), key=_PHASES.index)
         else:
             judgement.phase = Phase.HEALTHY
+        at_risk = [rule for rule in on if AlertKind.AT_RISK in rule.holds]
+        signals, movement, tau = self.signals, self._now.movement, self.context.tau
+        moved = (signals.displacement_per_rate, signals.swing)
+        movement.update(step, moved, tau, at_risk=bool(at_risk))
         burst = self._outcome(AlertKind.IMMINENT)[0] is Outcome.BURST
         for kind in _WARNINGS:
             holding = [rule for rule in on if kind in rule.holds]
+            if kind is AlertKind.AT_RISK and movement.is_resting(step, tau):
+                holding = []
             if holding:
                 self._book.hold(self._claim(kind, holding, causes), step, judgement)
             else:
@@ -275,17 +288,27 @@ class Detector:
     def _claim(self, kind: AlertKind, holding: list[Rule], causes: Causes) -> Claim:
         """Return what the rules in ``holding`` require: the highest severity, a proven mechanism first."""
         severity = max((rule.severity(kind, self._now) for rule in holding), key=lambda level: level.rank)
+        if kind is AlertKind.AT_RISK:  # a state of the run, whatever came from outside
+            causes = replace(causes, outside=Outside(), learning_rate_jump=math.nan)
         mechanism, confidence = name_mechanism(causes)
         proven = next((rule.mechanism for rule in holding if rule.proves), mechanism)
+        if kind is AlertKind.IMMINENT and outside_cause(causes):
+            return Claim(kind, severity, mechanism, confidence)
         if mechanism is not proven:
             # By hysteresis, a rule stays on below the level at which its mechanism is named.
             mechanism, confidence = proven, 0.5
+        if kind is AlertKind.AT_RISK and self._now.still:
+            moved_at = self._now.movement.moved_at
+            return Claim(kind, Severity.INFO, mechanism, confidence, may_lower=True, unmoved_since=moved_at)
         return Claim(kind, severity, mechanism, confidence)
 
     def _observe(self) -> Causes:
         """Return the present signals in the form that names a mechanism."""
         signals, now = self.signals, self._now
         context = now.context
+        # A leap of the loss is an event itself, and no sign of one to come.
+        before = self.outside.before(signals.last_step + 1, context.tau)
+        now.outside = replace(before, leap=math.nan)
         return Causes(
             step=signals.last_step,
             violation=signals.violation,
@@ -298,6 +321,7 @@ class Detector:
             learning_rate_jump=signals.learning_rate_jump,
             update_jump=signals.update_jump,
             rms_t=signals.rms_t_peak,
+            outside=now.outside,
         )
 
     # --- resume ------------------------------------------------------------------------------------
@@ -310,11 +334,13 @@ class Detector:
             "signals": self.signals.state_dict(),
             "spike": self.spike.state_dict(),
             "loss_watch": self.loss_watch.state_dict(),
+            "outside": self.outside.state_dict(),
             "switches": {name: switch.state_dict() for name, switch in self._switches.items()},
             "loss_reported": self._loss_reported,
             "causes": self._causes.state_dict(),
             "record": self.record.state_dict(),
             "held": sorted(self._held),
+            "movement": self._now.movement.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -326,12 +352,14 @@ class Detector:
         loss_watch = state.get("loss_watch", state.get("unrest"))  # "unrest": the key in version 0.1
         if loss_watch is not None:
             self.loss_watch.load_state_dict(loss_watch)
+        self.outside.load_state_dict(state.get("outside", {}))
         for rule in RULES:
             self._load_switch(rule, state["switches"])
         self._loss_reported = bool(state.get("loss_reported", state.get("told")))
         self._causes = Causes.from_state(state["causes"])
         if "record" in state:
             self.record.load_state_dict(state["record"])
+            self._now.movement.load_state_dict(state["movement"])
         self._held = set(state.get("held", ()))
 
     def _load_switch(self, rule: Rule, saved: Mapping[str, Any]) -> None:
@@ -347,6 +375,15 @@ class Detector:
         others = {kind for other in RULES if other is not rule for kind in other.holds}
         firing = (self._book.firing(kind) for kind in rule.holds if kind not in others)
         switch.on, switch.since = any(alert is not None for alert in firing), 0
+
+
+def _moved(reading: Reading) -> float:
+    """Return the nats by which an update moved the logits, as far as they were measured."""
+    by_head = max(reading.get("logit_displacement", 0.0), reading.get("margin_displacement", 0.0))
+    below = felt_displacement(reading)
+    if by_head == 0.0 and not math.isfinite(below):
+        return math.nan
+    return by_head + (below if math.isfinite(below) else 0.0)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
 """Name the mechanism of an event from its signals.
 
-A zero-sum violation proves that rounding takes part.  It does not exclude other causes; only a replay proves
-that rounding is the cause.
+A zero-sum violation proves that rounding takes part.  It does not exclude other causes, so causes from
+outside are looked for first.  Only a replay proves that rounding is the cause.
 """
 
 from __future__ import annotations
@@ -10,21 +10,23 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor._moved import left
-from nfi_monitor.detect.causes import JUMP, NUMERIC_ABOVE, NUMERIC_BELOW, UNMOVED, Causes
+from nfi_monitor.detect.causes import NUMERIC_ABOVE, NUMERIC_BELOW, UNMOVED, Causes
+from nfi_monitor.detect.outside import BURST, JUMP
 from nfi_monitor.detect.rules import RULES
 from nfi_monitor.types import Mechanism
 
 
 def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
     """Return the mechanism and its confidence in [0, 1]."""
+    outside = outside_cause(causes)
+    if outside:
+        return Mechanism.EXTERNAL, outside
     violation = causes.violation
     if violation >= NUMERIC_ABOVE:
         strength = min(1.0, math.log(violation / NUMERIC_ABOVE) / math.log(4.0))
         return Mechanism.NUMERICAL_FEATURE_INFLATION, 0.6 + 0.35 * strength
     # The violation was not measured, or lies between the two levels: all other mechanisms are less certain.
     doubt = 0.0 if violation < NUMERIC_BELOW or causes.no_classes else 0.2
-    if causes.learning_rate_jump >= JUMP:
-        return Mechanism.EXTERNAL, 0.8 - doubt
     # Check the last rule first: it switches on nearest to the event.
     for rule in reversed(RULES):
         cause = rule.cause(causes) if rule.name in causes.on else None
@@ -35,7 +37,31 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
         return Mechanism.EDGE_OF_STABILITY, 0.6 - doubt
     if causes.update_jump <= UNMOVED and causes.rms_t <= UNMOVED:
         return Mechanism.EXTERNAL, 0.6 - doubt
+    if causes.outside.burst >= BURST:
+        return Mechanism.EXTERNAL, 0.5 - doubt
     return Mechanism.UNKNOWN, 0.0
+
+
+def outside_cause(causes: Causes) -> float:
+    """Return the confidence that the cause came from outside, or 0 if nothing proves it.
+
+    This is decided before the violation is looked at.  In a run that absorbs, the violation is always there,
+    also before a spike that a corrupt batch made.
+    """
+    outside = causes.outside
+    if outside.rate_jump >= JUMP or causes.learning_rate_jump >= JUMP:
+        return 0.85
+    if outside.corrupt_gradient:
+        return 0.85
+    if not outside.unexplained_leap or not set(causes.on).isdisjoint(_BUILD_UPS):
+        return 0.0
+    if not outside.read_before:  # updates may have grown since the last reading
+        return 0.6
+    return 0.85 if not causes.update_jump > UNMOVED else 0.0
+
+
+_BUILD_UPS = {"kicking", "swinging", "imminent"}
+"""Rules that see an event build up. An event that was seen to come did not come at once."""
 
 
 if not TYPE_CHECKING:  # for a type checker, any name would exist

@@ -50,6 +50,7 @@ class Signals(Stateful):
     growth: d ln‖μ_G‖ / d step, smoothed.
     classifier_growth: d ln‖W_G‖ / d step, smoothed.
     displacement: average of ln δ, as δ in nats; δ is of the probe's margins where there is a probe.
+    displacement_per_rate: ``displacement`` over the learning rate.
     displacement_rise: ratio of ``displacement`` over the learning rate to its own recent minimum.
     rate_rise: ratio of the learning rate to its own average over τ, at least 1.
     head_displacement: as ``displacement``, but always by the head alone, with or without a probe.
@@ -74,6 +75,8 @@ class Signals(Stateful):
     loss_recent: log loss, averaged over about 3 readings.
     root_max: that maximum of sqrt(v̂); 0 where none is known.
     soft_targets: whether more than half of the rows have soft targets.
+    logits_scaled: whether most gradients contradict the logits, so that margins mean nothing.
+    unseen: number of readings without rows.
     last_step: step of the last reading.
     broken_by_design: whether the loss breaks the zero-sum by design: rounding cannot explain the violation,
     so the violation is no absorption.
@@ -84,10 +87,11 @@ class Signals(Stateful):
         "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_loss_recent", "_rate",
         "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained",
         "_unexplained_switch", "_update_rms", "_violation", "alignment", "classifier_growth",
-        "curvature_peak", "decay", "decay_lowest", "displacement", "displacement_rise", "displacement_rms",
-        "displacement_slope", "gone_at", "growth", "head_displacement", "last_step", "learning_rate_jump",
-        "loss_recent", "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak",
-        "root_max", "shrinkage", "soft_targets", "swell", "swing", "turn", "update_jump", "violation",
+        "curvature_peak", "decay", "decay_lowest", "displacement", "displacement_per_rate",
+        "displacement_rise", "displacement_rms", "displacement_slope", "gone_at", "growth",
+        "head_displacement", "last_step", "learning_rate_jump", "logits_scaled", "loss_recent", "loss_rise",
+        "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "shrinkage",
+        "soft_targets", "swell", "swing", "turn", "unseen", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -102,7 +106,7 @@ class Signals(Stateful):
         self._swing = Ema()
         self._loss_lowest = self._swing_lowest = self._displacement_lowest = NAN
         self.violation = self.growth = self.classifier_growth = NAN
-        self.displacement_rise = self.displacement_slope = NAN
+        self.displacement_rise = self.displacement_slope = self.displacement_per_rate = NAN
         self.displacement = self.head_displacement = self.displacement_rms = NAN
         self.swing = self.swell = self.alignment = NAN
         self.rms_t = self.rms_t_mean = self.rms_t_peak = self.curvature_peak = NAN
@@ -111,7 +115,8 @@ class Signals(Stateful):
         self.root_max = 0.0
         self.rate_rise = 1.0
         self.gone_at = -math.inf
-        self.soft_targets = self.other_rows = False
+        self.soft_targets = self.other_rows = self.logits_scaled = False
+        self.unseen = 0
         self.last_step = 0
 
     @property
@@ -123,6 +128,10 @@ class Signals(Stateful):
         """Add a reading; return the quantities that are derived from it (growth rates, decay)."""
         times = _Times.of(reading.step, self.last_step, tau, limits)
         self._update_violation(reading, times, limits)
+        if self.logits_scaled:
+            reading = Reading(
+                reading.step, {name: x for name, x in reading.values.items() if name not in IN_NATS}
+            )
         derived = self._update_growth(reading, times)
         if not math.isnan(_violation(reading)) and not math.isnan(self.violation):
             derived["zero_sum_violation_smoothed"] = self.violation
@@ -136,13 +145,42 @@ class Signals(Stateful):
     def _update_violation(self, reading: Reading, times: _Times, limits: Thresholds) -> None:
         step, get = reading.step, reading.get
         share = self._unexplained.update(step, get("unexplained_violation_fraction"), times.window)
+        # Only unsure rows can prove that the zero-sum holds. Of confident rows, any violation may be
+        # rounding: a loss that breaks the zero-sum by design must not lapse there.
+        cleared = share < limits.unexplained_exit and get("unsure_fraction") >= CLEAR
         self._unexplained_switch.update(
-            step, share >= limits.unexplained_enter, not share < limits.unexplained_exit
+            step, share >= limits.unexplained_enter or self._broken_from_the_start(reading), not cleared
         )
+        self._update_scaled(get("contradicted_fraction"), get("unsure_fraction"))
         if "soft_target_fraction" in reading.values:
             self.soft_targets = get("soft_target_fraction") > 0.5
         smoothed = self._violation.update(step, _violation(reading), times.window)
         self.violation = NAN if self.broken_by_design else smoothed
+
+    def _update_scaled(self, contradicted: float, unsure: float) -> None:
+        """Update ``logits_scaled``; forget displacements when it begins, because they are not in nats."""
+        if math.isnan(contradicted):
+            return
+        was = self.logits_scaled
+        agree = contradicted < 0.1 and unsure >= CLEAR  # a fitted row's gradient is small in any case
+        self.logits_scaled = not self.broken_by_design and (contradicted >= 0.5 or (was and not agree))
+        if self.logits_scaled and not was:
+            self._displacement, self._head_displacement, self._displacement_rms = Ema(), Ema(), Ema()
+            self._slope, self._swing = Growth(), Ema()
+            self._displacement_lowest = self._swing_lowest = self.swing = self.swell = NAN
+
+    def _broken_from_the_start(self, reading: Reading) -> bool:
+        """Return whether the head's weight gradient, seen without rows, has a violation by design.
+
+        Without rows, rounding is believed only in a run whose first readings had a zero-sum.  An absorbed row
+        adds to the violation no more than its own loss, so a loss far above that excludes rounding.
+        """
+        weights = reading.get("zero_sum_violation_weight")
+        if "zero_sum_violation" in reading.values or math.isnan(weights):
+            return False
+        self.unseen += 1
+        first = self.unseen <= FIRST and weights >= NUMERIC_ABOVE
+        return first or weights * reading.get("loss") > ROUNDED
 
     def _update_growth(self, reading: Reading, times: _Times) -> dict[str, float]:
         step, get = reading.step, reading.get
@@ -173,6 +211,7 @@ class Signals(Stateful):
         by_head = self._head_displacement.update(step, _log(get("logit_displacement")), times.short)
         self.head_displacement = math.exp(by_head)
         self.displacement_rise = math.exp(per_rate - self._displacement_lowest)
+        self.displacement_per_rate = math.exp(per_rate)
         log_rms = _log(get("logit_displacement_rms"))
         self.displacement_rms = math.exp(self._displacement_rms.update(step, log_rms, times.short))
         self.displacement_slope = self._slope.update(step, log_rms, times.long)
@@ -263,6 +302,16 @@ class Signals(Stateful):
 
 LOWEST_LOSS = 1e-7
 """Losses below this count as equal."""
+IN_NATS = {"logit_displacement", "logit_displacement_rms", "feature_displacement", "margin_median"}
+"""Quantities that mean nothing where the logits are scaled after the head."""
+CLEAR = 0.05
+"""Share of unsure rows that shows whether the loss has a zero-sum."""
+FIRST = 8
+"""Number of readings without rows in which the head's weight gradient must have a zero-sum."""
+ROUNDED = 1e-3
+"""Share of the violation times loss, in nats, that rounding can reach: it silences rows of tiny loss only."""
+NUMERIC_ABOVE = 0.05
+"""Zero-sum violation at and above which rounding is the cause."""
 SWINGS = 3.0
 """Time constant in steps of ``swing``, ``alignment`` and ``loss_recent``. One oscillation takes two steps."""
 SAME_ROWS = 0.7

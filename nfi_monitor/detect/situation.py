@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nfi_monitor.detect.causes import FORGOTTEN, LEARNED
+from nfi_monitor.detect.movement import Movement
+from nfi_monitor.detect.outside import Outside
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.signals import LOWEST_LOSS, Signals
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import MEMORY, SpikeDetector
-from nfi_monitor.types import Reading, Thresholds
+from nfi_monitor.types import Evidence, Reading, Thresholds
 
 FEW = 0.41
 """Standard deviation of ``Signals.loss_recent`` over that of one loss: an average over about 3 readings."""
@@ -29,6 +31,9 @@ class RunContext:
     beta1: float = 0.9
     beta2: float = 0.999
     decoupled_decay: bool = False  # AdamW-style weight decay is on
+    coupled_decay: bool = False  # weight decay is added to the gradient (L2)
+    loss_bits: int = 0  # bits of the precision in which the loss is computed; 0: unknown
+    every_step: bool = False  # every step is read
     no_classes: bool = False  # the head has one output
     layer: str | None = None
     rank: int = 0
@@ -56,7 +61,11 @@ class Situation:
     """Name of a rule → its switch."""
     record: Record = field(default_factory=Record)
     """What the alarms of each rule led to so far."""
+    movement: Movement = field(default_factory=Movement)
+    """What has moved while the run is *at risk*."""
     reading: Reading = field(default_factory=lambda: Reading(0, {}))
+    outside: Outside = field(default_factory=Outside)
+    """What came from outside in the last steps."""
 
     @property
     def step(self) -> int:
@@ -98,15 +107,34 @@ class Situation:
         With the same rows at each step, any clear rise counts.  Minibatches differ, so there a few losses in
         a row must be far above the noise of the loss.
         """
+        return all(item.crossed for item in self.loss_evidence.values())
+
+    @property
+    def loss_evidence(self) -> dict[str, Evidence]:
+        """The loss that must stand out, with the level that it must exceed; empty where no loss is known."""
         spike, signals = self.spike, self.signals
         if math.isnan(spike.average) or math.isnan(signals.loss_recent):
-            return True
-        if not signals.other_rows:
+            return {}
+        rise = self.limits.loss_stands_out
+        if signals.other_rows:
+            recent = signals.loss_recent
+            spread = (
+                FEW * spike.noise / 1.128
+            )  # mean absolute difference of two readings → σ of their average
+            rise = max(rise, BATCH_SIGMAS * spread)
+        else:
             loss = self.reading.get("loss", self.reading.get("head_loss"))
-            rise = math.log(max(loss, LOWEST_LOSS)) - spike.average if loss >= 0 else math.nan
-            return not rise < self.limits.loss_stands_out
-        spread = FEW * spike.noise / 1.128  # mean absolute difference of two readings → σ of their average
-        return signals.loss_recent - spike.average >= max(self.limits.loss_stands_out, BATCH_SIGMAS * spread)
+            if not loss >= 0:
+                return {}
+            recent = math.log(max(loss, LOWEST_LOSS))
+        crossed = recent - spike.average >= rise
+        floor, level = math.exp(spike.average), math.exp(spike.average + rise)
+        return {"loss": Evidence(math.exp(recent), level, floor, crossed=crossed)}
+
+    @property
+    def still(self) -> bool:
+        """Whether the run has been *at risk* for long and nothing moves."""
+        return self.movement.is_still(self.signals.last_step, self.context.tau)
 
     def level_of(self, rule: str) -> float:
         """Return the factor by which the levels of a rule are higher because its alarms led to nothing."""

@@ -28,7 +28,8 @@ from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.step_hooks import StepHooks
-from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.attention import Attention
+from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.engine.checks import Options
@@ -36,7 +37,6 @@ from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.notes import NoteTaker
-from nfi_monitor.engine.remarks import Seen
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.step_reader import StepReader
@@ -202,6 +202,7 @@ class StepLoop:
             return
         started = time.perf_counter()
         self.step += 1
+        self.detector.update_rates(self.step, self.reader.rates())
         read, unplanned = self.wanted_step is not None, self._unplanned
         deferred = False
         try:
@@ -281,14 +282,13 @@ class StepLoop:
                 self.judge.judge(Reading(self.step, {"loss": float(loss)}), full=False)
 
     def _read_context(self) -> RunContext:
-        no_classes = bool(self.rows.single_output)
-        return read_context(self.head, self.reader, no_classes=no_classes, rank=self.membership.rank)
+        single, rank = bool(self.rows.single_output), self.membership.rank
+        context = read_context(self.head, self.reader, no_classes=single, rank=rank)
+        bits = 16 if "half_precision_loss" in self.notes.by_code else self.step_reader.loss_bits
+        return replace(context, loss_bits=bits, every_step=self.every == 1)
 
     def _note_reading(self, reading: Reading) -> None:
-        below_zero, measured = self.detector.spike.negative, self.schedule.readings
-        self.notes.read(
-            Seen(reading, self.detector.signals, self.probe, self.rows, below_zero, measured, self.reader)
-        )
+        self.notes.read(reading, self.detector, self.step_reader, self.probe, self.schedule.readings)
 
     # --- plan ------------------------------------------------------------------------------------
 

@@ -13,8 +13,12 @@ from nfi_monitor.types import Note
 
 if TYPE_CHECKING:
     from nfi_monitor.capture.head import Head
+    from nfi_monitor.capture.head_probe import HeadProbe
     from nfi_monitor.capture.optimizer import OptimizerReader
+    from nfi_monitor.detect.detector import Detector
     from nfi_monitor.engine.schedule import Schedule
+    from nfi_monitor.engine.step_reader import StepReader
+    from nfi_monitor.types import Reading
 
 
 class NoteTaker:
@@ -64,12 +68,28 @@ class NoteTaker:
                 0,
             )
 
-    def read(self, seen: Seen) -> None:
-        """Make the notes that a reading is a reason for (:data:`~nfi_monitor.engine.remarks.REMARKS`)."""
-        values = seen.reading.values
+    def read(
+        self, reading: Reading, detector: Detector, steps: StepReader, probe: HeadProbe, measured: int
+    ) -> None:
+        """Make the notes that a reading is a reason for (:data:`~nfi_monitor.engine.remarks.REMARKS`).
+
+        ``measured``: number of readings before this one.
+        """
+        values = reading.values
         self._without_rows = 0 if "live_fraction" in values else self._without_rows + 1
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
-        seen = seen._replace(without_rows=self._without_rows, without_loss=self._without_loss)
+        seen = Seen(
+            reading,
+            detector.signals,
+            probe,
+            steps.rows,
+            detector.spike.negative,
+            measured,
+            steps.reader,
+            self._without_rows,
+            self._without_loss,
+            steps.loss_bits,
+        )
         for remark in REMARKS:
             if remark.code not in self.by_code and remark.applies(seen):
                 text = remark.text if isinstance(remark.text, str) else remark.text(seen)

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
+
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.detect.signals import Signals
@@ -19,6 +21,8 @@ from nfi_monitor.types import Reading
 FLOAT32_MARGIN = 10.0
 """Nats. With float32 a row is absorbed from a margin of 16.6 on and rounds visibly from 13.2; with float16
 from 7.6 and 4.2, with bfloat16 from 5.6 and 2.0, measured on F.cross_entropy's own backward."""
+HALF = 1e-4
+"""Machine epsilon between those of float32 (1.2e-7) and float16 (9.8e-4)."""
 PATIENCE = 5
 """Readings without any rows, or any loss, before a note says so."""
 
@@ -38,6 +42,8 @@ class Seen(NamedTuple):
     """Number of readings in a row without rows, this one included."""
     without_loss: int = 0
     """Number of readings in a row without a loss, this one included."""
+    loss_bits: int = 0
+    """Bits of the dtype of the observed loss; 0: unknown."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +57,15 @@ class Remark:
 
 def _half_precision(seen: Seen) -> bool:
     values = seen.reading.values
+    # A gradient that needs float32 was computed in it. Regression and one-vs-rest losses show nothing.
+    if not values.get("loss_epsilon", 0.0) > HALF or seen.signals.broken_by_design:
+        return False
+    if 0 < seen.loss_bits <= 16:
+        return True
+    # Under autocast the logits' gradient is in half precision, whatever the loss is computed in.
+    rounded = seen.probe.dtype in (torch.float32, torch.float64) and seen.loss_bits == 0
+    if rounded and values.get("zero_sum_violation", 0.0) > HALF / 10:
+        return True
     absorbed = values.get("absorbed_fraction", 0.0) * values.get("live_fraction", 0.0)
     return absorbed > 0.5 and values.get("margin_median", math.inf) < FLOAT32_MARGIN
 
@@ -106,12 +121,13 @@ def _no_second_moment_text(seen: Seen) -> str:
 
 
 def _half_precision_loss_text(seen: Seen) -> str:
-    margin = seen.reading.values["margin_median"]
+    epsilon = seen.reading.values["loss_epsilon"]
+    name = "bfloat16" if epsilon > 4e-3 else "float16"
+    onset = 2 if epsilon > 4e-3 else 4
     return (
-        f"Most rows are absorbed at a median margin of {margin:.1f} nats. float32 resolves margins up to 13, "
-        "float16 up to 4, bfloat16 up to 2: this loss is computed in half precision. Its rounding does "
-        "not go away: expect *at risk* for the rest of the run. Compute the loss in float32 or float64, "
-        "outside autocast: criterion(logits.float(), target)."
+        f"The loss is computed in half precision ({name}): its gradients resolve margins up to {onset} nats, "
+        "those of float32 up to 13. Its rounding does not go away: expect *at risk* for the rest of the "
+        "run. Compute the loss in float32 or float64, outside autocast: criterion(logits.float(), target)."
     )
 
 
@@ -163,8 +179,18 @@ REMARKS: tuple[Remark, ...] = (
         ),
     ),
     Remark(
+        "logits_scaled",
+        lambda seen: seen.signals.logits_scaled,
+        (
+            "The logits are scaled after the head: most gradients are far larger than these logits can "
+            "cause. Margins, the loss at the head and displacements are not in nats of the loss, and raise "
+            "no alert alone. Watch the scaled logits: logits = monitor.tap(logits)."
+        ),
+    ),
+    Remark(
         "soft_targets",
-        lambda seen: seen.signals.soft_targets,
+        # A regression has rows with several negative gradients, too.
+        lambda seen: seen.signals.soft_targets and not seen.signals.broken_by_design,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
             "distillation, mixup), or the gradient is projected. Absorption is defined only for rows with a "

@@ -97,10 +97,12 @@ def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool
     beta1, beta2 = reader.betas_or_assumed()
     group = reader.group_of(head.weight if head is not None else None)
     decoupled = group.get("decoupled_weight_decay", type(reader.optimizer).__name__.startswith("AdamW"))
+    decays = float(group.get("weight_decay", 0.0) or 0.0) > 0
     return RunContext(
         beta1=beta1,
         beta2=beta2,
-        decoupled_decay=bool(decoupled) and float(group.get("weight_decay", 0.0) or 0.0) > 0,
+        decoupled_decay=bool(decoupled) and decays,
+        coupled_decay=not decoupled and decays,
         no_classes=no_classes,
         layer=head.name if head is not None else None,
         rank=rank,

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from nfi_monitor.capture.sampling import auto_interval
-from nfi_monitor.detect.detector import Attention
+from nfi_monitor.detect.attention import Attention
 
 SAMPLES = 32
 """Number of steps, and of readings, in a median. With a median, one slow step (a checkpoint) hardly

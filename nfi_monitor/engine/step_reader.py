@@ -72,6 +72,7 @@ class StepReader:
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
         self._before: Any = None
+        self.loss_bits = 0  # bits of the dtype of the last observed loss; 0: unknown
 
     def add(self, rows: Rows) -> None:
         """Add the rows of a micro-batch, as its backward pass delivers them."""
@@ -103,6 +104,7 @@ class StepReader:
                 self.failed("optimizer", error)
         self.add_probe(values, step)
         loss = losses.mean()
+        self._look_at(losses)
         parts = [*packed, *values.values()]
         if isinstance(loss, Tensor) and devices.on_host(loss) and not all(map(devices.on_host, parts)):
             loss = loss.item()  # the host knows it: do not send it to the device and back
@@ -129,6 +131,11 @@ class StepReader:
         elif math.isfinite(update.lr):
             return values, {"learning_rate": update.lr}
         return values, {}
+
+    def _look_at(self, losses: LossQueue) -> None:
+        dtypes = {loss.dtype for loss in losses.observed if isinstance(loss, Tensor)}
+        if dtypes:
+            self.loss_bits = min(torch.finfo(dtype).bits for dtype in dtypes if dtype.is_floating_point)
 
     def update(self, step: int) -> Update | None:
         """Return the tensors around the optimizer step; None if none were read."""
@@ -210,6 +217,7 @@ class StepReader:
         self.add_probe(values, step)
         exchange.add_values(message, values)
         loss = losses.mean()
+        self._look_at(losses)
         if loss is not None:
             exchange.keep_loss(step, loss)
         return weight

@@ -34,7 +34,7 @@ class RowKinds(NamedTuple):
 
 MASKS = RowKinds._fields
 """Rows counted by kind."""
-LOOK_SUMS = ("unexplained", "soft", "mean_logit")
+LOOK_SUMS = ("unexplained", "contradicted", "unsure", "soft", "mean_logit")
 """Sums that change slowly or show the kind of loss: NaN in passes that did not look."""
 LIVE_SUMS = ("violation", "signed", "absolute", *declared.OVER_LIVE)
 """Sums over live rows. The violation is no declared function: its rows also give a share and a maximum."""
@@ -42,7 +42,7 @@ COUNTED_SUMS = tuple(declared.OVER_COUNTED)
 """Sums over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
 """Numbers of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
-MAXIMA = ("violation_max", "negative_margin_min")
+MAXIMA = ("violation_max", "negative_margin_min", "epsilon")
 """Numbers of the micro-batch of which the largest counts."""
 
 SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
@@ -123,6 +123,7 @@ def row_statistics(
         [
             torch.where(view.live, view.violation, zero).amax(),
             torch.where(view.counts, -view.margin, -torch.inf).amax(),
+            loss_kind.eps.to(dtype),
         ]
     )
     return RowStatistics(sums, maxima, counted, view.top.winner, kinds.absorbed.to(dtype), loss_kind)
@@ -196,26 +197,29 @@ def _look(view: RowView, kind: LossKind, zero: Tensor) -> tuple[LossKind, Tensor
     """Check the kind of loss. Returns the facts about it so far, and the ``LOOK_SUMS``."""
     dtype = zero.dtype
     absolute_live = torch.where(view.live, view.absolute, zero)
-    kind, strange = unexplained_rows(view, absolute_live, kind, view.grad.shape[-1])
+    kind, judged = unexplained_rows(view, absolute_live, kind, view.grad.shape[-1])
     soft = view.live & (shift_invariance.negatives(view.grad) > 1)
     logit_sum, unmasked = shift_invariance.unmasked(view.logits, dtype)
     mean_logit = torch.where(view.counts, logit_sum / unmasked, zero)
-    return kind, torch.stack([strange.to(dtype), soft.to(dtype), mean_logit]).sum(-1)
+    return kind, torch.stack([*(mask.to(dtype) for mask in (*judged, soft)), mean_logit]).sum(-1)
 
 
 def unexplained_rows(
     view: RowView, absolute_live: Tensor, kind: LossKind, classes: int
-) -> tuple[LossKind, Tensor]:
-    """Find the live rows whose violation rounding cannot explain, bool [N].
+) -> tuple[LossKind, tuple[Tensor, Tensor, Tensor]]:
+    """Find the rows that show the kind of loss.
 
-    ``absolute_live``: Σ_k |g_k| of live rows, 0 of the others, [N].  Also returns ``kind`` with the scale of
-    the gradients as these rows show it.
+    ``absolute_live``: Σ_k |g_k| of live rows, 0 of the others, [N].  Returns ``kind`` with the scale of the
+    gradients as these rows show it, and three masks of live rows, bool [N]: those whose violation rounding
+    cannot explain, those whose gradient contradicts their logits, and those unsure enough to tell.
     """
     scale = shift_invariance.gradient_scale(absolute_live, view.residual, view.live)
     kind = kind._replace(scale=torch.maximum(scale, kind.scale.to(absolute_live.dtype)))
     residual = shift_invariance.gradient_residual(view.residual, absolute_live, kind.scale)
     strange = shift_invariance.unexplained(view.violation, residual, view.top.largest, kind.eps, classes)
-    return kind, view.live & strange
+    contradicted = shift_invariance.contradicted(view.residual, absolute_live, kind.scale, kind.eps)
+    unsure = residual > shift_invariance.UNSURE
+    return kind, (view.live & strange, view.live & contradicted, view.live & unsure)
 
 
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
@@ -263,6 +267,7 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         values["underflowed_fraction"] = s["underflowed"] / s["counted"]
         values |= _means(s, declared.OVER_COUNTED, s["counted"])
         values["margin_median"] = s["margin_median_rows"] / s["counted"]
+        values["loss_epsilon"] = maxima[MAXIMA.index("epsilon")]
         values["margin_min"] = -maxima[MAXIMA.index("negative_margin_min")]
     if s["live"]:
         values["zero_sum_violation"] = s["violation"] / s["live"]
@@ -275,6 +280,8 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         values["partially_absorbed_fraction"] = (s["above_floor"] - s["absorbed"]) / s["live"]
         if not math.isnan(s["unexplained"]):
             values["unexplained_violation_fraction"] = s["unexplained"] / s["live"]
+            values["unsure_fraction"] = s["unsure"] / s["live"]
+            values["contradicted_fraction"] = s["contradicted"] / s["live"]
             values["soft_target_fraction"] = s["soft"] / s["live"]
         values |= _means(s, declared.OVER_LIVE, s["live"])
     return values

@@ -19,6 +19,10 @@ SAFETY = 4.0
 """Ulps that rounding may cause. Torch's kernels need about 1; hand-written losses up to 3 (measured)."""
 UNSURE = 0.1
 """Smallest residual mass of a row that shows the scale of the gradients."""
+CLEARLY = 100.0
+"""Smallest residual mass of a gradient that can contradict the logits, in ulps of 1, at most RESOLVED."""
+RESOLVED = 0.01
+"""Residual mass that any precision resolves: rounding to bfloat16 makes .002."""
 MISMATCH = 100.0
 """Ratio of ε from gradients to ε from logits that loss scaling and class weights cannot cause."""
 
@@ -43,6 +47,17 @@ def gradient_residual(residual: Tensor, absolute: Tensor, scale: Tensor) -> Tens
     smaller = torch.minimum(of_gradient, residual)
     chosen = torch.where(of_gradient > MISMATCH * residual, of_gradient, smaller)
     return torch.where(scale > 0, chosen, residual)
+
+
+def contradicted(residual: Tensor, absolute: Tensor, scale: Tensor, eps: Tensor | float) -> Tensor:
+    """Mark rows whose gradient is far too large for their logits, bool [N]. [N], [N], scalar, eps → [N].
+
+    Their loss is computed from other logits than those that are watched: from scaled ones (``head(x) / 50``,
+    a temperature), or it is no softmax cross-entropy.  Then margins and the loss at the head mean nothing.
+    """
+    of_gradient = absolute / (2.0 * scale)
+    rounded = (CLEARLY * torch.as_tensor(eps)).clamp_max(RESOLVED)
+    return (scale > 0) & (of_gradient > rounded) & (of_gradient > MISMATCH * residual)
 
 
 def unexplained(

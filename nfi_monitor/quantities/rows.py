@@ -99,6 +99,25 @@ ROWS = (
         "tests/measure/test_shift_invariance.py",
     ),
     Quantity(
+        "unsure_fraction", "fraction", "unsure rows",
+        "share of live rows with a residual mass above 0.1, by their logits and by their gradient",
+        within=SHARE, merge=Merge.ROW_SUMS,
+        reference="tests/measure/test_rows.py::test_unsure_rows_are_those_of_which_logits_and_gradient_say_so",
+    ),
+    Quantity(
+        "contradicted_fraction", "fraction", "rows whose gradient contradicts their logits",
+        "share of live rows whose gradient shows 100 times the residual mass of their logits",
+        within=SHARE, merge=Merge.ROW_SUMS,
+        no_reference="a judgement with a safety factor: tried on scaled logits in "
+        "tests/measure/test_shift_invariance.py",
+    ),
+    Quantity(
+        "loss_epsilon", "1", "precision of the gradient at the head",
+        "machine epsilon of the narrowest precision that holds all gradients at the head's output",
+        within=POSITIVE, merge=Merge.ROW_EXTREME,
+        reference="tests/measure/test_rows.py::test_the_epsilon_is_that_of_the_narrowest_precision_that_fits",
+    ),
+    Quantity(
         "soft_target_fraction", "fraction", "rows with soft targets",
         "share of live rows with more than one negative gradient, which soft targets cause",
         within=SHARE, merge=Merge.ROW_SUMS,

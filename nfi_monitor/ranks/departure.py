@@ -11,7 +11,8 @@ from collections.abc import Callable
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.step_hooks import StepHooks
-from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.attention import Attention
+from nfi_monitor.detect.detector import Detector
 from nfi_monitor.measure.step import with_non_finite
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.types import Reading

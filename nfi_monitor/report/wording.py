@@ -131,7 +131,7 @@ def event_in_words(alert: Alert) -> str:
 
     A rise by less than a factor of ten is given as ``rose from 2.05 to 3.75``.
     """
-    loss, step = alert.evidence.get("loss"), alert.outcome_step
+    loss, step = alert.evidence.get("spike_loss"), alert.outcome_step
     rose = "the loss rose"
     if loss is not None and loss.baseline is not None:
         low, high = loss.baseline, loss.value
@@ -215,6 +215,9 @@ def evidence_cells(name: str, item: Evidence) -> tuple[str, str, str]:
 
 
 _EVENT = ("loss", "loss_afterwards", "head_loss")
+"""What a slingshot shows first."""
+_SPIKE = "spike_loss"
+"""What followed a warning. It comes last."""
 
 
 def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
@@ -225,13 +228,14 @@ def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
     """
     first = first_evidence(alert.mechanism, alert.kind, alert.rule)
     first = first or FIRST_WITHOUT_RULE.get(alert.mechanism, ())
-    names = [*_EVENT, *first, *alert.evidence]
+    event = _EVENT if alert.kind is AlertKind.SLINGSHOT else ()
+    names = [*event, *first, *alert.evidence]
     place = {name: names.index(name) for name in alert.evidence}
-    event = {AlertKind.SLINGSHOT: -1, AlertKind.NON_FINITE: 0}.get(alert.kind, 1)
 
     def order(entry: tuple[str, Evidence]) -> tuple[int, bool, int, int]:
         name, item = entry
-        return event if name in _EVENT else 0, item.crossed is False, -(item.step or 0), place[name]
+        group = -1 if name in event else int(name == _SPIKE)
+        return group, item.crossed is False, -(item.step or 0), place[name]
 
     return dict(sorted(alert.evidence.items(), key=order))
 
@@ -242,7 +246,7 @@ def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
     With a limit, only what has crossed its threshold when the alert began, or last became more severe."""
     items = ordered_evidence(alert)
     if limit is not None and any(item.crossed for item in items.values()):
-        last = max(item.step or 0 for item in items.values())
+        last = max((item.step or 0 for name, item in items.items() if name != _SPIKE), default=0)
         crossed = {name: item for name, item in items.items() if item.crossed is not False}
         items = {name: item for name, item in crossed.items() if item.step in (None, last)}
     return ", ".join(one_evidence_in_words(name, item) for name, item in list(items.items())[:limit])

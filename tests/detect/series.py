@@ -66,7 +66,8 @@ def second_moment_slingshot(silent_from: int, kick: int) -> Iterator[Reading]:
                 "secant_curvature": 60.0 if 0 <= after < 3 else 1.0,
                 "gradient_norm": 0.0 if silent else 1.0,
                 "non_finite_gradients": 0.0,
-                "loss": 0.5 if 3 <= after < 20 else (0.0 if step > silent_from else 0.3),
+                # The loss rises a little before it jumps.
+                "loss": 2e-3 if 0 <= after < 3 else 0.5 if 3 <= after < 20 else 0.3 * (step <= silent_from),
             },
         )
 
@@ -76,7 +77,7 @@ def oscillation() -> Iterator[Reading]:
     for step in range(1, 401):
         growth = 1.6 ** max(step - 388, 0)
         values = {
-            "zero_sum_violation": 1e-8, "rms_t_max": 0.4, "loss": 1e-4,
+            "zero_sum_violation": 1e-8, "rms_t_max": 0.4, "loss": 1e-3 * growth**0.25,
             "feature_displacement": 0.01 * growth, "relative_update": 2e-3, "margin_median": 12.0,
             "gradient_alignment": -0.9 if step > 388 else 0.7, "secant_curvature": 0.3 * growth,
         }  # fmt: skip

@@ -125,7 +125,8 @@ def test_an_alert_for_a_swell_shows_the_swell() -> None:
     assert name == "feature_displacement" and item.baseline is not None
     assert item.threshold == pytest.approx(max(limits.imminent_exit, limits.imminent_swell * item.baseline))
     assert imminent.evidence["logit_displacement"].crossed is False
-    assert "threshold 0.15, not crossed" in wording.evidence_in_words(imminent)
+    level = wording.number(limits.imminent_displacement)
+    assert f"threshold {level}, not crossed" in wording.evidence_in_words(imminent)
     assert "logit displacement" not in wording.evidence_in_words(imminent, 3)
 
 
@@ -137,9 +138,11 @@ def test_a_rule_claims_each_condition_by_which_it_switches_on() -> None:
             "logit_displacement", "feature_mean_growth", "zero_sum_violation_smoothed",
         },
         ("second moment", RISK): {"rms_t_max", "second_moment_decay"},
-        ("second moment", AlertKind.IMMINENT): {"rms_t_max", "second_moment_decay", "secant_curvature"},
+        ("second moment", AlertKind.IMMINENT): {
+            "rms_t_max", "second_moment_decay", "secant_curvature", "loss",
+        },
         ("edge of stability", AlertKind.IMMINENT): {
-            "secant_curvature", "gradient_alignment", "feature_displacement",
+            "secant_curvature", "gradient_alignment", "feature_displacement", "loss",
         },
     }  # fmt: skip
     for (name, kind), quantities in wanted.items():

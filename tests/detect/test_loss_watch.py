@@ -8,7 +8,8 @@ import random
 
 import pytest
 
-from nfi_monitor.detect.detector import Attention, Detector
+from nfi_monitor.detect.attention import Attention
+from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.loss_watch import BLOCK, FALLS, LEAP, STEPS, LossWatch
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.detect.spike import MEMORY

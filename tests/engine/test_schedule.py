@@ -9,7 +9,7 @@ from torch import nn
 
 from nfi_monitor import Monitor
 from nfi_monitor.capture.sampling import auto_interval
-from nfi_monitor.detect.detector import Attention
+from nfi_monitor.detect.attention import Attention
 from nfi_monitor.engine.schedule import FIRST_CHANGE, SAMPLES, Schedule, next_read
 
 

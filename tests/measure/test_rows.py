@@ -424,3 +424,28 @@ def test_what_a_resumed_run_knows_of_the_loss_comes_to_where_its_rows_are():
     rows.loss_kind = LossKind(*(torch.tensor(x) for x in (1e-7, 1e-6, -100.0, 0.0)))
     rows.add(Rows(torch.ones(8, 5, device="meta"), torch.ones(8, 5, device="meta"), None, 8))
     assert {known.device.type for known in rows.loss_kind} == {"meta"}
+
+
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_epsilon_is_that_of_the_narrowest_precision_that_fits(narrow):
+    z, y = ref.make_logits(2, 32, 10, spread=1, margins=(-2, 4))
+    grad, logits = ref.gradients(z, y, (torch.float32, narrow), scale=32.0)
+    statistics = row_statistics(grad, logits, 32)
+    values = finish(statistics.sums.tolist(), statistics.maxima.tolist(), single_output=False)
+    assert values["loss_epsilon"] == torch.finfo(narrow).eps
+
+
+def test_unsure_rows_are_those_of_which_logits_and_gradient_say_so():
+    """Of a plain cross-entropy both say 1 − p; of one-vs-rest BCE near its optimum the gradient is small."""
+    z, y = ref.make_logits(3, 40, 6, spread=1, margins=(-3, 12))
+    grad, logits = ref.gradients(z, y)
+    statistics = row_statistics(grad, logits, 40)
+    values = finish(statistics.sums.tolist(), statistics.maxima.tolist(), single_output=False)
+    doubt = 1 - torch.softmax(z.double(), -1).gather(1, y[:, None])
+    expected = (doubt > 0.1).double().mean().item()
+    assert values["unsure_fraction"] == pytest.approx(expected) and 0 < expected < 1
+    fitted = grad.clone()
+    fitted[: len(grad) // 2] *= 1e-3
+    statistics = row_statistics(fitted, logits, 40)
+    values = finish(statistics.sums.tolist(), statistics.maxima.tolist(), single_output=False)
+    assert values["unsure_fraction"] == pytest.approx((doubt[20:] > 0.1).double().sum().item() / 40)

@@ -128,3 +128,18 @@ def test_in_bfloat16_a_gross_violation_is_recognised(pair):
     """One-vs-rest on unsure rows; z-loss and squared errors drown in 2⁻⁸."""
     z, y = ref.make_logits(0, 64, 10, spread=1, margins=(-4, 3))
     assert unexplained_share(*ref.gradients(z, y, pair, ref.one_against_rest)) > 0.5
+
+
+@pytest.mark.parametrize("temperature", [1.0, 20.0, 50.0])
+def test_only_logits_that_are_scaled_after_the_head_contradict_their_gradient(temperature):
+    first, y = ref.make_logits(4, 24, 8, spread=1, margins=(0, 3))
+    known = row_statistics(*scaled(first, y, temperature), 24).loss_kind  # unsure rows show the scale
+    later = row_statistics(*scaled(20 * first, y, temperature), 24, known)
+    share = later.sums[SUMS.index("contradicted")] / later.sums[SUMS.index("live")]
+    assert share > 0.5 if temperature > 1 else share == 0
+
+
+def scaled(z, y, temperature):
+    logits = z.clone().requires_grad_()
+    torch.nn.functional.cross_entropy(logits / temperature, y).backward()
+    return logits.grad, z

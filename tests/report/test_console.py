@@ -144,7 +144,7 @@ def test_many_alerts_leave_nothing_behind() -> None:
 
 def test_a_warning_that_came_true_says_what_happened_and_how_long_before_it_warned() -> None:
     console = terminal(width=200)
-    loss = {"loss": Evidence(0.05, 0.02, 1.25e-7, crossed=True, step=905)}
+    loss = {"spike_loss": Evidence(0.05, 0.02, 1.25e-7, crossed=True, step=905)}
     over = replace(
         resolved(replace(IMMINENT, first_step=628), 905),
         outcome=Outcome.SLINGSHOT, outcome_step=905, evidence={**IMMINENT.evidence, **loss},

@@ -97,7 +97,9 @@ def test_all_words_can_be_said_in_ascii_without_question_marks() -> None:
 )
 def test_a_spike_is_told_in_words_that_fit_its_size(floor: float, loss: float, said: str) -> None:
     item = Evidence(loss, None, floor, crossed=True, step=900)
-    alert = replace(resolved(AT_RISK, 900), outcome=Outcome.BURST, outcome_step=900, evidence={"loss": item})
+    alert = replace(
+        resolved(AT_RISK, 900), outcome=Outcome.BURST, outcome_step=900, evidence={"spike_loss": item}
+    )
     after = "at step 900, 365 steps after the run was called at risk"
     assert wording.headline(alert) == f"a smaller burst, no slingshot: {said} {after}"
 
@@ -114,7 +116,8 @@ def test_evidence_in_a_table_names_the_extreme_and_what_has_not_crossed() -> Non
 
 
 def test_the_loss_of_the_spike_comes_last_in_the_warning_and_first_in_the_slingshot() -> None:
-    loss = {"loss": Evidence(2.3, 0.1, 1e-7, crossed=True, step=900)}
-    warning, slingshot = (replace(a, evidence={**loss, **a.evidence}) for a in (IMMINENT, SLINGSHOT))
-    assert [*wording.ordered_evidence(warning)][-1] == "loss"
+    item = Evidence(2.3, 0.1, 1e-7, crossed=True, step=900)
+    warning = replace(IMMINENT, evidence={"spike_loss": item, **IMMINENT.evidence})
+    slingshot = replace(SLINGSHOT, evidence={**SLINGSHOT.evidence, "loss": item})
+    assert [*wording.ordered_evidence(warning)][-1] == "spike_loss"
     assert next(iter(wording.ordered_evidence(slingshot))) == "loss"

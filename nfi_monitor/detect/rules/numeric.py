@@ -81,7 +81,7 @@ class Absorbing(_Numeric):
         return now.signals.violation >= now.limits.absorbing_exit
 
     def nears(self, now: Situation) -> bool:
-        return now.signals.violation >= 0.5 * now.limits.absorbing_exit
+        return now.signals.violation >= 0.5 * now.limits.absorbing_exit and not now.still
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
         return {
@@ -160,7 +160,9 @@ class Imminent(_Numeric):
         return now.on(Absorbing.name) and (displacing(now) or swelling(now))
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
-        return {"logit_displacement": Evidence(now.signals.displacement, displacement_level(now))}
+        signals = now.signals
+        lowest = signals.displacement / signals.displacement_rise
+        return {"logit_displacement": Evidence(signals.displacement, displacement_level(now), lowest)}
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
         """Return the growth and the swell that *imminent* requires, if they were met."""
@@ -168,7 +170,9 @@ class Imminent(_Numeric):
         claimed = {}
         if kind is not AlertKind.AT_RISK:  # the rule "inflating" raises *at risk* at its own, lower level
             level = limits.imminent_growth / now.context.tau
-            claimed["feature_mean_growth"] = Evidence(signals.growth, level, 0.0)
+            shrinks = signals.growth < 0
+            level = -level if shrinks else level
+            claimed["feature_mean_growth"] = Evidence(signals.growth, level, 0.0, below=shrinks)
         if swelling(now):
             lowest = signals.swing / signals.swell
             level = max(limits.imminent_exit, limits.imminent_swell * lowest)
@@ -187,7 +191,7 @@ def displacement_level(now: Situation) -> float:
     limits, rise = now.limits, now.signals.displacement_rise
     level = limits.imminent_displacement
     if rise >= limits.imminent_rise:
-        level = max(min(level, limits.imminent_product / rise), limits.imminent_lowest)
+        level = max(min(level, limits.imminent_product / rise**2), limits.imminent_lowest)
         level /= now.displacement_steps
     return level * now.signals.rate_rise * now.level_of(Imminent.name)
 

@@ -85,12 +85,14 @@ class Swinging(Rule):
         signals, limits = now.signals, now.limits
         return {
             "gradient_alignment": Evidence(signals.alignment, -limits.swing_alignment, 0.0),
-            "feature_displacement": Evidence(signals.swing, limits.swing_displacement),
+            "feature_displacement": Evidence(
+                signals.swing, limits.swing_displacement * now.level_of(self.name)
+            ),
         }
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
         share = now.limits.swing_curvature * now.context.stability_limit
-        return {"secant_curvature": Evidence(now.signals.curvature_peak, share)}
+        return {"secant_curvature": Evidence(now.signals.curvature_peak, share), **now.loss_evidence}
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
         return kick_or_swing(causes, 0.9)

@@ -148,13 +148,16 @@ class Kicking(Rule):
             claimed["feature_displacement"] = Evidence(signals.swing, limits.kick_displacement)
         if now.curvature_is_high and signals.turn <= -limits.kick_turn:
             claimed["gradient_alignment"] = Evidence(signals.turn, -limits.kick_turn, 0.0, below=True)
-        if now.forgotten:
-            claimed["rms_t_max"] = Evidence(signals.rms_t_peak, self._level(now), signals.rms_t_mean)
+        elif signals.other_rows:
+            agree, level = signals.alignment, limits.kick_agreement
+            claimed["gradient_alignment"] = Evidence(agree, level, 0.0, crossed=agree >= level)
+        level = (self._level(now) if now.forgotten else limits.rms_t_imminent) * now.level_of(self.name)
+        claimed["rms_t_max"] = Evidence(signals.rms_t_peak, level, signals.rms_t_mean)
         # The rule "swinging" has a lower level of curvature, which is crossed first: keep that one.
         if now.curvature_is_high and not now.on("swinging"):
             share = limits.kick_curvature * now.context.stability_limit
             claimed["secant_curvature"] = Evidence(signals.curvature_peak, share)
-        return claimed
+        return claimed | now.loss_evidence
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
         return kick_or_swing(causes, 0.8)

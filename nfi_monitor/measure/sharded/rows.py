@@ -217,8 +217,9 @@ def _whole_rows(
     sums: dict[str, float] = dict.fromkeys(LOOK_SUMS, float("nan"))
     if look:
         of_live = torch.where(view.live, view.absolute, torch.zeros_like(view.absolute))
-        kind, strange = unexplained_rows(view, of_live, kind, outputs)
-        sums["unexplained"] = float(strange.sum())
+        kind, judged = unexplained_rows(view, of_live, kind, outputs)
+        names = ("unexplained", "contradicted", "unsure")
+        sums |= {name: float(mask.sum()) for name, mask in zip(names, judged, strict=True)}
         sums["soft"] = float((view.live & (part["negatives"].sum(0) > 1)).sum())
         sums["mean_logit"] = _total(part["logit_sum"].sum(0) / part["logit_count"].sum(0), view.counts)
     sums |= {name: float(mask.sum()) for name, mask in zip(MASKS, kinds, strict=True)}
@@ -236,6 +237,7 @@ def _whole_rows(
     maxima = {
         "violation_max": torch.where(view.live, view.violation, 0.0).amax(),
         "negative_margin_min": torch.where(view.counts, -view.margin, -torch.inf).amax(),
+        "epsilon": kind.eps,
     }
     return (
         torch.tensor([sums[name] for name in SUMS], dtype=torch.float64),

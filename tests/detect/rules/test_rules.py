@@ -49,7 +49,7 @@ def situation(only: Rule) -> Situation:
     switches = {rule.name: Hysteresis() for rule in RULES}
     switches.setdefault(only.name, Hysteresis()).on = True
     reading = Reading(100, {"loss": math.nan, "weight_norm": 1.0, "non_finite_gradients": 0.0})
-    return Situation(Thresholds(), CONTEXT, signals, SpikeDetector(), switches, reading)
+    return Situation(Thresholds(), CONTEXT, signals, SpikeDetector(), switches, reading=reading)
 
 
 def alerts_of(rule: Rule) -> Iterator[Alert]:

@@ -1,0 +1,34 @@
+"""Decide how many of the next steps to read, from the state of the detector."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+from nfi_monitor.detect.alert_book import AlertBook
+from nfi_monitor.detect.rules import RULES
+from nfi_monitor.detect.rules.numeric import displacing
+from nfi_monitor.detect.situation import Situation
+from nfi_monitor.types import AlertKind, Phase
+
+
+class Attention(Enum):
+    """How many of the next steps the detector wants to read."""
+
+    RARELY = "rarely"
+    OFTEN = "often"
+    ALWAYS = "always"
+
+
+def attention_of(phase: Phase, book: AlertBook, now: Situation) -> Attention:
+    """Return how many of the next steps to read, for other reasons than an unusual loss."""
+    moves = displacing(now)
+    # Nothing moves in a state that may last for the rest of a run: then it is read like a healthy run.
+    unmoved = now.still and not moves and book.firing(AlertKind.IMMINENT) is None
+    healthy = phase is Phase.HEALTHY and not book
+    if (healthy or unmoved) and not any(rule.nears(now) for rule in RULES):
+        return Attention.RARELY
+    # The phase *absorbing* alone may last for the rest of a run. No slingshot follows within τ.
+    calm = phase is Phase.ABSORBING and not moves
+    # After a loss that is NaN or Inf, the next reading shows whether the weights are finite.
+    calm = calm and book.firing(AlertKind.NON_FINITE) is None
+    return Attention.OFTEN if calm else Attention.ALWAYS

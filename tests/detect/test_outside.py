@@ -1,0 +1,128 @@
+"""Causes from outside: what is known at every step, and how long it explains an event."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+
+from nfi_monitor.detect.mechanism import name_mechanism
+from nfi_monitor.detect.outside import Outside, OutsideWatch
+from nfi_monitor.types import Mechanism, Reading
+from tests.detect.test_mechanism import QUIET
+
+ABSORBING = replace(QUIET, violation=0.86, on=("absorbing",), update_jump=1.0)
+
+
+def quiet_run(steps: int, loss: float = 1e-7, moved: float = 0.004, norm: float = 1e-6) -> OutsideWatch:
+    """Return a watch after ``steps`` steps in which nothing happens."""
+    watch = OutsideWatch()
+    for step in range(1, steps + 1):
+        watch.update_rates(step, [1e-3])
+        watch.update_loss(step, loss)
+        watch.update(Reading(step, {"gradient_norm": norm, "head_loss": loss}), moved, per_loss=True)
+    return watch
+
+
+def named(watch: OutsideWatch, start: int, tau: float = 100.0) -> Mechanism:
+    """Return the mechanism of an event at ``start`` in a run that absorbs."""
+    return name_mechanism(replace(ABSORBING, outside=watch.before(start, tau)))[0]
+
+
+@pytest.mark.parametrize(("factor", "external"), [(300, True), (30, True), (3.5, True), (2, False)])
+def test_a_jump_of_the_rate_explains_what_follows_also_where_rows_are_absorbed(
+    factor: float, external: bool
+) -> None:
+    watch = quiet_run(50)
+    for step in range(51, 70):
+        watch.update_rates(step, [1e-3 * factor])
+    assert (named(watch, 68) is Mechanism.EXTERNAL) is external
+    assert named(watch, 51) is Mechanism.NUMERICAL_FEATURE_INFLATION, "the jump came after the event's start"
+    assert named(watch, 500) is Mechanism.NUMERICAL_FEATURE_INFLATION, "long over"
+
+
+def test_a_jump_of_one_group_counts_and_neither_a_warm_up_nor_a_decay_does() -> None:
+    watch = OutsideWatch()
+    for step in range(1, 101):
+        watch.update_rates(step, [1e-3 * step / 100, 1e-3 * 0.95**step])
+    assert math.isnan(watch.before(101, 100.0).rate_jump)
+    watch.update_rates(101, [1e-3, 1.0])
+    assert watch.before(102, 100.0).rate_jump > 100
+    unknown = OutsideWatch()
+    for step in range(1, 20):
+        unknown.update_rates(step, [math.nan])
+    assert math.isnan(unknown.before(20, 100.0).rate_jump)
+
+
+def test_a_leap_far_beyond_what_the_update_moved_is_a_batch() -> None:
+    watch = quiet_run(60)
+    watch.update_loss(61, 44.0)
+    assert watch.before(61, 100.0).unexplained_leap and watch.before(61, 100.0).read_before
+    assert named(watch, 61) is Mechanism.EXTERNAL
+    assert name_mechanism(replace(ABSORBING, on=("imminent",), outside=watch.before(61, 100.0)))[0] is (
+        Mechanism.NUMERICAL_FEATURE_INFLATION
+    ), "an event that was seen to come did not come at once"
+
+
+def test_a_leap_that_the_update_can_have_made_is_none() -> None:
+    """Measured in modular division: updates of 7 nats raise the loss by 7 nats in one step."""
+    watch = quiet_run(60, moved=7.0)
+    watch.update_loss(61, 0.3)
+    assert named(watch, 61) is Mechanism.NUMERICAL_FEATURE_INFLATION
+
+
+def test_a_loss_that_rises_step_by_step_makes_no_leap() -> None:
+    watch = quiet_run(60)
+    for step in range(61, 77):
+        watch.update_loss(step, 1e-7 * 3.0 ** (step - 60))
+    assert named(watch, 76) is Mechanism.NUMERICAL_FEATURE_INFLATION
+
+
+def test_a_leap_between_two_readings_is_less_certain() -> None:
+    watch = quiet_run(60)
+    for step in range(61, 70):
+        watch.update_loss(step, 1e-7)
+    watch.update_loss(70, 5.0)
+    seen = watch.before(70, 100.0)
+    assert not seen.read_before and name_mechanism(replace(ABSORBING, outside=seen)) == (
+        Mechanism.EXTERNAL,
+        0.6,
+    )
+
+
+def test_a_gradient_that_no_loss_makes_is_corrupt_and_one_that_grows_with_the_loss_is_not() -> None:
+    corrupt, natural = quiet_run(60), quiet_run(60)
+    corrupt.update(Reading(61, {"gradient_norm": 1.7, "head_loss": 1e-7}), 0.004, per_loss=True)
+    natural.update(Reading(61, {"gradient_norm": 1.7, "head_loss": 1.7e-1}), 0.004, per_loss=True)
+    assert named(corrupt, 66) is Mechanism.EXTERNAL
+    assert named(natural, 66) is Mechanism.NUMERICAL_FEATURE_INFLATION
+
+
+def test_a_reported_loss_that_was_rounded_to_zero_makes_no_gradient_corrupt() -> None:
+    watch = OutsideWatch()
+    for step in range(1, 61):
+        values = {"gradient_norm": 3e-7, "loss": 0.0, "head_loss": 1.3e-8}
+        watch.update(Reading(step, values), 0.3, per_loss=True)
+    values = {"gradient_norm": 0.165, "loss": 4.4e-4, "head_loss": 4.4e-4}
+    watch.update(Reading(61, values), 0.3, per_loss=True)
+    assert not watch.before(62, 20.0).corrupt_gradient
+
+
+def test_bursts_of_the_gradient_name_the_cause_only_where_nothing_else_does() -> None:
+    burst = Outside(burst=4.0)
+    assert name_mechanism(replace(QUIET, outside=burst))[0] is Mechanism.EXTERNAL
+    assert name_mechanism(replace(QUIET, curvature=50.0, outside=burst))[0] is Mechanism.EDGE_OF_STABILITY
+
+
+def test_a_watch_survives_a_checkpoint() -> None:
+    watch = quiet_run(60)
+    watch.update_rates(61, [0.3])
+    watch.update_loss(61, 44.0)
+    resumed = OutsideWatch()
+    resumed.load_state_dict(json.loads(json.dumps(watch.state_dict())))
+    assert resumed.before(62, 100.0) == watch.before(62, 100.0)
+    resumed.update_loss(62, 1.0)
+    watch.update_loss(62, 1.0)
+    assert resumed.losses == watch.losses
