@@ -257,7 +257,7 @@ def test_a_second_moment_slingshot_is_explained_by_coasting_and_the_kick() -> No
     assert f"fell below 50% at step {run.alerts['at_risk-1'].first_step:,}" in crossed
     assert f"RMS_t rose above {Thresholds().rms_t_steep} at step 2,501 (largest 6, back below at" in crossed
     follows = line(run.explain("imminent-1"), "What follows")
-    assert follows == "It happened: the loss jumped ×500 at step 2,503, 2 steps after the warning."
+    assert follows == "It happened: the loss jumped ×20,000,000 at step 2,503, 2 steps after the warning."
 
 
 @pytest.mark.parametrize(
