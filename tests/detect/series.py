@@ -67,7 +67,7 @@ def second_moment_slingshot(silent_from: int, kick: int) -> Iterator[Reading]:
                 "gradient_norm": 0.0 if silent else 1.0,
                 "non_finite_gradients": 0.0,
                 # The loss rises a little before it jumps.
-                "loss": 2e-3 if 0 <= after < 3 else 0.5 if 3 <= after < 20 else 0.3 * (step <= silent_from),
+                "loss": 2e-4 if 0 <= after < 3 else 0.5 if 3 <= after < 20 else 0.3 * (step <= silent_from),
             },
         )
 
