@@ -104,6 +104,10 @@ def _tuning() -> list[Family]:
         family("o-text-by-heart", language.reader, 6000, windows=64),
         family("o-gpt-bf16", gpt, 4000, windows=30_000),
         family("o-gpt-bf16-by-heart", gpt, 5000, windows=64, prefix=6, betas=(0.9, 0.999), decay=0.01),
+        family("o-gpt-bf16-high-rate", gpt, 4000, windows=2000, lr=4e-3),
+        family("o-gpt-bf16-few-windows", gpt, 4000, windows=16, prefix=4, lr=3e-3, decay=0.01),
+        family("o-restarts-absorbing", mlp, 8000, schedule=("restarts", 800), rows=200, batch=200, lr=2e-3,
+               decay=0.0),
         family("o-sorting", language.sorting, 5000),
     ]  # fmt: skip
 
