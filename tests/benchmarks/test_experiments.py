@@ -17,7 +17,7 @@ import torch
 from nfi_monitor import Monitor
 from nfi_monitor.replay.run import AS_IT_WAS, FLOAT64_LOSS
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
-from tests.benchmarks.detection import generate, setups
+from tests.benchmarks.detection import generate, score, setups
 from tests.benchmarks.detection.experiments import __main__ as command
 from tests.benchmarks.detection.experiments import cadence, plan, results, trials
 from tests.benchmarks.detection.experiments.plan import (
@@ -199,10 +199,11 @@ def test_float64_and_the_projection_avert_what_happens_again_without_them(
     stretch = Stretch(start - EARLY, EARLY + 100)
     rerun.train([stretch.step])
     arms = trials.remedy_arms(run.tau)
-    assert rerun.follow(stretch, AS_IT_WAS) == start
+    found = rerun.follow(stretch, AS_IT_WAS)
+    assert found is not None and abs(found - start) <= score.EARLY  # two definitions of a slingshot
     assert rerun.follow(stretch, FLOAT64_LOSS) is None
     assert rerun.follow(stretch, arms["zero-sum projection"]) is None
-    assert rerun.follow(stretch, AS_IT_WAS) == start  # nothing of an arm stays
+    assert rerun.follow(stretch, AS_IT_WAS) == found  # nothing of an arm stays
 
 
 def test_a_slingshot_is_tried_from_its_alarm_and_its_cause_found_by_replay(
@@ -216,7 +217,7 @@ def test_a_slingshot_is_tried_from_its_alarm_and_its_cause_found_by_replay(
         assert worked == (event["spiked_at"][name] is None)
     replayed = event["replay"]
     assert replayed["reproduced"] and replayed["mechanism"] == event["named"] == NUMERIC
-    assert replayed["arms"]["as_it_was"] == event["slingshot_step"]
+    assert abs(replayed["arms"]["as_it_was"] - event["slingshot_step"]) <= score.EARLY
     assert replayed["arms"]["float64_loss"] is None
 
 

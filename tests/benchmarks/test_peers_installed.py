@@ -41,6 +41,13 @@ def test_trainpulse_sounds_through_its_own_monitor() -> None:
     assert {396, 400} <= set(found["trainpulse, any alert"].tolist())  # the gradient norm above 100
 
 
+def test_arc_training_sounds_through_its_own_detector() -> None:
+    needs("arc-training")
+    found = peers_installed.arc_training(SERIES.__getitem__)
+    assert 391 <= found["arc-training, drift"].tolist()[0] <= 396
+    assert set(found["arc-training, critical drift"]) <= set(found["arc-training, drift"])
+
+
 def test_a_package_that_is_not_there_is_said_to_be_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peers_installed, "PINNED", {"no-such-package-of-ours": "1.0"})
     peers_installed._found.cache_clear()

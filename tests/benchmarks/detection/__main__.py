@@ -35,7 +35,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=["quick", "full"], default="quick")
+    parser.add_argument("--suite", choices=["quick", "full", "frozen"], default="quick")
     parser.add_argument("--families", nargs="+", metavar="NAME", help="these only, whatever the suite")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s; -1: all cores)")
     parser.add_argument("--backend", default="loky", help='joblib backend, for instance "ray" (default loky)')

@@ -226,11 +226,20 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (*_spiking(), *
 
 
 def suite(name: str, only: list[str] | None = None) -> list[Family]:
-    """The families of "quick" or "full"; ``only`` names them instead. Raises ValueError for unknown names."""
+    """The families of "quick", "full" or "frozen"; ``only`` names some instead.
+
+    Raises ValueError for unknown names.
+    """
+    # Those suites are built of this module's parts.
+    from tests.benchmarks.detection.suites.spiking import SPIKING
+
+    known = FAMILIES | SPIKING
     if only:
-        unknown = [item for item in only if item not in FAMILIES]
+        unknown = [item for item in only if item not in known]
         if unknown:
-            raise ValueError(f"No family {', '.join(unknown)}. Known: {', '.join(FAMILIES)}.")
-        return [FAMILIES[item] for item in only]
+            raise ValueError(f"No family {', '.join(unknown)}. Known: {', '.join(known)}.")
+        return [known[item] for item in only]
+    if name == FROZEN:
+        return list(SPIKING.values())
     # What runs in the quick suite is part of the full one.
     return [family for family in FAMILIES.values() if family.quick or name == "full"]

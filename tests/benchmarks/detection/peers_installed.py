@@ -1,6 +1,7 @@
-"""Two published packages that watch a training for loss spikes, through their own classes, where installed.
+"""Three published packages that watch a training for loss spikes, through their own classes, where installed.
 
     pip install trainscope==1.8.1 trainpulse==0.4.0
+    pip install --no-deps arc-training==5.2.0.post1
 
 Each is fed what its README feeds it, step by step and in order, with its own default settings:
 
@@ -11,6 +12,8 @@ Each is fed what its README feeds it, step by step and in order, with its own de
 * trainpulse: ``Monitor.log("loss", …)`` and ``Monitor.log("grad_norm", …)``; an alarm is an alert that it
   returns: of its loss-spike detector alone, or any of them.  Its isolation forest needs the whole run at once
   and cannot warn; it is left out.
+* arc-training: its drift detector gets the loss and the gradient's norm; an alarm is a report that is not
+  "none", and in a second row a critical one.
 
 They are imported when asked for and not before: nothing here needs them.
 """
@@ -29,8 +32,10 @@ from numpy.typing import NDArray
 
 from tests.benchmarks.peers import Readings
 
-PINNED = {"trainscope": "1.8.1", "trainpulse": "0.4.0"}
+PINNED = {"trainscope": "1.8.1", "trainpulse": "0.4.0", "arc-training": "5.2.0.post1"}
 """Package → the version whose classes the code below was written for."""
+_MODULES = {"arc-training": "arc.signals.trend"}
+"""Package → the module to import, where its name is another."""
 Sounded = Mapping[str, NDArray[np.int64]]
 """Name of a rule → the optimizer steps at which it sounds, in order."""
 
@@ -52,7 +57,7 @@ def _found() -> dict[str, tuple[str | None, str]]:
     for name in PINNED:
         try:
             version = metadata.version(name)
-            importlib.import_module(name)
+            importlib.import_module(_MODULES.get(name, name))
         except metadata.PackageNotFoundError:
             found[name] = None, "not installed"
         except Exception as error:  # whatever a foreign package raises: the table goes on without it
@@ -109,4 +114,26 @@ def trainpulse(readings: Readings) -> Sounded:
     }
 
 
-_ADAPTERS: dict[str, Callable[[Readings], Sounded]] = {"trainscope": trainscope, "trainpulse": trainpulse}
+def arc_training(readings: Readings) -> Sounded:
+    module = importlib.import_module(_MODULES["arc-training"])
+    detector = module.TrendDetector()
+    norms = dict(zip(*(column.tolist() for column in readings("gradient_norm")), strict=True))
+    drifting: list[int] = []
+    critical: list[int] = []
+    for step, loss in zip(*(column.tolist() for column in readings("loss")), strict=True):
+        severity = detector.update(loss=loss, grad_norm=norms.get(step)).severity
+        if severity is not module.DriftSeverity.NONE:
+            drifting.append(step)
+        if severity is module.DriftSeverity.CRITICAL:
+            critical.append(step)
+    return {
+        "arc-training, drift": np.array(drifting, dtype=np.int64),
+        "arc-training, critical drift": np.array(critical, dtype=np.int64),
+    }
+
+
+_ADAPTERS: dict[str, Callable[[Readings], Sounded]] = {
+    "trainscope": trainscope,
+    "trainpulse": trainpulse,
+    "arc-training": arc_training,
+}

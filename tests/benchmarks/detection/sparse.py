@@ -143,7 +143,7 @@ def recorded(families: Iterable[Family], cache: Path) -> list[tuple[Family, Path
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--suite", choices=["quick", "full"], default="quick")
+    parser.add_argument("--suite", choices=["quick", "full", "frozen"], default="quick")
     parser.add_argument("--families", nargs="+", metavar="NAME", help="these only, whatever the suite")
     parser.add_argument("--cache", type=Path, default=generate.CACHE)
     parser.add_argument("--out", type=Path, default=PAGE, help="the page (default %(default)s)")

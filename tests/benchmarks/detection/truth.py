@@ -143,7 +143,7 @@ class _Labeller:
             if self.log[index] >= level:
                 high = index
             since = self.steps[index] - self.steps[high]
-            if since >= self.recovery:
+            if since > self.recovery:
                 return (begin, index - 1), index
             if self.steps[index] - self.steps[begin] > self.patience and high == index:
                 self.quiet.clear()  # the loss stays: its new level becomes the normal one

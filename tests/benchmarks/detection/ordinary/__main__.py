@@ -6,7 +6,8 @@
     python -m tests.benchmarks.detection.ordinary --families o-dropout o-decay-1 --score-only
 
 Runs are recorded once, with every step read, and kept in ``--cache``.  The detector is then fed with them at
-every step and as ``every="auto"`` would read them.  The page is ORDINARY.md of this directory.
+every step and as ``every="auto"`` would read them.  ``--half both`` writes ORDINARY.md of this directory,
+once all runs are there.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from tests.benchmarks.detection.ordinary import page
 from tests.benchmarks.detection.ordinary.judged import Judged, judge_file
 from tests.benchmarks.detection.suites.ordinary import ORDINARY
 
+PAGE = Path(__file__).with_name("ORDINARY.md")
+
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -38,8 +41,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--cache", type=Path, default=CACHE, help="recorded runs (default %(default)s)")
     parser.add_argument("--score-only", action="store_true", help="record nothing; score what is there")
     parser.add_argument("--record-only", action="store_true", help="score nothing")
-    parser.add_argument("--peers", action="store_true", help="score the peers too (always with --out)")
-    parser.add_argument("--out", type=Path, help="write the page there; default: print only")
+    parser.add_argument("--peers", action="store_true", help="score the peers too (always for a page)")
+    parser.add_argument("--out", type=Path, help="the page (default with --half both: ORDINARY.md)")
     args = parser.parse_args(argv)
     unknown = [name for name in args.families or () if name not in ORDINARY]
     if unknown:
@@ -80,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.record_only:
         return 0
+    if args.half == "both" and not args.families and not missing and args.out is None:
+        args.out = PAGE
     peers = args.peers or args.out is not None
     judged: list[Judged] = Parallel(n_jobs=args.jobs)(
         delayed(judge_file)(family, path, peers=peers) for family, path in runs

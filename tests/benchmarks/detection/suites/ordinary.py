@@ -12,8 +12,18 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from tests.benchmarks.detection.families import TUNING, Family
-from tests.benchmarks.detection.suites import digits, images, language, others
+from tests.benchmarks.detection.families import FROZEN, TUNING, Family
+from tests.benchmarks.detection.suites import (
+    control,
+    digits,
+    fine_tuning,
+    generative,
+    images,
+    language,
+    others,
+    recurrent,
+    various,
+)
 from tests.benchmarks.detection.training import Training
 
 
@@ -94,8 +104,76 @@ def _tuning() -> list[Family]:
         family("o-text-by-heart", language.reader, 6000, windows=64),
         family("o-gpt-bf16", gpt, 4000, windows=30_000),
         family("o-gpt-bf16-by-heart", gpt, 5000, windows=64, prefix=6, betas=(0.9, 0.999), decay=0.01),
+        family("o-gpt-bf16-high-rate", gpt, 4000, windows=2000, lr=4e-3),
+        family("o-gpt-bf16-few-windows", gpt, 4000, windows=16, prefix=4, lr=3e-3, decay=0.01),
+        family("o-restarts-absorbing", mlp, 8000, schedule=("restarts", 800), rows=200, batch=200, lr=2e-3,
+               decay=0.0),
         family("o-sorting", language.sorting, 5000),
     ]  # fmt: skip
 
 
-ORDINARY: dict[str, Family] = {family.name: family for family in _tuning()}
+def _frozen() -> list[Family]:
+    family = _made(FROZEN)
+    tuned, walk, table = fine_tuning.fine_tuned, recurrent.recurrent, various.table
+    return [
+        # Models of transformers, and adapters by hand.
+        family("f-gpt2-text", tuned, 5000, model="GPT2LMHeadModel", task="causal", rows=4000, total=5000),
+        family("f-gpt2-by-heart", tuned, 5000, model="GPT2LMHeadModel", task="causal", rows=64),
+        family("f-gpt2-topics", tuned, 5000, model="GPT2ForSequenceClassification", task="topics",
+               num_labels=4),
+        family("f-llama-text", tuned, 5000, model="LlamaForCausalLM", task="causal", rows=2000, decay=0.1,
+               before=500),
+        family("f-llama-by-heart", tuned, 5000, model="LlamaForCausalLM", task="causal", rows=48),
+        family("f-llama-topics", tuned, 4000, model="LlamaForSequenceClassification", task="topics", rows=300,
+               num_labels=4, decay=0.01),
+        family("f-bert-masked", tuned, 5000, model="BertForMaskedLM", task="masked", rows=2000, decay=0.01),
+        family("f-bert-topics", tuned, 5000, model="BertForSequenceClassification", task="topics", rows=400,
+               num_labels=4, before=200, lr=5e-4),
+        family("f-bert-regression-16", tuned, 4000, nats=False, model="BertForSequenceClassification",
+               task="regression", rows=16, num_labels=1),
+        family("f-bert-many-labels", tuned, 5000, model="BertForSequenceClassification", task="many",
+               num_labels=6, problem_type="multi_label_classification", rows=500),
+        family("f-bert-answers", tuned, 5000, model="BertForQuestionAnswering", task="answers", rows=500),
+        family("f-distilbert-tags", tuned, 5000, model="DistilBertForTokenClassification", task="tags",
+               rows=500, num_labels=3),
+        family("f-vit-digits", tuned, 6000, model="ViTForImageClassification", task="image", batch=16,
+               num_labels=10),
+        family("f-vit-regression-16", tuned, 5000, nats=False, model="ViTForImageClassification",
+               task="image-regression", rows=16, num_labels=1),
+        family("f-lora-llama", tuned, 5000, model="LlamaForSequenceClassification", task="topics", rows=400,
+               num_labels=4, before=300, lora=4),
+        family("f-lora-bert", tuned, 5000, model="BertForSequenceClassification", task="topics", rows=200,
+               num_labels=4, before=300, lora=2, lr=2e-3),
+        # Recurrent.
+        family("f-lstm-text", walk, 6000, kind="lstm", task="text", rows=20_000),
+        family("f-lstm-by-heart", walk, 6000, kind="lstm", task="text", rows=64, decay=0.1),
+        family("f-gru-topics", walk, 8000, kind="gru", task="topics", dropout=0.2, total=8000),
+        family("f-gru-count", walk, 8000, kind="gru", task="count", beta2=0.99),
+        family("f-rnn-count", walk, 8000, kind="rnn", task="count", lr=1e-3),
+        # Policies.
+        family("f-ppo", control.policy, 10_000, floor=False),
+        family("f-reinforce", control.policy, 4000, floor=False, epochs=1),
+        family("f-q-learning", control.temporal_difference, 14_000, nats=False),
+        # Generative.
+        family("f-variational", generative.variational, 14_000),
+        family("f-variational-beta", generative.variational, 10_000, beta=4.0, lr=3e-3),
+        family("f-flow", generative.flow, 8000),
+        family("f-diffusion", generative.diffusion, 14_000, nats=False),
+        family("f-critic", generative.critic, 5000, floor=False),
+        # Others.
+        family("f-mixer", various.mixer, 6000),
+        family("f-experts", various.experts, 8000, decay=0.1),
+        family("f-sets", various.sets, 14_000),
+        family("f-breast-cancer", table, 12_000, data_set="breast_cancer"),
+        family("f-wine", table, 12_000, data_set="wine", batch=16, total=12_000),
+        family("f-diabetes", table, 12_000, nats=False, data_set="diabetes", lr=3e-3),
+        family("f-graph", various.graph, 8000, batch=64, lr=1e-2),
+        family("f-recommender", various.recommender, 14_000, decay=1e-3),
+        family("f-skip-gram", various.skip_gram, 8000),
+        family("f-simclr", various.two_noises, 8000),
+        family("f-triplets", various.triplets, 8000, nats=False),
+    ]  # fmt: skip
+
+
+ORDINARY: dict[str, Family] = {family.name: family for family in (*_tuning(), *_frozen())}
+"""Name → family, of both halves."""

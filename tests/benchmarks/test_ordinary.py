@@ -1,0 +1,113 @@
+"""The ordinary suite: what is in it, that looking at its loss changes nothing, and how alerts are judged."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
+from tests.benchmarks.detection import evaluate, generate
+from tests.benchmarks.detection.families import FROZEN, TUNING, Family, suite
+from tests.benchmarks.detection.ordinary import __main__ as command
+from tests.benchmarks.detection.ordinary.judged import comes_true, judge_run
+from tests.benchmarks.detection.replay import readings
+from tests.benchmarks.detection.score import Event, Truth, calls
+from tests.benchmarks.detection.suites import digits
+from tests.benchmarks.detection.suites.ordinary import ORDINARY
+from tests.benchmarks.detection.suites.spiking import SPIKING
+from tests.benchmarks.peers import PEERS
+
+SHORT = Family("short", partial(digits.digits, dropout=0.2), 80, (0,), None, half=TUNING)
+
+
+def alert(kind: AlertKind, first: int, last: int) -> Alert:
+    return Alert(
+        "a", kind, Severity.WARNING, AlertState.RESOLVED, Phase.HEALTHY, first, last, Mechanism.UNKNOWN, 0.5
+    )
+
+
+def test_the_suite_is_large_and_its_halves_share_no_module() -> None:
+    assert len(ORDINARY) >= 60 and all(family.quiet for family in ORDINARY.values())
+    assert sum(family.steps * len(family.seeds) for family in ORDINARY.values()) >= 600_000
+    modules = {
+        half: {family.module for family in ORDINARY.values() if family.half == half}
+        for half in (TUNING, FROZEN)
+    }
+    assert modules[TUNING] and modules[FROZEN] and not modules[TUNING] & modules[FROZEN]
+    assert all(name.replace("-", "").isalnum() for name in ORDINARY | SPIKING)
+
+
+def test_the_frozen_spiking_families_are_a_suite_of_their_own() -> None:
+    assert suite(FROZEN) == list(SPIKING.values()) and not set(SPIKING) & {
+        item.name for item in suite("full")
+    }
+    abrupt = [family for family in SPIKING.values() if family.abrupt]
+    assert len(SPIKING) - len(abrupt) >= 24 and len(abrupt) >= 12
+
+
+def test_a_look_at_the_whole_loss_changes_nothing_and_the_detector_does_not_see_it() -> None:
+    def unchecked(seed: int, arm: object) -> object:
+        training = digits.digits(seed, arm, dropout=0.2)  # type: ignore[arg-type]
+        training.part = None
+        return training
+
+    with_it = generate.record(SHORT, 0)
+    without = generate.record(dataclasses.replace(SHORT, build=unchecked), 0)  # type: ignore[arg-type]
+    assert with_it.columns["truth_loss"][0].tolist() == list(range(5, 81, 5))
+    assert set(with_it.columns) - set(without.columns) == {"truth_loss"}
+    for name, (_, values) in without.columns.items():
+        np.testing.assert_array_equal(values, with_it.columns[name][1], err_msg=name)
+    assert all("truth_loss" not in reading.values for reading in readings(with_it))
+
+
+def test_the_labels_are_those_of_the_whole_loss() -> None:
+    run = generate.record(SHORT, 0, steps=5)
+    steps = np.arange(1, 1001)
+    hard = np.where((steps >= 500) & (steps < 520), 1.0, 1e-4)
+    calm: generate.Column = (steps[::5], np.full(200, 1e-4))
+    columns = {"loss": (steps, hard), "truth_loss": calm}
+    judged = evaluate.truth_of_run(dataclasses.replace(run, steps=1000, columns=columns), SHORT)
+    assert judged.slingshots == () and judged.steps == 1000
+    columns = {"loss": (steps, hard)}
+    judged = evaluate.truth_of_run(dataclasses.replace(run, steps=1000, columns=columns), SHORT)
+    assert [event.start for event in judged.slingshots] == [500]
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "right"),
+    [(600, 610, True), (450, 460, False), (450, 1000, True), (1030, 1040, True), (1100, 1110, False)],
+)
+def test_an_imminent_alert_is_right_if_a_slingshot_follows_soon(first: int, last: int, right: bool) -> None:
+    truth = Truth(3000, 1000.0, (Event(1000, 1050),), quiet=True, abrupt=True)
+    assert comes_true(alert(AlertKind.IMMINENT, first, last), truth) is right
+
+
+def test_a_slingshot_alert_is_about_an_event_that_it_begins_in() -> None:
+    event = Event(1000, 1050)
+    began = (979, 980, 1050, 1051)
+    assert [calls(alert(AlertKind.SLINGSHOT, step, step + 5), event) for step in began] == [
+        False, True, True, False,
+    ]  # fmt: skip
+
+
+def test_a_run_is_judged_at_both_cadences_and_so_are_the_peers() -> None:
+    judged = judge_run(SHORT, generate.record(SHORT, 0))
+    assert judged.every.read == 80 and 0 < judged.auto.read <= 80
+    assert judged.every.false_imminent == () and set(PEERS) <= set(judged.peers)
+
+
+def test_the_command_records_scores_and_writes_its_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(ORDINARY, "short", SHORT)
+    out = tmp_path / "ORDINARY.md"
+    options = ["--families", "short", "--cache", str(tmp_path), "--out", str(out)]
+    assert command.main([*options, "--record-only"]) == 0 and not out.exists()
+    assert command.main([*options, "--score-only"]) == 0
+    text = out.read_text(encoding="utf-8")
+    assert "| short | 1 × 80 | 0 | – | 0 | 0 | 0 | 0 |" in text and "gradient norm, z > 3" in text
+    assert command.main(["--families", "short", "--cache", str(tmp_path / "empty"), "--score-only"]) == 1
