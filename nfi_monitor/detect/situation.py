@@ -140,12 +140,16 @@ class Situation:
         """Return the factor by which the levels of a rule are higher because its alarms led to nothing."""
         return self.record.factor(rule, self.signals.last_step, self.context.tau)
 
-    def weight_decay_pulls(self, step: int) -> bool:
-        """Return whether decoupled weight decay is on and the second moment has had time to settle.
+    def weight_decay_pulls(self, step: int, *, coupled: bool = False) -> bool:
+        """Return whether weight decay moves the weights and the second moment has had time to settle.
 
-        In the first steps a bias-corrected second moment is an average over a moving target, not a memory.
+        ``coupled``: count decay that is a part of the gradient (L2), too.  It keeps the second moment up, so
+        a small gradient alone does not show that the moment decays.  In the first steps a bias-corrected
+        second moment is an average over a moving target, not a memory.
         """
-        return self.context.decoupled_decay and step >= self.limits.second_moment_settles * self.context.tau
+        context = self.context
+        decay = context.decoupled_decay or (coupled and context.coupled_decay)
+        return decay and step >= self.limits.second_moment_settles * context.tau
 
     @property
     def loss_has_settled(self) -> bool:
@@ -153,6 +157,6 @@ class Situation:
 
         Earlier, while the loss falls from its first values, it oscillates too, and goes on falling.
         """
-        low = self.spike.average <= math.log(self.limits.spike_high)
+        low = self.spike.average <= math.log(self.limits.spike_high * self.spike.unit)
         settles = (self.limits.second_moment_settles if low else self.limits.swing_settles) * self.context.tau
         return self.spike.readings >= MEMORY and self.step >= settles

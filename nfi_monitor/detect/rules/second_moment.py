@@ -111,7 +111,7 @@ class Kicking(Rule):
 
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
-        pulled = not now.on(Absorbing.name) and now.weight_decay_pulls(now.step)
+        pulled = not now.on(Absorbing.name) and now.weight_decay_pulls(now.step, coupled=True)
         decayed = pulled and now.forgotten
         # If the curvature is high as well, a lower RMS_t is enough: the alert comes one step earlier.
         level = self._level(now) if decayed else limits.rms_t_imminent
@@ -132,7 +132,7 @@ class Kicking(Rule):
     def nears(self, now: Situation) -> bool:
         signals = now.signals
         rising = signals.rms_t_peak >= 0.5 * now.limits.rms_t_imminent and signals.rms_t_mean <= 1.0
-        return rising and now.weight_decay_pulls(signals.last_step) and now.forgotten
+        return rising and now.weight_decay_pulls(signals.last_step, coupled=True) and now.forgotten
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
         signals, limits = now.signals, now.limits
