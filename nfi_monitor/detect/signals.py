@@ -30,7 +30,7 @@ class _Times(NamedTuple):
 
     @classmethod
     def of(cls, step: int, last_step: int, tau: float, limits: Thresholds) -> _Times:
-        gap = max(step - last_step, 1)
+        gap = step - last_step if step >= last_step else 1  # the step counter may be set back
         short = min(limits.displacement_smoothing * tau, limits.displacement_cap)
         return cls(
             tau=tau,
