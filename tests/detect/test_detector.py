@@ -298,7 +298,10 @@ def test_a_slingshots_evidence_has_the_thresholds_that_named_its_mechanism() -> 
     assert slingshot.evidence["second_moment_decay"].value <= FORGOTTEN
     levels = {name: item.threshold for name, item in slingshot.evidence.items() if name != "loss"}
     assert levels == {name: item.threshold for name, item in imminent.evidence.items() if name != "loss"}
-    assert (levels["rms_t_max"], levels["secant_curvature"]) == pytest.approx((1.5, 19.0))
+    limits = Thresholds()
+    assert levels["rms_t_max"] == limits.rms_t_steep < 1.8 < limits.rms_t_imminent
+    steep = limits.kick_curvature * HINGE.stability_limit
+    assert levels["secant_curvature"] == pytest.approx(steep) and steep < 25.0 < HINGE.stability_limit
 
 
 def test_absorption_that_begins_during_coasting_becomes_the_mechanism_of_the_alert() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
-from nfi_monitor.types import AlertKind, Mechanism, Reading
+from nfi_monitor.types import AlertKind, Mechanism, Reading, Thresholds
 
 ADAM = RunContext(beta2=0.95)
 SPIKE = 300
@@ -24,8 +24,13 @@ def imminent(readings: Iterator[Reading], context: RunContext) -> list[tuple[int
     ]
 
 
-def oscillation(alignment: float, spike: int = SPIKE, before: float = 1e-4) -> Iterator[Reading]:
-    """Yield features that swing 1.6 × further at each of the last 12 steps; the loss rises at the last."""
+def oscillation(
+    alignment: float, spike: int = SPIKE, before: float = 1e-4, rises: float = 0.1
+) -> Iterator[Reading]:
+    """Yield features that swing 1.6 × further at each of the last 12 steps; the loss leaps at the last.
+
+    The loss rises a little with each swing: by .15 nat, which ``loss_stands_out`` requires, at the fourth.
+    """
     for step in range(1, spike + 1):
         left = spike - step
         growth = 1.6 ** max(12 - left, 0)
@@ -39,14 +44,23 @@ def oscillation(alignment: float, spike: int = SPIKE, before: float = 1e-4) -> I
                 "gradient_alignment": alignment if left <= 12 else 0.7,
                 "secant_curvature": 0.3 * growth,
                 "rms_t_max": 0.4,
-                "loss": before if left else max(0.5, 4 * before),
+                "loss": before * growth**rises if left else max(0.5, 4 * before),
             },
         )
 
 
-def test_opposing_gradients_and_growing_swings_are_imminent_before_the_loss_rises() -> None:
+def test_opposing_gradients_and_growing_swings_are_imminent_before_the_loss_leaps() -> None:
+    """The swings reach .3 nat 4 steps before the leap; by then the loss has left its range."""
     ((step, mechanism),) = imminent(oscillation(-0.9), ADAM)
-    assert SPIKE - 6 <= step < SPIKE and mechanism is Mechanism.EDGE_OF_STABILITY
+    assert SPIKE - 4 <= step < SPIKE and mechanism is Mechanism.EDGE_OF_STABILITY
+
+
+def test_an_oscillation_under_which_the_loss_stays_where_it_is_is_not_imminent() -> None:
+    """A run may live at the edge of stability for good: its gradients oppose each other, and nothing follows."""
+    unmoved = [reading for reading in oscillation(-0.9, rises=0.0) if reading.step < SPIKE]
+    assert imminent(iter(unmoved), ADAM) == []
+    moved = [reading for reading in oscillation(-0.9) if reading.step < SPIKE]
+    assert len(imminent(iter(moved), ADAM)) == 1, "the loss alone makes the difference"
 
 
 def test_growing_swings_without_opposing_gradients_are_not_imminent() -> None:
@@ -135,31 +149,51 @@ def test_a_run_that_goes_on_learning_with_a_steady_displacement_is_not_imminent(
     assert imminent(long_memory(rising=False), RunContext(beta2=0.999)) == []
 
 
-@pytest.mark.parametrize(("rising", "sounds"), [(True, True), (False, False)])
-def test_half_the_displacement_is_imminent_only_if_it_has_doubled(rising: bool, sounds: bool) -> None:
+SMOOTHED = 1.0 / (math.exp(1.0 / 5.0) - 1.0)
+"""Steps by which the average over ln δ lags behind a line, at a time constant of 5 steps (a quarter of τ)."""
+
+
+def rising(lowest: float, rate: float, until: float) -> Iterator[Reading]:
+    """Yield an absorbing run whose δ rises as lowest · exp(rate · step) up to ``until``, and stays there."""
+    for step in range(601):
+        yield absorbing(step, min(lowest * math.exp(rate * step), until))
+
+
+def absorbing(step: int, delta: float) -> Reading:
+    """Return a reading of an absorbing run at this δ, with a feature mean that grows by 4% per τ."""
+    values = {
+        "zero_sum_violation": 0.5,
+        "feature_mean_norm": math.exp(2e-3 * step),
+        "logit_displacement": delta,
+        "rms_t_max": 0.1,
+        "loss": 1e-6,
+    }
+    return Reading(step, values)
+
+
+def test_after_a_large_rise_the_lowest_displacement_is_imminent() -> None:
+    """δ has risen tenfold above its recent minimum, so that a sixth of the usual displacement is enough."""
+    ((step, mechanism),) = imminent(rising(1e-3, 0.01, until=0.2), ADAM)
+    expected = math.log(Thresholds().imminent_lowest / 1e-3) / 0.01 + SMOOTHED
+    assert step == math.ceil(expected)
+    assert mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
+
+
+def test_the_displacement_that_is_imminent_falls_with_the_square_of_its_rise() -> None:
+    """The recent minimum of δ rises by 1/10 per τ, so that the rise is that of δ less that of the minimum."""
+    rate, lowest = 0.015, 0.04
+    ((step, _),) = imminent(rising(lowest, rate, until=10.0), ADAM)
+    # ln δ + 2 ln rise = ln imminent_product, with ln δ = ln lowest + rate · (step − lag)
+    product = math.log(Thresholds().imminent_product / lowest) + 3 * rate * SMOOTHED
+    assert step == math.ceil(product / (3 * rate - 2 / (10 * ADAM.tau)))
+    assert 0.1 < lowest * math.exp(rate * (step - SMOOTHED)) < 0.6, "between the two displacements"
+
+
+def test_a_displacement_that_has_not_risen_is_imminent_at_its_full_level_only() -> None:
     """Soft-capped logits move by a tenth of a nat between minibatches for ever."""
-
-    def readings() -> Iterator[Reading]:
-        for step in range(1, 601):
-            delta = min(1e-3 * math.exp(0.01 * step), 0.1) if rising else 0.1 * 1.3 ** math.sin(step)
-            yield Reading(
-                step,
-                {
-                    "zero_sum_violation": 0.5,
-                    "feature_mean_norm": math.exp(2e-3 * step),
-                    "logit_displacement": delta,
-                    "rms_t_max": 0.1,
-                    "loss": 1e-6,
-                },
-            )
-
-    found = imminent(readings(), ADAM)
-    if sounds:
-        ((step, mechanism),) = found
-        assert 430 < step < 445, "where δ, averaged over 5 steps, is half of .15"
-        assert mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
-    else:
-        assert found == []
+    for delta, sounds in ((0.2, False), (0.5, False), (0.8, True)):
+        readings = (absorbing(step, delta * 1.3 ** math.sin(step)) for step in range(601))
+        assert bool(imminent(readings, ADAM)) is sounds, delta
 
 
 def quiet_for_ever(steps: int) -> Iterator[Reading]:
@@ -185,11 +219,15 @@ def test_an_old_large_gradient_does_not_count_as_forgotten_for_ever() -> None:
     assert begins and max(begins) < 100 + 4.7 * 100 * 20, "100 τ for each factor e"
 
 
-@pytest.mark.parametrize(("moved", "sounds"), [(0.2, True), (0.01, False)])
+@pytest.mark.parametrize(
+    ("moved", "loss", "sounds"), [(0.2, 1.3e-5, True), (0.01, 1.3e-5, False), (0.2, 1.1e-5, False)]
+)
 @pytest.mark.parametrize("decayed", [True, False])
-def test_a_kick_needs_weight_decay_a_decayed_second_moment_and_moving_features(
-    moved: float, sounds: bool, decayed: bool
+def test_a_kick_needs_weight_decay_a_decayed_second_moment_moving_features_and_a_loss_that_stands_out(
+    moved: float, loss: float, sounds: bool, decayed: bool
 ) -> None:
+    """1.1e-5 lies .1 nat above the loss before; ``loss_stands_out`` is .15 nat."""
+
     def readings() -> Iterator[Reading]:
         root = 1.0
         for step in range(1, 801):
@@ -203,7 +241,7 @@ def test_a_kick_needs_weight_decay_a_decayed_second_moment_and_moving_features(
                     "weight_norm": math.exp(-1e-4 * step),
                     "feature_displacement": moved if kicked else 0.003,
                     "secant_curvature": 5.0,
-                    "loss": 1e-5,
+                    "loss": loss if kicked else 1e-5,
                 },
             )
 
@@ -214,9 +252,11 @@ def test_a_kick_needs_weight_decay_a_decayed_second_moment_and_moving_features(
         assert found == []
 
 
-@pytest.mark.parametrize(("turn", "sounds"), [(-0.9, True), (0.0, False)])
+@pytest.mark.parametrize(
+    ("turn", "loss", "sounds"), [(-0.9, 1.3e-5, True), (0.0, 1.3e-5, False), (-0.9, 1.1e-5, False)]
+)
 def test_under_strong_weight_decay_a_kick_is_a_gradient_that_turns_at_high_curvature(
-    turn: float, sounds: bool
+    turn: float, loss: float, sounds: bool
 ) -> None:
     """The gradient comes back before the second moment has decayed."""
 
@@ -231,7 +271,7 @@ def test_under_strong_weight_decay_a_kick_is_a_gradient_that_turns_at_high_curva
                     "feature_displacement": 0.2 if kicked else 0.003,
                     "secant_curvature": 30.0 if kicked else 2.0,
                     "gradient_alignment": turn if kicked else 0.0,
-                    "loss": 1e-5,
+                    "loss": loss if kicked else 1e-5,
                 },
             )
 

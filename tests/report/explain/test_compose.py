@@ -85,12 +85,12 @@ def test_an_explanation_reads_like_this() -> None:
     run = Run(rich_numeric(until=300), NUMERIC)
     alert = replace(run.alerts["imminent-1"], steps_to_spike=(27, 54, 109), advice=("Do this.", "Or that."))
     assert str(run.explain(alert)) == (
-        "imminent-1, since step 265 (numerical feature inflation, confidence 95%).\n"
+        "imminent-1, since step 255 (numerical feature inflation, confidence 95%).\n"
         "Steps searched: steps 134–300, since the run was last healthy.\n"
         "Crossed: smoothed zero-sum violation rose above 0.1 at step 135 (0.103 then, 0.622 when the alert "
         "began, 0.697 now); growth of ‖μ_G‖ rose above 1% per τ at step 163 (1.02% per τ then, 12% per τ "
         "when the alert began, 12% per τ now); logit displacement δ rose above "
-        "0.258 nat at step 265 (0.262 nat then, 0.642 nat now).\n"
+        "0.201 nat at step 255 (0.203 nat then, 0.642 nat now).\n"
         "Did not cross: sqrt(v) against its maximum stayed above 50% (smallest 100%); RMS_t, averaged, "
         "stayed above 0.5 (smallest 1); RMS_t stayed below 2.3 (largest 1); secant curvature stayed below 38 "
         "(largest 1.5); gradient alignment stayed above -0.4 (smallest 0.9); feature displacement stayed "
@@ -155,8 +155,8 @@ def test_a_quantity_that_came_back_is_said_to_have() -> None:
 
 def test_a_slingshots_cause_is_held_against_the_levels_it_was_named_by() -> None:
     explanation = Run(steep_kick(), HINGE).explain("slingshot-1")
-    assert "secant curvature rose above 19 at step 2,500" in line(explanation, "Also crossed")
-    assert "RMS_t rose above 1.5 at step 2,500" in line(explanation, "Crossed")
+    assert "secant curvature rose above 9.5 at step 2,500" in line(explanation, "Also crossed")
+    assert "RMS_t rose above 1.3 at step 2,500" in line(explanation, "Crossed")
     assert "curvature" not in line(explanation, "Did not cross")
 
 
@@ -368,7 +368,7 @@ def test_an_alert_from_before_the_record_is_explained_by_its_own_evidence() -> N
     run.history = History()
     explanation = run.explain("imminent-1")
     text = str(explanation)
-    assert "zero-sum violation 0.622 in the alert's own evidence (threshold 0.1)" in text
+    assert "zero-sum violation 0.582 in the alert's own evidence (threshold 0.1)" in text
     assert "growth of ‖μ_G‖ 12% per τ in the alert's own evidence (threshold 1% per τ)" in text
     assert "the steps before the alert began: the readings begin later" in text
     assert "RMS_t 1 in the alert's own evidence" in line(explanation, "Did not cross")
@@ -383,7 +383,7 @@ def test_a_resumed_alert_is_explained_from_where_its_readings_begin() -> None:
     text = str(run.explain("imminent-1"))
     begun = "zero-sum violation was already above 0.1 when the readings began (step 201; 0.404 then"
     assert begun in text
-    assert f"logit displacement δ rose above 0.258 nat at step {run.alerts['imminent-1'].first_step}" in text
+    assert f"logit displacement δ rose above 0.201 nat at step {run.alerts['imminent-1'].first_step}" in text
     assert "the steps before 201: the readings begin there" in text
 
 
