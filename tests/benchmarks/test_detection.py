@@ -102,7 +102,8 @@ def test_an_alarm_right_after_a_slingshot_that_was_silent_in_it_is_a_new_one() -
         (range(300, 1000), 1, 1, 1, 0),  # began before the horizon, still sounds: early
         ([300], 0, 0, 0, 1),  # began and ended before it
         ([300, 950], 1, 0, 1, 1),
-        ([1000, 1020], 0, 0, 0, 0),  # with the slingshot: no warning, no false alarm
+        ([1000, 1020], 1, 0, 0, 0),  # at its first loss: too late for the cure, yet before it is named
+        ([1001, 1020], 0, 0, 0, 0),  # with the slingshot: no warning, no false alarm
     ],
 )
 def test_a_slingshot_is_warned_of_by_an_alarm_that_reaches_it(
@@ -209,7 +210,7 @@ def test_a_replay_gives_the_live_alerts_bit_for_bit(run: generate.Run) -> None:
 
 
 def test_a_replay_with_other_thresholds_gives_other_alerts(run: generate.Run) -> None:
-    said = replay(run, Thresholds(imminent_displacement=50.0))
+    said = replay(run, Thresholds(imminent_displacement=50.0, imminent_rise=1e9))
     assert not any(item.kind is AlertKind.IMMINENT for item in said.alerts)
 
 

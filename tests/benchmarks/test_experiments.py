@@ -106,7 +106,7 @@ def test_averted_is_no_slingshot_until_ten_tau_after_the_original_began() -> Non
 
 
 def test_a_slingshot_nobody_warned_of_has_no_alarm_to_start_a_remedy_from() -> None:
-    alerts = [alert(AlertKind.IMMINENT, 1000, 1010), alert(AlertKind.IMMINENT, 300, 400)]
+    alerts = [alert(AlertKind.IMMINENT, 1001, 1010), alert(AlertKind.IMMINENT, 300, 400)]
     (trial,) = trials_of(alerts, truth(1000), numeric=True)
     assert trial.remedy is None and trial.named == "none"
 

@@ -2,7 +2,8 @@
 
 **Truth.** Slingshots are found in the recorded loss by truth.py, which is not the detector that is judged.
 Events that only levels ten times lower find are *near misses*: an alarm before one is neither a hit nor
-false.  From a slingshot's start until it is recovered nothing is judged.
+false.  After a slingshot's first loss, at which no detector can name it yet, nothing is judged until it is
+recovered.
 
 **Alarms.** A rule sounds at some steps; pauses shorter than ``REFRACTORY`` τ make no new alarm.  An alarm
 that was already sounding while the last slingshot was judged is carried over and does not count.
@@ -191,7 +192,7 @@ def _warning(alarms: Iterable[Event], slingshot: Event, truth: Truth) -> Score:
 def _justice(alarm: Event, truth: Truth, events: Sequence[Event]) -> Score:
     """Whether one alarm was false, before a near miss, or cut off by the end of the run."""
     pause = truth.pause
-    following = [event for event in events if alarm.start <= event.end and event.start > alarm.start]
+    following = [event for event in events if event.start >= alarm.start]
     following += [event for event in truth.near_misses if event.start <= alarm.start <= event.end]
     reached = [
         event
