@@ -77,7 +77,7 @@ def test_the_first_advice_of_every_alarm_of_a_mechanism_is_an_action(key: str, k
         pytest.skip("no such advice")
     lines = advice_for(kind, Mechanism.UNKNOWN, 20.0, keys=[key])
     action = first_action(lines)
-    if key == EXTERNAL:  # look at the data: nothing to switch on
+    if key == EXTERNAL or key.startswith("outside"):  # look at the data: nothing to switch on
         assert action is None or action.known
     else:
         assert action is not None and action.known

@@ -25,7 +25,7 @@ from typing import Any, cast
 from nfi_monitor import Alert, AlertKind, Mechanism, Monitor
 from nfi_monitor.replay.run import AS_IT_WAS, FLOAT64_LOSS, NUDGED
 from nfi_monitor.replay.verdict import margin
-from tests.benchmarks.detection import generate, score
+from tests.benchmarks.detection import generate
 from tests.benchmarks.detection.experiments.plan import Stretch
 from tests.benchmarks.detection.experiments.trials import GROWS_LESS, NoMonitor, Rerun
 from tests.benchmarks.detection.proofs import kept as keys
@@ -40,7 +40,7 @@ from tests.benchmarks.detection.proofs.subjects import (
     net_of,
     unkicked,
 )
-from tests.benchmarks.detection.score import Event
+from tests.benchmarks.detection.truth import Event, slingshots
 
 Record = dict[str, Any]
 
@@ -90,7 +90,9 @@ def _prove(subject: Subject, kept: Kept) -> Record:
         also=() if kick is None else (kick.first - 1,),
     )
     on = _Continued(subject, heard, kept)
-    events = score.find_events(range(1, heard.steps + 1), heard.losses, heard.tau)
+    family = subject.family
+    steps = range(1, heard.steps + 1)
+    events = slingshots(steps, heard.losses, heard.tau, nats=family.nats, floor=family.floor)
     record: Record = {
         "kind": subject.kind,
         "family": subject.family.name,
