@@ -107,10 +107,10 @@ def test_an_alarm_is_the_first_since_the_slingshot_before_that_did_not_end_long_
 
 def test_slingshots_are_counted_by_the_monitors_rule_and_a_loss_that_is_not_finite_is_one() -> None:
     spikes = trials.Spikes(tau=20.0)
-    losses = [1e-4] * 60 + [5.0] + [1e-4] * 60 + [float("nan")]
+    losses = [1e-4] * 60 + [5.0] * 2 + [1e-4] * 60 + [float("nan")]
     for step, loss in enumerate(losses, 1):
         spikes.saw(step, loss)
-    assert spikes.starts == [61, 122]
+    assert spikes.starts == [61, 123]
 
 
 # --- the page ---------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ SOON = Thresholds(absorbing_enter=1e-9, absorbing_exit=1e-10)
 """Any rounding at all counts as absorption: *at risk* fires within the first steps of any training."""
 AT_ONCE = Thresholds(
     absorbing_enter=1e-9, absorbing_exit=1e-10, inflating_growth=1e-12, imminent_growth=1e-12,
-    imminent_displacement=1e-9, imminent_exit=1e-10,
+    imminent_displacement=1e-9, imminent_lowest=5e-10, imminent_exit=1e-10,
 )  # fmt: skip
 """*Imminent* from the first steps on, and for ever."""
 STEPS, SPIKE = 70, 60

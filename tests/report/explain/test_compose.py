@@ -87,7 +87,7 @@ def test_an_explanation_reads_like_this() -> None:
     assert str(run.explain(alert)) == (
         "imminent-1, since step 255 (numerical feature inflation, confidence 95%).\n"
         "Steps searched: steps 134–300, since the run was last healthy.\n"
-        "Crossed: smoothed zero-sum violation rose above 0.1 at step 135 (0.103 then, 0.622 when the alert "
+        "Crossed: smoothed zero-sum violation rose above 0.1 at step 135 (0.103 then, 0.582 when the alert "
         "began, 0.697 now); growth of ‖μ_G‖ rose above 1% per τ at step 163 (1.02% per τ then, 12% per τ "
         "when the alert began, 12% per τ now); logit displacement δ rose above "
         "0.201 nat at step 255 (0.203 nat then, 0.642 nat now).\n"
