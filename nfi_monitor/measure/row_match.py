@@ -12,6 +12,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from nfi_monitor.capture import devices
+
 WIDTH = 4
 """Numbers kept of each row."""
 
@@ -44,4 +46,4 @@ def _directions(width: int, dtype: torch.dtype, device: str) -> Tensor:
     """Return WIDTH fixed directions [d, WIDTH], without the random state that the training uses."""
     places = torch.arange(1, width + 1, dtype=torch.float64).unsqueeze(1)
     steps = torch.arange(1, WIDTH + 1, dtype=torch.float64) * 2.399963  # golden angle: no two are alike
-    return torch.cos(places * steps).to(dtype).to(device)
+    return devices.send(torch.cos(places * steps), torch.device(device), dtype)
