@@ -73,6 +73,7 @@ class Signals(Stateful):
     update_jump: ratio of the last update's RMS to its own average.
     loss_rise: nats of averaged log loss above its minimum of the last 3 τ.
     loss_recent: log loss, averaged over about 3 readings.
+    clock: sqrt(v̂)/(sqrt(v̂) + ε_A) of the head, median; 1 where it is not known.
     root_max: that maximum of sqrt(v̂); 0 where none is known.
     soft_targets: whether more than half of the rows have soft targets.
     logits_scaled: whether most gradients contradict the logits, so that margins mean nothing.
@@ -86,7 +87,7 @@ class Signals(Stateful):
         "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest", "_displacement_rms",
         "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_loss_recent", "_rate",
         "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained",
-        "_unexplained_switch", "_update_rms", "_violation", "alignment", "classifier_growth",
+        "_unexplained_switch", "_update_rms", "_violation", "alignment", "classifier_growth", "clock",
         "curvature_peak", "decay", "decay_lowest", "displacement", "displacement_per_rate",
         "displacement_rise", "displacement_rms", "displacement_slope", "gone_at", "growth",
         "head_displacement", "last_step", "learning_rate_jump", "logits_scaled", "loss_recent", "loss_rise",
@@ -113,7 +114,7 @@ class Signals(Stateful):
         self.decay = self.decay_lowest = self.shrinkage = NAN
         self.learning_rate_jump = self.update_jump = self.loss_rise = self.turn = self.loss_recent = NAN
         self.root_max = 0.0
-        self.rate_rise = 1.0
+        self.rate_rise = self.clock = 1.0
         self.gone_at = -math.inf
         self.soft_targets = self.other_rows = self.logits_scaled = False
         self.unseen = 0
@@ -259,6 +260,10 @@ class Signals(Stateful):
             self.loss_rise = average - self._loss_lowest
 
     def _update_decay(self, reading: Reading, times: _Times) -> dict[str, float]:
+        # The effective rate is lr / (median sqrt(v̂) + ε_A).
+        median, rate = reading.get("head_sqrt_exp_avg_sq_median"), reading.get("learning_rate")
+        clock = median * reading.get("effective_learning_rate") / rate if rate > 0 else NAN
+        self.clock = min(clock, 1.0) if math.isfinite(clock) else 1.0
         root = reading.get("head_sqrt_exp_avg_sq_mean", reading.get("sqrt_exp_avg_sq_mean"))
         if not (math.isfinite(root) and root > 0):
             return {}

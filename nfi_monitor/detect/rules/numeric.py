@@ -123,6 +123,7 @@ class Inflating(_Numeric):
             signals.loss_rise,
             context.beta2,
             context.tau,
+            signals.clock,
         )
 
 
