@@ -14,19 +14,26 @@ from nfi_monitor.types import AlertKind, Phase
 class Attention(Enum):
     """How many of the next steps the detector wants to read."""
 
+    SELDOM = "seldom"
     RARELY = "rarely"
     OFTEN = "often"
     ALWAYS = "always"
+
+    @property
+    def is_calm(self) -> bool:
+        """Whether only the loss can be a reason to read one of the next few steps."""
+        return self in (Attention.SELDOM, Attention.RARELY)
 
 
 def attention_of(phase: Phase, book: AlertBook, now: Situation) -> Attention:
     """Return how many of the next steps to read, for other reasons than an unusual loss."""
     moves = displacing(now)
-    # Nothing moves in a state that may last for the rest of a run: then it is read like a healthy run.
-    unmoved = now.still and not moves and book.firing(AlertKind.IMMINENT) is None
     healthy = phase is Phase.HEALTHY and not book
+    # A state in which nothing moves may last for the rest of a run.  A slingshot builds up over some 20 τ, so
+    # half of the readings of a healthy run show in time that something moves again.
+    unmoved = now.still and not moves and book.firing(AlertKind.IMMINENT) is None
     if (healthy or unmoved) and not any(rule.nears(now) for rule in RULES):
-        return Attention.RARELY
+        return Attention.SELDOM if unmoved else Attention.RARELY
     # The phase *absorbing* alone may last for the rest of a run. No slingshot follows within τ.
     calm = phase is Phase.ABSORBING and not moves
     # After a loss that is NaN or Inf, the next reading shows whether the weights are finite.

@@ -79,7 +79,7 @@ class Detector:
     @property
     def only_loss_unusual(self) -> bool:
         """Whether an unusual loss is the only reason to read the next steps."""
-        return self._loss_unusual and self._attention is Attention.RARELY
+        return self._loss_unusual and self._attention.is_calm
 
     @property
     def _loss_unusual(self) -> bool:

@@ -36,17 +36,26 @@ LEAVING = 0.5
 
 
 def steps_to_spike(
-    displacement: float, violation: float, slope: float, loss_rise: float, beta2: float, tau: float
+    displacement: float,
+    violation: float,
+    slope: float,
+    loss_rise: float,
+    beta2: float,
+    tau: float,
+    clock: float = 1.0,
 ) -> tuple[int, int, int] | None:
     """Return (low, median, high) in steps, or None where a number would be a guess.
 
     ``displacement``: δ (RMS) in nats over a twentieth of τ.  ``violation``: zero-sum violation in [0, 1].
     ``slope``: d ln δ / d step.  ``loss_rise``: nats of log loss above its recent minimum.  ``slope`` and
-    ``loss_rise`` are NaN if they were not measured.
+    ``loss_rise`` are NaN if they were not measured.  ``clock``: sqrt(v̂)/(sqrt(v̂) + ε_A) in [0, 1].  The
+    closer it is to 0, the less a decay of v̂ makes updates grow.
     """
     if not (math.isfinite(displacement) and 0 < displacement < 1 and violation > 0 and 0 < beta2 < 1):
         return None
-    rate = -0.5 * math.log(beta2) * violation + (SLOPE * slope if slope > 0 else 0.0)
+    rate = -0.5 * math.log(beta2) * violation * clock + (SLOPE * slope if slope > 0 else 0.0)
+    if rate <= 0.0:
+        return None
     median = -math.log(displacement) / rate
     if not NEAREST * tau <= median <= FARTHEST * tau or loss_rise >= LEAVING:
         return None

@@ -50,8 +50,8 @@ class Signals(Stateful):
     growth: d ln‖μ_G‖ / d step, smoothed.
     classifier_growth: d ln‖W_G‖ / d step, smoothed.
     displacement: average of ln δ, as δ in nats; δ is of the probe's margins where there is a probe.
-    displacement_per_rate: ``displacement`` over the learning rate.
-    displacement_rise: ratio of ``displacement`` over the learning rate to its own recent minimum.
+    displacement_per_rate: average of ln(δ over the learning rate), as a ratio.
+    displacement_rise: ratio of ``displacement_per_rate`` to its own recent minimum.
     rate_rise: ratio of the learning rate to its own average over τ, at least 1.
     head_displacement: as ``displacement``, but always by the head alone, with or without a probe.
     displacement_rms: average of ln of the head's root mean square displacement, as nats.
@@ -73,6 +73,7 @@ class Signals(Stateful):
     update_jump: ratio of the last update's RMS to its own average.
     loss_rise: nats of averaged log loss above its minimum of the last 3 τ.
     loss_recent: log loss, averaged over about 3 readings.
+    clock: sqrt(v̂)/(sqrt(v̂) + ε_A) of the head, median; 1 where it is not known.
     root_max: that maximum of sqrt(v̂); 0 where none is known.
     soft_targets: whether more than half of the rows have soft targets.
     logits_scaled: whether most gradients contradict the logits, so that margins mean nothing.
@@ -84,20 +85,20 @@ class Signals(Stateful):
 
     __slots__ = (
         "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest", "_displacement_rms",
-        "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_loss_recent", "_rate",
-        "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing", "_swing_lowest", "_unexplained",
-        "_unexplained_switch", "_update_rms", "_violation", "alignment", "classifier_growth",
-        "curvature_peak", "decay", "decay_lowest", "displacement", "displacement_per_rate",
-        "displacement_rise", "displacement_rms", "displacement_slope", "gone_at", "growth",
-        "head_displacement", "last_step", "learning_rate_jump", "logits_scaled", "loss_recent", "loss_rise",
-        "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "shrinkage",
-        "soft_targets", "swell", "swing", "turn", "unseen", "update_jump", "violation",
+        "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_loss_recent",
+        "_per_rate", "_rate", "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing", "_swing_lowest",
+        "_unexplained", "_unexplained_switch", "_update_rms", "_violation", "alignment",
+        "classifier_growth", "clock", "curvature_peak", "decay", "decay_lowest", "displacement",
+        "displacement_per_rate", "displacement_rise", "displacement_rms", "displacement_slope", "gone_at",
+        "growth", "head_displacement", "last_step", "learning_rate_jump", "logits_scaled", "loss_recent",
+        "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max",
+        "shrinkage", "soft_targets", "swell", "swing", "turn", "unseen", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self._violation, self._unexplained, self._displacement = Ema(), Ema(), Ema()
         self._displacement_rms, self._rms_t, self._alignment = Ema(), Ema(), Ema()
-        self._head_displacement, self._rate = Ema(), Ema()
+        self._head_displacement, self._rate, self._per_rate = Ema(), Ema(), Ema()
         self._loss_recent, self._row_match = Ema(), Ema()
         self._learning_rate, self._update_rms, self._loss = Ema(), Ema(), Ema()
         self._growth, self._classifier_growth, self._shrinkage = Growth(), Growth(), Growth()
@@ -113,7 +114,7 @@ class Signals(Stateful):
         self.decay = self.decay_lowest = self.shrinkage = NAN
         self.learning_rate_jump = self.update_jump = self.loss_rise = self.turn = self.loss_recent = NAN
         self.root_max = 0.0
-        self.rate_rise = 1.0
+        self.rate_rise = self.clock = 1.0
         self.gone_at = -math.inf
         self.soft_targets = self.other_rows = self.logits_scaled = False
         self.unseen = 0
@@ -166,7 +167,7 @@ class Signals(Stateful):
         self.logits_scaled = not self.broken_by_design and (contradicted >= 0.5 or (was and not agree))
         if self.logits_scaled and not was:
             self._displacement, self._head_displacement, self._displacement_rms = Ema(), Ema(), Ema()
-            self._slope, self._swing = Growth(), Ema()
+            self._slope, self._swing, self._per_rate = Growth(), Ema(), Ema()
             self._displacement_lowest = self._swing_lowest = self.swing = self.swell = NAN
 
     def _broken_from_the_start(self, reading: Reading) -> bool:
@@ -205,7 +206,10 @@ class Signals(Stateful):
         usual = self._rate.update(step, log_rate, times.tau, limit_gap=True)
         known = math.isfinite(log_rate)
         self.rate_rise = math.exp(max(log_rate - usual, 0.0)) if known else 1.0
-        per_rate = average - log_rate if known else average
+        # Averaged after the division: the average of δ alone would lag behind a step of the rate.
+        per_rate = self._per_rate.update(
+            step, _log(delta) - (log_rate if known else 0.0), times.short, limit_gap=True
+        )
         fade = times.gap / (10.0 * times.tau)
         self._displacement_lowest = _recent_lowest(self._displacement_lowest, per_rate, fade)
         by_head = self._head_displacement.update(step, _log(get("logit_displacement")), times.short)
@@ -259,6 +263,10 @@ class Signals(Stateful):
             self.loss_rise = average - self._loss_lowest
 
     def _update_decay(self, reading: Reading, times: _Times) -> dict[str, float]:
+        # The effective rate is lr / (median sqrt(v̂) + ε_A).
+        median, rate = reading.get("head_sqrt_exp_avg_sq_median"), reading.get("learning_rate")
+        clock = median * reading.get("effective_learning_rate") / rate if rate > 0 else NAN
+        self.clock = min(clock, 1.0) if math.isfinite(clock) else 1.0
         root = reading.get("head_sqrt_exp_avg_sq_mean", reading.get("sqrt_exp_avg_sq_mean"))
         if not (math.isfinite(root) and root > 0):
             return {}

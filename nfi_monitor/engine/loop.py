@@ -297,9 +297,7 @@ class StepLoop:
         detector = self.detector
         attention = detector.attention
         # Defer losses only in a healthy run of one process, if no sink takes readings.
-        may_defer = (
-            attention is Attention.RARELY and self.membership.exchange is None and not self.reports.listening
-        )
+        may_defer = attention.is_calm and self.membership.exchange is None and not self.reports.listening
         usual_below = detector.spike.usual_below(self.thresholds, TOGETHER + 1) if may_defer else -math.inf
         self.losses.look_ahead(usual_below, detector.spike.unit)
         tau = detector.context.tau

@@ -72,3 +72,15 @@ def test_a_displacement_outside_zero_to_one_nat_gives_no_forecast(displacement: 
 @pytest.mark.parametrize("violation", [0.0, math.nan])
 def test_there_is_no_forecast_without_a_violation(violation: float) -> None:
     assert forecast(violation=violation) is None
+
+
+def test_a_second_moment_as_large_as_epsilon_doubles_the_time() -> None:
+    """Updates are m/(sqrt(v̂) + ε_A): where both are equal, a decay of v̂ counts half."""
+    full = steps_to_spike(0.12, 0.8, 0.0, 0.0, 0.95, 20.0)
+    half = steps_to_spike(0.12, 0.8, 0.0, 0.0, 0.95, 20.0, clock=0.5)
+    assert full is not None and half is not None
+    assert half[1] == pytest.approx(2 * full[1], abs=1)
+
+
+def test_there_is_no_forecast_where_only_epsilon_is_left_of_the_denominator() -> None:
+    assert steps_to_spike(0.12, 0.8, 0.0, 0.0, 0.95, 20.0, clock=0.0) is None

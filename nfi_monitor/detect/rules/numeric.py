@@ -80,9 +80,6 @@ class Absorbing(_Numeric):
     def stay(self, now: Situation) -> bool:
         return now.signals.violation >= now.limits.absorbing_exit
 
-    def nears(self, now: Situation) -> bool:
-        return now.signals.violation >= 0.5 * now.limits.absorbing_exit and not now.still
-
     def evidence(self, now: Situation) -> dict[str, Evidence]:
         return {
             "zero_sum_violation_smoothed": Evidence(now.signals.violation, now.limits.absorbing_enter, 0.0)
@@ -126,6 +123,7 @@ class Inflating(_Numeric):
             signals.loss_rise,
             context.beta2,
             context.tau,
+            signals.clock,
         )
 
 

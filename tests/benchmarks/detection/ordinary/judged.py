@@ -1,10 +1,11 @@
 """One recorded run → what the monitor and its peers said of it, held against the truth.
 
 An *imminent* alert is false unless a slingshot begins within 10 τ after it began, or 500 steps if that is
-less, or while it fires.  A *slingshot* alert is false unless it begins in a slingshot of the truth.  The
-share under warning counts the steps at which *at risk* fired with severity warning or above, up to the first
-step of a true slingshot and after it alike.  The peers' alarms are those of score.py: an alarm that pauses
-for less than 50 steps is one alarm.
+less, or while it fires.  A *slingshot* alert is false unless it begins in a slingshot of the truth.  A false
+alert at a near miss (truth.py: the loss did rise, but to less than a slingshot's levels) is counted as false
+and said beside it.  The share under warning counts the steps at which *at risk* fired with severity warning
+or above, before and after a true slingshot alike.  The peers' alarms are those of score.py: an alarm that
+pauses for less than 50 steps is one alarm.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class Said:
     """Steps under any alert of severity warning or above, or under *imminent* or *slingshot*."""
     others: tuple[Alert, ...] = ()
     """Remaining alerts."""
+    near_imminent: int = 0
+    """Of the false *imminent* alerts, those at a near miss."""
+    near_slingshots: int = 0
 
 
 @dataclass(frozen=True)
@@ -97,17 +101,22 @@ def _said(
         for kind in (AlertKind.IMMINENT, AlertKind.SLINGSHOT)
         for step in score.firing_steps(alerts, kind)
     }
+    wrong = tuple(alert for alert in imminent if not comes_true(alert, truth))
+    none = tuple(
+        alert for alert in slingshots if not any(score.calls(alert, event) for event in truth.slingshots)
+    )
+    near = replace(truth, slingshots=truth.near_misses)
     return Said(
         read,
         len(imminent),
-        tuple(alert for alert in imminent if not comes_true(alert, truth)),
-        tuple(
-            alert for alert in slingshots if not any(score.calls(alert, event) for event in truth.slingshots)
-        ),
+        wrong,
+        none,
         sum(any(score.calls(alert, event) for alert in slingshots) for event in truth.slingshots),
         len(warned),
         len(warned | firing),
         tuple(alert for alert in alerts if alert.kind not in (AlertKind.IMMINENT, AlertKind.SLINGSHOT)),
+        sum(comes_true(alert, near) for alert in wrong),
+        sum(any(score.calls(alert, event) for event in near.slingshots) for alert in none),
     )
 
 

@@ -28,7 +28,8 @@ def _totals(judged: Sequence[Judged]) -> Sheet:
     return Sheet(
         "Together",
         "At every step, and as `every=\"auto\"` reads. Target: 0 false imminent, 0 false slingshot, at most "
-        "3% of the steps under a warning.",
+        "3% of the steps under a warning. Near: those of them at a rise of the loss that is "
+        "too small for a slingshot.",
         _HEADER[:-1],
         [row[:-1] for row in rows],
     )  # fmt: skip
@@ -51,12 +52,24 @@ def _row(name: str, items: Sequence[Judged]) -> list[str]:
         size,
         str(true),
         f"{sum(said.called for said in every)}" if true else NOTHING,
-        *(f"{sum(len(said.false_imminent) for said in one)}" for one in (every, auto)),
-        *(f"{sum(len(said.false_slingshots) for said in one)}" for one in (every, auto)),
+        *(
+            _counted(sum(len(said.false_imminent) for said in one), sum(said.near_imminent for said in one))
+            for one in (every, auto)
+        ),
+        *(
+            _counted(
+                sum(len(said.false_slingshots) for said in one), sum(said.near_slingshots for said in one)
+            )
+            for one in (every, auto)
+        ),
         *(f"{sum(said.warned for said in one) / steps:.1%}" for one in (every, auto)),
         f"{sum(said.read for said in auto) / steps:.0%}",
         ", ".join(dict.fromkeys(note for item in items for note in item.notes)) or NOTHING,
     ]
+
+
+def _counted(false: int, near: int) -> str:
+    return f"{false} ({near} near)" if near else str(false)
 
 
 def _peers(judged: Sequence[Judged]) -> Iterable[Sheet]:
