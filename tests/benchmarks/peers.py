@@ -84,24 +84,6 @@ def rms_t(readings: Readings) -> NDArray[np.int64]:
     return steps[values > 2.3]
 
 
-LEVELS = tuple(float(f"{10 ** (tenth / 10):.2g}") for tenth in range(-60, -9))
-"""Of the loss, ten a decade from 1e-6 to 1e-1: the best of them, picked afterwards, is the peer to beat."""
-
-
-def loss_thresholds(readings: Readings) -> dict[float, NDArray[np.int64]]:
-    """Level → where the loss is above it, once its running geometric mean (100 readings) has been below it.
-
-    What a person does who knows the loss's scale: wait until the loss is down, then sound whenever it is up.
-    Before the first descent every loss is above the level, and a rule that sounds there is no rule.  A
-    stricter "once below a third of it" lost: where the loss jumps a thousandfold in one step, its crossing
-    of a level near its floor is the only warning, and the stricter rule is deaf there.
-    """
-    steps, loss = readings("loss")
-    mean = past(np.log(np.maximum(loss, 1e-30)))[0]
-    lowest = np.fmin.accumulate(mean) if len(mean) else mean
-    return {level: steps[(loss > level) & (lowest < math.log(level))] for level in LEVELS}
-
-
 def window_kill_switch(readings: Readings) -> NDArray[np.int64]:
     """Mean loss of the last 20 readings above twice the mean of the 100 before them: stop the run."""
     steps, loss = readings("loss")

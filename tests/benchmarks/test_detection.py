@@ -16,7 +16,7 @@ from nfi_monitor import Monitor
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Outcome, Phase, Severity, Thresholds
 from tests.benchmarks.detection import __main__ as command
 from tests.benchmarks.detection import evaluate as evaluating
-from tests.benchmarks.detection import generate, peers_installed, report, score, setups, sparse
+from tests.benchmarks.detection import generate, peers_installed, report, score, setups
 from tests.benchmarks.detection.evaluate import RULES, evaluate, evaluate_file, total
 from tests.benchmarks.detection.families import FAMILIES, Family, suite
 from tests.benchmarks.detection.replay import readings, replay
@@ -241,18 +241,6 @@ def test_a_sparse_replay_that_asks_for_every_step_is_the_replay(run: generate.Ru
     assert said.read == list(range(1, run.steps + 1))
 
 
-def test_both_cadences_are_scored_alike_and_families_that_differ_are_shown(run: generate.Run) -> None:
-    found = sparse.compare(LIVELY, run)
-    assert found.steps == run.steps and 0 < found.read < run.steps
-    warned, missed = score.Score(slingshots=2, warned=2), score.Score(slingshots=2, warned=1)
-    blind = dataclasses.replace(found, every=warned, sparse=missed)
-    tables = {sheet.title: sheet for sheet in sparse.sheets([found])}
-    assert tables["Families where it makes a difference"].rows == []
-    tables = {sheet.title: sheet for sheet in sparse.sheets([blind])}
-    assert [row[0] for row in tables["Families where it makes a difference"].rows] == [LIVELY.name]
-    assert "1/2" in sparse.page([blind], tables.values()) and "2/2" in sparse.page([blind], tables.values())
-
-
 def test_forecasts_and_warnings_are_what_the_firing_alerts_say(run: generate.Run) -> None:
     said = replay(run)
     expected = np.zeros(run.steps + 1, dtype=bool)
@@ -334,12 +322,11 @@ def test_a_family_trains_under_the_monitor(name: str) -> None:
 def test_the_command_writes_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     short = dataclasses.replace(LIVELY, steps=60)
     monkeypatch.setitem(FAMILIES, "lively", short)
-    out = tmp_path / "RESULTS.md"
+    out = tmp_path / "PAGE.md"
     options = ["--families", "lively", "--jobs", "1", "--cache", str(tmp_path / "cache"), "--out", str(out)]
     assert command.main(options) == 0
     text = out.read_text(encoding="utf-8")
     assert "| lively | 1 × 60 |" in text and all(f"| {rule} |" in text for rule in RULES)
-    assert "one group of families" in text and "Not run: no experiments.json" in text
     assert command.main([*options, "--score-only"]) == 0
 
 
@@ -362,23 +349,14 @@ def test_what_was_scored_once_is_read_back_and_not_made_again(
 ) -> None:
     path = tmp_path / "lively-0-x.json"
     generate.save(run, path)
-    default, other = Thresholds(), Thresholds(imminent_displacement=0.3)
-    first = evaluate_file(LIVELY, path, [default, other], tmp_path / "kept")
-    assert first.result(default) == evaluate(run, LIVELY)
-    assert first.result(other) == evaluate(run, LIVELY, other)
+    first = evaluate_file(LIVELY, path, tmp_path / "kept")
+    assert first.result == evaluate(run, LIVELY)
 
     replays: list[object] = []
-    monkeypatch.setattr(
-        evaluating,
-        "replay",
-        lambda run, limits, stream: replays.append(limits) or replay(run, limits, stream),
-    )
-    assert evaluate_file(LIVELY, path, [default, other], tmp_path / "kept") == first and not replays
-    third = Thresholds(imminent_displacement=0.4)
-    evaluate_file(LIVELY, path, [default, third], tmp_path / "kept")
-    assert replays == [third]  # what is new, and nothing else
-    evaluate_file(dataclasses.replace(LIVELY, mechanism=None), path, [default], tmp_path / "kept")
-    assert replays == [third, default]  # in a quiet family every alarm is false: another score
+    monkeypatch.setattr(evaluating, "replay", lambda run: replays.append(run.family) or replay(run))
+    assert evaluate_file(LIVELY, path, tmp_path / "kept") == first and not replays
+    evaluate_file(dataclasses.replace(LIVELY, mechanism=None), path, tmp_path / "kept")
+    assert len(replays) == 1  # in a quiet family every alarm is false: another score
 
 
 def test_another_detector_is_scored_anew_and_its_peers_are_not(
@@ -386,25 +364,25 @@ def test_another_detector_is_scored_anew_and_its_peers_are_not(
 ) -> None:
     path = tmp_path / "lively-0-x.json"
     generate.save(run, path)
-    first = evaluate_file(LIVELY, path, [Thresholds()], tmp_path)
+    first = evaluate_file(LIVELY, path, tmp_path)
     of_peers, made = evaluating.of_peers, []
     monkeypatch.setattr(evaluating, "of_peers", lambda *given: made.append("peers") or of_peers(*given))
     monkeypatch.setattr(evaluating, "replay", lambda *given: made.append("detector") or replay(*given))
     monkeypatch.setattr(generate, "detector_key", lambda: "another")
-    assert evaluate_file(LIVELY, path, [Thresholds()], tmp_path) == first and made == ["detector"]
+    assert evaluate_file(LIVELY, path, tmp_path) == first and made == ["detector"]
     monkeypatch.setattr(evaluating.np, "__version__", "another")  # as another truth would
-    assert evaluate_file(LIVELY, path, [Thresholds()], tmp_path) == first
+    assert evaluate_file(LIVELY, path, tmp_path) == first
     assert made == ["detector", "peers", "detector"]
 
 
 def test_a_torn_or_foreign_file_of_scores_is_made_anew(run: generate.Run, tmp_path: Path) -> None:
     path = tmp_path / "lively-0-x.json"
     generate.save(run, path)
-    first = evaluate_file(LIVELY, path, [Thresholds()], tmp_path)
+    first = evaluate_file(LIVELY, path, tmp_path)
     kept = path.with_suffix(".pickle")
     for content in (b"", b"\x80\x04not a pickle", kept.read_bytes()[:-20]):
         kept.write_bytes(content)
-        assert evaluate_file(LIVELY, path, [Thresholds()], tmp_path) == first
+        assert evaluate_file(LIVELY, path, tmp_path) == first
 
 
 def test_installed_packages_are_scored_beside_the_other_rules(run: generate.Run) -> None:

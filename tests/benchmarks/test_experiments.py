@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator
 from functools import partial
@@ -18,8 +17,7 @@ from nfi_monitor import Monitor
 from nfi_monitor.replay.run import AS_IT_WAS, FLOAT64_LOSS
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
 from tests.benchmarks.detection import generate, score, setups
-from tests.benchmarks.detection.experiments import __main__ as command
-from tests.benchmarks.detection.experiments import cadence, plan, results, trials
+from tests.benchmarks.detection.experiments import trials
 from tests.benchmarks.detection.experiments.plan import (
     REMEDIES,
     Plan,
@@ -30,8 +28,7 @@ from tests.benchmarks.detection.experiments.plan import (
     plan_of,
     trials_of,
 )
-from tests.benchmarks.detection.experiments.results import Job, merge
-from tests.benchmarks.detection.families import FAMILIES, NUMERIC, Family
+from tests.benchmarks.detection.families import NUMERIC, Family
 from tests.benchmarks.detection.score import Event, Truth
 from tests.benchmarks.detection.training import LogitChange
 from tests.spiking import onset
@@ -76,13 +73,8 @@ def planned(tiny: Family, run: generate.Run) -> Plan:
 
 
 @pytest.fixture(scope="module")
-def job(tiny: Family, recorded: Path) -> Job:
-    return Job("trials", tiny, tiny.seeds[0], recorded, most=1, budget=1e-3)
-
-
-@pytest.fixture(scope="module")
-def result(job: Job) -> dict[str, Any]:
-    return job.do()
+def result(tiny: Family, run: generate.Run, planned: Plan) -> dict[str, Any]:
+    return trials.carry_out(tiny, tiny.seeds[0], run, planned)
 
 
 def alert(kind: AlertKind, first: int, last: int, mechanism: Mechanism | None = None) -> Alert:
@@ -265,102 +257,3 @@ def test_the_loss_of_a_step_is_the_mean_over_its_micro_batches() -> None:
     assert nobody.loss() == 1.5
     nobody.observe_loss(torch.tensor(0.1, dtype=torch.float64))
     assert nobody.loss() == 0.1
-
-
-# --- cadence -----------------------------------------------------------------------------------------
-
-
-def test_sparse_reading_is_scored_beside_every_step_reading(tiny: Family, run: generate.Run) -> None:
-    found = cadence.compare(tiny, tiny.seeds[0], run)
-    assert found["differs_at"] is None and [item["rule"] for item in found["cadence"]] == list(cadence.RULES)
-    for item in found["cadence"]:
-        assert 0 < item["read_share"] < 1
-        assert item["recall_every"] == item["recall_auto"] == [1, 1]
-        assert len(item["leads_every"]) == len(item["leads_auto"]) == 1
-
-
-# --- cache, merging, command -----------------------------------------------------------------------------
-
-
-def test_a_job_that_is_done_is_not_done_again(
-    job: Job, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def forbidden(*_: object, **__: object) -> None:
-        raise AssertionError("it is done")
-
-    monkeypatch.setattr(trials, "carry_out", forbidden)
-    assert job.result == result
-    assert dataclasses.replace(job, most=2).result is None  # asked for more
-    monkeypatch.setattr(results, "code_key", lambda kind: "other")
-    assert job.result is None  # by other code
-    with pytest.raises(AssertionError):
-        job.do()
-
-
-def test_another_detector_that_gives_the_same_alarms_asks_for_no_trial_again(
-    job: Job, result: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for key in ("alarms_key", "detector_key"):
-        monkeypatch.setattr(results.generate, key, lambda: "other")
-    assert job.result == result
-    assert dataclasses.replace(job, kind="cadence").result is None  # that trains under the monitor itself
-    monkeypatch.setattr(plan, "material", lambda family, run: "other alarms")
-    assert job.result == result  # kept beside the results: the same detector was asked before
-    monkeypatch.setattr(results.generate, "detector_key", lambda: "a third")
-    assert job.result is None
-
-
-def test_results_of_other_runs_stay_while_the_code_that_made_them_does(
-    tiny: Family, job: Job, result: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "experiments.json"
-    other = dataclasses.replace(job, family=dataclasses.replace(tiny, name="other"))
-    foreign = {"events": [{**result["events"][0], "family": "other"}], "at_risk": [], "differs_at": 7}
-    merge([(other, foreign)], path)
-    for _ in range(2):  # again: replaced, not added
-        merged = merge([(job, result)], path)
-        assert [event["family"] for event in merged["events"]] == ["other", "tiny"]
-        assert merged["differs"] == [{"family": "other", "seed": job.seed, "step": 7, "kind": "trials"}]
-    assert json.loads(path.read_text(encoding="utf-8")) == merged
-    assert merged["versions"]["torch"] == torch.__version__ and all(merged["dates"].values())
-    made_by = merged["code"]["trials"]
-    monkeypatch.setattr(results, "code_key", lambda kind: "other")
-    kept = merge([], path, kinds=["cadence"])
-    assert [event["family"] for event in kept["events"]] == ["other", "tiny"]
-    assert kept["code"]["trials"] == made_by != kept["code"]["cadence"]
-    assert {event["family"] for event in merge([(job, result)], path)["events"]} == {"tiny"}
-
-
-def test_the_command_goes_on_from_what_is_cached_and_says_what_failed(
-    tiny: Family,
-    job: Job,
-    result: dict[str, Any],
-    recorded: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setitem(FAMILIES, "tiny", tiny)
-    options = ["--families", "tiny", "--cache", str(recorded.parent), "--jobs", "1", "--most", "1"]
-    assert command.main([*options, "--budget", str(job.budget)]) == 0
-    written = json.loads((recorded.parent / "experiments.json").read_text(encoding="utf-8"))
-    assert written["events"] == result["events"] and "tiny" in capsys.readouterr().out
-
-    def broken(*_: object, **__: object) -> None:
-        raise RuntimeError("no luck")
-
-    monkeypatch.setattr(trials, "carry_out", broken)
-    assert command.main([*options, "--budget", "7"]) == 1
-    assert f"trials of tiny-{tiny.seeds[0]} failed" in (said := capsys.readouterr().out) and "no luck" in said
-
-
-def test_the_command_says_what_is_not_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--families", "division-17", "--cache", str(tmp_path)]) == 1
-    said = capsys.readouterr().out
-    assert "2 runs are not recorded" in said and "python -m tests.benchmarks.detection" in said
-    with pytest.raises(SystemExit):
-        command.main(["--families", "divison-17"])
-    assert "division-17" in capsys.readouterr().err
-
-
-def test_every_family_of_the_cadence_comparison_exists() -> None:
-    assert set(cadence.FAMILIES) <= set(FAMILIES)

@@ -1,25 +1,31 @@
-"""From scores to the page: leaving one family out, the best loss threshold, targets, experiments."""
+"""From scores to the page: alerts counted one by one, names of mechanisms, targets."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from nfi_monitor.types import Thresholds
-from tests.benchmarks.detection import fit, outcomes, report, score, targets
-from tests.benchmarks.detection.evaluate import IMMINENT, MONITOR, RULES, Named, Result, Scored
+from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Mechanism, Phase, Severity
+from tests.benchmarks.detection import naming, report, score, targets
+from tests.benchmarks.detection.evaluate import (
+    AUTO,
+    EVERY,
+    IMMINENT,
+    MONITOR,
+    RULES,
+    Named,
+    Result,
+    Scored,
+    at,
+)
 from tests.benchmarks.detection.families import EDGE, EXTERNAL, FAMILIES, NUMERIC, SECOND_MOMENT, Family
-from tests.benchmarks.detection.fit import DEFAULT, GRID, candidates, group_of, leave_one_out
-from tests.benchmarks.detection.outcomes import Experiments
-from tests.benchmarks.detection.score import Score
-from tests.benchmarks.detection.targets import best_threshold, contests
-from tests.benchmarks.peers import FEWEST, LEVELS, loss_thresholds
+from tests.benchmarks.detection.score import Event, Score, Truth
+from tests.benchmarks.detection.told import Told, told
+
+TAU = 20.0
 
 
 def family(name: str, mechanism: str | None = NUMERIC) -> Family:
@@ -27,270 +33,93 @@ def family(name: str, mechanism: str | None = NUMERIC) -> Family:
 
 
 def outcome(warned: int = 0, slingshots: int = 0, false: int = 0, lead: float = 4.0, **more: Any) -> Result:
-    """A result whose *imminent* came to this; every other rule to nothing."""
+    """A result whose *imminent* came to this at both cadences; every other rule to nothing."""
     leads = ((round(20 * lead), lead),) * warned
     soon = Score(
         slingshots, warned, in_time=warned * (lead >= 1.25), false_alarms=false, exposure=1000, leads=leads
     )
-    scores = {name: Score(slingshots) for name in RULES} | {IMMINENT: soon}
-    return Result(steps=1000, scores=scores, **more)
-
-
-# --- leaving one family out ------------------------------------------------------------------------
-
-
-def test_leaving_a_family_out_changes_its_constant() -> None:
-    """Only family "a" gains by the candidate: everyone else is scored by it, "a" itself is not."""
-    results = {
-        "a": (family("a"), {DEFAULT: outcome(1, 4), "other": outcome(4, 4)}),
-        "b": (family("b"), {DEFAULT: outcome(4, 4), "other": outcome(4, 4)}),
-        "c": (family("c", None), {DEFAULT: outcome(), "other": outcome()}),
+    scores = {name: Score(slingshots) for name in RULES}
+    scores |= {IMMINENT: soon, at(IMMINENT, AUTO): soon}
+    counted = Told(1000, 1000, warned, warned, 0, warned, warned, 0, slingshots, slingshots)
+    given: dict[str, Any] = {
+        "steps": 1000,
+        "under": {IMMINENT: 70},
+        "told": {EVERY: counted, AUTO: dataclasses.replace(counted, read=150)},
     }
-    found = leave_one_out(results)
-    assert found.chosen == {"a": DEFAULT, "b": "other", "c": "other"}
-    assert found.in_sample == "other" and found.counts == {"other": 2, DEFAULT: 1}
+    return Result(scores=scores, **(given | more))
 
 
-def test_twins_and_long_variants_are_left_out_together() -> None:
-    gains = {DEFAULT: outcome(1, 4), "other": outcome(4, 4)}
-    same = {DEFAULT: outcome(4, 4), "other": outcome(4, 4)}
-    results = {name: (family(name), by) for name, by in (("a-17", gains), ("a-23-long", gains), ("b", same))}
-    found = leave_one_out(results)
-    assert found.of("a-17") == found.of("a-23-long") == DEFAULT and found.of("b") == "other"
+# --- alerts, one by one ------------------------------------------------------------------------------
+
+
+def alert(
+    kind: AlertKind, first: int, last: int, severity: Severity = Severity.WARNING, id_: str = "a"
+) -> Alert:
+    named = Mechanism.UNKNOWN
+    return Alert(id_, kind, severity, AlertState.RESOLVED, Phase.HEALTHY, first, last, named, 0.5)
+
+
+def truth(*starts: int, near: tuple[int, ...] = ()) -> Truth:
+    events, misses = (tuple(Event(start, start + 50) for start in given) for given in (starts, near))
+    return Truth(3000, TAU, events, misses)
 
 
 @pytest.mark.parametrize(
-    ("default", "other", "wins"),
+    ("first", "right", "cut"),
     [
-        # An imminent alarm in a quiet family costs more than any recall is worth.
-        ((outcome(1, 4), outcome()), (outcome(4, 4), outcome(false=1)), False),
-        # Then recall, then being in time, then the lead, which is worth no more than 5 τ.
-        ((outcome(3, 4, lead=9.0), outcome()), (outcome(4, 4, lead=0.5), outcome()), True),
-        ((outcome(4, 4, lead=1.2), outcome()), (outcome(4, 4, lead=1.3), outcome()), True),
-        ((outcome(4, 4, lead=3.0), outcome()), (outcome(4, 4, lead=3.2), outcome()), True),
-        ((outcome(4, 4, lead=5.0), outcome()), (outcome(4, 4, lead=9.0), outcome()), False),
-        # What is equal goes to the default, and so does what a standard error can be.
-        ((outcome(4, 4), outcome()), (outcome(4, 4), outcome()), False),
-        ((outcome(96, 100), outcome()), (outcome(97, 100), outcome()), False),
-        ((outcome(90, 100), outcome()), (outcome(97, 100), outcome()), True),
-        ((outcome(4, 4), outcome(false=3)), (outcome(4, 4), outcome(false=2)), False),
-        ((outcome(4, 4), outcome(false=9)), (outcome(4, 4), outcome(false=1)), True),
-        # A gain does not make up for a loss in what counts more, however small.
-        ((outcome(97, 100, lead=2.0), outcome()), (outcome(96, 100, lead=4.0), outcome()), False),
-    ],
-)  # fmt: skip
-def test_the_objective_counts_in_its_order(
-    default: tuple[Result, Result], other: tuple[Result, Result], wins: bool
-) -> None:
-    results = {
-        "numeric": (family("numeric"), {DEFAULT: default[0], "other": other[0]}),
-        "quiet": (family("quiet", None), {DEFAULT: default[1], "other": other[1]}),
-    }
-    assert leave_one_out(results).in_sample == ("other" if wins else DEFAULT)
-
-
-def test_a_single_group_is_scored_by_the_defaults() -> None:
-    results = {"a-17": (family("a-17"), {DEFAULT: outcome(1, 4), "other": outcome(4, 4)})}
-    assert leave_one_out(results).chosen == {"a": DEFAULT}
-
-
-@pytest.mark.parametrize(
-    ("name", "group"),
-    [
-        ("division-23", "division"),
-        ("division-23-beta-999", "division"),
-        ("division-17-float64", "division"),
-        ("vit-probe", "vit"),
-        ("parity-ce-95", "parity-ce"),
-        ("parity-hinge-decay", "parity-hinge"),
-        ("survives-float64-quick", "survives"),
-        ("decay-strong", "decay"),  # the first word is never taken off
-        ("high-lr-early", "high-lr-early"),
+        (800, 1, 0),  # 10 τ before
+        (799, 0, 0),
+        (1001, 1, 0),  # at its second loss
+        (1040, 1, 0),  # in it
+        (2000, 0, 0),
+        (2850, 0, 1),  # 10 τ would reach beyond the end
     ],
 )
-def test_families_of_one_training_share_a_group(name: str, group: str) -> None:
-    assert name in FAMILIES and group_of(name) == group
-
-
-def test_a_family_and_its_variants_in_the_registry_are_one_group() -> None:
-    for name in FAMILIES:
-        for ending in ("-long", "-probe", "-float64", "-projected", "-quick"):
-            if name.endswith(ending):
-                assert group_of(name) == group_of(name.removesuffix(ending))
-
-
-def test_candidates_move_one_constant_each_and_the_default_comes_first(
-    monkeypatch: pytest.MonkeyPatch,
+def test_an_imminent_alert_is_right_if_a_slingshot_begins_within_ten_tau(
+    first: int, right: int, cut: int
 ) -> None:
-    found = candidates()
-    assert next(iter(found.items())) == (DEFAULT, Thresholds()) and len(found) <= 13
-    default = Thresholds().to_json()
-    for name, thresholds in list(found.items())[1:]:
-        changed = [key for key, value in thresholds.to_json().items() if value != default[key]]
-        assert changed == [name.split()[0]] and changed[0] in GRID
-    # A step that the hysteresis forbids is no candidate.
-    monkeypatch.setattr(fit, "GRID", {"absorbing_enter": (0.01, 2.0)})
-    assert list(candidates()) == [DEFAULT, f"absorbing_enter {2 * Thresholds().absorbing_enter:g}"]
+    found = told([alert(AlertKind.IMMINENT, first, first + 5)], [], truth(1000), 3000)
+    assert (found.imminent, found.imminent_right, found.imminent_cut) == (1, right, cut)
 
 
-def test_each_family_is_laid_out_under_the_candidate_it_was_left_out_of() -> None:
-    limits = {DEFAULT: Thresholds(), "other": Thresholds(imminent_displacement=0.3)}
-    by_name = {"a": (outcome(1, 4), outcome(4, 4)), "b": (outcome(4, 4), outcome(3, 4))}
-    scored = [
-        Scored(name, 0, {}, Result(scores={"peer": Score(4)}), dict(zip(limits.values(), pair, strict=True)))
-        for name, pair in by_name.items()
+def test_a_warning_counts_from_the_step_at_which_it_became_one_even_if_its_severity_falls() -> None:
+    info = alert(AlertKind.AT_RISK, 100, 100, Severity.INFO)
+    warning = dataclasses.replace(info, severity=Severity.WARNING)
+    for step, right in ((200, 1), (199, 0)):
+        changes = [(100, Change.BEGIN, info), (step, Change.UPDATE, warning), (700, Change.UPDATE, info)]
+        found = told([dataclasses.replace(info, last_step=900)], changes, truth(1000), 3000)
+        assert (found.warnings, found.warnings_right) == (1, right)
+    assert told([info], [(100, Change.BEGIN, info)], truth(1000), 3000).warnings == 0
+
+
+def test_the_time_under_a_warning_ends_where_the_severity_falls() -> None:
+    info = alert(AlertKind.AT_RISK, 100, 100, Severity.INFO)
+    warning = dataclasses.replace(info, severity=Severity.WARNING)
+    changes = [
+        (100, Change.BEGIN, info),
+        (200, Change.UPDATE, warning),
+        (210, Change.UPDATE, info),
+        (300, Change.UPDATE, warning),
+        (320, Change.END, warning),
     ]
-    book = report.bind([family("a"), family("b")], scored, limits)
-    assert {name: result.scores[IMMINENT].warned for name, (_, result) in book.results.items()} == {
-        "a": 1,
-        "b": 3,
-    }
-    assert {name: result.scores[IMMINENT].warned for name, (_, result) in book.default.items()} == {
-        "a": 1,
-        "b": 4,
-    }
-    assert all("peer" in result.scores for _, result in book.results.values())
+    ended = dataclasses.replace(warning, last_step=320)
+    other = alert(AlertKind.IMMINENT, 305, 310, id_="b")
+    steps = score.warning_steps([ended, other], changes)
+    assert steps == [*range(200, 210), *range(300, 320)]
 
 
-# --- the best loss threshold -----------------------------------------------------------------------
+def test_slingshots_are_called_by_alerts_that_are_about_them() -> None:
+    calls = [alert(AlertKind.SLINGSHOT, first, first + 9) for first in (1004, 1990, 2500)]
+    found = told(calls, [], truth(1000, near=(2495,)), 3000)
+    assert (found.slingshots, found.called, found.false_calls, found.near_calls) == (1, 1, 2, 1)
+    two = told([alert(AlertKind.SLINGSHOT, 1004, 1100)], [], truth(1000, 1060), 3000)
+    assert (two.called, two.false_calls) == (2, 0)  # it still fired when the second began
+    assert told([], [], truth(1000), 7) + found == dataclasses.replace(
+        found, steps=6000, read=3007, slingshots=2
+    )
 
 
-def test_a_loss_threshold_waits_until_the_running_loss_has_been_below_it() -> None:
-    loss = np.concatenate([np.full(200, 1.0), np.full(300, 1e-4), np.full(10, 2e-2)])
-    steps = np.arange(1, len(loss) + 1)
-    found = loss_thresholds({"loss": (steps, loss)}.__getitem__)
-    assert list(found) == list(LEVELS) and LEVELS[0] == 1e-6 and LEVELS[-1] == 0.1
-    assert found[1e-2].tolist() == list(range(501, 511))  # not in the 200 steps before the descent
-    assert found[0.1].size == 0
-    assert found[1e-5].size == 0  # it was never below: there is nothing to rise from
-    assert loss_thresholds({"loss": (steps[:FEWEST], loss[:FEWEST])}.__getitem__)[1e-2].size == 0
-
-
-def scored(warned: int, false: int, lead: float, slingshots: int = 20) -> Score:
-    leads = ((round(20 * lead), lead),) * warned
-    return Score(slingshots, warned, in_time=warned, false_alarms=false, exposure=10_000, leads=leads)
-
-
-def test_the_best_loss_threshold_is_as_good_as_ours_and_has_fewest_false_alarms() -> None:
-    ours = scored(20, 1, lead=2.0)
-    by_level = {
-        0.1: scored(20, 0, lead=1.9),  # later than ours
-        0.2: scored(18, 0, lead=3.0),  # warns of fewer, and of less than .95
-        0.3: scored(19, 4, lead=2.0),
-        0.4: scored(20, 2, lead=2.5),
-        0.5: scored(20, 2, lead=3.0),
-    }
-    assert best_threshold(ours, by_level) == 0.5  # of two with two false alarms, the longer lead
-    assert best_threshold(ours, by_level, {0.5: Score(false_alarms=1)}) == 0.4
-    assert best_threshold(ours, {0.1: by_level[0.1]}) is None
-    assert best_threshold(scored(10, 0, lead=2.0), by_level) == 0.2  # no more recall is asked than ours
-
-
-@pytest.mark.parametrize(
-    ("ours", "level", "quiet", "verdict"),
-    [
-        (scored(20, 1, 2.0), scored(20, 2, 2.0), 0, "yes"),
-        (scored(20, 2, 2.0), scored(20, 2, 2.0), 0, "no: as few"),
-        (scored(20, 2, 2.0), scored(20, 2, 2.0), 3, "yes: in the quiet families"),
-        (scored(20, 3, 2.0), scored(20, 2, 2.0), 3, "no: false alarms"),
-        (scored(18, 0, 2.0), scored(20, 2, 2.0), 0, "no: recall"),
-        (scored(20, 9, 2.0), scored(20, 0, 1.0), 0, "yes: none is as early"),
-        (scored(18, 0, 2.0), scored(20, 2, 1.0), 0, "no: recall"),
-    ],
-)
-def test_a_family_is_won_by_recall_at_fewer_false_alarms(
-    ours: Score, level: Score, quiet: int, verdict: str
-) -> None:
-    results = {
-        "hinge": (
-            family("hinge", SECOND_MOMENT),
-            Result(scores={IMMINENT: ours}, by_level={1e-3: level}),
-        ),
-        "still": (
-            family("still", None),
-            Result(scores={IMMINENT: Score()}, by_level={1e-3: Score(false_alarms=quiet)}),
-        ),
-    }
-    (found,) = contests(results)
-    assert found.verdict == verdict and found.won == verdict.startswith("yes")
-    sheet = targets.contest_sheet(results)
-    assert [len(cells) for cells in sheet.rows] == [len(sheet.header)] and sheet.rows[0][-1] == verdict
-
-
-def test_only_second_moment_and_edge_families_with_slingshots_are_contests() -> None:
-    item = Result(scores={IMMINENT: scored(20, 0, 2.0)})
-    none = Result(scores={IMMINENT: Score()})
-    results = {
-        "hinge-95": (family("hinge-95", SECOND_MOMENT), item),
-        "hinge-99": (family("hinge-99", SECOND_MOMENT), item),
-        "early": (family("early", EDGE), none),
-        "numeric": (family("numeric"), item),
-        "kick": (family("kick", EXTERNAL), item),
-    }
-    found = contests(results)
-    assert [(item.family, item.ours.slingshots) for item in found] == [("hinge-95", 20), ("hinge-99", 20)]
-
-
-# --- experiments -----------------------------------------------------------------------------------
-
-
-def event(name: str, start: int, mechanism: str, *, reproduced: bool = True, **more: Any) -> dict[str, Any]:
-    replayed = {"mechanism": mechanism, "reproduced": reproduced, "arms": {}}
-    return {
-        "family": name, "seed": 0, "alarm": "imminent", "alarm_step": start - 80, "slingshot_step": start,
-        "lead_tau": 4.0, "remedies": {}, "replay": replayed, "twin": None, "named": mechanism, **more,
-    }  # fmt: skip
-
-
-MADE_UP: dict[str, Any] = {
-    "events": [
-        event("division-23", 900, NUMERIC, twin={"confirmed": True},
-              remedies={"float64 loss": True, "float64 loss + lr × 0.1 for 2τ": True}),
-        event("division-23", 1400, NUMERIC, twin={"confirmed": False},
-              remedies={"float64 loss": False, "float64 loss + lr × 0.1 for 2τ": True}),
-        event("parity-hinge", 500, SECOND_MOMENT, remedies={"lr × 0.1 for 2τ": False}),
-        event("parity-hinge", 700, EDGE, reproduced=False),
-    ],
-    "at_risk": [{"family": "digits", "seed": 0, "step": 10, "twin": {"confirmed": True}}],
-    "cadence": [
-        {"family": "division-23", "seed": 0, "rule": "imminent", "recall_every": [4, 4],
-         "recall_auto": [3, 4], "leads_every": [4.0, 5.0, 6.0], "leads_auto": [4.0, 4.7, 6.0]},
-    ],
-    "date": "2020-02-02",
-}  # fmt: skip
-
-
-@pytest.fixture
-def experiments(tmp_path: Path) -> Experiments:
-    (tmp_path / outcomes.FILE).write_text(json.dumps(MADE_UP), encoding="utf-8")
-    found = Experiments.load(tmp_path)
-    assert found is not None
-    return found
-
-
-def test_experiments_that_were_not_run_are_said_to_be_missing(tmp_path: Path) -> None:
-    assert Experiments.load(tmp_path) is None
-    (sheet,) = outcomes.sheets(None)
-    assert "Not run" in sheet.markdown()
-
-
-def test_averted_shares_are_counted_per_remedy_and_mechanism(experiments: Experiments) -> None:
-    assert experiments.averted(NUMERIC, "float64 loss") == {"division-23": (1, 2)}
-    assert experiments.averted(SECOND_MOMENT, "float64 loss") == {}
-    assert experiments.averted(None, "lr × 0.1 for 2τ") == {"parity-hinge": (0, 1)}
-    assert experiments.advised(NUMERIC) == "float64 loss"
-    assert experiments.advised(EDGE) is None
-
-
-def test_replays_that_did_not_reproduce_the_run_are_no_truth(experiments: Experiments) -> None:
-    assert set(experiments.verdicts().values()) == {NUMERIC, SECOND_MOMENT}
-    assert experiments.unreproduced() == 1
-
-
-def test_twins_and_cadence_are_added_up(experiments: Experiments) -> None:
-    assert outcomes.pool(experiments.twins()) == (2, 3)
-    held = experiments.cadences()[IMMINENT]
-    assert held.recall_lost == pytest.approx(25.0) and held.lead_lost == pytest.approx(0.3)
+# --- names -------------------------------------------------------------------------------------------
 
 
 def test_unknown_is_no_answer_and_counted_apart() -> None:
@@ -298,21 +127,17 @@ def test_unknown_is_no_answer_and_counted_apart() -> None:
         Named("division-23", 0, step, mechanism)
         for step, mechanism in ((1, NUMERIC), (2, EDGE), (3, "unknown"), (4, "none"))
     ]
-    found = outcomes.agreement(named)
+    found = naming.agreement(named, {"division-23": NUMERIC})
     assert (found.right, found.judged, found.unknown) == (1, 3, 1)
-    # Held against verdicts: those without one are left out, and a verdict "unknown" judges nothing.
-    found = outcomes.agreement(named, {("division-23", 0, 2): EDGE, ("division-23", 0, 3): "unknown"})
-    assert (found.right, found.judged, found.unknown) == (1, 1, 0)
+    assert naming.agreement(named, {}).judged == 0
 
 
 # --- targets and page ------------------------------------------------------------------------------
 
 
-def results_of(numeric: Result, quiet: Result) -> targets.Results:
-    return {
-        "division-23": (FAMILIES["division-23"], numeric),
-        "gpt": (FAMILIES["gpt"], quiet),
-    }
+def results_of(numeric: Result, quiet: Result, kicks: Result | None = None) -> targets.Results:
+    found = {"division-23": (FAMILIES["division-23"], numeric), "gpt": (FAMILIES["gpt"], quiet)}
+    return found if kicks is None else found | {"hinge": (family("hinge", SECOND_MOMENT), kicks)}
 
 
 def row(found: list[targets.Target], start: str) -> targets.Target:
@@ -320,38 +145,32 @@ def row(found: list[targets.Target], start: str) -> targets.Target:
     return match
 
 
-def test_targets_are_reached_by_what_was_measured_and_by_nothing_else(experiments: Experiments) -> None:
-    good = outcome(50, 50, forecasts={4: score.Forecasts(50, 50, (1.5,) * 9 + (3.0,))},
-                   named=(Named("division-23", 0, 900, NUMERIC),))  # fmt: skip
-    calm = outcome()
-    found = targets.targets(results_of(good, calm), experiments)
-    assert row(found, "numeric, imminent: recall").reached
+def test_targets_are_reached_by_what_was_measured_and_by_nothing_else() -> None:
+    found = targets.targets(results_of(outcome(50, 50), outcome(), outcome(19, 20)))
+    assert all(item.reached for item in found)
     assert "50/50" in row(found, "numeric, imminent: recall").measured
-    assert row(found, "numeric, imminent: lead, median").reached
-    assert row(found, "quiet suite").reached and row(found, "numeric, imminent: false").reached
-    assert row(found, "forecast within").reached and "0.900: 9/10" in row(found, "forecast within").measured
-    assert row(found, "forecast inside").reached
-    assert row(found, "mechanism: agreement with replay").reached
-    averted = row(found, "numeric: averted")
-    assert averted.reached is False and "1/2" in averted.measured and "float64 loss" in averted.what
-    assert row(found, "numeric, at risk: confirmed").reached is False  # 2 of 3
-    assert row(found, "sampled cadence: recall").reached is False
-    assert row(found, "sampled cadence: median").reached
-    assert row(found, "… families").reached is None  # no such family here
+    assert "7.0% of the steps under this alarm" in row(found, "numeric, imminent: lead, median").measured
+    assert "15.0% of the steps read" in row(found, "`every").measured
 
-    bad = outcome(48, 50, lead=1.0, forecasts={4: score.Forecasts(50, 50, (3.0,))}, numbers_too_late=1)
-    found = targets.targets(results_of(bad, outcome(false=1)), None)
-    for what in ("numeric, imminent: recall", "numeric, imminent: lead, median", "quiet suite",
-                 "numeric, imminent: lead, 10th", "numeric, imminent: false", "forecast within",
-                 "forecast inside"):  # fmt: skip
-        assert row(found, what).reached is False, what
-    for what in ("numeric: averted", "sampled cadence: recall", "numeric, at risk: confirmed"):
-        assert row(found, what).reached is None, what
+    many = Told(1000, 1000, 10, 8, 0, 10, 7, 0, 50, 49, 2, 1)
+    blind = outcome(48, 50, lead=1.0, told={EVERY: many, AUTO: many})
+    blind = dataclasses.replace(blind, scores=blind.scores | {at(IMMINENT, AUTO): Score(50, 40)})
+    found = targets.targets(results_of(blind, outcome(), outcome(18, 20, false=1, told={})))
+    assert not any(item.reached for item in found)
+    assert row(found, "slingshots called that").measured.startswith("2, 1 of them at a rise too small")
+
+
+def test_alerts_that_the_end_cut_off_are_no_trials() -> None:
+    cut = Told(1000, 1000, 10, 9, 1, 5, 4, 1)
+    found = targets.targets(results_of(outcome(told={EVERY: cut}), Result(runs=0)))
+    for start in ("P(slingshot within 10", "P(slingshot within 40"):
+        assert row(found, start).reached
+        assert row(found, start).measured.endswith("1 more cut off by the end of the run")
 
 
 def test_a_few_late_warnings_miss_the_tenth_percentile_and_not_the_median() -> None:
     late = outcome(40, 40, lead=4.0) + outcome(10, 10, lead=0.5)
-    found = targets.targets(results_of(late, outcome()), None)
+    found = targets.targets(results_of(late, outcome()))
     assert row(found, "numeric, imminent: lead, median").reached
     missed = row(found, "numeric, imminent: lead, 10th")
     assert missed.reached is False and missed.measured.startswith("0.50 τ (n = 50")
@@ -372,47 +191,59 @@ def test_the_interval_of_a_median_holds_it_and_narrows_with_the_number() -> None
     assert width(400) < width(40) < 0.5 and targets._ranks([], 0.5) == ""
 
 
-def page_of(numeric: Result, quiet: Result, found: Experiments | None) -> str:
-    results = results_of(numeric, quiet)
-    chosen = {"division": "imminent_exit 0.1", "gpt": DEFAULT}
-    book = report.Book(results, results, fit.Fit(chosen, DEFAULT), 3, found, [{"readings_by": "old"}])
+def test_runs_of_a_family_are_added_up_and_missing_ones_are_named() -> None:
+    scored = [
+        Scored("a", seed, {}, Result(scores={"peer": Score(4)}), outcome(warned, 4))
+        for seed, warned in enumerate((1, 4))
+    ]
+    others = [dataclasses.replace(family(name), seeds=(0, 1)) for name in ("a", "b")]
+    book = report.bind(others, scored, "frozen")
+    ((_, result),) = book.results.values()
+    assert result.scores[IMMINENT].warned == 5 and result.scores["peer"].slingshots == 8
+    assert result.runs == 2 and list(book.missing) == ["b"]
+
+
+def page_of(numeric: Result, quiet: Result) -> str:
+    book = report.Book(results_of(numeric, quiet), "frozen", ["z-late"], [{"readings_by": "old"}])
     return report.page(book, "the command")
 
 
-def test_the_page_begins_with_the_targets_and_says_what_was_left_out(experiments: Experiments) -> None:
-    text = page_of(outcome(3, 4, named=(Named("division-23", 0, 900, NUMERIC),)), outcome(), experiments)
+def test_the_page_begins_with_the_targets_and_says_what_is_missing() -> None:
+    text = page_of(outcome(3, 4, named=(Named("division-23", 0, 900, NUMERIC),)), outcome())
     titles = [line for line in text.splitlines() if line.startswith("## ")]
-    assert titles[0] == "## Targets" and "## Averted share" in titles
-    assert "2 groups. Chosen how often: imminent_exit 0.1: 1, default: 1" in text
-    assert "| imminent, defaults | 3/4" in text and "1 runs were recorded by another version" in text
-    made = "of 2020-02-02, by an earlier version"
-    assert f"Experiments: trials {made}; cadence {made}." in text
+    assert titles[0] == "## Targets" and "## Alerts one by one" in titles
+    assert "Not recorded, or not all seeds: z-late." in text and "commit 8df60af" in text
+    assert "1 runs were recorded by another version" in text
     assert all(f"| {rule} |" in text for rule in MONITOR)
 
 
 def cells_of(text: str) -> dict[str, str]:
-    """First cell → row, of the tables that the experiments do not decide."""
-    lines = text.split("## Averted share")[0].splitlines()
-    return {line.split("|")[1].strip(): line for line in lines if line.startswith("| ")}
+    """First cell → row."""
+    return {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
 
 
-def test_no_result_on_the_page_is_typed_by_hand(experiments: Experiments) -> None:
+def test_no_result_on_the_page_is_typed_by_hand() -> None:
     """Other scores change every row that they should decide; without any there is no number at all."""
-    one = cells_of(page_of(outcome(3, 4), outcome(), experiments))
-    two = cells_of(page_of(outcome(31, 47, 5, lead=7.3), outcome(false=2), experiments))
+    one = cells_of(page_of(outcome(3, 4), outcome()))
+    two = cells_of(page_of(outcome(31, 47, 5, lead=7.3), outcome(false=2)))
     for name in (
         "numeric, imminent: recall",
         "numeric, imminent: lead, median",
         "numeric, imminent: lead, 10th percentile",
-        "quiet suite: imminent alarms",
         "imminent",
         "division-23",
         "gpt",
     ):
         assert one[name] != two[name], name
     empty = Result(runs=0, scores={name: Score() for name in RULES})
-    nothing = page_of(empty, empty, None)
+    nothing = page_of(empty, empty)
     rows = nothing.split("## Targets")[1].split("## Slingshots")[0].splitlines()
-    measured = [line.split("|")[3] for line in rows if line.startswith("| ")][2:]
-    assert len(measured) == len(targets.targets({}, None))
+    measured = [line.split("|")[-3] for line in rows if line.startswith("| ")][2:]
+    assert len(measured) == len(targets.targets({}))
     assert not any(re.search(r"\d", cell) for cell in measured)
+
+
+def test_kicks_from_outside_are_shown_apart() -> None:
+    kicked = {"kick": (family("kick", EXTERNAL), outcome(1, 2))}
+    titles = [sheet.title for sheet in report.sheets(report.Book(kicked))]
+    assert "Slingshots, from outside" in titles and targets.others(kicked).runs == 0

@@ -1,13 +1,13 @@
 """Score the warnings on many trainings: ``python -m tests.benchmarks.detection``.
 
-    python -m tests.benchmarks.detection                      # the quick suite, minutes
+    python -m tests.benchmarks.detection                      # the quick suite, minutes; writes QUICK.md
+    python -m tests.benchmarks.detection --suite frozen       # writes FROZEN.md
     python -m tests.benchmarks.detection --suite full --jobs 8
     python -m tests.benchmarks.detection --score-only         # after a change of the detector: seconds
     python -m tests.benchmarks.detection --families vit vit-probe
 
 Trainings are recorded once and kept in ``--cache``, their scores in ``--scores``; an interrupted command goes
-on where it was.  Each family is scored by constants chosen on the others (fit.py).  What
-``python -m tests.benchmarks.detection.experiments`` left in the cache is shown too.
+on where it was.  Runs that are not recorded are named on the page.
 """
 
 from __future__ import annotations
@@ -24,9 +24,7 @@ from rich.progress import Progress
 from tests.benchmarks.detection import report
 from tests.benchmarks.detection.evaluate import Scored, evaluate_file
 from tests.benchmarks.detection.families import Family, suite
-from tests.benchmarks.detection.fit import candidates
 from tests.benchmarks.detection.generate import CACHE, generate, is_whole, path_of
-from tests.benchmarks.detection.outcomes import Experiments
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -44,7 +42,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--score-only", action="store_true", help="record nothing; score what is there")
     parser.add_argument("--refresh", action="store_true", help="record anew what is there already")
     parser.add_argument(
-        "--out", type=Path, help="the table (default for the full suite: RESULTS.md beside this file)"
+        "--out", type=Path, help="the page (default for a suite: QUICK.md or FROZEN.md beside this file)"
     )
     args = parser.parse_args(argv)
     if args.score_only and args.refresh:
@@ -85,23 +83,20 @@ def main(argv: list[str] | None = None) -> int:
         console.print("No recorded runs. Leave out --score-only to make them.")
         return 1
     made = time.perf_counter()
-    tried = candidates()
     kept = args.scores or args.cache / "scores"
     # Long runs first: the last one to begin should not be the one to end.
     runs.sort(key=lambda run: -run[0].steps)
     scored: list[Scored] = Parallel(n_jobs=args.jobs)(
-        delayed(evaluate_file)(family, path, list(tried.values()), kept) for family, _, path in runs
+        delayed(evaluate_file)(family, path, kept) for family, _, path in runs
     )
-    book = report.bind(args.chosen, scored, tried, Experiments.load(args.cache))
+    book = report.bind(args.chosen, scored, "" if args.families else args.suite)
     report.show(book, console)
-    chosen = f" --families {' '.join(args.families)}" if args.families else f" --suite {args.suite}"
-    text = report.page(book, f"python -m tests.benchmarks.detection{chosen}")
-    # A few families, or the quick suite, are a look, not the record.
-    whole = args.suite == "full" and not args.families
-    out = args.out or (
-        report.RESULTS if whole and len(scored) == sum(len(f.seeds) for f in args.chosen) else None
-    )
+    # A few families are a look, not the record.
+    options = f"--families {' '.join(args.families)}" if args.families else f"--suite {args.suite}"
+    page = None if args.families else report.PAGES.get(args.suite)
+    out = args.out or (None if page is None else Path(__file__).with_name(page))
     if out is not None:
+        text = report.page(book, f"python -m tests.benchmarks.detection {options}")
         out.write_text(text, encoding="utf-8")
         console.out(f"written: {out}", highlight=False)
     console.print(f"recorded in {made - started:.0f} s, scored in {time.perf_counter() - made:.1f} s")

@@ -1,31 +1,30 @@
-"""Scores → tables: on the terminal through rich, in RESULTS.md as Markdown; no number typed by hand."""
+"""Scores → tables on the terminal and on the page of a suite; no number is typed by hand."""
 
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from nfi_monitor.types import Thresholds
-from tests.benchmarks.detection import outcomes, peers_installed, targets
+from tests.benchmarks.detection import naming, peers_installed, targets
 from tests.benchmarks.detection.evaluate import (
     AT_RISK,
     AT_RISK_WARNING,
+    AUTO,
+    EVERY,
     IMMINENT,
     MONITOR,
     RULES,
     Result,
     Scored,
+    at,
     total,
 )
-from tests.benchmarks.detection.families import EDGE, EXTERNAL, NUMERIC, SECOND_MOMENT, Family
-from tests.benchmarks.detection.fit import DEFAULT, GRID, Fit, leave_one_out
+from tests.benchmarks.detection.families import EDGE, EXTERNAL, FROZEN, NUMERIC, SECOND_MOMENT, Family
 from tests.benchmarks.detection.generate import detector_key, readings_key, versions
-from tests.benchmarks.detection.outcomes import Experiments
 from tests.benchmarks.detection.score import (
     ABRUPT_HORIZON,
     ABRUPT_REFRACTORY,
@@ -36,10 +35,29 @@ from tests.benchmarks.detection.score import (
     Forecasts,
     Score,
 )
-from tests.benchmarks.detection.sheet import Sheet, alarms, count, leads, rate, share, sounded
+from tests.benchmarks.detection.sheet import (
+    Sheet,
+    alarms,
+    count,
+    leads,
+    portion,
+    rate,
+    share,
+    sounded,
+)
 from tests.benchmarks.detection.targets import Results
+from tests.benchmarks.detection.told import Told
 
-RESULTS = Path(__file__).parent / "RESULTS.md"
+PAGES = {"quick": "QUICK.md", FROZEN: "FROZEN.md"}
+"""Suite → its page beside this file. The full suite has none: it takes hours."""
+ABOUT = {
+    "quick": "Some of these families were looked at while the constants were chosen.",
+    FROZEN: "These families are of architecture classes and tasks on which no constant was fitted. The "
+    "constants were fitted on the tuning half and fixed in commit 8df60af, before any of these families was "
+    "trained. Later commits changed how often a state without movement is read, the clock of the "
+    "forecast, and the order in which δ is averaged and divided by the learning rate; no level was "
+    "fitted again.",
+}
 
 
 @dataclass(frozen=True)
@@ -47,43 +65,23 @@ class Book:
     """All that the page is made of."""
 
     results: Results
-    """Each family under the constants fitted without it."""
-    default: Results
-    """The same families under the default constants."""
-    fit: Fit
-    candidates: int = 1
-    experiments: Experiments | None = None
+    suite: str = ""
+    missing: Sequence[str] = ()
+    """Families of the suite without a recorded run."""
     infos: Sequence[Mapping[str, Any]] = field(default_factory=tuple)
 
 
-def bind(
-    families: Iterable[Family],
-    scored: Sequence[Scored],
-    candidates: Mapping[str, Thresholds],
-    experiments: Experiments | None = None,
-) -> Book:
-    """Fit with each family left out, and lay its runs' scores under what was chosen."""
-    by_family: dict[str, tuple[Family, dict[str, Result]]] = {}
+def bind(families: Iterable[Family], scored: Sequence[Scored], suite: str = "") -> Book:
+    """Add up the runs of each family."""
+    results: dict[str, tuple[Family, Result]] = {}
+    missing = []
     for family in families:
-        runs = [run for run in scored if run.family == family.name]
+        runs = [run.result for run in scored if run.family == family.name]
         if runs:
-            sums = {
-                name: total(run.result(thresholds) for run in runs) for name, thresholds in candidates.items()
-            }
-            by_family[family.name] = (family, sums)
-    fit = leave_one_out(by_family)
-
-    def under(chosen: Callable[[str], str]) -> Results:
-        return {name: (family, sums[chosen(name)]) for name, (family, sums) in by_family.items()}
-
-    return Book(
-        under(fit.of),
-        under(lambda _: DEFAULT),
-        fit,
-        len(candidates),
-        experiments,
-        [run.info for run in scored],
-    )
+            results[family.name] = family, total(runs)
+        if len(runs) < len(family.seeds):
+            missing.append(family.name)
+    return Book(results, suite, missing, [run.info for run in scored])
 
 
 _GROUPS: dict[str, tuple[str | None, ...]] = {
@@ -95,15 +93,15 @@ _GROUPS: dict[str, tuple[str | None, ...]] = {
 
 def sheets(book: Book) -> list[Sheet]:
     results = book.results
+    quiet = [_quiet(results)] if any(family.quiet for family, _ in results.values()) else []
     return [
-        targets.sheet(results, book.experiments),
+        targets.sheet(results),
         *_rules(book),
-        targets.contest_sheet(results),
+        _alerts(results),
         _families(results),
-        _quiet(results),
-        *_mechanisms(book),
+        *quiet,
+        _mechanisms(results),
         _forecasts(results),
-        *outcomes.sheets(book.experiments),
     ]
 
 
@@ -117,43 +115,81 @@ def _peers(results: Results) -> list[str]:
     return [name for name in _names(results) if name not in MONITOR]
 
 
+def _of(results: Results, mechanisms: Iterable[str | None]) -> list[Result]:
+    return [result for family, result in results.values() if family.mechanism in mechanisms]
+
+
 def _rules(book: Book) -> Iterable[Sheet]:
     """Monitor and peers side by side, pooled over the families of a kind."""
+    calm = total(_of(book.results, (None,)))
     for title, mechanisms in _GROUPS.items():
-        names = [name for name, (family, _) in book.results.items() if family.mechanism in mechanisms]
-        if not names:
+        found = _of(book.results, mechanisms)
+        if not found:
             continue
-        pooled = total(book.results[name][1] for name in names)
-        calm = total(result for family, result in book.results.values() if family.quiet)
-        rows = [_rule(name, pooled, calm) for name in _names(book.results)]
-        # In one line, how much of it was having seen the family: the constants as they are shipped.
-        shipped = total(book.default[name][1] for name in names)
-        shipped_calm = total(result for family, result in book.default.values() if family.quiet)
-        rows.append([f"{IMMINENT}, defaults", *_rule(IMMINENT, shipped, shipped_calm)[1:]])
+        pooled = total(found)
         slingshots = pooled.scores.get(IMMINENT, Score()).slingshots
+        header = [
+            "rule", "slingshots warned of", "of them early", f"≥ {TOO_LATE:g} τ ahead",
+            "lead in τ: median (10th pct)", "steps under this alarm", "false /10k, same runs",
+        ]  # fmt: skip
+        if calm.runs:
+            header.append("false /10k, quiet families")
         yield Sheet(
             f"Slingshots, {title}",
-            f"{slingshots} slingshots in {len(names)} families, {pooled.runs} runs, {pooled.steps:,} steps; "
-            f"quiet families: {calm.steps:,} steps. Warned: an alarm began within {HORIZON:g} τ before, or "
-            f"an older one still sounded (early). In time: at least {TOO_LATE:g} τ ahead. False alarms per "
-            "10k steps in the same runs and in the quiet families. The first three rows left out the family "
-            "they are scored on; the last has the default constants for all. [95% Wilson]",
-            ["rule", "warned", "early", "in time", "lead in τ: median (10th pct)", "false /10k here",
-             "false /10k quiet"],
-            rows,
-        )  # fmt: skip
+            f"{slingshots} slingshots in {len(found)} families, {pooled.runs} runs, {pooled.steps:,} steps"
+            + (f"; quiet families: {calm.steps:,} steps" if calm.runs else "")
+            + f". Warned: an alarm began within {HORIZON:g} τ before, or still sounded (early). False alarms "
+            "per 10,000 steps at which one would be false, [95%].",
+            header,
+            [_rule(name, pooled, calm) for name in _names(book.results)],
+        )
 
 
 def _rule(name: str, pooled: Result, quiet: Result) -> list[str]:
-    score, calm = pooled.scores.get(name, Score()), quiet.scores.get(name, Score())
-    return [
+    score, calm = (result.scores.get(name, Score()) for result in (pooled, quiet))
+    cells = [
         name,
         share(score.warned, score.slingshots),
         str(score.early),
         share(score.in_time, score.slingshots),
         leads(score),
+        portion(pooled.under.get(name, 0), pooled.steps),
         rate(score.false_alarms, score.exposure),
-        rate(calm.false_alarms, calm.exposure),
+    ]
+    return [*cells, rate(calm.false_alarms, calm.exposure)] if quiet.runs else cells
+
+
+def _alerts(results: Results) -> Sheet:
+    rows = []
+    groups = _GROUPS | {"quiet": (None,)}
+    for title, mechanisms in groups.items():
+        pooled = total(_of(results, mechanisms))
+        if not pooled.runs:
+            continue
+        for cadence in (EVERY, AUTO):
+            rows.append([title, cadence, *_counted(pooled.told.get(cadence, Told()))])
+    return Sheet(
+        "Alerts one by one",
+        "Right: a slingshot begins within 10 τ (at least 50 steps) after *imminent*, within 40 τ after *at "
+        "risk* became a warning. Those that the end of the run cut off are left out; their number stands "
+        "after the +. Called: slingshots of the truth with an alert *slingshot*. Read: steps read in full.",
+        ["families", "cadence", "imminent, right", "warnings, right", "slingshots called",
+         "called that are none", "read"],
+        rows,
+    )  # fmt: skip
+
+
+def _counted(found: Told) -> list[str]:
+    def right(good: int, all_: int, cut: int) -> str:
+        return share(good, all_ - cut) + (f" + {cut}" if cut else "")
+
+    near = f" ({found.near_calls} near)" if found.near_calls else ""
+    return [
+        right(found.imminent_right, found.imminent, found.imminent_cut),
+        right(found.warnings_right, found.warnings, found.warnings_cut),
+        share(found.called, found.slingshots),
+        f"{found.false_calls}{near}",
+        portion(found.read, found.steps),
     ]
 
 
@@ -163,25 +199,32 @@ def _families(results: Results) -> Sheet:
         if family.quiet:
             continue
         soon, risk = result.scores[IMMINENT], result.scores[AT_RISK_WARNING]
-        best = max(
-            (name for name in result.scores if name not in MONITOR),
-            key=lambda name: (result.scores[name].in_time, -result.scores[name].false_alarms),
-        )
+        sparse = result.told.get(AUTO, Told())
+        best = max(_peers({family.name: (family, result)}), key=lambda name: _order(result.scores[name]))
         peer = result.scores[best]
         rows.append(
             [family.name, f"{result.runs} × {family.steps}", f"{soon.slingshots} + {soon.near_misses}",
-             count(soon), leads(soon, steps=True), alarms(soon), count(risk), leads(risk),
+             count(soon), leads(soon, steps=True), portion(result.under.get(IMMINENT, 0), result.steps),
+             alarms(soon), count(risk), leads(risk),
+             portion(result.under.get(AT_RISK_WARNING, 0), result.steps),
+             f"{count(result.scores.get(at(IMMINENT, AUTO), Score()))}, "
+             f"read {portion(sparse.read, sparse.steps)}",
              f"{best}: {count(peer)}, {alarms(peer)}"]
         )  # fmt: skip
     return Sheet(
         "Spiking families",
         "Warned of (in time) by *imminent* and by *at risk* of severity warning, with leads: median (10th "
-        "percentile) in steps and τ; alarms: false, before a near miss, censored. Best peer: the one with "
-        "most slingshots warned of in time.",
-        ["family", "runs × steps", "slingshots + near misses", "imminent", "lead", "alarms f/n/c",
-         "at risk", "lead in τ", "best peer: warned, alarms f/n/c"],
+        "percentile) in steps and τ, and the share of the steps under that alarm; alarms: false, before a "
+        "near miss, censored. Best peer: the one with most slingshots warned of in time.",
+        ["family", "runs × steps", "slingshots + near misses", "imminent", "lead", "under it",
+         "alarms f/n/c", "at risk, warning", "lead in τ", "under it", "imminent, auto",
+         "best peer: warned, alarms f/n/c"],
         rows,
     )  # fmt: skip
+
+
+def _order(score: Score) -> tuple[int, int]:
+    return score.in_time, -score.false_alarms
 
 
 def _quiet(results: Results) -> Sheet:
@@ -206,23 +249,14 @@ def _quiet(results: Results) -> Sheet:
     )  # fmt: skip
 
 
-def _mechanisms(book: Book) -> Iterable[Sheet]:
-    named = [item for _, result in book.results.values() for item in result.named]
-    words = "Columns: what the slingshot's alert said. Unknown is no answer: the share is of the others."
-    if book.experiments is not None:
-        verdicts = book.experiments.verdicts()
-        failed = book.experiments.unreproduced()
-        yield outcomes.mechanism_sheet(
-            "Mechanism named, against replay",
-            f"Rows: the verdict of a replay from a snapshot before the slingshot ({len(verdicts)} replayed; "
-            f"{failed} more whose baseline did not reproduce the run bit for bit are left out). What tells "
-            f"kicks from swings was chosen on these slingshots. {words}",
-            outcomes.agreement(named, verdicts),
-        )
-    yield outcomes.mechanism_sheet(
+def _mechanisms(results: Results) -> Sheet:
+    named = [item for _, result in results.values() for item in result.named]
+    registered = {name: family.mechanism for name, (family, _) in results.items()}
+    return naming.mechanism_sheet(
         "Mechanism named, against what is registered",
-        f"Rows: what the family is registered as. {words}",
-        outcomes.agreement(named),
+        "Rows: what the family is registered as. Columns: what the slingshot's alert said. Unknown is no "
+        "answer: the share is of the others. proofs/PROOFS.md holds the names against replays.",
+        naming.agreement(named, registered),
     )
 
 
@@ -251,72 +285,42 @@ def _forecasts(results: Results) -> Sheet:
 
 
 def page(book: Book, command: str) -> str:
-    """RESULTS.md."""
+    """Return the page of a suite, or of some families."""
     results = book.results
     stale = sum(info.get("readings_by") != readings_key() for info in book.infos)
     recorded = total(result for _, result in results.values())
-    seeds = [len(family.seeds) for family, _ in results.values()]
-    quiet = total(result for family, result in results.values() if family.quiet)
+    quiet = total(_of(results, (None,)))
+    calm = f" ({quiet.steps:,} of them in quiet families)" if quiet.runs else ""
+    title = f" on the {book.suite} families" if book.suite else ""
     lines = [
-        "# What the warnings are worth",
+        f"# What the warnings are worth{title}",
         "",
         f"Written by `{command}` on {datetime.date.today().isoformat()}; do not edit.",
         "",
         "Versions: "
         + ", ".join(f"{name} {value}" for name, value in versions().items())
         + f"; detector code {detector_key()}.",
-        f"{len(results)} families, {recorded.runs} runs, {recorded.steps:,} optimizer steps ({quiet.steps:,} "
-        f"of them in quiet families), each one read; {recorded.seconds:,.0f} s of training on one core in "
-        "all.",
-        f"Seeds: 0 to n − 1, n = {min(seeds)} to {max(seeds)} a family (column *runs*).",
+        f"{len(results)} families, {recorded.runs} runs, {recorded.steps:,} optimizer steps{calm}; "
+        f"{recorded.seconds:,.0f} s of training on one core in all.",
         f"Horizon {HORIZON:g} τ, refractory {REFRACTORY:g} τ (second moment and edge of stability: at most "
         f"{ABRUPT_HORIZON:g} and {ABRUPT_REFRACTORY:g} steps), too late below {TOO_LATE:g} τ; "
-        "τ = 1/(1 − β2) optimizer steps.",
+        "τ = 1/(1 − β2) optimizer steps. Slingshots are found in the recorded loss by truth.py, without the "
+        "monitor's own detector.",
         "Packages: " + "; ".join(_packages()) + ".",
-        "",
-        _fitted(book.fit, book.candidates),
     ]
+    if book.suite in ABOUT:
+        lines += ["", ABOUT[book.suite]]
+    if book.missing:
+        lines += ["", f"Not recorded, or not all seeds: {', '.join(book.missing)}."]
     if stale:
-        lines.append(
-            f"{stale} runs were recorded by another version of the measuring code (--refresh renews them)."
-        )
-    if book.experiments is not None:
-        lines.append(_made(book.experiments.made))
+        lines += ["", f"{stale} runs were recorded by another version of the measuring code (--refresh "
+                  "renews them)."]  # fmt: skip
     return "\n".join(lines) + "\n\n" + "\n".join(sheet.markdown() for sheet in sheets(book))
-
-
-def _made(made: Mapping[str, Any]) -> str:
-    """When the experiments were made, and whether by the code that is here."""
-    from tests.benchmarks.detection.experiments.results import current_code
-
-    code, told = made.get("code", {}), []
-    for kind, current in current_code().items():
-        date = made.get("dates", {}).get(kind) or made.get("date", "unknown date")
-        told.append(f"{kind} of {date}" + ("" if code.get(kind) == current else ", by an earlier version"))
-    return f"Experiments: {'; '.join(told)}."
 
 
 def _packages() -> list[str]:
     there = [f"{name} {version}" for name, version in peers_installed.installed().items()]
     return there + [f"{name}: {reason}" for name, reason in peers_installed.missing().items()]
-
-
-def _fitted(fit: Fit, candidates: int) -> str:
-    """What the leaving out came to, in words."""
-    default = Thresholds()
-    constants = ", ".join(f"{name} {getattr(default, name):g}" for name in GRID)
-    counts = ", ".join(f"{name}: {times}" for name, times in fit.counts.most_common())
-    groups = len(fit.chosen)
-    if groups < 2:
-        return f"Fitted on nothing: there is one group of families. Constants: the defaults ({constants})."
-    return (
-        f"Leave one family out: every number of the monitor below is of constants chosen on the other "
-        f"families, out of {candidates} candidates (the defaults {constants}, and each of these moved by "
-        "itself; fit.py says by what objective). Families of one task, its twins and its variants are left "
-        f"out together: {groups} groups. Chosen how often: {counts}. On all families together: "
-        f"{fit.in_sample}. The other constants, and the default values around which the candidates lie, are "
-        "the shipped ones; those of kicks, swings, swells and forecasts were chosen on these very runs."
-    )
 
 
 def show(book: Book, console: Console) -> None:

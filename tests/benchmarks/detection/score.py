@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nfi_monitor.types import Alert, AlertKind, Severity
+from nfi_monitor.types import Alert, AlertKind, Change, Severity
 from tests.benchmarks.detection.truth import Event, Levels, recovery_steps, slingshots
 
 HORIZON = 10.0  # τ
@@ -233,8 +233,12 @@ def mechanisms(alerts: Iterable[Alert], truth: Truth) -> dict[int, str]:
 
 
 def calls(alert: Alert, event: Event) -> bool:
-    """Whether a slingshot alert is about this event: it began in it, or a little before its label."""
-    return event.start - EARLY <= alert.first_step <= event.end
+    """Return whether a slingshot alert is about this event.
+
+    It began in the event, or a little before the label, or it still fired when the event began.
+    """
+    began = event.start - EARLY <= alert.first_step <= event.end
+    return began or alert.first_step <= event.start <= alert.last_step
 
 
 @dataclass(frozen=True)
@@ -278,18 +282,21 @@ def numbers_in_the_last_tau(said: NDArray[np.float64], truth: Truth) -> int:
     )
 
 
-def warning_steps(alerts: Iterable[Alert], changes: Iterable[tuple[int, object, Alert]]) -> list[int]:
-    """Steps at which *at risk* fired with severity warning or above: rows absorb and the means grow."""
-    since: dict[str, int] = {}
-    for step, _, alert in changes:
-        if alert.kind is AlertKind.AT_RISK and alert.severity.rank >= Severity.WARNING.rank:
-            since.setdefault(alert.id, step)
-    return [
-        step
-        for alert in alerts
-        if alert.id in since
-        for step in range(since[alert.id], max(alert.last_step, since[alert.id] + 1))
-    ]
+def warning_steps(alerts: Iterable[Alert], changes: Iterable[tuple[int, Change, Alert]]) -> list[int]:
+    """Return the steps at which *at risk* fired with severity warning or above; a severity may fall."""
+    marks: dict[str, list[tuple[int, bool]]] = {}
+    for step, change, alert in changes:
+        if alert.kind is AlertKind.AT_RISK and change is not Change.END:
+            severe = alert.severity.rank >= Severity.WARNING.rank
+            marks.setdefault(alert.id, []).append((step, severe))
+    steps: list[int] = []
+    for alert in alerts:
+        spans = marks.get(alert.id, [])
+        ends = [*(step for step, _ in spans), alert.last_step][1:]
+        for (begin, severe), end in zip(spans, ends, strict=True):
+            if severe:
+                steps.extend(range(begin, max(end, begin + 1)))
+    return steps
 
 
 # --- intervals ---------------------------------------------------------------------------------------

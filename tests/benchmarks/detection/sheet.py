@@ -76,6 +76,11 @@ def rate(false_alarms: int, exposure: int) -> str:
     return f"{1e4 * false_alarms / exposure:.2f} [{1e4 * low:.2f}, {1e4 * high:.2f}]"
 
 
+def portion(part: int, whole: int) -> str:
+    """A share of the steps."""
+    return f"{part / whole:.1%}" if whole else NOTHING
+
+
 def sounded(score: Score) -> str:
     if not score.false_alarms:
         return "0"

@@ -1,11 +1,8 @@
-"""What a warning is worth and whether the cause was named right, found out by training again.
+"""Train a recorded run again, without a monitor, and continue it in another way.
 
 A score (``score.py``) says that an alarm came before a slingshot.  It cannot say whether the alarm came early
-enough for the cure, nor whether the named cause was the cause.  Here each recorded run is trained once more,
-without a monitor, snapshots are taken where the alarms were, and the run goes on from them in another way.
+enough for the cure, nor whether the named cause was the cause.  ``proofs`` builds on this.
 
-plan.py    recorded run → which snapshots, and what is tried from each (numbers only)
+plan.py    a recorded run → which snapshots, and what is tried from each (numbers only)
 trials.py  the plan → what happened
-cadence.py the same training under ``Monitor(every="auto")``, scored beside every-step reading
-results.py a cache of one file a job, and ``CACHE/experiments.json``, which the report shows
 """
