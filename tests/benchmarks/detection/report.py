@@ -130,7 +130,7 @@ def _rules(book: Book) -> Iterable[Sheet]:
         slingshots = pooled.scores.get(IMMINENT, Score()).slingshots
         header = [
             "rule", "slingshots warned of", "of them early", f"≥ {TOO_LATE:g} τ ahead",
-            "lead in τ: median (10th pct)", "steps under this alarm", "false /10k, same runs",
+            "lead: median (10th pct)", "steps under this alarm", "false /10k, same runs",
         ]  # fmt: skip
         if calm.runs:
             header.append("false /10k, quiet families")
@@ -152,7 +152,7 @@ def _rule(name: str, pooled: Result, quiet: Result) -> list[str]:
         share(score.warned, score.slingshots),
         str(score.early),
         share(score.in_time, score.slingshots),
-        leads(score),
+        leads(score, steps=True),
         portion(pooled.under.get(name, 0), pooled.steps),
         rate(score.false_alarms, score.exposure),
     ]
