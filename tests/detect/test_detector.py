@@ -24,7 +24,7 @@ from nfi_monitor.types import (
     Severity,
     Thresholds,
 )
-from tests.detect.series import numeric_slingshot, second_moment_slingshot
+from tests.detect.series import numeric_slingshot, oscillation, second_moment_slingshot
 
 NUMERIC = RunContext(beta2=0.95, layer="head")
 HINGE = RunContext(beta2=0.999, decoupled_decay=True, no_classes=True)
@@ -182,15 +182,22 @@ def test_reading_every_second_or_fourth_step_costs_at_most_half_a_tau_of_lead(ev
     assert delay <= 10, "half a τ"
 
 
-def test_attention_rises_before_the_first_alert() -> None:
-    detector = Detector(None, NUMERIC)
-    attention = []
-    for reading in numeric_slingshot(100, 400):
+@pytest.mark.parametrize(
+    ("series", "quiet_until"), [(lambda: numeric_slingshot(100, 400), 100), (oscillation, 388)], ids=str
+)
+def test_every_step_is_read_before_imminent_begins_and_few_while_the_run_is_healthy(
+    series: Any, quiet_until: int
+) -> None:
+    """Rows that absorb may do so for good, so *at risk* alone begins at the usual readings."""
+    detector, attention = Detector(None, NUMERIC), {}
+    for reading in series():
         detector.update(reading)
-        attention.append(detector.attention)
-        if detector.alerts:
-            break
-    assert attention[50] is Attention.RARELY and attention[-2] is Attention.ALWAYS
+        attention[reading.step] = detector.attention
+    imminent = only(detector, AlertKind.IMMINENT)
+    assert {attention[step] for step in range(1, quiet_until)} == {Attention.RARELY}
+    assert {attention[step] for step in (imminent.first_step - 2, imminent.first_step - 1)} == {
+        Attention.ALWAYS
+    }
 
 
 @pytest.mark.parametrize("at", [90, 150, 250, 395, 405, 430])
