@@ -96,8 +96,8 @@ def episodes(peaks: Sequence[float], losses: Sequence[float] = ()) -> Iterator[R
     for number, peak in enumerate(peaks):
         for at in range(EPISODE):
             step = 1 + number * EPISODE + at
-            high = EPISODE - 60 <= at
-            event = EPISODE - 5 <= at and number < len(losses)
+            high = at >= EPISODE - 60
+            event = at >= EPISODE - 5 and number < len(losses)
             values = {
                 "zero_sum_violation": 0.5,
                 "feature_mean_norm": math.exp(2e-3 * step),
