@@ -200,6 +200,18 @@ def test_every_step_is_read_before_imminent_begins_and_few_while_the_run_is_heal
     }
 
 
+def test_attention_rises_with_the_first_alert() -> None:
+    """Absorption begins some 17 τ before the slingshot: no step before its first alert need be read."""
+    detector = Detector(None, NUMERIC)
+    attention = []
+    for reading in numeric_slingshot(100, 400):
+        detector.update(reading)
+        attention.append(detector.attention)
+        if detector.alerts:
+            break
+    assert attention[50] is Attention.RARELY and not attention[-1].is_calm
+
+
 @pytest.mark.parametrize("at", [90, 150, 250, 395, 405, 430])
 @pytest.mark.parametrize(
     ("series", "context"),

@@ -12,7 +12,7 @@ from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.movement import Movement
 from nfi_monitor.detect.situation import RunContext
-from nfi_monitor.types import Alert, AlertKind, Change, Outcome, Reading, Severity
+from nfi_monitor.types import Alert, Change, Outcome, Reading, Severity
 
 TAU = 20
 NUMERIC = RunContext(beta2=0.95)

@@ -56,7 +56,7 @@ def test_opposing_gradients_and_growing_swings_are_imminent_before_the_loss_leap
 
 
 def test_an_oscillation_under_which_the_loss_stays_where_it_is_is_not_imminent() -> None:
-    """A run may live at the edge of stability for good: its gradients oppose each other, and nothing follows."""
+    """A run may live at the edge of stability for good: its gradients oppose each other, nothing follows."""
     unmoved = [reading for reading in oscillation(-0.9, rises=0.0) if reading.step < SPIKE]
     assert imminent(iter(unmoved), ADAM) == []
     moved = [reading for reading in oscillation(-0.9) if reading.step < SPIKE]
