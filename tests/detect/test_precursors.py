@@ -189,6 +189,25 @@ def test_the_displacement_that_is_imminent_falls_with_the_square_of_its_rise() -
     assert 0.1 < lowest * math.exp(rate * (step - SMOOTHED)) < 0.6, "between the two displacements"
 
 
+@pytest.mark.parametrize(("growth", "sounds"), [(2e-3, True), (-2e-3, True), (5e-4, False), (-5e-4, False)])
+def test_a_mean_that_grows_or_shrinks_by_two_percent_per_tau_is_imminent_without_a_rise(
+    growth: float, sounds: bool
+) -> None:
+    """With tied embeddings the feature mean shrinks before a slingshot; 5e-4 a step are 1% per τ."""
+    detector = Detector(None, ADAM)
+    for step in range(1, 601):
+        steady = absorbing(step, 0.8)
+        detector.update(Reading(step, {**steady.values, "feature_mean_norm": math.exp(growth * step)}))
+    found = [alert for alert in detector.alerts if alert.kind is AlertKind.IMMINENT]
+    assert bool(found) is sounds
+    if sounds:
+        shown = found[0].evidence["feature_mean_growth"]
+        assert shown.below is (growth < 0) and shown.crossed
+        assert shown.threshold == pytest.approx(
+            math.copysign(Thresholds().imminent_growth, growth) / ADAM.tau
+        )
+
+
 def test_a_displacement_that_has_not_risen_is_imminent_at_its_full_level_only() -> None:
     """Soft-capped logits move by a tenth of a nat between minibatches for ever."""
     for delta, sounds in ((0.2, False), (0.5, False), (0.8, True)):
