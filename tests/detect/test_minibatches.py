@@ -56,6 +56,21 @@ def test_the_mean_rows_movement_between_minibatches_is_no_swing() -> None:
     assert math.isnan(other.swing) and math.isnan(other.swell)
 
 
+@pytest.mark.parametrize("pause", [1, 2, 31])
+def test_the_lowest_swing_fades_with_the_steps_however_few_of_them_are_read(pause: int) -> None:
+    """Readings come in pairs; only the second has a movement, as it needs the step before.
+
+    The lowest movement rises by a factor e in 10 τ."""
+    signals, tau = Signals(), 20.0
+    for pair in range(80 // pause + 2):
+        step = 1 + pair * (pause + 1)
+        signals.update(Reading(step, {"loss": 1.0}), tau, Thresholds())
+        moved = 1e-3 if pair == 0 else 0.1
+        signals.update(Reading(step + 1, {"feature_displacement": moved}), tau, Thresholds())
+    lowest = 1e-3 * math.exp((step + 1 - 2) / (10 * tau))
+    assert signals.swell == pytest.approx(0.1 / lowest)
+
+
 # --- a kick --------------------------------------------------------------------------------------------
 
 
