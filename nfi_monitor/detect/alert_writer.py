@@ -51,7 +51,19 @@ class AlertWriter:
         items = {name: items[name] for name in dict.fromkeys((*order, *items))}
         if kind is AlertKind.SLINGSHOT:
             items |= self.loss()
+        if kind is AlertKind.IMMINENT:
+            items |= self._earlier_alarms()
         return _crossed_first(finite(items))
+
+    def _earlier_alarms(self) -> dict[str, Evidence]:
+        """Return how many earlier alarms of the rules that are on led to nothing, and how many came true."""
+        record = self._now.record
+        on = [rule.name for rule in WARNING_RULES if self._now.on(rule.name)]
+        false = sum(record.led_to_nothing.get(name, 0) for name in on)
+        if not false:
+            return {}
+        true = sum(record.came_true.get(name, 0) for name in on)
+        return {"earlier_false_alarms": Evidence(float(false), None, float(true))}
 
     def loss(self) -> dict[str, Evidence]:
         """Return the loss of the event, now, against the level that it crossed and its floor before.

@@ -44,10 +44,9 @@ class Record:
         self.came_true[rule] = self.came_true.get(rule, 0) + 1
         self._raised.pop(rule, None)
 
-    def share_true(self, rule: str) -> float:
-        """Return the share of the rule's alarms that came true, 1 if it has raised none."""
-        true, false = self.came_true.get(rule, 0), self.led_to_nothing.get(rule, 0)
-        return (true + 1.0) / (true + false + 1.0)
+    def is_doubtful(self, rule: str) -> bool:
+        """Return whether more alarms of the rule led to nothing than came true."""
+        return self.led_to_nothing.get(rule, 0) > self.came_true.get(rule, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counts and factors in plain types."""

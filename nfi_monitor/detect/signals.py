@@ -227,10 +227,10 @@ class Signals(Stateful):
         # Another minibatch has another mean row: only a movement of the same rows is one of the layers.
         moved = NAN if self.other_rows else felt_displacement(reading)
         self.swing = _fading_max(self.swing, moved, math.exp(-times.gap / SWINGS))
+        self._swing_lowest += times.gap / (10.0 * times.tau)  # also where this reading has no movement
         if moved > 0:
             average = self._swing.update(step, _log(moved), times.short)
-            fade = times.gap / (10.0 * times.tau)
-            self._swing_lowest = _recent_lowest(self._swing_lowest, average, fade)
+            self._swing_lowest = _recent_lowest(self._swing_lowest, average, 0.0)
             self.swell = self.swing / math.exp(self._swing_lowest)
         self.turn = get("gradient_alignment")
         self.alignment = self._alignment.update(step, get("gradient_alignment"), SWINGS)

@@ -24,6 +24,7 @@ from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.memory import Memory
+from nfi_monitor.measure.row_match import row_match, row_sketch
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.step import SKIPPED, step_statistics
 from nfi_monitor.ranks.exchange import Exchange
@@ -72,6 +73,7 @@ class StepReader:
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
         self._before: Any = None
+        self._sketch: tuple[int, Tensor] | None = None  # step and rows of the last one with a sharded head
         self.loss_bits = 0  # bits of the dtype of the last observed loss; 0: unknown
 
     def add(self, rows: Rows) -> None:
@@ -229,7 +231,10 @@ class StepReader:
             values["learning_rate"] = update.lr
             if update.found_inf is not None:
                 values[SKIPPED] = update.found_inf
-            if not exchange.shape.head_sharded:
+            if exchange.shape.head_sharded:
+                with full_precision(update.grad):
+                    values |= self._row_match(step)
+            else:
                 values |= exchange.whole(self.statistics(update, None, step))
         exchange.add_values(message, values)
         with full_precision(None if update is None else update.grad):
@@ -237,7 +242,18 @@ class StepReader:
             exchange.add_head(message, update, step)
         return None if update is None or exchange.shape.head_sharded else update.head_weight
 
+    def _row_match(self, step: int) -> dict[str, Tensor]:
+        """Return the match of this step's rows with those of the step before, where the head is sharded."""
+        features, before = self.rows.features, self._sketch
+        if features is None or len(features) < 2:
+            self._sketch = None
+            return {}
+        self._sketch = (step, row_sketch(features))
+        if before is None or before[0] != step - 1:
+            return {}
+        return {"row_match": row_match(self._sketch[1], before[1])}
+
     def release(self) -> None:
         """Drop the model, the optimizer and their tensors. The row counts stay."""
-        self._before = self.memory = self._probe_batch = None
+        self._before = self.memory = self._probe_batch = self._sketch = None
         del self.reader

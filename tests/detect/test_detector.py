@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.causes import FORGOTTEN
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
@@ -182,17 +181,6 @@ def test_reading_every_second_or_fourth_step_costs_at_most_half_a_tau_of_lead(ev
     assert delay <= 10, "half a τ"
 
 
-def test_attention_rises_before_the_first_alert() -> None:
-    detector = Detector(None, NUMERIC)
-    attention = []
-    for reading in numeric_slingshot(100, 400):
-        detector.update(reading)
-        attention.append(detector.attention)
-        if detector.alerts:
-            break
-    assert attention[50] is Attention.RARELY and attention[-2] is Attention.ALWAYS
-
-
 @pytest.mark.parametrize("at", [90, 150, 250, 395, 405, 430])
 @pytest.mark.parametrize(
     ("series", "context"),
@@ -341,19 +329,6 @@ def test_the_batchs_violation_decides_where_the_weight_gradient_cannot_be_read()
 def test_without_weight_decay_a_high_rms_t_is_no_kick() -> None:
     detector, _, _ = run(second_moment_slingshot(300, 2500), RunContext(beta2=0.999, no_classes=True))
     assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]
-
-
-def test_noise_in_rms_t_raises_attention_only_under_weight_decay() -> None:
-    """Plain Adam on minibatches: an RMS_t around 1.3 after the second moment has halved is ordinary there."""
-    for decay, expected in ((False, Attention.RARELY), (True, Attention.ALWAYS)):
-        detector = Detector(None, RunContext(beta2=0.999, decoupled_decay=decay))
-        for step in range(1, 600):
-            root = 1.0 if step < 300 else 0.4
-            rms_t = 1.3 if step % 20 == 19 else 0.9
-            detector.update(
-                Reading(step, {"rms_t_max": rms_t, "head_sqrt_exp_avg_sq_mean": root, "weight_norm": 1.0})
-            )
-        assert detector.attention is expected
 
 
 def test_a_warning_before_a_slingshot_came_true_and_says_at_which_step() -> None:

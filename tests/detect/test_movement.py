@@ -8,11 +8,10 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.movement import Movement
 from nfi_monitor.detect.situation import RunContext
-from nfi_monitor.types import Alert, AlertKind, Change, Outcome, Reading, Severity
+from nfi_monitor.types import Alert, Change, Outcome, Reading, Severity
 
 TAU = 20
 NUMERIC = RunContext(beta2=0.95)
@@ -155,35 +154,3 @@ def test_a_resumed_detector_knows_since_when_nothing_has_moved(after: int) -> No
     whole, _ = heard(iter(readings))
     assert resumed.alerts == whole.alerts
     assert json.dumps(resumed.state_dict()) == json.dumps(whole.state_dict())
-
-
-# --- how many steps are read --------------------------------------------------------------------------
-
-
-def attention(delta: Callable[[int], float], steps: int) -> list[Attention]:
-    """Return the attention after each step."""
-    detector, found = Detector(None, NUMERIC), []
-    for reading in absorbing(delta, steps):
-        detector.update(reading)
-        found.append(detector.attention)
-    return found
-
-
-def test_a_run_that_absorbs_and_does_not_move_is_read_as_rarely_as_a_healthy_one() -> None:
-    found = attention(lambda step: 0.01, 1000)
-    assert set(found[: BEGINS - 1]) == {Attention.RARELY}, "the healthy steps"
-    assert Attention.RARELY not in found[BEGINS + TAU : BEGINS + 10 * TAU]
-    assert set(found[BEGINS + 11 * TAU :]) == {Attention.RARELY}
-
-
-def test_a_run_that_moves_again_is_read_often_again() -> None:
-    moves = BEGINS + 20 * TAU
-    found = attention(lambda step: 0.01 if step < moves else 0.02, 1000)
-    assert found[moves - 1] is Attention.RARELY
-    assert Attention.RARELY not in found[moves + TAU : moves + 10 * TAU]
-
-
-def test_every_step_is_read_where_updates_move_the_logits_however_long() -> None:
-    """δ lies above ``imminent_exit`` and does not rise: no movement, but near enough to a slingshot."""
-    found = attention(lambda step: 0.2, 1000)
-    assert set(found[BEGINS + 2 * TAU :]) == {Attention.ALWAYS}

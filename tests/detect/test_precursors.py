@@ -56,7 +56,7 @@ def test_opposing_gradients_and_growing_swings_are_imminent_before_the_loss_leap
 
 
 def test_an_oscillation_under_which_the_loss_stays_where_it_is_is_not_imminent() -> None:
-    """A run may live at the edge of stability for good: its gradients oppose each other, and nothing follows."""
+    """A run may live at the edge of stability for good: its gradients oppose each other, nothing follows."""
     unmoved = [reading for reading in oscillation(-0.9, rises=0.0) if reading.step < SPIKE]
     assert imminent(iter(unmoved), ADAM) == []
     moved = [reading for reading in oscillation(-0.9) if reading.step < SPIKE]
@@ -187,6 +187,25 @@ def test_the_displacement_that_is_imminent_falls_with_the_square_of_its_rise() -
     product = math.log(Thresholds().imminent_product / lowest) + 3 * rate * SMOOTHED
     assert step == math.ceil(product / (3 * rate - 2 / (10 * ADAM.tau)))
     assert 0.1 < lowest * math.exp(rate * (step - SMOOTHED)) < 0.6, "between the two displacements"
+
+
+@pytest.mark.parametrize(("growth", "sounds"), [(2e-3, True), (-2e-3, True), (5e-4, False), (-5e-4, False)])
+def test_a_mean_that_grows_or_shrinks_by_two_percent_per_tau_is_imminent_without_a_rise(
+    growth: float, sounds: bool
+) -> None:
+    """With tied embeddings the feature mean shrinks before a slingshot; 5e-4 a step are 1% per τ."""
+    detector = Detector(None, ADAM)
+    for step in range(1, 601):
+        steady = absorbing(step, 0.8)
+        detector.update(Reading(step, {**steady.values, "feature_mean_norm": math.exp(growth * step)}))
+    found = [alert for alert in detector.alerts if alert.kind is AlertKind.IMMINENT]
+    assert bool(found) is sounds
+    if sounds:
+        shown = found[0].evidence["feature_mean_growth"]
+        assert shown.below is (growth < 0) and shown.crossed
+        assert shown.threshold == pytest.approx(
+            math.copysign(Thresholds().imminent_growth, growth) / ADAM.tau
+        )
 
 
 def test_a_displacement_that_has_not_risen_is_imminent_at_its_full_level_only() -> None:

@@ -58,14 +58,21 @@ def test_a_step_counter_that_is_set_back_does_not_raise_the_factor() -> None:
     assert record.factor("imminent", 0, 20.0) == 2.0
 
 
-def test_a_slingshot_resets_the_factor_and_the_share_of_true_alarms_is_laplaces() -> None:
+def test_a_slingshot_resets_the_factor() -> None:
     record = Record()
-    assert record.share_true("imminent") == 1.0
     for _ in range(3):
         record.disappoint("imminent", 100, 20.0)
     record.confirm("imminent")
     assert record.factor("imminent", 100, 20.0) == 1.0
-    assert record.share_true("imminent") == pytest.approx((1 + 1) / (1 + 3 + 1))
+
+
+def test_a_rule_is_doubtful_while_more_of_its_alarms_led_to_nothing_than_came_true() -> None:
+    record = Record()
+    assert not record.is_doubtful("imminent")
+    record.disappoint("imminent", 100, 20.0)
+    assert record.is_doubtful("imminent") and not record.is_doubtful("kicking")
+    record.confirm("imminent")
+    assert not record.is_doubtful("imminent")
 
 
 def test_a_record_survives_a_checkpoint() -> None:
@@ -89,8 +96,8 @@ def episodes(peaks: Sequence[float], losses: Sequence[float] = ()) -> Iterator[R
     for number, peak in enumerate(peaks):
         for at in range(EPISODE):
             step = 1 + number * EPISODE + at
-            high = EPISODE - 60 <= at
-            event = EPISODE - 5 <= at and number < len(losses)
+            high = at >= EPISODE - 60
+            event = at >= EPISODE - 5 and number < len(losses)
             values = {
                 "zero_sum_violation": 0.5,
                 "feature_mean_norm": math.exp(2e-3 * step),

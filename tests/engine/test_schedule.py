@@ -139,15 +139,14 @@ def test_time_left_out_belongs_to_nobody():
 
 
 @pytest.mark.parametrize("healthy", [None, 64])
-def test_a_healthy_run_is_read_in_pairs_of_neighbours(healthy):
-    interval = healthy or auto_interval(1000)
-    read = [
-        step
-        for step in range(9, 2000)
-        if next_read(step - 1, "auto", Attention.RARELY, 1000, healthy) == step
-    ]
-    assert [step for step in read if step + 1 in read] == list(range(2 * interval, 2000, 2 * interval))
-    assert len(read) == 2 * len(range(2 * interval, 2000, 2 * interval))
+@pytest.mark.parametrize(("attention", "times"), [(Attention.RARELY, 2), (Attention.SELDOM, 4)])
+def test_a_healthy_run_is_read_in_pairs_of_neighbours_and_one_that_rests_half_as_often(
+    healthy, attention, times
+):
+    pause = times * (healthy or auto_interval(1000))
+    read = [step for step in range(9, 4000) if next_read(step - 1, "auto", attention, 1000, healthy) == step]
+    assert [step for step in read if step + 1 in read] == list(range(pause, 4000, pause))
+    assert len(read) == 2 * len(range(pause, 4000, pause))
 
 
 def train(monitor: Monitor, steps: int) -> None:

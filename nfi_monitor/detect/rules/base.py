@@ -110,8 +110,14 @@ class Rule:
         return False
 
     def severity(self, kind: AlertKind, now: Situation) -> Severity:
-        """Return the least severity of an alert of ``kind`` while the rule is on."""
-        return self.holds[kind]
+        """Return the least severity of an alert of ``kind`` while the rule is on.
+
+        An *imminent* alert is one grade less severe if most of the rule's earlier ones led to nothing.
+        """
+        severity = self.holds[kind]
+        if kind is AlertKind.IMMINENT and now.record.is_doubtful(self.name):
+            return {Severity.CRITICAL: Severity.WARNING}.get(severity, Severity.INFO)
+        return severity
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
         """Return the rule's signals for the evidence of every alert, whether the rule is on or off."""

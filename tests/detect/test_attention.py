@@ -1,0 +1,93 @@
+"""How many of the next steps are read: few of a healthy run, every step before *imminent*."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from nfi_monitor.detect.attention import Attention
+from nfi_monitor.detect.detector import Detector
+from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.types import AlertKind, Reading
+from tests.detect.series import numeric_slingshot, oscillation
+from tests.detect.test_detector import only
+from tests.detect.test_movement import BEGINS, TAU, absorbing
+
+NUMERIC = RunContext(beta2=0.95)
+
+
+@pytest.mark.parametrize(
+    ("series", "quiet_until"), [(lambda: numeric_slingshot(100, 400), 100), (oscillation, 388)], ids=str
+)
+def test_every_step_is_read_before_imminent_begins_and_few_while_the_run_is_healthy(
+    series: Any, quiet_until: int
+) -> None:
+    """Rows that absorb may do so for good, so *at risk* alone begins at the usual readings."""
+    detector, attention = Detector(None, NUMERIC), {}
+    for reading in series():
+        detector.update(reading)
+        attention[reading.step] = detector.attention
+    imminent = only(detector, AlertKind.IMMINENT)
+    assert {attention[step] for step in range(1, quiet_until)} == {Attention.RARELY}
+    assert {attention[step] for step in (imminent.first_step - 2, imminent.first_step - 1)} == {
+        Attention.ALWAYS
+    }
+
+
+def test_attention_rises_with_the_first_alert() -> None:
+    """Absorption begins some 17 τ before the slingshot: no step before its first alert need be read."""
+    detector = Detector(None, NUMERIC)
+    attention = []
+    for reading in numeric_slingshot(100, 400):
+        detector.update(reading)
+        attention.append(detector.attention)
+        if detector.alerts:
+            break
+    assert attention[50] is Attention.RARELY and not attention[-1].is_calm
+
+
+def test_noise_in_rms_t_raises_attention_only_under_weight_decay() -> None:
+    """Plain Adam on minibatches: an RMS_t around 1.3 after the second moment has halved is ordinary there."""
+    for decay, expected in ((False, Attention.RARELY), (True, Attention.ALWAYS)):
+        detector = Detector(None, RunContext(beta2=0.999, decoupled_decay=decay))
+        for step in range(1, 600):
+            root = 1.0 if step < 300 else 0.4
+            rms_t = 1.3 if step % 20 == 19 else 0.9
+            detector.update(
+                Reading(step, {"rms_t_max": rms_t, "head_sqrt_exp_avg_sq_mean": root, "weight_norm": 1.0})
+            )
+        assert detector.attention is expected
+
+
+# --- a state in which nothing moves --------------------------------------------------------------------
+
+
+def attention(delta: Callable[[int], float], steps: int) -> list[Attention]:
+    """Return the attention after each step."""
+    detector, found = Detector(None, NUMERIC), []
+    for reading in absorbing(delta, steps):
+        detector.update(reading)
+        found.append(detector.attention)
+    return found
+
+
+def test_a_run_that_absorbs_and_does_not_move_is_read_more_rarely_than_a_healthy_one() -> None:
+    found = attention(lambda step: 0.01, 1000)
+    assert set(found[: BEGINS - 1]) == {Attention.RARELY}, "the healthy steps"
+    assert not any(item.is_calm for item in found[BEGINS + TAU : BEGINS + 10 * TAU])
+    assert set(found[BEGINS + 11 * TAU :]) == {Attention.SELDOM}
+
+
+def test_a_run_that_moves_again_is_read_often_again() -> None:
+    moves = BEGINS + 20 * TAU
+    found = attention(lambda step: 0.01 if step < moves else 0.02, 1000)
+    assert found[moves - 1].is_calm
+    assert not any(item.is_calm for item in found[moves + TAU : moves + 10 * TAU])
+
+
+def test_every_step_is_read_where_updates_move_the_logits_however_long() -> None:
+    """δ lies above ``imminent_exit`` and does not rise: no movement, but near enough to a slingshot."""
+    found = attention(lambda step: 0.2, 1000)
+    assert set(found[BEGINS + 2 * TAU :]) == {Attention.ALWAYS}

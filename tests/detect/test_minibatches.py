@@ -1,0 +1,197 @@
+"""Each minibatch has rows, a mean row and a loss of its own; what differs for that reason is no sign."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from nfi_monitor.detect.detector import Detector
+from nfi_monitor.detect.signals import SAME_ROWS, Signals
+from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.types import Alert, AlertKind, Reading, Thresholds
+
+DECAYED = RunContext(beta2=0.99, decoupled_decay=True)
+KICK = 800
+"""First step of the kick."""
+
+
+def signals_after(matches: list[float], moved: float = 0.2) -> Signals:
+    """Return the signals after steps with these matches of the rows; the mean row moves at each."""
+    signals = Signals()
+    for step, match in enumerate(matches, 1):
+        values = {"row_match": match, "feature_displacement": moved}
+        signals.update(Reading(step, values), 20.0, Thresholds())
+    return signals
+
+
+# --- whether a step has the same rows -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("match", "other"), [(1.0, False), (0.71, False), (0.69, True), (0.0, True)])
+def test_rows_are_others_where_they_match_less_than_measured_in_full_batches(
+    match: float, other: bool
+) -> None:
+    assert signals_after([match] * 50).other_rows is other
+    assert (match < SAME_ROWS) is other
+
+
+@pytest.mark.parametrize(("usual", "odd"), [(1.0, 0.0), (0.1, 1.0)])
+def test_one_odd_step_does_not_change_what_the_runs_steps_are(usual: float, odd: float) -> None:
+    """The average over 10 steps moves by 1 − e^(−1/10) of the difference."""
+    before = signals_after([usual] * 50).other_rows
+    assert signals_after([usual] * 50 + [odd]).other_rows is before
+    assert signals_after([usual] * 50 + [odd] * 30).other_rows is not before
+
+
+def test_where_the_rows_were_not_compared_they_count_as_the_same() -> None:
+    assert signals_after([math.nan] * 50).other_rows is False
+
+
+def test_the_mean_rows_movement_between_minibatches_is_no_swing() -> None:
+    same, other = signals_after([1.0] * 50), signals_after([0.1] * 50)
+    assert same.swing == pytest.approx(0.2) and same.swell == pytest.approx(1.0)
+    assert math.isnan(other.swing) and math.isnan(other.swell)
+
+
+@pytest.mark.parametrize("pause", [1, 2, 31])
+def test_the_lowest_swing_fades_with_the_steps_however_few_of_them_are_read(pause: int) -> None:
+    """Readings come in pairs; only the second has a movement, as it needs the step before.
+
+    The lowest movement rises by a factor e in 10 τ."""
+    signals, tau = Signals(), 20.0
+    for pair in range(80 // pause + 2):
+        step = 1 + pair * (pause + 1)
+        signals.update(Reading(step, {"loss": 1.0}), tau, Thresholds())
+        moved = 1e-3 if pair == 0 else 0.1
+        signals.update(Reading(step + 1, {"feature_displacement": moved}), tau, Thresholds())
+    lowest = 1e-3 * math.exp((step + 1 - 2) / (10 * tau))
+    assert signals.swell == pytest.approx(0.1 / lowest)
+
+
+# --- a kick --------------------------------------------------------------------------------------------
+
+
+def kick(*, match: float, alignment: float, rise: float, sigma: float) -> Iterator[Reading]:
+    """Yield a second moment that decays, then a gradient that comes back for eight steps.
+
+    The logarithm of the loss has the noise ``sigma``, and is higher by ``rise`` in the kick.
+    """
+    rng, root = random.Random(0), 1.0
+    for step in range(1, KICK + 8):
+        kicked = step >= KICK
+        root *= 1.0 if step < 300 else 0.995
+        values = {
+            "zero_sum_violation": 1e-8,
+            "rms_t_max": 4.0 if kicked else 0.05,
+            "head_sqrt_exp_avg_sq_mean": root,
+            "weight_norm": math.exp(-1e-4 * step),
+            "feature_displacement": 0.2 if kicked else 0.003,
+            "secant_curvature": 1.0,
+            "gradient_alignment": alignment if kicked else 0.0,
+            "row_match": match,
+            "loss": 1e-3 * math.exp((rise if kicked else 0.0) + rng.gauss(0.0, sigma)),
+        }
+        yield Reading(step, values)
+
+
+def imminent(readings: Iterator[Reading], context: RunContext = DECAYED) -> list[Alert]:
+    detector = Detector(None, context)
+    for reading in readings:
+        detector.update(reading)
+    return [alert for alert in detector.alerts if alert.kind is AlertKind.IMMINENT]
+
+
+@pytest.mark.parametrize(
+    ("match", "alignment", "sounds"), [(1.0, 0.0, True), (0.1, 0.0, False), (0.1, 0.6, True)]
+)
+def test_a_kick_between_minibatches_needs_gradients_that_agree(
+    match: float, alignment: float, sounds: bool
+) -> None:
+    """A single hard minibatch has a gradient of its own; before slingshots those of neighbours agree."""
+    found = imminent(kick(match=match, alignment=alignment, rise=2.5, sigma=0.1))
+    assert bool(found) is sounds
+    if found and match < SAME_ROWS:
+        agrees = found[0].evidence["gradient_alignment"]
+        assert agrees.crossed and agrees.threshold == Thresholds().kick_agreement
+
+
+@pytest.mark.parametrize(
+    ("match", "rise", "sounds"),
+    [(1.0, 0.5, True), (1.0, 0.05, False), (0.1, 0.5, False), (0.1, 2.5, True)],
+)
+def test_a_kick_between_minibatches_needs_a_loss_outside_its_noise(
+    match: float, rise: float, sounds: bool
+) -> None:
+    """Of a loss with σ = .3 an average over three readings has σ = .12, and six of these are .74 nat.
+
+    With the same rows .15 nat are enough."""
+    sigma = 0.3 if match < SAME_ROWS else 0.01
+    assert bool(imminent(kick(match=match, alignment=0.6, rise=rise, sigma=sigma))) is sounds
+
+
+def test_the_loss_that_a_kick_between_minibatches_must_reach_is_in_the_evidence() -> None:
+    (alert,) = imminent(kick(match=0.1, alignment=0.6, rise=2.5, sigma=0.3))
+    loss = alert.evidence["loss"]
+    assert loss.baseline is not None and loss.threshold is not None and loss.crossed
+    assert math.log(loss.threshold / loss.baseline) == pytest.approx(6 * 0.41 * 0.3, rel=0.25)
+    assert loss.baseline == pytest.approx(1e-3, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("context", "sounds"),
+    [
+        (RunContext(beta2=0.99, decoupled_decay=True), True),
+        (RunContext(beta2=0.99, coupled_decay=True), True),
+        (RunContext(beta2=0.99), False),
+    ],
+    ids=["decoupled", "coupled", "none"],
+)
+def test_either_weight_decay_lets_a_kick_be_named(context: RunContext, sounds: bool) -> None:
+    assert bool(imminent(kick(match=1.0, alignment=0.6, rise=2.5, sigma=0.01), context)) is sounds
+
+
+def test_coupled_decay_keeps_the_second_moment_up_so_a_small_gradient_alone_is_no_risk() -> None:
+    for context, kinds in (
+        (RunContext(beta2=0.99, decoupled_decay=True), [AlertKind.AT_RISK]),
+        (RunContext(beta2=0.99, coupled_decay=True), []),
+    ):
+        detector = Detector(None, context)
+        for reading in kick(match=1.0, alignment=0.0, rise=0.0, sigma=0.01):
+            if reading.step < KICK:
+                detector.update(reading)
+        assert [alert.kind for alert in detector.alerts] == kinds
+
+
+# --- a warning at the reading at which the slingshot is named ------------------------------------------
+
+
+def named_late(at_risk: bool) -> Detector:
+    """Return a detector after a kick that shows in the second high loss only, at which the event is named.
+
+    ``at_risk``: whether the gradient had vanished before, so that *at risk* fires."""
+    detector = Detector(None, DECAYED)
+    for reading in kick(match=1.0, alignment=0.6, rise=0.0, sigma=0.01):
+        values, late = dict(reading.values), reading.step >= KICK + 1
+        values["loss"] = 0.5 if reading.step >= KICK else values["loss"]
+        values["rms_t_max"] = 4.0 if late else 0.05 if at_risk else 0.95
+        values["feature_displacement"] = 0.2 if late else 0.003
+        detector.update(Reading(reading.step, values))
+    return detector
+
+
+def test_a_warning_that_would_begin_as_the_slingshot_is_named_goes_first_if_the_run_was_at_risk() -> None:
+    detector = named_late(at_risk=True)
+    assert [alert.kind for alert in detector.alerts] == [
+        AlertKind.AT_RISK, AlertKind.IMMINENT, AlertKind.SLINGSHOT,
+    ]  # fmt: skip
+    _, warning, slingshot = detector.alerts
+    assert slingshot.first_step == KICK and warning.first_step == KICK + 1
+    assert warning.outcome_step == KICK and warning.last_step == KICK + 1
+    assert detector.record.came_true == {"kicking": 1}
+
+
+def test_without_a_risk_before_the_slingshot_alone_is_told() -> None:
+    assert [alert.kind for alert in named_late(at_risk=False).alerts] == [AlertKind.SLINGSHOT]
