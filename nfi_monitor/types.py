@@ -60,7 +60,7 @@ class Thresholds:
 
     Times are in τ = 1/(1−β2) optimizer steps, displacements in nats, violations relative to the sum of
     absolute gradients.  "Measured" refers to the project's own runs: ``tests/benchmarks/detection`` scores
-    every change of a level in minutes (RESULTS.md), and ``tests/benchmarks/LOG.md`` lists rejected changes.
+    every change of a level in minutes (FROZEN.md), and ``tests/benchmarks/LOG.md`` lists rejected changes.
     Constants of the mechanism, the forecast and the averages are in ``nfi_monitor/detect/``: ``causes.py``,
     ``forecast.py``, ``signals.py``, ``spike.py`` and ``loss_watch.py``.
     """

@@ -30,7 +30,7 @@ def project_zero_sum(head: nn.Module, *, failed: Callable[[Exception], None] | N
     Raises TypeError unless ``head`` is a module, ValueError for a convolution.  When not to use it: for
     losses whose gradient has no zero-sum (z-loss, one-vs-rest, regression): it would remove a part of it.
     In deep networks and transformers it averted fewer slingshots than a replaced loss
-    (``tests/benchmarks/detection/RESULTS.md``).
+    (``tests/benchmarks/remedies/RESULTS.md``).
     """
     if not isinstance(head, nn.Module):
         raise TypeError(f"project_zero_sum needs the head, a torch.nn.Module, got {type(head).__name__}.")

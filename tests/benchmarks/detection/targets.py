@@ -122,7 +122,8 @@ def _others(results: Results) -> Iterator[Target]:
     )  # fmt: skip
     per_10k = 1e4 * soon.false_alarms / soon.exposure if soon.exposure else math.nan
     yield _number(
-        "… false alarms per 10,000 steps of the same runs", OTHER_FALSE, per_10k, "", operator.le,
+        "second moment, edge of stability, imminent: false alarms per 10,000 steps of the same runs",
+        OTHER_FALSE, per_10k, "", operator.le,
         f": {soon.false_alarms} in {soon.exposure:,} steps, {rate(soon.false_alarms, soon.exposure)}",
     )  # fmt: skip
 
