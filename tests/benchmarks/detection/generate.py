@@ -183,6 +183,12 @@ def spike_key() -> str:
     return _hash(*(_code(package / f"{name}.py") for name in ("smoothing", "spike")), repr(limits))
 
 
+@cache
+def alarms_key() -> str:
+    """Hash of the code that decides when an alarm sounds; what it is called and forecast left out."""
+    return _hash(_package("detect", without=("advice", "forecast", "mechanism")), repr(Thresholds()))
+
+
 def _package(*parts: str, without: tuple[str, ...] = ()) -> str:
     package = Path(nfi_monitor.__file__).parent
     paths = [path for part in parts for path in sorted((package / part).rglob("*.py"))]
