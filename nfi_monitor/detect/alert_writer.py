@@ -152,7 +152,8 @@ class AlertWriter:
             outside, jump = now.outside, now.signals.learning_rate_jump
             signs = {
                 "outside, rate": outside.rate_jump >= JUMP or jump >= JUMP,
-                "outside, gradient": outside.burst >= BURST and not outside.unexplained_leap,
+                "outside, gradient": not outside.unexplained_leap
+                and (outside.burst >= BURST or outside.outgrown),
                 "outside, batch": outside.unexplained_leap,
             }
             return [key for key, shown in signs.items() if shown]

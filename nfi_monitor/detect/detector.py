@@ -134,6 +134,8 @@ class Detector:
         derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
         if not only_loss and state == QUIET and self.spike.streak == 0:
             self.outside.update(reading, _moved(reading), per_loss=self._is_cross_entropy)
+        if not only_loss:
+            self.outside.remember(reading)
         judgement = Judgement(self.phase, derived=derived)
         self._now.reading = reading
         for rule in ANYTIME_RULES:

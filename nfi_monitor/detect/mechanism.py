@@ -39,6 +39,8 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
         return Mechanism.EXTERNAL, 0.6 - doubt
     if causes.outside.burst >= BURST:
         return Mechanism.EXTERNAL, 0.5 - doubt
+    if causes.outside.outgrown:
+        return Mechanism.EXTERNAL, 0.6 - doubt
     return Mechanism.UNKNOWN, 0.0
 
 

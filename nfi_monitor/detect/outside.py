@@ -56,6 +56,11 @@ CORRUPT = 100.0
 
 Rounding reaches 60: when a first row is no longer absorbed, its gradient comes back while the loss, made of
 absorbed rows, hardly moves."""
+OUTGROWN = 0.2
+"""RMS_t of the head in the event at and below which a far larger gradient came before it.
+
+A loss that rises by itself brings the largest gradient so far: then RMS_t is 1 to 6.  A corrupt gradient in a
+step that was not read stays in the second moment, beside which the event's own gradients are small."""
 AVERAGED = 50.0
 """Time constant, in steps, of the averages of gradient norm and of gradient norm per loss."""
 
@@ -76,6 +81,13 @@ class Outside:
     """Whether the step right before the leap was read."""
     burst: float = NAN
     """Largest ratio of the gradient norm to its own average, at a loss that had not risen likewise."""
+    rms_t: float = NAN
+    """RMS_t of the head at the last reading in the event; NaN if no step of it was read."""
+
+    @property
+    def outgrown(self) -> bool:
+        """Whether the second moment remembers a gradient far larger than those of the event."""
+        return self.rms_t <= OUTGROWN
 
     @property
     def unexplained_leap(self) -> bool:
@@ -104,7 +116,7 @@ class OutsideWatch(Stateful):
     __slots__ = (
         "_norm", "_per_loss", "burst", "burst_at", "jump", "jump_at", "jump_until", "leap", "leap_at",
         "losses", "moved", "moved_at", "quiet", "quiet_at", "rates", "references", "rise",
-        "step",
+        "rms_t", "rms_t_at", "step",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -114,14 +126,12 @@ class OutsideWatch(Stateful):
         self.jump_at = self.jump_until = -math.inf  # first and last step at which the rate stood above
         self.step = 0  # step of the last loss
         self.losses: list[float] = []  # the last MEMORY + 1 log losses
-        self.leap, self.rise, self.leap_at = (
-            NAN,
-            NAN,
-            0,
-        )  # rise of log loss and loss in one step, and that step
+        self.leap, self.rise = NAN, NAN  # rise of log loss and of the loss in one step
+        self.leap_at = 0  # that step
         self.moved, self.moved_at = NAN, 0  # nats that the last reading's update moved, and its step
         self.quiet, self.quiet_at = NAN, 0  # the same of the last reading before the leap
         self.burst, self.burst_at = NAN, 0  # ratio and step of the last burst of the gradient
+        self.rms_t, self.rms_t_at = NAN, 0  # RMS_t and step of the last reading
         self._norm, self._per_loss = Ema(), Ema()
 
     def update_rates(self, step: int, rates: Sequence[float]) -> None:
@@ -188,6 +198,11 @@ class OutsideWatch(Stateful):
         self._norm.update(reading.step, min(log_norm, _above(self._norm.value, cap)), AVERAGED)
         self._per_loss.update(reading.step, min(log_ratio, _above(self._per_loss.value, cap)), AVERAGED)
 
+    def remember(self, reading: Reading) -> None:
+        """Keep RMS_t of a full reading, also in an event."""
+        # Of the head: below it, coordinates without a gradient (dead units) have a small second moment.
+        self.rms_t, self.rms_t_at = reading.get("rms_t_head", reading.get("rms_t_max")), reading.step
+
     def before(self, start: int, tau: float) -> Outside:
         """Return what came before an event that starts at step ``start``. ``tau``: in optimizer steps."""
         lasts = min(max(tau, LASTS[0]), LASTS[1])
@@ -202,6 +217,7 @@ class OutsideWatch(Stateful):
             moved=self.quiet * min(gap, UNREAD) if leapt else NAN,
             read_before=leapt and gap == 1,
             burst=self.burst if burst else NAN,
+            rms_t=self.rms_t if self.rms_t_at >= start else NAN,
         )
 
     def state_dict(self) -> dict[str, Any]:

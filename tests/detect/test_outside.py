@@ -126,3 +126,21 @@ def test_a_watch_survives_a_checkpoint() -> None:
     resumed.update_loss(62, 1.0)
     watch.update_loss(62, 1.0)
     assert resumed.losses == watch.losses
+
+
+def _in_event(rms_t: float) -> Outside:
+    watch = OutsideWatch()
+    watch.remember(Reading(501, {"rms_t_head": rms_t, "rms_t_max": 3.0}))
+    return watch.before(500, 1000.0)
+
+
+def test_a_second_moment_that_dwarfs_the_events_gradients_remembers_a_corrupt_one():
+    """One gradient of 1e5 in an unread step: v̂ ≥ 1e-3 · 1e10, so RMS_t of later gradients of 30 is .01."""
+    assert _in_event(0.01).outgrown
+    assert not _in_event(2.0).outgrown, "a loss that rises by itself brings the largest gradient so far"
+
+
+def test_a_reading_before_the_event_says_nothing_of_its_gradients():
+    watch = OutsideWatch()
+    watch.remember(Reading(499, {"rms_t_head": 0.01}))
+    assert not watch.before(500, 1000.0).outgrown
