@@ -94,14 +94,19 @@ def _markdown(*rows: list[str]) -> str:
 
 def _first() -> Iterator[str]:
     ordinary, frozen = Page(ORDINARY), Page(FROZEN)
-    families, _, steps = ordinary.found(r"(\d+) families, (\d+) runs, ([\d,]+) optimizer steps")
-    together = list(ordinary.rows("Together").values())[-1]
-    _, _, _, imminent, imminent_auto, false, false_auto, under, under_auto, read = together
+    families, _, _ = ordinary.found(r"(\d+) families, (\d+) runs, ([\d,]+) optimizer steps")
+    together = ordinary.rows("Together")
+    rows = []
+    for half, name in (("all", ""), ("frozen half", ", families unseen when the constants were chosen")):
+        if half in together:
+            size, _, _, imminent, imminent_auto, false, false_auto, under, under_auto, read = together[half]
+            steps_of = re.sub(r".*, (?=[\d,]+ steps)| steps", "", size)
+            rows.append([f"every step read{name}", steps_of, imminent, false, under, "100%"])
+            rows.append([f"with the defaults{name}", steps_of, imminent_auto, false_auto, under_auto, read])
     yield _markdown(
-        [f"{families} ordinary trainings, {steps} steps", "false *imminent*", "false *slingshot*",
-         "steps under a warning", "steps read"],
-        ["every step read", imminent, false, under, "100%"],
-        ["with the defaults", imminent_auto, false_auto, under_auto, read],
+        [f"{families} kinds of ordinary training", "steps", "false *imminent*",
+         "false *slingshot*", "steps under a warning", "steps read"],
+        *rows,
     )  # fmt: skip
     rows = []
     for title, name in (
@@ -177,6 +182,11 @@ def _measured() -> Iterator[str]:
         f"- **Slingshots named.** {_count(measured['slingshots called, of those in the truth'])} slingshots "
         f"have an alert *slingshot*. Slingshots named that are none: {none}."
     )
+    _, true, called, *_ = Page(ORDINARY).rows("Together")["all"]
+    yield (
+        f"- **In the ordinary trainings** {true} slingshots happened, too; {called} of them have an alert "
+        "*slingshot*."
+    )
     lost, found = re.match(  # type: ignore[union-attr]
         r"([-\d.]+) points: .*; ([\d.]+%) of the steps read", _of(measured, "`every")
     ).groups()
@@ -186,7 +196,7 @@ def _measured() -> Iterator[str]:
     )
     yield from _proofs()
     yield (
-        f"- **Targets.** {reached} of the {len(goals)} targets on that page are reached. Missed: "
+        f"- **Targets.** {reached} of the {len(goals)} targets of FROZEN.md are reached. Missed: "
         + ("; ".join(missed) or "none")
         + "."
     )
