@@ -202,18 +202,18 @@ class Detector:
         judgement.phase = Phase.RECOVERING if recovering else Phase.SLINGSHOT
         if not began:
             return
-        if self._book.firing(AlertKind.AT_RISK) is not None:
-            # A warning that would begin at the same reading goes first.
-            phase, causes = judgement.phase, self._causes
-            self._update_warnings(judgement)
-            judgement.phase, self._causes = phase, causes
         causes = self._causes
         if causes.step < spike.start - 1:  # the update right before the event was not read
             causes = replace(causes, update_jump=math.nan)
         causes = replace(causes, outside=self.outside.before(spike.start, self.context.tau))
+        from_outside = outside_cause(causes) > 0
+        if self._book.firing(AlertKind.AT_RISK) is not None and not from_outside:
+            # A warning that would begin at the same reading goes first.
+            phase, before = judgement.phase, self._causes
+            self._update_warnings(judgement)
+            judgement.phase, self._causes = phase, before
         self._now.outside = causes.outside
         mechanism, confidence = name_mechanism(causes)
-        from_outside = outside_cause(causes) > 0
         for kind in _WARNINGS:
             # A mechanism that was named during the build-up with more confidence replaces this one.
             warning = self._book.firing(kind)
@@ -272,7 +272,7 @@ class Detector:
     def _outcome(self, kind: AlertKind) -> tuple[Outcome, int | None]:
         """Return what followed a warning that ends without a slingshot, and the step at which that began."""
         warning, spike = self._book.firing(kind), self.spike
-        if warning is not None and spike.burst_at >= max(warning.first_step, 1):
+        if warning is not None and spike.burst_start >= max(warning.first_step, 1):
             return Outcome.BURST, spike.burst_start
         return Outcome.PASSED, None
 

@@ -20,6 +20,8 @@ STILL = 10.0
 """Time in τ without movement after which a warning becomes information."""
 RESTING = 30.0
 """Time in τ without movement after which the state is no alert any more."""
+LONGEST = 50.0
+"""Longest of these τ, in steps: with torch's default β2, 10 τ would be longer than most runs."""
 
 
 class Movement(Stateful):
@@ -50,11 +52,11 @@ class Movement(Stateful):
 
     def is_still(self, step: int, tau: float) -> bool:
         """Return whether nothing has moved for STILL τ."""
-        return self.began and step - self.moved_at > STILL * tau
+        return self.began and step - self.moved_at > STILL * min(tau, LONGEST)
 
     def is_resting(self, step: int, tau: float) -> bool:
         """Return whether nothing has moved for RESTING τ."""
-        return self.began and step - self.moved_at > RESTING * tau
+        return self.began and step - self.moved_at > RESTING * min(tau, LONGEST)
 
     def forget(self) -> None:
         """Begin anew after a slingshot."""

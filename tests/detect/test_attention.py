@@ -19,7 +19,9 @@ NUMERIC = RunContext(beta2=0.95)
 
 
 @pytest.mark.parametrize(
-    ("series", "quiet_until"), [(lambda: numeric_slingshot(100, 400), 100), (oscillation, 388)], ids=str
+    ("series", "quiet_until"),
+    [(lambda: numeric_slingshot(100, 400), 100), (oscillation, 388)],
+    ids=["numeric", "oscillation"],
 )
 def test_every_step_is_read_before_imminent_begins_and_few_while_the_run_is_healthy(
     series: Any, quiet_until: int

@@ -175,7 +175,9 @@ def named_late(at_risk: bool) -> Detector:
     detector = Detector(None, DECAYED)
     for reading in kick(match=1.0, alignment=0.6, rise=0.0, sigma=0.01):
         values, late = dict(reading.values), reading.step >= KICK + 1
-        values["loss"] = 0.5 if reading.step >= KICK else values["loss"]
+        # The loss rises over some steps: a rise in one step would come from outside.
+        ahead = max(min(reading.step - KICK, 1), -4)
+        values["loss"] = max(0.11 * 4.4**ahead, values["loss"]) if ahead > -4 else values["loss"]
         values["rms_t_max"] = 4.0 if late else 0.05 if at_risk else 0.95
         values["feature_displacement"] = 0.2 if late else 0.003
         detector.update(Reading(reading.step, values))

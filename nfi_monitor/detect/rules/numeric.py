@@ -190,7 +190,8 @@ def displacement_level(now: Situation) -> float:
     level = limits.imminent_displacement
     if rise >= limits.imminent_rise:
         level = max(min(level, limits.imminent_product / rise**2), limits.imminent_lowest)
-        level /= now.displacement_steps
+        # The updates of minibatches are only partly in one direction: they add up like a random walk.
+        level /= now.displacement_steps ** (0.5 if now.signals.other_rows else 1.0)
     return level * now.signals.rate_rise * now.level_of(Imminent.name)
 
 
