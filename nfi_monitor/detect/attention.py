@@ -7,6 +7,7 @@ from enum import Enum
 from nfi_monitor.detect.alert_book import AlertBook
 from nfi_monitor.detect.rules import RULES
 from nfi_monitor.detect.rules.numeric import displacing
+from nfi_monitor.detect.rules.second_moment import Coasting
 from nfi_monitor.detect.situation import Situation
 from nfi_monitor.types import AlertKind, Phase
 
@@ -33,6 +34,8 @@ def attention_of(phase: Phase, book: AlertBook, now: Situation) -> Attention:
     # half of the readings of a healthy run show in time that something moves again.
     unmoved = now.still and not moves and book.firing(AlertKind.IMMINENT) is None
     if (healthy or unmoved) and not any(rule.nears(now) for rule in RULES):
+        if unmoved and now.on(Coasting.name):  # a kick after a vanished gradient builds up in a few steps
+            return Attention.OFTEN
         return Attention.SELDOM if unmoved else Attention.RARELY
     # The phase *absorbing* alone may last for the rest of a run. No slingshot follows within τ.
     calm = phase is Phase.ABSORBING and not moves
