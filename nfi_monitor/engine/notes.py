@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
-from nfi_monitor.engine.remarks import REMARKS, Seen
+from nfi_monitor.engine.remarks import HALF, REMARKS, Seen
 from nfi_monitor.types import Note
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ class NoteTaker:
         self.by_code: dict[str, Note] = {}
         self._without_rows = 0
         self._without_loss = 0
+        self._needed_float32 = False
         # (type, text, place) of an error → the parts that it switched off
         self._stopped: dict[Any, list[str]] = {}
 
@@ -78,6 +79,8 @@ class NoteTaker:
         values = reading.values
         self._without_rows = 0 if "live_fraction" in values else self._without_rows + 1
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
+        if values.get("live_fraction", 0.0) > 0:  # a gradient of zeros shows no precision
+            self._needed_float32 |= values.get("loss_epsilon", math.inf) <= HALF
         seen = Seen(
             reading,
             detector.signals,
@@ -89,6 +92,7 @@ class NoteTaker:
             self._without_rows,
             self._without_loss,
             steps.loss_bits,
+            self._needed_float32,
         )
         for remark in REMARKS:
             if remark.code not in self.by_code and remark.applies(seen):

@@ -44,6 +44,8 @@ class Seen(NamedTuple):
     """Number of readings in a row without a loss, this one included."""
     loss_bits: int = 0
     """Bits of the dtype of the observed loss; 0: unknown."""
+    needed_float32: bool = False
+    """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,14 @@ def _half_precision(seen: Seen) -> bool:
         return False
     if 0 < seen.loss_bits <= 16:
         return True
+    # The loss of a run is computed in one precision. The gradients of a run that explodes are 0 and ±1/N: they
+    # fit into any precision and show nothing.
+    if seen.needed_float32:
+        return False
     # Under autocast the logits' gradient is in half precision, whatever the loss is computed in.
     rounded = seen.probe.dtype in (torch.float32, torch.float64) and seen.loss_bits == 0
-    if rounded and values.get("zero_sum_violation", 0.0) > HALF / 10:
+    near = abs(values.get("margin_median", 0.0)) < FLOAT32_MARGIN
+    if rounded and near and values.get("zero_sum_violation", 0.0) > HALF / 10:
         return True
     absorbed = values.get("absorbed_fraction", 0.0) * values.get("live_fraction", 0.0)
     return absorbed > 0.5 and values.get("margin_median", math.inf) < FLOAT32_MARGIN
