@@ -68,7 +68,7 @@ def _half_precision(seen: Seen) -> bool:
         return False
     if 0 < seen.loss_bits <= 16:
         return True
-    # The loss of a run is computed in one precision. The gradients of a run that explodes are 0 and ±1/N: they
+    # The loss of a run is computed in one precision. Gradients of a run that explodes are 0 and ±1/N: they
     # fit into any precision and show nothing.
     if seen.needed_float32:
         return False
