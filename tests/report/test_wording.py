@@ -121,3 +121,20 @@ def test_the_loss_of_the_spike_comes_last_in_the_warning_and_first_in_the_slings
     slingshot = replace(SLINGSHOT, evidence={**SLINGSHOT.evidence, "loss": item})
     assert [*wording.ordered_evidence(warning)][-1] == "spike_loss"
     assert next(iter(wording.ordered_evidence(slingshot))) == "loss"
+
+
+def test_evidence_of_which_low_values_are_the_sign_says_below() -> None:
+    low = Evidence(0.208, 0.5, crossed=True, below=True, step=5)
+    assert wording.one_evidence_in_words("rms_t_max", low) == "RMS_t 0.208 (below the threshold 0.5)"
+    assert wording.evidence_cells("rms_t_max", low)[1] == "below 0.5"
+    above = replace(low, value=0.8, crossed=False)
+    assert wording.one_evidence_in_words("rms_t_max", above) == "RMS_t 0.8 (threshold 0.5, not below it)"
+    assert wording.evidence_cells("rms_t_max", above)[1] == "0.5, not below it"
+
+
+def test_a_growth_is_in_percent_per_tau_as_in_an_explanation() -> None:
+    grown = replace(AT_RISK, tau=20.0, evidence={"feature_mean_growth": Evidence(0.0167, 0.01, 0.0)})
+    assert wording.evidence_in_words(grown) == "growth of ‖μ_G‖ 33.4% per τ (threshold 20%)"
+    assert wording.evidence_cells("feature_mean_growth", grown.evidence["feature_mean_growth"], 20.0) == (
+        "33.4% per τ", "20% per τ", "0% per τ",
+    )  # fmt: skip
