@@ -20,7 +20,7 @@ class Phase(str, Enum):
     ABSORBING = "absorbing"  # rounding breaks the zero-sum; the feature mean does not grow yet
     INFLATING = "inflating"  # in addition, the feature mean grows
     IMMINENT = "imminent"  # updates move the logits by a large part of a nat within τ/20 steps
-    SLINGSHOT = "slingshot"  # the loss has left its floor
+    SLINGSHOT = "slingshot"  # the loss has risen far above its usual level
     RECOVERING = "recovering"  # the loss is low again, the second moment has not settled yet
 
     def __str__(self) -> str:

@@ -17,7 +17,7 @@ MECHANISM_NAMES = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
     Mechanism.SECOND_MOMENT: "decayed second moment",
     Mechanism.EDGE_OF_STABILITY: "edge of stability",
-    Mechanism.EXTERNAL: "a kick from outside",
+    Mechanism.EXTERNAL: "unusual batch or learning rate",
     Mechanism.UNKNOWN: "mechanism not clear",
 }
 
@@ -93,7 +93,7 @@ def headline(alert: Alert) -> str:
             after = alert.evidence.get("loss_afterwards")
             how = "is back" if after is None else f"stayed at {number(after.value)}, its new level"
             return f"slingshot over, the loss {how} ({since})"
-        return "slingshot: the loss has left its floor"
+        return "slingshot: the loss has risen far above its usual level"
     if alert.kind is AlertKind.NON_FINITE:
         loss_alone = alert.severity is Severity.WARNING
         what = f"NaN or Inf in the loss{'' if loss_alone else ', the gradients or the weights'}"
@@ -131,7 +131,7 @@ def _open(alert: Alert) -> str:
         AlertKind.NON_FINITE: "NaN or Inf",
     }[alert.kind]
     end = "" if alert.outcome_step is None else f" at step {alert.outcome_step:,}"
-    back = "; the loss was not back" if alert.kind is AlertKind.SLINGSHOT else ""
+    back = "; the loss was still high" if alert.kind is AlertKind.SLINGSHOT else ""
     return f"{STILL_FIRING}{what} since step {alert.first_step:,}{back} when the run ended{end}"
 
 

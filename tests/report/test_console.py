@@ -52,8 +52,9 @@ nfi  step 700  WARNING  at risk: rounding absorbs confident rows and the feature
      numerical feature inflation (confidence 86%) · smoothed zero-sum violation 0.134 (threshold
      0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01), absorbed rows 63% · ≈ 360 steps left (180–720)
 nfi  step 895  resolved  was at risk (steps 535–895, 360 steps)
-nfi  step 895  CRITICAL  slingshot: the loss has left its floor · numerical feature inflation
-     (confidence 86%) · loss 2.3 (threshold 0.1), smoothed zero-sum violation 0.5 (threshold 0.1)
+nfi  step 895  CRITICAL  slingshot: the loss has risen far above its usual level · numerical feature
+     inflation (confidence 86%) · loss 2.3 (threshold 0.1), smoothed zero-sum violation 0.5
+     (threshold 0.1)
      → Compute the loss in float64.
 nfi  step 905  resolved  slingshot over, the loss is back (steps 895–905, 10 steps)
 nfi  run directory: runs/one"""

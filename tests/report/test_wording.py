@@ -138,3 +138,10 @@ def test_a_growth_is_in_percent_per_tau_as_in_an_explanation() -> None:
     assert wording.evidence_cells("feature_mean_growth", grown.evidence["feature_mean_growth"], 20.0) == (
         "33.4% per τ", "20% per τ", "0% per τ",
     )  # fmt: skip
+
+
+def test_headlines_name_what_happens_without_figures_of_speech() -> None:
+    assert wording.headline(SLINGSHOT) == "slingshot: the loss has risen far above its usual level"
+    left = replace(SLINGSHOT, outcome=Outcome.OPEN, outcome_step=900)
+    assert "since step 895; the loss was still high when the run ended" in wording.headline(left)
+    assert wording.mechanism_name(Mechanism.EXTERNAL) == "unusual batch or learning rate"
