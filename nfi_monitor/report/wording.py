@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from nfi_monitor.detect.rules import LEVELS, first_evidence, rule_of_alert
+from nfi_monitor.detect.rules import LEVELS, first_evidence, of_other_mechanisms, rule_of_alert
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Outcome, Severity
@@ -267,8 +267,12 @@ def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
 def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
     """Return the ``limit`` most important items of evidence (None: all), separated by commas.
 
-    With a limit, only what has crossed its threshold when the alert began, or last became more severe."""
+    With a limit, only what has crossed its threshold when the alert began, or last became more severe, and
+    nothing that is evidence of other mechanisms only."""
     items = ordered_evidence(alert)
+    if limit is not None:
+        foreign = of_other_mechanisms(alert.mechanism)
+        items = {name: item for name, item in items.items() if name not in foreign} or items
     if limit is not None and any(item.crossed for item in items.values()):
         last = max((item.step or 0 for name, item in items.items() if name != _SPIKE), default=0)
         crossed = {name: item for name, item in items.items() if item.crossed is not False}

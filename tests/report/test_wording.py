@@ -145,3 +145,20 @@ def test_headlines_name_what_happens_without_figures_of_speech() -> None:
     left = replace(SLINGSHOT, outcome=Outcome.OPEN, outcome_step=900)
     assert "since step 895; the loss was still high when the run ended" in wording.headline(left)
     assert wording.mechanism_name(Mechanism.EXTERNAL) == "unusual batch or learning rate"
+
+
+def test_a_line_has_no_evidence_of_other_mechanisms() -> None:
+    both = {
+        "second_moment_decay": Evidence(-2.0, -0.3, crossed=True, below=True, step=760),
+        "feature_mean_growth": Evidence(0.004, 0.001, crossed=True, step=760),
+        "rms_t_max": Evidence(3.0, 2.3, crossed=True, step=760),
+        "logit_displacement": Evidence(0.7, 0.6, crossed=True, step=760),
+    }
+    rounding = replace(IMMINENT, evidence=both)
+    optimizer = replace(rounding, mechanism=Mechanism.SECOND_MOMENT)
+    line, other = (wording.evidence_in_words(alert, 3) for alert in (rounding, optimizer))
+    assert line == "logit displacement δ 0.7 nat (threshold 0.6), growth of ‖μ_G‖ 0.004 (threshold 0.001)"
+    assert other.startswith("RMS_t 3 (threshold 2.3), ") and "growth" not in other and "logit" not in other
+    for alert in (rounding, optimizer, replace(rounding, mechanism=Mechanism.UNKNOWN)):
+        assert wording.evidence_in_words(alert).count("(") == len(both), "without a limit, all are there"
+    assert wording.evidence_in_words(replace(rounding, evidence={"rms_t_max": both["rms_t_max"]}), 1)
