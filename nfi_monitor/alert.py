@@ -20,7 +20,7 @@ class Phase(str, Enum):
     ABSORBING = "absorbing"  # rounding breaks the zero-sum; the feature mean does not grow yet
     INFLATING = "inflating"  # in addition, the feature mean grows
     IMMINENT = "imminent"  # updates move the logits by a large part of a nat within τ/20 steps
-    SLINGSHOT = "slingshot"  # the loss has left its floor
+    SLINGSHOT = "slingshot"  # the loss has risen far above its usual level
     RECOVERING = "recovering"  # the loss is low again, the second moment has not settled yet
 
     def __str__(self) -> str:
@@ -148,7 +148,8 @@ class Alert:
     ``outcome`` is what followed an *at risk* or *imminent* alert, None while it fires; ``outcome_step`` is
     the step at which that slingshot or burst began.  An alert of any kind that still fires when the run ends
     has the outcome OPEN and the run's last step.  ``unmoved_since``: the severity was lowered, because
-    nothing has moved since this step.
+    nothing has moved since this step.  ``tau``: time constant τ in optimizer steps when the alert began, with
+    which texts give a growth in percent per τ; None in alerts of version 0.3 and before.
     """
 
     id: str
@@ -169,6 +170,7 @@ class Alert:
     outcome: Outcome | None = None
     outcome_step: int | None = None
     unmoved_since: int | None = None
+    tau: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain types. Evidence that is NaN or Inf becomes None, which any JSON has."""
@@ -179,6 +181,7 @@ class Alert:
         record["evidence"] = {name: item.to_json() for name, item in self.evidence.items()}
         record["steps_to_spike"] = list(self.steps_to_spike) if self.steps_to_spike else None
         record["advice"] = list(self.advice)
+        record["tau"] = finite_or_none(self.tau)
         return record
 
     @classmethod
@@ -210,6 +213,7 @@ class Alert:
             outcome=Outcome(record["outcome"]) if record.get("outcome") else None,
             outcome_step=record.get("outcome_step"),
             unmoved_since=record.get("unmoved_since"),
+            tau=record.get("tau"),
         )
 
 

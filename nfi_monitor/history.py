@@ -34,10 +34,13 @@ class History:
         self._max_rows = max_rows
         self._columns: dict[str, tuple[array[int], array[float]]] = {}
         self._readings = 0
+        self.full_readings = 0
+        """Number of readings with more than the loss that were added, removed ones included."""
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
         """Add the reading of one step. Raises KeyError for a name that is not a quantity."""
         self._readings += 1
+        self.full_readings += values.keys() != {"loss"}
         for name, value in values.items():
             column = self._columns.get(name)
             if column is None:
@@ -77,7 +80,7 @@ class History:
         return iter(self.names())
 
     def __len__(self) -> int:
-        """Return the number of readings that were added, removed ones included."""
+        """Return the number of readings that were added, also of the loss alone, removed ones included."""
         return self._readings
 
     def names(self) -> list[str]:

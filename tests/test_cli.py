@@ -119,7 +119,7 @@ def test_tail_shows_the_last_readings_and_alerts_in_the_order_of_steps(
     assert main(["tail", str(run), "-n", "2"]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in shown] == ["50", "50", "99", "100", "895"]
-    assert "slingshot-1: slingshot: the loss has left its floor" in shown[-1]
+    assert "slingshot-1: slingshot: the loss has risen far above its usual level" in shown[-1]
     assert "recovering" in shown[-2] and "zero-sum violation 0.7" in shown[-2]
 
 

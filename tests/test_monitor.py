@@ -355,6 +355,34 @@ def test_a_loss_that_falls_below_zero_by_more_than_rounding_is_said_once(
     assert codes(monitor) == said
 
 
+@pytest.mark.parametrize(
+    ("every", "observe", "said"),
+    [("auto", False, True), ("auto", True, False), (10, False, True), (1, False, False)],
+)
+def test_losses_between_readings_that_nobody_reports_are_said_once(
+    every: int | str, observe: bool, said: bool
+) -> None:
+    model = mlp()
+    optimizer = adamw(model)
+    inputs, targets = batch()
+    with Monitor(model, optimizer, console=False, every=every, overhead_budget=None) as monitor:
+        for _ in range(120):
+            loss = F.cross_entropy(model(inputs), targets)
+            loss.backward()
+            if observe:
+                monitor.observe_loss(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert codes(monitor) == (["loss_between_readings"] if said else [])
+    if said:
+        steps = [int(step) for step in monitor.history["head_loss"][0]]
+        [note] = monitor.notes
+        before = steps[steps.index(note.step) - 1]
+        assert note.step - before > 1 and steps.index(note.step) >= 4
+        assert f"after step {before:,} it read step {note.step:,}" in note.message
+        assert "monitor.observe_loss(loss) before optimizer.step()" in note.message
+
+
 def test_a_head_that_fires_only_in_eval_mode_is_said() -> None:
     model = mlp().eval()
     monitor = watched(model)

@@ -34,7 +34,7 @@ _LAST_MOMENT = (
 )
 _COOL = (
     "Multiply the learning rate by 0.1 for about {steps} steps now: "
-    "nfi_monitor.remedies.cool_down(optimizer, 0.1, {steps})."
+    "nfi_monitor.remedies.cool_down(optimizer, 0.1, {steps in code})."
 )
 _STAY_COOL = (
     "Multiply the learning rate by 0.1 now and leave it there: "
@@ -173,15 +173,17 @@ def advice_for(
             return NON_FINITE_UPDATE
         return NON_FINITE if severity is Severity.CRITICAL else NON_FINITE_LOSS
     lines = next(ADVICE[key][kind] for key in (*keys, str(mechanism)) if kind in ADVICE.get(key, {}))
+    steps = max(10, round(2 * tau))
     numbers = {
-        "{steps}": max(10, round(2 * tau)),
-        "{last_steps}": max(1, round(1.25 * tau)),
-        "{tau}": max(1, round(tau)),
+        "{steps}": f"{steps:,}",
+        "{steps in code}": f"{steps}",
+        "{last_steps}": f"{max(1, round(1.25 * tau)):,}",
+        "{tau}": f"{max(1, round(tau)):,}",
     }
     return tuple(_filled(line, numbers) for line in lines)
 
 
-def _filled(line: str, numbers: Mapping[str, int]) -> str:
+def _filled(line: str, numbers: Mapping[str, str]) -> str:
     for place, number in numbers.items():
-        line = line.replace(place, str(number))
+        line = line.replace(place, number)
     return line

@@ -135,6 +135,7 @@ class AlertBook:
             advice=self._advice(judgement, (), kind, claim.mechanism, claim.severity),
             layer=layer,
             rank=rank,
+            tau=self._writer.tau,
         )
         alert = replace(alert, rule=self._rule(judgement, alert))
         self._firing[kind] = len(self.alerts)
@@ -154,8 +155,11 @@ class AlertBook:
         if kind is not AlertKind.SLINGSHOT or warning is None or warning.outcome_step != step:
             return fresh
         for name, began in warning.evidence.items():
-            if name != "loss" and name in fresh and began.crossed and fresh[name].crossed:
-                fresh[name] = replace(fresh[name], threshold=began.threshold)
+            now = fresh.get(name)
+            # A shrinking mean has a threshold below zero. By now the mean may grow: then keep the new one.
+            same_side = now is not None and now.below is began.below
+            if now is not None and name != "loss" and began.crossed and now.crossed and same_side:
+                fresh[name] = replace(now, threshold=began.threshold)
         return fresh
 
     def end(

@@ -26,6 +26,11 @@ class AlertWriter:
         """(layer, rank) of the alerts."""
         return self._now.context.layer, self._now.context.rank
 
+    @property
+    def tau(self) -> float:
+        """Time constant τ of the second moment, in optimizer steps."""
+        return self._now.context.tau
+
     def evidence(self, kind: AlertKind) -> dict[str, Evidence]:
         """Return the evidence of an alert of ``kind`` at this reading, by quantity.
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
-from nfi_monitor.engine.remarks import REMARKS, Seen
+from nfi_monitor.engine.remarks import HALF, REMARKS, Seen
 from nfi_monitor.types import Note
 
 if TYPE_CHECKING:
@@ -29,6 +29,10 @@ class NoteTaker:
         self.by_code: dict[str, Note] = {}
         self._without_rows = 0
         self._without_loss = 0
+        self._without_report = 0
+        self._reported = False
+        self._step_before: int | None = None
+        self._needed_float32 = False
         # (type, text, place) of an error → the parts that it switched off
         self._stopped: dict[Any, list[str]] = {}
 
@@ -78,6 +82,10 @@ class NoteTaker:
         values = reading.values
         self._without_rows = 0 if "live_fraction" in values else self._without_rows + 1
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
+        self._reported |= "loss" in values
+        self._without_report = 0 if self._reported else self._without_report + 1
+        if values.get("live_fraction", 0.0) > 0:  # a gradient of zeros shows no precision
+            self._needed_float32 |= values.get("loss_epsilon", math.inf) <= HALF
         seen = Seen(
             reading,
             detector.signals,
@@ -89,7 +97,11 @@ class NoteTaker:
             self._without_rows,
             self._without_loss,
             steps.loss_bits,
+            self._without_report,
+            self._step_before,
+            self._needed_float32,
         )
+        self._step_before = reading.step
         for remark in REMARKS:
             if remark.code not in self.by_code and remark.applies(seen):
                 text = remark.text if isinstance(remark.text, str) else remark.text(seen)
@@ -97,6 +109,7 @@ class NoteTaker:
 
     def skipped_step(self, step: int) -> None:
         """Note that a gradient scaler skipped a step."""
+        self._step_before = step  # it was read, too
         self.note(
             "skipped_step",
             "The gradient scaler skipped an optimizer step (Inf in scaled gradients). Skipped steps are not "

@@ -44,6 +44,12 @@ class Seen(NamedTuple):
     """Number of readings in a row without a loss, this one included."""
     loss_bits: int = 0
     """Bits of the dtype of the observed loss; 0: unknown."""
+    without_report: int = 0
+    """Number of readings so far if the user has never reported a loss, else 0."""
+    step_before: int | None = None
+    """Step of the reading before this one; None: this is the first."""
+    needed_float32: bool = False
+    """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
 
 
 @dataclass(frozen=True)
@@ -62,12 +68,36 @@ def _half_precision(seen: Seen) -> bool:
         return False
     if 0 < seen.loss_bits <= 16:
         return True
+    # The loss of a run is computed in one precision. Gradients of a run that explodes are 0 and ±1/N: they
+    # fit into any precision and show nothing.
+    if seen.needed_float32:
+        return False
     # Under autocast the logits' gradient is in half precision, whatever the loss is computed in.
     rounded = seen.probe.dtype in (torch.float32, torch.float64) and seen.loss_bits == 0
-    if rounded and values.get("zero_sum_violation", 0.0) > HALF / 10:
+    near = abs(values.get("margin_median", 0.0)) < FLOAT32_MARGIN
+    if rounded and near and values.get("zero_sum_violation", 0.0) > HALF / 10:
         return True
     absorbed = values.get("absorbed_fraction", 0.0) * values.get("live_fraction", 0.0)
     return absorbed > 0.5 and values.get("margin_median", math.inf) < FLOAT32_MARGIN
+
+
+def _loss_between_readings(seen: Seen) -> bool:
+    """Return whether the head's loss is judged, and steps since the reading before were not read."""
+    if seen.without_report < PATIENCE or "head_loss" not in seen.reading.values or seen.step_before is None:
+        return False
+    signals = seen.signals  # for such losses, the detector does not use the head's
+    return not (signals.broken_by_design or signals.logits_scaled) and (
+        seen.reading.step - seen.step_before > 1
+    )
+
+
+def _loss_between_readings_text(seen: Seen) -> str:
+    return (
+        "No loss is reported. The monitor computes it from the logits, but only in the steps that it reads: "
+        f"after step {seen.step_before:,} it read step {seen.reading.step:,}. A slingshot between two "
+        "readings is seen late or not at all. To show the monitor the loss of every step, call "
+        "monitor.observe_loss(loss) before optimizer.step()."
+    )
 
 
 def _no_features(seen: Seen) -> bool:
@@ -145,6 +175,7 @@ REMARKS: tuple[Remark, ...] = (
             "monitor.observe_loss(loss) before optimizer.step()."
         ),
     ),
+    Remark("loss_between_readings", _loss_between_readings, _loss_between_readings_text),
     Remark(
         "loss_below_zero",
         lambda seen: seen.loss_below_zero,

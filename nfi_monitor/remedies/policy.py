@@ -75,7 +75,7 @@ class Policy:
             return ()
         if alert.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION and self._loss_is_due(alert):
             wanted.append(Rung.LOSS)
-        # A kick from outside is over already: a smaller rate now comes too late.
+        # An external cause is over already: a smaller rate now comes too late.
         if alert.kind is AlertKind.IMMINENT and self.cool and alert.mechanism is not Mechanism.EXTERNAL:
             wanted.append(Rung.COOL)
         # In the loss alone it may come from a batch without a row that counts: nothing is spoilt.

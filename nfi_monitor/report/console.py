@@ -18,7 +18,7 @@ from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report import terminal, wording
 from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.styles import SEVERITY_STYLES
-from nfi_monitor.types import Alert, AlertState, Change, Note, Outcome, Phase, Severity
+from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Note, Outcome, Phase, Severity
 
 if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
@@ -42,12 +42,29 @@ class ConsoleSink(SinkBase):
         self._quiet = quiet
         # For each firing alert, the (severity, phase, advice) that was printed last.
         self._printed: dict[str, tuple[int, int, str]] = {}
+        # Warnings that came true. Their lines follow that of the slingshot, which is reported right after.
+        self._came_true: list[Alert] = []
 
     def start(self, info: Mapping[str, Any]) -> None:
         if not self._quiet:
             self._print(Text(start_line(info), style="dim"))
 
     def alert(self, alert: Alert, change: Change) -> None:
+        if change is Change.END and alert.outcome is Outcome.SLINGSHOT:
+            self._printed.pop(alert.id, None)
+            self._came_true.append(alert)
+            return
+        if alert.kind is not AlertKind.SLINGSHOT:
+            self._print_came_true()
+        self._print_change(alert, change)
+        self._print_came_true()
+
+    def _print_came_true(self) -> None:
+        alerts, self._came_true = self._came_true, []
+        for alert in alerts:
+            self._print_end(alert)
+
+    def _print_change(self, alert: Alert, change: Change) -> None:
         advice = alert.advice[0] if alert.advice else ""
         now = (alert.severity.rank, _PHASES[alert.phase], advice)
         before = self._printed.get(alert.id)
@@ -92,16 +109,19 @@ class ConsoleSink(SinkBase):
         self._print(line)
 
     def note(self, note: Note) -> None:
+        self._print_came_true()
         if not self._quiet:
             self._print(Text(f"note: {note.message}", style="dim"))
 
     def replay(self, verdict: ReplayVerdict) -> None:
+        self._print_came_true()
         what = verdict.slingshot or "no slingshot"
         line = Text.assemble((f"replay of {what}", "cyan"), f" from step {verdict.snapshot_step:,}  ")
         line.append(wording.replay_in_words(verdict), style="bold")
         self._print(line)
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
+        self._print_came_true()  # on_alert may have closed the monitor before the slingshot's line
         run_dir = info.get("run_dir")
         if run_dir and not self._quiet:
             self._print(Text(f"run directory: {run_dir}", style="dim"))

@@ -33,8 +33,8 @@ class Summary(dict[str, Any]):
     """What happened in a run: a dict of JSON's own types, without NaN.
 
     Keys: ``run, last_step, readings, phase, phase_share, slingshots, replays, events, quantities,
-    absorbing_classes, notes, overhead``.  ``rich.print(summary)`` and ``print(summary)`` show the report,
-    ``json.dumps(summary)`` the data.
+    absorbing_classes, notes, overhead``.  ``readings`` counts the steps that were read in full.
+    ``rich.print(summary)`` and ``print(summary)`` show the report, ``json.dumps(summary)`` the data.
     """
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
@@ -76,7 +76,7 @@ def summarize(
     return Summary(
         run={key: info.get(key) for key in _RUN},
         last_step=last_step,
-        readings=len(history),
+        readings=history.full_readings,
         phase=str(phases[-1][1]) if phases else None,
         phase_share=_phase_share(phases, last_step),
         slingshots=slingshots(alerts, tau),

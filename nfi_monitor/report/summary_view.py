@@ -180,6 +180,7 @@ def _arm(arm: Mapping[str, Any]) -> str:
 
 def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> RenderableType:
     rows = summary["events"]
+    tau = summary["run"].get("tau")
     if not rows:
         return Text("none", style="green")
     columns = ["kind", "severity", "steps", "mechanism, confidence", "evidence"]
@@ -189,7 +190,7 @@ def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
         end = row["last_step"] if row["state"] == AlertState.RESOLVED else None
         severity = Severity(row["severity"])
         shown = [*row["evidence"]][:1] + (["loss_afterwards"] if "loss_afterwards" in row["evidence"] else [])
-        evidence = ", ".join(_evidence(name, row["evidence"][name]) for name in shown)
+        evidence = ", ".join(_evidence(name, row["evidence"][name], tau) for name in shown)
         table.add_row(
             wording.kind_in_words(AlertKind(row["kind"])),
             Text(str(severity), style=SEVERITY_STYLES[severity]),
@@ -201,14 +202,14 @@ def _event_table(summary: Mapping[str, Any], say: Callable[[str], str]) -> Rende
     return _with(table, _earlier(rows, say, "events"))
 
 
-def _evidence(name: str, record: Mapping[str, Any]) -> str:
+def _evidence(name: str, record: Mapping[str, Any], tau: float | None) -> str:
     """Show the value at the beginning, without its threshold: a table on a terminal is too narrow for both.
 
     Of a spike's loss, show the peak as well."""
     item = Evidence.from_json(record)
     if name == "loss":
         return f"{wording.label(name)} {wording.value_in_words(name, item)}"
-    return wording.one_evidence_in_words(name, Evidence(item.value))
+    return wording.one_evidence_in_words(name, Evidence(item.value), tau)
 
 
 def _phase_lines(summary: Mapping[str, Any], say: Callable[[str], str]) -> RenderableType | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from nfi_monitor.detect.rules import first_evidence, rule_of_alert
+from nfi_monitor.detect.rules import LEVELS, first_evidence, of_other_mechanisms, rule_of_alert
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.types import Alert, AlertKind, AlertState, Evidence, Mechanism, Outcome, Severity
@@ -17,7 +17,7 @@ MECHANISM_NAMES = {
     Mechanism.NUMERICAL_FEATURE_INFLATION: "numerical feature inflation",
     Mechanism.SECOND_MOMENT: "decayed second moment",
     Mechanism.EDGE_OF_STABILITY: "edge of stability",
-    Mechanism.EXTERNAL: "a kick from outside",
+    Mechanism.EXTERNAL: "unusual batch or learning rate",
     Mechanism.UNKNOWN: "mechanism not clear",
 }
 
@@ -56,9 +56,18 @@ def label(name: str) -> str:
     return quantity.label if quantity else name.replace("_", " ")
 
 
-def amount(name: str, value: float | None) -> str:
-    """Format a quantity's value with its unit: fractions in percent, displacements in nat."""
+PER_STEP = frozenset(level.quantity for level in LEVELS if level.evidence_per_step)
+"""Quantities per optimizer step whose levels are given in percent per τ."""
+
+
+def amount(name: str, value: float | None, tau: float | None = None) -> str:
+    """Format a quantity's value with its unit: fractions in percent, displacements in nat.
+
+    With ``tau``, in optimizer steps, quantities in :data:`PER_STEP` are given in percent per τ.
+    """
     quantity = QUANTITIES.get(name)
+    if name in PER_STEP and tau and value is not None and math.isfinite(value):
+        return f"{100 * tau * value:.3g}% per τ"
     unit = quantity.unit if quantity else ""
     if unit == "fraction" and value is not None and math.isfinite(value):
         return f"{100 * value:.3g}%"
@@ -84,7 +93,7 @@ def headline(alert: Alert) -> str:
             after = alert.evidence.get("loss_afterwards")
             how = "is back" if after is None else f"stayed at {number(after.value)}, its new level"
             return f"slingshot over, the loss {how} ({since})"
-        return "slingshot: the loss has left its floor"
+        return "slingshot: the loss has risen far above its usual level"
     if alert.kind is AlertKind.NON_FINITE:
         loss_alone = alert.severity is Severity.WARNING
         what = f"NaN or Inf in the loss{'' if loss_alone else ', the gradients or the weights'}"
@@ -122,7 +131,7 @@ def _open(alert: Alert) -> str:
         AlertKind.NON_FINITE: "NaN or Inf",
     }[alert.kind]
     end = "" if alert.outcome_step is None else f" at step {alert.outcome_step:,}"
-    back = "; the loss was not back" if alert.kind is AlertKind.SLINGSHOT else ""
+    back = "; the loss was still high" if alert.kind is AlertKind.SLINGSHOT else ""
     return f"{STILL_FIRING}{what} since step {alert.first_step:,}{back} when the run ended{end}"
 
 
@@ -190,28 +199,43 @@ def mechanism_name(mechanism: Mechanism) -> str:
     return MECHANISM_NAMES[mechanism]
 
 
-def one_evidence_in_words(name: str, item: Evidence) -> str:
-    """Return ``zero-sum violation 0.134 (threshold 0.1)``; add ``not crossed`` where it is not."""
-    words = f"{label(name)} {amount(name, item.value)}"
+def one_evidence_in_words(name: str, item: Evidence, tau: float | None = None) -> str:
+    """Return ``zero-sum violation 0.134 (threshold 0.1)``; add ``not crossed`` where it is not.
+
+    Where low values are the sign, return ``RMS_t 0.208 (below the threshold 0.5)``.  ``tau``: as for
+    :func:`amount`.
+    """
+    words = f"{label(name)} {amount(name, item.value, tau)}"
     if item.threshold is None:
         return words
-    limit = amount(name, item.threshold).removesuffix(" nat")  # the value beside it has the unit
-    return f"{words} (threshold {limit}{', not crossed' if item.crossed is False else ''})"
+    limit = amount(name, item.threshold, tau)
+    limit = limit.removesuffix(" nat").removesuffix(" per τ")  # the value beside it has the unit
+    if item.below and item.crossed is not False:
+        return f"{words} (below the threshold {limit})"
+    return f"{words} (threshold {limit}{_not_crossed(item)})"
 
 
-def value_in_words(name: str, item: Evidence) -> str:
+def _not_crossed(item: Evidence) -> str:
+    if item.crossed is not False:
+        return ""
+    return ", not below it" if item.below else ", not crossed"
+
+
+def value_in_words(name: str, item: Evidence, tau: float | None = None) -> str:
     """Return the value with the most extreme one while the alert fired: ``0.134 (later up to 0.7)``."""
-    words = amount(name, item.value)
+    words = amount(name, item.value, tau)
     if item.extreme is None:
         return words
-    return f"{words} (later {'down' if item.below else 'up'} to {amount(name, item.extreme)})"
+    return f"{words} (later {'down' if item.below else 'up'} to {amount(name, item.extreme, tau)})"
 
 
-def evidence_cells(name: str, item: Evidence) -> tuple[str, str, str]:
+def evidence_cells(name: str, item: Evidence, tau: float | None = None) -> tuple[str, str, str]:
     """Return value, threshold and baseline for a table, each with its unit."""
-    limit = amount(name, item.threshold)
-    limit = f"{limit}, not crossed" if item.crossed is False and item.threshold is not None else limit
-    return value_in_words(name, item), limit, amount(name, item.baseline)
+    limit = amount(name, item.threshold, tau)
+    if item.threshold is not None:
+        limit = f"below {limit}" if item.below and item.crossed is not False else limit
+        limit += _not_crossed(item)
+    return value_in_words(name, item, tau), limit, amount(name, item.baseline, tau)
 
 
 _EVENT = ("loss", "loss_afterwards", "head_loss")
@@ -243,13 +267,19 @@ def ordered_evidence(alert: Alert) -> dict[str, Evidence]:
 def evidence_in_words(alert: Alert, limit: int | None = None) -> str:
     """Return the ``limit`` most important items of evidence (None: all), separated by commas.
 
-    With a limit, only what has crossed its threshold when the alert began, or last became more severe."""
+    With a limit, only what has crossed its threshold when the alert began, or last became more severe, and
+    nothing that is evidence of other mechanisms only."""
     items = ordered_evidence(alert)
+    if limit is not None:
+        foreign = of_other_mechanisms(alert.mechanism)
+        items = {name: item for name, item in items.items() if name not in foreign} or items
     if limit is not None and any(item.crossed for item in items.values()):
         last = max((item.step or 0 for name, item in items.items() if name != _SPIKE), default=0)
         crossed = {name: item for name, item in items.items() if item.crossed is not False}
         items = {name: item for name, item in crossed.items() if item.step in (None, last)}
-    return ", ".join(one_evidence_in_words(name, item) for name, item in list(items.items())[:limit])
+    return ", ".join(
+        one_evidence_in_words(name, item, alert.tau) for name, item in list(items.items())[:limit]
+    )
 
 
 def forecast_in_words(alert: Alert) -> str:

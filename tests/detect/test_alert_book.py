@@ -286,6 +286,22 @@ def test_an_item_that_had_not_crossed_is_replaced_when_the_alert_becomes_more_se
     assert (item.value, item.crossed, item.step) == (0.5, True, 4)
 
 
+def test_a_mean_that_shrank_at_the_warning_and_grows_at_the_slingshot_has_a_threshold_of_each_sign() -> None:
+    book = Book()
+    book.switches["imminent"].on = True
+    judgement = Judgement(Phase.IMMINENT)
+    for kind, step, growth in ((AlertKind.IMMINENT, 5, -0.01), (AlertKind.SLINGSHOT, 7, 0.004)):
+        book.signals.growth, book.now.reading = growth, Reading(step, {})
+        book.book.end(AlertKind.IMMINENT, step, judgement, outcome=(Outcome.SLINGSHOT, step))
+        book.book.begin(Claim(kind, Severity.CRITICAL, OWN, 0.8), step, judgement)
+    assert not judgement.failed
+    warning, slingshot = (alert.evidence["feature_mean_growth"] for alert in book.book.alerts)
+    level = Thresholds().imminent_growth / CONTEXT.tau
+    assert warning.below and warning.threshold == pytest.approx(-level)
+    assert not slingshot.below and slingshot.threshold == pytest.approx(level)
+    assert {alert.tau for alert in book.book.alerts} == {CONTEXT.tau}
+
+
 def test_what_still_fires_when_the_run_ends_says_so_and_goes_on_in_a_resumed_run() -> None:
     book = Book()
     book.hold(5, Severity.INFO, 0.2)
@@ -307,7 +323,7 @@ def test_what_still_fires_when_the_run_ends_says_so_and_goes_on_in_a_resumed_run
 
 def test_a_record_of_version_0_2_is_read() -> None:
     record = begun(run("numeric")[1])[0].to_json()
-    for name in ("rule", "outcome", "outcome_step", "unmoved_since"):
+    for name in ("rule", "outcome", "outcome_step", "unmoved_since", "tau"):
         del record[name]
     record["evidence"] = {"zero_sum_violation": {"value": 0.13, "threshold": 0.1, "baseline": 0.0}}
     alert = Alert.from_json(record)

@@ -117,3 +117,12 @@ def test_brief_cooling_is_not_advised_alone_where_it_only_delays() -> None:
     for mechanism in (Mechanism.SECOND_MOMENT, Mechanism.EDGE_OF_STABILITY):
         assert VERDICTS["cool_down", mechanism.value]["imminent"] == page.USELESS
         assert "only delay" in " ".join(advice_for(AlertKind.IMMINENT, mechanism, tau=20.0))
+
+
+def test_numbers_in_advice_look_as_in_the_header_and_code_stays_code() -> None:
+    stay, cool = (
+        " ".join(advice_for(AlertKind.IMMINENT, mechanism, tau=1000.0))
+        for mechanism in (Mechanism.SECOND_MOMENT, Mechanism.UNKNOWN)
+    )
+    assert "(τ = 1,000 steps)" in stay
+    assert "for about 2,000 steps now" in cool and "cool_down(optimizer, 0.1, 2000)" in cool

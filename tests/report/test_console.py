@@ -52,8 +52,9 @@ nfi  step 700  WARNING  at risk: rounding absorbs confident rows and the feature
      numerical feature inflation (confidence 86%) · smoothed zero-sum violation 0.134 (threshold
      0.1), growth of ‖μ_G‖ 0.0167 (threshold 0.01), absorbed rows 63% · ≈ 360 steps left (180–720)
 nfi  step 895  resolved  was at risk (steps 535–895, 360 steps)
-nfi  step 895  CRITICAL  slingshot: the loss has left its floor · numerical feature inflation
-     (confidence 86%) · loss 2.3 (threshold 0.1), smoothed zero-sum violation 0.5 (threshold 0.1)
+nfi  step 895  CRITICAL  slingshot: the loss has risen far above its usual level · numerical feature
+     inflation (confidence 86%) · loss 2.3 (threshold 0.1), smoothed zero-sum violation 0.5
+     (threshold 0.1)
      → Compute the loss in float64.
 nfi  step 905  resolved  slingshot over, the loss is back (steps 895–905, 10 steps)
 nfi  run directory: runs/one"""
@@ -149,10 +150,31 @@ def test_a_warning_that_came_true_says_what_happened_and_how_long_before_it_warn
         resolved(replace(IMMINENT, first_step=628), 905),
         outcome=Outcome.SLINGSHOT, outcome_step=905, evidence={**IMMINENT.evidence, **loss},
     )  # fmt: skip
-    ConsoleSink(console).alert(over, Change.END)
+    sink = ConsoleSink(console)
+    sink.alert(over, Change.END)
+    sink.close(INFO, Summary())  # no slingshot's line has followed
     assert text_of(console) == (
         "nfi  step 905  it happened: the loss jumped ×400,000 at step 905, 277 steps after the warning"
     )
+
+
+def test_the_line_of_a_slingshot_comes_before_those_of_the_warnings_that_came_true() -> None:
+    console = terminal(width=300)
+    sink = ConsoleSink(console)
+    sink.alert(AT_RISK, Change.BEGIN)
+    sink.alert(IMMINENT, Change.BEGIN)
+    before = text_of(console)
+    for warning in (AT_RISK, IMMINENT):
+        ended = replace(resolved(warning, 897), outcome=Outcome.SLINGSHOT, outcome_step=895)
+        sink.alert(ended, Change.END)
+    assert text_of(console) == before
+    sink.alert(replace(SLINGSHOT, advice=()), Change.BEGIN)
+    lines = text_of(console).removeprefix(before).strip().splitlines()
+    assert lines[0].startswith("nfi  step 895  CRITICAL  slingshot: ")
+    assert [line[: len("nfi  step 897  it happened")] for line in lines[1:]] == [
+        "nfi  step 897  it happened"
+    ] * 2
+    assert not sink._printed.keys() & {AT_RISK.id, IMMINENT.id}
 
 
 def test_an_alert_that_passed_is_resolved_and_says_that_nothing_came() -> None:

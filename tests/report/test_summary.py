@@ -200,3 +200,12 @@ def test_the_table_of_events_has_what_became_of_each() -> None:
     still = replace(AT_RISK, outcome=Outcome.OPEN, outcome_step=1000)
     text = str(summarize(INFO, History(), [], [still], []))
     assert "still firing when" in text
+
+
+def test_steps_of_which_only_the_loss_is_known_do_not_count_as_readings() -> None:
+    history = History()
+    for step in range(1, 2001):
+        history.append(step, {"loss": 1.0, "weight_norm": 2.0} if step % 20 == 0 else {"loss": 1.0})
+    summary = summarize(INFO, history, [(0, Phase.HEALTHY)], [], [])
+    assert summary["readings"] == 100 and len(history) == 2000
+    assert "2,000, with 100 readings" in str(summary)

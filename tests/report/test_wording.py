@@ -121,3 +121,44 @@ def test_the_loss_of_the_spike_comes_last_in_the_warning_and_first_in_the_slings
     slingshot = replace(SLINGSHOT, evidence={**SLINGSHOT.evidence, "loss": item})
     assert [*wording.ordered_evidence(warning)][-1] == "spike_loss"
     assert next(iter(wording.ordered_evidence(slingshot))) == "loss"
+
+
+def test_evidence_of_which_low_values_are_the_sign_says_below() -> None:
+    low = Evidence(0.208, 0.5, crossed=True, below=True, step=5)
+    assert wording.one_evidence_in_words("rms_t_max", low) == "RMS_t 0.208 (below the threshold 0.5)"
+    assert wording.evidence_cells("rms_t_max", low)[1] == "below 0.5"
+    above = replace(low, value=0.8, crossed=False)
+    assert wording.one_evidence_in_words("rms_t_max", above) == "RMS_t 0.8 (threshold 0.5, not below it)"
+    assert wording.evidence_cells("rms_t_max", above)[1] == "0.5, not below it"
+
+
+def test_a_growth_is_in_percent_per_tau_as_in_an_explanation() -> None:
+    grown = replace(AT_RISK, tau=20.0, evidence={"feature_mean_growth": Evidence(0.0167, 0.01, 0.0)})
+    assert wording.evidence_in_words(grown) == "growth of ‖μ_G‖ 33.4% per τ (threshold 20%)"
+    assert wording.evidence_cells("feature_mean_growth", grown.evidence["feature_mean_growth"], 20.0) == (
+        "33.4% per τ", "20% per τ", "0% per τ",
+    )  # fmt: skip
+
+
+def test_headlines_name_what_happens_without_figures_of_speech() -> None:
+    assert wording.headline(SLINGSHOT) == "slingshot: the loss has risen far above its usual level"
+    left = replace(SLINGSHOT, outcome=Outcome.OPEN, outcome_step=900)
+    assert "since step 895; the loss was still high when the run ended" in wording.headline(left)
+    assert wording.mechanism_name(Mechanism.EXTERNAL) == "unusual batch or learning rate"
+
+
+def test_a_line_has_no_evidence_of_other_mechanisms() -> None:
+    both = {
+        "second_moment_decay": Evidence(-2.0, -0.3, crossed=True, below=True, step=760),
+        "feature_mean_growth": Evidence(0.004, 0.001, crossed=True, step=760),
+        "rms_t_max": Evidence(3.0, 2.3, crossed=True, step=760),
+        "logit_displacement": Evidence(0.7, 0.6, crossed=True, step=760),
+    }
+    rounding = replace(IMMINENT, evidence=both)
+    optimizer = replace(rounding, mechanism=Mechanism.SECOND_MOMENT)
+    line, other = (wording.evidence_in_words(alert, 3) for alert in (rounding, optimizer))
+    assert line == "logit displacement δ 0.7 nat (threshold 0.6), growth of ‖μ_G‖ 0.004 (threshold 0.001)"
+    assert other.startswith("RMS_t 3 (threshold 2.3), ") and "growth" not in other and "logit" not in other
+    for alert in (rounding, optimizer, replace(rounding, mechanism=Mechanism.UNKNOWN)):
+        assert wording.evidence_in_words(alert).count("(") == len(both), "without a limit, all are there"
+    assert wording.evidence_in_words(replace(rounding, evidence={"rms_t_max": both["rms_t_max"]}), 1)

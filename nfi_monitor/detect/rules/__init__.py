@@ -7,6 +7,8 @@ missing parts.
 
 from __future__ import annotations
 
+from functools import cache
+
 from nfi_monitor.detect.rules.base import Level, Rule
 from nfi_monitor.detect.rules.non_finite import NonFinite
 from nfi_monitor.detect.rules.numeric import Absorbing, Imminent, Inflating
@@ -16,7 +18,7 @@ from nfi_monitor.types import Alert, AlertKind, Mechanism, Phase
 
 __all__ = [
     "ANYTIME_RULES", "LEVELS", "PROVEN", "RULES", "WARNING_RULES", "Level", "Rule", "first_evidence",
-    "rule_of", "rule_of_alert",
+    "of_other_mechanisms", "rule_of", "rule_of_alert",
 ]  # fmt: skip
 
 # The order decides four things.  A rule may depend on those before it.  Of a quantity that several rules
@@ -72,3 +74,17 @@ def first_evidence(mechanism: Mechanism, kind: AlertKind, rule: str = "") -> tup
         if kind in by_kind:
             return by_kind[kind]
     return next(iter(given[0].values())) if given else ()
+
+
+@cache
+def of_other_mechanisms(mechanism: Mechanism) -> frozenset[str]:
+    """Return the quantities that are evidence of other mechanisms' rules only; empty without own rules."""
+    own: set[str] = set()
+    others: set[str] = set()
+    for rule in RULES:
+        first = {name for names in rule.first_evidence.values() for name in names}
+        (own if rule.mechanism is mechanism else others).update(first)
+        for level in rule.levels:
+            mine = rule.mechanism is mechanism or mechanism in level.supports
+            (own if mine else others).add(level.quantity)
+    return frozenset(others - own) if own else frozenset()

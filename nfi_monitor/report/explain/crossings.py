@@ -226,7 +226,7 @@ def _learning_rate(record: SignalHistory, first: int, last: int) -> Finding:
 
 
 def _last_update(alert: Alert, record: SignalHistory, first: int, last: int) -> list[Finding]:
-    """Return the size of the last update before a kick from outside; nothing for other mechanisms.
+    """Return the size of the last update before an event from outside; nothing for other mechanisms.
 
     An ordinary update before the event supports the mechanism: the weights did not cause the event.
     """
@@ -284,7 +284,8 @@ def _loss(alert: Alert, record: SignalHistory, last: int) -> list[Finding]:
     inside = [x for step, x in zip(steps, values, strict=True) if begin <= step <= last and math.isfinite(x)]
     if not inside:
         return [Finding("loss", Seen.NOT_MEASURED, wording.label("loss"))]
-    text = f"the loss did not leave its floor while the alert fired (largest {wording.number(max(inside))})"
+    largest = wording.number(max(inside))
+    text = f"the loss did not rise far above its usual level while the alert fired (largest {largest})"
     return [Finding("loss", Seen.NOT_CROSSED, text, extreme=max(inside))]
 
 

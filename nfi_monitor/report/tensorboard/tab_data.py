@@ -128,7 +128,7 @@ class TabWriter:
         evidence = [
             [
                 wording.label(name),
-                *wording.evidence_cells(name, item),
+                *wording.evidence_cells(name, item, alert.tau),
                 QUANTITIES[name].meaning if name in QUANTITIES else "",
             ]
             for name, item in wording.ordered_evidence(alert).items()

@@ -28,14 +28,16 @@ def alert_markdown(alert: Alert) -> str:
     if alert.evidence:
         value = "value at the beginning" if any(item.step for item in alert.evidence.values()) else "value"
         lines += ["", f"| quantity | {value} | threshold | baseline |", "|---|---:|---:|---:|"]
-        lines += [_evidence_row(name, item) for name, item in wording.ordered_evidence(alert).items()]
+        lines += [
+            _evidence_row(name, item, alert.tau) for name, item in wording.ordered_evidence(alert).items()
+        ]
     if alert.advice:
         lines += ["", "What to do:", "", *(f"1. {item}" for item in alert.advice)]
     return "\n".join(lines)
 
 
-def _evidence_row(name: str, item: Evidence) -> str:
-    cells = (wording.label(name), *wording.evidence_cells(name, item))
+def _evidence_row(name: str, item: Evidence, tau: float | None) -> str:
+    cells = (wording.label(name), *wording.evidence_cells(name, item, tau))
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -95,8 +95,8 @@ def test_an_explanation_reads_like_this() -> None:
         "stayed above 0.5 (smallest 1); RMS_t stayed below 2.3 (largest 1); secant curvature stayed below 38 "
         "(largest 1.5); gradient alignment stayed above -0.4 (smallest 0.9); feature displacement stayed "
         f"below {Thresholds().swing_displacement} nat (largest 0.01 nat); the learning rate did not change; "
-        "neither the loss nor a gradient nor a weight was NaN or Inf; the loss did not leave its floor "
-        "while the alert fired (largest 1e-07).\n"
+        "neither the loss nor a gradient nor a weight was NaN or Inf; the loss did not rise far above "
+        "its usual level while the alert fired (largest 1e-07).\n"
         "What follows: A slingshot is expected: ≈ 54 steps left (27–109), counted from step 300.\n"
         "What to do: Do this."
     )
@@ -208,7 +208,9 @@ def test_what_is_read_in_the_slingshot_itself_is_no_cause() -> None:
 
     explanation = Run(bad_batch(), NUMERIC).explain("slingshot-1")
     assert explanation.alert.mechanism is Mechanism.EXTERNAL
-    assert explanation.title() == "slingshot-1, steps 200–203 (a kick from outside, confidence 85%)"
+    assert (
+        explanation.title() == "slingshot-1, steps 200–203 (unusual batch or learning rate, confidence 85%)"
+    )
     assert "RMS_t stayed below 2.3 (largest 1)" in line(explanation, "Did not cross")
     assert line(explanation, "Crossed") == (
         "the loss rose above 0.1 at step 200 (largest 5, from 0.001 before)."
