@@ -152,6 +152,8 @@ def event_in_words(alert: Alert) -> str:
     if step is None:
         return rose
     after = "the warning" if alert.kind is AlertKind.IMMINENT else "the run was called at risk"
+    if step <= alert.first_step:  # the loss was high already when the alert began
+        return f"{rose} at step {step:,}, no step after {after}"
     return f"{rose} at step {step:,}, {_steps(step - alert.first_step)} after {after}"
 
 

@@ -53,10 +53,10 @@ PAGES = {"quick": "QUICK.md", FROZEN: "FROZEN.md"}
 CHANGED_SINCE = (
     "Later commits changed how often a state without movement is read, the clock of the forecast, the order "
     "in which δ is averaged and divided by the learning rate, and the cause of an event whose corrupt "
-    "gradient was in an unread step. After the frozen halves had been read, runs of other users' kinds led to three "
-    "more: a state without movement becomes quiet after 500 steps at the latest, also where 10 τ is longer; "
-    "the movements of minibatches add up like a random walk; no warning begins at the reading of a slingshot "
-    "from outside. No level was fitted to the frozen halves."
+    "gradient was in an unread step. After the frozen halves had been read, runs of other kinds led to three "
+    "more changes: a state without movement becomes quiet after 500 steps at the latest, also where 10 τ is "
+    "longer; the movements of minibatches add up like a random walk; no warning begins at the reading of a "
+    "slingshot from outside. No level was fitted to the frozen halves."
 )
 ABOUT = {
     "quick": "Some of these families were looked at while the constants were chosen.",
