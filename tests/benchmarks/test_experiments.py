@@ -208,7 +208,10 @@ def test_a_slingshot_is_tried_from_its_alarm_and_its_cause_found_by_replay(
     for name, worked in event["remedies"].items():
         assert worked == (event["spiked_at"][name] is None)
     replayed = event["replay"]
-    assert replayed["reproduced"] and replayed["mechanism"] == event["named"] == NUMERIC
+    assert replayed["reproduced"] and event["named"] == NUMERIC
+    # On some processors the event is so near to chance that the control averts it, too: that proves nothing.
+    by_chance = replayed["arms"]["nudged"] is None
+    assert replayed["mechanism"] == ("unknown" if by_chance else NUMERIC)
     assert abs(replayed["arms"]["as_it_was"] - event["slingshot_step"]) <= score.EARLY
     assert replayed["arms"]["float64_loss"] is None
 
