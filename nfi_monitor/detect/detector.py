@@ -18,7 +18,7 @@ from nfi_monitor.detect.attention import Attention, attention_of
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.loss_watch import LossWatch
-from nfi_monitor.detect.mechanism import name_mechanism, outside_cause
+from nfi_monitor.detect.mechanism import name_mechanism, outside_cause, with_outside
 from nfi_monitor.detect.outside import Outside, OutsideWatch
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES, Rule
@@ -205,7 +205,7 @@ class Detector:
         causes = self._causes
         if causes.step < spike.start - 1:  # the update right before the event was not read
             causes = replace(causes, update_jump=math.nan)
-        causes = replace(causes, outside=self.outside.before(spike.start, self.context.tau))
+        causes = with_outside(causes, self.outside, self._switches, spike.start, self.context.tau)
         from_outside = outside_cause(causes) > 0
         if self._book.firing(AlertKind.AT_RISK) is not None and not from_outside:
             # A warning that would begin at the same reading goes first.

@@ -7,12 +7,15 @@ outside are looked for first.  Only a replay proves that rounding is the cause.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor._moved import left
 from nfi_monitor.detect.causes import NUMERIC_ABOVE, NUMERIC_BELOW, UNMOVED, Causes
-from nfi_monitor.detect.outside import BURST, JUMP
+from nfi_monitor.detect.outside import BURST, JUMP, OutsideWatch
 from nfi_monitor.detect.rules import RULES
+from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.types import Mechanism
 
 
@@ -60,6 +63,22 @@ def outside_cause(causes: Causes) -> float:
     if not outside.read_before:  # updates may have grown since the last reading
         return 0.6
     return 0.85 if not causes.update_jump > UNMOVED else 0.0
+
+
+def with_outside(
+    causes: Causes, watch: OutsideWatch, switches: Mapping[str, Hysteresis], start: int, tau: float
+) -> Causes:
+    """Add what came from outside before an event that starts at step ``start``. ``tau``: in steps.
+
+    ``switches``: name of a rule → its switch.  What follows a leap is no build-up to it: neither a rule that
+    was switched on afterwards nor the update after it counts.
+    """
+    before = watch.before(start, tau)
+    if math.isfinite(before.leap):
+        on = tuple([name for name in causes.on if switches[name].since <= watch.leap_at])
+        jump = causes.update_jump if causes.step < watch.leap_at else math.nan
+        causes = replace(causes, on=on, update_jump=jump)
+    return replace(causes, outside=before)
 
 
 _BUILD_UPS = {"kicking", "swinging", "imminent"}
