@@ -228,7 +228,9 @@ def assert_told_alike(cut: dict[str, Any], one: dict[str, Any]) -> None:
             assert got[key] == expected[key], (expected["id"], key)
         for name, item in expected["evidence"].items():
             value, tolerance = got["evidence"][name]["value"], tolerance_of(name)
-            close = math.isclose(value, item["value"], rel_tol=tolerance, abs_tol=1e-9)
+            # A cosine near 0 is a small difference of float32 numbers of size 1.
+            least = 1e-6 if "alignment" in name else 1e-9
+            close = math.isclose(value, item["value"], rel_tol=tolerance, abs_tol=least)
             assert close or name in MEDIANS, (expected["id"], name)
     assert cut["seen"]["phases"] == one["seen"]["phases"]
     assert cut["absorbing"] == one["absorbing"]
