@@ -32,13 +32,13 @@ def attention_of(phase: Phase, book: AlertBook, now: Situation) -> Attention:
     healthy = phase is Phase.HEALTHY and not book
     # A state in which nothing moves may last for the rest of a run.  A slingshot builds up over some 20 τ, so
     # half of the readings of a healthy run show in time that something moves again.
-    unmoved = now.still and not moves and book.firing(AlertKind.IMMINENT) is None
+    finite = book.firing(AlertKind.NON_FINITE) is None
+    unmoved = now.still and not moves and finite and book.firing(AlertKind.IMMINENT) is None
     if (healthy or unmoved) and not any(rule.nears(now) for rule in RULES):
         if unmoved and now.on(Coasting.name):  # a kick after a vanished gradient builds up in a few steps
             return Attention.OFTEN
         return Attention.SELDOM if unmoved else Attention.RARELY
     # The phase *absorbing* alone may last for the rest of a run. No slingshot follows within τ.
-    calm = phase is Phase.ABSORBING and not moves
     # After a loss that is NaN or Inf, the next reading shows whether the weights are finite.
-    calm = calm and book.firing(AlertKind.NON_FINITE) is None
+    calm = phase is Phase.ABSORBING and not moves and finite
     return Attention.OFTEN if calm else Attention.ALWAYS

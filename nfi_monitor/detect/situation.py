@@ -118,10 +118,8 @@ class Situation:
         rise = self.limits.loss_stands_out
         if signals.other_rows:
             recent = signals.loss_recent
-            spread = (
-                FEW * spike.noise / 1.128
-            )  # mean absolute difference of two readings → σ of their average
-            rise = max(rise, BATCH_SIGMAS * spread)
+            # From the mean absolute difference of two losses to σ of one, and of the average of a few.
+            rise = max(rise, BATCH_SIGMAS * FEW * spike.noise / 1.128)
         else:
             loss = self.reading.get("loss", self.reading.get("head_loss"))
             if not loss >= 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -93,3 +94,13 @@ def test_every_step_is_read_where_updates_move_the_logits_however_long() -> None
     """δ lies above ``imminent_exit`` and does not rise: no movement, but near enough to a slingshot."""
     found = attention(lambda step: 0.2, 1000)
     assert set(found[BEGINS + 2 * TAU :]) == {Attention.ALWAYS}
+
+
+def test_the_step_after_a_loss_that_is_nan_is_read_also_where_nothing_moves() -> None:
+    """The next reading shows whether the weights are finite."""
+    detector = Detector(None, NUMERIC)
+    for reading in absorbing(lambda step: 0.01, 1000):
+        detector.update(reading)
+    assert detector.attention is Attention.SELDOM
+    detector.update(Reading(1001, {"loss": math.nan}))
+    assert detector.attention not in (Attention.SELDOM, Attention.RARELY)
