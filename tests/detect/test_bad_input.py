@@ -170,8 +170,8 @@ def test_missing_readings_cost_no_warning_and_cause_no_false_alert(seed: int, sh
     detector, _ = feed(kept, NUMERIC)
     first = {alert.kind: alert.first_step for alert in reversed(detector.alerts)}
     assert first[AlertKind.AT_RISK] < first[AlertKind.IMMINENT] <= 400 - 25
-    spike_read = any(reading.values["loss"] > 0.1 for reading in kept)  # 12 steps, which may all be missing
-    assert (AlertKind.SLINGSHOT in first) is spike_read
+    high = sum(reading.values["loss"] > 0.1 for reading in kept)  # of 12 steps, which may all be missing
+    assert (AlertKind.SLINGSHOT in first) is (high >= 2), "one high loss is no slingshot"
     for context in (NUMERIC, DECAYED):
         detector, _ = feed((r for r in quiet(seed=seed) if chance.random() >= share), context)
         assert detector.alerts == []
