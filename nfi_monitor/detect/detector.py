@@ -50,7 +50,6 @@ class Detector:
         self._now = Situation(
             self.limits, context or RunContext(), self.signals, self.spike, self._switches, self.record
         )
-        self._held: set[str] = set()  # names of the rules that have held the firing *imminent* alert
         self._book = AlertBook(AlertWriter(self._now))
         self._loss_reported = False
         self._causes = self._observe()
@@ -226,9 +225,7 @@ class Detector:
         self._book.begin(claim, spike.start, judgement)
         for rule in WARNING_RULES:
             self._switches[rule.name].on = False
-        for name in self._held:
-            self.record.confirm(name)
-        self._held.clear()
+        self.record.slingshot(spike.start, self.context.tau)
         self._now.movement.forget()
         self.signals.restart()
 
@@ -257,16 +254,18 @@ class Detector:
         signals, movement, tau = self.signals, self._now.movement, self.context.tau
         moved = (signals.displacement_per_rate, signals.swing)
         movement.update(step, moved, tau, at_risk=bool(at_risk))
-        burst = self._outcome(AlertKind.IMMINENT)[0] is Outcome.BURST
         for kind in _WARNINGS:
             holding = [rule for rule in on if kind in rule.holds]
             if kind is AlertKind.AT_RISK and movement.is_resting(step, tau):
                 holding = []
+            outcome = self._outcome(kind)
             if holding:
                 self._book.hold(self._claim(kind, holding, causes), step, judgement)
             else:
-                self._book.end(kind, step, judgement, outcome=self._outcome(kind))
-        self._keep_record([rule for rule in on if AlertKind.IMMINENT in rule.holds], burst=burst)
+                self._book.end(kind, step, judgement, outcome=outcome)
+            # A rule with two kinds is judged by the more severe one.
+            names = [rule.name for rule in holding if max(rule.holds, key=_WARNINGS.index) is kind]
+            self.record.update(kind, names, step, tau, burst=outcome[0] is Outcome.BURST)
         return causes
 
     def _outcome(self, kind: AlertKind) -> tuple[Outcome, int | None]:
@@ -275,17 +274,6 @@ class Detector:
         if warning is not None and spike.burst_start >= max(warning.first_step, 1):
             return Outcome.BURST, spike.burst_start
         return Outcome.PASSED, None
-
-    def _keep_record(self, holding: list[Rule], *, burst: bool) -> None:
-        """Note which rules hold the *imminent* alert; when it ends with nothing, count that.
-
-        ``burst``: a burst of the loss has followed it. That is neither a slingshot nor nothing.
-        """
-        self._held.update(rule.name for rule in holding)
-        if not holding:
-            for name in () if burst else self._held:
-                self.record.disappoint(name, self._now.step, self.context.tau)
-            self._held.clear()
 
     def _claim(self, kind: AlertKind, holding: list[Rule], causes: Causes) -> Claim:
         """Return what the rules in ``holding`` require: the highest severity, a proven mechanism first."""
@@ -341,7 +329,6 @@ class Detector:
             "loss_reported": self._loss_reported,
             "causes": self._causes.state_dict(),
             "record": self.record.state_dict(),
-            "held": sorted(self._held),
             "movement": self._now.movement.state_dict(),
         }
 
@@ -362,7 +349,6 @@ class Detector:
         if "record" in state:
             self.record.load_state_dict(state["record"])
             self._now.movement.load_state_dict(state["movement"])
-        self._held = set(state.get("held", ()))
 
     def _load_switch(self, rule: Rule, saved: Mapping[str, Any]) -> None:
         """Restore the switch of one rule.

@@ -6,8 +6,10 @@ nothing doubles the level of the rule that raised it.  The factor fades slowly, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
+
+from nfi_monitor.types import AlertKind
 
 HIGHEST = 16.0
 """Largest factor of a level."""
@@ -24,6 +26,7 @@ class Record:
         self.came_true: dict[str, int] = {}
         self.led_to_nothing: dict[str, int] = {}
         self._raised: dict[str, tuple[float, int]] = {}  # rule → (factor, step at which it was so high)
+        self._held: dict[AlertKind, set[str]] = {}  # kind of a firing warning → rules that have held it
 
     def factor(self, rule: str, step: int, tau: float) -> float:
         """Return the present factor of the rule's levels, from 1 to HIGHEST."""
@@ -39,10 +42,30 @@ class Record:
         self.led_to_nothing[rule] = self.led_to_nothing.get(rule, 0) + 1
         self._raised[rule] = (min(2.0 * self.factor(rule, step, tau), HIGHEST), step)
 
-    def confirm(self, rule: str) -> None:
-        """Count an alarm that a slingshot followed."""
-        self.came_true[rule] = self.came_true.get(rule, 0) + 1
-        self._raised.pop(rule, None)
+    def update(
+        self, kind: AlertKind, holding: Collection[str], step: int, tau: float, *, burst: bool
+    ) -> None:
+        """Add the rules that hold the warning of ``kind`` now; if it has ended, count that it led to nothing.
+
+        ``burst``: a burst of the loss has followed the warning. That is neither a slingshot nor nothing.
+        """
+        held = self._held.setdefault(kind, set())
+        held.update(holding)
+        if not holding:
+            for rule in () if burst else held:
+                self.disappoint(rule, step, tau)
+            held.clear()
+
+    def slingshot(self, step: int, tau: float) -> None:
+        """Count the firing warnings as come true; reset the factors of those that ended within τ."""
+        for held in self._held.values():
+            for rule in held:
+                self.came_true[rule] = self.came_true.get(rule, 0) + 1
+                self._raised.pop(rule, None)
+            held.clear()
+        for rule, (_, since) in list(self._raised.items()):
+            if step - since <= tau:
+                del self._raised[rule]
 
     def is_doubtful(self, rule: str) -> bool:
         """Return whether more alarms of the rule led to nothing than came true."""
@@ -54,6 +77,7 @@ class Record:
             "came_true": dict(self.came_true),
             "led_to_nothing": dict(self.led_to_nothing),
             "raised": {rule: list(raised) for rule, raised in self._raised.items()},
+            "held": {kind.value: sorted(held) for kind, held in self._held.items()},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -61,3 +85,5 @@ class Record:
         self.came_true = dict(state["came_true"])
         self.led_to_nothing = dict(state["led_to_nothing"])
         self._raised = {rule: (float(factor), int(step)) for rule, (factor, step) in state["raised"].items()}
+        held = state.get("held", {})
+        self._held = {AlertKind(kind): set(rules) for kind, rules in held.items()}

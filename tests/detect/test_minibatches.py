@@ -74,10 +74,13 @@ def test_the_lowest_swing_fades_with_the_steps_however_few_of_them_are_read(paus
 # --- a kick --------------------------------------------------------------------------------------------
 
 
-def kick(*, match: float, alignment: float, rise: float, sigma: float) -> Iterator[Reading]:
+def kick(
+    *, match: float, alignment: float, rise: float, sigma: float, peak: float = 8.0
+) -> Iterator[Reading]:
     """Yield a second moment that decays, then a gradient that comes back for eight steps.
 
     The logarithm of the loss has the noise ``sigma``, and is higher by ``rise`` in the kick.
+    ``peak``: RMS_t in the kick.
     """
     rng, root = random.Random(0), 1.0
     for step in range(1, KICK + 8):
@@ -85,7 +88,7 @@ def kick(*, match: float, alignment: float, rise: float, sigma: float) -> Iterat
         root *= 1.0 if step < 300 else 0.995
         values = {
             "zero_sum_violation": 1e-8,
-            "rms_t_max": 4.0 if kicked else 0.05,
+            "rms_t_max": peak if kicked else 0.05,
             "head_sqrt_exp_avg_sq_mean": root,
             "weight_norm": math.exp(-1e-4 * step),
             "feature_displacement": 0.2 if kicked else 0.003,
@@ -116,6 +119,16 @@ def test_a_kick_between_minibatches_needs_gradients_that_agree(
     if found and match < SAME_ROWS:
         agrees = found[0].evidence["gradient_alignment"]
         assert agrees.crossed and agrees.threshold == Thresholds().kick_agreement
+
+
+@pytest.mark.parametrize(("match", "peak", "sounds"), [(1.0, 3.0, True), (0.1, 5.5, False), (0.1, 6.5, True)])
+def test_a_kick_between_minibatches_needs_more_rms_t_than_their_own_differences_bring(
+    match: float, peak: float, sounds: bool
+) -> None:
+    found = imminent(kick(match=match, alignment=0.6, rise=2.5, sigma=0.1, peak=peak))
+    assert bool(found) is sounds
+    if found and match < SAME_ROWS:
+        assert found[0].evidence["rms_t_max"].threshold == Thresholds().rms_t_minibatch
 
 
 @pytest.mark.parametrize(
@@ -192,7 +205,7 @@ def test_a_warning_that_would_begin_as_the_slingshot_is_named_goes_first_if_the_
     _, warning, slingshot = detector.alerts
     assert slingshot.first_step == KICK and warning.first_step == KICK + 1
     assert warning.outcome_step == KICK and warning.last_step == KICK + 1
-    assert detector.record.came_true == {"kicking": 1}
+    assert detector.record.came_true == {"kicking": 1, "coasting": 1}
 
 
 def test_without_a_risk_before_the_slingshot_alone_is_told() -> None:

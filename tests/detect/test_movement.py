@@ -24,7 +24,7 @@ def absorbing(delta: Callable[[int], float], steps: int) -> Iterator[Reading]:
     for step in range(1, steps + 1):
         values = {
             "zero_sum_violation": 0.5 if step >= BEGINS else 1e-7,
-            "feature_mean_norm": math.exp(2e-3 * step),
+            "feature_mean_norm": math.exp(5e-3 * step),
             "logit_displacement": delta(step),
             "rms_t_max": 0.9,
             "loss": 1e-7,

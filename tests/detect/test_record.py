@@ -11,7 +11,7 @@ import pytest
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.situation import RunContext
-from nfi_monitor.types import AlertKind, Outcome, Reading, Thresholds
+from nfi_monitor.types import AlertKind, Outcome, Reading, Severity, Thresholds
 
 NUMERIC = RunContext(beta2=0.95)
 FULL = Thresholds(imminent_rise=1e9)
@@ -62,8 +62,31 @@ def test_a_slingshot_resets_the_factor() -> None:
     record = Record()
     for _ in range(3):
         record.disappoint("imminent", 100, 20.0)
-    record.confirm("imminent")
-    assert record.factor("imminent", 100, 20.0) == 1.0
+    record.update(AlertKind.IMMINENT, ["imminent"], 140, 20.0, burst=False)
+    record.slingshot(150, 20.0)
+    assert record.factor("imminent", 150, 20.0) == 1.0
+
+
+@pytest.mark.parametrize(("ended", "factor"), [(120, 2.0), (140, 1.0)])
+def test_a_slingshot_resets_the_factors_of_warnings_that_ended_at_most_a_tau_before(
+    ended: int, factor: float
+) -> None:
+    record = Record()
+    record.update(AlertKind.AT_RISK, ["coasting"], 100, 20.0, burst=False)
+    record.update(AlertKind.AT_RISK, [], ended, 20.0, burst=False)
+    record.slingshot(150, 20.0)
+    assert record.factor("coasting", 150, 20.0) == pytest.approx(factor, rel=0.01)
+    assert record.came_true == {}
+
+
+@pytest.mark.parametrize(("burst", "factor"), [(True, 1.0), (False, 2.0)])
+def test_each_rule_that_has_held_a_warning_is_judged_once_when_the_warning_ends(
+    burst: bool, factor: float
+) -> None:
+    record = Record()
+    for step, holding in enumerate([["inflating"], ["absorbing"], [], [], []], 100):
+        record.update(AlertKind.AT_RISK, holding, step, 20.0, burst=burst)
+    assert record.factor("inflating", 102, 20.0) == record.factor("absorbing", 102, 20.0) == factor
 
 
 def test_a_rule_is_doubtful_while_more_of_its_alarms_led_to_nothing_than_came_true() -> None:
@@ -71,7 +94,8 @@ def test_a_rule_is_doubtful_while_more_of_its_alarms_led_to_nothing_than_came_tr
     assert not record.is_doubtful("imminent")
     record.disappoint("imminent", 100, 20.0)
     assert record.is_doubtful("imminent") and not record.is_doubtful("kicking")
-    record.confirm("imminent")
+    record.update(AlertKind.IMMINENT, ["imminent"], 200, 20.0, burst=False)
+    record.slingshot(210, 20.0)
     assert not record.is_doubtful("imminent")
 
 
@@ -79,7 +103,7 @@ def test_a_record_survives_a_checkpoint() -> None:
     record, restored = Record(), Record()
     for step in (100, 900):
         record.disappoint("imminent", step, 20.0)
-    record.confirm("kicking")
+    record.update(AlertKind.IMMINENT, ["kicking"], 950, 20.0, burst=False)
     restored.load_state_dict(json.loads(json.dumps(record.state_dict())))
     assert restored.state_dict() == record.state_dict()
     assert restored.factor("imminent", 3000, 20.0) == record.factor("imminent", 3000, 20.0)
@@ -144,15 +168,15 @@ def test_a_slingshot_resets_the_level() -> None:
     assert alarmed(detector) == [0, 1, 2]
     outcomes = [alert.outcome for alert in detector.alerts if alert.kind is AlertKind.IMMINENT]
     assert outcomes == [Outcome.PASSED, Outcome.SLINGSHOT, Outcome.PASSED]
-    assert detector.record.came_true == {"imminent": 1}
-    assert detector.record.led_to_nothing == {"imminent": 2}
+    assert detector.record.came_true["imminent"] == 1
+    assert detector.record.led_to_nothing["imminent"] == 2
 
 
 def test_an_alarm_before_a_burst_counts_as_neither() -> None:
     detector = after(episodes([0.8, 0.8], losses=[2e-4]))
     outcomes = [alert.outcome for alert in detector.alerts if alert.kind is AlertKind.IMMINENT]
     assert outcomes == [Outcome.BURST, Outcome.PASSED]
-    assert detector.record.came_true == {} and detector.record.led_to_nothing == {"imminent": 1}
+    assert detector.record.came_true == {} and detector.record.led_to_nothing["imminent"] == 1
 
 
 @pytest.mark.parametrize("at", [EPISODE - 30, EPISODE + 100, 2 * EPISODE - 30])
@@ -166,3 +190,21 @@ def test_a_resumed_detector_remembers_its_false_alarms(at: int) -> None:
         resumed.update(reading)
     assert alarmed(resumed) == [0, 2]
     assert json.dumps(resumed.state_dict()) == json.dumps(after(iter(readings)).state_dict())
+
+
+def test_a_warning_that_led_to_nothing_comes_back_as_information_unless_the_mean_grows_twice_as_fast() -> (
+    None
+):
+    def run(*growths: float) -> list[Severity]:
+        detector, mean = Detector(None, NUMERIC), 0.0
+        for number, growth in enumerate(growths):
+            for at in range(EPISODE):
+                absorbs = 100 <= at < 200
+                mean += growth if absorbs else 0.0
+                values = {"zero_sum_violation": 0.5 if absorbs else 1e-8, "feature_mean_norm": math.exp(mean)}
+                detector.update(Reading(1 + number * EPISODE + at, {**values, "loss": 1e-7}))
+        return [alert.severity for alert in detector.alerts]
+
+    level = Thresholds().inflating_growth / NUMERIC.tau
+    assert run(1.5 * level, 1.5 * level) == [Severity.WARNING, Severity.INFO]
+    assert run(1.5 * level, 2.5 * level) == [Severity.WARNING, Severity.WARNING]

@@ -104,6 +104,11 @@ class Inflating(_Numeric):
         level = GROWTH.leave(now.limits, now.limits.inflating_growth)
         return now.on(Absorbing.name) and now.signals.growth * now.context.tau >= level
 
+    def severity(self, kind: AlertKind, now: Situation) -> Severity:
+        """Return WARNING, or INFO where a growth like this one has led to nothing in this run."""
+        level = now.limits.inflating_growth * now.level_of(self.name)
+        return self.holds[kind] if now.signals.growth * now.context.tau >= level else Severity.INFO
+
     def evidence(self, now: Situation) -> dict[str, Evidence]:
         level = now.limits.inflating_growth / now.context.tau
         return {"feature_mean_growth": Evidence(now.signals.growth, level, 0.0)}

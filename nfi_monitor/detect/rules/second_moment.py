@@ -79,7 +79,8 @@ class Coasting(Rule):
     def enter(self, now: Situation) -> bool:
         signals = now.signals
         decayed = not now.on(Absorbing.name) and now.weight_decay_pulls(now.step) and now.forgotten
-        return decayed and signals.rms_t_mean <= now.limits.coasting_enter and signals.shrinkage < 0
+        vanished = signals.rms_t_mean <= now.limits.coasting_enter / now.level_of(self.name)
+        return decayed and vanished and signals.shrinkage < 0
 
     def stay(self, now: Situation) -> bool:
         return not now.on(Absorbing.name) and now.signals.rms_t_mean <= now.limits.coasting_exit
@@ -114,7 +115,7 @@ class Kicking(Rule):
         pulled = not now.on(Absorbing.name) and now.weight_decay_pulls(now.step, coupled=True)
         decayed = pulled and now.forgotten
         # If the curvature is high as well, a lower RMS_t is enough: the alert comes one step earlier.
-        level = self._level(now) if decayed else limits.rms_t_imminent
+        level = self._level(now, decayed)
         # The features must move, if that is measured: a high RMS_t of one tensor alone is no event.
         moved = not signals.swing < limits.kick_displacement
         # Under strong weight decay the gradient comes back before the second moment has decayed. Then the
@@ -151,7 +152,7 @@ class Kicking(Rule):
         elif signals.other_rows:
             agree, level = signals.alignment, limits.kick_agreement
             claimed["gradient_alignment"] = Evidence(agree, level, 0.0, crossed=agree >= level)
-        level = (self._level(now) if now.forgotten else limits.rms_t_imminent) * now.level_of(self.name)
+        level = self._level(now, now.forgotten) * now.level_of(self.name)
         claimed["rms_t_max"] = Evidence(signals.rms_t_peak, level, signals.rms_t_mean)
         # The rule "swinging" has a lower level of curvature, which is crossed first: keep that one.
         if now.curvature_is_high and not now.on("swinging"):
@@ -163,11 +164,12 @@ class Kicking(Rule):
         return kick_or_swing(causes, 0.8)
 
     @staticmethod
-    def _level(now: Situation) -> float:
-        """Return the RMS_t at which a kick begins while the second moment has decayed."""
-        # Between two minibatches, the curvature along the update says little.
-        steep = now.curvature_is_high and not now.signals.other_rows
-        return now.limits.rms_t_steep if steep else now.limits.rms_t_imminent
+    def _level(now: Situation, decayed: bool) -> float:
+        """Return the RMS_t at which a kick begins; ``decayed``: the second moment has decayed."""
+        limits = now.limits
+        if now.signals.other_rows:  # between two minibatches, the curvature along the update says little
+            return limits.rms_t_minibatch
+        return limits.rms_t_steep if decayed and now.curvature_is_high else limits.rms_t_imminent
 
 
 def kick_or_swing(causes: Causes, confidence: float) -> tuple[Mechanism, float]:

@@ -88,7 +88,7 @@ def test_an_explanation_reads_like_this() -> None:
         "imminent-1, since step 255 (numerical feature inflation, confidence 95%).\n"
         "Steps searched: steps 134–300, since the run was last healthy.\n"
         "Crossed: smoothed zero-sum violation rose above 0.1 at step 135 (0.103 then, 0.582 when the alert "
-        "began, 0.697 now); growth of ‖μ_G‖ rose above 1% per τ at step 163 (1.02% per τ then, 12% per τ "
+        "began, 0.697 now); growth of ‖μ_G‖ rose above 5% per τ at step 170 (5.05% per τ then, 12% per τ "
         "when the alert began, 12% per τ now); logit displacement δ rose above "
         "0.201 nat at step 255 (0.203 nat then, 0.642 nat now).\n"
         "Did not cross: sqrt(v) against its maximum stayed above 50% (smallest 100%); RMS_t, averaged, "
@@ -371,7 +371,7 @@ def test_an_alert_from_before_the_record_is_explained_by_its_own_evidence() -> N
     explanation = run.explain("imminent-1")
     text = str(explanation)
     assert "zero-sum violation 0.582 in the alert's own evidence (threshold 0.1)" in text
-    assert "growth of ‖μ_G‖ 12% per τ in the alert's own evidence (threshold 1% per τ)" in text
+    assert "growth of ‖μ_G‖ 12% per τ in the alert's own evidence (threshold 5% per τ)" in text
     assert "the steps before the alert began: the readings begin later" in text
     assert "RMS_t 1 in the alert's own evidence" in line(explanation, "Did not cross")
 
