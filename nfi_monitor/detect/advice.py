@@ -88,8 +88,9 @@ _BY_GRADIENT = (
     _NOT_ROUNDING,
 )
 _BY_BATCH = (
-    "Look at the batch of this step: the update before was an ordinary one and cannot have raised the loss. "
-    "Check its labels and inputs, and skip such batches.",
+    "Look at the data of this step: the update before was an ordinary one and cannot have raised the loss. "
+    "Check labels and inputs, and skip such batches. If the loss stays high, the data or the targets are "
+    "others now (a switched dataset, a new target network).",
     _CLIP + " This limits what a bad batch can do.",
     _NOT_ROUNDING,
 )
