@@ -324,6 +324,7 @@ def test_the_command_writes_the_table(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setitem(FAMILIES, "lively", short)
     out = tmp_path / "PAGE.md"
     options = ["--families", "lively", "--jobs", "1", "--cache", str(tmp_path / "cache"), "--out", str(out)]
+    assert command.main([*options, "--record-only"]) == 0 and not out.exists()
     assert command.main(options) == 0
     text = out.read_text(encoding="utf-8")
     assert "| lively | 1 × 60 |" in text and all(f"| {rule} |" in text for rule in RULES)

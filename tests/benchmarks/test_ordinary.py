@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
-from tests.benchmarks.detection import evaluate, generate
-from tests.benchmarks.detection.families import FROZEN, TUNING, Family, suite
+from tests.benchmarks.detection import evaluate, generate, report
+from tests.benchmarks.detection.families import FROZEN, HELD_OUT, TUNING, Family, suite
 from tests.benchmarks.detection.ordinary import __main__ as command
 from tests.benchmarks.detection.ordinary.judged import comes_true, judge_run
 from tests.benchmarks.detection.replay import readings
@@ -35,9 +35,9 @@ def test_the_suite_is_large_and_its_halves_share_no_module() -> None:
     assert sum(family.steps * len(family.seeds) for family in ORDINARY.values()) >= 600_000
     modules = {
         half: {family.module for family in ORDINARY.values() if family.half == half}
-        for half in (TUNING, FROZEN)
+        for half in (TUNING, FROZEN, HELD_OUT)
     }
-    assert modules[TUNING] and modules[FROZEN] and not modules[TUNING] & modules[FROZEN]
+    assert all(modules.values()) and sum(map(len, modules.values())) == len(set().union(*modules.values()))
     assert all(name.replace("-", "").isalnum() for name in ORDINARY | SPIKING)
 
 
@@ -45,8 +45,39 @@ def test_the_frozen_spiking_families_are_a_suite_of_their_own() -> None:
     assert suite(FROZEN) == list(SPIKING.values()) and not set(SPIKING) & {
         item.name for item in suite("full")
     }
-    abrupt = [family for family in SPIKING.values() if family.abrupt]
-    assert len(SPIKING) - len(abrupt) >= 24 and len(abrupt) >= 12
+    frozen = [family for family in SPIKING.values() if family.half == FROZEN]
+    abrupt = [family for family in frozen if family.abrupt]
+    assert len(frozen) - len(abrupt) >= 24 and len(abrupt) >= 12
+
+
+def test_the_held_out_half_is_large_and_cheap() -> None:
+    ordinary = [family for family in ORDINARY.values() if family.half == HELD_OUT]
+    spiking = suite(HELD_OUT)
+    assert len(ordinary) >= 20 and sum(family.steps for family in ordinary) >= 120_000
+    assert all(family.half == HELD_OUT and family.steps <= 3000 for family in spiking)
+    abrupt = [family for family in spiking if family.abrupt]
+    assert len(abrupt) >= 8 and len(spiking) - len(abrupt) >= 8
+    assert not {family.name for family in (*ordinary, *spiking)} & {family.name for family in suite("full")}
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["h-rare-columns", "h-accumulation", "h-sharpness-aware", "h-own-target", "h-tagging", "h-heat",
+     "h-double-q", "h-opt-by-heart", "x-maxout", "w-teacher-leaky"],
+)  # fmt: skip
+def test_a_held_out_family_trains_under_the_monitor(name: str) -> None:
+    recorded = generate.record((ORDINARY | SPIKING)[name], seed=0, steps=3)
+    assert len(recorded.columns["loss"][0]) == 3
+    assert not any(note.startswith("failed") for note in recorded.info["notes"])
+
+
+def test_the_key_of_a_run_depends_on_what_its_set_up_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    held_out, frozen = ORDINARY["h-counts"], ORDINARY["f-wine"]
+    before = [generate.family_key(family) for family in (held_out, frozen)]
+    code = generate._code
+    monkeypatch.setattr(generate, "_code", lambda path: code(path) + "x" * (path.name == "shared.py"))
+    after = [generate.family_key(family) for family in (held_out, frozen)]
+    assert after[0] != before[0] and after[1] == before[1]
 
 
 def test_a_look_at_the_whole_loss_changes_nothing_and_the_detector_does_not_see_it() -> None:
@@ -104,10 +135,12 @@ def test_the_command_records_scores_and_writes_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ORDINARY, "short", SHORT)
+    monkeypatch.setattr(report, "HELD_OUT_AFTER", "abc1234")
     out = tmp_path / "ORDINARY.md"
     options = ["--families", "short", "--cache", str(tmp_path), "--out", str(out)]
     assert command.main([*options, "--record-only"]) == 0 and not out.exists()
     assert command.main([*options, "--score-only"]) == 0
     text = out.read_text(encoding="utf-8")
+    assert "trained after commit abc1234" in text
     assert "| short | 1 × 80 | 0 | – | 0 | 0 | 0 | 0 |" in text and "gradient norm, z > 3" in text
     assert command.main(["--families", "short", "--cache", str(tmp_path / "empty"), "--score-only"]) == 1

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Mechanism, Phase, Severity
-from tests.benchmarks.detection import naming, report, score, targets
+from tests.benchmarks.detection import naming, readme, report, score, targets
 from tests.benchmarks.detection.evaluate import (
     AUTO,
     EVERY,
@@ -21,7 +24,16 @@ from tests.benchmarks.detection.evaluate import (
     Scored,
     at,
 )
-from tests.benchmarks.detection.families import EDGE, EXTERNAL, FAMILIES, NUMERIC, SECOND_MOMENT, Family
+from tests.benchmarks.detection.families import (
+    EDGE,
+    EXTERNAL,
+    FAMILIES,
+    FROZEN,
+    HELD_OUT,
+    NUMERIC,
+    SECOND_MOMENT,
+    Family,
+)
 from tests.benchmarks.detection.score import Event, Score, Truth
 from tests.benchmarks.detection.told import Told, told
 
@@ -205,7 +217,7 @@ def test_runs_of_a_family_are_added_up_and_missing_ones_are_named() -> None:
 
 def page_of(numeric: Result, quiet: Result) -> str:
     book = report.Book(results_of(numeric, quiet), "frozen", ["z-late"], [{"readings_by": "old"}])
-    return report.page(book, "the command")
+    return report.page([book], "the command")
 
 
 def test_the_page_begins_with_the_targets_and_says_what_is_missing() -> None:
@@ -241,6 +253,31 @@ def test_no_result_on_the_page_is_typed_by_hand() -> None:
     measured = [line.split("|")[-3] for line in rows if line.startswith("| ")][2:]
     assert len(measured) == len(targets.targets({}))
     assert not any(re.search(r"\d", cell) for cell in measured)
+
+
+def test_the_halves_have_their_own_tables_on_the_page_the_newest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "HELD_OUT_AFTER", "abc1234")
+    old, new = (
+        dataclasses.replace(family(name), half=half, seeds=(0,))
+        for name, half in (("z-a", FROZEN), ("x-a", HELD_OUT))
+    )
+    known = [Scored(name, 0, {}, found) for name, found in (("z-a", outcome(1, 4)), ("x-a", outcome(2, 5)))]
+    books = report.bind_halves([old, new], known, FROZEN)
+    text = report.page(books, "the command")
+    assert [book.suite for book in books] == [HELD_OUT, FROZEN]
+    newest, earlier = text.split("\n# ")[1:]
+    assert newest.startswith("Held-out half") and "after commit abc1234" in newest and "2/5" in newest
+    assert earlier.startswith("Frozen half") and "commit 8df60af" in earlier and "1/4" in earlier
+    shown = io.StringIO()
+    report.show(books, Console(file=shown, width=200))
+    assert shown.getvalue().index("held-out half") < shown.getvalue().index("frozen half")
+    path = tmp_path / "FROZEN.md"
+    path.write_text(text, "utf-8")
+    assert readme.Page(path).rows("Targets")["numeric, imminent: recall"][1].startswith("0.400: 2/5")
+    assert [book.suite for book in report.bind_halves([old, new], known[:1], FROZEN)] == [FROZEN]
+    assert [book.suite for book in report.bind_halves([old, new], known, "")] == [""]
 
 
 def test_kicks_from_outside_are_shown_apart() -> None:

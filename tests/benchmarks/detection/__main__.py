@@ -1,7 +1,8 @@
 """Score the warnings on many trainings: ``python -m tests.benchmarks.detection``.
 
     python -m tests.benchmarks.detection                      # the quick suite, minutes; writes QUICK.md
-    python -m tests.benchmarks.detection --suite frozen       # writes FROZEN.md
+    python -m tests.benchmarks.detection --suite frozen       # both halves that are not for tuning: FROZEN.md
+    python -m tests.benchmarks.detection --suite held-out     # the newer of them; writes no page
     python -m tests.benchmarks.detection --suite full --jobs 8
     python -m tests.benchmarks.detection --score-only         # after a change of the detector: seconds
     python -m tests.benchmarks.detection --families vit vit-probe
@@ -23,7 +24,7 @@ from rich.progress import Progress
 
 from tests.benchmarks.detection import report
 from tests.benchmarks.detection.evaluate import Scored, evaluate_file
-from tests.benchmarks.detection.families import Family, suite
+from tests.benchmarks.detection.families import FROZEN, HELD_OUT, Family, suite
 from tests.benchmarks.detection.generate import CACHE, generate, is_whole, path_of
 
 
@@ -33,20 +34,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=["quick", "full", "frozen"], default="quick")
+    parser.add_argument("--suite", choices=["quick", "full", FROZEN, HELD_OUT], default="quick")
     parser.add_argument("--families", nargs="+", metavar="NAME", help="these only, whatever the suite")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s; -1: all cores)")
     parser.add_argument("--backend", default="loky", help='joblib backend, for instance "ray" (default loky)')
     parser.add_argument("--cache", type=Path, default=CACHE, help="recorded runs (default %(default)s)")
     parser.add_argument("--scores", type=Path, help="kept scores (default scores/ in the cache)")
     parser.add_argument("--score-only", action="store_true", help="record nothing; score what is there")
+    parser.add_argument("--record-only", action="store_true", help="score nothing")
     parser.add_argument("--refresh", action="store_true", help="record anew what is there already")
     parser.add_argument(
         "--out", type=Path, help="the page (default for a suite: QUICK.md or FROZEN.md beside this file)"
     )
     args = parser.parse_args(argv)
-    if args.score_only and args.refresh:
-        parser.error("--score-only and --refresh exclude each other")
+    if args.score_only and (args.refresh or args.record_only):
+        parser.error("--score-only excludes --refresh and --record-only")
     try:
         args.chosen = suite(args.suite, args.families)
     except ValueError as error:
@@ -82,6 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     if not runs:
         console.print("No recorded runs. Leave out --score-only to make them.")
         return 1
+    if args.record_only:
+        return 0
     made = time.perf_counter()
     kept = args.scores or args.cache / "scores"
     # Long runs first: the last one to begin should not be the one to end.
@@ -89,14 +93,14 @@ def main(argv: list[str] | None = None) -> int:
     scored: list[Scored] = Parallel(n_jobs=args.jobs)(
         delayed(evaluate_file)(family, path, kept) for family, _, path in runs
     )
-    book = report.bind(args.chosen, scored, "" if args.families else args.suite)
-    report.show(book, console)
+    books = report.bind_halves(args.chosen, scored, "" if args.families else args.suite)
+    report.show(books, console)
     # A few families are a look, not the record.
     options = f"--families {' '.join(args.families)}" if args.families else f"--suite {args.suite}"
     page = None if args.families else report.PAGES.get(args.suite)
     out = args.out or (None if page is None else Path(__file__).with_name(page))
     if out is not None:
-        text = report.page(book, f"python -m tests.benchmarks.detection {options}")
+        text = report.page(books, f"python -m tests.benchmarks.detection {options}")
         out.write_text(text, encoding="utf-8")
         console.out(f"written: {out}", highlight=False)
     console.print(f"recorded in {made - started:.0f} s, scored in {time.perf_counter() - made:.1f} s")

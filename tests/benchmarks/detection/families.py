@@ -13,8 +13,9 @@ from tests.benchmarks.detection.training import LogitChange, Training
 NUMERIC, SECOND_MOMENT, EDGE = "numerical_feature_inflation", "second_moment", "edge_of_stability"
 EXTERNAL = "external"
 """A kick from outside."""
-TUNING, FROZEN = "tuning", "frozen"
-"""Constants are fitted on the first half of a suite; the second is trained after they are fixed."""
+TUNING, FROZEN, HELD_OUT = "tuning", "frozen", "held-out"
+"""Constants are fitted on the first half of a suite; the second was trained after they were fixed.  Some
+rules changed after a look at the second; so there is a third, trained after the last change of a rule."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Family:
     quick: bool = False
     arm: LogitChange = field(default_factory=LogitChange)
     half: str | None = None
-    """TUNING, FROZEN, or None for the families of the quick and the full suite."""
+    """TUNING, FROZEN, HELD_OUT, or None for the families of the quick and the full suite."""
     nats: bool = True
     """Whether the loss is a cross-entropy; of any other loss the unit says nothing (truth.py)."""
     floor: bool = True
@@ -226,7 +227,9 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (*_spiking(), *
 
 
 def suite(name: str, only: list[str] | None = None) -> list[Family]:
-    """The families of "quick", "full" or "frozen"; ``only`` names some instead.
+    """The families of "quick", "full", "frozen" (both halves that nothing was tuned on) or "held-out" (one).
+
+    ``only`` names some families instead.
 
     Raises ValueError for unknown names.
     """
@@ -239,7 +242,7 @@ def suite(name: str, only: list[str] | None = None) -> list[Family]:
         if unknown:
             raise ValueError(f"No family {', '.join(unknown)}. Known: {', '.join(known)}.")
         return [known[item] for item in only]
-    if name == FROZEN:
-        return list(SPIKING.values())
+    if name in (FROZEN, HELD_OUT):
+        return [family for family in SPIKING.values() if name in (FROZEN, family.half)]
     # What runs in the quick suite is part of the full one.
     return [family for family in FAMILIES.values() if family.quick or name == "full"]

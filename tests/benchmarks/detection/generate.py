@@ -141,7 +141,7 @@ def versions() -> dict[str, str]:
 
 
 SUITES = "tests.benchmarks.detection.suites."
-"""A run of these depends on the module of its builder too."""
+"""A run of these depends on the module of its builder too, and on shared.py beside it."""
 RENAMED = {"LogitChange": "Arm"}
 """Name in the set-ups' code → the one it had when runs were recorded: another name makes no other run."""
 
@@ -151,9 +151,10 @@ def family_key(family: Family) -> str:
     here = Path(__file__).parent
     code = [_code(here / f"{name}.py") for name in ("training", "data", "models", "losses", "setups")]
     parts = [family.config(), *code, torch.__version__]
-    own = family.module
-    if own.startswith(SUITES):
-        parts += [_code(here / "suites" / f"{name}.py") for name in ("checked", own.rpartition(".")[2])]
+    if family.module.startswith(SUITES):
+        own = here.joinpath("suites", *family.module.removeprefix(SUITES).split(".")).with_suffix(".py")
+        shared = own.with_name("shared.py")
+        parts += [_code(path) for path in (here / "suites" / "checked.py", own, shared) if path.exists()]
     for name, recorded in RENAMED.items():
         parts = [re.sub(rf"\b{name}\b", recorded, part) for part in parts]
     return _hash(*parts)

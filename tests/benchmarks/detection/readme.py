@@ -38,7 +38,8 @@ class Page:
     """
 
     def __init__(self, path: Path) -> None:
-        self.text = path.read_text(encoding="utf-8")
+        first, *halves = re.split(r"\n(?=# )", path.read_text(encoding="utf-8"))
+        self.text = "\n".join([first, *halves[:1]])  # the newest half comes first
 
     def found(self, pattern: str) -> tuple[str, ...]:
         match = re.search(pattern, self.text)
@@ -97,7 +98,8 @@ def _first() -> Iterator[str]:
     families, _, _ = ordinary.found(r"(\d+) families, (\d+) runs, ([\d,]+) optimizer steps")
     together = ordinary.rows("Together")
     rows = []
-    for half, name in (("all", ""), ("frozen half", ", families unseen when the constants were chosen")):
+    unseen = next((half for half in ("held-out half", "frozen half") if half in together), "frozen half")
+    for half, name in (("all", ""), (unseen, ", families unseen when the constants were chosen")):
         if half in together:
             size, _, _, imminent, imminent_auto, false, false_auto, under, under_auto, read = together[half]
             steps_of = re.sub(r".*, (?=[\d,]+ steps)| steps", "", size)

@@ -23,7 +23,15 @@ from tests.benchmarks.detection.evaluate import (
     at,
     total,
 )
-from tests.benchmarks.detection.families import EDGE, EXTERNAL, FROZEN, NUMERIC, SECOND_MOMENT, Family
+from tests.benchmarks.detection.families import (
+    EDGE,
+    EXTERNAL,
+    FROZEN,
+    HELD_OUT,
+    NUMERIC,
+    SECOND_MOMENT,
+    Family,
+)
 from tests.benchmarks.detection.generate import detector_key, readings_key, versions
 from tests.benchmarks.detection.score import (
     ABRUPT_HORIZON,
@@ -58,6 +66,20 @@ CHANGED_SINCE = (
     "longer; the movements of minibatches add up like a random walk; no warning begins at the reading of a "
     "slingshot from outside. No level was fitted to the frozen halves."
 )
+HELD_OUT_AFTER = ""
+"""The commit with all rules and constants that are scored, after which the held-out half was trained."""
+
+
+def held_out() -> str:
+    """Return what a page says of the held-out half."""
+    if not HELD_OUT_AFTER:
+        return "The held-out half is not trained yet."
+    return (
+        "The held-out half has other architectures, tasks and losses than the rest. It was trained after "
+        f"commit {HELD_OUT_AFTER}, in which all rules and constants stand that are scored here."
+    )
+
+
 ABOUT = {
     "quick": "Some of these families were looked at while the constants were chosen.",
     FROZEN: "These families are of architecture classes and tasks on which no constant was fitted. The "
@@ -87,7 +109,16 @@ def bind(families: Iterable[Family], scored: Sequence[Scored], suite: str = "") 
             results[family.name] = family, total(runs)
         if len(runs) < len(family.seeds):
             missing.append(family.name)
-    return Book(results, suite, missing, [run.info for run in scored])
+    return Book(results, suite, missing, [run.info for run in scored if run.family in results])
+
+
+def bind_halves(families: Sequence[Family], scored: Sequence[Scored], suite: str = "") -> list[Book]:
+    """Return a book for each half that has a recorded run, the newest half first; one if nothing has."""
+    halves = [half for half in (HELD_OUT, FROZEN) if any(family.half == half for family in families)]
+    if suite != FROZEN or not halves:
+        return [bind(families, scored, suite)]
+    books = [bind([family for family in families if family.half == half], scored, half) for half in halves]
+    return [book for book in books if book.results] or books[-1:]
 
 
 _GROUPS: dict[str, tuple[str | None, ...]] = {
@@ -290,14 +321,9 @@ def _forecasts(results: Results) -> Sheet:
 # --- the page --------------------------------------------------------------------------------------
 
 
-def page(book: Book, command: str) -> str:
-    """Return the page of a suite, or of some families."""
-    results = book.results
-    stale = sum(info.get("readings_by") != readings_key() for info in book.infos)
-    recorded = total(result for _, result in results.values())
-    quiet = total(_of(results, (None,)))
-    calm = f" ({quiet.steps:,} of them in quiet families)" if quiet.runs else ""
-    title = f" on the {book.suite} families" if book.suite else ""
+def page(books: Sequence[Book], command: str) -> str:
+    """Return the page of a suite, or of some families; ``books`` are the halves that it shows one by one."""
+    title = f" on the {books[-1].suite} families" if books[-1].suite else ""
     lines = [
         f"# What the warnings are worth{title}",
         "",
@@ -306,16 +332,29 @@ def page(book: Book, command: str) -> str:
         "Versions: "
         + ", ".join(f"{name} {value}" for name, value in versions().items())
         + f"; detector code {detector_key()}.",
-        f"{len(results)} families, {recorded.runs} runs, {recorded.steps:,} optimizer steps{calm}; "
-        f"{recorded.seconds:,.0f} s of training on one core in all.",
         f"Horizon {HORIZON:g} τ, refractory {REFRACTORY:g} τ (second moment and edge of stability: at most "
         f"{ABRUPT_HORIZON:g} and {ABRUPT_REFRACTORY:g} steps), too late below {TOO_LATE:g} τ; "
         "τ = 1/(1 − β2) optimizer steps. Slingshots are found in the recorded loss by truth.py, without the "
         "monitor's own detector.",
         "Packages: " + "; ".join(_packages()) + ".",
     ]
-    if book.suite in ABOUT:
-        lines += ["", ABOUT[book.suite]]
+    parts = [_part(book, alone=len(books) == 1) for book in books]
+    return "\n".join(lines) + "\n\n" + "\n".join(parts)
+
+
+def _part(book: Book, *, alone: bool) -> str:
+    results = book.results
+    stale = sum(info.get("readings_by") != readings_key() for info in book.infos)
+    recorded = total(result for _, result in results.values())
+    quiet = total(_of(results, (None,)))
+    calm = f" ({quiet.steps:,} of them in quiet families)" if quiet.runs else ""
+    lines = [] if alone else [f"# {book.suite.capitalize()} half", ""]
+    lines.append(
+        f"{len(results)} families, {recorded.runs} runs, {recorded.steps:,} optimizer steps{calm}; "
+        f"{recorded.seconds:,.0f} s of training on one core in all."
+    )
+    if about := held_out() if book.suite == HELD_OUT else ABOUT.get(book.suite):
+        lines += ["", about]
     if book.missing:
         lines += ["", f"Not recorded, or not all seeds: {', '.join(book.missing)}."]
     if stale:
@@ -329,7 +368,10 @@ def _packages() -> list[str]:
     return there + [f"{name}: {reason}" for name, reason in peers_installed.missing().items()]
 
 
-def show(book: Book, console: Console) -> None:
-    for sheet in sheets(book):
-        console.print(sheet.rich())
-        console.print()
+def show(books: Sequence[Book], console: Console) -> None:
+    for book in books:
+        if len(books) > 1:
+            console.rule(f"{book.suite} half")
+        for sheet in sheets(book):
+            console.print(sheet.rich())
+            console.print()

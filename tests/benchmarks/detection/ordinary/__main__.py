@@ -2,11 +2,11 @@
 
     python -m tests.benchmarks.detection.ordinary                      # record and score the tuning half
     python -m tests.benchmarks.detection.ordinary --score-only         # after a change of the detector
-    python -m tests.benchmarks.detection.ordinary --half frozen        # once the constants are frozen
+    python -m tests.benchmarks.detection.ordinary --half held-out      # once rules and constants are fixed
     python -m tests.benchmarks.detection.ordinary --families o-dropout o-decay-1 --score-only
 
 Runs are recorded once, with every step read, and kept in ``--cache``.  The detector is then fed with them at
-every step and as ``every="auto"`` would read them.  ``--half both`` writes ORDINARY.md of this directory,
+every step and as ``every="auto"`` would read them.  ``--half all`` writes ORDINARY.md of this directory,
 once all runs are there.
 """
 
@@ -20,13 +20,15 @@ import torch
 from joblib import Parallel, delayed
 from rich.console import Console
 
-from tests.benchmarks.detection.families import FROZEN, TUNING, Family
+from tests.benchmarks.detection.families import FROZEN, HELD_OUT, TUNING, Family
 from tests.benchmarks.detection.generate import CACHE, ensure, is_whole, path_of
 from tests.benchmarks.detection.ordinary import page
 from tests.benchmarks.detection.ordinary.judged import Judged, judge_file
 from tests.benchmarks.detection.suites.ordinary import ORDINARY
 
 PAGE = Path(__file__).with_name("ORDINARY.md")
+ALL = "all"
+"""All halves."""
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -35,14 +37,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--half", choices=[TUNING, FROZEN, "both"], default=TUNING)
+    parser.add_argument("--half", choices=[TUNING, FROZEN, HELD_OUT, ALL], default=TUNING)
     parser.add_argument("--families", nargs="+", metavar="NAME", help="these only, whatever the half")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="recorded runs (default %(default)s)")
     parser.add_argument("--score-only", action="store_true", help="record nothing; score what is there")
     parser.add_argument("--record-only", action="store_true", help="score nothing")
     parser.add_argument("--peers", action="store_true", help="score the peers too (always for a page)")
-    parser.add_argument("--out", type=Path, help="the page (default with --half both: ORDINARY.md)")
+    parser.add_argument("--out", type=Path, help="the page (default with --half all: ORDINARY.md)")
     args = parser.parse_args(argv)
     unknown = [name for name in args.families or () if name not in ORDINARY]
     if unknown:
@@ -50,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.chosen = [
         family
         for family in ORDINARY.values()
-        if (family.name in args.families if args.families else args.half in (family.half, "both"))
+        if (family.name in args.families if args.families else args.half in (family.half, ALL))
     ]
     return args
 
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     if args.record_only:
         return 0
-    if args.half == "both" and not args.families and not missing and args.out is None:
+    if args.half == ALL and not args.families and not missing and args.out is None:
         args.out = PAGE
     peers = args.peers or args.out is not None
     judged: list[Judged] = Parallel(n_jobs=args.jobs)(

@@ -1,4 +1,4 @@
-"""The ordinary suite: how people train. Half of it is for tuning, half is frozen.
+"""The ordinary suite: how people train. One half is for tuning, one is frozen, one is held out.
 
 No slingshot is expected in any of them, so a warning is false unless the recorded loss shows one (truth.py).
 The architecture classes of the halves differ: perceptrons, convolutions, plain transformers, autoencoders and
@@ -8,9 +8,7 @@ graph models and others on the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 from tests.benchmarks.detection.families import FROZEN, TUNING, Family
 from tests.benchmarks.detection.suites import (
@@ -24,37 +22,12 @@ from tests.benchmarks.detection.suites import (
     recurrent,
     various,
 )
-from tests.benchmarks.detection.training import Training
-
-
-def _made(half: str) -> Callable[..., Family]:
-    def family(
-        name: str,
-        build: Callable[..., Training],
-        steps: int,
-        *,
-        seeds: int = 1,
-        nats: bool = True,
-        floor: bool = True,
-        **variation: Any,
-    ) -> Family:
-        bound = partial(build, **variation)
-        return Family(
-            name,
-            bound,
-            steps,
-            tuple(range(seeds)),
-            None,
-            half=half,
-            nats=nats,
-            floor=floor,
-        )
-
-    return family
+from tests.benchmarks.detection.suites.held_out.ordinary import ordinary as held_out
+from tests.benchmarks.detection.suites.registry import family_of
 
 
 def _tuning() -> list[Family]:
-    family = _made(TUNING)
+    family = partial(family_of, TUNING)
     mlp, gpt = digits.digits, language.modern_gpt
     restarts = ("restarts", 1500)
     return [
@@ -113,7 +86,7 @@ def _tuning() -> list[Family]:
 
 
 def _frozen() -> list[Family]:
-    family = _made(FROZEN)
+    family = partial(family_of, FROZEN)
     tuned, walk, table = fine_tuning.fine_tuned, recurrent.recurrent, various.table
     return [
         # Models of transformers, and adapters by hand.
@@ -175,5 +148,5 @@ def _frozen() -> list[Family]:
     ]  # fmt: skip
 
 
-ORDINARY: dict[str, Family] = {family.name: family for family in (*_tuning(), *_frozen())}
-"""Name → family, of both halves."""
+ORDINARY: dict[str, Family] = {family.name: family for family in (*_tuning(), *_frozen(), *held_out())}
+"""Name → family, of all halves."""

@@ -6,36 +6,20 @@ Written before any of them was trained.  The mechanism is what each was made for
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 from tests.benchmarks.detection.families import EDGE, FLOAT64, FROZEN, NUMERIC, SECOND_MOMENT, Family
 from tests.benchmarks.detection.suites import spiking_setups as made
+from tests.benchmarks.detection.suites.held_out.spiking import spiking as held_out
+from tests.benchmarks.detection.suites.registry import family_of
 from tests.benchmarks.detection.training import LogitChange, Training
-
-
-def _family(
-    name: str,
-    mechanism: str,
-    build: Callable[..., Training],
-    steps: int,
-    *,
-    seeds: int = 1,
-    arm: LogitChange | None = None,
-    nats: bool = True,
-    **variation: Any,
-) -> Family:
-    bound = partial(build, **variation)
-    return Family(
-        name, bound, steps, tuple(range(seeds)), mechanism, arm=arm or LogitChange(), half=FROZEN, nats=nats
-    )
 
 
 def _numeric() -> list[Family]:
     digits, pairs, noise = made.on_digits, made.on_pairs, made.on_noise
 
     def family(name: str, build: Callable[..., Training], steps: int, **how: Any) -> Family:
-        return _family(name, NUMERIC, build, steps, **how)
+        return family_of(FROZEN, name, build, steps, mechanism=NUMERIC, **how)
 
     half, low = LogitChange("bfloat16"), LogitChange("float16")
     return [
@@ -75,7 +59,7 @@ def _abrupt() -> list[Family]:
     hinges, smooth = ("many_hinges",), ("smoothed", 0.05)
 
     def family(name: str, mechanism: str, build: Callable[..., Training], steps: int, **how: Any) -> Family:
-        return _family(name, mechanism, build, steps, **({"arm": FLOAT64} | how))
+        return family_of(FROZEN, name, build, steps, mechanism=mechanism, **({"arm": FLOAT64} | how))
 
     return [
         family("y-hinge-gelu", SECOND_MOMENT, digits, 3000, net="gelu", loss=hinges, decay=0.1, lr=1e-2,
@@ -102,5 +86,5 @@ def _abrupt() -> list[Family]:
     ]  # fmt: skip
 
 
-SPIKING: dict[str, Family] = {family.name: family for family in (*_numeric(), *_abrupt())}
-"""Name → family; all of them frozen."""
+SPIKING: dict[str, Family] = {family.name: family for family in (*_numeric(), *_abrupt(), *held_out())}
+"""Name → family, of the frozen and the held-out half."""
