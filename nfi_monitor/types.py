@@ -156,6 +156,15 @@ class Thresholds:
     swing_alignment: float = 0.4
     """Minus the cosine of successive gradients, averaged over 3 steps, at which the optimizer overshoots.
     Gradients of minibatches do not oppose each other. Higher: less lead (.6: one step)."""
+    overshoot_displacement: float = 0.1
+    """Movement of the mean row's logits by the layers below the head, in nats, at which gradients that oppose
+    each other mean *at risk*. Lower: more lead, and alerts of oscillations that die down."""
+    overshoot_swell: float = 10.0
+    """Ratio of that movement to its own recent minimum that *at risk* requires as well. Lower: runs that live
+    at the edge of stability are called at risk (under label smoothing .1 nat alone: four times as often)."""
+    overshoot_turn: float = 0.7
+    """Minus the cosine of the last two gradients at which twice ``overshoot_displacement`` means *at risk*
+    before the average of the cosine shows it. Lower: minibatch runs are called at risk a few times."""
     swing_curvature: float = 0.25
     """Smallest secant curvature of an oscillation, as a share of the stability limit. Lower: under label
     smoothing, four times as many oscillations that die down are called imminent."""

@@ -132,7 +132,7 @@ def test_a_loss_that_leaps_after_an_ordinary_update_has_an_external_mechanism() 
     detector, _, _ = run(readings(), NUMERIC)
     assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]
     assert detector.alerts[0].mechanism is Mechanism.EXTERNAL
-    assert "Look at the batch of this step" in detector.alerts[0].advice[0]
+    assert "Look at the data of this step" in detector.alerts[0].advice[0]
 
 
 @pytest.mark.parametrize(("read", "named"), [(1, Mechanism.EXTERNAL), (32, Mechanism.UNKNOWN)])

@@ -67,6 +67,58 @@ def test_growing_swings_without_opposing_gradients_are_not_imminent() -> None:
     assert imminent(oscillation(0.0), ADAM) == []
 
 
+def overshoots(readings: Iterator[Reading]) -> list[int]:
+    """Return the first step of each *at risk* alert that the rule "overshooting" describes."""
+    detector = Detector(None, ADAM)
+    for reading in readings:
+        detector.update(reading)
+    return [
+        alert.first_step
+        for alert in detector.alerts
+        if alert.kind is AlertKind.AT_RISK and "overshoot" in alert.rule
+    ]
+
+
+def test_opposing_gradients_are_a_risk_once_the_swing_has_grown_tenfold_though_the_loss_stays() -> None:
+    unmoved = [reading for reading in oscillation(-0.9, rises=0.0) if reading.step < SPIKE]
+    (step,) = overshoots(iter(unmoved))
+    # 0.01 · 1.6^n ≥ 0.1 from n = 5 on, seven steps before the leap.
+    assert SPIKE - 7 <= step <= SPIKE - 6
+
+
+@pytest.mark.parametrize(("swell", "alerts"), [(8.0, 0), (12.0, 1)])
+def test_a_run_that_lives_at_the_edge_swings_by_the_same_amount_and_is_no_risk(
+    swell: float, alerts: int
+) -> None:
+    def readings() -> Iterator[Reading]:
+        for reading in oscillation(-0.9, rises=0.0):
+            last = reading.step > SPIKE - 12
+            moved = {"feature_displacement": 0.02 * (swell if last else 1.0), "loss": 1e-4}
+            yield Reading(reading.step, {**reading.values, **moved, "gradient_alignment": -0.9})
+
+    assert len(overshoots(readings())) == alerts
+
+
+@pytest.mark.parametrize(("turn", "alerts"), [(-0.6, 0), (-0.8, 1)])
+def test_one_sharp_turn_is_a_risk_where_the_swing_is_twice_as_large(turn: float, alerts: int) -> None:
+    def readings() -> Iterator[Reading]:
+        for reading in oscillation(0.7, rises=0.0):
+            last = reading.step == SPIKE - 1
+            moved = {"feature_displacement": 0.21 if last else 0.01, "loss": 1e-4}
+            turned = {"gradient_alignment": turn if last else 0.7}
+            if reading.step < SPIKE:
+                yield Reading(reading.step, {**reading.values, **moved, **turned})
+
+    assert len(overshoots(readings())) == alerts
+
+
+@pytest.mark.parametrize("match", [0.1, 1.0])
+def test_minibatches_whose_gradients_oppose_each_other_are_no_risk(match: float) -> None:
+    unmoved = [reading for reading in oscillation(-0.9, rises=0.0) if reading.step < SPIKE]
+    matched = (Reading(reading.step, {**reading.values, "row_match": match}) for reading in unmoved)
+    assert len(overshoots(matched)) == (match == 1.0)
+
+
 def test_an_oscillation_ends_when_gradients_agree_again_though_features_still_move() -> None:
     def readings() -> Iterator[Reading]:
         for reading in oscillation(-0.9):

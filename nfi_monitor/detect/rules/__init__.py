@@ -12,7 +12,7 @@ from functools import cache
 from nfi_monitor.detect.rules.base import Level, Rule
 from nfi_monitor.detect.rules.non_finite import NonFinite
 from nfi_monitor.detect.rules.numeric import Absorbing, Imminent, Inflating
-from nfi_monitor.detect.rules.oscillation import Swinging
+from nfi_monitor.detect.rules.oscillation import Overshooting, Swinging
 from nfi_monitor.detect.rules.second_moment import Coasting, Kicking
 from nfi_monitor.types import Alert, AlertKind, Mechanism, Phase
 
@@ -25,7 +25,8 @@ __all__ = [
 # give as evidence, the first rule's counts.  Explanations list the levels in this order.  A mechanism is
 # named by the last rule that is on, because that one is the nearest to the event.
 RULES: tuple[Rule, ...] = (
-    NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Kicking(), Swinging(),
+    NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Overshooting(), Kicking(),
+    Swinging(),
 )  # fmt: skip
 
 ANYTIME_RULES = tuple(rule for rule in RULES if rule.anytime)
@@ -33,7 +34,7 @@ ANYTIME_RULES = tuple(rule for rule in RULES if rule.anytime)
 WARNING_RULES = tuple(rule for rule in RULES if not rule.anytime)
 """Rules that are updated at full readings, but not during a slingshot."""
 
-LEVELS: tuple[Level, ...] = tuple(level for rule in RULES for level in rule.levels)
+LEVELS: tuple[Level, ...] = tuple(dict.fromkeys(level for rule in RULES for level in rule.levels))
 """All levels of all rules, in the order in which an explanation lists them."""
 
 PROVEN = frozenset(rule.mechanism for rule in RULES if rule.proves)

@@ -1,13 +1,14 @@
 """Recognize the edge of stability: the optimizer overshoots from one side of a valley to the other.
 
-Each update goes further than the one before (Cohen et al. 2022; Bai et al. 2025).  Three signs together show
-this:
+Each update goes further than the one before (Cohen et al. 2022; Bai et al. 2025).
 
-- Successive gradients oppose each other.  With minibatch noise alone they do not.
-- The curvature along the update is no longer small.
-- The layers below the head swing the logits by a good part of a nat."""
+- Overshooting: successive gradients oppose each other, and the swing of the logits has grown tenfold.
+- Swinging: in addition the curvature along the update is no longer small, the layers below the head swing
+  the logits by a good part of a nat, and the loss rises."""
 
 from __future__ import annotations
+
+import math
 
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.rules.base import Level, Rule
@@ -41,6 +42,57 @@ SWING = Level(
     may_be_lower=True,
     show="nat",
 )
+
+
+class Overshooting(Rule):
+    """Successive updates overshoot, and each swings the logits further than the one before."""
+
+    name = "overshooting"
+    mechanism = Mechanism.EDGE_OF_STABILITY
+    holds = {AlertKind.AT_RISK: Severity.INFO}
+    labels = {AlertKind.AT_RISK: "successive updates overshoot further and further"}
+    advice = "edge_of_stability"
+    charts = ("displacement by one update", "alignment", "curvature along the update")
+    levels = (ALIGNMENT,)
+    first_evidence = {AlertKind.AT_RISK: ("gradient_alignment", "feature_displacement")}
+
+    def enter(self, now: Situation) -> bool:
+        limits, signals = now.limits, now.signals
+        return (
+            now.loss_has_settled
+            and not now.on(Absorbing.name)
+            and not signals.other_rows  # each minibatch has gradients of its own
+            and signals.swing >= self._level(now)
+            # A run that lives at the edge oscillates for good, by about the same amount.
+            and signals.swell >= limits.overshoot_swell
+        )
+
+    def stay(self, now: Situation) -> bool:
+        limits, signals = now.limits, now.signals
+        gradients_oppose = signals.alignment <= -0.5 * limits.swing_alignment
+        swings = signals.swing >= limits.overshoot_displacement / 3.0
+        return not now.on(Absorbing.name) and swings and gradients_oppose
+
+    def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
+        if kind is not AlertKind.AT_RISK:  # *imminent* begins at the rule "swinging"'s own, higher level
+            return {}
+        signals, limits = now.signals, now.limits
+        lowest = signals.swing / signals.swell
+        level = max(self._level(now), limits.overshoot_swell * lowest)
+        return {"feature_displacement": Evidence(signals.swing, level, lowest)}
+
+    def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
+        return kick_or_swing(causes, 0.7)
+
+    @staticmethod
+    def _level(now: Situation) -> float:
+        """Return the swing in nats at which the rule begins; infinite where no gradients are opposed."""
+        signals, limits = now.signals, now.limits
+        level = limits.overshoot_displacement * now.level_of(Overshooting.name)
+        if signals.alignment <= -limits.swing_alignment:
+            return level
+        # A single turn may be noise, so the swing must be larger. It comes a step or two before the average.
+        return 2.0 * level if signals.turn <= -limits.overshoot_turn else math.inf
 
 
 class Swinging(Rule):
