@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from nfi_monitor.detect.smoothing import Ema, Stateful
@@ -56,11 +56,11 @@ CORRUPT = 100.0
 
 Rounding reaches 60: when a first row is no longer absorbed, its gradient comes back while the loss, made of
 absorbed rows, hardly moves."""
-OUTGROWN = 0.2
-"""RMS_t of the head in the event at and below which a far larger gradient came before it.
+REMEMBERED = 5.5
+"""Ratio from which the second moment keeps a gradient that no loss explains (see ``Outside.remembered``).
 
-A loss that rises by itself brings the largest gradient so far: then RMS_t is 1 to 6.  A corrupt gradient in a
-step that was not read stays in the second moment, beside which the event's own gradients are small."""
+Measured: .05 to 2 where the loss rises by itself, 7 and more after gradients × 1000 in steps that were not
+read."""
 AVERAGED = 50.0
 """Time constant, in steps, of the averages of gradient norm and of gradient norm per loss."""
 
@@ -81,13 +81,18 @@ class Outside:
     """Whether the step right before the leap was read."""
     burst: float = NAN
     """Largest ratio of the gradient norm to its own average, at a loss that had not risen likewise."""
-    rms_t: float = NAN
-    """RMS_t of the head at the last reading in the event; NaN if no step of it was read."""
+    remembered: float = NAN
+    """Ratio of the gradient that the second moment has taken in since before the event to the event's own.
+
+    By v ← β2·v + (1−β2)·g², one gradient G raises v by G²/τ, and RMS_t compares the event's gradient g with
+    v.  So G/g = sqrt(τ·(1 − v before/v now))/RMS_t.  If n steps of the event had the gradient g, this is
+    sqrt(n), so it is divided by that.  NaN if no step of the event was read.
+    """
 
     @property
     def outgrown(self) -> bool:
         """Whether the second moment remembers a gradient far larger than those of the event."""
-        return self.rms_t <= OUTGROWN
+        return self.remembered >= REMEMBERED
 
     @property
     def unexplained_leap(self) -> bool:
@@ -106,8 +111,8 @@ class Outside:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Outside:
-        """Restore what :meth:`state_dict` returned."""
-        return cls(**state)
+        """Restore what :meth:`state_dict` returned, also in an earlier version with other fields."""
+        return cls(**{item.name: state[item.name] for item in fields(cls) if item.name in state})
 
 
 class OutsideWatch(Stateful):
@@ -116,7 +121,7 @@ class OutsideWatch(Stateful):
     __slots__ = (
         "_norm", "_per_loss", "burst", "burst_at", "jump", "jump_at", "jump_until", "leap", "leap_at",
         "losses", "moved", "moved_at", "quiet", "quiet_at", "rates", "references", "rise",
-        "rms_t", "rms_t_at", "step",
+        "second_moments", "step",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -131,7 +136,9 @@ class OutsideWatch(Stateful):
         self.moved, self.moved_at = NAN, 0  # nats that the last reading's update moved, and its step
         self.quiet, self.quiet_at = NAN, 0  # the same of the last reading before the leap
         self.burst, self.burst_at = NAN, 0  # ratio and step of the last burst of the gradient
-        self.rms_t, self.rms_t_at = NAN, 0  # RMS_t and step of the last reading
+        self.second_moments: list[
+            list[float]
+        ] = []  # step, RMS_t and mean sqrt(v̂) of the last MEMORY readings
         self._norm, self._per_loss = Ema(), Ema()
 
     def update_rates(self, step: int, rates: Sequence[float]) -> None:
@@ -199,9 +206,12 @@ class OutsideWatch(Stateful):
         self._per_loss.update(reading.step, min(log_ratio, _above(self._per_loss.value, cap)), AVERAGED)
 
     def remember(self, reading: Reading) -> None:
-        """Keep RMS_t of a full reading, also in an event."""
+        """Keep RMS_t and the second moment of a full reading, also in an event."""
         # Of the head: below it, coordinates without a gradient (dead units) have a small second moment.
-        self.rms_t, self.rms_t_at = reading.get("rms_t_head", reading.get("rms_t_max")), reading.step
+        values = [reading.get("rms_t_head"), reading.get("head_sqrt_exp_avg_sq_mean")]
+        if all(math.isfinite(value) and value > 0 for value in values):
+            kept = [item for item in self.second_moments[1 - MEMORY :] if item[0] < reading.step]
+            self.second_moments = [*kept, [float(reading.step), *values]]
 
     def before(self, start: int, tau: float) -> Outside:
         """Return what came before an event that starts at step ``start``. ``tau``: in optimizer steps."""
@@ -217,8 +227,20 @@ class OutsideWatch(Stateful):
             moved=self.quiet * min(gap, UNREAD) if leapt else NAN,
             read_before=leapt and gap == 1,
             burst=self.burst if burst else NAN,
-            rms_t=self.rms_t if self.rms_t_at >= start else NAN,
+            remembered=self._remembered(start, tau),
         )
+
+    def _remembered(self, start: int, tau: float) -> float:
+        """Return ``Outside.remembered`` of an event that starts at step ``start``."""
+        before = [item for item in self.second_moments if item[0] < start]
+        if not before or len(before) == len(self.second_moments):
+            return NAN
+        # The gradient may have come some steps before the loss rose.
+        early = [item for item in before if item[0] <= start - AFTERWARDS]
+        _, _, root_before = early[-1] if early else before[0]
+        step, rms_t, root = self.second_moments[-1]
+        taken_in = max(1.0 - (root_before / root) ** 2, 0.0)
+        return math.sqrt(tau * taken_in / (step - start + 2.0)) / rms_t
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain types."""

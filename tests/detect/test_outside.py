@@ -128,19 +128,53 @@ def test_a_watch_survives_a_checkpoint() -> None:
     assert resumed.losses == watch.losses
 
 
-def _in_event(rms_t: float) -> Outside:
+def after(readings: list[tuple[int, float, float]], start: int, tau: float) -> Outside:
+    """Return what came before an event at ``start``, after readings of (step, head's gradient, its v)."""
     watch = OutsideWatch()
-    watch.remember(Reading(501, {"rms_t_head": rms_t, "rms_t_max": 3.0}))
-    return watch.before(500, 1000.0)
+    for step, gradient, second in readings:
+        values = {"rms_t_head": gradient / math.sqrt(second), "head_sqrt_exp_avg_sq_mean": math.sqrt(second)}
+        watch.remember(Reading(step, values))
+    return watch.before(start, tau)
 
 
-def test_a_second_moment_that_dwarfs_the_events_gradients_remembers_a_corrupt_one():
-    """One gradient of 1e5 in an unread step: v̂ ≥ 1e-3 · 1e10, so RMS_t of later gradients of 30 is .01."""
-    assert _in_event(0.01).outgrown
-    assert not _in_event(2.0).outgrown, "a loss that rises by itself brings the largest gradient so far"
+@pytest.mark.parametrize("tau", [20.0, 100.0, 1000.0])
+@pytest.mark.parametrize("corrupt", [1.0, 30.0, 1000.0])
+def test_the_second_moment_tells_how_much_larger_an_unread_gradient_was(tau: float, corrupt: float) -> None:
+    """The gradient is 1 until step 480, ``corrupt`` times 5 at the unread step 490, and 5 in the event."""
+    beta2 = 1.0 - 1.0 / tau
+    second, readings = 1.0, [(480, 1.0, 1.0)]
+    for step in range(481, 502):
+        gradient = 5.0 * corrupt if step == 490 else 5.0 if step >= 500 else 1.0
+        second = beta2 * second + (1.0 - beta2) * gradient**2
+    readings.append((501, 5.0, second))
+    seen = after(readings, 500, tau)
+    left = beta2 ** (501 - 490)  # what v still holds of it
+    if corrupt > 1.0:
+        assert seen.remembered == pytest.approx(math.sqrt(left / 3.0) * corrupt, rel=0.05)
+    else:
+        assert seen.remembered <= 1.0, "the event's own gradients explain it"
+    assert seen.outgrown == (corrupt >= 30.0)
 
 
-def test_a_reading_before_the_event_says_nothing_of_its_gradients():
-    watch = OutsideWatch()
-    watch.remember(Reading(499, {"rms_t_head": 0.01}))
-    assert not watch.before(500, 1000.0).outgrown
+def test_a_loss_that_rises_by_itself_explains_its_second_moment() -> None:
+    """Gradients grow tenfold in each unread step of the event; the last one, 1000, is read."""
+    tau, second = 1000.0, 1.0
+    for gradient in (10.0, 100.0, 1000.0):
+        second = second * (1.0 - 1.0 / tau) + gradient**2 / tau
+    seen = after([(480, 1.0, 1.0), (502, 1000.0, second)], 500, tau)
+    assert seen.remembered < 1.0 and not seen.outgrown
+
+
+def test_a_second_moment_that_did_not_grow_remembers_nothing_new() -> None:
+    """A vanished gradient leaves a small RMS_t; so does a rare one."""
+    seen = after([(480, 0.01, 1.0), (501, 0.01, 0.9)], 500, 1000.0)
+    assert seen.remembered == 0.0
+
+
+@pytest.mark.parametrize("steps", [(499,), (501,)])
+def test_without_a_reading_before_and_one_in_the_event_nothing_is_remembered(steps: tuple[int, ...]) -> None:
+    assert math.isnan(after([(step, 0.01, 1.0) for step in steps], 500, 1000.0).remembered)
+
+
+def test_what_an_earlier_version_saved_of_an_event_is_read() -> None:
+    assert Outside.from_state({"rate_jump": 5.0, "rms_t": 0.1}) == Outside(rate_jump=5.0)
