@@ -171,7 +171,7 @@ class Thresholds:
     oscillation requires: a run that lives at the edge of stability oscillates for good. Higher: less lead."""
 
     # --- what a slingshot is ---------------------------------------------------------------------
-    # Losses are in U: 1 for a loss in nats, else the loss at which the run began (``spike.py``).
+    # Losses are in U: 1 for a loss in nats, else the loss at which the run began (``loss_baseline.py``).
     spike_floor: float = 1e-7
     """Losses below this, in U, count as this. Lower: a leap between losses that do not matter counts."""
     spike_leap: float = 3.0

@@ -17,6 +17,7 @@ from nfi_monitor.detect.alert_writer import AlertWriter
 from nfi_monitor.detect.attention import Attention, attention_of
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
+from nfi_monitor.detect.loss_baseline import MEMORY
 from nfi_monitor.detect.loss_watch import LossWatch
 from nfi_monitor.detect.mechanism import name_mechanism, outside_cause, with_outside
 from nfi_monitor.detect.outside import Outside, OutsideWatch
@@ -25,7 +26,7 @@ from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES
 from nfi_monitor.detect.signals import Signals, felt_displacement
 from nfi_monitor.detect.situation import RunContext, Situation
 from nfi_monitor.detect.smoothing import Hysteresis
-from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
+from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
 from nfi_monitor.types import Alert, AlertKind, Outcome, Phase, Reading, Severity, Thresholds
 
 _PHASES = list(Phase)
@@ -103,7 +104,7 @@ class Detector:
     def is_unusual(self, step: int, loss: float) -> bool:
         """Record a loss as soon as it is known; return whether it is a reason to read the next steps."""
         self.outside.update_loss(step, loss)
-        return self.loss_watch.update(step, loss, self.limits, self.spike.unit)
+        return self.loss_watch.update(step, loss, self.limits, self.spike.baseline.unit)
 
     def update_rates(self, step: int, rates: Sequence[float]) -> None:
         """Record the learning rates of an optimizer step, one for each parameter group."""
@@ -125,8 +126,8 @@ class Detector:
         old_state, tau = self.spike.state, self._now.context.tau
         # Between full readings only the loss is known. It only shows whether it left its floor.
         only_loss = len(reading.values) == 1 and "loss" in reading.values
-        if not only_loss and self.spike.readings < MEMORY:  # the unit is found in the first losses
-            self.spike.nats = self._in_nats
+        if not only_loss and self.spike.baseline.readings < MEMORY:  # the unit is found in the first losses
+            self.spike.baseline.nats = self._in_nats
         loss = self._loss_of(reading)
         state = self.spike.update(reading.step, loss, tau, self.limits)
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
