@@ -62,6 +62,12 @@ class LossBaseline(Stateful):
         return self.average if self.average > self.slow else self.slow
 
     @property
+    def early(self) -> float:
+        """The loss at which the run began, if it is a cross-entropy; else ∞."""
+        early = sorted(self.first)[len(self.first) // 2] if len(self.first) == FIRST else math.inf
+        return early if self.nats and 0.0 < early <= HIGHEST_NATS else math.inf
+
+    @property
     def sigma(self) -> float:
         """Standard deviation of log loss."""
         return _spread(self.noise, self.excursion)

@@ -29,6 +29,7 @@ from nfi_monitor.detect.loss_baseline import (
     highest_of_each,
     highest_usual,
 )
+from nfi_monitor.detect.slow_rise import LENGTH, SlowRise
 from nfi_monitor.detect.smoothing import Stateful
 from nfi_monitor.types import Thresholds
 
@@ -58,13 +59,14 @@ class SpikeDetector(Stateful):
     __slots__ = (
         "baseline", "block", "block_before", "block_change", "block_count", "block_high", "burst_at",
         "burst_loss_at", "burst_peak", "burst_start", "evidence", "fallen_at", "floor", "height", "highs",
-        "level", "lone", "negative", "peak", "pending", "pending_start", "recent", "start", "state",
-        "stayed", "streak", "streak_readings",
+        "level", "lone", "negative", "peak", "pending", "pending_start", "recent", "slow_rise", "start",
+        "state", "stayed", "streak", "streak_readings",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.state = QUIET
         self.baseline = LossBaseline()
+        self.slow_rise = SlowRise()
         self.lone = 0.0  # fading number of high losses that led to nothing
         self.pending = 0  # high losses since ``pending_start``, which may still lead to a slingshot
         self.pending_start = 0
@@ -119,17 +121,22 @@ class SpikeDetector(Stateful):
             return -math.inf
         if self.baseline.readings + ahead < MEMORY:
             return math.inf
-        return highest_usual(math.exp(self.baseline.level), limits, self.baseline.unit)
+        baseline = self.baseline
+        usual = highest_usual(math.exp(baseline.level), limits, baseline.unit)
+        return min(usual, self.slow_rise.usual_below(baseline, limits))
 
     def state_dict(self) -> dict[str, Any]:
         """Return name → value of each attribute, those of the baseline among them."""
         state = super().state_dict()
         del state["baseline"]
-        return state | self.baseline.state_dict()
+        return state | self.baseline.state_dict() | {"slow_rise": self.slow_rise.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also by an earlier version."""
+        slow_rise = self.slow_rise
         super().load_state_dict(state)
+        self.slow_rise = slow_rise
+        self.slow_rise.load_state_dict(state.get("slow_rise", {}))
         self.baseline.load_state_dict(state)
         if "slow" not in state:  # earlier versions had one average and one noise
             self.recent = self.baseline.last
@@ -143,6 +150,11 @@ class SpikeDetector(Stateful):
         floor = limits.spike_floor * self.baseline.unit
         log_loss = math.log(loss if loss > floor else floor)
         if self.baseline.readings >= MEMORY:
+            if self._rises_slowly(step, loss, log_loss, limits):
+                self.start, self.peak = self.slow_rise.since, max(self.peak if self.streak else 0.0, loss)
+                self.streak = 2 * LENGTH
+                self._begin(log_loss, self.slow_rise.floor, self.slow_rise.height, limits)
+                return
             base = self.baseline.level
             rise = log_loss - base
             # loss · rise is at least the rise of the loss itself. So this holds for every loss that counts.
@@ -153,10 +165,17 @@ class SpikeDetector(Stateful):
                 or loss * rise > limits.spike_nats * self.baseline.unit
             ) and self._stands_out(step, loss, log_loss, base, limits):
                 if self._is_slingshot(rise, limits):
-                    self._begin(log_loss, base, limits)
+                    height = min(highest_of_each(math.exp(base), limits, self.baseline.unit))
+                    self._begin(log_loss, base, height, limits)
                 return  # a starting spike must not raise its own baseline
         self.baseline.add(log_loss, limits)
         self.lone *= FORGETS
+
+    def _rises_slowly(self, step: int, loss: float, log_loss: float, limits: Thresholds) -> bool:
+        """Return whether this loss completes a slow rise."""
+        visible = math.log(VISIBLE * limits.spike_low * self.baseline.unit)
+        self.slow_rise.add(step, max(log_loss, visible), self.baseline, limits)
+        return loss > self.slow_rise.height
 
     def _stands_out(self, step: int, loss: float, log_loss: float, base: float, limits: Thresholds) -> bool:
         """Return whether this loss may belong to a slingshot; add it to the streak, and to a burst."""
@@ -229,10 +248,9 @@ class SpikeDetector(Stateful):
 
     # --- in an event -----------------------------------------------------------------------------------
 
-    def _begin(self, log_loss: float, base: float, limits: Thresholds) -> None:
-        """Begin an event."""
-        self.floor = math.exp(base)
-        self.height = min(highest_of_each(self.floor, limits, self.baseline.unit))
+    def _begin(self, log_loss: float, base: float, height: float, limits: Thresholds) -> None:
+        """Begin an event. ``base``: log of the loss before. ``height``: the least loss of a rise."""
+        self.floor, self.height = math.exp(base), height
         if base < math.log(limits.spike_low * self.baseline.unit):
             back = min(self.height, limits.spike_low * self.baseline.unit)
         else:
@@ -293,6 +311,7 @@ class SpikeDetector(Stateful):
             # The loss stays at a new level, which becomes the baseline.
             self.state, self.stayed = QUIET, loss
             self.baseline.restart(mean, self.block_change / self.block_count)
+            self.slow_rise.restart()
         elif late:
             # High losses came again and again, and the loss was low in between: that is the run's noise.
             self.lone += MOST_NEEDED
@@ -304,6 +323,7 @@ class SpikeDetector(Stateful):
         """End an event whose loss has come back. What it still lies above the old averages is no new rise."""
         self.state = QUIET
         self.baseline.raise_to(self.recent)
+        self.slow_rise.restart()
         if self.highs <= FEW:
             self.lone += 1.0
 
