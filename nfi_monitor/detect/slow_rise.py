@@ -6,8 +6,8 @@ losses.  A level is the mean of ``HELD`` blocks.
 
 - A *climb* is as high as one of ``spike.py``.  The last two block means are that high.
 - A *collapse* is lower, because a cross-entropy of few classes cannot climb by one nat.  The loss had fallen
-  to ``LEARNED`` of the early level, at which the run began, and is back there for two levels, 100 losses.  A
-  harder part of the data is learned in its turn, so the loss must not fall again.
+  to ``LEARNED`` of the early level, at which the run began, and is back there for ``STAYS`` blocks.  So a
+  harder part of the data, which is learned in its turn, is none.
 
 Block means and levels usually lie above the lowest level, too.  A rise must be ``spike_sigmas`` times as far
 as that: a GAN or a curriculum has wandered nearly as far before.
@@ -24,6 +24,7 @@ from nfi_monitor.types import Thresholds
 
 LENGTH = 10  # losses in a block
 HELD = 5  # blocks in a level
+STAYS = 4 * HELD  # blocks that a collapse must last
 KEPT = 40  # levels among which the lowest is looked for
 FEWEST = 8  # fewest distances from which to tell what is usual
 UNSURE = 20.0  # so many distances may be half as large as usual
@@ -39,7 +40,7 @@ class SlowRise(Stateful):
 
     __slots__ = (
         "count", "distances", "floor", "half_way", "height", "least", "levels", "lowest", "means",
-        "recent", "since", "total", "usual_of_levels", "usual_of_means",
+        "recent", "since", "total", "usual", "usual_of_levels", "usual_of_means",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -57,7 +58,8 @@ class SlowRise(Stateful):
         self.lowest = math.inf  # smallest of ``means``
         self.total, self.count = 0.0, 0  # of the present block
         self.least = math.inf  # smallest log loss of the present block
-        self.half_way = math.inf  # log loss half-way from ``lowest`` to the smallest rise that counts
+        self.usual = math.inf  # largest loss that is no rise from ``lowest``
+        self.half_way = math.inf  # log loss half-way from ``lowest`` to that
         self.since = 0  # first step above ``half_way`` of the blocks that are above it; 0: none
         self.floor = math.nan  # log of the level from which the loss has risen
         self.height = math.inf  # the loss has risen above this; ∞: it has not risen
@@ -83,7 +85,13 @@ class SlowRise(Stateful):
 
         This also holds for 50 further losses, if none of them is lower than ``baseline``'s level.
         """
-        lowest, early = math.exp(min(self.lowest, self.least)), baseline.early
+        if self.least >= self.lowest:
+            return self.usual
+        return self._usual_below(self.least, baseline, limits)
+
+    def _usual_below(self, log_loss: float, baseline: LossBaseline, limits: Thresholds) -> float:
+        """Return the largest loss that is no rise from ``log_loss``."""
+        lowest, early = math.exp(log_loss), baseline.early
         climb = highest_usual(lowest, limits, baseline.unit)
         return min(climb, early) if lowest < LEARNED * early else climb
 
@@ -97,13 +105,12 @@ class SlowRise(Stateful):
         del means[: -KEPT - HELD + 1], levels[:-KEPT]
         self.lowest, self.least = min(means), math.inf
         self.total, self.count, self.height = 0.0, 0, math.inf
-        climb, early = _climb(self.lowest, baseline, limits), math.log(baseline.early)
-        learned = early + math.log(LEARNED)
-        self.half_way = 0.5 * (self.lowest + (min(climb, early) if self.lowest < learned else climb))
+        self.usual = self._usual_below(self.lowest, baseline, limits)
+        self.half_way = 0.5 * (self.lowest + math.log(self.usual))
         if mean <= self.half_way:
             self.since = 0
             return
-        if self.distances < FEWEST or len(levels) <= 2 * HELD:
+        if self.distances < FEWEST or len(levels) <= STAYS:
             return
         now, floor = min(means[-2:]), min(levels[:-2])
         height = _climb(floor, baseline, limits)
@@ -111,16 +118,15 @@ class SlowRise(Stateful):
         if lower and now > height and now - floor > self._far(0, 2, limits):
             self.floor, self.height = floor, math.exp(height)
             return
-        now, floor = levels[-1 - HELD], min(levels[: -2 * HELD])
-        stays = early < now <= levels[-1] and floor < learned
-        if stays and now - floor > self._far(1, 2 * HELD, limits):
+        now, floor, early = min(levels[-1:-STAYS:-HELD]), min(levels[:-STAYS]), math.log(baseline.early)
+        if early < now and floor < early + math.log(LEARNED) and now - floor > self._far(1, STAYS, limits):
             self.floor, self.height = floor, baseline.early
 
     def _add_distances(self, mean: float, levels: list[float]) -> None:
         """Note how far the last block and the last level are above the lowest level."""
         lowest = min(levels)
         self.recent.append([max(mean - lowest, 0.0), levels[-1] - lowest])
-        self._keep_distances(2 * HELD)
+        self._keep_distances(STAYS)
 
     def _keep_distances(self, newest: int) -> None:
         """Add the distances except the ``newest`` to the usual ones."""
