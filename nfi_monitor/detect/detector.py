@@ -17,7 +17,6 @@ from nfi_monitor.detect.alert_writer import AlertWriter
 from nfi_monitor.detect.attention import Attention, attention_of
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
-from nfi_monitor.detect.loss_baseline import MEMORY
 from nfi_monitor.detect.loss_watch import LossWatch
 from nfi_monitor.detect.mechanism import name_mechanism, outside_cause, with_outside
 from nfi_monitor.detect.outside import Outside, OutsideWatch
@@ -126,8 +125,9 @@ class Detector:
         old_state, tau = self.spike.state, self._now.context.tau
         # Between full readings only the loss is known. It only shows whether it left its floor.
         only_loss = len(reading.values) == 1 and "loss" in reading.values
-        if not only_loss and self.spike.baseline.readings < MEMORY:  # the unit is found in the first losses
-            self.spike.baseline.nats = self._in_nats
+        if not only_loss:
+            broken = self.signals.broken_by_design
+            self.spike.baseline.find_kind(reading, no_classes=self.context.no_classes, broken=broken)
         loss = self._loss_of(reading)
         state = self.spike.update(reading.step, loss, tau, self.limits)
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
@@ -153,13 +153,6 @@ class Detector:
                 self._causes = causes
         self.phase = judgement.phase
         return judgement
-
-    @property
-    def _in_nats(self) -> bool | None:
-        """Whether the loss is a cross-entropy in nats; None: unknown."""
-        if self.context.no_classes:
-            return False
-        return None if self.signals.broken_by_design else True
 
     def _loss_of(self, reading: Reading) -> float:
         """Return the loss to judge: the reported loss, or else the loss recovered at the head.

@@ -14,7 +14,7 @@ import math
 from typing import Any
 
 from nfi_monitor.detect.smoothing import Stateful
-from nfi_monitor.types import Thresholds
+from nfi_monitor.types import Reading, Thresholds
 
 MEMORY = 50  # losses in the running average and the noise of log loss; before, no slingshot is found
 SLOW_MEMORY = 100  # losses in the slow average; before, a climb must start below ``spike_low``
@@ -24,6 +24,8 @@ HIGHEST_NATS = 20.0  # largest early level of a cross-entropy: that of 500 milli
 VISIBLE = 1e-2
 """Share of ``spike_low`` below which differences are no noise of a climb: a hinge loss jumps between 0 and
 1e-4 U once it fits."""
+DIFFERS = 0.2
+"""Relative difference between an early loss and the head's cross-entropy that shows another loss: a hinge."""
 FREE = 0.3  # a change of log loss up to this updates the averages in full
 
 
@@ -76,6 +78,16 @@ class LossBaseline(Stateful):
     def sigma_visible(self) -> float:
         """Standard deviation of log loss without its smallest differences."""
         return _spread(self.noise_visible, self.excursion_visible)
+
+    def find_kind(self, reading: Reading, *, no_classes: bool, broken: bool) -> None:
+        """Note from an early reading whether the loss is a cross-entropy.
+
+        ``no_classes``: the head has a single output.  ``broken``: the loss breaks the zero-sum by design.
+        """
+        if self.readings < MEMORY:
+            head = reading.get("head_loss")
+            differs = abs(reading.get("loss") - head) > DIFFERS * head
+            self.nats = False if no_classes else None if broken or differs else True
 
     def add(self, log_loss: float, limits: Thresholds) -> None:
         """Add a log loss to the running averages."""
@@ -144,11 +156,18 @@ def highest_usual(loss: float, limits: Thresholds, unit: float = 1.0) -> float:
     return (1.0 - 1e-9) * min(highest_of_each(loss, limits, unit))
 
 
-def highest_of_each(loss: float, limits: Thresholds, unit: float) -> tuple[float, float]:
-    """Return the largest losses that are no climb, and no leap, where the average loss is ``loss``."""
+def highest_of_each(
+    loss: float, limits: Thresholds, unit: float, *, nats: bool | None = True
+) -> tuple[float, float]:
+    """Return the largest losses that are no climb, and no leap, where the average loss is ``loss``.
+
+    ``nats``: the loss is a cross-entropy; None: unknown.
+    """
     climb = min(loss + limits.spike_nats * unit, loss * math.exp(limits.spike_rise))
     leap = loss * 10.0**limits.spike_leap
-    return max(climb, limits.spike_high * unit), max(leap, limits.spike_leap_loss * unit)
+    # A hinge loss that is 0 says nothing about the margins. So the decades above it say nothing, either.
+    visible = limits.spike_leap_loss if nats else limits.spike_low
+    return max(climb, limits.spike_high * unit), max(leap, visible * unit)
 
 
 def _spread(noise: float, excursion: float) -> float:

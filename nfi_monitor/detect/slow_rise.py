@@ -69,6 +69,11 @@ class SlowRise(Stateful):
         state = super().state_dict()
         return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
 
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what ``state_dict`` returned."""
+        super().load_state_dict(state)
+        self.means, self.levels, self.recent = list(self.means), list(self.levels), list(self.recent)
+
     def add(self, step: int, log_loss: float, baseline: LossBaseline, limits: Thresholds) -> None:
         """Add a log loss whose smallest differences are left out."""
         self.total += log_loss
@@ -110,13 +115,15 @@ class SlowRise(Stateful):
         if mean <= self.half_way:
             self.since = 0
             return
-        if self.distances < FEWEST or len(levels) <= STAYS:
+        if len(levels) <= 2:
             return
         now, floor = min(means[-2:]), min(levels[:-2])
         height = _climb(floor, baseline, limits)
         lower = sum(before < now for before in means[-2 - JUST : -2]) >= LOWER * JUST
         if lower and now > height and now - floor > self._far(0, 2, limits):
             self.floor, self.height = floor, math.exp(height)
+            return
+        if len(levels) <= STAYS:
             return
         now, floor, early = min(levels[-1:-STAYS:-HELD]), min(levels[:-STAYS]), math.log(baseline.early)
         if early < now and floor < early + math.log(LEARNED) and now - floor > self._far(1, STAYS, limits):
@@ -140,6 +147,8 @@ class SlowRise(Stateful):
         """Return a distance that is far outside those of means (0) or levels (1), without the ``newest``."""
         recent = [distances[which] for distances in self.recent[:-newest]]
         count = self.distances + len(recent)
+        if count < FEWEST:
+            return math.inf
         usual = (self.distances * (self.usual_of_means, self.usual_of_levels)[which] + sum(recent)) / count
         return limits.spike_sigmas * (1.0 + UNSURE / count) * max(usual, LEAST)
 

@@ -4,9 +4,10 @@ A slingshot is a rise of the loss that is large, far outside the loss's own nois
 losses.  U is the loss's unit: 1 for a loss in nats, else about the loss at which the run began.
 
 - A *leap* is large: three decades above the running average, and above 1e-3 U.  Losses below 1e-7 U count as
-  1e-7 U.
+  1e-7 U.  A loss that is no cross-entropy must get above 1e-2 U.
 - A *climb* is large: a decade or 1 U above the running average, and above 1e-1 U.  From below 1e-2 U these
   are the levels of W. Wu (2024, footnote 6).
+- A rise that only the means of many losses show is found by ``slow_rise.py``.
 
 The running average, the noise and U are those of ``loss_baseline.py``.  High losses that led to nothing raise
 the number of losses that the next rise must last.  In a run that fits its data, hard minibatches give such
@@ -133,10 +134,9 @@ class SpikeDetector(Stateful):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also by an earlier version."""
-        slow_rise = self.slow_rise
         super().load_state_dict(state)
-        self.slow_rise = slow_rise
-        self.slow_rise.load_state_dict(state.get("slow_rise", {}))
+        self.slow_rise = SlowRise()
+        self.slow_rise.load_state_dict(state.get("slow_rise", {}))  # earlier versions had none
         self.baseline.load_state_dict(state)
         if "slow" not in state:  # earlier versions had one average and one noise
             self.recent = self.baseline.last
@@ -151,8 +151,8 @@ class SpikeDetector(Stateful):
         log_loss = math.log(loss if loss > floor else floor)
         if self.baseline.readings >= MEMORY:
             if self._rises_slowly(step, loss, log_loss, limits):
-                self.start, self.peak = self.slow_rise.since, max(self.peak if self.streak else 0.0, loss)
-                self.streak = 2 * LENGTH
+                self.start, self.peak = min(self.slow_rise.since, step), loss
+                self.streak = 2 * LENGTH  # so many losses were high
                 self._begin(log_loss, self.slow_rise.floor, self.slow_rise.height, limits)
                 return
             base = self.baseline.level
@@ -165,11 +165,14 @@ class SpikeDetector(Stateful):
                 or loss * rise > limits.spike_nats * self.baseline.unit
             ) and self._stands_out(step, loss, log_loss, base, limits):
                 if self._is_slingshot(rise, limits):
-                    height = min(highest_of_each(math.exp(base), limits, self.baseline.unit))
-                    self._begin(log_loss, base, height, limits)
+                    self._begin(log_loss, base, min(self._highest_of_each(base, limits)), limits)
                 return  # a starting spike must not raise its own baseline
         self.baseline.add(log_loss, limits)
         self.lone *= FORGETS
+
+    def _highest_of_each(self, base: float, limits: Thresholds) -> tuple[float, float]:
+        baseline = self.baseline
+        return highest_of_each(math.exp(base), limits, baseline.unit, nats=baseline.nats)
 
     def _rises_slowly(self, step: int, loss: float, log_loss: float, limits: Thresholds) -> bool:
         """Return whether this loss completes a slow rise."""
@@ -179,7 +182,7 @@ class SpikeDetector(Stateful):
 
     def _stands_out(self, step: int, loss: float, log_loss: float, base: float, limits: Thresholds) -> bool:
         """Return whether this loss may belong to a slingshot; add it to the streak, and to a burst."""
-        climbs, leaps = highest_of_each(math.exp(base), limits, self.baseline.unit)
+        climbs, leaps = self._highest_of_each(base, limits)
         low = limits.spike_low * self.baseline.unit
         is_low = base < math.log(low)
         if self.baseline.readings < SLOW_MEMORY and not is_low:

@@ -15,11 +15,12 @@ reading begins one if all of these hold:
    - W. Wu's levels (2024): from below 1e-2 to more than 1e-1;
    - tenfold, to more than 1e-1;
    - one nat or more, measured on the loss itself;
-   - a *collapse*: a cross-entropy that had fallen to three quarters of where it began, or lower, is back there.
+   - a *collapse*: a cross-entropy that had fallen to three quarters of its early level is back there.
 4. **It lasts**: two of four readings are that large, or three in a row where only the one nat is reached.
    One hard minibatch is no slingshot.  (Two of four, because a step too long throws the loss up and down.)
    More than half of 20 readings are enough if their median stands out of the medians of 20 readings before:
    a rise may be slow, or each reading within the noise.  A collapse needs 120 of 200 readings.
+   Where readings are some steps apart, a rise also lasts if the next one is more than half of the way up.
 
 A loss that is NaN or infinite is an event for itself.  A slingshot ends when the loss has been low again for
 a while, or, if it does not come back, when the new level has become the normal one.
@@ -48,7 +49,7 @@ SHORT, LONG, RECENT = 50, 200, 150
 LOWER = 0.9
 """Share of the recent readings that are below a slingshot's first."""
 FIRST = 20
-"""Readings whose median is the unit of a loss that is no cross-entropy."""
+"""First steps, the median of whose losses is the early level: the unit of a loss that is no cross-entropy."""
 LEAST_SIGMA = 0.02
 """Smallest noise assumed of a logarithm of the loss."""
 SLOW = 400
@@ -109,7 +110,8 @@ def slingshots(
     loss = np.asarray(losses, dtype=np.float64)
     finite = np.isfinite(loss)
     levels = levels or Levels()
-    early = float(np.median(np.abs(loss[finite][:FIRST]))) if finite.any() else 0.0
+    first = finite & (at < at[0] + FIRST) if len(at) else finite
+    early = float(np.median(np.abs(loss[first]))) if first.any() else 0.0
     if not nats:
         levels = levels.without_tail()
         loss = loss / early if early > 0 else loss
@@ -137,6 +139,7 @@ class _Labeller:
         self.loss = np.where(np.isfinite(loss), loss, math.inf)
         self.log = np.log(np.maximum(self.loss, levels.floor))
         self.recovery = recovery_steps(tau)
+        self.apart = len(steps) > 1 and bool(np.median(np.diff(steps)) > 1)
         self.patience = max(5.0 * tau, 500.0)
         self.quiet: list[int] = []
         """Indices of the readings outside events, since the last change of level."""
@@ -189,9 +192,17 @@ class _Labeller:
         if np.quantile(past[-RECENT:], LOWER) >= self.log[index]:
             return None
         for needed, within, least in self._smallest_rise(past, base):
-            if self._lasts(index, needed, within, least):
+            if self._lasts(index, needed, within, least) or self._checked_twice(index, base, least):
                 return self._back(base, least)
         return None
+
+    def _checked_twice(self, index: int, base: float, least: float) -> bool:
+        """Whether readings that are some steps apart show a rise that lasts from one to the next.
+
+        Two of four such readings would ask for ten steps or more, where two are enough.
+        """
+        ahead = self.log[index : index + 2]
+        return self.apart and len(ahead) == 2 and ahead[0] > least and ahead[1] > 0.5 * (base + least)
 
     def _rises_slowly(self, index: int) -> float | None:
         """Level of an event that is slow, or within the noise of a reading, or a collapse."""
