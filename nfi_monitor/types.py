@@ -184,7 +184,7 @@ class Thresholds:
     oscillation requires: a run that lives at the edge of stability oscillates for good. Higher: less lead."""
 
     # --- what a slingshot is ---------------------------------------------------------------------
-    # Losses are in U: 1 for a loss in nats, else the loss at which the run began (``spike.py``).
+    # Losses are in U: 1 for a loss in nats, else the loss at which the run began (``loss_baseline.py``).
     spike_floor: float = 1e-7
     """Losses below this, in U, count as this. Lower: a leap between losses that do not matter counts."""
     spike_leap: float = 3.0
@@ -192,7 +192,8 @@ class Thresholds:
     slingshots of full batches; in runs that fit minibatches, ordinary losses rise by up to 4. Lower: those
     become slingshots."""
     spike_leap_loss: float = 1e-3
-    """Loss in U that a leap must exceed. Lower: small bursts count as slingshots."""
+    """Loss in U that a leap of a cross-entropy must exceed; another loss must exceed ``spike_low``. Lower:
+    small bursts count as slingshots."""
     spike_low: float = 1e-2
     """Loss in U below which a slingshot ends that was above ``spike_high`` (W. Wu 2024), if the average was
     below this before. Lower: slingshots last longer."""
@@ -206,7 +207,8 @@ class Thresholds:
     one nat (perplexity × 2.7). Lower: a change of the data is a slingshot."""
     spike_sigmas: float = 6.0
     """Smallest mean rise of log loss above its running average in a spike, in standard deviations; each loss
-    must rise by half of it. Lower: bad minibatches become slingshots."""
+    must rise by half of it. A slow rise must be so many times the usual distance from the lowest level.
+    Lower: bad minibatches become slingshots."""
     spike_burst: float = 1.5
     """Smallest rise in decades of a burst: a rise that is no slingshot, but ends an *imminent* alert as one
     that was right. Lower: noise counts as a burst."""

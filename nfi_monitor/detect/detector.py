@@ -25,7 +25,7 @@ from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES
 from nfi_monitor.detect.signals import Signals, felt_displacement
 from nfi_monitor.detect.situation import RunContext, Situation
 from nfi_monitor.detect.smoothing import Hysteresis
-from nfi_monitor.detect.spike import FALLEN, MEMORY, QUIET, SpikeDetector
+from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
 from nfi_monitor.types import Alert, AlertKind, Outcome, Phase, Reading, Severity, Thresholds
 
 _PHASES = list(Phase)
@@ -102,7 +102,7 @@ class Detector:
     def is_unusual(self, step: int, loss: float) -> bool:
         """Record a loss as soon as it is known; return whether it is a reason to read the next steps."""
         self.outside.update_loss(step, loss)
-        return self.loss_watch.update(step, loss, self.limits, self.spike.unit)
+        return self.loss_watch.update(step, loss, self.limits, self.spike.baseline.unit)
 
     def update_rates(self, step: int, rates: Sequence[float]) -> None:
         """Record the learning rates of an optimizer step, one for each parameter group."""
@@ -124,8 +124,9 @@ class Detector:
         old_state, tau = self.spike.state, self._now.context.tau
         # Between full readings only the loss is known. It only shows whether it left its floor.
         only_loss = len(reading.values) == 1 and "loss" in reading.values
-        if not only_loss and self.spike.readings < MEMORY:  # the unit is found in the first losses
-            self.spike.nats = self._in_nats
+        if not only_loss:
+            broken = self.signals.broken_by_design
+            self.spike.baseline.find_kind(reading, no_classes=self.context.no_classes, broken=broken)
         loss = self._loss_of(reading)
         state = self.spike.update(reading.step, loss, tau, self.limits)
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
@@ -151,13 +152,6 @@ class Detector:
                 self._causes = causes
         self.phase = judgement.phase
         return judgement
-
-    @property
-    def _in_nats(self) -> bool | None:
-        """Whether the loss is a cross-entropy in nats; None: unknown."""
-        if self.context.no_classes:
-            return False
-        return None if self.signals.broken_by_design else True
 
     def _loss_of(self, reading: Reading) -> float:
         """Return the loss to judge: the reported loss, or else the loss recovered at the head.

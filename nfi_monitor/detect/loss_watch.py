@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 
+from nfi_monitor.detect.loss_baseline import MEMORY
 from nfi_monitor.detect.smoothing import Stateful
-from nfi_monitor.detect.spike import MEMORY
 from nfi_monitor.types import Thresholds
 
 FALLS = 8
@@ -52,7 +52,7 @@ class LossWatch(Stateful):
         self.until = 0
 
     def update(self, step: int, loss: float, limits: Thresholds, unit: float = 1.0) -> bool:
-        """Add a loss; return whether it is unusual. ``unit``: the loss's unit (``spike.py``).
+        """Add a loss; return whether it is unusual. ``unit``: the loss's unit (``loss_baseline.py``).
 
         Skip a step that was added before.  Skip NaN and Inf, too: the rule ``non_finite`` alerts about them.
         """

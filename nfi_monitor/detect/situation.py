@@ -7,12 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from nfi_monitor.detect.causes import FORGOTTEN, LEARNED
+from nfi_monitor.detect.loss_baseline import MEMORY
 from nfi_monitor.detect.movement import Movement
 from nfi_monitor.detect.outside import Outside
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.signals import LOWEST_LOSS, Signals
 from nfi_monitor.detect.smoothing import Hysteresis
-from nfi_monitor.detect.spike import MEMORY, SpikeDetector
+from nfi_monitor.detect.spike import SpikeDetector
 from nfi_monitor.types import Evidence, Reading, Thresholds
 
 FEW = 0.41
@@ -113,20 +114,20 @@ class Situation:
     def loss_evidence(self) -> dict[str, Evidence]:
         """The loss that must stand out, with the level that it must exceed; empty where no loss is known."""
         spike, signals = self.spike, self.signals
-        if math.isnan(spike.average) or math.isnan(signals.loss_recent):
+        if math.isnan(spike.baseline.average) or math.isnan(signals.loss_recent):
             return {}
         rise = self.limits.loss_stands_out
         if signals.other_rows:
             recent = signals.loss_recent
             # From the mean absolute difference of two losses to σ of one, and of the average of a few.
-            rise = max(rise, BATCH_SIGMAS * FEW * spike.noise / 1.128)
+            rise = max(rise, BATCH_SIGMAS * FEW * spike.baseline.noise / 1.128)
         else:
             loss = self.reading.get("loss", self.reading.get("head_loss"))
             if not loss >= 0:
                 return {}
             recent = math.log(max(loss, LOWEST_LOSS))
-        crossed = recent - spike.average >= rise
-        floor, level = math.exp(spike.average), math.exp(spike.average + rise)
+        crossed = recent - spike.baseline.average >= rise
+        floor, level = math.exp(spike.baseline.average), math.exp(spike.baseline.average + rise)
         return {"loss": Evidence(math.exp(recent), level, floor, crossed=crossed)}
 
     @property
@@ -155,6 +156,6 @@ class Situation:
 
         Earlier, while the loss falls from its first values, it oscillates too, and goes on falling.
         """
-        low = self.spike.average <= math.log(self.limits.spike_high * self.spike.unit)
+        low = self.spike.baseline.average <= math.log(self.limits.spike_high * self.spike.baseline.unit)
         settles = (self.limits.second_moment_settles if low else self.limits.swing_settles) * self.context.tau
-        return self.spike.readings >= MEMORY and self.step >= settles
+        return self.spike.baseline.readings >= MEMORY and self.step >= settles

@@ -4,18 +4,14 @@ A slingshot is a rise of the loss that is large, far outside the loss's own nois
 losses.  U is the loss's unit: 1 for a loss in nats, else about the loss at which the run began.
 
 - A *leap* is large: three decades above the running average, and above 1e-3 U.  Losses below 1e-7 U count as
-  1e-7 U.
+  1e-7 U.  A loss that is no cross-entropy must get above 1e-2 U.
 - A *climb* is large: a decade or 1 U above the running average, and above 1e-1 U.  From below 1e-2 U these
   are the levels of W. Wu (2024, footnote 6).
+- A rise that only the means of many losses show is found by ``slow_rise.py``.
 
-These rules protect ordinary losses:
-
-- The average is the larger one of two running averages of log loss.  While a loss falls quickly, the slower
-  one is larger.  So a blip on the way down is compared with earlier losses.
-- The noise is the larger one of two scales: the mean change between two losses, and the mean excursion above
-  the average.  A loss without a floor (a GAN) wanders slowly, and only the second scale shows that.
-- High losses that led to nothing raise the number of losses that the next rise must last.  In a run that fits
-  its data, hard minibatches give such losses again and again.
+The running average, the noise and U are those of ``loss_baseline.py``.  High losses that led to nothing raise
+the number of losses that the next rise must last.  In a run that fits its data, hard minibatches give such
+losses again and again.
 
 An event ends when the loss has come back, or when it no longer falls: then it has stayed at a new level,
 which becomes the baseline.  Aftershocks within ``recovered`` τ belong to the same event.
@@ -26,20 +22,20 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from nfi_monitor.detect.loss_baseline import (
+    MEMORY,
+    SLOW_MEMORY,
+    VISIBLE,
+    LossBaseline,
+    highest_of_each,
+    highest_usual,
+)
+from nfi_monitor.detect.slow_rise import LENGTH, SlowRise
 from nfi_monitor.detect.smoothing import Stateful
 from nfi_monitor.types import Thresholds
 
 QUIET, RISEN, FALLEN = "quiet", "risen", "fallen"
 DECADE = math.log(10.0)
-MEMORY = 50  # losses in the running average and the noise of log loss; before, no slingshot is found
-SLOW_MEMORY = 100  # losses in the slow average; before, a climb must start below ``spike_low``
-LONG_MEMORY = 200  # losses in the mean excursion above the average
-FIRST = 9  # number of first losses whose median is the early level
-HIGHEST_NATS = 20.0  # largest early level of a cross-entropy: that of 500 million equal classes
-VISIBLE = 1e-2
-"""Share of ``spike_low`` below which differences are no noise of a climb: a hinge loss jumps between 0 and
-1e-4 U once it fits."""
-FREE = 0.3  # a change of log loss up to this updates the averages in full
 ENOUGH, ENOUGH_HIGH = 0.5, 0.8
 """Share of ``spike_sigmas`` by which each loss must rise, from a low and from a high average. The noise of a
 high loss lasts for many losses, so that they are no independent evidence."""
@@ -62,27 +58,16 @@ class SpikeDetector(Stateful):
     """Judge the loss of every reading; ``state`` is QUIET, RISEN (in the spike) or FALLEN (recovering)."""
 
     __slots__ = (
-        "average", "block", "block_before", "block_change", "block_count", "block_high", "burst_at",
-        "burst_loss_at", "burst_peak", "burst_start", "evidence", "excursion", "excursion_visible",
-        "fallen_at", "first", "floor", "height", "highs", "last", "last_visible", "level", "lone",
-        "nats", "negative", "noise", "noise_visible", "peak", "pending", "pending_start", "readings",
-        "recent", "slow", "start", "state", "stayed", "streak", "streak_readings", "unit",
+        "baseline", "block", "block_before", "block_change", "block_count", "block_high", "burst_at",
+        "burst_loss_at", "burst_peak", "burst_start", "evidence", "fallen_at", "floor", "height", "highs",
+        "level", "lone", "negative", "peak", "pending", "pending_start", "recent", "slow_rise", "start",
+        "state", "stayed", "streak", "streak_readings",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.state = QUIET
-        self.nats: bool | None = True  # the loss is a cross-entropy in nats; None: unknown
-        self.unit = 1.0  # U
-        self.first: list[float] = []  # the first losses, until U is known
-        self.average = math.nan  # running average of log loss
-        self.slow = math.nan  # slower running average of log loss
-        self.noise = 0.0  # mean absolute change of log loss from reading to reading: a trend hardly counts
-        self.excursion = 0.0  # mean of max(log loss − average, 0)
-        self.last = math.nan  # log loss of the last reading
-        self.noise_visible = 0.0  # the same three of the loss without its smallest differences
-        self.excursion_visible = 0.0
-        self.last_visible = math.nan
-        self.readings = 0  # number of readings in the average
+        self.baseline = LossBaseline()
+        self.slow_rise = SlowRise()
         self.lone = 0.0  # fading number of high losses that led to nothing
         self.pending = 0  # high losses since ``pending_start``, which may still lead to a slingshot
         self.pending_start = 0
@@ -114,7 +99,7 @@ class SpikeDetector(Stateful):
         if not math.isfinite(loss) or self.negative:
             return self.state
         if loss < 0.0:
-            if loss <= -limits.spike_low * self.unit:  # a negative loss has no logarithm
+            if loss <= -limits.spike_low * self.baseline.unit:  # a negative loss has no logarithm
                 self.negative = True
                 if self.state == RISEN:
                     self.fallen_at = step
@@ -135,59 +120,84 @@ class SpikeDetector(Stateful):
         """
         if self.state != QUIET or self.streak:
             return -math.inf
-        if self.readings + ahead < MEMORY:
+        if self.baseline.readings + ahead < MEMORY:
             return math.inf
-        return highest_usual(math.exp(max(self.average, self.slow)), limits, self.unit)
+        baseline = self.baseline
+        usual = highest_usual(math.exp(baseline.level), limits, baseline.unit)
+        return min(usual, self.slow_rise.usual_below(baseline, limits))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return name → value of each attribute, those of the baseline among them."""
+        state = super().state_dict()
+        del state["baseline"]
+        return state | self.baseline.state_dict() | {"slow_rise": self.slow_rise.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also by an earlier version."""
         super().load_state_dict(state)
-        self.first = list(self.first)
+        self.slow_rise = SlowRise()
+        self.slow_rise.load_state_dict(state.get("slow_rise", {}))  # earlier versions had none
+        self.baseline.load_state_dict(state)
         if "slow" not in state:  # earlier versions had one average and one noise
-            self.slow, self.recent, self.last_visible = self.average, self.last, self.last
-            self.noise_visible = self.noise
+            self.recent = self.baseline.last
 
     # --- before an event -------------------------------------------------------------------------------
 
     def _look_for_rise(self, step: int, loss: float, limits: Thresholds) -> None:
         """Begin an event if the loss has risen; else update the running averages."""
-        if self.readings < MEMORY:
-            self._find_unit(loss)
-        floor = limits.spike_floor * self.unit
+        if self.baseline.readings < MEMORY:
+            self.baseline.find_unit(loss)
+        floor = limits.spike_floor * self.baseline.unit
         log_loss = math.log(loss if loss > floor else floor)
-        if self.readings >= MEMORY:
-            base = self.average if self.average > self.slow else self.slow
+        if self.baseline.readings >= MEMORY:
+            if self._rises_slowly(step, loss, log_loss, limits):
+                self.start, self.peak = min(self.slow_rise.since, step), loss
+                self.streak = 2 * LENGTH  # so many losses were high
+                self._begin(log_loss, self.slow_rise.floor, self.slow_rise.height, limits)
+                return
+            base = self.baseline.level
             rise = log_loss - base
             # loss · rise is at least the rise of the loss itself. So this holds for every loss that counts.
             if (
                 self.streak
                 or rise > limits.spike_rise
                 or rise > limits.spike_burst * DECADE
-                or loss * rise > limits.spike_nats * self.unit
+                or loss * rise > limits.spike_nats * self.baseline.unit
             ) and self._stands_out(step, loss, log_loss, base, limits):
                 if self._is_slingshot(rise, limits):
-                    self._begin(log_loss, base, limits)
+                    self._begin(log_loss, base, min(self._highest_of_each(base, limits)), limits)
                 return  # a starting spike must not raise its own baseline
-        self._absorb(log_loss, limits)
+        self.baseline.add(log_loss, limits)
+        self.lone *= FORGETS
+
+    def _highest_of_each(self, base: float, limits: Thresholds) -> tuple[float, float]:
+        baseline = self.baseline
+        return highest_of_each(math.exp(base), limits, baseline.unit, nats=baseline.nats)
+
+    def _rises_slowly(self, step: int, loss: float, log_loss: float, limits: Thresholds) -> bool:
+        """Return whether this loss completes a slow rise."""
+        visible = math.log(VISIBLE * limits.spike_low * self.baseline.unit)
+        self.slow_rise.add(step, max(log_loss, visible), self.baseline, limits)
+        return loss > self.slow_rise.height
 
     def _stands_out(self, step: int, loss: float, log_loss: float, base: float, limits: Thresholds) -> bool:
         """Return whether this loss may belong to a slingshot; add it to the streak, and to a burst."""
-        climbs, leaps = _highest_usual(math.exp(base), limits, self.unit)
-        low = limits.spike_low * self.unit
+        climbs, leaps = self._highest_of_each(base, limits)
+        low = limits.spike_low * self.baseline.unit
         is_low = base < math.log(low)
-        if self.readings < SLOW_MEMORY and not is_low:
+        if self.baseline.readings < SLOW_MEMORY and not is_low:
             climbs = math.inf
         rise = log_loss - base
         bursts = rise > limits.spike_burst * DECADE
         if not (loss > climbs or loss > leaps or bursts or self.streak):
             return False
         # In σ of log loss, not of the loss: where the noise is small beside the loss, both are the same.
-        sigmas = rise / _spread(self.noise, self.excursion)
+        sigmas = rise / self.baseline.sigma
         if bursts and sigmas > limits.spike_sigmas:
             self._note_burst(step, loss)
         visible = math.log(VISIBLE * low)
         rise_visible = max(log_loss, visible) - max(base, visible)
-        sigmas_visible = rise_visible / _spread(self.noise_visible, self.excursion_visible)
+        sigmas_visible = rise_visible / self.baseline.sigma_visible
         clear = sigmas_visible >= (ENOUGH if is_low else ENOUGH_HIGH) * limits.spike_sigmas
         leap = loss > leaps and sigmas >= ENOUGH * limits.spike_sigmas
         high = leap or (clear and loss > climbs)
@@ -228,7 +238,7 @@ class SpikeDetector(Stateful):
 
     def _is_slingshot(self, rise: float, limits: Thresholds) -> bool:
         """Return whether the streak is long enough."""
-        noisy = _spread(self.noise, self.excursion) > NOISY
+        noisy = self.baseline.sigma > NOISY
         needed = min(2 + noisy + int(self.lone), MOST_NEEDED)
         if rise < SHALLOW:
             needed = max(needed, LASTING)
@@ -239,68 +249,16 @@ class SpikeDetector(Stateful):
         n = self.streak_readings
         return self.streak >= LASTING and self.evidence + LEAK * n > 1.2 * limits.spike_sigmas * math.sqrt(n)
 
-    def _absorb(self, log_loss: float, limits: Thresholds) -> None:
-        """Update the running averages."""
-        self.readings = readings = self.readings + 1
-        floor = math.log(VISIBLE * limits.spike_low * self.unit)
-        visible = log_loss if log_loss > floor else floor
-        if readings == 1:
-            self.average = self.slow = self.last = log_loss
-            self.last_visible = visible
-            return
-        average = self.average
-        rise, change, slow_rise = log_loss - average, abs(log_loss - self.last), log_loss - self.slow
-        above = visible - (average if average > floor else floor)
-        change_visible = abs(visible - self.last_visible)
-        if readings <= MEMORY:
-            weight = slow_weight = long_weight = 1.0 / readings
-        else:
-            weight = 1.0 / MEMORY
-            slow_weight = 1.0 / (readings if readings < SLOW_MEMORY else SLOW_MEMORY)
-            long_weight = 1.0 / (readings if readings < LONG_MEMORY else LONG_MEMORY)
-            if rise > FREE or change > FREE:
-                # Cap upward updates, so that the first, small steps of a spike do not raise its own baseline.
-                cap = max(3.0 * _spread(self.noise, self.excursion), FREE)
-                cap_visible = max(3.0 * _spread(self.noise_visible, self.excursion_visible), FREE)
-                if rise > cap:
-                    rise, slow_rise = cap, min(slow_rise, cap)
-                if above > cap_visible:
-                    above = cap_visible
-                change = change if change < cap else cap
-                change_visible = change_visible if change_visible < cap_visible else cap_visible
-        self.average = average + weight * rise
-        self.slow += slow_weight * slow_rise
-        self.noise += weight * (change - self.noise)
-        self.noise_visible += weight * (change_visible - self.noise_visible)
-        self.excursion += long_weight * ((rise if rise > 0.0 else 0.0) - self.excursion)
-        self.excursion_visible += long_weight * ((above if above > 0.0 else 0.0) - self.excursion_visible)
-        self.lone *= FORGETS
-        self.last, self.last_visible = log_loss, visible
-
-    def _find_unit(self, loss: float) -> None:
-        """Set the unit from the early level: the median of the first losses."""
-        if len(self.first) < FIRST:
-            self.first.append(loss)
-        early = sorted(self.first)[len(self.first) // 2]
-        if early == 0.0:
-            self.unit = 1.0
-        elif self.nats is False or early > HIGHEST_NATS:
-            self.unit = early
-        else:
-            # If unknown: a regression that begins at .3 has a smaller unit; a language model at 11 has not.
-            self.unit = 1.0 if self.nats else min(early, 1.0)
-
     # --- in an event -----------------------------------------------------------------------------------
 
-    def _begin(self, log_loss: float, base: float, limits: Thresholds) -> None:
-        """Begin an event."""
-        self.floor = math.exp(base)
-        self.height = min(_highest_usual(self.floor, limits, self.unit))
-        if base < math.log(limits.spike_low * self.unit):
-            back = min(self.height, limits.spike_low * self.unit)
+    def _begin(self, log_loss: float, base: float, height: float, limits: Thresholds) -> None:
+        """Begin an event. ``base``: log of the loss before. ``height``: the least loss of a rise."""
+        self.floor, self.height = math.exp(base), height
+        if base < math.log(limits.spike_low * self.baseline.unit):
+            back = min(self.height, limits.spike_low * self.baseline.unit)
         else:
             back = math.sqrt(self.floor * self.height)
-        noisy = math.exp(base + 0.5 * limits.spike_sigmas * _spread(self.noise, self.excursion))
+        noisy = math.exp(base + 0.5 * limits.spike_sigmas * self.baseline.sigma)
         self.level = max(back, min(noisy, self.height))
         self.state, self.stayed, self.highs = RISEN, math.nan, self.streak
         self.streak, self.evidence, self.pending, self.fallen_at = 0, 0.0, 0, self.start
@@ -310,7 +268,7 @@ class SpikeDetector(Stateful):
 
     def _note_peak(self, limits: Thresholds) -> None:
         """Raise the levels of a leap that reaches Wu's upper level: it ends at his lower level."""
-        high, low = limits.spike_high * self.unit, limits.spike_low * self.unit
+        high, low = limits.spike_high * self.baseline.unit, limits.spike_low * self.baseline.unit
         if self.peak > high > self.height:
             self.height, self.level = high, max(self.level, low)
 
@@ -333,13 +291,13 @@ class SpikeDetector(Stateful):
         elif step - self.fallen_at >= recovery_steps(tau, limits):
             self._end()
             return
-        log_loss = math.log(max(loss, limits.spike_floor * self.unit))
+        log_loss = math.log(max(loss, limits.spike_floor * self.baseline.unit))
         self.recent += 0.1 * (log_loss - self.recent)
         self.block += log_loss
-        self.block_change += abs(log_loss - self.last)
+        self.block_change += abs(log_loss - self.baseline.last)
         self.block_count += 1
         self.block_high += high
-        self.last = log_loss
+        self.baseline.last = log_loss
         late = step - self.start > LONGEST
         if self.block_count >= BLOCK or late:
             self._end_block(loss, late=late)
@@ -355,9 +313,8 @@ class SpikeDetector(Stateful):
         if high and (late or mean > self.block_before - STILL_FALLING):
             # The loss stays at a new level, which becomes the baseline.
             self.state, self.stayed = QUIET, loss
-            self.average = self.slow = mean
-            self.noise = self.noise_visible = self.block_change / self.block_count
-            self.excursion = self.excursion_visible = self.noise / (1.128 * 2.507)
+            self.baseline.restart(mean, self.block_change / self.block_count)
+            self.slow_rise.restart()
         elif late:
             # High losses came again and again, and the loss was low in between: that is the run's noise.
             self.lone += MOST_NEEDED
@@ -368,31 +325,10 @@ class SpikeDetector(Stateful):
     def _end(self) -> None:
         """End an event whose loss has come back. What it still lies above the old averages is no new rise."""
         self.state = QUIET
-        self.average, self.slow = max(self.average, self.recent), max(self.slow, self.recent)
+        self.baseline.raise_to(self.recent)
+        self.slow_rise.restart()
         if self.highs <= FEW:
             self.lone += 1.0
-
-
-def highest_usual(loss: float, limits: Thresholds, unit: float = 1.0) -> float:
-    """Return the largest loss that cannot begin a spike, where the average loss is ``loss``."""
-    # Slightly less than the exact limit, because exp and log round.
-    return (1.0 - 1e-9) * min(_highest_usual(loss, limits, unit))
-
-
-def _highest_usual(loss: float, limits: Thresholds, unit: float) -> tuple[float, float]:
-    """Return the largest losses that are no climb, and no leap, where the average loss is ``loss``."""
-    climb = min(loss + limits.spike_nats * unit, loss * math.exp(limits.spike_rise))
-    leap = loss * 10.0**limits.spike_leap
-    return max(climb, limits.spike_high * unit), max(leap, limits.spike_leap_loss * unit)
-
-
-def _spread(noise: float, excursion: float) -> float:
-    """Return σ of log loss from its mean absolute change and its mean excursion above the average."""
-    # Of a normal distribution, σ is the mean absolute difference of two readings / 1.128, and 2.507 times
-    # the mean of the positive part.
-    changes, above = noise / 1.128, 2.507 * excursion
-    spread = changes if changes > above else above
-    return spread if spread > 1e-6 else 1e-6
 
 
 def recovery_steps(tau: float, limits: Thresholds) -> float:

@@ -299,7 +299,7 @@ class StepLoop:
         # Defer losses only in a healthy run of one process, if no sink takes readings.
         may_defer = attention.is_calm and self.membership.exchange is None and not self.reports.listening
         usual_below = detector.spike.usual_below(self.thresholds, TOGETHER + 1) if may_defer else -math.inf
-        self.losses.look_ahead(usual_below, detector.spike.unit)
+        self.losses.look_ahead(usual_below, detector.spike.baseline.unit)
         tau = detector.context.tau
         schedule = self.schedule
         if isinstance(self.every, str) and schedule.decide(self.step, tau, can_reduce=self.can_reduce):

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.host_transfer import HostTransfer
-from nfi_monitor.detect.spike import highest_usual
+from nfi_monitor.detect.loss_baseline import highest_usual
 from nfi_monitor.types import Thresholds
 
 TOGETHER = 32

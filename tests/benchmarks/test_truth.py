@@ -155,6 +155,48 @@ def test_readings_some_steps_apart_are_judged_alike() -> None:
     assert [event.start for event in found] == [1501]
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "found"), [(0.05, 0.02, [1501]), (0.05, 1e-4, []), (0.02, 0.02, [])]
+)
+def test_a_rise_of_the_checked_loss_lasts_from_one_check_to_the_next(
+    first: float, second: float, found: list[int]
+) -> None:
+    """A leap from 4e-5 to 0.05, which is 0.02 five steps later. From 0.02 on there is no leap."""
+    checks = noisy(4e-5, 600)
+    checks[300:303] = first, second, 1e-3
+    events = slingshots(range(1, 3001, 5), checks.tolist(), TAU)
+    assert [event.start for event in events] == found
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_language_model_whose_rise_is_within_the_noise_of_a_reading_has_one(seed: int) -> None:
+    noise = 0.25 * np.random.default_rng(seed).standard_normal(1500)
+    (start,) = starts(np.where(np.arange(1500) < 999, 1.7, 2.95) + noise)
+    assert 995 <= start <= 1005
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_classes_that_are_no_longer_told_apart_are_a_collapse(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    learned = np.interp(np.arange(1500), [0, 50, 800, 850, 1500], [0.7, 0.4, 0.4, 1.0, 1.0])
+    assert len(starts(learned + 0.1 * random.standard_normal(1500))) == 1
+    half = np.interp(np.arange(1500), [0, 50, 800, 850, 1500], [0.7, 0.4, 0.4, 0.6, 0.6])
+    assert starts(half + 0.1 * random.standard_normal(1500)) == []
+
+
+def test_half_a_nat_is_none() -> None:
+    harder = language_model()
+    harder[999:] -= 1.0  # 2.05 → 2.75
+    assert starts(harder) == []
+
+
+def test_a_leap_of_a_loss_that_is_no_cross_entropy_must_get_above_a_hundredth() -> None:
+    loss = spike(noisy(1e-7, 1500), 1000, 5e-3)
+    loss[:30] = 1.0
+    assert starts(loss, nats=False) == [] and starts(loss) == [1000]
+    assert starts(spike(loss, 1000, 2e-2), nats=False) == [1000]
+
+
 def test_too_few_readings_have_none() -> None:
     assert starts(spike(noisy(1e-4, 100), 40, 0.5)) == [] and starts(np.empty(0)) == []
 

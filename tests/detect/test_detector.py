@@ -377,4 +377,4 @@ def test_a_loss_without_classes_is_measured_in_its_early_level(no_classes: bool,
     detector = Detector(context=RunContext(no_classes=no_classes))
     for step in range(1, 100):
         detector.update(Reading(step, {"loss": 40.0 if no_classes else 4.0, "weight_norm": 1.0}))
-    assert detector.spike.unit == unit
+    assert detector.spike.baseline.unit == unit

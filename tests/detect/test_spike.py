@@ -9,7 +9,8 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from nfi_monitor.detect.spike import FALLEN, LONGEST, QUIET, RISEN, SpikeDetector, highest_usual
+from nfi_monitor.detect.loss_baseline import highest_usual
+from nfi_monitor.detect.spike import FALLEN, LONGEST, QUIET, RISEN, SpikeDetector
 from nfi_monitor.types import Thresholds
 
 LIMITS = Thresholds()
@@ -25,7 +26,7 @@ def states(losses: Sequence[float], tau: float = 20.0) -> list[str]:
 
 def events(losses: Sequence[float], tau: float = 1000.0, nats: bool | None = True) -> list[Event]:
     detector = SpikeDetector()
-    detector.nats = nats
+    detector.baseline.nats = nats
     found: list[Event] = []
     inside = False
     for step, loss in enumerate(losses):
@@ -242,7 +243,7 @@ def test_a_loss_of_nats_keeps_its_unit_whatever_it_begins_with() -> None:
         detector = SpikeDetector()
         for step in range(60):
             detector.update(step, first, 20.0, LIMITS)
-        assert detector.unit == 1.0
+        assert detector.baseline.unit == 1.0
 
 
 # --- events ----------------------------------------------------------------------------------------
@@ -329,7 +330,7 @@ def test_nan_is_not_judged() -> None:
 def test_a_loss_below_usual_below_never_begins_anything(losses: list[float], nats: bool) -> None:
     """Thirty losses below the first limit, which each of them may lower, leave the detector quiet."""
     detector = SpikeDetector()
-    detector.nats = nats
+    detector.baseline.nats = nats
     ahead, limit = 30, -math.inf
     for step, loss in enumerate(losses):
         if step % ahead == 0:
@@ -338,7 +339,11 @@ def test_a_loss_below_usual_below_never_begins_anything(losses: list[float], nat
         state = detector.update(step, loss, 20.0, LIMITS)
         if 0 <= loss < limit:
             assert before == (state, detector.streak) == (QUIET, 0)
-            limit = min(limit, highest_usual(loss, LIMITS, detector.unit)) if math.isfinite(limit) else limit
+            limit = (
+                min(limit, highest_usual(loss, LIMITS, detector.baseline.unit))
+                if math.isfinite(limit)
+                else limit
+            )
         else:
             limit = -math.inf
 

@@ -181,7 +181,9 @@ def spike_key() -> str:
         for name, value in Thresholds().to_json().items()
         if name.startswith("spike_") or name == "recovered"
     }
-    return _hash(*(_code(package / f"{name}.py") for name in ("smoothing", "spike")), repr(limits))
+    return _hash(
+        *(_code(package / f"{name}.py") for name in ("smoothing", "loss_baseline", "spike")), repr(limits)
+    )
 
 
 @cache

@@ -8,13 +8,19 @@ reading begins one if all of these hold:
    The rise is more than 6 σ, where σ comes from the differences of neighbouring readings.
 2. **The run has not just come from there.**  Nine in ten of the last 150 quiet readings are lower.  A blip on
    the way down, which goes back to where the loss was some steps ago, is none.
-3. **It is large**, in one of four ways:
-   - a *leap*: at least three decades, to more than 1e-3, where losses below 1e-7 count as 1e-7;
+3. **It is large**, in one of these ways:
+   - a *leap*: at least three decades, to more than 1e-3, where losses below 1e-7 count as 1e-7.  Only a
+     cross-entropy has a tail in which decades mean something.  Another loss must get above 1e-2, below which
+     a slingshot is over;
    - W. Wu's levels (2024): from below 1e-2 to more than 1e-1;
    - tenfold, to more than 1e-1;
-   - half a nat or more, measured on the loss itself.
-4. **It lasts**: two of four readings are that large, or three in a row where only the half nat is reached.
+   - one nat or more, measured on the loss itself;
+   - a *collapse*: a cross-entropy that had fallen to three quarters of its early level is back there.
+4. **It lasts**: two of four readings are that large, or three in a row where only the one nat is reached.
    One hard minibatch is no slingshot.  (Two of four, because a step too long throws the loss up and down.)
+   More than half of 20 readings are enough if their median stands out of the medians of 20 readings before:
+   a rise may be slow, or each reading within the noise.  A collapse needs 120 of 200 readings.
+   Where readings are some steps apart, a rise also lasts if the next one is more than half of the way up.
 
 A loss that is NaN or infinite is an event for itself.  A slingshot ends when the loss has been low again for
 a while, or, if it does not come back, when the new level has become the normal one.
@@ -33,7 +39,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,9 +49,17 @@ SHORT, LONG, RECENT = 50, 200, 150
 LOWER = 0.9
 """Share of the recent readings that are below a slingshot's first."""
 FIRST = 20
-"""Readings whose median is the unit of a loss that is no cross-entropy."""
+"""First steps, the median of whose losses is the early level: the unit of a loss that is no cross-entropy."""
 LEAST_SIGMA = 0.02
 """Smallest noise assumed of a logarithm of the loss."""
+SLOW = 400
+"""Quiet readings within which the lowest level of a slow rise is looked for: the lowest median of 50."""
+SOME, MANY = (11, 20), (120, 200)
+"""(n, of m readings) that must be high in a slow rise, and in a collapse."""
+FURTHER = 2.0
+"""A slow rise is this much farther above the median of those readings than their 95th percentile."""
+LEARNED = 0.75
+"""Share of its early level to which a loss that collapses has fallen."""
 
 
 @dataclass(frozen=True)
@@ -58,12 +72,16 @@ class Levels:
     low: float = 1e-2
     high: float = 1e-1
     ratio: float = 10.0
-    nats: float = 0.5
+    nats: float = 1.0
     sigmas: float = 6.0
 
     def near(self) -> Levels:
         """Levels of a near miss: too small for a slingshot, too large to call an alarm before it false."""
         return Levels(self.floor, 1e2, 0.1 * self.leap_to, 0.1 * self.low, 0.1 * self.high, 5.0, 0.25, 4.0)
+
+    def without_tail(self) -> Levels:
+        """Levels of a loss that is no cross-entropy."""
+        return replace(self, leap_to=max(self.leap_to, self.low))
 
 
 @dataclass(frozen=True)
@@ -91,12 +109,15 @@ def slingshots(
     at = np.asarray(steps, dtype=np.int64)
     loss = np.asarray(losses, dtype=np.float64)
     finite = np.isfinite(loss)
-    if not nats and finite.any():
-        unit = float(np.median(np.abs(loss[finite][:FIRST])))
-        loss = loss / unit if unit > 0 else loss
+    levels = levels or Levels()
+    first = finite & (at < at[0] + FIRST) if len(at) else finite
+    early = float(np.median(np.abs(loss[first]))) if first.any() else 0.0
+    if not nats:
+        levels = levels.without_tail()
+        loss = loss / early if early > 0 else loss
     # Rounding puts a divergence that is nearly 0 below it; a tenth of the lower level is no rounding.
     has_floor = floor and not bool((loss[finite] < -1e-3).mean() > 0.01 if finite.any() else False)
-    return tuple(_Labeller(at, loss, tau, levels or Levels(), has_floor).run())
+    return tuple(_Labeller(at, loss, tau, levels, has_floor, early if nats else math.inf).run())
 
 
 def recovery_steps(tau: float) -> float:
@@ -112,11 +133,13 @@ class _Labeller:
         tau: float,
         levels: Levels,
         has_floor: bool,
+        early: float,
     ) -> None:
-        self.steps, self.levels, self.has_floor = steps, levels, has_floor
+        self.steps, self.levels, self.has_floor, self.early = steps, levels, has_floor, early
         self.loss = np.where(np.isfinite(loss), loss, math.inf)
         self.log = np.log(np.maximum(self.loss, levels.floor))
         self.recovery = recovery_steps(tau)
+        self.apart = len(steps) > 1 and bool(np.median(np.diff(steps)) > 1)
         self.patience = max(5.0 * tau, 500.0)
         self.quiet: list[int] = []
         """Indices of the readings outside events, since the last change of level."""
@@ -157,6 +180,10 @@ class _Labeller:
         levels = self.levels
         if not self.has_floor or self.loss[index] <= levels.leap_to or len(self.quiet) < SHORT:
             return None
+        return self._jumps(index) or self._rises_slowly(index)
+
+    def _jumps(self, index: int) -> float | None:
+        """Level of an event that a few readings show."""
         past = self.log[self.quiet[-LONG:]]
         base = min(float(np.median(past)), float(np.median(past[-SHORT:])))
         # Cheap and necessary; what follows costs more.
@@ -164,13 +191,49 @@ class _Labeller:
             return None
         if np.quantile(past[-RECENT:], LOWER) >= self.log[index]:
             return None
-        lowest = self._smallest_rise(past, base)
-        for needed, within, least in lowest:
-            ahead = self.log[index : index + within]
-            if ahead[0] > least and int((ahead > least).sum()) >= needed:
-                half_way = 0.5 * (base + least)
-                return max(half_way, math.log(levels.low)) if base < math.log(levels.low) else half_way
+        for needed, within, least in self._smallest_rise(past, base):
+            if self._lasts(index, needed, within, least) or self._checked_twice(index, base, least):
+                return self._back(base, least)
         return None
+
+    def _checked_twice(self, index: int, base: float, least: float) -> bool:
+        """Whether readings that are some steps apart show a rise that lasts from one to the next.
+
+        Two of four such readings would ask for ten steps or more, where two are enough.
+        """
+        ahead = self.log[index : index + 2]
+        return self.apart and len(ahead) == 2 and ahead[0] > least and ahead[1] > 0.5 * (base + least)
+
+    def _rises_slowly(self, index: int) -> float | None:
+        """Level of an event that is slow, or within the noise of a reading, or a collapse."""
+        levels, past = self.levels, self.log[self.quiet[-SLOW:]]
+        if len(past) < LONG or np.quantile(past[-RECENT:], LOWER) >= self.log[index]:
+            return None
+        medians = [float(np.median(part)) for part in _parts(past, SHORT)]
+        base = min(medians)
+        usual = math.exp(base)
+        climb = max(math.log(min(usual + levels.nats, usual * levels.ratio)), math.log(levels.high))
+        collapse = math.log(self.early) if 0 < usual < LEARNED * self.early < math.inf else math.inf
+        if self.log[index] <= min(climb, collapse):
+            return None
+        visible = np.maximum(past, math.log(0.01 * levels.high))
+        some = np.array([np.median(part) for part in _parts(visible, SOME[1])])
+        noise = levels.sigmas * max(_sigma(some), LEAST_SIGMA)
+        wander = FURTHER * float(np.quantile(some, 0.95) - np.median(some))
+        for (needed, within), level in ((SOME, climb), (MANY, collapse)):
+            least = max(level, base + noise, float(np.median(some)) + wander)
+            if self._lasts(index, needed, within, least):
+                return self._back(base, level)
+        return None
+
+    def _lasts(self, index: int, needed: int, within: int, least: float) -> bool:
+        ahead = self.log[index : index + within]
+        return bool(ahead[0] > least) and int((ahead > least).sum()) >= needed
+
+    def _back(self, base: float, least: float) -> float:
+        """Log of the level below which the loss has come back."""
+        half_way, low = 0.5 * (base + least), math.log(self.levels.low)
+        return max(half_way, low) if base < low else half_way
 
     def _smallest_rise(self, past: NDArray[np.float64], base: float) -> list[tuple[int, int, float]]:
         """(n, of m readings, log of the loss that n must exceed), one of which makes a slingshot."""
@@ -201,3 +264,9 @@ def _sigma(values: NDArray[np.float64]) -> float:
         return math.inf
     changes = np.diff(values)
     return float(1.4826 * np.median(np.abs(changes - np.median(changes))) / math.sqrt(2.0))
+
+
+def _parts(values: NDArray[np.float64], length: int) -> list[NDArray[np.float64]]:
+    """Split the values into parts of this length, the last ones first; a shorter rest is left out."""
+    ends = range(len(values), length - 1, -length)
+    return [values[end - length : end] for end in ends]
