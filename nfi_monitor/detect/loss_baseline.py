@@ -17,7 +17,7 @@ from nfi_monitor.detect.smoothing import Stateful
 from nfi_monitor.types import Reading, Thresholds
 
 MEMORY = 50  # losses in the running average and the noise of log loss; before, no slingshot is found
-SLOW_MEMORY = 100  # losses in the slow average; before, a climb must start below ``spike_low``
+SLOW_MEMORY = 100  # losses in the slow average; before, a climb from above ``spike_low`` must be a divergence
 LONG_MEMORY = 200  # losses in the mean excursion above the average
 FIRST = 9  # number of first losses whose median is the early level
 HIGHEST_NATS = 20.0  # largest early level of a cross-entropy: that of 500 million equal classes

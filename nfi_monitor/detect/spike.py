@@ -39,6 +39,7 @@ DECADE = math.log(10.0)
 ENOUGH, ENOUGH_HIGH = 0.5, 0.8
 """Share of ``spike_sigmas`` by which each loss must rise, from a low and from a high average. The noise of a
 high loss lasts for many losses, so that they are no independent evidence."""
+DIVERGED = 3.0  # ratio to the highest of the first losses that a climb must reach before SLOW_MEMORY losses
 LEAK = 2.5  # evidence that every loss of a streak must bring, in σ: else the streak ends
 SIGMA_CAP = 10.0  # most that one loss adds to the evidence, in σ: one bad minibatch is no slingshot
 LONGEST_STREAK = 12  # losses within which a streak must become a slingshot
@@ -186,7 +187,8 @@ class SpikeDetector(Stateful):
         low = limits.spike_low * self.baseline.unit
         is_low = base < math.log(low)
         if self.baseline.readings < SLOW_MEMORY and not is_low:
-            climbs = math.inf
+            # While the loss first falls, only a loss far above those at which the run began counts.
+            climbs = max(climbs, DIVERGED * max(self.baseline.first, default=math.inf))
         rise = log_loss - base
         bursts = rise > limits.spike_burst * DECADE
         if not (loss > climbs or loss > leaps or bursts or self.streak):

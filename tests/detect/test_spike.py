@@ -204,6 +204,16 @@ def test_a_loss_without_a_floor_has_no_slingshot(nats: bool | None, seed: int) -
     assert events(wandering(seed), nats=nats) == []
 
 
+@pytest.mark.parametrize(("factor", "found"), [(2.5, 0), (3.5, 1)])
+def test_while_the_loss_first_falls_three_times_the_first_losses_are_a_divergence(
+    factor: float, found: int
+) -> None:
+    """The loss falls from 2.3 and has reached .05 after 70 steps; a blip on the way down stays below."""
+    falls = [2.3 * math.exp(-step / 18) for step in range(70)]
+    assert falls[-1] > LIMITS.spike_low
+    assert len(events([*falls, *[factor * 2.3] * 20])) == found
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_discriminator_that_wins_early_and_is_caught_up_with_has_none(seed: int) -> None:
     rng = random.Random(seed)
