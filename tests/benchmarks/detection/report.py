@@ -62,7 +62,7 @@ CHANGED_SINCE = (
     "After the frozen halves had been read, rules were changed and added: the level of a kick between "
     "minibatches, warnings that led to nothing raise their rule's level, growing oscillations are a risk, "
     "slow rises and collapses are slingshots, an unread corrupt gradient is found in the second moment, and "
-    "what a slingshot of a loss in other units is. The frozen halves were looked at meanwhile, so they are no "
+    "what a slingshot of a loss in other units is. The frozen halves were looked at since, so they are no "
     "blind test any more. The held-out half is one."
 )
 HELD_OUT_AFTER = "7a02bd4"
