@@ -168,14 +168,18 @@ class TensorBoardSink(SinkBase):
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         if self._writer is not None:
-            if self._pending is not None:
-                self._write(*self._pending)
-            self._writer.add_text("nfi/run", info_markdown(info), self._step)
-            self._opened_tab().close(info)
-            self._writer.close()
+            try:
+                if self._pending is not None:
+                    self._write(*self._pending)
+                self._writer.add_text("nfi/run", info_markdown(info), self._step)
+                self._opened_tab().close(info)
+                self._writer.close()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
             self._writer = None
-            if self._lock is not None:
-                self._lock.release()
+        elif self._lock is not None:  # start() was interrupted
+            self._lock.release()
 
     def _open(self) -> SummaryWriter:
         if self._writer is None:
