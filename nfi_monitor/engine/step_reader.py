@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +55,7 @@ class Contents(NamedTuple):
 class StepReader:
     """Read one optimizer step between :meth:`begin` and :meth:`forget`.
 
-    ``failed_parts``: the parts of the monitor that failed.  ``failed(part, error)``: reports an error.
+    ``is_off(part)``: whether a part rests after an error.  ``failed(part, error)``: reports an error.
     ``memory``: the last measured step, with which the next step is compared.
     """
 
@@ -65,11 +64,11 @@ class StepReader:
         reader: OptimizerReader,
         rows: RowAccumulator,
         probe_batch: ProbeBatch | None,
-        failed_parts: AbstractSet[str],
+        is_off: Callable[[str], bool],
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self.reader, self.rows = reader, rows
-        self.failed_parts, self.failed = failed_parts, failed
+        self.is_off, self.failed = is_off, failed
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
         self._before: Any = None
@@ -99,10 +98,11 @@ class StepReader:
         has_rows = bool(packed)
         values: dict[str, Tensor] = {}
         known: dict[str, float] = {}
-        if self._before is not None and "optimizer" not in self.failed_parts:
+        if self._before is not None and not self.is_off("optimizer"):
             try:
                 values, known = self._step_quantities(step)
             except Exception as error:
+                self.memory = None  # the next step must not be compared with what may be the cause
                 self.failed("optimizer", error)
         self.add_probe(values, step)
         loss = losses.mean()
@@ -159,7 +159,7 @@ class StepReader:
 
     def add_probe(self, values: dict[str, Tensor], step: int) -> None:
         """Add the displacement of the probe batch's margins to ``values``, if there is a probe batch."""
-        if self._probe_batch is not None and "probe" not in self.failed_parts:
+        if self._probe_batch is not None and not self.is_off("probe"):
             try:
                 displacement = self._probe_batch.displacement(step)
                 if displacement is not None:
@@ -211,10 +211,11 @@ class StepReader:
         exchange.add_rows(message, self.rows)
         values: dict[str, Tensor] = {}
         weight = None
-        if "optimizer" not in self.failed_parts:
+        if not self.is_off("optimizer"):
             try:
                 weight = self._fill_step(exchange, message, step)
             except Exception as error:
+                self.memory = None  # the next step must not be compared with what may be the cause
                 self.failed("optimizer", error)
         self.add_probe(values, step)
         exchange.add_values(message, values)
