@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from nfi_monitor import Monitor
-from nfi_monitor.open_monitors import is_watched, open_monitors
+from nfi_monitor.registry import open_monitors, watcher
 from tests.forked import Forked
 from tests.runs import mlp
 
@@ -17,8 +17,8 @@ def test_a_monitor_is_found_by_its_model_or_its_optimizer_until_it_closes():
         assert open_monitors(model, others) == open_monitors(other, optimizer) == [monitor]
         assert open_monitors(torch.nn.Sequential(model), others) == [monitor], "inside a larger model"
         assert open_monitors(other, others) == []
-        assert is_watched(model[-1]) and not is_watched(other[-1])
-    assert open_monitors(model, optimizer) == [] and not is_watched(model[-1])
+        assert watcher(model[-1]) is monitor and watcher(other[-1]) is None
+    assert open_monitors(model, optimizer) == [] and watcher(model[-1]) is None
     assert not monitor.watches(model, optimizer)
 
 
@@ -37,7 +37,7 @@ def test_a_forked_process_has_none(tmp_path):
 
         def program() -> None:
             hooks = [*model[-1]._forward_hooks.values(), *optimizer._optimizer_step_post_hooks.values()]
-            print(open_monitors(model, optimizer), is_watched(model[-1]), hooks, monitor.closed)
+            print(open_monitors(model, optimizer), watcher(model[-1]), hooks, monitor.closed)
 
-        assert Forked(program, tmp_path, {}).printed().strip() == "[] False [] True"
+        assert Forked(program, tmp_path, {}).printed().strip() == "[] None [] True"
         assert open_monitors(model, optimizer) == [monitor] and not monitor.closed
