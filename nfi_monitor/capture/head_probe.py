@@ -89,7 +89,7 @@ class HeadProbe(ModelHook):
             if step is None or not isinstance(output, Tensor):
                 return
             if not devices.is_readable(output):
-                self.unreadable += 1
+                self.unreadable += module.training and torch.is_grad_enabled()
                 return
             started = time.perf_counter()
             try:

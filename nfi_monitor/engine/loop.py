@@ -148,10 +148,10 @@ class StepLoop:
         """Return the step to capture in the head's forward pass, or None.
 
         Look for the ranks again before the first step: DDP may wrap the model only after the monitor."""
-        if self.paused or (devices.GRAPHS and self.recorded()):
+        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return None
         membership = self.membership
-        if self.step == 0 and membership.searching and membership.exchange is None and not self.closed:
+        if self.step == 0 and membership.searching and membership.exchange is None:
             membership.share_head(self.head, self._find_ranks())
         return None if self.faults.is_off("rows") else self.wanted_step
 
@@ -181,7 +181,7 @@ class StepLoop:
                 self.faults.failed("loss", error)
 
     def _before_step(self, given: Sequence[Any]) -> None:
-        if self.paused or (devices.GRAPHS and self.recorded()):
+        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return
         if self.recent_snapshots.pending:
             self._complete_snapshot()
@@ -197,7 +197,7 @@ class StepLoop:
         self.schedule.own_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        if self.paused or (devices.GRAPHS and self.recorded()):
+        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return
         started = time.perf_counter()
         self.step += 1
@@ -289,6 +289,7 @@ class StepLoop:
 
     def _note_reading(self, reading: Reading) -> None:
         self.notes.read(reading, self.detector, self.step_reader, self.probe, self.schedule.readings)
+        self.notes.probe_refused(self.step_reader.probe_refused, reading.step)
 
     # --- plan ------------------------------------------------------------------------------------
 

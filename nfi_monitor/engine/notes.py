@@ -120,6 +120,17 @@ class NoteTaker:
             step,
         )
 
+    def probe_refused(self, why: str | None, step: int) -> None:
+        """Note that the probe batch is not used; ``why`` is None if it is."""
+        if why is not None:
+            self.note(
+                "no_probe",
+                f"The batch of probe= is not used: {why}. A rank would wait there for ranks that do not read "
+                "this step. The displacement of margins is not measured; everything else is. Leave probe= "
+                "out, or pass the module inside as the model.",
+                step,
+            )
+
     def cuda_graph(self, step: int) -> None:
         """Note that a CUDA graph is being captured."""
         self.note(

@@ -73,6 +73,7 @@ class StepReader:
         self._probe_batch = probe_batch
         self._before: Any = None
         self._sketch: tuple[int, Tensor] | None = None  # step and rows of the last one with a sharded head
+        self.probe_refused: str | None = None  # why the probe batch cannot be used
         self.loss_bits = 0  # bits of the dtype of the last observed loss; 0: unknown
 
     def add(self, rows: Rows) -> None:
@@ -162,6 +163,7 @@ class StepReader:
         if self._probe_batch is not None and not self.is_off("probe"):
             try:
                 displacement = self._probe_batch.displacement(step)
+                self.probe_refused = self._probe_batch.refused
                 if displacement is not None:
                     values["margin_displacement"] = displacement
             except Exception as error:

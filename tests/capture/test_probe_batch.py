@@ -72,8 +72,15 @@ def test_padding_in_the_targets_is_left_out(padding: int) -> None:
 
 def test_inside_data_parallelism_the_wrapped_model_is_asked() -> None:
     """The wrapper broadcasts buffers: a rank that reads alone would wait for the others for ever."""
-    model = mlp()
-    assert ProbeBatch(nn.DataParallel(model), *batch())._model is model
+    model = Noisy()
+    for wrapped in (nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model))):
+        asked: list[nn.Module] = []
+        handle = model.register_forward_hook(lambda module, *_, asked=asked: asked.append(module))
+        others: list[nn.Module] = []
+        wrapped.register_forward_hook(lambda module, *_, others=others: others.append(module))
+        ProbeBatch(wrapped, *batch()).displacement(1)
+        handle.remove()
+        assert asked == [model] and not others
 
 
 @pytest.mark.parametrize("inputs", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])
