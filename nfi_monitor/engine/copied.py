@@ -9,6 +9,7 @@ from typing import Any
 
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.history import History
@@ -40,7 +41,7 @@ class CopiedLoop:
         self.notes.note("copied_monitor", TEXT, 0)
         self.replays: list[Any] = []
         self.recent_snapshots = SimpleNamespace(snapshots=[])
-        self.losses = SimpleNamespace(observed=[])
+        self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
         self.membership = SimpleNamespace(may_act=lambda step: False)
         self.paused = _Unpaused()
 

@@ -1,7 +1,7 @@
 """Ctrl-C anywhere inside the monitor: the training goes on as without it, or the monitor can be closed.
 
-The interrupt is raised at one line of the package at a time, by a trace function: at line 1, 2, 3 … that runs
-while a monitor attaches, in the steps of a training, or while it closes.
+The interrupt is raised by a trace function, at one line of the package at a time: at each line that runs
+while a monitor attaches, in a step of a training, or while it closes.
 """
 
 from __future__ import annotations
@@ -31,23 +31,27 @@ PACKAGE = str(Path(nfi_monitor.__file__).parent) + os.sep
 STEPS = 4
 
 
-class Interrupt:
-    """Raise KeyboardInterrupt at line number ``at`` of the package that runs inside a ``with`` block."""
+Place = tuple[str, int]
+"""File and line."""
 
-    def __init__(self, at: int | None) -> None:
-        self.at, self.lines, self.where = at, 0, ""
-        self.places: dict[tuple[types.CodeType, int], int] = {}
-        """Each line of the package that ran → its number among all lines that ran."""
+
+class Interrupt:
+    """Raise KeyboardInterrupt where a line of the package is first reached inside a ``with`` block."""
+
+    def __init__(self, at: Place | None) -> None:
+        self.at, self.where = at, ""
+        self.places: dict[Place, None] = {}
+        """All lines of the package that ran, in their order."""
 
     def _called(self, frame: types.FrameType, event: str, _: Any) -> Any:
         return self._line if frame.f_code.co_filename.startswith(PACKAGE) else None
 
     def _line(self, frame: types.FrameType, event: str, _: Any) -> Any:
         if event == "line":
-            self.lines += 1
-            self.places.setdefault((frame.f_code, frame.f_lineno), self.lines)
-            if self.lines == self.at:
-                self.where = f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_lineno}"
+            place = frame.f_code.co_filename, frame.f_lineno
+            self.places[place] = None
+            if place == self.at:
+                self.where = f"{place[0].removeprefix(PACKAGE)}:{place[1]}"
                 raise KeyboardInterrupt
         return self._line
 
@@ -117,7 +121,7 @@ def attach_again(training: Training) -> None:
     assert read_run(training.run_dir).history["loss"][0].tolist()
 
 
-def interrupted_close(at: int | None, folder: Path) -> tuple[Interrupt, str]:
+def interrupted_close(at: Place | None, folder: Path) -> tuple[Interrupt, str]:
     training, interrupt = Training(folder), Interrupt(at)
     monitor = training.attach()
     training.train(monitor)
@@ -139,7 +143,7 @@ def interrupted_close(at: int | None, folder: Path) -> tuple[Interrupt, str]:
     return interrupt, f"{interrupt.where}: {wrong}" if wrong else ""
 
 
-def interrupted_attach(at: int | None, folder: Path) -> tuple[Interrupt, str]:
+def interrupted_attach(at: Place | None, folder: Path) -> tuple[Interrupt, str]:
     training, interrupt = Training(folder), Interrupt(at)
     monitor = None
     try:
@@ -157,7 +161,7 @@ def interrupted_attach(at: int | None, folder: Path) -> tuple[Interrupt, str]:
     return interrupt, f"{interrupt.where}: {wrong}" if wrong else ""
 
 
-def interrupted_step(at: int | None, folder: Path) -> tuple[Interrupt, str]:
+def interrupted_step(at: Place | None, folder: Path) -> tuple[Interrupt, str]:
     training, interrupt = Training(folder), Interrupt(at)
     monitor = training.attach()
     applied = training.train(monitor, interrupt)
@@ -170,7 +174,7 @@ def interrupted_step(at: int | None, folder: Path) -> tuple[Interrupt, str]:
     return interrupt, f"{interrupt.where}: {wrong}" if wrong else ""
 
 
-PHASES: dict[str, Callable[[int | None, Path], tuple[Interrupt, str]]] = {
+PHASES: dict[str, Callable[[Place | None, Path], tuple[Interrupt, str]]] = {
     "attach": interrupted_attach,
     "step": interrupted_step,
     "close": interrupted_close,
@@ -182,13 +186,12 @@ def sweep(phase: str, folder: Path, every: int = 1) -> tuple[int, list[str]]:
 
     Returns the number of interrupts, and what went wrong."""
     PHASES[phase](None, folder / "first")  # imports what is imported late
-    places = sorted(PHASES[phase](None, folder / "all")[0].places.values())[::every]
-    wrong = []
-    for at in places:
-        interrupt, found = PHASES[phase](at, folder / str(at))
+    wrong, count = [], 0
+    for number, place in enumerate(list(PHASES[phase](None, folder / "all")[0].places)[::every]):
+        interrupt, found = PHASES[phase](place, folder / str(number))
         wrong += [found] if found else []
-        assert interrupt.where
-    return len(places), wrong
+        count += bool(interrupt.where)  # a few lines run at some times only
+    return count, wrong
 
 
 @pytest.mark.parametrize("phase", PHASES)

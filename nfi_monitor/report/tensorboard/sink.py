@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor.extras import raise_missing
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.levels import bands_of
 from nfi_monitor.report.sink import SinkBase
@@ -89,9 +90,11 @@ class TensorBoardSink(SinkBase):
             from tensorboard.compat.proto.summary_pb2 import Summary as SummaryProto
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(
-                'TensorBoard files need the tensorboard package: pip install "nfi-monitor[tensorboard]"'
-            ) from error
+            raise_missing(
+                error,
+                ("tensorboard",),
+                'TensorBoard files need the tensorboard package: pip install "nfi-monitor[tensorboard]"',
+            )
         self._proto, self._info = SummaryProto, info
         self._edges = {name: (band.leave, band.enter) for name, band in bands_of(info).items()}
         if self._lock is not None:
