@@ -66,11 +66,14 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Release the lock; the last holder in this process removes the lock file."""
+        if self._key is not None and self._held is None:
+            with contextlib.suppress(OSError):  # acquire() was interrupted, and may have left its file
+                self.acquire()
         if self._key is not None:
             _release(self._key, self._token)
         if self._held is not None:
             self._held.detach()
-        self._held = None
+        self._key = self._held = None
 
     def _lock(self) -> int:
         file = self._path / LOCK
