@@ -117,9 +117,7 @@ class NFICallback(TrainerCallback, ExportableState):
             schedulers=[kwargs["lr_scheduler"]],
             scaler=getattr(kwargs["optimizer"], "scaler", None),
             sinks=[AlertLog(log), *notifiers(args.report_to)],
-            state=from_strict_json(saved.get("nfi_monitor"))
-            if state.global_step and isinstance(saved, dict)
-            else None,
+            state=_resumed(saved) if state.global_step else None,
             native={"args": args, "state": state, "control": control},
         )
         monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
@@ -143,6 +141,14 @@ class NFICallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded("close"):
             self._attachment.close()
+
+
+def _resumed(saved: Any) -> Any:
+    """Return the attachment's state in what :meth:`NFICallback.state` has saved; None without one."""
+    try:
+        return from_strict_json(saved.get("nfi_monitor")) if isinstance(saved, dict) else None
+    except RecursionError:
+        return {"monitor": {"damaged": True}}  # which is refused, with a note
 
 
 _SECOND = (

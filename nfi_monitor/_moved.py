@@ -82,6 +82,7 @@ RENAMED: dict[str, str] = {
     "LOOK_SECONDS": "CHECK_SECONDS",
     "LOWERED": "REDUCTION",
     "check_extra": "check_stateful",
+    "is_watched": "watcher",
     "lingers": "warning_gap",
     "merged": "pack_shards",
     "plain": "as_json",

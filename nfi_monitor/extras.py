@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import NoReturn
 
 
@@ -11,6 +12,14 @@ def raise_missing(error: ImportError, packages: tuple[str, ...], advice: str) ->
     A package that is installed but fails to import (a broken torchvision, a wrong version) needs another
     remedy: its own message names that.
     """
-    if isinstance(error, ModuleNotFoundError) and error.name in packages:
+    top = (error.name or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and top in packages and not _installed(top):
         raise ImportError(advice) from error
     raise error
+
+
+def _installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ValueError:  # it is being imported
+        return True

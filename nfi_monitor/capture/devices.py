@@ -63,15 +63,13 @@ def is_readable(tensor: Tensor) -> bool:
     return not (
         tensor.is_meta
         or isinstance(tensor, FakeTensor)
-        or _dispatch_modes() > 0
-        or _is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
         or _in_functorch(tensor)
         or tensor.layout is torch.jagged
     )
 
 
-_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 0)
-_is_tracing: Callable[[], bool] = getattr(torch._C, "_is_tracing", lambda: False)
 _in_functorch: Callable[[Tensor], bool] = getattr(
     torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False
 )

@@ -83,7 +83,7 @@ class ProbeBatch:
         """
         devices = [self._targets.device] if self._targets.device.type == "cuda" else []
         together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-        guard = _NoCollectives() if together else nullcontext()
+        guard = NoCollectives() if together else nullcontext()
         with torch.no_grad(), torch.random.fork_rng(devices=devices), _in_eval_mode(model), guard:
             output = self._forward(model)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
@@ -118,7 +118,7 @@ class ProbeBatch:
         return call(self._inputs)
 
 
-class _NoCollectives(TorchDispatchMode):
+class NoCollectives(TorchDispatchMode):
     """Raise CommunicatesError where a collective would begin, also one that no class name tells of."""
 
     def __torch_dispatch__(

@@ -66,7 +66,9 @@ def strict_json(value: Any) -> Any:
 
 
 def from_strict_json(value: Any) -> Any:
-    """Return what :func:`strict_json` was given, with lists for tuples."""
+    """Return what :func:`strict_json` was given, with lists for tuples.
+
+    Raises RecursionError for a value that is nested too deeply."""
     if isinstance(value, str):
         return _NON_FINITE.get(value, value)
     if isinstance(value, Mapping):
