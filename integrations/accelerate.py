@@ -7,6 +7,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+from nfi_monitor.extras import raise_missing
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.report.loggers import ScalarLog, notifiers
 
@@ -14,10 +15,12 @@ from .attach import Attachment
 
 try:
     from accelerate import Accelerator
-except ImportError as missing:
-    raise ImportError(
-        'The Accelerate adapter needs accelerate: pip install "nfi-monitor[accelerate]"'
-    ) from missing
+except ImportError as error:
+    raise_missing(
+        error,
+        ("accelerate",),
+        'The Accelerate adapter needs accelerate: pip install "nfi-monitor[accelerate]"',
+    )
 
 STATE = "nfi_monitor.json"
 """The monitor's file in a directory of ``accelerator.save_state``."""

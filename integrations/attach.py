@@ -49,7 +49,7 @@ from torch.optim import Optimizer
 from nfi_monitor.alert_handler import handler_of
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.monitor import Monitor
-from nfi_monitor.open_monitors import open_monitors
+from nfi_monitor.registry import open_monitors
 from nfi_monitor.report.sink import Sink
 from nfi_monitor.types import Alert, AlertKind, AlertState
 

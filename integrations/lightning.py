@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from nfi_monitor.extras import raise_missing
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.report.loggers import AlertLog, ScalarLog, notifiers
 from nfi_monitor.types import Alert, Change
@@ -17,10 +18,10 @@ from .attach import Attachment
 
 try:
     from lightning.pytorch.callbacks import Callback
-except ImportError as missing:
-    raise ImportError(
-        'The Lightning adapter needs lightning: pip install "nfi-monitor[lightning]"'
-    ) from missing
+except ImportError as error:
+    raise_missing(
+        error, ("lightning",), 'The Lightning adapter needs lightning: pip install "nfi-monitor[lightning]"'
+    )
 
 
 class NFICallback(Callback):

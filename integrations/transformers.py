@@ -9,7 +9,9 @@ from __future__ import annotations
 import weakref
 from typing import Any, ClassVar
 
+from nfi_monitor.extras import raise_missing
 from nfi_monitor.monitor import Monitor
+from nfi_monitor.report.json_values import from_strict_json, strict_json
 from nfi_monitor.report.loggers import AlertLog, notifiers
 from nfi_monitor.types import Alert, Change
 
@@ -18,10 +20,12 @@ from .attach import Attachment
 try:
     from transformers import TrainerCallback
     from transformers.trainer_callback import ExportableState
-except ImportError as missing:
-    raise ImportError(
-        'The HuggingFace adapter needs transformers and accelerate: pip install "nfi-monitor[transformers]"'
-    ) from missing
+except ImportError as error:
+    raise_missing(
+        error,
+        ("transformers", "accelerate"),
+        'The HuggingFace adapter needs transformers and accelerate: pip install "nfi-monitor[transformers]"',
+    )
 
 
 class NFICallback(TrainerCallback, ExportableState):
@@ -61,6 +65,7 @@ class NFICallback(TrainerCallback, ExportableState):
         if restored and self in self._made.values():
             return
         self._attachment = Attachment(**options)
+        self._run: weakref.ref[Any] | None = None  # the state of the training that was attached to last
         self._made[max(self._made, default=0) + 1] = self
 
     @property
@@ -76,9 +81,23 @@ class NFICallback(TrainerCallback, ExportableState):
         saved: dict[str, Any] = {}
         with self._attachment.guarded("state"):
             saved = self._attachment.state()
-        return {"args": {"restored": True}, "attributes": {}, "nfi_monitor": saved}
+        # trainer_state.json is read by programs that know no NaN.
+        return {"args": {"restored": True}, "attributes": {}, "nfi_monitor": strict_json(saved)}
+
+    def _first_of(self, state: Any) -> NFICallback | None:
+        """Return the callback that has attached to this training already, or None."""
+        for made in self._made.values():
+            if made._training() and made._run is not None and made._run() is state:
+                return made
+        return None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        first = self._first_of(state)
+        if first is not None and first.monitor is not None:
+            self._attachment.monitor = first.monitor
+            first.monitor.note("second_callback", _SECOND)
+            return
+        self._run = weakref.ref(state)
         saved = state.stateful_callbacks.get(type(self).__name__)
         # A checkpoint from before this callback was added lacks this key, and the next save would need it.
         state.stateful_callbacks[type(self).__name__] = self.state()
@@ -98,7 +117,7 @@ class NFICallback(TrainerCallback, ExportableState):
             schedulers=[kwargs["lr_scheduler"]],
             scaler=getattr(kwargs["optimizer"], "scaler", None),
             sinks=[AlertLog(log), *notifiers(args.report_to)],
-            state=saved.get("nfi_monitor") if state.global_step and isinstance(saved, dict) else None,
+            state=_resumed(saved) if state.global_step else None,
             native={"args": args, "state": state, "control": control},
         )
         monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
@@ -122,3 +141,18 @@ class NFICallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded("close"):
             self._attachment.close()
+
+
+def _resumed(saved: Any) -> Any:
+    """Return the attachment's state in what :meth:`NFICallback.state` has saved; None without one."""
+    try:
+        return from_strict_json(saved.get("nfi_monitor")) if isinstance(saved, dict) else None
+    except RecursionError:
+        return {"monitor": {"damaged": True}}  # which is refused, with a note
+
+
+_SECOND = (
+    "The Trainer has more than one NFICallback. The first one watches this training. The options of the "
+    "others (save_on, stop_on, remedy, on_alert, run_dir) have no effect. Pass one NFICallback with all "
+    "options."
+)

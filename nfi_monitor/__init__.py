@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from nfi_monitor.alert_handler import AlertHandler
     from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError, MonitorError
     from nfi_monitor.monitor import Monitor
+    from nfi_monitor.registry import open_monitors
     from nfi_monitor.remedies.autopilot import Autopilot
     from nfi_monitor.replay.snapshots import Snapshot
     from nfi_monitor.report.sink import SinkBase
@@ -44,6 +45,7 @@ _HOMES = {
     "Monitor": "nfi_monitor.monitor",
     "SinkBase": "nfi_monitor.report.sink",
     "Snapshot": "nfi_monitor.replay.snapshots",
+    "open_monitors": "nfi_monitor.registry",
     **dict.fromkeys(("AlreadyMonitoredError", "HeadNotFoundError", "MonitorError"), "nfi_monitor.errors"),
     **dict.fromkeys(
         ("Alert", "AlertKind", "AlertState", "Change", "Evidence", "Mechanism", "Note", "Outcome", "Phase",
@@ -56,6 +58,7 @@ __all__ = [
     "Alert", "AlertHandler", "AlertKind", "AlertState", "AlreadyMonitoredError", "Autopilot", "Change",
     "Evidence", "HeadNotFoundError", "Mechanism", "Monitor", "MonitorError", "Note", "Outcome", "Phase",
     "Reading", "Severity", "SinkBase", "Snapshot", "Thresholds", "__version__",
+    "open_monitors",
 ]  # fmt: skip
 
 _beside.install()

@@ -40,6 +40,7 @@ MOVED: dict[str, tuple[str, ...]] = {
     "nfi_monitor.measure.shards": ("nfi_monitor.measure.sharded.step",),
     "nfi_monitor.meter": ("nfi_monitor.engine.step_reader",),
     "nfi_monitor.notes": ("nfi_monitor.engine.notes", "nfi_monitor.engine.remarks"),
+    "nfi_monitor.open_monitors": ("nfi_monitor.registry",),
     "nfi_monitor.pool": _EXCHANGE,
     "nfi_monitor.remedies.centering": ("nfi_monitor.remedies.experimental.centering",),
     "nfi_monitor.remedies.penalties": ("nfi_monitor.remedies.experimental.penalties",),
@@ -81,6 +82,7 @@ RENAMED: dict[str, str] = {
     "LOOK_SECONDS": "CHECK_SECONDS",
     "LOWERED": "REDUCTION",
     "check_extra": "check_stateful",
+    "is_watched": "watcher",
     "lingers": "warning_gap",
     "merged": "pack_shards",
     "plain": "as_json",
@@ -98,8 +100,9 @@ _TENSORBOARD = "nfi_monitor.report.tensorboard"
 
 LEFT: dict[str, dict[str, str]] = {
     "nfi_monitor.capture.head": dict.fromkeys(
-        ("HeadProbe", "INERT", "Rows", "classes_of", "rows_of", "whole_rows"), _HEAD_PROBE
-    ),
+        ("HeadProbe", "Rows", "classes_of", "rows_of", "whole_rows"), _HEAD_PROBE
+    )
+    | {"INERT": "nfi_monitor.capture.model_hooks"},
     "nfi_monitor.capture.optimizer": {
         **dict.fromkeys(("StepHooks", "has_closure"), "nfi_monitor.capture.step_hooks"),
         **dict.fromkeys(("choose", "unwrap"), "nfi_monitor.capture.unwrap"),
@@ -151,6 +154,10 @@ class _Moved(ModuleType):
         if found is None:
             raise AttributeError(f"module {self.__name__!r} (moved) has no attribute {name!r}")
         return getattr(*found)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function of the same name: importing ``nfi_monitor.open_monitors`` hides the function."""
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
     def __setattr__(self, name: str, value: Any) -> None:
         found = None if name.startswith("__") else _home_of(self.__name__, name)

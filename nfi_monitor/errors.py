@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class MonitorError(RuntimeError):
     """Base class of everything raised by nfi-monitor."""
@@ -12,4 +14,8 @@ class HeadNotFoundError(MonitorError):
 
 
 class AlreadyMonitoredError(MonitorError):
-    """Another open monitor already watches the same head."""
+    """Another open monitor already watches the same head. ``monitor`` is that monitor."""
+
+    def __init__(self, message: str, monitor: Any = None) -> None:
+        super().__init__(message)
+        self.monitor = monitor

@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +23,14 @@ from nfi_monitor.capture.sampling import local
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.engine import checkpoint, detach
 from nfi_monitor.engine.checks import Options, find_watched
+from nfi_monitor.engine.copied import CopiedLoop
 from nfi_monitor.engine.loop import StepLoop
 from nfi_monitor.engine.port import MOVED_TO_PORT, AdapterPort
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.history import History
 from nfi_monitor.measure.weight_norm import parameter_norms
-from nfi_monitor.open_monitors import open_monitors as open_monitors  # its old place
-from nfi_monitor.open_monitors import register
+from nfi_monitor.registry import open_monitors as open_monitors  # its old place
+from nfi_monitor.registry import register
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.sink import Sink
@@ -116,18 +118,19 @@ class Monitor:
         )  # fmt: skip
         options.check(model)
         found, watched = find_watched(model, optimizer, head)
-        self._loop = StepLoop(self, model, watched, found, options)
-        self.port = AdapterPort(self._loop)
+        loop = self._loop = StepLoop(self, model, watched, found, options)
+        self.port = AdapterPort(loop)
         """The methods for adapters of training frameworks and for remedies."""
-        register(self, self._loop.watched_module)
-        detach.abandon_if_forked(self._loop)
-        handler = handler_of(on_alert)
-        if handler is not None:
-            try:
+        try:
+            register(self, loop.watched_module)
+            detach.abandon_if_forked(loop)
+            loop.attach(options)
+            handler = handler_of(on_alert)
+            if handler is not None:
                 handler.attach(self)
-            except BaseException:
-                self.close()
-                raise
+        except BaseException:
+            self.close()
+            raise
 
     # --- capture ---------------------------------------------------------------------------------
 
@@ -317,7 +320,7 @@ class Monitor:
 
         For code that trains the model and restores it afterwards, such as a replay.
         """
-        return self._loop.pause()
+        return self._loop.paused.block()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state in plain types, for the run's checkpoint.
@@ -333,6 +336,20 @@ class Monitor:
     def close(self) -> None:
         """Detach all hooks and finish the reports. A second call does nothing."""
         detach.close(self._loop)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Monitor:
+        """Return a closed monitor without results: a copy of the model trains in nobody's run."""
+        copied = object.__new__(type(self))
+        copied._loop = cast(Any, CopiedLoop())
+        copied.port = AdapterPort(copied._loop)
+        return copied
+
+    def __copy__(self) -> Monitor:
+        return self
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Save a remark in place of the monitor, so that a model that keeps it loads anywhere."""
+        return OrderedDict, ([("nfi_monitor", "a monitor is not saved with its model: attach a new one")],)
 
     def __enter__(self) -> Monitor:
         return self

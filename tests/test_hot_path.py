@@ -126,7 +126,7 @@ def looked_at(monitor: Monitor, operations: Operations):
         own = hook.__module__.startswith("nfi_monitor.")
         return register(tensor, within(hook) if own else hook)
 
-    steps = monitor._loop.handles[0]
+    steps = monitor._loop.hooks.step
     steps._before, steps._after = (within(originals[name]) for name in originals)
     monitor._loop.probe._deliver = within(deliver)
     type(monitor._loop.probe).__call__ = lambda self, *arguments: within(probe_call.__get__(self))(*arguments)

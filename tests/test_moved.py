@@ -50,6 +50,7 @@ OLD: dict[str, str] = {
     ),
     "meter": "Contents Meter full_precision",
     "notes": "FLOAT32_MARGIN PATIENCE NoteTaker",
+    "open_monitors": "OpenMonitor register unregister is_watched open_monitors",
     "pool": (
         "LAG PROBE_ELEMENTS ROW_SLOTS ROW_NUMBERS FLAGS Shape Shares survey Layout Reduced Message Packed "
         "Pool"

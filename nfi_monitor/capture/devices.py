@@ -5,12 +5,13 @@ To read a number of a tensor on an accelerator, the training would have to wait,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 GRAPHS = torch.backends.cuda.is_built()
 """Whether this torch supports CUDA graphs. If not, no hook checks whether a graph is being captured."""
@@ -50,6 +51,28 @@ def capturing() -> bool:
     fail.
     """
     return GRAPHS and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return whether a tensor has numbers of its own, which only the training's program sees.
+
+    False for a tensor on the meta device, for one inside ``vmap`` or ``torch.func.grad``, while a pass is
+    traced, and under a dispatch mode (fake tensors, ``make_fx``, a counter of FLOPs): the mode would also see
+    what the monitor computes.
+    """
+    return not (
+        tensor.is_meta
+        or isinstance(tensor, FakeTensor)
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._is_tracing()
+        or _in_functorch(tensor)
+        or tensor.layout is torch.jagged
+    )
+
+
+_in_functorch: Callable[[Tensor], bool] = getattr(
+    torch._C._functorch, "is_functorch_wrapped_tensor", lambda tensor: False
+)
 
 
 def full_precision(tensor: Tensor | None) -> Any:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import own_parameter
+from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import local, offset, row_stride
 from nfi_monitor.capture.sharding import ClassShard, class_shard
@@ -37,12 +38,11 @@ Sampler = Callable[[Tensor], Tensor]
 """Takes the sampled rows of a tensor: [..., K or d] → [n, K or d]."""
 
 
-class HeadProbe:
+class HeadProbe(ModelHook):
     """Hook the head's forward pass, and deliver its rows in the backward pass.
 
-    Copies and pickles of the model get a hook that does nothing.  With a bound method as hook,
-    ``deepcopy(model)`` and ``torch.save(model)`` would copy the monitor.  The copy of an EMA would then
-    report its rows as rows of the run.
+    It is an object of its own, and no bound method: a copy of the model, such as an EMA, must neither copy
+    the monitor nor report its rows as rows of the run.
     """
 
     def __init__(
@@ -61,6 +61,8 @@ class HeadProbe:
         self.delivered = 0
         self.fired_without_gradient = 0
         self.traced = 0
+        self.traced_backward = 0
+        self.unreadable = 0  # forward passes of tensors without numbers of their own
         self.tapped = False
         self.plan = ReadingPlan()
         self.can_reduce = False  # whether a reduced sample would have fewer rows
@@ -68,7 +70,6 @@ class HeadProbe:
         self.dtype: torch.dtype | None = None  # of the watched logits
         self.sharded = 0  # number of sharded logits that could not be read
         self._features: Tensor | None = None
-        self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
     @property
     def level(self) -> str:
@@ -85,7 +86,10 @@ class HeadProbe:
             return
         try:
             step = self._wanted()
-            if step is None or not isinstance(output, Tensor) or _inside_functorch(output):
+            if step is None or not isinstance(output, Tensor):
+                return
+            if not devices.is_readable(output):
+                self.unreadable += module.training and torch.is_grad_enabled()
                 return
             started = time.perf_counter()
             try:
@@ -115,7 +119,7 @@ class HeadProbe:
         self.tapped = True
         features, self._features = self._features, None
         step = self._wanted()
-        if step is None or _inside_functorch(logits):
+        if step is None or not devices.is_readable(logits):
             return
         if torch.is_grad_enabled() and logits.requires_grad:
             started = time.perf_counter()
@@ -193,7 +197,13 @@ class HeadProbe:
         def on_gradient(grad: Tensor | None) -> None:
             # Some compiled outer graphs call tensor hooks with None.  If logits were tapped after this
             # forward pass, the tapped tensor reports the rows.
+            # Compiled autograd traces this hook: a graph break would be an error under fullgraph=True.
             if grad is None or self.tapped is not tapped:
+                return
+            if torch.compiler.is_compiling():
+                self.traced_backward = 1
+                return
+            if not devices.is_readable(grad):  # only the backward pass is traced
                 return
             started = time.perf_counter()
             try:
@@ -219,17 +229,6 @@ class HeadProbe:
     def forget(self) -> None:
         """Drop features whose logits were never tapped."""
         self._features = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return INERT[0](*INERT[1])  # type: ignore[no-any-return]
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return INERT
-
-
-INERT: tuple[Callable[..., Any], tuple[Any, ...]] = (getattr, (nullcontext(), "__exit__"))
-"""The hook of a copied or unpickled model, as (function, arguments).  It returns None for any arguments.  It
-is from the standard library, so a saved model can be loaded without this package."""
 
 
 def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
@@ -273,9 +272,3 @@ def classes_of(tensor: Any, shard: ClassShard) -> Tensor | None:
     if whole.shape[-1] == shard.outputs:
         return whole.narrow(-1, shard.first, shard.classes)
     return whole if whole.shape[-1] == shard.classes else None
-
-
-def _inside_functorch(tensor: Tensor) -> bool:
-    """Return whether the tensor is wrapped (by vmap or torch.func.grad): then its rows cannot be read."""
-    wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
-    return bool(wrapped is not None and wrapped(tensor))

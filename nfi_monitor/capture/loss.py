@@ -12,14 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture.head_probe import INERT
+from nfi_monitor.capture import devices
+from nfi_monitor.capture.model_hooks import ModelHook
 
 COUNT = "num_items_in_batch"
 """Keyword with which a HuggingFace trainer passes the number of items in all micro-batches of a step.  The
 model's loss is then a share of the step's loss, not a mean: the shares must be added."""
 
 
-class LossProbe:
+class LossProbe(ModelHook):
     """Hook the model's forward pass: call ``deliver(loss, share)`` with each training loss, a 0-d tensor."""
 
     def __init__(
@@ -28,7 +29,6 @@ class LossProbe:
         self._deliver = deliver
         self._failed = failed
         self._compiled: tuple[Tensor, bool] | None = None
-        self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -42,7 +42,7 @@ class LossProbe:
             return
         try:
             loss = loss_of(output)
-            if loss is not None:
+            if loss is not None and devices.is_readable(loss):
                 self._deliver(loss, kwargs.get(COUNT) is not None)
         except Exception as error:
             self._failed("loss", error)
@@ -50,14 +50,8 @@ class LossProbe:
     def collect(self) -> None:
         """Deliver the loss that a compiled forward pass has stored. Call it after each micro-batch."""
         left, self._compiled = self._compiled, None
-        if left is not None:
+        if left is not None and devices.is_readable(left[0]):  # torch.export leaves a fake tensor
             self._deliver(*left)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return INERT[0](*INERT[1])  # type: ignore[no-any-return]
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return INERT
 
 
 def loss_of(output: Any) -> Tensor | None:

@@ -6,45 +6,61 @@ nothing.  A forward pass of a fixed batch shows the whole displacement, and cost
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfi_monitor.capture.tensor_text import from_text, to_text
 from nfi_monitor.measure.displacement import margin_displacement, probe_margins
+
+_COMMUNICATE = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+"""Classes of modules whose forward pass waits for the other ranks."""
+
+
+class CommunicatesError(RuntimeError):
+    """The model's forward pass would wait for other ranks, or make them wait."""
 
 
 class ProbeBatch:
     """Measure margins of a fixed batch. Rows whose target is no class of the model are left out.
 
-    Raises ValueError for targets that are not integer labels, and for a model that is sharded over ranks.
+    A rank decides on its readings alone, so this forward pass must not wait for other ranks.  Of a model
+    inside ``DistributedDataParallel`` or ``torch.compile``, the inner module is used.  ``refused`` says why
+    a model cannot be probed; None: it can, so far.
+
+    Raises ValueError for targets that are not integer labels.
     """
 
     def __init__(self, model: nn.Module, inputs: Any, targets: Tensor) -> None:
         if not isinstance(targets, Tensor) or targets.is_floating_point():
             raise ValueError("probe=(inputs, targets): targets must be a tensor of integer labels.")
-        if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
-            raise ValueError(
-                "probe= cannot be used on a model that is sharded over ranks: its forward communicates, and "
-                "each rank decides on its readings alone. Leave it out."
-            )
-        # Use the module inside DDP: the wrapper's forward pass broadcasts buffers, which only all ranks
-        # together may do.
-        wrapped = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
-        self._model: nn.Module = model.module if wrapped else model  # type: ignore[assignment]
+        self._model = model
         self._inputs = inputs
         self._targets = targets
         self._margins: Tensor | None = None
         self._step = 0
+        self.refused: str | None = None
 
     def displacement(self, step: int) -> Tensor | None:
         """Return the largest margin change per optimizer step since the last call, in nats.
 
-        Returns None at the first call, and for a model with one output, which has no margin.
+        Returns None at the first call, for a model with one output, which has no margin, and for a model that
+        is refused.
         """
-        margins = self._measure()
+        model = _inside(self._model)
+        self.refused = self.refused or _refusal(model)
+        if self.refused:
+            return None
+        try:
+            margins = self._measure(model)
+        except CommunicatesError as error:
+            self.refused = str(error)
+            return None
         if margins is None:
             return None
         before, last = self._margins, self._step
@@ -60,22 +76,16 @@ class ProbeBatch:
         self._step = int(state["step"])
         self._margins = None if margins is None else from_text(margins, self._targets.device)
 
-    def _measure(self) -> Tensor | None:
+    def _measure(self, model: nn.Module) -> Tensor | None:
         """Return the margins from a forward pass in eval mode.
 
         It has no dropout, and changes neither running statistics nor the random state.
         """
-        model = self._model
-        modes = [(module, module.training) for module in model.modules()]
         devices = [self._targets.device] if self._targets.device.type == "cuda" else []
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
-            try:
-                for module, _ in modes:
-                    module.training = False
-                output = self._forward()
-            finally:
-                for module, mode in modes:
-                    module.training = mode
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        guard = NoCollectives() if together else nullcontext()
+        with torch.no_grad(), torch.random.fork_rng(devices=devices), _in_eval_mode(model), guard:
+            output = self._forward(model)
         if isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
             output = output[0]
         logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -97,9 +107,68 @@ class ProbeBatch:
             torch.zeros_like(logits[:, 0].float()),
         )
 
-    def _forward(self) -> Any:
+    def _forward(self, model: nn.Module) -> Any:
+        # model.compile() compiles the call: it would be compiled once more, for this batch and eval mode.
+        compiled = getattr(model, "_compiled_call_impl", None) is not None
+        call: Callable[..., Any] = model._call_impl if compiled else model
         if isinstance(self._inputs, Mapping):
-            return self._model(**self._inputs)
+            return call(**self._inputs)
         if isinstance(self._inputs, (tuple, list)):
-            return self._model(*self._inputs)
-        return self._model(self._inputs)
+            return call(*self._inputs)
+        return call(self._inputs)
+
+
+class NoCollectives(TorchDispatchMode):
+    """Raise CommunicatesError where a collective would begin, also one that no class name tells of."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional", "_c10d_functional_autograd"):
+            raise CommunicatesError(f"its forward pass communicates with other ranks ({func})")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Set every module to eval mode for a block, and back to its own mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            _set_modes(modes)
+    finally:
+        _set_modes(modes)  # once more: Ctrl-C may have ended the first
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    for module, mode in modes:
+        module.training = mode
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """Return the module inside data parallelism and ``torch.compile``, whose own forward pass differs.
+
+    DDP's broadcasts buffers, which only all ranks together may do.  A compiled one would be compiled again.
+    """
+    while True:
+        parallel = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
+        inner = model._modules.get("module" if parallel else "_orig_mod")
+        if inner is None:
+            return model
+        model = inner
+
+
+def _refusal(model: nn.Module) -> str | None:
+    """Return why a forward pass of the model communicates, as far as its modules tell; else None."""
+    for name, module in model.named_modules():
+        kind = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _COMMUNICATE), None)
+        if kind is not None:
+            where = f" ({name!r})" if name else ""
+            return f"the model holds a {kind}{where}, whose forward pass communicates with other ranks"
+    if any(hasattr(parameter, "to_local") for parameter in model.parameters()):
+        return "the model is sharded over ranks, and its forward pass communicates"
+    return None

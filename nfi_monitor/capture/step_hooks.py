@@ -17,8 +17,9 @@ def has_closure(given: Sequence[Any]) -> bool:
 class StepHooks:
     """Call ``before(arguments of the step)`` and ``after()`` around each ``optimizer.step()``.
 
-    Any error of both goes to ``failed("step", error)``, so that it cannot stop the training.  ``remove`` and
-    ``serve`` may be called from inside them, for example by an ``on_alert`` that closes its monitor.
+    ``install`` registers the hooks.  Any error of both goes to ``failed("step", error)``, so that it cannot
+    stop the training.  ``remove`` and ``serve`` may be called from inside them, for example by an
+    ``on_alert`` that closes its monitor.
     """
 
     def __init__(
@@ -29,36 +30,39 @@ class StepHooks:
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self._before, self._after, self._failed = before, after, failed
+        self._optimizer: Optimizer | None = optimizer
         self._inside: int | None = None  # 0 or 1 while the first or second hook is running
         self._removed = False
+        self._handles: list[Any] = []
 
-        def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._inside = 0
-            try:
+    def install(self) -> None:
+        """Register both hooks."""
+
+        def around(which: int, work: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Any:
+            def hook(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 try:
-                    self._before((*args, *kwargs.values()) if kwargs else args)
+                    try:
+                        self._inside = which
+                        work(args, kwargs)
+                    finally:
+                        self._leave_hook()
+                except Exception as error:
+                    self._failed("step", error)
                 finally:
-                    self._leave_hook()
-            except Exception as error:
-                self._failed("step", error)
+                    self._inside = None  # also if Ctrl-C interrupts _leave_hook
 
-        def post(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._inside = 1
-            try:
-                try:
-                    self._after()
-                finally:
-                    self._leave_hook()
-            except Exception as error:
-                self._failed("step", error)
+            return torch.compiler.disable(hook)  # a compiled step must not trace the monitor
 
-        # A compiled step must not trace the monitor.
-        pre, post = torch.compiler.disable(pre), torch.compiler.disable(post)
+        def pre(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._before((*args, *kwargs.values()) if kwargs else args)
 
-        self._handles = [
-            optimizer.register_step_pre_hook(pre),
-            optimizer.register_step_post_hook(post),
-        ]
+        def post(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._after()
+
+        optimizer, self._optimizer = self._optimizer, None
+        if optimizer is not None:
+            self._handles.append(optimizer.register_step_pre_hook(around(0, pre)))
+            self._handles.append(optimizer.register_step_post_hook(around(1, post)))
 
     def serve(
         self,
@@ -74,7 +78,7 @@ class StepHooks:
         self._removed = True
         if self._inside is None:
             for handle in self._handles:
-                handle.remove()
+                handle.remove()  # a second time it does nothing
 
     def _leave_hook(self) -> None:
         """Remove the hooks at the end of one of them, if ``remove`` was called inside or before.
@@ -84,7 +88,7 @@ class StepHooks:
         and does nothing.
         """
         inside, self._inside = self._inside, None
-        if not self._removed or inside is None:
+        if not self._removed or inside is None or len(self._handles) < 2:
             return
         hooks, own = self._handles[inside].hooks_dict_ref(), self._handles[inside].id
         if inside == 0 or (hooks and next(reversed(hooks)) == own):

@@ -15,8 +15,8 @@ from nfi_monitor.alert_handler import AlertHandler
 from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.unwrap import choose
 from nfi_monitor.errors import AlreadyMonitoredError
-from nfi_monitor.open_monitors import is_watched
 from nfi_monitor.ranks import processes
+from nfi_monitor.registry import watcher
 from nfi_monitor.replay.snapshots import check_stateful
 from nfi_monitor.report.sink import Sink
 from nfi_monitor.report.sinks import check_sink
@@ -95,10 +95,14 @@ def find_watched(
     """
     found = None if isinstance(head, bool) else find_head(model, head)
     chosen = choose(optimizer, found)
-    if is_watched(model if found is None else found.module):
+    earlier = watcher(model if found is None else found.module)
+    if earlier is not None:
         where = found.describe() if found is not None else type(model).__name__
         raise AlreadyMonitoredError(
-            f"{where} is already watched by an open monitor. Close it first (monitor.close(), or leave "
-            "its with block): one monitor sees everything that two would see."
+            f"{where} is already watched by an open monitor, at step {earlier.step}: one monitor sees "
+            "everything that two would see. Close it first: monitor.close(), or leave its with block. If no "
+            "variable holds it any more: for monitor in nfi_monitor.open_monitors(): monitor.close(). This "
+            "error's attribute 'monitor' is that monitor.",
+            earlier,
         )
     return found, chosen

@@ -1,13 +1,14 @@
-"""Detach a loop from its training: at ``close()``, and in a forked process."""
+"""Detach a loop from its training: at ``close()``, after an attach that failed, and in a forked process."""
 
 from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
 
 from nfi_monitor.engine.loop import StepLoop
-from nfi_monitor.open_monitors import unregister
+from nfi_monitor.registry import unregister
 from nfi_monitor.types import Change
 
 _LOOPS: weakref.WeakSet[StepLoop] = weakref.WeakSet()
@@ -21,39 +22,76 @@ def abandon_if_forked(loop: StepLoop) -> None:
 def close(loop: StepLoop) -> None:
     """Detach all hooks and finish the reports. Calling it again does nothing.
 
-    Each part is guarded, so that an error in one part does not stop the others from detaching.
+    An error in one part is reported, and the other parts still run.  Ctrl-C ends the part in which it
+    arrives; the others still run, and the interrupt is raised at the end.  Calling ``close`` again then
+    repeats what was interrupted.
     """
-    if loop.closed:
+    # A callback or a sink may call close() from inside it.
+    if loop.closing or (loop.closed and not loop.endings):
         return
-    loop.closed = True
-    guarded = loop.faults.guarded
-    with guarded("close"):
-        if loop.membership.leave(loop.handles[0], loop.step, loop.detector):
-            del loop.handles[0]
-    for handle in loop.handles:
-        with guarded("close"):
-            handle.remove()
-    loop.handles.clear()
-    for ending in loop.close_callbacks:
-        with guarded("close"):
-            ending()
-    loop.close_callbacks.clear()
-    _LOOPS.discard(loop)
-    with guarded("close"):
-        unregister(loop.owner, loop.watched_module)
-    with guarded("close"):
-        loop.judge.settle()
-        loop.recent_snapshots.close()
-    with guarded("close"):
-        loop.schedule.finish()
-    with guarded("close"):
-        loop.step_reader.release()
-    with guarded("close"):  # an error here must not hide an exception of the user's code
-        _finish_reports(loop)
-    with guarded("close"):
-        loop.judge.release()
-    # The user may keep the monitor for its history: it must not keep the model and the optimizer alive.
-    del loop.owner, loop.model, loop.optimizer, loop.reader, loop.head, loop.stateful
+    try:
+        loop.closing = True
+        if not loop.closed:
+            loop.endings = list(_ENDINGS)
+            loop.closed = True
+        _run_endings(loop)
+    finally:
+        loop.closing = False
+
+
+def _run_endings(loop: StepLoop) -> None:
+    interrupt: BaseException | None = None
+    for ending in list(loop.endings):
+        if ending is _release_references and interrupt is not None:
+            break
+        try:
+            with loop.faults.guarded("close"):
+                ending(loop)
+        except BaseException as raised:
+            interrupt = interrupt or raised
+        else:
+            loop.endings.remove(ending)
+    if interrupt is not None:
+        raise interrupt
+
+
+def _remove_hooks(loop: StepLoop) -> None:
+    loop.hooks.remove_forward()
+
+
+def _unregister(loop: StepLoop) -> None:
+    """Let a new monitor attach."""
+    unregister(loop.owner, loop.watched_module)
+
+
+def _leave_ranks(loop: StepLoop) -> None:
+    """Leave the other ranks, which may take until their timeout, and remove the optimizer's hooks."""
+    handed_over = False
+    try:
+        handed_over = loop.membership.leave(loop.hooks.step, loop.step, loop.detector)
+    finally:
+        if not handed_over:
+            loop.hooks.step.remove()
+
+
+def _call_back(loop: StepLoop) -> None:
+    while loop.close_callbacks:
+        with loop.faults.guarded("close"):
+            loop.close_callbacks[0]()
+        loop.close_callbacks.pop(0)
+
+
+def _settle(loop: StepLoop) -> None:
+    loop.judge.settle()
+    loop.recent_snapshots.close()
+
+
+def _finish_schedule(loop: StepLoop) -> None:
+    loop.schedule.finish()
+
+
+def _release_tensors(loop: StepLoop) -> None:
+    loop.step_reader.release()
 
 
 def _finish_reports(loop: StepLoop) -> None:
@@ -68,14 +106,33 @@ def _finish_reports(loop: StepLoop) -> None:
         reports.close(loop.info(), loop.summary())
 
 
+def _release_judge(loop: StepLoop) -> None:
+    loop.judge.release()
+
+
+def _release_references(loop: StepLoop) -> None:
+    """Release model and optimizer: the user may keep the monitor for its history."""
+    for name in ("owner", "model", "optimizer", "reader", "head", "stateful"):
+        vars(loop).pop(name, None)
+    _LOOPS.discard(loop)
+
+
+_ENDINGS: tuple[Callable[[StepLoop], None], ...] = (
+    _remove_hooks, _unregister, _leave_ranks, _call_back, _settle, _finish_schedule, _release_tensors,
+    _finish_reports, _release_judge, _release_references,
+)  # fmt: skip
+"""The parts of :func:`close`, in their order.  Each may run twice."""
+
+
 def _abandon_all() -> None:
     """Detach all loops without any report: the files and the other ranks belong to the parent process."""
     for loop in list(_LOOPS):
         loop.closed = True
-        for handle in loop.handles:
-            with suppress(Exception):
-                handle.remove()
-        loop.handles.clear()
+        loop.endings.clear()
+        with suppress(Exception):
+            loop.hooks.remove_forward()
+        with suppress(Exception):
+            loop.hooks.step.remove()
         loop.reports.sinks.clear()
     _LOOPS.clear()
 

@@ -89,7 +89,7 @@ class Judge:
         """Judge the deferred losses."""
         for step, loss in self._losses.take_deferred():
             ordinary = False
-            if "detector" not in self._faults.failed_parts:
+            if not self._faults.is_off("detector"):
                 with self._faults.guarded("detector"):
                     ordinary = self.detector.absorb_ordinary_loss(step, loss)
             if ordinary:
@@ -125,7 +125,7 @@ class Judge:
         if self.released():
             return
         judgement = Judgement(self.detector.phase)
-        if "detector" not in self._faults.failed_parts:
+        if not self._faults.is_off("detector"):
             try:
                 if full:
                     self.detector.context = self._read_context()
@@ -150,7 +150,7 @@ class Judge:
     def report(self, change: Change, alert: Alert) -> None:
         """Give an alert to the sinks and to ``on_alert``, which may close the monitor."""
         self._reports.alert(alert, change)
-        if self._on_alert is not None and "on_alert" not in self._faults.failed_parts:
+        if self._on_alert is not None and not self._faults.is_off("on_alert"):
             try:
                 self._on_alert(alert)
             except Exception as error:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -27,13 +26,13 @@ from nfi_monitor.capture.loss import LossProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.reading_plan import ReadingPlan
-from nfi_monitor.capture.step_hooks import StepHooks
 from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.engine.checks import Options
 from nfi_monitor.engine.faults import Faults
+from nfi_monitor.engine.hooks import Pauses, RunHooks
 from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.notes import NoteTaker
@@ -71,8 +70,9 @@ class StepLoop:
         self.wanted_step: int | None = 1  # the step that is captured now; None between readings
         self.next_read = 1  # the next step to read, unless a loss is unusual before
         self.closed = False
-        self.paused = 0  # number of open paused() blocks
         self.close_callbacks: list[Callable[[], object]] = []
+        self.closing = False  # while close() runs
+        self.endings: list[Any] = []  # parts of close() that have not run to their end
         self.replays: list[ReplayVerdict] = []
         self._unplanned = False  # whether only an unusual loss is the reason to read the next step
         self.final_info: dict[str, Any] | None = None
@@ -82,11 +82,13 @@ class StepLoop:
         self.reader = OptimizerReader(optimizer, head)
         self.rows = RowAccumulator()
         probe_batch = None if options.probe is None else ProbeBatch(model, *options.probe)
-        self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.failed_parts, failed)
+        self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.is_off, failed)
         self.schedule = Schedule(options.overhead_budget)
+        self.paused = Pauses(self.schedule.leave_out)
+        self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
         self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
         self.loss_probe: LossProbe | None = None
-        self.reports = Sinks([], failed)
+        self.reports = Sinks([], self.faults.dropped)
         self.notes = NoteTaker(self.reports.note)
         self.membership = Membership(
             options.group,
@@ -114,10 +116,9 @@ class StepLoop:
             read_context=self._read_context,
             note_reading=self._note_reading,
         )
-        self._attach(options)
 
-    def _attach(self, options: Options) -> None:
-        """Find the other ranks, open the sinks, register the hooks."""
+    def attach(self, options: Options) -> None:
+        """Find the other ranks, open the sinks, register the hooks. Until then nothing outside is touched."""
         apart = self._find_ranks()
         if self.membership.is_reporter:
             opened = open_sinks(options.console, options.run_dir, self.info)
@@ -125,11 +126,9 @@ class StepLoop:
         self.membership.share_head(self.head, apart)
         self.reports.start(self.info())
         self.notes.attached(self.head, self.reader)
-        self.handles: list[Any] = [
-            StepHooks(self.optimizer, self._before_step, self._after_step, self.faults.failed)
-        ]
+        self.hooks.step.install()
         if self.head is not None:
-            self.handles.append(self.head.module.register_forward_hook(self.probe, with_kwargs=True))
+            self.hooks.add(self.head.module, self.probe)
 
     @property
     def watched_module(self) -> nn.Module:
@@ -149,15 +148,15 @@ class StepLoop:
         """Return the step to capture in the head's forward pass, or None.
 
         Look for the ranks again before the first step: DDP may wrap the model only after the monitor."""
-        if self.paused or (devices.GRAPHS and self.recorded()):
+        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return None
         membership = self.membership
-        if self.step == 0 and membership.searching and membership.exchange is None and not self.closed:
+        if self.step == 0 and membership.searching and membership.exchange is None:
             membership.share_head(self.head, self._find_ranks())
-        return self.wanted_step
+        return None if self.faults.is_off("rows") else self.wanted_step
 
     def _rows_arrived(self, rows: Rows) -> None:
-        if "rows" in self.faults.failed_parts or self.closed or self.paused:
+        if self.faults.is_off("rows") or self.closed or self.paused:
             return
         self.step_reader.add(rows)
 
@@ -171,7 +170,7 @@ class StepLoop:
             observe(loss)
 
         self.loss_probe = LossProbe(deliver, self.faults.failed)
-        self.handles.append(self.model.register_forward_hook(self.loss_probe, with_kwargs=True))
+        self.hooks.add(self.model, self.loss_probe)
 
     def end_micro_batch(self) -> None:
         """Collect the loss that a compiled forward pass has stored."""
@@ -182,13 +181,13 @@ class StepLoop:
                 self.faults.failed("loss", error)
 
     def _before_step(self, given: Sequence[Any]) -> None:
-        if self.paused or (devices.GRAPHS and self.recorded()):
+        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return
         if self.recent_snapshots.pending:
             self._complete_snapshot()
         if self.loss_probe is not None:
             self.end_micro_batch()
-        if self.wanted_step is None or "optimizer" in self.faults.failed_parts:
+        if self.wanted_step is None or self.faults.is_off("optimizer"):
             return
         started = time.perf_counter()
         try:
@@ -198,7 +197,7 @@ class StepLoop:
         self.schedule.own_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        if self.paused or (devices.GRAPHS and self.recorded()):
+        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return
         started = time.perf_counter()
         self.step += 1
@@ -239,6 +238,7 @@ class StepLoop:
             self.losses.forget()
             if read:
                 self.step_reader.forget()
+                self.faults.next_reading()
             self.probe.forget()
             self._take_snapshot()
         except Exception as error:
@@ -289,6 +289,7 @@ class StepLoop:
 
     def _note_reading(self, reading: Reading) -> None:
         self.notes.read(reading, self.detector, self.step_reader, self.probe, self.schedule.readings)
+        self.notes.probe_refused(self.step_reader.probe_refused, reading.step)
 
     # --- plan ------------------------------------------------------------------------------------
 
@@ -343,7 +344,7 @@ class StepLoop:
         detector, kept = self.detector, self.recent_snapshots
         if not detector.at_risk or detector.spike.state != QUIET or detector.spike.streak:
             return
-        if "snapshots" in self.faults.failed_parts or not kept.due(self.step, detector.context.tau):
+        if self.faults.is_off("snapshots") or not kept.due(self.step, detector.context.tau):
             return
         try:
             kept.take(self.step, detector.spike.state_dict(), detector.signals.decay)
@@ -364,8 +365,8 @@ class StepLoop:
         if part in ("ranks", "step"):
             self.membership.failed_at = self.step
 
-    def _report_fault(self, part: str, error: BaseException) -> None:
-        self.notes.failed(part, error, self.step)
+    def _report_fault(self, part: str, error: BaseException, off: bool) -> None:
+        self.notes.failed(part, error, self.step, off=off)
 
     def info(self) -> dict[str, Any]:
         """Return the content of ``run.json``."""
@@ -384,15 +385,3 @@ class StepLoop:
         return summarize(
             self.info(), judge.history, judge.phases, list(self.detector.alerts), notes, self.replays
         )
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Ignore forward passes, steps and losses inside a block, and do not count its time."""
-        started = time.perf_counter()
-        self.paused += 1
-        try:
-            yield
-        finally:
-            self.paused -= 1
-            if not self.paused:
-                self.schedule.leave_out(time.perf_counter() - started)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
+from nfi_monitor.engine.faults import TRIES
 from nfi_monitor.engine.remarks import HALF, REMARKS, Seen
 from nfi_monitor.types import Note
 
@@ -33,8 +34,9 @@ class NoteTaker:
         self._reported = False
         self._step_before: int | None = None
         self._needed_float32 = False
-        # (type, text, place) of an error → the parts that it switched off
+        # (type, text, place) of an error → the parts that it was raised in; and those lists by part
         self._stopped: dict[Any, list[str]] = {}
+        self._failures: dict[str, list[str]] = {}
 
     def note(self, code: str, message: str, step: int) -> None:
         """Make a note, unless there is one with this code."""
@@ -80,7 +82,8 @@ class NoteTaker:
         ``measured``: number of readings before this one.
         """
         values = reading.values
-        self._without_rows = 0 if "live_fraction" in values else self._without_rows + 1
+        known = "live_fraction" in values or "rows" in self._failures  # a failure has a note of its own
+        self._without_rows = 0 if known else self._without_rows + 1
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
         self._reported |= "loss" in values
         self._without_report = 0 if self._reported else self._without_report + 1
@@ -116,6 +119,17 @@ class NoteTaker:
             "judged. A few at the start are normal.",
             step,
         )
+
+    def probe_refused(self, why: str | None, step: int) -> None:
+        """Note that the probe batch is not used; ``why`` is None if it is."""
+        if why is not None:
+            self.note(
+                "no_probe",
+                f"The batch of probe= is not used: {why}. A rank would wait there for ranks that do not read "
+                "this step. The displacement of margins is not measured; everything else is. Leave probe= "
+                "out, or pass the module inside as the model.",
+                step,
+            )
 
     def cuda_graph(self, step: int) -> None:
         """Note that a CUDA graph is being captured."""
@@ -154,18 +168,27 @@ class NoteTaker:
                 step,
             )
 
-    def failed(self, part: str, error: BaseException, step: int) -> None:
-        """Note that a part of the monitor failed; one note names all parts that an error switches off."""
-        cause = (type(error), str(error), _place(error))
-        parts = self._stopped.setdefault(cause, [])
-        parts.append(part)
-        are = "are" if len(parts) > 1 else "is"
-        code = f"failed_{parts[0]}"
-        message = (
-            f"The monitor's {', '.join(parts)} failed and {are} off from now on; training is not affected. "
-            f"{type(error).__name__}: {error}"
-        )
-        if len(parts) > 1 and code in self.by_code:
+    def failed(self, part: str, error: BaseException, step: int, *, off: bool) -> None:
+        """Note that a part of the monitor failed; one note names all parts in which an error was raised.
+
+        ``off``: the part is switched off for the rest of the run. Of a part that has a note, only the text
+        is changed.
+        """
+        if part not in self._failures:
+            cause = (type(error), str(error), _place(error))
+            self._failures[part] = self._stopped.setdefault(cause, [])
+            self._failures[part].append(part)
+        parts = self._failures[part]
+        code, are = f"failed_{parts[0]}", "are" if len(parts) > 1 else "is"
+        if off:
+            rest = f"failed and {are} off from now on; training is not affected. "
+        else:
+            rest = (
+                f"failed in step {step} and {are} left out of this reading; training is not affected. Later "
+                f"readings try again. Only {TRIES} failures in a row switch a part off. "
+            )
+        message = f"The monitor's {', '.join(parts)} {rest}{type(error).__name__}: {error}"
+        if code in self.by_code:
             self.by_code[code] = replace(self.by_code[code], message=message)
         else:
             self.note(code, message, step)

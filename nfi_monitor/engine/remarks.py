@@ -113,9 +113,15 @@ def _no_rows_text(seen: Seen) -> str:
     elif probe.traced:
         cause = "the head runs inside torch.compile, where a hook would break the graph"
         cure = "For rows, tap the compiled model's output: logits = monitor.tap(model(x))."
+    elif probe.traced_backward:
+        cause = "the backward pass is compiled (compiled autograd), where a hook would break the graph"
+        cure = "For rows, compile the forward pass only."
     elif probe.fired:
         cause = "the head fired, but no gradient came back to its output"
         cure = "If the loss is computed from other logits, pass those through monitor.tap(logits)."
+    elif probe.unreadable:
+        cause = "the head only gets tensors of vmap, of a nested layout, of a trace or under a dispatch mode"
+        cure = "If a plain tensor holds the logits later, pass it through monitor.tap(logits)."
     elif probe.fired_without_gradient:
         cause = "the head fired only in eval mode or without gradients"
         cure = "Call model.train() for training steps; gradients must be enabled at the head."

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
 
 import torch
@@ -56,7 +55,7 @@ class Contents(NamedTuple):
 class StepReader:
     """Read one optimizer step between :meth:`begin` and :meth:`forget`.
 
-    ``failed_parts``: the parts of the monitor that failed.  ``failed(part, error)``: reports an error.
+    ``is_off(part)``: whether a part rests after an error.  ``failed(part, error)``: reports an error.
     ``memory``: the last measured step, with which the next step is compared.
     """
 
@@ -65,15 +64,16 @@ class StepReader:
         reader: OptimizerReader,
         rows: RowAccumulator,
         probe_batch: ProbeBatch | None,
-        failed_parts: AbstractSet[str],
+        is_off: Callable[[str], bool],
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self.reader, self.rows = reader, rows
-        self.failed_parts, self.failed = failed_parts, failed
+        self.is_off, self.failed = is_off, failed
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
         self._before: Any = None
         self._sketch: tuple[int, Tensor] | None = None  # step and rows of the last one with a sharded head
+        self.probe_refused: str | None = None  # why the probe batch cannot be used
         self.loss_bits = 0  # bits of the dtype of the last observed loss; 0: unknown
 
     def add(self, rows: Rows) -> None:
@@ -99,10 +99,11 @@ class StepReader:
         has_rows = bool(packed)
         values: dict[str, Tensor] = {}
         known: dict[str, float] = {}
-        if self._before is not None and "optimizer" not in self.failed_parts:
+        if self._before is not None and not self.is_off("optimizer"):
             try:
                 values, known = self._step_quantities(step)
             except Exception as error:
+                self.memory = None  # the next step must not be compared with what may be the cause
                 self.failed("optimizer", error)
         self.add_probe(values, step)
         loss = losses.mean()
@@ -159,9 +160,10 @@ class StepReader:
 
     def add_probe(self, values: dict[str, Tensor], step: int) -> None:
         """Add the displacement of the probe batch's margins to ``values``, if there is a probe batch."""
-        if self._probe_batch is not None and "probe" not in self.failed_parts:
+        if self._probe_batch is not None and not self.is_off("probe"):
             try:
                 displacement = self._probe_batch.displacement(step)
+                self.probe_refused = self._probe_batch.refused
                 if displacement is not None:
                     values["margin_displacement"] = displacement
             except Exception as error:
@@ -211,10 +213,11 @@ class StepReader:
         exchange.add_rows(message, self.rows)
         values: dict[str, Tensor] = {}
         weight = None
-        if "optimizer" not in self.failed_parts:
+        if not self.is_off("optimizer"):
             try:
                 weight = self._fill_step(exchange, message, step)
             except Exception as error:
+                self.memory = None  # the next step must not be compared with what may be the cause
                 self.failed("optimizer", error)
         self.add_probe(values, step)
         exchange.add_values(message, values)

@@ -37,7 +37,7 @@ class RowAccumulator:
     """Merge the row statistics of micro-batches.
 
     ``absorbed_classes`` [K] counts absorbed rows by class over the whole run.  ``devices`` are those on which
-    rows were seen.  Only rows on the first of them are merged.
+    rows were seen.  Only rows on the first of them are merged, until a step has rows on another one alone.
     """
 
     def __init__(self) -> None:
@@ -46,14 +46,22 @@ class RowAccumulator:
         self.earlier_classes: dict[int, float] = {}  # counts from before a resume
         self.single_output: bool | None = None
         self.loss_kind: LossKind | None = None
+        self.sums: Tensor | None = None
+        self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
+        self._elsewhere: torch.device | None = None  # where this step had rows that were not merged
         self.clear(1)
 
     def clear(self, step: int) -> None:
         """Start optimizer step ``step`` (counted from 1)."""
+        if self._elsewhere is not None and self.sums is None and not self.shards:
+            self.devices = [self._elsewhere]  # the model was moved, or the first pass was a foreign one
+            if self.absorbed_classes is not None:
+                self.absorbed_classes = devices.send(self.absorbed_classes, self._elsewhere)
+        self._elsewhere = None
         self._step = step
-        self.sums: Tensor | None = None
+        self.sums = None
         self.maxima: Tensor | None = None
-        self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
+        self.shards = []
         self.shard: ClassShard | None = None
         self.features: Tensor | None = None
         self._feature_sum: Tensor | None = None
@@ -66,6 +74,7 @@ class RowAccumulator:
             # the same for all threads.
             self.devices.append(device)
         if device != self.devices[0]:
+            self._elsewhere = device
             return
         self.single_output = rows.shard is None and rows.logits.shape[-1] == 1
         if self.single_output:

@@ -196,6 +196,10 @@ class Membership:
                 return False
         except RuntimeError:  # raised by gloo: the other ranks are gone
             return False
+        except BaseException:  # Ctrl-C: the other ranks notice at once, because the connection closes
+            if exchange is not None:
+                exchange.team.disband()
+            raise
         Departure(exchange, hooks, step, detector, self._next_read)
         return True
 
@@ -254,8 +258,8 @@ class Membership:
             if elsewhere:
                 self._note(
                     "failed_rank",
-                    f"A part of the monitor failed on rank {_named(exchange, elsewhere)} and is off there; "
-                    "the other ranks are still read, and training is not affected.",
+                    f"A part of the monitor failed on rank {_named(exchange, elsewhere)} and is left out "
+                    "there; the other ranks are still read, and training is not affected.",
                     reduced.step,
                 )
             yield reduced

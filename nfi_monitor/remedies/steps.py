@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nfi_monitor._moved import left
-from nfi_monitor.open_monitors import open_monitors
+from nfi_monitor.registry import open_monitors
 from nfi_monitor.replay.replayed_step import REPLAY, acts
 
 Hook = Callable[[Optimizer], None]
@@ -75,7 +75,7 @@ class _Steps:
 
 def step_now(optimizer: Optimizer | None, head: nn.Module | None = None) -> int | None:
     """Return the last optimizer step that an open monitor has counted; None without such a monitor."""
-    watching = open_monitors(nn.Module() if head is None else head, optimizer)
+    watching = [] if head is None and optimizer is None else open_monitors(head, optimizer)
     return int(watching[0].step) if watching else None
 
 

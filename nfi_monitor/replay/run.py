@@ -41,7 +41,7 @@ from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.detect.spike import QUIET, SpikeDetector
 from nfi_monitor.errors import MonitorError
-from nfi_monitor.open_monitors import open_monitors
+from nfi_monitor.registry import open_monitors
 from nfi_monitor.replay.arm import Arm, ArmContext, combined
 from nfi_monitor.replay.arms import (
     ARMS,

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.extras import raise_missing
 from nfi_monitor.history import History
 from nfi_monitor.report import levels
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
@@ -158,7 +159,7 @@ def _figure(title: str, rows: int) -> tuple[Any, Any, list[Any]]:
         from matplotlib.figure import Figure
         from matplotlib.ticker import MaxNLocator
     except ImportError as error:
-        raise ImportError('Figures need matplotlib: pip install "nfi-monitor[plots]"') from error
+        raise_missing(error, ("matplotlib",), 'Figures need matplotlib: pip install "nfi-monitor[plots]"')
     figure = Figure(figsize=(9, 7.4), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(

@@ -49,3 +49,30 @@ def json_line(record: object, indent: int | None = None) -> bytes:
     """
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, indent=indent)
     return (CONTROL.sub(lambda found: f"\\u{ord(found[0]):04x}", text) + "\n").encode()
+
+
+_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+def strict_json(value: Any) -> Any:
+    """Return plain types with NaN and Inf as the strings "NaN", "Infinity" and "-Infinity"."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
+    if isinstance(value, Mapping):
+        return {key: strict_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [strict_json(item) for item in value]
+    return value
+
+
+def from_strict_json(value: Any) -> Any:
+    """Return what :func:`strict_json` was given, with lists for tuples.
+
+    Raises RecursionError for a value that is nested too deeply."""
+    if isinstance(value, str):
+        return _NON_FINITE.get(value, value)
+    if isinstance(value, Mapping):
+        return {key: from_strict_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [from_strict_json(item) for item in value]
+    return value

@@ -81,7 +81,20 @@ class Sinks:
         self._each("went_back")
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
-        self._each("close", info, summary)
+        """Close every sink, also if Ctrl-C interrupts one: that one stays, and the interrupt is raised."""
+        self._resolve()
+        interrupt: BaseException | None = None
+        for sink, call in self._methods.get("close", ()):
+            try:
+                call(info, summary)
+            except Exception as error:
+                self._drop(sink, error)
+            except BaseException as raised:
+                interrupt = interrupt or raised
+            else:
+                self.sinks.remove(sink)
+        if interrupt is not None:
+            raise interrupt
         # A later failure (of an Autopilot whose run goes on) reaches no sink: the files are closed, and
         # another run may use the directory.
         self.sinks.clear()

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from datetime import timedelta
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from nfi_monitor.capture.probe_batch import ProbeBatch
+from nfi_monitor import Monitor
+from nfi_monitor.capture.probe_batch import CommunicatesError, NoCollectives, ProbeBatch
 from tests.runs import batch, mlp
 
 
@@ -72,8 +77,66 @@ def test_padding_in_the_targets_is_left_out(padding: int) -> None:
 
 def test_inside_data_parallelism_the_wrapped_model_is_asked() -> None:
     """The wrapper broadcasts buffers: a rank that reads alone would wait for the others for ever."""
-    model = mlp()
-    assert ProbeBatch(nn.DataParallel(model), *batch())._model is model
+    model = Noisy()
+    for wrapped in (nn.DataParallel(model), torch.compile(model), torch.compile(nn.DataParallel(model))):
+        asked: list[nn.Module] = []
+        handle = model.register_forward_hook(lambda module, *_, asked=asked: asked.append(module))
+        others: list[nn.Module] = []
+        wrapped.register_forward_hook(lambda module, *_, others=others: others.append(module))
+        ProbeBatch(wrapped, *batch()).displacement(1)
+        handle.remove()
+        assert asked == [model] and not others
+
+
+class DistributedDataParallel(nn.Module):
+    """Stands for torch's, which needs a process group: it is known by its name."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise AssertionError("the other ranks would wait")
+
+
+class FullyShardedDataParallel(DistributedDataParallel): ...
+
+
+class Subclass(DistributedDataParallel): ...
+
+
+@pytest.mark.parametrize("kind", [DistributedDataParallel, FullyShardedDataParallel, Subclass])
+def test_a_model_that_holds_one_that_communicates_is_refused_and_the_run_says_so(kind: type) -> None:
+    model = nn.ModuleDict({"net": kind(mlp())})
+    model.forward = lambda x: model["net"].module(x)  # type: ignore[method-assign]
+    inputs, targets = batch()
+    probe = ProbeBatch(model, inputs, targets)
+    assert probe.displacement(1) is probe.displacement(2) is None
+    assert probe.refused is not None and "('net')" in probe.refused
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    with Monitor(model, optimizer, console=False, every=1, probe=(inputs, targets)) as monitor:
+        for _ in range(3):
+            nn.functional.cross_entropy(model.forward(inputs), targets).backward()
+            optimizer.step()
+    (note,) = [note for note in monitor.notes if note.code == "no_probe"]
+    assert "('net'), whose forward pass communicates" in note.message and note.step == 1
+    assert "margin_displacement" not in monitor.history and len(monitor.history["loss"][0]) == 0
+
+
+def test_a_wrapper_that_is_the_model_itself_is_looked_through() -> None:
+    probe = ProbeBatch(DistributedDataParallel(mlp()), *batch())
+    probe.displacement(1)
+    assert probe.displacement(2) == 0 and probe.refused is None
+
+
+def test_a_collective_of_the_models_own_is_not_begun(tmp_path: Path) -> None:
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1, timeout=timedelta(seconds=5))
+    try:
+        with pytest.raises(CommunicatesError, match=r"c10d\.allreduce"), NoCollectives():
+            dist.all_reduce(torch.ones(2))
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("inputs", [lambda x: x, lambda x: (x,), lambda x: {"input": x}])

@@ -76,6 +76,7 @@ def test_hooks_removed_from_inside_are_never_called_again(
     if others in ("earlier", "both"):
         neighbours()
     hooks = StepHooks(optimizer, called("before"), called("after"), forget)
+    hooks.install()
     if others in ("later", "both"):
         neighbours()
     for _ in range(3):
@@ -96,6 +97,7 @@ def test_hooks_that_serve_another_stay_where_they_are(optimizer: torch.optim.Opt
         hooks.serve(forget, lambda: calls.append("second"), forget)
 
     hooks = StepHooks(optimizer, forget, after, forget)
+    hooks.install()
     optimizer.register_step_post_hook(forget)
     for _ in range(3):
         optimizer.step()
@@ -113,6 +115,6 @@ def test_an_error_in_what_the_hooks_call_is_handed_on_and_does_not_reach_the_ste
     def broken(*_: Any) -> None:
         raise ArithmeticError("broken on purpose")
 
-    StepHooks(optimizer, broken, broken, lambda part, error: failed.append(f"{part}: {error}"))
+    StepHooks(optimizer, broken, broken, lambda part, error: failed.append(f"{part}: {error}")).install()
     optimizer.step()
     assert failed == ["step: broken on purpose"] * 2

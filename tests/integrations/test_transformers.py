@@ -33,6 +33,7 @@ from nfi_monitor import (  # noqa: E402
 from nfi_monitor.integrations.attach import TrainerContext  # noqa: E402
 from nfi_monitor.integrations.transformers import NFICallback  # noqa: E402
 from nfi_monitor.replay.run import replay  # noqa: E402
+from nfi_monitor.report.json_values import from_strict_json  # noqa: E402
 from nfi_monitor.report.run_directory import read_run  # noqa: E402
 from tests.compatibility import Recorder  # noqa: E402
 from tests.integrations import hf  # noqa: E402
@@ -514,6 +515,42 @@ def test_a_damaged_state_in_a_checkpoint_is_reported_and_training_goes_on(tmp_pa
     assert [
         "Not a monitor's state" in n.message for n in watched(callback).notes if n.code == "failed_resume"
     ] == [True]
+
+
+def test_a_checkpoint_is_strict_json_and_holds_the_same_state(tmp_path: Path) -> None:
+    """NaN and Infinity are no JSON: programs in other languages could not read trainer_state.json."""
+    states: list[str] = []
+
+    class Kept(transformers.TrainerCallback):
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            states.append(json.dumps(watched(callback).state_dict(), sort_keys=True))
+
+    callback = quiet()
+    hf.trainer(tmp_path, callbacks=[callback, Kept()], steps=4, save_strategy="steps", save_steps=2).train()
+    text = (tmp_path / "checkpoint-2" / "trainer_state.json").read_text(encoding="utf-8")
+
+    def refused(constant: str) -> None:
+        pytest.fail(f"{constant} in trainer_state.json")
+
+    saved = json.loads(text, parse_constant=refused)["stateful_callbacks"]["NFICallback"]["nfi_monitor"]
+    assert "-Infinity" in json.dumps(saved) or "Infinity" in json.dumps(saved), "nothing to convert"
+    # Python's own JSON has NaN and Infinity.
+    assert json.dumps(from_strict_json(saved)["monitor"], sort_keys=True) == states[0]
+
+
+def test_of_two_callbacks_one_watches_and_says_that_the_other_does_not(tmp_path: Path) -> None:
+    acted: list[str] = []
+    first, second = at_risk(), at_risk(remedy=lambda alert, context: acted.append(alert.id))
+    hf.trainer(tmp_path, callbacks=[first, second], steps=6, save_strategy="steps", save_steps=3).train()
+    monitor = watched(first)
+    assert watched(second) is monitor and monitor.closed
+    assert monitor.history["loss"][0].tolist() == list(range(1, 7)) and monitor.alerts and not acted
+    (note,) = [note for note in monitor.notes if note.code == "second_callback"]
+    assert "more than one NFICallback" in note.message and note.step == 0
+    assert not (tmp_path / "nfi-2").exists()
+    for again in (first, second):  # each of them watches a later training alone
+        hf.trainer(tmp_path / "later", callbacks=[again], steps=2).train()
+        assert watched(again) is not monitor and watched(again).step == 2
 
 
 def test_a_trainers_run_is_replayed_to_the_last_bit_as_the_recipe_says(tmp_path: Path) -> None:

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-_COPIES = ("deepcopy", "reduce")
-
 CALLED_FROM_OUTSIDE = {
     "torch calls it, and what it does is in its own try block": (
         "capture/head_probe:HeadProbe.__call__",
         "capture/head_probe:HeadProbe._deliver_at_backward.<locals>.on_gradient",
         "capture/loss:LossProbe.__call__",
-        "capture/step_hooks:StepHooks.__init__.<locals>.pre",
-        "capture/step_hooks:StepHooks.__init__.<locals>.post",
+        "capture/step_hooks:StepHooks.install.<locals>.around.<locals>.hook",
         "remedies/projection:_Project._project",
     ),
     "the user calls it, and what it does is in its own try block": (
@@ -19,6 +16,7 @@ CALLED_FROM_OUTSIDE = {
         "monitor:Monitor.close",
         "monitor:Monitor.history",
         "engine/detach:close",
+        "engine/detach:_run_endings",
         "engine/port:AdapterPort.end_micro_batch",
         "engine/loop:StepLoop.end_micro_batch",
         "remedies/autopilot:Autopilot.loss",
@@ -47,11 +45,10 @@ CALLED_FROM_OUTSIDE = {
         "_moved:_Finder.find_spec",
         "engine/port:AdapterPort.begin_step",
         "remedies/projection:_Project.__call__",
-        *(
-            f"capture/{probe}.__{name}__"
-            for probe in ("head_probe:HeadProbe", "loss:LossProbe")
-            for name in _COPIES
-        ),
+        "capture/model_hooks:ModelHook.__deepcopy__",
+        "capture/model_hooks:ModelHook.__reduce__",
+        "capture/model_hooks:_reducer.<locals>.reduce",
+        "engine/hooks:Pauses.__bool__",
     ),
     "torch calls it around a step, and it lets pass what a remedy raises on purpose (AutopilotStop); what an "
     "Autopilot switches on has a try block of its own": (
@@ -70,6 +67,7 @@ CALLED_FROM_OUTSIDE = {
 OUTSIDE = {function for functions in CALLED_FROM_OUTSIDE.values() for function in functions}
 SILENT = {
     "engine/faults:Faults.failed",
+    "engine/faults:Faults._tell",
     "engine/loop:StepLoop._own_fault",
     "engine/loop:StepLoop._report_fault",
     "engine/notes:NoteTaker.failed",

@@ -74,6 +74,18 @@ ROWS = {
         "after `close()` no hook, no reference, no open file and no global state is left",
         ("safety/test_detach.py",),
     ),
+    "interrupts": Row(
+        "Ctrl-C at any line of the monitor, while it attaches, in a step, in `close()`: it is raised, the "
+        "training can go on and has equal bits, a second `close()` finishes the first and leaves no hook and "
+        "no lock, and a new monitor attaches",
+        ("safety/test_interrupts.py",),
+    ),
+    "odd passes": Row(
+        "a pass of meta or fake tensors, of `torch.func` (ensembles, derivatives), `torch.export`, "
+        "`torch.fx`, `make_fx`, TorchScript, under autocast, in another dtype or shape, with nested tensors, "
+        "a counter of FLOPs or a compiled graph: it costs at most one reading and changes no bit",
+        ("safety/test_odd_passes.py",),
+    ),
     "resume": Row(
         "a run is stopped at any step and resumed from a checkpoint: its alerts and readings are bit for bit "
         "those of the uninterrupted run (`overhead_budget=None`, or any run in which the clock changed "

@@ -17,6 +17,7 @@ from rich.console import Console
 from torch import nn
 
 import nfi_monitor.monitor
+import nfi_monitor.registry
 import nfi_monitor.report.run_directory.lock
 from nfi_monitor import Monitor
 from tests.runs import batch, mlp
@@ -123,8 +124,8 @@ def leaks(times: int, tmp_path: Path) -> dict[str, int]:
             "objects": len(gc.get_objects()) // 200,  # interned names and caches come and go
             "open files": len(os.listdir("/proc/self/fd")),
             "threads": threading.active_count(),
-            "watched": len(nfi_monitor.open_monitors._WATCHED),
-            "open monitors": len(nfi_monitor.open_monitors._OPEN),
+            "watched": len(nfi_monitor.registry._WATCHED),
+            "open monitors": len(nfi_monitor.registry._OPEN),
             "locks": len(nfi_monitor.report.run_directory.lock._HELD),
         }
 

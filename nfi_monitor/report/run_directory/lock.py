@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
+import itertools
 import os
 import socket
 import threading
@@ -29,11 +31,13 @@ class DirectoryInUseError(OSError):
     """Raised if another process writes into this run directory; the message names it."""
 
 
-# (Process id, directory) → descriptor and the number of holders.  One descriptor for the whole process:
-# closing any descriptor of a file releases all POSIX locks of the process on it.  The process id is a part of
-# the key because a forked child holds no lock.
-_HELD: dict[tuple[int, str], tuple[int, int]] = {}
+# (Process id, directory) → lock file and its holders.  One descriptor for the whole process: closing any
+# descriptor of a file releases all POSIX locks of the process on it.  The process id is a part of the key
+# because a forked child holds no lock.  A file object, because it may be closed twice: Ctrl-C can interrupt a
+# release anywhere, and the next one repeats it.
+_HELD: dict[tuple[int, str], tuple[io.FileIO, set[int]]] = {}
 _GUARD = threading.Lock()
+_TOKENS = itertools.count()
 
 
 class DirectoryLock:
@@ -46,24 +50,30 @@ class DirectoryLock:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self._path = Path(path)
+        self._token = next(_TOKENS)
+        self._key: tuple[int, str] | None = None
         self._held: weakref.finalize[..., DirectoryLock] | None = None
 
     def acquire(self) -> None:
         if self._held is not None or fcntl is None:
             return
-        key = os.getpid(), os.path.realpath(self._path)
+        key = self._key = os.getpid(), os.path.realpath(self._path)
         with _GUARD:
-            descriptor, holders = _HELD.get(key, (-1, 0))
-            if descriptor < 0:
-                descriptor = self._lock()
-            _HELD[key] = (descriptor, holders + 1)
-        self._held = weakref.finalize(self, _release, key)
+            if key not in _HELD:
+                _HELD[key] = (io.FileIO(self._lock(), "r+"), set())
+            _HELD[key][1].add(self._token)
+        self._held = weakref.finalize(self, _release, key, self._token)
 
     def release(self) -> None:
         """Release the lock; the last holder in this process removes the lock file."""
-        held, self._held = self._held, None
-        if held is not None:
-            held()
+        if self._key is not None and self._held is None:
+            with contextlib.suppress(OSError):  # acquire() was interrupted, and may have left its file
+                self.acquire()
+        if self._key is not None:
+            _release(self._key, self._token)
+        if self._held is not None:
+            self._held.detach()
+        self._key = self._held = None
 
     def _lock(self) -> int:
         file = self._path / LOCK
@@ -97,19 +107,21 @@ class DirectoryLock:
         )
 
 
-def _release(key: tuple[int, str]) -> None:
+def _release(key: tuple[int, str], token: int) -> None:
     if key[0] != os.getpid():
         return  # in a forked child: the parent holds the lock
     with _GUARD:
-        descriptor, holders = _HELD.pop(key, (-1, 0))
-        if holders > 1:
-            _HELD[key] = (descriptor, holders - 1)
-        elif descriptor >= 0:
+        if key not in _HELD:
+            return
+        lock, holders = _HELD[key]
+        holders.discard(token)
+        if not holders:
             file = Path(key[1], LOCK)
-            with contextlib.suppress(OSError):
-                if _same(file, descriptor):  # False if the directory was deleted and made again
+            with contextlib.suppress(OSError, ValueError):  # ValueError: closed already
+                if _same(file, lock.fileno()):  # False if the directory was deleted and made again
                     file.unlink()
-            os.close(descriptor)
+            lock.close()
+            del _HELD[key]
 
 
 def _same(file: Path, descriptor: int) -> bool:

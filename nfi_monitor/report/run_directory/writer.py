@@ -102,13 +102,14 @@ class RunDirectory(SinkBase):
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         try:
-            self._write_info(info)
+            if self._files:  # else start() was interrupted, or close() is called again
+                self._write_info(info)
         finally:
             self._close_files()
 
     def _close_files(self) -> None:
-        files, self._files = self._files, {}
-        for descriptor in files.values():
+        while self._files:
+            _, descriptor = self._files.popitem()
             with contextlib.suppress(OSError):  # a network file system may report an earlier error here
                 os.close(descriptor)
         self._lock.release()

@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor.extras import raise_missing
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.levels import bands_of
 from nfi_monitor.report.sink import SinkBase
@@ -89,9 +90,11 @@ class TensorBoardSink(SinkBase):
             from tensorboard.compat.proto.summary_pb2 import Summary as SummaryProto
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
-            raise ImportError(
-                'TensorBoard files need the tensorboard package: pip install "nfi-monitor[tensorboard]"'
-            ) from error
+            raise_missing(
+                error,
+                ("tensorboard",),
+                'TensorBoard files need the tensorboard package: pip install "nfi-monitor[tensorboard]"',
+            )
         self._proto, self._info = SummaryProto, info
         self._edges = {name: (band.leave, band.enter) for name, band in bands_of(info).items()}
         if self._lock is not None:
@@ -168,14 +171,18 @@ class TensorBoardSink(SinkBase):
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         if self._writer is not None:
-            if self._pending is not None:
-                self._write(*self._pending)
-            self._writer.add_text("nfi/run", info_markdown(info), self._step)
-            self._opened_tab().close(info)
-            self._writer.close()
+            try:
+                if self._pending is not None:
+                    self._write(*self._pending)
+                self._writer.add_text("nfi/run", info_markdown(info), self._step)
+                self._opened_tab().close(info)
+                self._writer.close()
+            finally:
+                if self._lock is not None:
+                    self._lock.release()
             self._writer = None
-            if self._lock is not None:
-                self._lock.release()
+        elif self._lock is not None:  # start() was interrupted
+            self._lock.release()
 
     def _open(self) -> SummaryWriter:
         if self._writer is None:

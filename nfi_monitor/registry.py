@@ -1,4 +1,4 @@
-"""List the monitors that are open in this process, without importing the class Monitor.
+"""List the monitors that are open in this process (:func:`open_monitors`), without importing their class.
 
 A replay pauses the monitors of its model, and a remedy reads the step from one.  An adapter closes a monitor
 that an interrupted run has left open.
@@ -6,6 +6,7 @@ that an interrupted run has left open.
 
 from __future__ import annotations
 
+import itertools
 import os
 import weakref
 from contextlib import AbstractContextManager
@@ -40,30 +41,43 @@ class OpenMonitor(Protocol):
         ...
 
 
-_OPEN: weakref.WeakSet[Any] = weakref.WeakSet()
-_WATCHED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_OPEN: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""Number → monitor, in the order in which they were attached."""
+_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""Watched module → its monitor."""
+_NUMBERS = itertools.count()
 
 
 def register(monitor: OpenMonitor, module: nn.Module) -> None:
     """Add an open monitor. ``module``: its head, or its model where it has no head."""
-    _WATCHED.add(module)
-    _OPEN.add(monitor)
+    _WATCHED[module] = weakref.ref(monitor)
+    _OPEN[next(_NUMBERS)] = monitor
 
 
 def unregister(monitor: OpenMonitor, module: nn.Module) -> None:
     """Remove a monitor that closes. Removing it again does nothing."""
-    _WATCHED.discard(module)
-    _OPEN.discard(monitor)
+    if watcher(module) is monitor:
+        _WATCHED.pop(module, None)
+    for number in [number for number, one in list(_OPEN.items()) if one is monitor]:
+        _OPEN.pop(number, None)
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Return whether an open monitor was registered with this module."""
-    return module in _WATCHED
+def watcher(module: nn.Module) -> Any:
+    """Return the open monitor that was registered with this module, or None."""
+    found = _WATCHED.get(module)
+    return None if found is None else found()
 
 
-def open_monitors(model: nn.Module, optimizer: Any) -> list[Any]:
-    """Return the open monitors (:class:`OpenMonitor`) of this model or of this optimizer."""
-    return [monitor for monitor in _OPEN if monitor.watches(model, optimizer)]
+def open_monitors(model: nn.Module | None = None, optimizer: Any = None) -> list[Any]:
+    """Return the open monitors of this process, oldest first; those of a model or an optimizer, if given.
+
+    A monitor stays open until ``close()``, also if no variable holds it any more. For example, after an
+    exception in a notebook's cell: ``for monitor in nfi_monitor.open_monitors(): monitor.close()``.
+    """
+    found = list(_OPEN.values())
+    if model is None and optimizer is None:
+        return found
+    return [one for one in found if one.watches(nn.Module() if model is None else model, optimizer)]
 
 
 def _forget_all() -> None:

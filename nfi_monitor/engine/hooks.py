@@ -1,0 +1,72 @@
+"""Keep all hooks of one monitor together, and its pauses."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from nfi_monitor.capture.model_hooks import ForwardHook
+from nfi_monitor.capture.step_hooks import StepHooks
+
+
+class RunHooks:
+    """The hooks of one monitor: around the optimizer's step, and on modules of the model.
+
+    The arguments are those of :class:`~nfi_monitor.capture.step_hooks.StepHooks`.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        before: Callable[[Sequence[Any]], None],
+        after: Callable[[], None],
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        self.step = StepHooks(optimizer, before, after, failed)
+        self._forward: list[ForwardHook] = []
+
+    def add(self, module: nn.Module, hook: Any) -> None:
+        """Register a forward hook (a :class:`~nfi_monitor.capture.model_hooks.ModelHook`) on a module."""
+        # Keep it before it is registered: Ctrl-C in between must not leave a hook that nobody removes.
+        self._forward.append(ForwardHook(module, hook))
+        self._forward[-1].register()
+
+    def remove_forward(self) -> None:
+        """Remove the hooks on modules. A second call does nothing."""
+        while self._forward:
+            self._forward[-1].remove()
+            self._forward.pop()
+
+
+class Pauses:
+    """Count open ``paused()`` blocks: true while there is one. ``left_out(seconds)`` follows the last.
+
+    A block that Ctrl-C interrupts anywhere is closed all the same.
+    """
+
+    def __init__(self, left_out: Callable[[float], None]) -> None:
+        self._left_out = left_out
+        self._open: set[object] = set()
+
+    def __bool__(self) -> bool:
+        return bool(self._open)
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        """Open a block for the time of a ``with`` statement."""
+        started, block = time.perf_counter(), object()
+        try:
+            try:
+                self._open.add(block)
+                yield
+            finally:
+                self._open.discard(block)
+        finally:
+            self._open.discard(block)
+            if not self._open:
+                self._left_out(time.perf_counter() - started)

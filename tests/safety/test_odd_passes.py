@@ -1,0 +1,218 @@
+"""A pass of other tensors through the watched model costs at most one reading, and changes no bit."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacrev, jvp, stack_module_state, vmap
+from torch.utils.flop_counter import FlopCounterMode
+
+from nfi_monitor import Monitor
+from nfi_monitor.capture import devices
+from nfi_monitor.capture.head_probe import HeadProbe
+from tests.runs import batch, differences, mlp, snapshot
+
+STEPS, AT = 12, 4
+X, Y = batch(24)
+
+
+def loss_of(model: nn.Module, inputs: torch.Tensor = X) -> torch.Tensor:
+    return F.cross_entropy(model(inputs), Y[: len(inputs)])
+
+
+def meta(model: nn.Module) -> None:
+    weights = {name: p.detach().to("meta").requires_grad_() for name, p in model.named_parameters()}
+    functional_call(model, weights, (torch.zeros(3, 12, device="meta"),)).sum().backward()
+
+
+def fake(model: nn.Module) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        weights = {name: nn.Parameter(mode.from_tensor(p.detach())) for name, p in model.named_parameters()}
+        output = functional_call(model, weights, (mode.from_tensor(X),))
+    output.sum().backward()
+
+
+def ensemble(model: nn.Module) -> None:
+    weights, buffers = stack_module_state([mlp() for _ in range(3)])
+
+    def call(weights: Any, buffers: Any, inputs: torch.Tensor) -> torch.Tensor:
+        return functional_call(model, (weights, buffers), (inputs,))
+
+    vmap(call, (0, 0, None))(weights, buffers, X).sum().backward()
+    vmap(grad(lambda *given: call(*given).sum()), (0, 0, None))(weights, buffers, X)
+
+
+def derivatives(model: nn.Module) -> None:
+    weights = dict(model.named_parameters())
+    jacrev(lambda weights: functional_call(model, weights, (X[:2],)))(weights)
+    hessian(lambda weights: functional_call(model, weights, (X[:2],)).sum())(weights)
+    jvp(model, (X,), (X,))
+
+
+def exported(model: nn.Module) -> None:
+    torch.export.export(model, (X,))
+    torch.export.export(model, (X,), strict=True)
+
+
+def symbolic(model: nn.Module) -> None:
+    torch.fx.symbolic_trace(model)
+    torch.fx.symbolic_trace(nn.Sequential(model))
+
+
+def proxies(model: nn.Module) -> None:
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    for mode in ("real", "fake"):
+        graph = make_fx(lambda inputs: model(inputs), tracing_mode=mode, _allow_non_fake_inputs=True)(X)
+        assert "clone" not in str(graph.graph), "what the monitor computes is no part of the user's graph"
+
+
+def torchscript(model: nn.Module) -> None:
+    torch.jit.trace(model, X)
+    torch.jit.script(model)
+
+
+def no_gradients(model: nn.Module) -> None:
+    with torch.inference_mode():
+        model(X)
+    with torch.no_grad():
+        model(X)
+
+
+def autocast(model: nn.Module) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss_of(model).backward()
+
+
+def float64(model: nn.Module) -> None:
+    model.double()(X.double()).sum().backward()
+    model.float()
+
+
+def counted(model: nn.Module) -> None:
+    def count(one: nn.Module) -> int:
+        with FlopCounterMode(display=False) as counter:
+            loss_of(one).backward()
+        return counter.get_total_flops()
+
+    assert count(model) == count(copy.deepcopy(model)), "the monitor's own work is counted as the model's"
+
+
+def shapes(model: nn.Module) -> None:
+    for inputs in (X[:0], X[0], X.reshape(2, 3, 4, 12)):
+        model(inputs).sum().backward()
+
+
+def nested(model: nn.Module) -> None:
+    jagged = torch.nested.nested_tensor([X[:3], X[:5]], layout=torch.jagged)
+    model(jagged).values().sum().backward()
+
+
+def compiled(model: nn.Module) -> None:
+    torch._dynamo.reset()
+    loss_of(torch.compile(model, backend="eager", fullgraph=True)).backward()
+
+
+def second_order(model: nn.Module) -> None:
+    gradients = torch.autograd.grad(loss_of(model), list(model.parameters()), create_graph=True)
+    torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().backward()
+
+
+ODD: tuple[Callable[[nn.Module], None], ...] = (
+    meta, fake, ensemble, derivatives, exported, symbolic, proxies, torchscript, no_gradients, autocast,
+    float64, counted, shapes, nested, compiled, second_order,
+)  # fmt: skip
+
+
+def train(odd: Callable[[nn.Module], None] | None, *, watch: bool) -> tuple[Any, Monitor | None]:
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitor = Monitor(model, optimizer, console=False, every=1) if watch else None
+    if monitor is not None:
+        monitor.observe_outputs()
+    for number in range(STEPS):
+        if number == AT and odd is not None:
+            odd(model)
+            optimizer.zero_grad()
+        loss = loss_of(model)
+        if monitor is not None:
+            monitor.observe_loss(loss)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if monitor is not None:
+        monitor.close()
+    return snapshot(model, optimizer), monitor
+
+
+@pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd.__name__)
+@pytest.mark.filterwarnings("ignore")
+def test_an_odd_pass_costs_at_most_one_reading_and_changes_no_bit(odd: Callable[[nn.Module], None]) -> None:
+    result, monitor = train(odd, watch=True)
+    assert monitor is not None
+    assert not differences(train(odd, watch=False)[0], result)
+    assert not monitor.notes
+    steps = monitor.history["live_fraction"][0].tolist()
+    assert len(steps) >= STEPS - 1 and steps[AT + 1 :] == list(range(AT + 2, STEPS + 1))
+    assert monitor.history["loss"][0].tolist() == list(range(1, STEPS + 1))
+
+
+def test_an_error_in_one_pass_costs_one_reading_and_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch, calls = HeadProbe._watch, []
+
+    def broken(self: HeadProbe, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) == AT:
+            raise MemoryError("short once")
+        watch(self, *args, **kwargs)
+
+    monkeypatch.setattr(HeadProbe, "_watch", broken)
+    _, monitor = train(None, watch=True)
+    assert monitor is not None
+    assert monitor.history["live_fraction"][0].tolist() == [n for n in range(1, STEPS + 1) if n != AT]
+    (note,) = monitor.notes
+    assert note.code == "failed_rows" and note.step == AT - 1
+    assert "left out of this reading" in note.message and "MemoryError: short once" in note.message
+
+
+def test_rows_on_another_device_take_over_where_no_others_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first pass on another device (a test of the model before it is moved) is not the run's device."""
+    from nfi_monitor.capture.head_probe import Rows
+    from nfi_monitor.measure.accumulator import RowAccumulator
+
+    def rows(device: str) -> Rows:
+        return Rows(*(torch.rand(4, 3).to(device) for _ in range(2)), features=None, total=4)
+
+    accumulator = RowAccumulator()
+    monkeypatch.setattr("nfi_monitor.measure.accumulator.row_statistics", lambda grad, *_, **__: _Few(grad))
+    seen = []
+    for step, given in enumerate((["meta"], ["cpu"], ["cpu"], ["meta", "cpu"], ["cpu"]), start=1):
+        for device in given:
+            accumulator.add(rows(device))
+        seen.append(None if accumulator.sums is None else accumulator.sums.device.type)
+        accumulator.clear(step + 1)
+    assert seen == ["meta", None, "cpu", "cpu", "cpu"]
+    assert accumulator.devices == [torch.device("cpu"), torch.device("meta")], "which is said once"
+
+
+class _Few:
+    loss_kind = winner = absorbed = None
+
+    def __init__(self, grad: torch.Tensor) -> None:
+        self.sums = self.maxima = self.counts = grad[:, 0]
+
+
+def test_a_tensor_is_readable_only_in_the_plain_run() -> None:
+    assert devices.is_readable(X) and devices.is_readable(nn.Parameter(X))
+    assert not devices.is_readable(X.to("meta"))
+    with FlopCounterMode(display=False):
+        assert not devices.is_readable(X)
+    vmap(lambda row: row if not devices.is_readable(row) else pytest.fail("inside vmap"))(X)
