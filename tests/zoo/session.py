@@ -130,6 +130,10 @@ class Record:
     """Whether the state of the right head's weight has an exp_avg_sq of the weight's own shape."""
     partial: bool = False
     """Whether some trained parameters have no exp_avg_sq of their own shape."""
+    parameter: bool = False
+    """Whether the right head is a bare parameter."""
+    spatial: bool = False
+    """Whether a row of the right head is made from the features of several positions."""
     weighty: bool = True
     """Whether the right head has a weight matrix of its own."""
 
@@ -219,14 +223,16 @@ def _digest(model: nn.Module) -> str:
 
 def _facts(record: Record, configuration: Configuration, model: nn.Module) -> None:
     """Find out about the right head what notes may claim of it."""
-    modules = dict(model.named_modules())
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     head = next((modules[name] for name in configuration.heads if name in modules), None)
-    if head is None:
-        return
-    copies = getattr(head, "modules_to_save", None)  # peft keeps the trained copy of a whole module there
-    head = copies["default"] if isinstance(copies, nn.ModuleDict) and "default" in copies else head
-    weight = head._parameters.get("weight")
-    record.weighty = weight is not None and weight.dim() == 2
+    weight = next((parameters[name] for name in configuration.heads if name in parameters), None)
+    record.parameter = weight is not None
+    if head is not None:
+        copies = getattr(head, "modules_to_save", None)  # peft keeps the trained copy of a whole module there
+        head = copies["default"] if isinstance(copies, nn.ModuleDict) and "default" in copies else head
+        weight = head._parameters.get("weight")
+        record.weighty = weight is not None and weight.squeeze().dim() == 2
+        record.spatial = max(getattr(head, "kernel_size", (1,))) > 1
     if weight is None:
         return
     record.tied = any(

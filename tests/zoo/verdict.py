@@ -96,7 +96,7 @@ def _steps(verdict: Verdict, configuration: Configuration, monitor: Monitor) -> 
     if monitor.step != configuration.steps:
         _unless_noted(
             verdict,
-            ("no_steps", "optimizer_remade", "nothing_arrives"),
+            ("no_steps",),
             f"{monitor.step} of {configuration.steps} optimizer steps were seen",
         )
 
@@ -120,14 +120,15 @@ def _column(monitor: Monitor, name: str) -> tuple[Any, Any]:
     return history[name] if name in history else ((), ())  # noqa: SIM401 (not a dict)
 
 
-_NO_HEAD = ("no_head", "head_not_found", "no_head_found", "several_heads")
+_NO_HEAD = ("no_head", "several_heads", "no_steps")
+"""Notes that say why no head, or no single one, is watched; without a step nothing is."""
 
 
 def _rows(verdict: Verdict, configuration: Configuration, monitor: Monitor, watched: Record) -> None:
     steps, _ = _column(monitor, "live_fraction")
-    level = str(monitor.summary()["run"].get("level") or "")
+    _, recomputed = _column(monitor, "recomputed_fraction")
     if len(steps):
-        verdict.rows = "recomputed" if "recomputed" in level else "logits"
+        verdict.rows = "recomputed" if any(value > 0 for value in recomputed) else "logits"
     elif not configuration.classes:
         verdict.rows = "no classes"
     if not configuration.classes:
@@ -144,9 +145,9 @@ def _rows(verdict: Verdict, configuration: Configuration, monitor: Monitor, watc
 
 def _values_of_rows(verdict: Verdict, monitor: Monitor, watched: Record) -> None:
     """Compare the loss at the head with F.cross_entropy's result, where that was called once a step."""
-    if "head_loss" not in monitor.history:
+    if verdict.rows != "logits":  # recomputed rows are a sample
         return
-    for step, value in zip(*monitor.history["head_loss"], strict=True):
+    for step, value in zip(*_column(monitor, "head_loss"), strict=True):
         calls = watched.session.cross_entropies.get(step, [])
         if len(calls) == 1 and not math.isclose(value, calls[0], rel_tol=TOLERANCE, abs_tol=TOLERANCE):
             _unless_noted(
@@ -158,7 +159,7 @@ def _values_of_rows(verdict: Verdict, monitor: Monitor, watched: Record) -> None
             return
 
 
-_NO_ROWS = ("head_never_fired", *_NO_HEAD, "single_output", "rows_elsewhere", "several_heads")
+_NO_ROWS = ("head_never_fired", "rows_elsewhere", *_NO_HEAD)
 
 
 def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watched: Record) -> None:
@@ -182,7 +183,7 @@ def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watc
                 verdict.wrong(f"wrong loss at {text}")
             else:
                 _unless_noted(
-                    verdict, ("no_loss", "loss_elsewhere", "loss_between_readings", "logits_scaled",
+                    verdict, ("no_loss", "loss_not_trained", "loss_between_readings", "logits_scaled",
                               "not_shift_invariant"),
                     f"the trained loss is not seen ({text})", allowed=not configuration.loss,
                 )  # fmt: skip
@@ -236,6 +237,14 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
         v.rows in ("none", "no classes") and (c.logits or "model.train()" not in v.notes["head_never_fired"])
     ),
     "no_loss": lambda c, r, v: True,  # judged with the loss
+    "no_head": lambda c, r, v: v.head is None,
+    "no_steps": lambda c, r, v: any("optimizer steps were seen" in cause for cause in v.causes),
+    "head_by_output": lambda c, r, v: v.head in c.heads,
+    "head_guessed": lambda c, r, v: v.head in c.heads,
+    "head_parameter": lambda c, r, v: r.parameter,
+    "several_heads": lambda c, r, v: len(c.heads) > 1,
+    "no_features": lambda c, r, v: r.spatial or not r.weighty,
+    "rows_recomputed": lambda c, r, v: v.rows == "recomputed",
     "loss_below_zero": lambda c, r, v: min(r.session.losses.values(), default=0.0) < 0,
 }
 """Code of a note → whether it is true of a training."""
@@ -244,7 +253,7 @@ _NEVER = "failed_"
 
 def _notes(verdict: Verdict, configuration: Configuration, watched: Record) -> None:
     for code, message in verdict.notes.items():
-        if code in configuration.true_notes or code in _NO_HEAD:
+        if code in configuration.true_notes:
             continue
         if code.startswith(_NEVER):
             verdict.wrong(f"a part failed: {code}: {message[-200:]}")

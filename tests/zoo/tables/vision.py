@@ -160,7 +160,13 @@ def _make() -> list[Configuration]:
                 "num_labels": 5,
             },
         ),
-        case("ViTForMaskedImageModeling", None, _masks, {**PATCHES, "encoder_stride": 8}, classes=False),
+        case(
+            "ViTForMaskedImageModeling",
+            ("decoder.0", None),
+            _masks,
+            {**PATCHES, "encoder_stride": 8},
+            classes=False,
+        ),
         case(
             "ViTMAEForPreTraining",
             ("decoder.decoder_pred", None),

@@ -137,7 +137,7 @@ def _make() -> list[Configuration]:
     from torchvision import models
     from torchvision.models import segmentation
 
-    def tv(name: str, head: str, size: int = 32, **config: Any) -> Configuration:
+    def tv(name: str, head: str | tuple[str, ...], size: int = 32, **config: Any) -> Configuration:
         return Configuration(
             f"torchvision: {name}",
             loop(lambda: getattr(models, name)(weights=None, num_classes=5, **config), _loss(size)),
@@ -149,7 +149,7 @@ def _make() -> list[Configuration]:
         tv("resnet18", "fc"),
         tv("mobilenet_v3_small", "classifier.3"),
         tv("efficientnet_b0", "classifier.1"),
-        tv("squeezenet1_1", "classifier.1", 64),
+        tv("squeezenet1_1", ("classifier", "classifier.1"), 64),
         tv("shufflenet_v2_x0_5", "fc"),
         tv("mnasnet0_5", "classifier.1"),
         tv("googlenet", "fc", 64, aux_logits=False, init_weights=False),
