@@ -42,6 +42,8 @@ class Row:
     weight_gradient: bool
     second_moment: bool
     loss: bool
+    recomputed: bool = False
+    """Whether the rows were recomputed, because the loss makes no logits."""
 
     @classmethod
     def of(cls, framework: str, mode: str, seen: Mapping[str, Any]) -> Row:
@@ -57,14 +59,17 @@ class Row:
             weight_gradient=has("zero_sum_violation_weight"),
             second_moment=has("sqrt_exp_avg_sq_median"),
             loss=has("loss"),
+            recomputed=has("recomputed_fraction"),
         )
 
     def line(self) -> str:
         """The row of the table."""
-        marks = (
+        marks = [
             "yes" if seen else "–"
             for seen in (self.rows, self.weight_gradient, self.second_moment, self.loss)
-        )
+        ]
+        if self.recomputed:
+            marks[0] = "recomputed"
         return f"| {self.framework} | {self.mode} | {' | '.join(marks)} | yes |"
 
 
