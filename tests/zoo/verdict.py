@@ -140,7 +140,8 @@ def _rows(verdict: Verdict, configuration: Configuration, monitor: Monitor, watc
         _unless_noted(verdict, _NO_ROWS, f"rows are seen in {len(steps)} of {configuration.steps} steps")
     if verdict.rows == "logits" and not configuration.logits:
         verdict.wrong("rows are said to be from logits, which this loss does not have")
-    _values_of_rows(verdict, monitor, watched)
+    if not configuration.soft:  # else the loss is no plain cross-entropy of these rows
+        _values_of_rows(verdict, monitor, watched)
 
 
 def _values_of_rows(verdict: Verdict, monitor: Monitor, watched: Record) -> None:

@@ -106,8 +106,8 @@ def _cross(kind: str, labels: int, loss: str) -> Callable[[Session], nn.Module]:
     return train
 
 
-def _embedding(name: str, kind: str, loss: Callable[[Any], Any]) -> Configuration:
-    return Configuration(name, _train(kind, loss), None, classes=False)
+def _embedding(name: str, kind: str, loss: Callable[[Any], Any], **facts: Any) -> Configuration:
+    return Configuration(name, _train(kind, loss), None, classes=False, **facts)
 
 
 def _make() -> list[Configuration]:
@@ -115,7 +115,7 @@ def _make() -> list[Configuration]:
 
     return [
         _embedding("MultipleNegativesRankingLoss", "pair", losses.MultipleNegativesRankingLoss),
-        _embedding("CachedMultipleNegativesRankingLoss", "pair", losses.CachedMultipleNegativesRankingLoss),
+        _embedding("CachedMultipleNegativesRankingLoss", "pair", losses.CachedMultipleNegativesRankingLoss, either=True)  # it has a backward pass of its own,
         _embedding("CosineSimilarityLoss", "score", losses.CosineSimilarityLoss),
         _embedding("CoSENTLoss", "score", losses.CoSENTLoss),
         _embedding("TripletLoss", "triplet", losses.TripletLoss),
