@@ -115,7 +115,12 @@ def _make() -> list[Configuration]:
 
     return [
         _embedding("MultipleNegativesRankingLoss", "pair", losses.MultipleNegativesRankingLoss),
-        _embedding("CachedMultipleNegativesRankingLoss", "pair", losses.CachedMultipleNegativesRankingLoss, either=True)  # it has a backward pass of its own,
+        _embedding(  # its forward pass has a backward pass of its own
+            "CachedMultipleNegativesRankingLoss",
+            "pair",
+            losses.CachedMultipleNegativesRankingLoss,
+            either=True,
+        ),
         _embedding("CosineSimilarityLoss", "score", losses.CosineSimilarityLoss),
         _embedding("CoSENTLoss", "score", losses.CoSENTLoss),
         _embedding("TripletLoss", "triplet", losses.TripletLoss),
