@@ -1,5 +1,6 @@
 # make demo    train a real network to two slingshots under the monitor, live, then the float64 control
 # make test    lint, types and the tests that take seconds (what .ci/run runs)
+# make test-zoo    train some 400 small configurations of the libraries people use, and make docs/compatibility.md
 # make reference    the papers' experiments in their quick form, and the table of verdicts
 #
 # Keep your own torch (GPU builds): `make demo VENV=/path/of/your/venv` installs into that environment
@@ -11,6 +12,8 @@ VENV ?= .venv
 DEMO_ARGS ?=
 PYTEST_ARGS ?=
 REFERENCE_ARGS ?= --jobs 2
+# For instance: make test-zoo ZOO_ARGS="--only trl --details"
+ZOO_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.nfi-monitor-installed
@@ -29,7 +32,7 @@ else
 HAVE_VENV := test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 endif
 
-.PHONY: demo test test-full fast-tests all-tests reference lint format figure clean
+.PHONY: demo test test-full test-zoo fast-tests all-tests reference lint format figure clean
 .DEFAULT_GOAL := demo
 
 # The demo installs only its own packages, a fifth of those for the tests.
@@ -63,6 +66,18 @@ fast-tests: $(STAMP)
 all-tests: $(STAMP)
 	$(PYTEST) -m "slow or not slow" $(PYTEST_ARGS)
 
+# The zoo's libraries are many, so it has an environment of its own. One process: it takes about ten minutes.
+ZOO := .venv-zoo
+ZOO_STAMP := $(ZOO)/.nfi-monitor-installed
+
+$(ZOO_STAMP): pyproject.toml constraints.txt tests/zoo/requirements.txt
+	$(ZOO)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(ZOO)
+	$(ZOO)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -r tests/zoo/requirements.txt -e .
+	touch $@
+
+test-zoo: $(ZOO_STAMP)
+	OMP_NUM_THREADS=1 $(ZOO)/bin/python -m tests.zoo $(ZOO_ARGS)
+
 # REFERENCE_ARGS="--preset paper --jobs 8" for the papers' own sizes.
 reference: $(STAMP)
 	for study in parity modular_division cifar gpt; do \
@@ -85,5 +100,5 @@ figure: $(STAMP)
 
 # Delete only what this file and the tools made, never runs/ and never your own environment.
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-zoo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

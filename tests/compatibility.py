@@ -1,11 +1,12 @@
-"""The compatibility matrix: what the monitor sees, framework by framework, taken from the tests that passed.
+"""The modes of docs/compatibility.md: what the monitor sees in the tests that passed.
 
-    python -m tests.compatibility            # run those tests, slow ones too, and write docs/compatibility.md
-    python -m tests.compatibility --print    # print the table instead
+    python -m tests.compatibility            # run those tests, slow ones too, write modes.json and the page
+    python -m tests.compatibility --print    # print the rows instead
 
 A test adds its row with the ``compatibility`` fixture, after it has shown that weights, optimizer and random
-state are bitwise those of the same training without the monitor.  In an ordinary test run the fixture holds
-each row against the table in docs/compatibility.md, so that the table cannot go stale.
+state are bitwise those of the same training without the monitor. In an ordinary test run the fixture holds
+each row against the table in docs/compatibility.md, so that the table cannot go stale. The page's other
+table is made from the zoo (``tests/zoo``).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Any
 
 import pytest
 
+from tests.zoo.page import MODES, write
+from tests.zoo.page import PAGE as TABLE
+
 ROOT = Path(__file__).resolve().parents[1]
-TABLE = ROOT / "docs" / "compatibility.md"
 _ROW = "nfi_compatibility"
 _ORDER = ("PyTorch", "Transformers", "Lightning", "Accelerate")
 _PACKAGES = ("torch", "transformers", "lightning", "accelerate")
@@ -39,6 +42,8 @@ class Row:
     weight_gradient: bool
     second_moment: bool
     loss: bool
+    recomputed: bool = False
+    """Whether the rows were recomputed, because the loss makes no logits."""
 
     @classmethod
     def of(cls, framework: str, mode: str, seen: Mapping[str, Any]) -> Row:
@@ -54,14 +59,17 @@ class Row:
             weight_gradient=has("zero_sum_violation_weight"),
             second_moment=has("sqrt_exp_avg_sq_median"),
             loss=has("loss"),
+            recomputed=has("recomputed_fraction"),
         )
 
     def line(self) -> str:
         """The row of the table."""
-        marks = (
+        marks = [
             "yes" if seen else "–"
             for seen in (self.rows, self.weight_gradient, self.second_moment, self.loss)
-        )
+        ]
+        if self.recomputed:
+            marks[0] = "recomputed"
         return f"| {self.framework} | {self.mode} | {' | '.join(marks)} | yes |"
 
 
@@ -121,31 +129,14 @@ class _Collector:
         self._path.write_text(json.dumps(self._rows), encoding="utf-8")
 
 
-def render(rows: list[Row]) -> str:
-    """The page: frameworks in a fixed order, modes in that of the tests."""
+def record(rows: list[Row]) -> dict[str, Any]:
+    """Return what modes.json holds: frameworks in a fixed order, modes in that of the tests."""
 
     def rank(row: Row) -> int:
         return _ORDER.index(row.framework) if row.framework in _ORDER else len(_ORDER)
 
-    versions = ", ".join(f"{name} {importlib.metadata.version(name).partition('+')[0]}" for name in _PACKAGES)
-    lines = [row.line() for row in sorted(dict.fromkeys(rows), key=rank)]
-    return "\n".join(
-        [
-            "# What is seen where",
-            "",
-            "Made from the tests that passed (`python -m tests.compatibility`), with " + versions + ".",
-            "",
-            "*rows*: zero-sum, absorption and margins of single rows. *head's gradient*: the zero-sum of the",
-            "head's weight gradient, at batch level; it means nothing for a tied head. *second moment*:",
-            "sqrt(v̂), RMS_t and what follows from them. *loss*: of every step, without a call of yours.",
-            "*bitwise*: weights, optimizer and random state are those of the training without the monitor.",
-            "",
-            "| framework | mode | rows | head's gradient | second moment | loss | bitwise |",
-            "|---|---|---|---|---|---|---|",
-            *lines,
-            "",
-        ]
-    )
+    versions = {name: importlib.metadata.version(name).partition("+")[0] for name in _PACKAGES}
+    return {"versions": versions, "rows": [row.line() for row in sorted(dict.fromkeys(rows), key=rank)]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -159,11 +150,13 @@ def main(argv: list[str] | None = None) -> int:
     if failed or not rows:
         print("The table is left as it was: not all tests passed.", file=sys.stderr)
         return 1
-    page = render(rows)
+    found = record(rows)
     if arguments.print:
-        print(page)
+        print("\n".join(found["rows"]))
     else:
-        TABLE.write_text(page, encoding="utf-8")
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        MODES.write_text(text, encoding="utf-8")
+        write()
     return 0
 
 
