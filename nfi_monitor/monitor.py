@@ -264,7 +264,7 @@ class Monitor:
 
     @property
     def run_dir(self) -> str | PathLike[str] | None:
-        """The run directory as it was given; None if no files are written."""
+        """The run directory, absolute and with ``~`` expanded; None if no files are written."""
         return self._loop.run_dir
 
     def watches(self, model: nn.Module, optimizer: Any) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -133,7 +134,7 @@ def _number(query: Query, name: str, default: float) -> float:
         number = float(text)
     except ValueError:
         number = float("nan")
-    if number != number:
+    if not math.isfinite(number):
         raise ValueError(f"{name}={text[:40]!r} is no number.")
     return number
 
@@ -152,7 +153,7 @@ def _json_app(handler: Callable[[dict[str, Any], Query], Any]) -> Application:
             traceback.print_exc()  # to TensorBoard's own terminal, for a bug report
             status = "500 Internal Server Error"
             answer = {"error": f"The NFI tab failed on the server: {type(error).__name__}: {error}"}
-        body = json.dumps(answer, separators=(",", ":")).encode()
+        body = json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
         return _respond(environ, start_response, status, "application/json", body, "no-store")
 
     return application

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.cli.output import console_for, fail, say
+from nfi_monitor.report.terminal import escape_controls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
     except ImportError as error:
         say(console, f"no figure: {error}", style="yellow")
-    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib cannot write
+    except Exception as error:  # a full disk, a suffix or a number that matplotlib cannot draw
         message = f"cannot write the figure {path}: {error}. Pass another path with --figure."
         if options.figure:
             return fail(message)
@@ -103,4 +104,4 @@ def _title(info: dict[str, Any]) -> str:
     optimizer = info.get("optimizer")
     name = optimizer.get("name") if isinstance(optimizer, dict) else optimizer
     parts = [str(part) for part in (info.get("model"), name, info.get("dtype")) if part]
-    return " · ".join(parts)
+    return escape_controls(" · ".join(parts))

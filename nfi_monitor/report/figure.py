@@ -6,6 +6,7 @@ user's session, and needs no display.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,9 +15,11 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from nfi_monitor.atomic_write import replacing
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
 from nfi_monitor.report import levels
+from nfi_monitor.report.terminal import escape_controls
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
 
 # Colours that keep their order in greyscale and under common colour blindness; healthy has no colour.
@@ -98,8 +101,7 @@ def draw(
         _alert_bars(strip, _of_kind(alerts, kind), len(kinds) - 1 - row, last, label=len(alerts) <= _LABELLED)
     strip.set_yticks(range(len(kinds)), [_ALERT_ROWS[kind] for kind in reversed(kinds)])
     for axis, panel in zip(axes, _PANELS, strict=True):
-        notes = [_curve(axis, panel, history, _INK, "")]
-        _finish(axis, panel, notes)
+        _finish(axis, panel, [_curve(axis, panel, history, _INK, "")])
     bands = levels.bands(levels.thresholds_of({"thresholds": thresholds}), RunContext())
     _threshold(axes[1], bands["zero_sum_violation_smoothed"].enter, "enter", shift=4)
     _threshold(axes[1], bands["zero_sum_violation_smoothed"].leave, "exit", shift=-3)
@@ -182,13 +184,19 @@ def _figure(title: str, rows: int) -> tuple[Any, Any, list[Any]]:
     axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     if title:
-        figure.text(0.105, 0.968, title, fontsize=12.5, fontweight="bold", color=_INK, ha="left", va="center")
+        # A model's name may have dollar signs: it is no formula.
+        figure.text(0.105, 0.968, title, fontsize=12.5, fontweight="bold", color=_INK, ha="left",
+                    va="center", parse_math=False)  # fmt: skip
     return figure, strip, axes
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    figure.savefig(path, facecolor="white")
+    """Write the figure at once: a link in a run directory is replaced, and not followed."""
+    path = Path(path) if Path(path).suffix else Path(path).with_suffix(".png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, facecolor="white", format=path.suffix[1:])
+    with replacing(path) as file:
+        file.write(drawn.getvalue())
     return path
 
 
@@ -262,8 +270,8 @@ def _alert_bars(axis: Any, alerts: list[Alert], row: int, last: int, label: bool
                   markeredgecolor="white", markeredgewidth=0.6, clip_on=False, zorder=4)  # fmt: skip
     for alert in alerts if label else ():
         axis.annotate(
-            alert.id, (alert.first_step, row), xytext=(0, 3.5), textcoords="offset points", fontsize=6.5,
-            ha="left", va="bottom", color=_GREY, annotation_clip=False, zorder=6,
+            escape_controls(alert.id), (alert.first_step, row), xytext=(0, 3.5), textcoords="offset points", fontsize=6.5,
+            ha="left", va="bottom", color=_GREY, annotation_clip=False, zorder=6, parse_math=False,
         )  # fmt: skip
 
 

@@ -35,9 +35,10 @@ def open_sinks(
         from nfi_monitor.report.run_directory.lock import DirectoryLock
         from nfi_monitor.report.run_directory.writer import RunDirectory
 
-        sinks.append(RunDirectory(run_dir))
+        owner = object()  # the monitor: another one of this process is refused, as another process is
+        sinks.append(RunDirectory(run_dir, lock=DirectoryLock(run_dir, owner)))
         if tensorboard.available():
-            lock = DirectoryLock(run_dir)
+            lock = DirectoryLock(run_dir, owner)
             sinks.append(tensorboard.TensorBoardSink(run_dir, describe=describe, lock=lock))
     return sinks
 

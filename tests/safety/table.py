@@ -74,6 +74,11 @@ ROWS = {
         "after `close()` no hook, no reference, no open file and no global state is left",
         ("safety/test_detach.py",),
     ),
+    "records": Row(
+        "damaged and hostile records: every kind of damage costs the record and is counted; `report`, "
+        "`tail`, the figure and the tab show the rest, as strict JSON where they answer with JSON",
+        ("safety/test_records.py",),
+    ),
     "resume": Row(
         "a run is stopped at any step and resumed from a checkpoint: its alerts and readings are bit for bit "
         "those of the uninterrupted run (`overhead_budget=None`, or any run in which the clock changed "

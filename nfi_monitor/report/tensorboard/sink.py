@@ -25,6 +25,7 @@ from nfi_monitor.report.levels import bands_of
 from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.tensorboard.tab_data import TabWriter
 from nfi_monitor.report.tensorboard.texts import alert_markdown, info_markdown, overview_markdown
+from nfi_monitor.safe_open import absolute
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ class TensorBoardSink(SinkBase):
         describe: Callable[[], Mapping[str, Any]] | None = None,
         lock: DirectoryLock | None = None,
     ) -> None:
-        self.log_dir = os.fspath(log_dir)
+        self.log_dir = os.fspath(absolute(log_dir))
         self._lock = lock
         self._min_seconds = min_seconds
         self._describe = describe
