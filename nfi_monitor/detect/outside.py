@@ -14,7 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from nfi_monitor.detect.smoothing import Ema, Stateful
+from nfi_monitor.detect.signals import felt_displacement
+from nfi_monitor.detect.smoothing import Ema, Stateful, of_its_kind
+from nfi_monitor.schema import decode
 from nfi_monitor.types import Reading
 
 NAN = math.nan
@@ -106,8 +108,9 @@ class Outside:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Outside:
-        """Restore what :meth:`state_dict` returned."""
-        return cls(**state)
+        """Restore what :meth:`state_dict` returned. Raises ValueError for fields of other types."""
+        found: Outside = decode(cls, state)
+        return found
 
 
 class OutsideWatch(Stateful):
@@ -233,7 +236,7 @@ class OutsideWatch(Stateful):
                 if isinstance(value, Ema):
                     value.load_state_dict(state[name])
                 else:
-                    setattr(self, name, list(state[name]) if isinstance(value, list) else state[name])
+                    setattr(self, name, of_its_kind(value, state[name], name))
 
 
 def _median(values: Sequence[float]) -> float:
@@ -243,3 +246,12 @@ def _median(values: Sequence[float]) -> float:
 def _above(average: float, cap: float) -> float:
     """Return the largest value that an average may take in: an outlier must not become the usual."""
     return average + cap if math.isfinite(average) else math.inf
+
+
+def moved_by(reading: Reading) -> float:
+    """Return the nats by which an update moved the logits, as far as they were measured."""
+    by_head = max(reading.get("logit_displacement", 0.0), reading.get("margin_displacement", 0.0))
+    below = felt_displacement(reading)
+    if by_head == 0.0 and not math.isfinite(below):
+        return math.nan
+    return by_head + (below if math.isfinite(below) else 0.0)

@@ -270,8 +270,9 @@ def _alert_bars(axis: Any, alerts: list[Alert], row: int, last: int, label: bool
                   markeredgecolor="white", markeredgewidth=0.6, clip_on=False, zorder=4)  # fmt: skip
     for alert in alerts if label else ():
         axis.annotate(
-            escape_controls(alert.id), (alert.first_step, row), xytext=(0, 3.5), textcoords="offset points", fontsize=6.5,
-            ha="left", va="bottom", color=_GREY, annotation_clip=False, zorder=6, parse_math=False,
+            escape_controls(alert.id), (alert.first_step, row), xytext=(0, 3.5), textcoords="offset points",
+            fontsize=6.5, ha="left", va="bottom", color=_GREY, annotation_clip=False, zorder=6,
+            parse_math=False,
         )  # fmt: skip
 
 

@@ -76,8 +76,9 @@ ROWS = {
     ),
     "records": Row(
         "damaged and hostile records: every kind of damage costs the record and is counted; `report`, "
-        "`tail`, the figure and the tab show the rest, as strict JSON where they answer with JSON",
-        ("safety/test_records.py",),
+        "`tail`, the figure and the tab show the rest, as strict JSON where they answer with JSON. A damaged "
+        "state is refused with a ValueError, and the monitor is as it was; or it does no harm",
+        ("safety/test_records.py", "safety/test_states.py"),
     ),
     "resume": Row(
         "a run is stopped at any step and resumed from a checkpoint: its alerts and readings are bit for bit "
