@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from nfi_monitor.detect.spike import FALLEN, QUIET, RISEN
 from nfi_monitor.quantities import QUANTITIES
 from nfi_monitor.types import Reading
 
-if TYPE_CHECKING:
-    from nfi_monitor.detect.detector import Detector
-
 _LOSSES = (0.5, 0.25, 5.0, 50.0, 0.5)
 """An ordinary loss, a smaller one, and a rise that may become a slingshot."""
 
 
-def try_out(detector: Detector) -> None:
-    """Let a detector judge a few made-up readings, and whatever the engine asks it. It cannot be used then.
+def try_out(detector: Any) -> None:
+    """Let a :class:`~nfi_monitor.detect.detector.Detector` judge a few made-up readings, and use it up.
 
     Numbers of the right types may still be impossible together: lists of different lengths, or an average
     whose exponential is too large.  Raises whatever the detector raises, and ValueError for an unknown state.
@@ -41,7 +38,7 @@ def try_out(detector: Detector) -> None:
     _ask(detector)
 
 
-def _ask(detector: Detector) -> None:
+def _ask(detector: Any) -> None:
     """Ask what the engine asks between two steps."""
     _ = detector.attention, detector.only_loss_unusual, detector.at_risk
     detector.spike.usual_below(detector.limits)

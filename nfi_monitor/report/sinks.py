@@ -55,6 +55,7 @@ class Sinks:
         self._resolved: list[Sink] = []
         self._methods: dict[str, list[tuple[Sink, Callable[..., None]]]] = {}
         self._listening = False
+        self._waiting: list[tuple[str, BaseException]] | None = None
 
     @property
     def listening(self) -> bool:
@@ -64,7 +65,13 @@ class Sinks:
         return self._listening
 
     def start(self, info: Mapping[str, Any]) -> None:
+        # Report errors when all sinks are open: the report is a note, which the others get.
+        waiting: list[tuple[str, BaseException]] = []
+        self._waiting = waiting
         self._each("start", info)
+        self._waiting = None
+        for name, error in waiting:
+            self._failed(name, error)
 
     def reading(self, reading: Reading, phase: Phase) -> None:
         self._each("reading", reading, phase)
@@ -121,7 +128,10 @@ class Sinks:
         # Drop the sink first: ``failed`` calls the sinks that are left.
         if sink in self.sinks:
             self.sinks.remove(sink)
-        self._failed(type(sink).__name__, error)
+        if self._waiting is None:
+            self._failed(type(sink).__name__, error)
+        else:
+            self._waiting.append((type(sink).__name__, error))
 
 
 def check_sink(sink: Any) -> None:

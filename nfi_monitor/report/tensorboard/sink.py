@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.levels import bands_of
+from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
 from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.tensorboard.tab_data import TabWriter
 from nfi_monitor.report.tensorboard.texts import alert_markdown, info_markdown, overview_markdown
@@ -31,7 +32,6 @@ from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from nfi_monitor.report.run_directory.lock import DirectoryLock
     from nfi_monitor.report.summary import Summary
 
 EVENTS = 2048
@@ -95,10 +95,19 @@ class TensorBoardSink(SinkBase):
             ) from error
         self._proto, self._info = SummaryProto, info
         self._edges = {name: (band.leave, band.enter) for name, band in bands_of(info).items()}
-        if self._lock is not None:
-            os.makedirs(self.log_dir, exist_ok=True)
-            self._lock.acquire()
-        self._writer = SummaryWriter(self.log_dir)
+        try:
+            if self._lock is not None:
+                os.makedirs(self.log_dir, exist_ok=True)
+                self._lock.acquire()
+            self._writer = SummaryWriter(self.log_dir)
+        except DirectoryInUseError:
+            raise
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write {error.filename or self.log_dir}: {error.strerror or error}. No TensorBoard "
+                "files are written; the training goes on. Pass another directory as run_dir=.",
+            ) from error
         self._writer.add_custom_scalars(layout(self._edges))
         self._writer.add_text("nfi/run", info_markdown(info), 0)
         self._tab = TabWriter(self._writer.file_writer, info)
