@@ -52,8 +52,8 @@ ROWS = {
     "storage": Row(
         "disk full, directory removed or read-only, `kill -9` at random moments: all complete records are "
         "read back, at most one is lost, none is wrong; a second process, or a second open monitor, in the "
-        "same directory is refused; foreign files of every kind (FIFO, socket, device, directory, link) under any "
-        "of our names: nothing hangs, nothing outside is written",
+        "same directory is refused; foreign files of every kind (FIFO, socket, device, link, directory) "
+        "under any of our names: nothing hangs, nothing outside is written",
         ("safety/test_storage.py", "safety/test_foreign_files.py"),
     ),
     "numbers": Row(
