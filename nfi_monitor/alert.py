@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Annotated, Any
 
@@ -172,7 +172,7 @@ class Alert:
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain types. Evidence that is NaN or Inf becomes None, which any JSON has."""
-        record = asdict(self)
+        record = dict(vars(self))  # asdict() would copy all the evidence first: a run may have 100,000 alerts
         for key in ("kind", "severity", "state", "phase", "mechanism"):
             record[key] = str(record[key])
         record["outcome"] = None if self.outcome is None else str(self.outcome)

@@ -87,16 +87,18 @@ def _print_explanations(console: Console, record: RunRecord) -> None:
     """Print the explanations under the summary: every slingshot, and the last alert that still fires."""
     from rich.text import Text
 
-    from nfi_monitor.report.explain.compose import explain_run
+    from nfi_monitor.report.explain.compose import explain_run, worth_explaining
 
     parts = (record.info, record.history, record.phases, record.alerts, record.notes)
-    explanations = explain_run(*parts)
+    explanations = explain_run(*parts, last=_EXPLAINED)
     if explanations:
         console.print(Text("\nExplanations", style="bold"))
-    if len(explanations) > _EXPLAINED:
-        known = ", ".join(item.alert.id for item in explanations[:-_EXPLAINED])
-        say(console, f"earlier ones: {known} (nfi-monitor report RUN --explain ID)", style="dim")
-    for explanation in explanations[-_EXPLAINED:]:
+    earlier = [alert.id for alert in worth_explaining(record.alerts)[:-_EXPLAINED]]
+    if earlier:
+        known = ", ".join(earlier[-_EXPLAINED:])
+        more = f"{len(earlier) - _EXPLAINED:,} more and " if len(earlier) > _EXPLAINED else ""
+        say(console, f"earlier ones: {more}{known} (nfi-monitor report RUN --explain ID)", style="dim")
+    for explanation in explanations:
         console.print(explanation)
 
 

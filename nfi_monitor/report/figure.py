@@ -19,6 +19,7 @@ from nfi_monitor.atomic_write import replacing
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.history import History
 from nfi_monitor.report import levels
+from nfi_monitor.report.pixels import apart, joined, thin
 from nfi_monitor.report.terminal import escape_controls
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
 
@@ -44,7 +45,6 @@ _ALERT_ROWS = {
 }
 _ARMS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito
 _INK, _GREY, _GRID = "#1B2733", "#66727F", "#DDE2E7"
-_BINS = 1_500  # about one for each pixel; each keeps its minimum and maximum
 _LABELLED = 24  # alerts that get their id as a label; more labels would overlap
 
 Array = np.ndarray[Any, Any]
@@ -230,6 +230,7 @@ def _shade(axis: Any, phases: Sequence[tuple[int, Phase]], last: int) -> None:
             for (start, current), (end, _) in pairwise([*phases, (last, Phase.HEALTHY)])
             if current is phase
         ]
+        spans = joined(spans)
         # A slingshot can be one step in a hundred thousand: an outline keeps it visible.
         width = 1.2 if phase is Phase.SLINGSHOT and len(spans) < 100 else 0
         axis.broken_barh(
@@ -246,11 +247,17 @@ def _bars(
         (alert.first_step, max(end - alert.first_step, 1)) for alert, end in zip(alerts, ends, strict=True)
     ]
     axis.broken_barh(
-        spans, (row - height / 2, height), facecolor=colour, alpha=alpha, linewidth=0.6, edgecolor=colour
+        joined(spans),
+        (row - height / 2, height),
+        facecolor=colour,
+        alpha=alpha,
+        linewidth=0.6,
+        edgecolor=colour,
     )
 
 
 def _stars(axis: Any, steps: list[int], row: int, colour: str) -> None:
+    steps = apart(steps)
     axis.plot(steps, [row] * len(steps), "*", color=colour, markersize=11, markeredgecolor="white",
               markeredgewidth=0.6, clip_on=False, zorder=5)  # fmt: skip
 
@@ -266,7 +273,8 @@ def _alert_bars(axis: Any, alerts: list[Alert], row: int, last: int, label: bool
         _stars(axis, [alert.first_step for alert in alerts], row, colour)
     else:
         _bars(axis, alerts, row, 0.2, last, colour, 0.95)
-        axis.plot([a.first_step for a in alerts], [row] * len(alerts), "o", color=colour, markersize=4.5,
+        starts = apart(alert.first_step for alert in alerts)
+        axis.plot(starts, [row] * len(starts), "o", color=colour, markersize=4.5,
                   markeredgecolor="white", markeredgewidth=0.6, clip_on=False, zorder=4)  # fmt: skip
     for alert in alerts if label else ():
         axis.annotate(
@@ -305,26 +313,6 @@ def _curve(axis: Any, panel: _Panel, history: History, colour: str, name: str, z
     )  # fmt: skip
     text = "; ".join(said)
     return f"{name}: {text}" if name and text else text
-
-
-def thin(steps: Array, values: Array, bins: int = _BINS) -> tuple[Array, Array]:
-    """Return at most ``2 * bins`` points: each bin's smallest and largest value, in step order.
-
-    Taking every n-th point instead would lose a slingshot of three steps.
-    """
-    if len(steps) <= 2 * bins:
-        return steps, values
-    size = -(-len(steps) // bins)
-    padded = np.full(size * bins, np.nan)
-    padded[: len(values)] = np.where(np.isfinite(values), values, np.nan)
-    blocks = padded.reshape(bins, size)
-    rows = np.flatnonzero(~np.isnan(blocks).all(axis=1))
-    low = rows * size + np.where(np.isnan(blocks[rows]), np.inf, blocks[rows]).argmin(axis=1)
-    high = rows * size + np.where(np.isnan(blocks[rows]), -np.inf, blocks[rows]).argmax(axis=1)
-    # A bin without a finite value stays as one NaN, so that the line has a gap.
-    empty = np.flatnonzero(np.isnan(blocks).all(axis=1)) * size
-    keep = np.unique(np.concatenate([low, high, empty[empty < len(values)]]))
-    return steps[keep], values[keep]
 
 
 def _finish(axis: Any, panel: _Panel, notes: Sequence[str]) -> None:

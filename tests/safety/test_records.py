@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -336,3 +337,46 @@ def test_a_deeply_nested_run_json_does_not_stop_the_writer(tmp_path: Path) -> No
     record = read_run(tmp_path)
     assert record.info["session"] == 3, "the readings say how many sessions there were"
     assert record.history["loss"][0].tolist() == list(range(1, 31))
+
+
+# --- many ------------------------------------------------------------------------------------------
+
+
+def many_slingshots(directory: Path, count: int) -> None:
+    sink = RunDirectory(directory)
+    sink.start(INFO)
+    for number in range(1, count + 1):
+        at = 100 * number
+        warned = replace(IMMINENT, id=f"imminent-{number}", first_step=at - 10, last_step=at)
+        began = replace(SLINGSHOT, id=f"slingshot-{number}", first_step=at, last_step=at)
+        sink.alert(resolved(warned, at), Change.END)
+        sink.alert(resolved(began, at + 10), Change.END)
+        for step, phase in ((at, Phase.SLINGSHOT), (at + 10, Phase.RECOVERING), (at + 20, Phase.HEALTHY)):
+            sink.reading(Reading(step, {"loss": 1.0, "zero_sum_violation": 0.5}), phase)
+    sink.close(INFO, Summary())
+
+
+@pytest.mark.parametrize("count", [2_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_report_of_many_slingshots_ends(tmp_path: Path, count: int) -> None:
+    pytest.importorskip("matplotlib")
+    many_slingshots(tmp_path, count)
+    started = time.process_time()
+    shown = command("report", str(tmp_path))
+    assert f"{count - 20:,} earlier slingshots" in shown and "report.png" in shown
+    assert f"earlier ones: {count - 40:,} more and slingshot-{count - 39}, " in shown
+    assert len(shown) < 50_000
+    command("tail", str(tmp_path))
+    assert time.process_time() - started < 30 + count / 500  # measured: 5 s, and 30 s
+
+
+def test_the_tab_lists_the_last_of_many_alerts(tab: dict[str, tuple[bytes, Any]]) -> None:
+    (one,) = (json.loads(array.item()) for tag, (_, array) in tab.items() if tag.endswith("/slingshot-1"))
+    many = dict(tab)
+    for number in range(20_000):
+        text = json.dumps({**one, "id": f"slingshot-{number}", "first_step": number, "last_step": number + 1})
+        many[f"nfi-tab/alerts/s/slingshot-{number}"] = (b"{}", np.array(text, dtype=object))
+    started = time.process_time()
+    apps = plugin.NFIPlugin(SimpleNamespace(data_provider=Provider(many, 1.0))).get_plugin_apps()
+    status, run = ask(apps["/run"], {"run": "r"})
+    assert status == 200 and len(run["alerts"]) == 5_000 and "15,002 earlier alerts" in run["problems"][0]
+    assert time.process_time() - started < 30  # measured: 2 s
