@@ -322,9 +322,8 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state in plain types, for the run's checkpoint.
 
-        The state holds the values that the next reading is compared with, but no readings. Of the alerts, it
-        holds those that fire and the last 1,000. A resumed run reads the same numbers as an uninterrupted run.
-        """
+        The state holds the values that the next reading is compared with, but no readings. It holds the
+        alerts that fire and the last 1,000. A resumed run reads the same numbers as an uninterrupted run."""
         return checkpoint.state_dict(self._loop)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -205,7 +205,7 @@ def _sequence(kind: type, arguments: tuple[Any, ...]) -> Check:
     checks = [check_of(argument) for argument in arguments if argument is not Ellipsis]
 
     def check(value: Any) -> Any:
-        if type(value) not in (list, tuple) or length not in (None, len(value)):
+        if not isinstance(value, (list, tuple)) or length not in (None, len(value)):
             many = "a list" if length is None else f"a list of {length}"
             raise DamagedRecordError(f"expected {many}, got {shown(value)}")
         each = checks if length is not None else checks * len(value)
