@@ -149,7 +149,8 @@ class Attachment:
         run_dir = self._run_dir
         if run_dir == "auto":
             earlier = state.get("run_dir")
-            run_dir = earlier if earlier and Path(earlier).is_dir() else free_directory(directory)
+            known = isinstance(earlier, str) and Path(earlier).is_dir()
+            run_dir = earlier if known else free_directory(directory)
         options = dict(self._options)
         found = [one for one in (*schedulers, scaler) if one is not None]
         options["stateful"] = [*options.get("stateful", ()), *found]

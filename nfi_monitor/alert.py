@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import Annotated, Any
+
+from nfi_monitor.schema import Between, Measured, decode
 
 
 class Phase(str, Enum):
@@ -93,7 +95,7 @@ class Evidence:
     last reading, and no ``crossed`` and ``step``.
     """
 
-    value: float
+    value: Measured
     threshold: float | None = None
     baseline: float | None = None
     crossed: bool | None = None
@@ -119,16 +121,12 @@ class Evidence:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Evidence:
-        """Make evidence from the result of :meth:`to_json`."""
-        return cls(
-            value=math.nan if record["value"] is None else record["value"],
-            threshold=record.get("threshold"),
-            baseline=record.get("baseline"),
-            crossed=record.get("crossed"),
-            below=bool(record.get("below", False)),
-            step=record.get("step"),
-            extreme=record.get("extreme"),
-        )
+        """Make evidence from the result of :meth:`to_json`.
+
+        Raises ValueError, with the field's name, for a missing field and one of another type.
+        """
+        found: Evidence = decode(cls, record)
+        return found
 
 
 _RENAMED = {"zero_sum_violation": "zero_sum_violation_smoothed"}
@@ -160,7 +158,7 @@ class Alert:
     first_step: int
     last_step: int
     mechanism: Mechanism
-    confidence: float
+    confidence: Annotated[float, Between(0, 1)]
     evidence: Mapping[str, Evidence] = field(default_factory=dict)
     steps_to_spike: tuple[int, int, int] | None = None
     advice: tuple[str, ...] = ()
@@ -174,7 +172,7 @@ class Alert:
 
     def to_json(self) -> dict[str, Any]:
         """Return a dict of plain types. Evidence that is NaN or Inf becomes None, which any JSON has."""
-        record = asdict(self)
+        record = dict(vars(self))  # asdict() would copy all the evidence first: a run may have 100,000 alerts
         for key in ("kind", "severity", "state", "phase", "mechanism"):
             record[key] = str(record[key])
         record["outcome"] = None if self.outcome is None else str(self.outcome)
@@ -188,33 +186,15 @@ class Alert:
     def from_json(cls, record: Mapping[str, Any]) -> Alert:
         """Make an alert from the result of :meth:`to_json`; ignore unknown keys of a newer version.
 
-        Raises KeyError for a missing field and ValueError for an unknown enum value.
+        Raises ValueError, with the field's name, for a missing field and one of another type or an unknown
+        enum value.
         """
-        spike = record.get("steps_to_spike")
-        return cls(
-            id=record["id"],
-            kind=AlertKind(record["kind"]),
-            severity=Severity(record["severity"]),
-            state=AlertState(record["state"]),
-            phase=Phase(record["phase"]),
-            first_step=int(record["first_step"]),
-            last_step=int(record["last_step"]),
-            mechanism=Mechanism(record["mechanism"]),
-            confidence=float(record["confidence"]),
-            evidence={
-                _RENAMED.get(name, name): Evidence.from_json(item)
-                for name, item in record.get("evidence", {}).items()
-            },
-            steps_to_spike=(int(spike[0]), int(spike[1]), int(spike[2])) if spike else None,
-            advice=tuple(record.get("advice", ())),
-            layer=record.get("layer"),
-            rank=int(record.get("rank", 0)),
-            rule=str(record.get("rule") or ""),
-            outcome=Outcome(record["outcome"]) if record.get("outcome") else None,
-            outcome_step=record.get("outcome_step"),
-            unmoved_since=record.get("unmoved_since"),
-            tau=record.get("tau"),
-        )
+        evidence = record.get("evidence") if isinstance(record, Mapping) else None
+        if isinstance(evidence, Mapping):
+            evidence = {_RENAMED.get(name, name): item for name, item in evidence.items()}
+            record = {**record, "evidence": evidence}
+        found: Alert = decode(cls, record)
+        return found
 
 
 class Change(str, Enum):

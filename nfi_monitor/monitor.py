@@ -267,7 +267,7 @@ class Monitor:
 
     @property
     def run_dir(self) -> str | PathLike[str] | None:
-        """The run directory as it was given; None if no files are written."""
+        """The run directory, absolute and with ``~`` expanded; None if no files are written."""
         return self._loop.run_dir
 
     def watches(self, model: nn.Module, optimizer: Any) -> bool:
@@ -325,12 +325,14 @@ class Monitor:
     def state_dict(self) -> dict[str, Any]:
         """Return the monitor's state in plain types, for the run's checkpoint.
 
-        The state holds the values that the next reading is compared with, but no readings. A resumed run
-        reads the same numbers as an uninterrupted run."""
+        The state holds the values that the next reading is compared with, but no readings. It holds the
+        alerts that fire and the last 1,000. A resumed run reads the same numbers as an uninterrupted run."""
         return checkpoint.state_dict(self._loop)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue where :meth:`state_dict` left off. Raises ValueError for a state of another kind."""
+        """Continue where :meth:`state_dict` left off.
+
+        Raises ValueError for a state of another kind and for a damaged one, and then changes nothing."""
         checkpoint.load_state_dict(self._loop, state)
 
     def close(self) -> None:

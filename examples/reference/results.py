@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from nfi_monitor import Alert
-from nfi_monitor.report.figure import thin
 from nfi_monitor.report.json_values import as_json
+from nfi_monitor.report.pixels import thin
 from nfi_monitor.types import Thresholds
 
 RESULTS = Path(__file__).parent / "results"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -24,6 +25,7 @@ from .runs import PLUGIN, Run, Runs
 _STATIC = Path(__file__).parent / "static"
 _TYPES = {".js": "text/javascript", ".css": "text/css"}
 _POINTS = (50, 600, 4000)  # smallest, default and largest number of buckets of a request
+_ALERTS = 5_000  # the last alerts are listed: a browser cannot show 100,000
 # The keys that the list of alerts shows or searches; a click on an alert requests the others.
 _ROW = (
     "id", "what", "kind", "severity", "state", "phase", "first_step", "last_step", "headline", "mechanism",
@@ -83,17 +85,19 @@ class NFIPlugin(base_plugin.TBPlugin):
             if query.get("version") == run.version:
                 # Nothing new: answer a poll with a few bytes.
                 return {"version": run.version, "unchanged": True, "seconds_ago": _ago(run)}
-            chunks = run.chunks
+            chunks, alerts = run.chunks, run.alerts[-_ALERTS:]
+            left = len(run.alerts) - len(alerts)
+            more = [f"{left:,} earlier alerts are not listed here: alerts.jsonl has all."] if left else []
             return {
                 "name": run.name,
                 "version": run.version,
                 "seconds_ago": _ago(run),
                 "record": run.record,
                 "phases": run.phases(),
-                "alerts": [{key: alert.get(key) for key in _ROW} for alert in run.alerts],
+                "alerts": [{key: alert.get(key) for key in _ROW} for alert in alerts],
                 "extent": [int(chunks[0].first), int(chunks[-1].last)] if chunks else None,
                 "readings": sum(len(chunk.array) for chunk in chunks),
-                "problems": run.problems,
+                "problems": [*run.problems, *more],
             }
 
     def _serve_alert(self, environ: dict[str, Any], query: Query) -> Any:
@@ -133,7 +137,7 @@ def _number(query: Query, name: str, default: float) -> float:
         number = float(text)
     except ValueError:
         number = float("nan")
-    if number != number:
+    if not math.isfinite(number):
         raise ValueError(f"{name}={text[:40]!r} is no number.")
     return number
 
@@ -152,7 +156,7 @@ def _json_app(handler: Callable[[dict[str, Any], Query], Any]) -> Application:
             traceback.print_exc()  # to TensorBoard's own terminal, for a bug report
             status = "500 Internal Server Error"
             answer = {"error": f"The NFI tab failed on the server: {type(error).__name__}: {error}"}
-        body = json.dumps(answer, separators=(",", ":")).encode()
+        body = json.dumps(answer, separators=(",", ":"), allow_nan=False).encode()
         return _respond(environ, start_response, status, "application/json", body, "no-store")
 
     return application

@@ -1,25 +1,25 @@
 """Read the tab's runs through TensorBoard's data provider, and keep them between polls.
 
 ``nfi_monitor/report/tensorboard/tab_data.py`` writes these records.  This module imports only the standard
-library: the data provider returns numpy arrays, and their own methods are enough.
+library and :mod:`.records`: the data provider returns numpy arrays, and their own methods are enough.
 
 A poll lists the tags and reads only those that changed.  A record that cannot be read becomes a sentence in
 :attr:`Run.problems`; the rest of the run is shown.
-
-Longer than 400 lines because the check of each kind of record stands beside its reading.
 """
 
 from __future__ import annotations
 
-import json
+import math
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from .records import AlertRecord, NewerFormatError, RunRecord, check_readings, content_of, json_of
+
 PLUGIN = "nfi"
 PREFIX = "nfi-tab/"
-FORMAT = 1
+PROBLEMS = 20
 _RECORDS = 1000  # records requested of each tag: the last one is always among them, and only it is used
 
 Read = Callable[[str, list[str]], Mapping[str, Any]]
@@ -29,16 +29,12 @@ Read = Callable[[str, list[str]], Mapping[str, Any]]
 class Chunk:
     """Up to 128 readings: ``array`` [rows, 2 + columns] of step, index of the phase, one column a quantity.
 
-    NaN means *not measured*; ±Inf means *measured and not finite*.  Raises ValueError or KeyError if the
-    array does not fit its description.
+    NaN means *not measured*; ±Inf means *measured and not finite*.
     """
 
-    def __init__(self, content: Mapping[str, Any], array: Any) -> None:
-        self.columns: list[str] = [str(name) for name in content["columns"]]
-        if array.ndim != 2 or array.shape[1] != 2 + len(self.columns) or not len(array):
-            raise ValueError(f"an array of shape {array.shape} for {len(self.columns)} columns")
-        self.array = array.astype("float64")
-        self.array[:, 0] += float(content["first"])
+    def __init__(self, columns: Collection[str], array: Any) -> None:
+        self.columns = list(columns)
+        self.array = array
         self._blocks: dict[int, list[list[list[float]]]] = {}
         self._latest: dict[str, float] | None = None
         self._edges: list[list[int]] | None = None
@@ -63,7 +59,7 @@ class Chunk:
     def before(self, step: float) -> Chunk | None:
         """Return the readings before ``step``; None if there are none."""
         kept = self.array[self.array[:, 0] < step]
-        return Chunk({"columns": self.columns, "first": 0}, kept) if len(kept) else None
+        return Chunk(self.columns, kept) if len(kept) else None
 
     def within(self, low: float, high: float) -> list[list[float]]:
         """Return the rows with a step in [low, high]."""
@@ -151,10 +147,6 @@ class Session:
         return min((chunk.first for chunk in self.chunks.values()), default=float("inf"))
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")  # the browser would not read the whole answer
-
-
 class Run:
     """One run with its sessions joined: a later session replaces the earlier readings of the same steps.
 
@@ -194,40 +186,32 @@ class Run:
                 self._take(tag, listed[tag].plugin_content, latest.numpy)
         self._seen = now
         self._chunks = self._alerts = self._phases = None
-        self.wall_time = max(mark[0] for mark in now.values())
+        self.wall_time = max((mark[0] for mark in now.values() if math.isfinite(mark[0])), default=0.0)
         self.version = f"{len(now)}-{self.wall_time!r}"
 
     def _take(self, tag: str, content: bytes, array: Any) -> None:
         self._problems.pop(tag, None)
         try:
             kind, session_name, *rest = tag.removeprefix(PREFIX).split("/", 2)
-            described = json.loads(content)
-            if described.get("format", FORMAT) > FORMAT:
-                self._problems[tag] = (
-                    "Written by a newer nfi-monitor than this tab: upgrade it where TensorBoard runs "
-                    "(pip install -U nfi-monitor)."
-                )
-                return
+            described = content_of(content)
             session = self._sessions.setdefault(session_name, Session(session_name))
             if kind == "readings":
-                session.chunks[rest[0]] = Chunk(described, array)
-                return
-            record = json.loads(array.item(), parse_constant=_refuse)
-            if not isinstance(record, dict):
-                raise ValueError("no object")
-            if kind == "run":
-                session.record = record
+                session.chunks[rest[0]] = Chunk(described.columns, check_readings(array, described))
+            elif kind == "run":
+                session.record = json_of(array.item(), RunRecord)
             elif kind == "alerts":
-                session.alerts[rest[0]] = {
-                    **record,
-                    "first_step": int(record["first_step"]),
-                    "last_step": int(record["last_step"]),
-                }
+                session.alerts[rest[0]] = json_of(array.item(), AlertRecord)
+            else:
+                raise ValueError(f"{kind[:40]!r} is no kind of record")
+        except NewerFormatError:
+            self._problems[tag] = (
+                "Written by a newer nfi-monitor than this tab: upgrade it where TensorBoard runs "
+                "(pip install -U nfi-monitor)."
+            )
         except Exception as error:
             # Any exception: a damaged record must not hide the others.
-            self._problems[tag] = (
-                f"{tag.removeprefix(PREFIX)} could not be read ({error}); the rest is shown."
-            )
+            name = tag.removeprefix(PREFIX)[:80]
+            self._problems[tag] = f"{name} could not be read ({error}); the rest is shown."
 
     def _in_order(self) -> list[tuple[Session, float]]:
         """Return the sessions, oldest first, each with the first step of the later sessions."""
@@ -248,13 +232,16 @@ class Run:
     def key_quantities(self) -> list[str] | None:
         """Return the quantities that the run's charts show at first; None if the run has no charts."""
         charts = self.record.get("charts")
-        if not isinstance(charts, list):
+        if charts is None:
             return None
-        return [curve["name"] for chart in charts if chart.get("key") for curve in chart["series"]]
+        return [curve["name"] for chart in charts if chart["key"] for curve in chart["series"]]
 
     @property
     def problems(self) -> list[str]:
-        return sorted(set(self._problems.values()))
+        """Return up to PROBLEMS sentences about records that could not be read."""
+        said = sorted(set(self._problems.values()))
+        more = len(said) - PROBLEMS
+        return said if more <= 0 else [*said[:PROBLEMS], f"{more:,} more records could not be read."]
 
     @property
     def chunks(self) -> list[Chunk]:

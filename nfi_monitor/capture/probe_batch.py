@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nfi_monitor.capture.tensor_text import from_text, to_text
 from nfi_monitor.measure.displacement import margin_displacement, probe_margins
+from nfi_monitor.schema import decode
 
 _COMMUNICATE = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
 """Classes of modules whose forward pass waits for the other ranks."""
@@ -71,10 +72,18 @@ class ProbeBatch:
         """Return the margins for the next comparison, in plain types."""
         return {"step": self._step, "margins": None if self._margins is None else to_text(self._margins)}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        margins = state["margins"]
-        self._step = int(state["step"])
-        self._margins = None if margins is None else from_text(margins, self._targets.device)
+    def read_state(self, state: Mapping[str, Any]) -> tuple[int, Tensor | None]:
+        """Return step and margins of a saved state, for :meth:`apply_state`; no margins of another batch.
+
+        Raises an error for a wrong state.
+        """
+        step, text = decode(int, state["step"]), decode(str | None, state["margins"])
+        margins = None if text is None else from_text(text, self._targets.device)
+        return step, margins if margins is not None and len(margins) == self._targets.numel() else None
+
+    def apply_state(self, step: int, margins: Tensor | None) -> None:
+        """Continue from a state that :meth:`read_state` returned."""
+        self._step, self._margins = step, margins
 
     def _measure(self, model: nn.Module) -> Tensor | None:
         """Return the margins from a forward pass in eval mode.

@@ -12,10 +12,15 @@ if TYPE_CHECKING:
 
 def fail(message: object) -> int:
     """Print an error on stderr and return the exit code 2."""
+    warn(message)
+    return 2
+
+
+def warn(message: object) -> None:
+    """Print a message on stderr."""
     from nfi_monitor.report.terminal import escape_controls
 
     print(f"nfi-monitor: {escape_controls(str(message))}", file=sys.stderr)
-    return 2
 
 
 def console_for(stderr: bool = False) -> Console:

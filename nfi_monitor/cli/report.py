@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.cli.output import console_for, fail, say
+from nfi_monitor.report.terminal import escape_controls
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -54,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
         )  # fmt: skip
     except ImportError as error:
         say(console, f"no figure: {error}", style="yellow")
-    except (OSError, ValueError) as error:  # ValueError: a suffix that matplotlib cannot write
+    except Exception as error:  # a full disk, a suffix or a number that matplotlib cannot draw
         message = f"cannot write the figure {path}: {error}. Pass another path with --figure."
         if options.figure:
             return fail(message)
@@ -86,16 +87,18 @@ def _print_explanations(console: Console, record: RunRecord) -> None:
     """Print the explanations under the summary: every slingshot, and the last alert that still fires."""
     from rich.text import Text
 
-    from nfi_monitor.report.explain.compose import explain_run
+    from nfi_monitor.report.explain.compose import explain_run, worth_explaining
 
     parts = (record.info, record.history, record.phases, record.alerts, record.notes)
-    explanations = explain_run(*parts)
+    explanations = explain_run(*parts, last=_EXPLAINED)
     if explanations:
         console.print(Text("\nExplanations", style="bold"))
-    if len(explanations) > _EXPLAINED:
-        known = ", ".join(item.alert.id for item in explanations[:-_EXPLAINED])
-        say(console, f"earlier ones: {known} (nfi-monitor report RUN --explain ID)", style="dim")
-    for explanation in explanations[-_EXPLAINED:]:
+    earlier = [alert.id for alert in worth_explaining(record.alerts)[:-_EXPLAINED]]
+    if earlier:
+        known = ", ".join(earlier[-_EXPLAINED:])
+        more = f"{len(earlier) - _EXPLAINED:,} more and " if len(earlier) > _EXPLAINED else ""
+        say(console, f"earlier ones: {more}{known} (nfi-monitor report RUN --explain ID)", style="dim")
+    for explanation in explanations:
         console.print(explanation)
 
 
@@ -103,4 +106,4 @@ def _title(info: dict[str, Any]) -> str:
     optimizer = info.get("optimizer")
     name = optimizer.get("name") if isinstance(optimizer, dict) else optimizer
     parts = [str(part) for part in (info.get("model"), name, info.get("dtype")) if part]
-    return " · ".join(parts)
+    return escape_controls(" · ".join(parts))

@@ -10,11 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
-from nfi_monitor.cli.output import fail
+from nfi_monitor.cli.output import fail, warn
 from nfi_monitor.quantities import READING_ORDER
+from nfi_monitor.safe_open import open_binary
 from nfi_monitor.types import Alert
+
+if TYPE_CHECKING:
+    from nfi_monitor.report.run_directory.records import Skipped
 
 _POLL_SECONDS = 0.5
 _SHOWN = tuple(quantity.name for quantity in READING_ORDER if quantity.tail)
@@ -23,33 +27,36 @@ _SHOWN = tuple(quantity.name for quantity in READING_ORDER if quantity.tail)
 def run(options: argparse.Namespace) -> int:
     """Run the command and return the exit code."""
     from nfi_monitor.report.run_directory.files import ALERTS, READINGS, RunDirectoryError, check_run
+    from nfi_monitor.report.run_directory.records import Skipped
 
     try:
         path = check_run(options.run)
     except RunDirectoryError as error:
         return fail(error)
+    skipped = {"reading": Skipped(READINGS), "alert": Skipped(ALERTS)}
+    tails = {kind: Tail(path / file.name, file) for kind, file in skipped.items()}
+    notes = _Notes(path)
+    said: list[str] = []
     try:
-        tails = {"reading": Tail(path / READINGS), "alert": Tail(path / ALERTS)}
-        records = [
+        notes.show_new(options.json)
+        shown = [
             (_step_of(kind, record), order, kind, record)
             for order, (kind, tail) in enumerate(tails.items())
-            for record in tail.last(options.n)
+            for record in _good(kind, _read(tail, options.n, skipped[kind]), skipped[kind])
         ]
-        seen: list[dict[str, Any]] = []
-        for note in _new_notes(path, seen):
-            _show("note", note, options.json)
         # At the same step the reading comes first: the alert follows from it.
-        for _, _, kind, record in sorted(records, key=lambda item: item[:2]):
+        for _, _, kind, record in sorted(shown, key=lambda item: item[:2]):
             _show(kind, record, options.json)
         sys.stdout.flush()
+        _say_problems(notes, skipped, said)
         while options.follow:
             time.sleep(_POLL_SECONDS)
-            for note in _new_notes(path, seen):
-                _show("note", note, options.json)
+            notes.show_new(options.json)
             for kind, tail in tails.items():
-                for record in tail.more():
+                for record in _good(kind, _read(tail, None, skipped[kind]), skipped[kind]):
                     _show(kind, record, options.json)
             sys.stdout.flush()
+            _say_problems(notes, skipped, said)
     except OSError as error:
         if isinstance(error, BrokenPipeError):
             raise
@@ -57,11 +64,67 @@ def run(options: argparse.Namespace) -> int:
     return 0
 
 
-class Tail:
-    """Read the end of a file of JSON lines that may still grow or not exist yet. Torn lines are skipped."""
+def _read(tail: Tail, count: int | None, skipped: Skipped) -> list[dict[str, Any]]:
+    """Return the last ``count`` records, or (None) the new ones; none from a file that cannot be read."""
+    try:
+        return tail.more() if count is None else tail.last(count)
+    except OSError as error:
+        skipped.cannot_read(error)
+        return []
+
+
+def _good(kind: str, records: list[dict[str, Any]], skipped: Skipped) -> Iterator[dict[str, Any]]:
+    """Yield the records that fit their declaration; count the others."""
+    from nfi_monitor.report.run_directory.records import alert_of, reading_of
+    from nfi_monitor.schema import DamagedRecordError
+
+    for record in records:
+        try:
+            _ = reading_of(record) if kind == "reading" else alert_of(record)
+        except DamagedRecordError as error:
+            skipped.add(error)
+        else:
+            yield record
+
+
+def _say_problems(notes: _Notes, skipped: dict[str, Skipped], said: list[str]) -> None:
+    """Print on stderr what could not be read, each sentence once."""
+    problems = [*notes.problems, *(problem for file in skipped.values() for problem in file.problems())]
+    for problem in problems:
+        if problem not in said:
+            warn(problem)
+    said[:] = problems
+
+
+class _Notes:
+    """Print the notes in ``run.json``, each once."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._seen: list[dict[str, Any]] = []
+        self.problems: list[str] = []
+
+    def show_new(self, as_json: bool) -> None:
+        from nfi_monitor.report.run_directory.records import read_info
+
+        problems: list[str] = []
+        info = read_info(self._path, problems)
+        self.problems = [problem for problem in problems if ": missing" not in problem]
+        for note in info.get("notes") or []:
+            if note not in self._seen:
+                self._seen.append(note)
+                _show("note", note, as_json)
+
+
+class Tail:
+    """Read the end of a file of JSON lines that may still grow or not exist yet.
+
+    Lines that are no JSON objects are skipped, and counted in ``skipped``.
+    """
+
+    def __init__(self, path: Path, skipped: Skipped | None = None) -> None:
+        self._path = path
+        self._skipped = skipped
         self._offset = 0
         self._rest = b""
         self._seen = b""  # the last line read: more() searches for it in a file that was thinned
@@ -70,7 +133,7 @@ class Tail:
     def last(self, count: int) -> list[dict[str, Any]]:
         """Return the last ``count`` records. Read backwards, since the file may have gigabytes."""
         try:
-            with open(self._path, "rb") as file:
+            with open_binary(self._path) as file:
                 self._file = _identity(file)
                 position = file.seek(0, os.SEEK_END)
                 blocks: list[bytes] = []
@@ -88,13 +151,13 @@ class Tail:
         self._offset = position + len(data)
         *lines, self._rest = data.split(b"\n")
         self._seen = lines[-1] if lines else b""
-        records = list(_parsed(lines[1:] if position else lines))
+        records = list(self._parsed(lines[1:] if position else lines))
         return records[len(records) - count :] if count < len(records) else records
 
     def more(self) -> list[dict[str, Any]]:
         """Return the records that were appended since the last call."""
         try:
-            with open(self._path, "rb") as file:
+            with open_binary(self._path) as file:
                 if (now := _identity(file)) != self._file:
                     if self._file is not None:
                         self._offset, self._rest = _end_of(self._seen, file), b""
@@ -106,7 +169,15 @@ class Tail:
         self._offset += len(data)
         *lines, self._rest = (self._rest + data).split(b"\n")
         self._seen = lines[-1] if lines else self._seen
-        return list(_parsed(lines))
+        return list(self._parsed(lines))
+
+    def _parsed(self, lines: list[bytes]) -> Iterator[dict[str, Any]]:
+        from nfi_monitor.report.run_directory.records import record_of
+
+        for line in lines:
+            record = record_of(line, dict, self._skipped) if line.strip() else None
+            if record is not None:
+                yield record
 
 
 def _identity(file: BinaryIO) -> tuple[int, int]:
@@ -124,39 +195,9 @@ def _end_of(line: bytes, file: BinaryIO) -> int:
     return found + len(line) + 1 if found >= 0 else size
 
 
-def _parsed(lines: list[bytes]) -> Iterator[dict[str, Any]]:
-    from nfi_monitor.report.run_directory.files import parse_line
-
-    for line in lines:
-        record = parse_line(line) if line.strip() else None
-        if record is not None:
-            yield record
-
-
 def _step_of(kind: str, record: dict[str, Any]) -> int:
-    alert = record.get("alert")
-    step = (
-        record.get("step")
-        if kind == "reading"
-        else alert.get("last_step")
-        if isinstance(alert, dict)
-        else None
-    )
-    return step if isinstance(step, int) else -1
-
-
-def _new_notes(path: Path, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the notes of run.json that are not in ``seen``, and add them to it."""
-    from nfi_monitor.report.run_directory.files import RUN
-
-    try:
-        info = json.loads((path / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return []
-    notes = info.get("notes") if isinstance(info, dict) else None
-    new = [note for note in notes or [] if isinstance(note, dict) and note not in seen]
-    seen += new
-    return new
+    step: int = record["step"] if kind == "reading" else record["alert"]["last_step"]
+    return step
 
 
 def _show(kind: str, record: dict[str, Any], as_json: bool) -> None:
@@ -175,22 +216,16 @@ def _line(kind: str, record: dict[str, Any]) -> str:
     from nfi_monitor.report import wording
 
     if kind == "note":
-        return f"step {record.get('step', 0):>7,}  note      {record.get('message', '')}"
+        return f"step {record['step']:>7,}  note      {record['message']}"
     if kind == "alert":
-        try:
-            alert = Alert.from_json(record["alert"])
-        except (KeyError, ValueError, TypeError, AttributeError) as error:
-            return f"alert that this version cannot read: {error}"
+        alert = Alert.from_json(record["alert"])
         # One item of evidence is enough here; the report has the others.
         text = wording.alert_in_words(alert, 1)
         return f"step {alert.last_step:>7,}  {record.get('change', ''):<8}  {alert.id}: {text}"
-    values = record.get("values")
-    values = values if isinstance(values, dict) else {}
-    phase = record.get("phase", "")
-    shown = []
+    values, shown = record["values"], []
     for name in _SHOWN:
         if name in values and not (name == "head_loss" and "loss" in values):
             value = values[name]
-            known = isinstance(value, (int, float))
-            shown.append(f"{wording.label(name)} {wording.amount(name, value) if known else 'not finite'}")
-    return f"step {record.get('step', 0):>7,}  {phase:<10}  {', '.join(shown)}"
+            amount = "not finite" if value is None else wording.amount(name, value)
+            shown.append(f"{wording.label(name)} {amount}")
+    return f"step {record['step']:>7,}  {record['phase']:<10}  {', '.join(shown)}"

@@ -10,9 +10,12 @@ from typing import Any, TypeVar
 from nfi_monitor.detect.alert_writer import AlertWriter
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.rules import PROVEN
+from nfi_monitor.schema import decode
 from nfi_monitor.types import Alert, AlertKind, AlertState, Change, Evidence, Mechanism, Outcome, Severity
 
 Part = TypeVar("Part")
+KEPT = 1_000
+"""Number of alerts in a saved state, besides the firing ones. Earlier ones are in alerts.jsonl."""
 
 
 @dataclass(frozen=True)
@@ -146,13 +149,15 @@ class AlertBook:
         """Return a slingshot's evidence with the thresholds that its *imminent* alert began with.
 
         A rule may apply another level by now, because its signals have risen further."""
+        if kind is not AlertKind.SLINGSHOT:
+            return fresh
         warnings = (
             alert
             for alert in reversed(self.alerts)
             if alert.kind is AlertKind.IMMINENT and alert.outcome is Outcome.SLINGSHOT
         )
         warning = next(warnings, None)
-        if kind is not AlertKind.SLINGSHOT or warning is None or warning.outcome_step != step:
+        if warning is None or warning.outcome_step != step:
             return fresh
         for name, began in warning.evidence.items():
             now = fresh.get(name)
@@ -247,24 +252,37 @@ class AlertBook:
     # --- resume ---------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state in plain types, which JSON and torch.save both keep."""
+        """Return the state in plain types, which JSON and torch.save both keep.
+
+        Of the alerts, the firing ones and the last KEPT are in it: a checkpoint must not grow with the run.
+        """
+        start = max(len(self.alerts) - KEPT, 0)
+        kept = sorted({*range(start, len(self.alerts)), *self._firing.values()})
+        places = {index: place for place, index in enumerate(kept)}
         return {
             # Alert.to_json writes null for NaN and Inf. A resume needs the original values: use asdict.
             "alerts": [
                 alert.to_json() | {"evidence": {name: asdict(item) for name, item in alert.evidence.items()}}
-                for alert in self.alerts
+                for alert in (self.alerts[index] for index in kept)
             ],
-            "firing": {kind.value: index for kind, index in self._firing.items()},
+            "firing": {kind.value: places[index] for kind, index in self._firing.items()},
             "counts": dict(self._counts),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned; ``alerts`` stays the same list object."""
-        self.alerts[:] = [Alert.from_json(record) for record in state["alerts"]]
-        self._firing = {AlertKind(kind): int(index) for kind, index in state["firing"].items()}
-        for index in self._firing.values():  # the state may be from after the end of a run, which now goes on
-            self.alerts[index] = replace(self.alerts[index], outcome=None, outcome_step=None)
-        self._counts = dict(state["counts"])
+        """Restore what :meth:`state_dict` returned; ``alerts`` stays the same list object.
+
+        Raises ValueError, and changes nothing, for another state.
+        """
+        alerts = [Alert.from_json(record) for record in decode(list[Any], state["alerts"])]
+        firing = {AlertKind(kind): index for kind, index in decode(dict[str, int], state["firing"]).items()}
+        counts = decode(dict[str, int], state["counts"])
+        for kind, index in firing.items():
+            if not (0 <= index < len(alerts) and alerts[index].kind is kind):
+                raise ValueError(f"firing.{kind}: there is no such alert at place {index}")
+            # The state may be from after the end of a run, which now goes on.
+            alerts[index] = replace(alerts[index], outcome=None, outcome_step=None)
+        self.alerts[:], self._firing, self._counts = alerts, firing, counts
 
 
 def _with_extremes(old: Mapping[str, Evidence], values: Mapping[str, float]) -> dict[str, Evidence]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from nfi_monitor.detect.outside import JUMP, Outside
 from nfi_monitor.detect.signals import NUMERIC_ABOVE
+from nfi_monitor.schema import decode
 
 NUMERIC_BELOW = 0.01
 """Zero-sum violation below which rounding is not the cause. Between the two levels the cause is uncertain."""
@@ -65,9 +66,11 @@ class Causes:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Causes:
-        """Restore what :meth:`state_dict` returned. Version 0.1 saved one flag for each rule instead."""
-        values = {"gone": False, "step": 0, **state}
+        """Restore what :meth:`state_dict` returned. Version 0.1 saved one flag for each rule instead.
+
+        Raises ValueError for missing fields, and fields of other types.
+        """
         flags = {"kicked": "kicking", "coasting": "coasting", "swinging": "swinging"}
-        on = [rule for flag, rule in flags.items() if values.pop(flag, False)]
-        outside = Outside.from_state(values.pop("outside", {}))
-        return cls(**{**values, "outside": outside, "on": tuple(values.get("on", on))})
+        on = [rule for flag, rule in flags.items() if state.get(flag, False)]
+        found: Causes = decode(cls, {"gone": False, "step": 0, "on": on, **state})
+        return found

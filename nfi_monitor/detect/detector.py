@@ -8,6 +8,7 @@ whether a slingshot is under way (:mod:`~nfi_monitor.detect.spike`).
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,13 +20,14 @@ from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.loss_watch import LossWatch
 from nfi_monitor.detect.mechanism import name_mechanism, outside_cause, with_outside
-from nfi_monitor.detect.outside import Outside, OutsideWatch
+from nfi_monitor.detect.outside import Outside, OutsideWatch, moved_by
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES, Rule
-from nfi_monitor.detect.signals import Signals, felt_displacement
+from nfi_monitor.detect.signals import Signals
 from nfi_monitor.detect.situation import RunContext, Situation
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.detect.spike import FALLEN, QUIET, SpikeDetector
+from nfi_monitor.detect.trial import try_out
 from nfi_monitor.types import Alert, AlertKind, Outcome, Phase, Reading, Severity, Thresholds
 
 _PHASES = list(Phase)
@@ -68,8 +70,6 @@ class Detector:
         """All alerts, oldest first; always the same list object."""
         return self._book.alerts
 
-    # --- how many steps to read ------------------------------------------------------------------------
-
     @property
     def attention(self) -> Attention:
         """How many of the next steps should be read."""
@@ -92,8 +92,6 @@ class Detector:
     def at_risk(self) -> bool:
         """Whether an *at risk* or *imminent* alert fires."""
         return any(self._book.firing(kind) is not None for kind in _WARNINGS)
-
-    # --- judging ---------------------------------------------------------------------------------------
 
     def run_ended(self, step: int) -> list[Alert]:
         """Mark the firing alerts as still firing when the run ended at ``step``; return them."""
@@ -133,7 +131,7 @@ class Detector:
             return Judgement(self.phase)
         derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
         if not only_loss and state == QUIET and self.spike.streak == 0:
-            self.outside.update(reading, _moved(reading), per_loss=self._is_cross_entropy)
+            self.outside.update(reading, moved_by(reading), per_loss=self._is_cross_entropy)
         if not only_loss:
             self.outside.remember(reading)
         judgement = Judgement(self.phase, derived=derived)
@@ -308,8 +306,6 @@ class Detector:
             outside=now.outside,
         )
 
-    # --- resume ------------------------------------------------------------------------------------
-
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain types, which JSON and torch.save both keep."""
         return {
@@ -327,7 +323,23 @@ class Detector:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, also in version 0.1 or before a rule existed."""
+        """Restore what :meth:`state_dict` returned, also in version 0.1 or before a rule existed.
+
+        Raises ValueError for another state, and leaves the detector as it was.
+        """
+        trial, fresh = (Detector(self.limits, self.context) for _ in range(2))
+        try:
+            for one in (trial, fresh):
+                one._restore(state)
+            try_out(trial)
+        except Exception as error:
+            raise ValueError(f"Not a detector's state ({type(error).__name__}: {error}).") from error
+        self._book.alerts[:] = fresh.alerts  # always the same list object
+        fresh._book.alerts = self._book.alerts
+        vars(self).update(vars(fresh))
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Restore a new detector; a wrong state may leave it half restored."""
         self.phase = Phase(state["phase"])
         self._book.load_state_dict(state)
         self.signals.load_state_dict(state["signals"])
@@ -345,36 +357,22 @@ class Detector:
             self._now.movement.load_state_dict(state["movement"])
 
     def _load_switch(self, rule: Rule, saved: Mapping[str, Any]) -> None:
-        """Restore the switch of one rule.
+        """Restore the switch of one rule. A rule that is missing in the checkpoint begins switched off.
 
-        A rule that is missing in the checkpoint begins switched off.  Exception: it begins switched on if an
-        alert fires whose kind only this rule holds."""
+        Exception: it begins switched on if an alert fires whose kind only this rule holds."""
         switch = self._switches[rule.name]
         state = saved.get(rule.name, saved.get(f"_{rule.name}"))  # version 0.1 wrote an underscore first
         if state is not None:
-            switch.load_state_dict(state)
-            return
+            return switch.load_state_dict(state)
         others = {kind for other in RULES if other is not rule for kind in other.holds}
         firing = (self._book.firing(kind) for kind in rule.holds if kind not in others)
         switch.on, switch.since = any(alert is not None for alert in firing), 0
 
 
-def _moved(reading: Reading) -> float:
-    """Return the nats by which an update moved the logits, as far as they were measured."""
-    by_head = max(reading.get("logit_displacement", 0.0), reading.get("margin_displacement", 0.0))
-    below = felt_displacement(reading)
-    if by_head == 0.0 and not math.isfinite(below):
-        return math.nan
-    return by_head + (below if math.isfinite(below) else 0.0)
-
-
 def __getattr__(name: str) -> Any:
-    if name in ("Context", "Verdict"):
-        import warnings
-
-        new = {"Context": RunContext, "Verdict": Judgement}[name]
-        warnings.warn(
-            f"detector.{name} is now {new.__module__}.{new.__name__}.", DeprecationWarning, stacklevel=2
-        )
-        return new
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    new = {"Context": RunContext, "Verdict": Judgement}.get(name)
+    if new is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    message = f"detector.{name} is now {new.__module__}.{new.__name__}."
+    warnings.warn(message, DeprecationWarning, stacklevel=2)
+    return new

@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
-from nfi_monitor.detect.smoothing import Ema, Stateful
+from nfi_monitor.detect.signals import felt_displacement
+from nfi_monitor.detect.smoothing import Ema, Stateful, of_its_kind
+from nfi_monitor.schema import decode
 from nfi_monitor.types import Reading
 
 NAN = math.nan
@@ -111,8 +114,9 @@ class Outside:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Outside:
-        """Restore what :meth:`state_dict` returned, also in an earlier version with other fields."""
-        return cls(**{item.name: state[item.name] for item in fields(cls) if item.name in state})
+        """Restore what :meth:`state_dict` returned. Raises ValueError for fields of other types."""
+        found: Outside = decode(cls, state)
+        return found
 
 
 class OutsideWatch(Stateful):
@@ -136,9 +140,7 @@ class OutsideWatch(Stateful):
         self.moved, self.moved_at = NAN, 0  # nats that the last reading's update moved, and its step
         self.quiet, self.quiet_at = NAN, 0  # the same of the last reading before the leap
         self.burst, self.burst_at = NAN, 0  # ratio and step of the last burst of the gradient
-        self.second_moments: list[
-            list[float]
-        ] = []  # step, RMS_t and mean sqrt(v̂) of the last MEMORY readings
+        self.second_moments: list[float] = []  # step, RMS_t and mean sqrt(v̂) of each of the last readings
         self._norm, self._per_loss = Ema(), Ema()
 
     def update_rates(self, step: int, rates: Sequence[float]) -> None:
@@ -210,8 +212,13 @@ class OutsideWatch(Stateful):
         # Of the head: below it, coordinates without a gradient (dead units) have a small second moment.
         values = [reading.get("rms_t_head"), reading.get("head_sqrt_exp_avg_sq_mean")]
         if all(math.isfinite(value) and value > 0 for value in values):
-            kept = [item for item in self.second_moments[1 - MEMORY :] if item[0] < reading.step]
-            self.second_moments = [*kept, [float(reading.step), *values]]
+            kept = [item for item in self._second_moments() if item[0] < reading.step][1 - MEMORY :]
+            self.second_moments = [*chain.from_iterable(kept), float(reading.step), *values]
+
+    def _second_moments(self) -> list[tuple[float, ...]]:
+        """Return (step, RMS_t, mean sqrt(v̂)) of each of the last MEMORY readings."""
+        flat = self.second_moments
+        return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
     def before(self, start: int, tau: float) -> Outside:
         """Return what came before an event that starts at step ``start``. ``tau``: in optimizer steps."""
@@ -232,13 +239,14 @@ class OutsideWatch(Stateful):
 
     def _remembered(self, start: int, tau: float) -> float:
         """Return ``Outside.remembered`` of an event that starts at step ``start``."""
-        before = [item for item in self.second_moments if item[0] < start]
-        if not before or len(before) == len(self.second_moments):
+        known = self._second_moments()
+        before = [item for item in known if item[0] < start]
+        if not before or len(before) == len(known):
             return NAN
         # The gradient may have come some steps before the loss rose.
         early = [item for item in before if item[0] <= start - AFTERWARDS]
         _, _, root_before = early[-1] if early else before[0]
-        step, rms_t, root = self.second_moments[-1]
+        step, rms_t, root = known[-1]
         taken_in = max(1.0 - (root_before / root) ** 2, 0.0)
         return math.sqrt(tau * taken_in / (step - start + 2.0)) / rms_t
 
@@ -255,7 +263,7 @@ class OutsideWatch(Stateful):
                 if isinstance(value, Ema):
                     value.load_state_dict(state[name])
                 else:
-                    setattr(self, name, list(state[name]) if isinstance(value, list) else state[name])
+                    setattr(self, name, of_its_kind(value, state[name], name))
 
 
 def _median(values: Sequence[float]) -> float:
@@ -265,3 +273,12 @@ def _median(values: Sequence[float]) -> float:
 def _above(average: float, cap: float) -> float:
     """Return the largest value that an average may take in: an outlier must not become the usual."""
     return average + cap if math.isfinite(average) else math.inf
+
+
+def moved_by(reading: Reading) -> float:
+    """Return the nats by which an update moved the logits, as far as they were measured."""
+    by_head = max(reading.get("logit_displacement", 0.0), reading.get("margin_displacement", 0.0))
+    below = felt_displacement(reading)
+    if by_head == 0.0 and not math.isfinite(below):
+        return math.nan
+    return by_head + (below if math.isfinite(below) else 0.0)

@@ -7,8 +7,9 @@ nothing doubles the level of the rule that raised it.  The factor fades slowly, 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
+from nfi_monitor.schema import Between, decode
 from nfi_monitor.types import AlertKind
 
 HIGHEST = 16.0
@@ -17,6 +18,12 @@ FADES = 100.0
 """Time in τ in which a factor falls to its half, at least FADES_STEPS."""
 FADES_STEPS = 5_000.0
 """Least number of steps in which a factor falls to its half: with a short τ a run has many τ."""
+
+
+class _Saved(TypedDict):
+    came_true: dict[str, int]
+    led_to_nothing: dict[str, int]
+    raised: dict[str, tuple[Annotated[float, Between(1, HIGHEST)], int]]
 
 
 class Record:
@@ -81,9 +88,9 @@ class Record:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned."""
-        self.came_true = dict(state["came_true"])
-        self.led_to_nothing = dict(state["led_to_nothing"])
-        self._raised = {rule: (float(factor), int(step)) for rule, (factor, step) in state["raised"].items()}
-        held = state.get("held", {})
+        """Restore what :meth:`state_dict` returned. Raises ValueError for another state."""
+        saved = decode(_Saved, state)
+        self.came_true, self.led_to_nothing = saved["came_true"], saved["led_to_nothing"]
+        self._raised = saved["raised"]
+        held = decode(dict[str, list[str]], state.get("held", {}))
         self._held = {AlertKind(kind): set(rules) for kind, rules in held.items()}

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nfi_monitor.detect.smoothing import Ema, Growth, Hysteresis, Stateful
+from nfi_monitor.detect.smoothing import Ema, Growth, Hysteresis, Stateful, of_its_kind
 from nfi_monitor.types import Reading, Thresholds
 
 NAN = math.nan
@@ -305,7 +305,7 @@ class Signals(Stateful):
             if isinstance(value, _PARTS):
                 value.load_state_dict(state[name])
             else:
-                setattr(self, name, state[name])
+                setattr(self, name, of_its_kind(value, state[name], name))
 
 
 LOWEST_LOSS = 1e-7

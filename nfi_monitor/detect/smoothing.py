@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from nfi_monitor.schema import LARGEST_INT
+
 
 class Stateful:
     """Save and load the attributes in ``__slots__``.
@@ -19,10 +21,37 @@ class Stateful:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` returned, also in an earlier version."""
+        """Restore what :meth:`state_dict` returned, also in an earlier version.
+
+        Raises ValueError for a value of another type than the present one (:func:`of_its_kind`).
+        """
         for name in self.__slots__:
             if name in state:  # an earlier version may have no such attribute
-                setattr(self, name, state[name])
+                setattr(self, name, of_its_kind(getattr(self, name), state[name], name))
+
+
+def of_its_kind(present: Any, saved: Any, name: str) -> Any:
+    """Return ``saved`` if it may replace the ``present`` value of an attribute. Raises ValueError if not.
+
+    The present value must be that of a new object: a float there stands for any number, a bool for a bool or
+    None, a list for a list of numbers.
+    """
+    if isinstance(present, list):
+        if isinstance(saved, (list, tuple)) and all(_is_number(item) for item in saved):
+            return list(saved)
+    elif isinstance(present, bool):
+        if saved is None or isinstance(saved, bool):
+            return saved
+    elif isinstance(present, float):
+        if _is_number(saved):
+            return saved
+    elif type(saved) is type(present) and (isinstance(saved, str) or abs(saved) <= LARGEST_INT):
+        return saved
+    raise ValueError(f"{name}: expected a value like {present!r}, got {type(saved).__name__}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, float) or (type(value) is int and abs(value) <= LARGEST_INT)
 
 
 class Ema(Stateful):
@@ -81,7 +110,7 @@ class Growth:
         """Restore what :meth:`state_dict` returned."""
         self._slow.load_state_dict(state["slow"])
         self._fast.load_state_dict(state["fast"])
-        self.value = state["value"]
+        self.value = of_its_kind(math.nan, state["value"], "value")
 
 
 class Hysteresis(Stateful):

@@ -20,6 +20,7 @@ from nfi_monitor.registry import watcher
 from nfi_monitor.replay.snapshots import check_stateful
 from nfi_monitor.report.sink import Sink
 from nfi_monitor.report.sinks import check_sink
+from nfi_monitor.safe_open import absolute
 from nfi_monitor.types import Alert, Thresholds
 
 if TYPE_CHECKING:
@@ -42,6 +43,12 @@ class Options:
     stateful: Any
     sinks: Sequence[Sink]
     group: Any
+
+    def __post_init__(self) -> None:
+        """Make ``run_dir`` absolute: the run stays there when the working directory changes."""
+        if self.run_dir is not None:
+            path = absolute(self.run_dir)
+            object.__setattr__(self, "run_dir", str(path) if isinstance(self.run_dir, str) else path)
 
     def check(self, model: nn.Module) -> None:
         """Raise TypeError or ValueError, saying what to pass instead, for an argument of the wrong kind."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.step import SKIPPED, step_statistics
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.ranks.layout import Message
+from nfi_monitor.schema import Between, decode
 
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 
@@ -50,6 +51,30 @@ class Contents(NamedTuple):
             values |= finish(sums, maxima, single_output=self.single_output)
             numbers = numbers[_ROW_WIDTH:]
         return values | dict(zip(self.names, numbers, strict=True))
+
+
+class _Needed(TypedDict):
+    absorbing_classes: list[tuple[Annotated[float, Between(0, 2**53)], float]]
+    loss_kind: tuple[float, float, float, float] | None
+
+
+class _Saved(_Needed, total=False):
+    """Declaration of a saved state."""
+
+    loss_kind_dtypes: list[str]
+    single_output: bool | None
+    last_step: dict[str, Any] | None
+    probe: dict[str, Any] | None
+
+
+class ReaderState(NamedTuple):
+    """A saved state that was read as a whole."""
+
+    classes: dict[int, float]
+    loss_kind: LossKind | None
+    single_output: bool | None
+    memory: Memory | None
+    probe: tuple[int, Tensor | None] | None
 
 
 class StepReader:
@@ -186,25 +211,34 @@ class StepReader:
             "probe": None if self._probe_batch is None else self._probe_batch.state_dict(),
         }
 
-    def load_state_dict(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Continue from :meth:`state_dict`. ``device``: where the head's rows are."""
+    def read_state(self, state: Mapping[str, Any], device: torch.device) -> ReaderState:
+        """Return what :meth:`state_dict` returned, for :meth:`apply_state`; change nothing.
+
+        ``device``: where the head's rows are.  Raises ValueError, and other errors, for a wrong state.
+        """
+        saved = decode(_Saved, dict(state))
+        kind = None
+        if saved["loss_kind"] is not None:
+            dtypes = [getattr(torch, name) for name in saved.get("loss_kind_dtypes") or ["float32"] * 4]
+            numbers = zip(saved["loss_kind"], dtypes, strict=True)
+            kind = LossKind(*(torch.tensor(x, dtype=dtype, device=device) for x, dtype in numbers))
+        last, probe = saved.get("last_step"), saved.get("probe")
+        return ReaderState(
+            classes={int(k): count for k, count in saved["absorbing_classes"]},
+            loss_kind=kind,
+            single_output=saved.get("single_output"),
+            memory=None if last is None else Memory.from_state(last, device),
+            probe=None if self._probe_batch is None or probe is None else self._probe_batch.read_state(probe),
+        )
+
+    def apply_state(self, state: ReaderState) -> None:
+        """Continue from a state that :meth:`read_state` returned."""
         rows = self.rows
-        rows.earlier_classes = {int(k): float(count) for k, count in state["absorbing_classes"]}
+        rows.earlier_classes = state.classes
         rows.absorbed_classes = None  # if the run went back, earlier_classes already contains them
-        rows.loss_kind = None
-        if state["loss_kind"] is not None:
-            dtypes = [getattr(torch, name) for name in state.get("loss_kind_dtypes") or ["float32"] * 4]
-            rows.loss_kind = LossKind(
-                *(
-                    torch.tensor(x, dtype=t, device=device)
-                    for x, t in zip(state["loss_kind"], dtypes, strict=True)
-                )
-            )
-        rows.single_output = state.get("single_output")
-        last = state.get("last_step")
-        self.memory = None if last is None else Memory.from_state(last, device)
-        if self._probe_batch is not None and state.get("probe") is not None:
-            self._probe_batch.load_state_dict(state["probe"])
+        rows.loss_kind, rows.single_output, self.memory = state.loss_kind, state.single_output, state.memory
+        if self._probe_batch is not None and state.probe is not None:
+            self._probe_batch.apply_state(*state.probe)
 
     def fill(self, losses: LossQueue, exchange: Exchange, message: Message, step: int) -> Tensor | None:
         """Add this process's numbers of the step to the message to the other ranks.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nfi_monitor.capture.tensor_text import from_text, to_text
 from nfi_monitor.capture.update import Update
+from nfi_monitor.schema import decode
 
 _TENSORS = ("before", "feature_mean", "grad", "preconditioner", "rows")
 
@@ -61,10 +62,13 @@ class Memory:
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any], device: torch.device) -> Memory:
+        """Return the memory of :meth:`state_dict`. Raises ValueError, or another error, for a wrong state."""
         saved_tensors = {name: state.get(name) for name in _TENSORS}  # version 0.1 kept no rows
         tensors = {
             name: None if text is None else from_text(text, device) for name, text in saved_tensors.items()
         }
-        saved = state.get("layout")
-        layout = None if saved is None else tuple((int(place), int(stride)) for place, stride in saved)
-        return cls(int(state["step"]), **tensors, layout=layout)  # type: ignore[arg-type]
+        vectors = [tensors[name] for name in ("before", "grad", "preconditioner")]
+        if len({None if vector is None else len(vector) for vector in vectors}) != 1 or vectors[0] is None:
+            raise ValueError("last_step: vectors are missing, or of different lengths")
+        layout = decode(tuple[tuple[int, int], ...] | None, state.get("layout"))
+        return cls(decode(int, state["step"]), **tensors, layout=layout)  # type: ignore[arg-type]

@@ -130,7 +130,7 @@ def mean_statistics(
                 values["mean_alignment"] = global_means.cosine(
                     classifier_mean, feature_mean.to(classifier_mean.dtype)
                 )
-            if previous_mean is not None:
+            if previous_mean is not None and previous_mean.shape == feature_mean.shape:
                 values["feature_displacement"] = displacement.feature_displacement(
                     head_weight, classifier_mean, feature_mean - previous_mean
                 )

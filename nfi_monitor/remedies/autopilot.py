@@ -47,6 +47,7 @@ from nfi_monitor.remedies.last_snapshot import LastSnapshot
 from nfi_monitor.remedies.policy import Policy, Rung
 from nfi_monitor.remedies.projection import project_zero_sum
 from nfi_monitor.remedies.rate_hold import RateHold
+from nfi_monitor.remedies.saved import read_state
 from nfi_monitor.remedies.steps import around_steps
 from nfi_monitor.replay.replayed_step import REPLAY, acts
 from nfi_monitor.replay.snapshots import Snapshot
@@ -162,23 +163,14 @@ class Autopilot(AlertHandler):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore what :meth:`state_dict` returned, before or after the monitor is made.
 
-        Raises ValueError for another state.
+        Raises ValueError for another state, and then changes nothing.
         """
-        if "taken" not in state or "exchanged" not in state:
-            raise ValueError(
-                "Not an autopilot's state: expected keys 'taken' and 'exchanged', found "
-                f"{sorted(map(str, state))[:8]}. Pass what autopilot.state_dict() returned."
-            )
+        saved = read_state(state)
         self._undo_remedies()
         self._start_anew()
-        self._exchanged, self._stopped = str(state["exchanged"]), bool(state["stopped"])
-        self._firing = {alert.id: alert for alert in map(Alert.from_json, state["firing"])}
-        self._taken = {
-            alert: {Rung[rung.upper()]: int(step) for rung, step in rungs.items()}
-            for alert, rungs in state["taken"].items()
-        }
-        self._hold.load_state_dict(state)
-        self.actions = [Action(**action) for action in state["actions"]]
+        self._exchanged, self._stopped = saved.exchanged, saved.stopped
+        self._firing = {alert.id: alert for alert in saved.firing}
+        self._taken, self._hold, self.actions = saved.taken, saved.hold, list(saved.actions)
         self._loaded = True
         if self._monitor is not None:
             self._reapply()

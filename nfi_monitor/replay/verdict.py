@@ -7,12 +7,12 @@ every slingshot, so it names a mechanism only if no more specific arm averts it.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from nfi_monitor.detect.causes import JUMP
+from nfi_monitor.schema import Measured, decode
 from nfi_monitor.types import Mechanism, finite_or_none
 
 BASELINE = "as_it_was"
@@ -27,9 +27,9 @@ class Outcome:
     arm: str
     spiked_at: int | None
     """First step of the slingshot (or of NaN or Inf); None if there was none within ``steps``."""
-    peak: float
+    peak: Measured
     """Largest finite loss."""
-    losses: tuple[float, ...]
+    losses: tuple[Measured, ...]
     steps: int
     applied: bool = True
     """False if the arm found nothing to change (no head, no second moment). Then ignore its outcome."""
@@ -46,16 +46,9 @@ class Outcome:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Outcome:
-        return cls(
-            arm=str(record["arm"]),
-            spiked_at=record["spiked_at"],
-            peak=_number(record["peak"]),
-            losses=tuple(_number(loss) for loss in record["losses"]),
-            steps=int(record["steps"]),
-            applied=bool(record.get("applied", True)),
-            rate_jump=float(record.get("rate_jump", 1.0)),
-            note=str(record.get("note", "")),
-        )
+        """Make an outcome from the result of :meth:`to_json`. Raises ValueError otherwise."""
+        found: Outcome = decode(cls, record)
+        return found
 
 
 @dataclass(frozen=True)
@@ -92,16 +85,12 @@ class ReplayVerdict:
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> ReplayVerdict:
-        """Make a verdict from the result of :meth:`to_json`. Raises KeyError or ValueError otherwise."""
-        outcomes = [Outcome.from_json(item) for item in record["outcomes"]]
-        return cls(
-            snapshot_step=int(record["snapshot_step"]),
-            outcomes={outcome.arm: outcome for outcome in outcomes},
-            mechanism=Mechanism(record["mechanism"]),
-            reasons=tuple(record["reasons"]),
-            reproduced=record["reproduced"],
-            slingshot=record.get("slingshot"),
-        )
+        """Make a verdict from the result of :meth:`to_json`. Raises ValueError otherwise."""
+        if isinstance(record, Mapping) and "outcomes" in record:
+            outcomes: list[Outcome] = decode(list[Outcome], record["outcomes"])
+            record = {**record, "outcomes": {outcome.arm: outcome for outcome in outcomes}}
+        found: ReplayVerdict = decode(cls, record)
+        return found
 
 
 def margin(tau: float) -> int:
@@ -193,7 +182,3 @@ def _averts(arms: Sequence[str]) -> str:
 
 def _other(arms: Sequence[str]) -> list[str]:
     return [f"{_listed(arms)} {'does' if len(arms) == 1 else 'do'} not avert it"] if arms else []
-
-
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)

@@ -6,6 +6,7 @@ user's session, and needs no display.
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -14,10 +15,13 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from nfi_monitor.atomic_write import replacing
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.extras import raise_missing
 from nfi_monitor.history import History
 from nfi_monitor.report import levels
+from nfi_monitor.report.pixels import apart, joined, thin
+from nfi_monitor.report.terminal import escape_controls
 from nfi_monitor.types import Alert, AlertKind, AlertState, Phase
 
 # Colours that keep their order in greyscale and under common colour blindness; healthy has no colour.
@@ -42,7 +46,6 @@ _ALERT_ROWS = {
 }
 _ARMS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito
 _INK, _GREY, _GRID = "#1B2733", "#66727F", "#DDE2E7"
-_BINS = 1_500  # about one for each pixel; each keeps its minimum and maximum
 _LABELLED = 24  # alerts that get their id as a label; more labels would overlap
 
 Array = np.ndarray[Any, Any]
@@ -99,8 +102,7 @@ def draw(
         _alert_bars(strip, _of_kind(alerts, kind), len(kinds) - 1 - row, last, label=len(alerts) <= _LABELLED)
     strip.set_yticks(range(len(kinds)), [_ALERT_ROWS[kind] for kind in reversed(kinds)])
     for axis, panel in zip(axes, _PANELS, strict=True):
-        notes = [_curve(axis, panel, history, _INK, "")]
-        _finish(axis, panel, notes)
+        _finish(axis, panel, [_curve(axis, panel, history, _INK, "")])
     bands = levels.bands(levels.thresholds_of({"thresholds": thresholds}), RunContext())
     _threshold(axes[1], bands["zero_sum_violation_smoothed"].enter, "enter", shift=4)
     _threshold(axes[1], bands["zero_sum_violation_smoothed"].leave, "exit", shift=-3)
@@ -183,13 +185,19 @@ def _figure(title: str, rows: int) -> tuple[Any, Any, list[Any]]:
     axes[-1].xaxis.set_major_locator(MaxNLocator(nbins=9, steps=[1, 2, 2.5, 5, 10], integer=True))
     axes[-1].xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     if title:
-        figure.text(0.105, 0.968, title, fontsize=12.5, fontweight="bold", color=_INK, ha="left", va="center")
+        # A model's name may have dollar signs: it is no formula.
+        figure.text(0.105, 0.968, title, fontsize=12.5, fontweight="bold", color=_INK, ha="left",
+                    va="center", parse_math=False)  # fmt: skip
     return figure, strip, axes
 
 
 def _save(figure: Any, path: str | os.PathLike[str]) -> Path:
-    path = Path(path)
-    figure.savefig(path, facecolor="white")
+    """Write the figure at once: a link in a run directory is replaced, and not followed."""
+    path = Path(path) if Path(path).suffix else Path(path).with_suffix(".png")
+    drawn = io.BytesIO()
+    figure.savefig(drawn, facecolor="white", format=path.suffix[1:])
+    with replacing(path) as file:
+        file.write(drawn.getvalue())
     return path
 
 
@@ -223,6 +231,7 @@ def _shade(axis: Any, phases: Sequence[tuple[int, Phase]], last: int) -> None:
             for (start, current), (end, _) in pairwise([*phases, (last, Phase.HEALTHY)])
             if current is phase
         ]
+        spans = joined(spans)
         # A slingshot can be one step in a hundred thousand: an outline keeps it visible.
         width = 1.2 if phase is Phase.SLINGSHOT and len(spans) < 100 else 0
         axis.broken_barh(
@@ -239,11 +248,17 @@ def _bars(
         (alert.first_step, max(end - alert.first_step, 1)) for alert, end in zip(alerts, ends, strict=True)
     ]
     axis.broken_barh(
-        spans, (row - height / 2, height), facecolor=colour, alpha=alpha, linewidth=0.6, edgecolor=colour
+        joined(spans),
+        (row - height / 2, height),
+        facecolor=colour,
+        alpha=alpha,
+        linewidth=0.6,
+        edgecolor=colour,
     )
 
 
 def _stars(axis: Any, steps: list[int], row: int, colour: str) -> None:
+    steps = apart(steps)
     axis.plot(steps, [row] * len(steps), "*", color=colour, markersize=11, markeredgecolor="white",
               markeredgewidth=0.6, clip_on=False, zorder=5)  # fmt: skip
 
@@ -259,12 +274,14 @@ def _alert_bars(axis: Any, alerts: list[Alert], row: int, last: int, label: bool
         _stars(axis, [alert.first_step for alert in alerts], row, colour)
     else:
         _bars(axis, alerts, row, 0.2, last, colour, 0.95)
-        axis.plot([a.first_step for a in alerts], [row] * len(alerts), "o", color=colour, markersize=4.5,
+        starts = apart(alert.first_step for alert in alerts)
+        axis.plot(starts, [row] * len(starts), "o", color=colour, markersize=4.5,
                   markeredgecolor="white", markeredgewidth=0.6, clip_on=False, zorder=4)  # fmt: skip
     for alert in alerts if label else ():
         axis.annotate(
-            alert.id, (alert.first_step, row), xytext=(0, 3.5), textcoords="offset points", fontsize=6.5,
-            ha="left", va="bottom", color=_GREY, annotation_clip=False, zorder=6,
+            escape_controls(alert.id), (alert.first_step, row), xytext=(0, 3.5), textcoords="offset points",
+            fontsize=6.5, ha="left", va="bottom", color=_GREY, annotation_clip=False, zorder=6,
+            parse_math=False,
         )  # fmt: skip
 
 
@@ -297,26 +314,6 @@ def _curve(axis: Any, panel: _Panel, history: History, colour: str, name: str, z
     )  # fmt: skip
     text = "; ".join(said)
     return f"{name}: {text}" if name and text else text
-
-
-def thin(steps: Array, values: Array, bins: int = _BINS) -> tuple[Array, Array]:
-    """Return at most ``2 * bins`` points: each bin's smallest and largest value, in step order.
-
-    Taking every n-th point instead would lose a slingshot of three steps.
-    """
-    if len(steps) <= 2 * bins:
-        return steps, values
-    size = -(-len(steps) // bins)
-    padded = np.full(size * bins, np.nan)
-    padded[: len(values)] = np.where(np.isfinite(values), values, np.nan)
-    blocks = padded.reshape(bins, size)
-    rows = np.flatnonzero(~np.isnan(blocks).all(axis=1))
-    low = rows * size + np.where(np.isnan(blocks[rows]), np.inf, blocks[rows]).argmin(axis=1)
-    high = rows * size + np.where(np.isnan(blocks[rows]), -np.inf, blocks[rows]).argmax(axis=1)
-    # A bin without a finite value stays as one NaN, so that the line has a gap.
-    empty = np.flatnonzero(np.isnan(blocks).all(axis=1)) * size
-    keep = np.unique(np.concatenate([low, high, empty[empty < len(values)]]))
-    return steps[keep], values[keep]
 
 
 def _finish(axis: Any, panel: _Panel, notes: Sequence[str]) -> None:

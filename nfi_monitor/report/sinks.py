@@ -35,9 +35,10 @@ def open_sinks(
         from nfi_monitor.report.run_directory.lock import DirectoryLock
         from nfi_monitor.report.run_directory.writer import RunDirectory
 
-        sinks.append(RunDirectory(run_dir))
+        owner = object()  # the monitor: another one of this process is refused, as another process is
+        sinks.append(RunDirectory(run_dir, lock=DirectoryLock(run_dir, owner)))
         if tensorboard.available():
-            lock = DirectoryLock(run_dir)
+            lock = DirectoryLock(run_dir, owner)
             sinks.append(tensorboard.TensorBoardSink(run_dir, describe=describe, lock=lock))
     return sinks
 
@@ -54,6 +55,7 @@ class Sinks:
         self._resolved: list[Sink] = []
         self._methods: dict[str, list[tuple[Sink, Callable[..., None]]]] = {}
         self._listening = False
+        self._waiting: list[tuple[str, BaseException]] | None = None
 
     @property
     def listening(self) -> bool:
@@ -63,7 +65,13 @@ class Sinks:
         return self._listening
 
     def start(self, info: Mapping[str, Any]) -> None:
+        # Report errors when all sinks are open: the report is a note, which the others get.
+        waiting: list[tuple[str, BaseException]] = []
+        self._waiting = waiting
         self._each("start", info)
+        self._waiting = None
+        for name, error in waiting:
+            self._failed(name, error)
 
     def reading(self, reading: Reading, phase: Phase) -> None:
         self._each("reading", reading, phase)
@@ -133,7 +141,10 @@ class Sinks:
         # Drop the sink first: ``failed`` calls the sinks that are left.
         if sink in self.sinks:
             self.sinks.remove(sink)
-        self._failed(type(sink).__name__, error)
+        if self._waiting is None:
+            self._failed(type(sink).__name__, error)
+        else:
+            self._waiting.append((type(sink).__name__, error))
 
 
 def check_sink(sink: Any) -> None:

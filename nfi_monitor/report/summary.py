@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import io
+import math
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -73,6 +75,7 @@ def summarize(
     tau = float(info["tau"]) if isinstance(info.get("tau"), (int, float)) else 0.0
     if isinstance(overhead, dict) and len(history) and not overhead.get("measured_steps"):
         overhead = None
+    starts = sorted(alert.first_step for alert in alerts if alert.kind is AlertKind.SLINGSHOT)
     return Summary(
         run={key: info.get(key) for key in _RUN},
         last_step=last_step,
@@ -81,7 +84,7 @@ def summarize(
         phase_share=_phase_share(phases, last_step),
         slingshots=slingshots(alerts, tau),
         replays=[_replay(verdict) for verdict in replays],
-        events=[_event(alert, alerts, tau) for alert in alerts],
+        events=[_event(alert, starts, tau) for alert in alerts],
         quantities={name: item for name, item in quantities.items() if item},
         absorbing_classes=info.get("absorbing_classes") or [],
         notes=[{"code": note.code, "message": note.message, "step": note.step} for note in notes],
@@ -100,6 +103,7 @@ def slingshots(alerts: Sequence[Alert], tau: float) -> list[dict[str, Any]]:
     previous slingshot does not count.
     """
     found = sorted((a for a in alerts if a.kind is AlertKind.SLINGSHOT), key=lambda a: a.first_step)
+    at_risk, imminent = _Warnings(alerts, AlertKind.AT_RISK), _Warnings(alerts, AlertKind.IMMINENT)
     rows = []
     previous_end = 0
     for slingshot in found:
@@ -110,8 +114,8 @@ def slingshots(alerts: Sequence[Alert], tau: float) -> list[dict[str, Any]]:
                 "id": slingshot.id,
                 "start": start,
                 "end": slingshot.last_step if slingshot.state is AlertState.RESOLVED else None,
-                "at_risk_lead": _lead(alerts, AlertKind.AT_RISK, start, since),
-                "imminent_lead": _lead(alerts, AlertKind.IMMINENT, start, since),
+                "at_risk_lead": at_risk.lead(start, since),
+                "imminent_lead": imminent.lead(start, since),
                 "mechanism": str(slingshot.mechanism),
                 "confidence": as_json(float(slingshot.confidence)),
             }
@@ -120,15 +124,25 @@ def slingshots(alerts: Sequence[Alert], tau: float) -> list[dict[str, Any]]:
     return rows
 
 
-def _lead(alerts: Sequence[Alert], kind: AlertKind, start: int, since: float) -> int | None:
-    announced = (
-        start - alert.first_step
-        for alert in alerts
-        if alert.kind is kind
-        and alert.first_step <= start
-        and (alert.state is AlertState.FIRING or alert.last_step >= since)
-    )
-    return max(announced, default=None)
+class _Warnings:
+    """Find the earliest warning of one kind that had not ended before a step. A run may have 100,000."""
+
+    def __init__(self, alerts: Sequence[Alert], kind: AlertKind) -> None:
+        ends = sorted(
+            (math.inf if alert.state is AlertState.FIRING else alert.last_step, alert.first_step)
+            for alert in alerts
+            if alert.kind is kind
+        )
+        self._ends = [end for end, _ in ends]
+        # The smallest first step of this warning and all that ended later.
+        self._begun = list(accumulate((first for _, first in reversed(ends)), min))[::-1]
+
+    def lead(self, start: int, since: float) -> int | None:
+        """Return the steps from the warning to ``start``; None if none lasted until ``since``."""
+        place = bisect_left(self._ends, since)
+        if place == len(self._ends) or self._begun[place] > start:
+            return None
+        return start - self._begun[place]
 
 
 def warning_gap(tau: float) -> float:
@@ -160,7 +174,8 @@ def _replay(verdict: ReplayVerdict) -> dict[str, Any]:
     }
 
 
-def _event(alert: Alert, alerts: Sequence[Alert], tau: float) -> dict[str, Any]:
+def _event(alert: Alert, starts: Sequence[int], tau: float) -> dict[str, Any]:
+    """Return an alert as a dict. ``starts``: the first steps of all slingshots, in order."""
     record = alert.to_json()
     keys = (
         "id", "kind", "severity", "state", "first_step", "last_step", "mechanism", "confidence", "advice",
@@ -170,9 +185,9 @@ def _event(alert: Alert, alerts: Sequence[Alert], tau: float) -> dict[str, Any]:
     found["ended"] = wording.ending_in_words(alert)
     if alert.outcome is Outcome.PASSED:
         # It had ended before the slingshot came, but still counts as its warning.
-        starts = (other.first_step for other in alerts if other.kind is AlertKind.SLINGSHOT)
-        came = next((step for step in starts if 0 <= step - alert.last_step <= warning_gap(tau)), None)
-        found["ended"] = found["ended"] if came is None else f"a slingshot followed at step {came:,}"
+        place = bisect_left(starts, alert.last_step)
+        if place < len(starts) and starts[place] - alert.last_step <= warning_gap(tau):
+            found["ended"] = f"a slingshot followed at step {starts[place]:,}"
     found["evidence"] = as_json({name: record["evidence"][name] for name in wording.ordered_evidence(alert)})
     return found
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 
-from nfi_monitor.detect.alert_book import AlertBook, Claim
+from nfi_monitor.detect.alert_book import KEPT, AlertBook, Claim
 from nfi_monitor.detect.alert_writer import AlertWriter
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.judgement import Judgement
@@ -336,3 +336,24 @@ def test_evidence_leaves_out_what_says_nothing() -> None:
     assert Evidence(math.inf, 1.0).to_json() == {"value": None, "threshold": 1.0, "baseline": None}
     full = Evidence(0.4, 0.5, 1.0, crossed=True, below=True, step=7, extreme=0.1)
     assert Evidence.from_json(json.loads(json.dumps(full.to_json()))) == full
+
+
+def test_a_saved_state_does_not_grow_with_the_number_of_alerts() -> None:
+    book = AlertBook(AlertWriter(Detector()._now))
+    judgement = Judgement(Phase.HEALTHY)
+    at_risk = Claim(AlertKind.AT_RISK, Severity.WARNING, Mechanism.UNKNOWN, 0.5)
+    imminent = Claim(AlertKind.IMMINENT, Severity.WARNING, Mechanism.UNKNOWN, 0.5)
+    book.begin(at_risk, 1, judgement)  # it fires all the time
+    for step in range(2, 20_002):
+        book.begin(imminent, step, judgement)
+        book.end(AlertKind.IMMINENT, step, judgement)
+    state = book.state_dict()
+    assert len(json.dumps(state)) < 3_000_000
+    assert [record["id"] for record in state["alerts"][:2]] == ["at_risk-1", "imminent-19001"]
+    again = AlertBook(AlertWriter(Detector()._now))
+    again.load_state_dict(state)
+    assert again.alerts == [book.alerts[0], *book.alerts[-KEPT:]]
+    firing = again.firing(AlertKind.AT_RISK)
+    assert firing is not None and firing.id == "at_risk-1"
+    again.begin(imminent, 20_002, judgement)
+    assert again.alerts[-1].id == "imminent-20001"

@@ -44,7 +44,7 @@ def keep(name: str, source: Path, steps: int = 900) -> None:
     np.savez_compressed(HERE / f"{name}.npz", **arrays)
 
 
-def _recorded(name: str) -> tuple[RunContext, list[Reading]]:
+def recorded_readings(name: str) -> tuple[RunContext, list[Reading]]:
     """Return the context and the readings of a recording."""
     values: dict[int, dict[str, float]] = {}
     with np.load(HERE / f"{name}.npz") as stored:
@@ -60,7 +60,7 @@ def _recorded(name: str) -> tuple[RunContext, list[Reading]]:
 
 def answers(name: str) -> dict[str, Any]:
     """Return all answers to a recorded run, in plain types."""
-    context, readings = _recorded(name)
+    context, readings = recorded_readings(name)
     detector, history = Detector(context=context), History(max_rows=1 << 20)
     phases = [(0, detector.phase)]
     changes: list[Any] = []

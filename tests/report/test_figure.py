@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from nfi_monitor.history import History
-from nfi_monitor.report.figure import compare, draw, thin
+from nfi_monitor.report.figure import compare, draw
+from nfi_monitor.report.pixels import thin
 from nfi_monitor.types import AlertKind, Phase
 from tests.report.builders import AT_RISK, IMMINENT, SLINGSHOT, event, readings, recorded, resolved
 

@@ -51,8 +51,10 @@ ROWS = {
     ),
     "storage": Row(
         "disk full, directory removed or read-only, `kill -9` at random moments: all complete records are "
-        "read back, at most one is lost, none is wrong; a second process in the same directory is refused",
-        ("safety/test_storage.py",),
+        "read back, at most one is lost, none is wrong; a second process, or a second open monitor, in the "
+        "same directory is refused; foreign files of every kind (FIFO, socket, device, link, directory) "
+        "under any of our names: nothing hangs, nothing outside is written",
+        ("safety/test_storage.py", "safety/test_foreign_files.py"),
     ),
     "numbers": Row(
         "random modules, K from 1 to 50,000, all dtypes, NaN, Inf, denormals, huge logits, empty and ragged "
@@ -85,6 +87,12 @@ ROWS = {
         "`torch.fx`, `make_fx`, TorchScript, under autocast, in another dtype or shape, with nested tensors, "
         "a counter of FLOPs or a compiled graph: it costs at most one reading and changes no bit",
         ("safety/test_odd_passes.py",),
+    ),
+    "records": Row(
+        "damaged and hostile records: every kind of damage costs the record and is counted; `report`, "
+        "`tail`, the figure and the tab show the rest, as strict JSON where they answer with JSON. A damaged "
+        "state is refused with a ValueError, and the monitor is as it was; or it does no harm",
+        ("safety/test_records.py", "safety/test_states.py"),
     ),
     "resume": Row(
         "a run is stopped at any step and resumed from a checkpoint: its alerts and readings are bit for bit "
@@ -138,7 +146,10 @@ LIMITS = """\
 reading of its older half is removed, evenly over the steps. The first reading of each phase and of each
 resumed session stays. TensorBoard's files can only grow, and they grow with the logarithm of the run's
 length: after 2,048 readings every second one is written as scalars, after as many again every fourth, and so
-on. Alerts are never thinned. In memory, `monitor.history` keeps at most 32,768 values of a quantity.
+on. Alerts are never thinned. In memory, `monitor.history` keeps at most 32,768 values of a quantity. A saved
+state (`monitor.state_dict()`) holds the alerts that fire, the last 1,000 others and the last 4,096 changes of
+the phase; earlier alerts are in `alerts.jsonl`. The tab lists the last 5,000 alerts, and a report explains the
+last 20.
 
 ## What is not shown
 

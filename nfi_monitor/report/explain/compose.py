@@ -47,16 +47,17 @@ def explain_run(
     alerts: Sequence[Alert],
     notes: Sequence[Note],
     wanted: str | None = None,
+    last: int | None = None,
 ) -> list[Explanation]:
     """Explain the alerts of a run that was read from disk.
 
-    Without ``wanted``: every slingshot, and the last other alert that still fires.  ``wanted``: the id of one
-    alert.  ``info`` is the content of ``run.json``.  Raises ValueError for an unknown id, naming the known
+    Without ``wanted``: the ``last`` ones of :func:`worth_explaining`, or all of them.  ``wanted``: the id of
+    one alert.  ``info`` is the content of ``run.json``.  Raises ValueError for an unknown id, naming known
     ones.
     """
     if wanted is None:
-        firing = [a for a in alerts if a.state is AlertState.FIRING and a.kind is not AlertKind.SLINGSHOT]
-        chosen = [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT] + firing[-1:]
+        chosen = worth_explaining(alerts)
+        chosen = chosen if last is None else chosen[-last:]
     else:
         # A run that was resumed without the monitor's state numbers alerts from 1 again: take the newest.
         chosen = [find_alert(alerts, wanted)]
@@ -66,12 +67,20 @@ def explain_run(
     return [_explain(alert, record) for alert in chosen]
 
 
+def worth_explaining(alerts: Sequence[Alert]) -> list[Alert]:
+    """Return every slingshot, and the last other alert that still fires."""
+    firing = [a for a in alerts if a.state is AlertState.FIRING and a.kind is not AlertKind.SLINGSHOT]
+    return [alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT] + firing[-1:]
+
+
 def find_alert(alerts: Iterable[Alert], wanted: Alert | str) -> Alert:
     """Return the newest state of an alert. Raises ValueError for an unknown id, naming the known ones."""
     known = {alert.id: alert for alert in alerts}
     name = wanted.id if isinstance(wanted, Alert) else wanted
     if name not in known:
-        raise ValueError(f"There is no alert {name!r}. Known alerts: {', '.join(known) or 'none'}.")
+        names = [*known][-20:]  # a run may have 100,000
+        earlier = f"{len(known) - 20:,} more and " if len(known) > 20 else ""
+        raise ValueError(f"There is no alert {name!r}. Known alerts: {earlier}{', '.join(names) or 'none'}.")
     return known[name]
 
 

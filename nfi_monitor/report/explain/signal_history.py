@@ -84,7 +84,10 @@ class SignalHistory:
                     signals.calm()
                 continue  # the detector does not update its averages where only the loss was read
             reading = Reading(step, values)
-            signals.update(reading, self.context.tau, self.limits)
+            try:
+                signals.update(reading, self.context.tau, self.limits)
+            except ArithmeticError:  # numbers that no training has: a record that somebody changed
+                continue
             if step in ends:
                 signals.calm()
             for level in LEVELS:

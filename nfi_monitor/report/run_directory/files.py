@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from nfi_monitor.schema import DamagedRecordError, parse
 
 RUN, READINGS, ALERTS = "run.json", "readings.jsonl", "alerts.jsonl"
 REPLAYS = "replays.jsonl"  # made by the first replay
@@ -20,14 +20,14 @@ def check_run(path: str | os.PathLike[str]) -> Path:
     """Return the path if it is a run directory. Raises RunDirectoryError that says what is there instead."""
     path = Path(path)
     want = "Pass the directory that you gave to Monitor(run_dir=...)."
-    if not path.exists():
-        raise RunDirectoryError(f"{path} does not exist. {want}")
-    if not path.is_dir():
-        inside = path.name in (RUN, READINGS, ALERTS, REPLAYS)
-        raise RunDirectoryError(
-            f"{path} is a file, not a run directory. " + (f"Pass {path.parent}." if inside else want)
-        )
     try:
+        if not path.exists():
+            raise RunDirectoryError(f"{path} does not exist. {want}")
+        if not path.is_dir():
+            inside = path.name in (RUN, READINGS, ALERTS, REPLAYS)
+            raise RunDirectoryError(
+                f"{path} is a file, not a run directory. " + (f"Pass {path.parent}." if inside else want)
+            )
         if _is_run(path):
             return path
         found = sorted(path.iterdir())
@@ -48,22 +48,10 @@ def check_run(path: str | os.PathLike[str]) -> Path:
 def parse_line(line: bytes | str) -> dict[str, Any] | None:
     """Parse one line of a ``.jsonl`` file. Return None if the line is torn or is not a JSON object."""
     try:
-        record = json.loads(line)
-    except ValueError:  # also for invalid UTF-8: a torn line may end inside a character
+        return parse(line)
+    except DamagedRecordError:
         return None
-    return record if isinstance(record, dict) else None
 
 
 def _is_run(path: Path) -> bool:
-    return any((path / name).is_file() for name in (RUN, READINGS, ALERTS))
-
-
-def notes_of(info: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the notes in ``run.json``; an empty list if there are none or they are damaged."""
-    notes = info.get("notes")
-    return [note for note in notes if isinstance(note, dict)] if isinstance(notes, list) else []
-
-
-def as_int(value: Any, default: int = 0) -> int:
-    """Return ``value`` if it is an int, else ``default``."""
-    return value if isinstance(value, int) else default
+    return any((path / name).exists() or (path / name).is_symlink() for name in (RUN, READINGS, ALERTS))

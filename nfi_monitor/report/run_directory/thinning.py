@@ -23,18 +23,19 @@ import numpy as np
 
 from nfi_monitor.atomic_write import replacing
 from nfi_monitor.history import thinning_interval
+from nfi_monitor.safe_open import open_binary
 
 READINGS_BYTES = 64 << 20
 """Size of ``readings.jsonl`` at which it is thinned, to about three quarters of it."""
 
 # Both ends of a line, as the writer makes them; the numbers between them are not parsed.
-_BEGIN = re.compile(rb'\{"step": (-?\d+), "phase": "(\w+)", "values": \{("loss": [^,}]*\})?')
-_END = re.compile(rb'\}(?:, "session": (\d+))?\}\s*$')
+_BEGIN = re.compile(rb'\{"step": (\d{1,16}), "phase": "(\w+)", "values": \{("loss": [^,}]*\})?')
+_END = re.compile(rb'\}(?:, "session": (\d{1,9}))?\}\s*$')
 
 
 def thin(path: Path) -> None:
     """Replace the file of readings by a thinner one. Raises OSError, and then leaves the file unchanged."""
-    with replacing(path) as new, open(path, "rb") as old:
+    with replacing(path) as new, open_binary(path) as old:
         half = os.fstat(old.fileno()).st_size // 2
         every = [thinning_interval(np.array(steps, dtype=np.int64)) for steps in _steps(old, half)]
         old.seek(0)

@@ -14,6 +14,7 @@ import errno
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -23,10 +24,12 @@ from typing import TYPE_CHECKING, Any
 from nfi_monitor.atomic_write import remove_leftovers, replacing
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.json_values import as_json, json_line
-from nfi_monitor.report.run_directory.files import ALERTS, READINGS, REPLAYS, RUN, as_int, notes_of
+from nfi_monitor.report.run_directory.files import ALERTS, READINGS, REPLAYS, RUN
 from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
+from nfi_monitor.report.run_directory.records import last_session, read_info
 from nfi_monitor.report.run_directory.thinning import READINGS_BYTES, thin
 from nfi_monitor.report.sink import SinkBase
+from nfi_monitor.safe_open import absolute, open_binary, open_descriptor
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading, finite_or_none
 
 if TYPE_CHECKING:
@@ -45,9 +48,15 @@ class RunDirectory(SinkBase):
     files are closed: nothing is written after a gap.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, readings_bytes: int = READINGS_BYTES) -> None:
-        self.path = Path(path)
-        self._lock = DirectoryLock(path)
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        readings_bytes: int = READINGS_BYTES,
+        lock: DirectoryLock | None = None,
+    ) -> None:
+        self.path = absolute(path)
+        self._lock = lock or DirectoryLock(self.path)
         self._budget = readings_bytes
         self._thin_at = readings_bytes
         self._size = 0  # of the readings
@@ -64,10 +73,12 @@ class RunDirectory(SinkBase):
             self._lock.acquire()
             for name in (RUN, READINGS):
                 remove_leftovers(self.path / name)
-        previous = self._previous_info()
-        self._notes = notes_of(previous)
+        previous = read_info(self.path, [])
+        self._notes = previous.get("notes") or []
         if previous or (self.path / READINGS).exists():
-            self._session = {"session": as_int(previous.get("session"), 1) + 1}
+            # A damaged run.json does not know the session: the readings do.
+            last = max(previous.get("session", 1), last_session(self.path))
+            self._session = {"session": last + 1}
         for name in (READINGS, ALERTS):
             with self._with_advice(self.path / name):
                 self._files[name] = _open_for_lines(self.path / name)
@@ -123,13 +134,17 @@ class RunDirectory(SinkBase):
             now = time.monotonic()
             if self._linked and now - self._checked >= CHECK_SECONDS:
                 self._checked = now
-                if (
-                    os.fstat(self._files[name]).st_nlink == 0
-                ):  # a file without a name: its lines would be lost
-                    raise FileNotFoundError(errno.ENOENT, "it was deleted during the run")
+                self._check_names()
             while rest:  # a full disk may take a part of a line before it refuses the rest
                 rest = rest[os.write(self._files[name], rest) :]
         return len(line)
+
+    def _check_names(self) -> None:
+        """Raise FileNotFoundError if a file has no name any more: its lines would be lost."""
+        for name, descriptor in self._files.items():
+            if os.fstat(descriptor).st_nlink == 0:
+                path = str(self.path / name)
+                raise FileNotFoundError(errno.ENOENT, "it was deleted during the run", path)
 
     def _thin(self) -> None:
         # The copy may not fit on the disk.  Then the file stays as it is, and the run goes on.
@@ -144,21 +159,13 @@ class RunDirectory(SinkBase):
 
     def _write_info(self, info: Mapping[str, Any], notes: list[dict[str, Any]] | None = None) -> None:
         """Replace run.json. Its notes are those of all sessions, in their order and without repetition."""
-        for note in [*notes_of(as_json(info)), *(notes or [])]:
-            if note not in self._notes:
+        for note in [*(as_json(info).get("notes") or []), *(notes or [])]:
+            if isinstance(note, dict) and note not in self._notes:
                 self._notes.append(note)
         self._info = {**as_json(info), **self._session, "notes": self._notes}
         target = self.path / RUN
         with self._with_advice(target), replacing(target) as file:
             file.write(json_line(self._info, indent=2))
-
-    def _previous_info(self) -> dict[str, Any]:
-        """Return the run.json of an earlier session; empty if there is none or it cannot be read."""
-        try:
-            info = json.loads((self.path / RUN).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return info if isinstance(info, dict) else {}
 
     @contextlib.contextmanager
     def _with_advice(self, path: Path) -> Iterator[None]:
@@ -172,20 +179,29 @@ class RunDirectory(SinkBase):
             reason = error.strerror or str(error)
             raise OSError(
                 error.errno,
-                f"cannot write {path}: {reason}. From here on, readings and alerts are not saved; the "
-                "training goes on. Free disk space, or pass a directory that you can write to as run_dir=.",
+                f"cannot write {error.filename or path}: {reason}. From here on, readings and alerts are not "
+                "saved; the training goes on. Free disk space, or pass a directory that you can write to as "
+                "run_dir=.",
             ) from error
 
 
 def _open_for_lines(path: Path) -> int:
-    """Open a file for appending; end its last line first if the last writer was killed inside it."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+    """Open a file for appending; end its last line first if the last writer was killed inside it.
+
+    A file with several names (hard links) is copied first: its other names keep what they had.
+    """
+    descriptor = open_descriptor(path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     try:
-        if os.fstat(descriptor).st_size:
-            with open(path, "rb") as file:
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":
-                    os.write(descriptor, b"\n")
+        status = os.fstat(descriptor)
+        if status.st_nlink > 1:
+            with replacing(path) as copy, open_binary(path) as file:
+                shutil.copyfileobj(file, copy, 1 << 20)
+            os.close(descriptor)
+            descriptor = open_descriptor(path, os.O_RDWR | os.O_APPEND)
+        if status.st_size:
+            os.lseek(descriptor, -1, os.SEEK_END)
+            if os.read(descriptor, 1) != b"\n":
+                os.write(descriptor, b"\n")
     except BaseException:
         os.close(descriptor)
         raise

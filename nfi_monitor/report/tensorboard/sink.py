@@ -8,6 +8,8 @@ stock part has its form:
 - TensorBoard keeps a sample of the text records of a tag, but always the last one.  So each alert has a tag
   of its own, and the overview ``nfi/alerts`` is always written as a whole.
 - Files can only grow: the longer a run is, the fewer readings are written.
+- Where a run goes back, a session mark lets TensorBoard drop what was written of the same steps: else its
+  curves would go back, too.
 - A margin chart draws a band only where the value, the lower and the upper edge have the same steps.  So the
   thresholds are written beside every value, not once.
 """
@@ -23,21 +25,25 @@ from typing import TYPE_CHECKING, Any
 from nfi_monitor.extras import raise_missing
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.levels import bands_of
+from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
 from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.tensorboard.tab_data import TabWriter
 from nfi_monitor.report.tensorboard.texts import alert_markdown, info_markdown, overview_markdown
+from nfi_monitor.safe_open import absolute
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-    from nfi_monitor.report.run_directory.lock import DirectoryLock
     from nfi_monitor.report.summary import Summary
 
 EVENTS = 2048
 """Readings written before the stride doubles: then every second one is written, later every fourth ..."""
 SLINGSHOT_EVENTS = 256
 """Readings from the first one of a slingshot that are all written."""
+
+SUFFIX = ".nfi"
+"""End of the names of our event files."""
 
 _OVERVIEW = 20  # alerts in the overview text; it is written with each alert, so it must not grow
 _PHASES = {phase: index for index, phase in enumerate(Phase)}
@@ -66,7 +72,7 @@ class TensorBoardSink(SinkBase):
         describe: Callable[[], Mapping[str, Any]] | None = None,
         lock: DirectoryLock | None = None,
     ) -> None:
-        self.log_dir = os.fspath(log_dir)
+        self.log_dir = os.fspath(absolute(log_dir))
         self._lock = lock
         self._min_seconds = min_seconds
         self._describe = describe
@@ -83,6 +89,7 @@ class TensorBoardSink(SinkBase):
         self._alerts: dict[str, Alert] = {}
         self._earlier = 0
         self._step = 0
+        self._goes_back = False  # whether the next reading may be of a step that was written before
         self._info: Mapping[str, Any] = {}
 
     def start(self, info: Mapping[str, Any]) -> None:
@@ -97,10 +104,20 @@ class TensorBoardSink(SinkBase):
             )
         self._proto, self._info = SummaryProto, info
         self._edges = {name: (band.leave, band.enter) for name, band in bands_of(info).items()}
-        if self._lock is not None:
-            os.makedirs(self.log_dir, exist_ok=True)
-            self._lock.acquire()
-        self._writer = SummaryWriter(self.log_dir)
+        try:
+            if self._lock is not None:
+                os.makedirs(self.log_dir, exist_ok=True)
+                self._lock.acquire()
+            self._goes_back = self._may_go_back()
+            self._writer = SummaryWriter(self.log_dir, filename_suffix=SUFFIX)
+        except DirectoryInUseError:
+            raise
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"cannot write {error.filename or self.log_dir}: {error.strerror or error}. No TensorBoard "
+                "files are written; the training goes on. Pass another directory as run_dir=.",
+            ) from error
         self._writer.add_custom_scalars(layout(self._edges))
         self._writer.add_text("nfi/run", info_markdown(info), 0)
         self._tab = TabWriter(self._writer.file_writer, info)
@@ -109,6 +126,9 @@ class TensorBoardSink(SinkBase):
         self._open()
         self._step = reading.step
         self._opened_tab().reading(reading, phase)
+        if self._goes_back:
+            self._goes_back = False
+            self._begin_session(reading.step)
         now = time.monotonic()
         self._in_phase = self._in_phase + 1 if phase is self._phase else 0
         self._phase = phase
@@ -162,12 +182,29 @@ class TensorBoardSink(SinkBase):
         self._opened_tab().replay(verdict)
 
     def went_back(self) -> None:
-        """Begin a new session for the tab, as a resumed run does. The stock curves go back in their steps."""
+        """Begin a new session, as a resumed run does."""
         tab = self._opened_tab()
         info = self._info if self._describe is None else self._describe()
         tab.close(info)
         self._tab = TabWriter(self._open().file_writer, info)
         self._alerts, self._earlier, self._pending = {}, 0, None
+        self._goes_back = self._may_go_back()
+
+    def _may_go_back(self) -> bool:
+        """Return whether the directory has event files of an earlier session, and none of anybody else.
+
+        TensorBoard cannot drop the records of one writer alone, and others may count other steps.
+        """
+        files = [name for name in _names_in(self.log_dir) if name.startswith("events.out.tfevents.")]
+        return bool(files) and all(name.endswith(SUFFIX) for name in files)
+
+    def _begin_session(self, step: int) -> None:
+        """Let TensorBoard drop what an earlier session wrote of ``step`` and later ones."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+
+        file_writer: Any = self._open().file_writer
+        for _ in range(2):  # TensorBoard takes the first mark in a directory for the beginning of the run
+            file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), step)
 
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         if self._writer is not None:
@@ -193,6 +230,13 @@ class TensorBoardSink(SinkBase):
         self._open()
         assert self._tab is not None  # start() makes both
         return self._tab
+
+
+def _names_in(directory: str) -> list[str]:
+    try:
+        return os.listdir(directory)
+    except OSError:
+        return []
 
 
 def _threshold_tag(quantity: str, edge: str) -> str:

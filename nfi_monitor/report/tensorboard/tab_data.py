@@ -143,7 +143,7 @@ class TabWriter:
             "then": wording.ending_in_words(alert),
             "evidence": evidence,
         }
-        self._write_json(f"alerts/{self._session}/{alert.id}", record, alert.last_step)
+        self._write_json(f"alerts/{self._session}/{alert.id}", record)
 
     def note(self, note: Note) -> None:
         self._notes.append(asdict(note))
@@ -198,7 +198,7 @@ class TabWriter:
             dtype=types_pb2.DT_FLOAT, tensor_shape=shape, tensor_content=numbers.tobytes()
         )
         content = {"format": FORMAT, "first": first, "columns": list(self._columns)}
-        self._write(f"readings/{self._session}/{self._chunk:06d}", tensor, content, int(self._rows[-1][0]))
+        self._write(f"readings/{self._session}/{self._chunk:06d}", tensor, content)
 
     def _write_run(self, *, closed: bool) -> None:
         info = as_json(self._info)
@@ -215,17 +215,17 @@ class TabWriter:
             "replays": self._replays,
             "charts": [chart_json(chart, info) for chart in CHARTS],
         }
-        self._write_json(f"run/{self._session}", record, self._step)
+        self._write_json(f"run/{self._session}", record)
 
-    def _write_json(self, tag: str, record: Mapping[str, Any], step: int) -> None:
+    def _write_json(self, tag: str, record: Mapping[str, Any]) -> None:
         _, tensor_pb2, tensor_shape_pb2, types_pb2 = self._protos
         text = json.dumps(record, ensure_ascii=False, allow_nan=False).encode("utf-8", "backslashreplace")
         tensor = tensor_pb2.TensorProto(
             dtype=types_pb2.DT_STRING, tensor_shape=tensor_shape_pb2.TensorShapeProto(), string_val=[text]
         )
-        self._write(tag, tensor, {"format": FORMAT}, step)
+        self._write(tag, tensor, {"format": FORMAT})
 
-    def _write(self, tag: str, tensor: Any, content: Mapping[str, Any], step: int) -> None:
+    def _write(self, tag: str, tensor: Any, content: Mapping[str, Any]) -> None:
         summary_pb2 = self._protos[0]
         plugin_data = summary_pb2.SummaryMetadata.PluginData(
             plugin_name=PLUGIN, content=json.dumps(content).encode()
@@ -234,7 +234,9 @@ class TabWriter:
             plugin_data=plugin_data, data_class=summary_pb2.DATA_CLASS_TENSOR
         )
         value = summary_pb2.Summary.Value(tag=f"nfi-tab/{tag}", metadata=metadata, tensor=tensor)
-        self._writer.add_summary(summary_pb2.Summary(value=[value]), step)
+        # At step 0: where a run goes back, TensorBoard drops all records from that step on, and a chunk or an
+        # alert may have begun before.
+        self._writer.add_summary(summary_pb2.Summary(value=[value]), 0)
 
 
 def _cell(value: float | None) -> float:

@@ -5,6 +5,7 @@ import itertools
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,65 @@ def test_of_a_long_run_fewer_and_fewer_readings_are_written(
     assert steps[:16] == list(range(1, 17)) and steps[16:32] == list(range(18, 50, 2))
     assert steps[32:48] == list(range(52, 116, 4)) and set(range(151, 156)) <= set(steps)
     assert len(steps) < 70 and steps[-1] == 200
+
+
+# --- a run that goes back ------------------------------------------------------------------------------
+
+
+def curve(directory: Path, tag: str = "nfi/loss") -> dict[int, float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(directory), size_guidance={"scalars": 0})
+    accumulator.Reload()
+    events = accumulator.Scalars(tag)
+    assert [event.step for event in events] == sorted({event.step for event in events}), "the curve goes back"
+    return {event.step: event.value for event in events}
+
+
+def session(directory: Path, steps: range, loss: float) -> TensorBoardSink:
+    sink = TensorBoardSink(directory, min_seconds=0)
+    sink.start(INFO)
+    for step in steps:
+        sink.reading(Reading(step, {"loss": loss}), Phase.HEALTHY)
+    return sink
+
+
+def test_a_resumed_run_has_one_curve(tmp_path: Path) -> None:
+    session(tmp_path, range(1, 31), 1.0).close(INFO, Summary())
+    session(tmp_path, range(21, 26), 2.0).close(INFO, Summary())
+    session(tmp_path, range(11, 14), 3.0).close(INFO, Summary())
+    assert curve(tmp_path) == {**dict.fromkeys(range(1, 11), 1.0), **dict.fromkeys(range(11, 14), 3.0)}
+
+
+def test_a_run_that_goes_back_within_its_process_has_one_curve(tmp_path: Path) -> None:
+    sink = session(tmp_path, range(1, 31), 1.0)
+    sink.went_back()
+    for step in range(21, 25):
+        sink.reading(Reading(step, {"loss": 2.0}), Phase.HEALTHY)
+    sink.close(INFO, Summary())
+    assert curve(tmp_path) == {**dict.fromkeys(range(1, 21), 1.0), **dict.fromkeys(range(21, 25), 2.0)}
+
+
+def test_the_curves_of_another_writer_in_the_directory_are_left_alone(tmp_path: Path) -> None:
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(tmp_path)) as writer:
+        for tokens in range(0, 10_000, 1000):
+            writer.add_scalar("theirs", tokens, tokens)
+    session(tmp_path, range(1, 11), 1.0).close(INFO, Summary())
+    session(tmp_path, range(11, 21), 1.0).close(INFO, Summary())
+    assert len(curve(tmp_path, "theirs")) == 10 and len(curve(tmp_path)) == 20
+
+
+def test_the_tab_keeps_what_was_written_before_the_run_went_back(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = session(tmp_path, range(1, 31), 1.0)  # one tensor: its last step is 30
+    first.alert(replace(AT_RISK, first_step=5, last_step=28), Change.BEGIN)
+    first.close(INFO, Summary())
+    session(tmp_path, range(21, 25), 2.0).close(INFO, Summary())
+    accumulator = EventAccumulator(str(tmp_path), size_guidance={"tensors": 0})
+    accumulator.Reload()
+    kept = [tag for tag in accumulator.Tags()["tensors"] if tag.startswith("nfi-tab/")]
+    kinds = [tag.split("/")[1] for tag in kept if accumulator.Tensors(tag)]
+    assert sorted(kinds) == ["alerts", "readings", "readings", "run", "run"]
