@@ -18,7 +18,7 @@ steps is RMSprop's own default (alpha=.99).  Rejected: Adam's .999, because a ru
 quarter as often, and a replay would wait ten times as long for a slingshot."""
 
 _SECOND_AVERAGES_NOTHING = ("lion", "aggmo")
-"""Parts of names of optimizers whose betas all belong to momenta.  PNM, whose second is 1, is told by that."""
+"""Parts of names of optimizers whose betas all belong to momenta. (PNM's second beta is 1.)"""
 
 _FIRST_MOMENT = re.compile(r"exp_avg|m|mu|state1|qmap1|absmax1|step|.*moment(um)?(_buffer)?")
 """Names of entries that are no second moment. A state with no other entries has no second moment."""

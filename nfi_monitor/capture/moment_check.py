@@ -38,7 +38,7 @@ _SURE = 8.0
 _ROUNDINGS = 4.0
 """Roundings of v that a step of an optimizer may add up."""
 _MOST, _HALF = 0.9, 0.5
-"""Shares of the coordinates that count: above the first the tensor is a second moment, below the second none."""
+"""Shares of coordinates: above the first, a tensor is a second moment; below the second, none."""
 _PLACES = 3
 """Maximum number of places that are tried for β2."""
 
@@ -130,13 +130,17 @@ class MomentCheck:
     def pending(self, params: Sequence[nn.Parameter]) -> bool:
         """Return whether one of these parameters has a state whose meaning is still checked."""
         state = self.optimizer.state
-        return any(second_moment(state.get(param, {})) is not None and self.undecided(param) for param in params)
+        return any(
+            second_moment(state.get(param, {})) is not None and self.undecided(param) for param in params
+        )
 
     def left_out(self, params: Sequence[nn.Parameter]) -> list[str]:
         """Return what is not read of these parameters' states and why, in words; empty while checks go on."""
         if self.pending(params):
             return []
-        named = {id(param): second_moment(self.optimizer.state.get(param, {})) is not None for param in params}
+        named = {
+            id(param): second_moment(self.optimizer.state.get(param, {})) is not None for param in params
+        }
         counts: dict[str, int] = {}
         some = any(map(self.understood, params))
         for param in params:
@@ -144,14 +148,18 @@ class MomentCheck:
                 why = self._why(param) if named[id(param)] else "have none, while others do"
                 counts[why] = counts.get(why, 0) + 1
         total = len(params)
-        return [f"the second moment of {count} of {total} tensors, which {why}" for why, count in counts.items()]
+        return [
+            f"the second moment of {count} of {total} tensors, which {why}" for why, count in counts.items()
+        ]
 
     def _why(self, param: nn.Parameter) -> str:
         name = type(self.optimizer).__name__
         if id(param) in self._odd:
             return self._odd[id(param)]
         if self._failures.get(id(param), 0) >= FAILURES:
-            return f"does not move in {name} as an average of squared gradients does (it is scaled or rotated)"
+            return (
+                f"does not move in {name} as an average of squared gradients does (it is scaled or rotated)"
+            )
         return "moves by less than its rounding, so that its meaning cannot be checked"
 
     def steps_averaged(self, param: nn.Parameter, group: Mapping[str, Any], step: int) -> Any:
@@ -208,6 +216,8 @@ class MomentCheck:
 
     def receive(self) -> None:
         """Take in the checks that have arrived on the host."""
+        if not self._transfer.waiting:
+            return
         for (checked, trials, tensors), numbers in self._transfer.take():
             for at, param in checked:
                 places = range(0, len(numbers), 2 * tensors)
@@ -215,9 +225,7 @@ class MomentCheck:
                 self._judge(id(param), [trial.kinds[at] for trial in trials], counts)
             self.version += 1
 
-    def _judge(
-        self, key: int, kinds: Sequence[Kind | None], counts: Sequence[tuple[float, float]]
-    ) -> None:
+    def _judge(self, key: int, kinds: Sequence[Kind | None], counts: Sequence[tuple[float, float]]) -> None:
         """Decide about one parameter. ``counts``: for each kind, coordinates that count, and that agree."""
         self._checks[key] = self._checks.get(key, 0) + 1
         known = self._kinds.get(key)
@@ -266,12 +274,18 @@ class MomentCheck:
                     for at in earlier.positions:
                         found = slots(groups[at])
                         decay = groups[at].get("weight_decay") if coupled else 0.0
-                        if place >= len(found) or not isinstance(decay, (int, float)) or coupled and not decay:
+                        if (
+                            place >= len(found)
+                            or not isinstance(decay, (int, float))
+                            or (coupled and not decay)
+                        ):
                             continue
                         beta2 = value_at(groups[at], found[place])
                         rate = 1.0 - (math.nan if beta2 is None else beta2)
                         if unbiased:
-                            taken = 1 if at in earlier.fresh else self._host_count(params[at], groups[at], step)
+                            taken = (
+                                1 if at in earlier.fresh else self._host_count(params[at], groups[at], step)
+                            )
                             rate /= 1.0 - (1.0 - rate) ** taken if taken else math.nan
                         trial.rates[at], trial.decays[at] = rate, float(decay)
                         trial.kinds[at] = Kind(found[place], unbiased)

@@ -7,9 +7,6 @@ fused step under a gradient scaler unscales them in place.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,12 +15,13 @@ from torch.optim import Optimizer
 
 from nfi_monitor import _moved
 from nfi_monitor.capture import devices
-from nfi_monitor.capture.betas import ASSUMED_BETAS, betas_of, value_at
+from nfi_monitor.capture.betas import ASSUMED_BETAS, betas_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.moment_check import MomentCheck
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import CoordinateSample, local
 from nfi_monitor.capture.second_moment import entries, sample_moments, states
+from nfi_monitor.capture.step_constants import constants, host, host_rate, rates
 from nfi_monitor.capture.update import BeforeStep, Update
 
 HEAD_ELEMENTS = 1 << 18
@@ -31,6 +29,7 @@ HEAD_ELEMENTS = 1 << 18
 
 MEAN_ELEMENTS = 1 << 20
 """Maximum number of head weights read per step for W_G and the batch's zero-sum. Larger heads: less often."""
+
 
 class _Layout(NamedTuple):
     """The coordinates that are read, of these parameters.
@@ -79,8 +78,8 @@ class OptimizerReader:
 
     def rates(self) -> list[float]:
         """Return the learning rate of each group; NaN where the host does not know it."""
-        rates = [group.get("lr") for group in self.optimizer.param_groups]
-        return [rate if type(rate) is float else _host_rate(rate) for rate in rates]
+        given = [group.get("lr") for group in self.optimizer.param_groups]
+        return [rate if type(rate) is float else host_rate(rate) for rate in given]
 
     def holds(self, param: Tensor) -> bool:
         return any(
@@ -173,8 +172,10 @@ class OptimizerReader:
         eps: Tensor | float = 0.0
         lrs = None
         if exp_avg_sq is not None:
-            correction, eps = self._constants(start, count, step)
-            lrs = self._rates(start)
+            sample = start.sample.leading(count)
+            leading = start.params[:count]
+            correction, eps = constants(self.check, leading, self._group, sample, start.before, step)
+            lrs = rates(self.optimizer.param_groups, start.params, start.sample, start.before)
         weight, bias = self._head_rows()
         full = self.head.weight if self.head is not None else None
         position = next((i for i, param in enumerate(start.params) if param is full), None)
@@ -187,7 +188,7 @@ class OptimizerReader:
             exp_avg_sq=exp_avg_sq,
             correction=correction,
             eps=eps,
-            lr=_host(self.group_of(full).get("lr")),
+            lr=host(self.group_of(full).get("lr")),
             lrs=lrs,
             found_inf=start.found_inf,
             head_position=position,
@@ -248,7 +249,9 @@ class OptimizerReader:
             known = [param for param in usable if self.check.understood(param)]
             first = {id(param) for param in known}
             ordered = (*known, *(param for param in usable if id(param) not in first))
-            sample = CoordinateSample(ordered, places=[place[id(param)] for param in ordered], reduced=reduced)
+            sample = CoordinateSample(
+                ordered, places=[place[id(param)] for param in ordered], reduced=reduced
+            )
             undecided = tuple(at for at, param in enumerate(ordered) if self.check.undecided(param))
             found = self._layouts[key] = _Layout(sample, ordered, len(known), undecided)
         return found
@@ -275,47 +278,6 @@ class OptimizerReader:
 
     def _group(self, param: nn.Parameter) -> dict[str, Any]:
         return self._groups.get(id(param)) or self.group_of(param)
-
-    def _constants(
-        self, start: BeforeStep, count: int, step: int
-    ) -> tuple[Tensor | float, Tensor | float]:
-        """Return (1 − β2^t, ε_A) of the first ``count`` tensors: scalars if all agree, else [M] values."""
-        pairs: list[tuple[float, float]] = []
-        for param in start.params[:count]:
-            group, kind = self._group(param), self.check.kind(param)
-            # Without betas, torch's default for Adam. ASSUMED_BETAS would be wrong: it is a time scale, and
-            # this undoes the bias correction of a second moment that the optimizer does keep.
-            beta2 = value_at(group, kind.slot if kind is not None else ("betas", 1))
-            beta2 = 0.999 if beta2 is None else beta2
-            unbiased = kind is not None and kind.unbiased
-            taken = _host(None if unbiased else self.check.steps_averaged(param, group, step))
-            eps = group.get("eps", 1e-8)
-            correction = 1.0 if taken != taken else 1.0 - beta2**taken
-            pairs.append((correction, float(eps) if isinstance(eps, (int, float)) else 0.0))
-            if isinstance(correction, Tensor):
-                # Capturable and fused optimizers count steps on the device.  Use one value for all tensors:
-                # single values would cost kernels for each, and late in training the correction is 1.
-                return pairs[0]
-        first = pairs[0]
-        if all(pair == first for pair in pairs):
-            return max(first[0], 1e-12), first[1]
-        corrections, epsilons = [max(pair[0], 1e-12) for pair in pairs], [pair[1] for pair in pairs]
-        sample = start.sample.leading(count)
-        return _spread(corrections, sample, start.before), _spread(epsilons, sample, start.before)
-
-    def _rates(self, start: BeforeStep) -> Tensor | None:
-        """Return the learning rate of each coordinate, or None if all groups have the same."""
-        groups = self.optimizer.param_groups
-        rates = [_host(group.get("lr")) for group in groups]
-        first = rates[0]
-        # Rates on a device are not compared, because that would wait for the device.
-        on_device = any(isinstance(rate, Tensor) for rate in rates)
-        if all(rate is first or (not on_device and rate == first) for rate in rates):
-            return None
-        rate_of = {
-            id(param): rate for group, rate in zip(groups, rates, strict=True) for param in group["params"]
-        }
-        return _spread([rate_of[id(param)] for param in start.params], start.sample, start.before)
 
     # --- the head --------------------------------------------------------------------------------
 
@@ -367,37 +329,8 @@ def gradient_columns(features: int, outputs: int) -> int:
     return max(1, min(features, MEAN_ELEMENTS // 4 // outputs))
 
 
-def _spread(numbers: Sequence[Tensor | float], sample: CoordinateSample, like: Tensor) -> Tensor:
-    """Return one number per coordinate [C], of ``like``'s dtype, from one number per tensor."""
-    if any(isinstance(number, Tensor) for number in numbers):
-        each = torch.stack(
-            [
-                number.reshape(()).to(like.dtype) if isinstance(number, Tensor) else like.new_full((), number)
-                for number in numbers
-            ]
-        )
-    else:
-        each = devices.send(numbers, like.device, like.dtype)
-    return each[sample.segments]
-
-
 def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
     return None if after is None or before is None else after - before
-
-
-def _host_rate(rate: Any) -> float:
-    """Return a learning rate as a number; NaN if reading it would wait for the device."""
-    rate = _host(rate)
-    return math.nan if isinstance(rate, Tensor) else float(rate)
-
-
-def _host(value: Any) -> Any:
-    """Return a float if that needs no synchronisation, else the tensor; NaN for what is no number."""
-    if isinstance(value, Tensor) and not devices.on_host(value):
-        return value
-    with suppress(TypeError, ValueError, RuntimeError):
-        return float(value)
-    return math.nan
 
 
 if not TYPE_CHECKING:  # for a type checker, any name would exist

@@ -152,7 +152,17 @@ class CoordinateSample:
         if self._leading is None or len(self._leading.spans) != tensors:
             part = copy(self)
             end = self.spans[tensors - 1][1]
-            for name in ("strides", "layout", "_sizes", "_shapes", "_steps", "_starts", "spans", "counts", "matrices"):
+            for name in (
+                "strides",
+                "layout",
+                "_sizes",
+                "_shapes",
+                "_steps",
+                "_starts",
+                "spans",
+                "counts",
+                "matrices",
+            ):
                 setattr(part, name, getattr(self, name)[:tensors])
             part.segments = self.segments[:end]
             part.weights = None if self.weights is None else self.weights[:end]

@@ -39,6 +39,7 @@ from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
+from nfi_monitor.engine.silence import Silence
 from nfi_monitor.engine.step_reader import StepReader
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.ranks.membership import Membership
@@ -88,6 +89,7 @@ class StepLoop:
         self.loss_probe: LossProbe | None = None
         self.reports = Sinks([], failed)
         self.notes = NoteTaker(self.reports.note)
+        self.silence = Silence(model, optimizer, head, self.notes.note)
         self.membership = Membership(
             options.group,
             self.every,
@@ -151,6 +153,7 @@ class StepLoop:
         Look for the ranks again before the first step: DDP may wrap the model only after the monitor."""
         if self.paused or (devices.GRAPHS and self.recorded()):
             return None
+        self.silence.passed()
         membership = self.membership
         if self.step == 0 and membership.searching and membership.exchange is None and not self.closed:
             membership.share_head(self.head, self._find_ranks())
@@ -159,6 +162,7 @@ class StepLoop:
     def _rows_arrived(self, rows: Rows) -> None:
         if "rows" in self.faults.failed_parts or self.closed or self.paused:
             return
+        self.silence.arrived()
         self.step_reader.add(rows)
 
     def observe_outputs(self, scale: float, observe: Callable[[Tensor], None]) -> None:
@@ -202,9 +206,9 @@ class StepLoop:
             return
         started = time.perf_counter()
         self.step += 1
+        self.silence.stepped(self.step, self.handles)
         self.detector.update_rates(self.step, self.reader.rates())
-        read, unplanned = self.wanted_step is not None, self._unplanned
-        deferred = False
+        read, unplanned, deferred = self.wanted_step is not None, self._unplanned, False
         try:
             # While a reading is being copied from an accelerator, check at each step whether it has arrived.
             deferred = not (read or self.transfer.waiting) and self.losses.defer(self.step)
@@ -369,11 +373,9 @@ class StepLoop:
 
     def info(self) -> dict[str, Any]:
         """Return the content of ``run.json``."""
-        return (
-            run_json(self)
-            if self.final_info is None
-            else {**self.final_info, "notes": notes_json(self.notes)}
-        )
+        if self.final_info is None:
+            return run_json(self)
+        return {**self.final_info, "notes": notes_json(self.notes)}
 
     def summary(self) -> Summary:
         """Return the summary so far. Waits for readings that are still being copied to the host."""
