@@ -27,9 +27,10 @@ from nfi_monitor.capture.sampling import CoordinateSample, local
 from nfi_monitor.capture.second_moment import entries, second_moment
 
 CHECKS = 8
-"""Maximum number of readings in which a tensor is checked."""
+"""Maximum number of readings in which a tensor is checked, until it is known to be a second moment."""
 CONFIRMED = 3
-"""Number of readings in which a tensor is checked that moves like a second moment."""
+"""Number of readings in which it is checked then.  Later, readings 16, 32, 64, … check it again: some
+optimizers begin with a warm-up that has other rules."""
 FAILURES = 3
 """A tensor that moved otherwise in this many readings since it last moved like a second moment is none."""
 
@@ -37,8 +38,8 @@ _SURE = 8.0
 """A coordinate counts if it must move by this many times its rounding."""
 _ROUNDINGS = 4.0
 """Roundings of v that a step of an optimizer may add up."""
-_MOST, _HALF = 0.9, 0.5
-"""Shares of coordinates: above the first, a tensor is a second moment; below the second, none."""
+_AGREE, _DISAGREE = 0.9, 0.75
+"""Shares of the coordinates. From the first on, a tensor is a second moment; below the second, it is none."""
 _PLACES = 3
 """Maximum number of places that are tried for β2."""
 
@@ -84,6 +85,7 @@ class MomentCheck:
         self._failures: dict[int, int] = {}
         self._checks: dict[int, int] = {}
         self._born: dict[int, int] = {}  # parameter → the step that made its state
+        self._readings = 0
         self._transfer = HostTransfer()
 
     def readable(self, param: nn.Parameter) -> Tensor | Quantized | None:
@@ -116,12 +118,17 @@ class MomentCheck:
 
     def undecided(self, param: nn.Parameter) -> bool:
         """Return whether the next reading should check this parameter's state."""
-        if self.trusted or self._failures.get(id(param), 0) >= FAILURES:
+        failures, known = self._failures.get(id(param), 0), id(param) in self._kinds
+        if self.trusted or failures >= FAILURES:
             return False
-        if self._checks.get(id(param), 0) >= (CONFIRMED if id(param) in self._kinds else CHECKS):
+        if self._checks.get(id(param), 0) >= (CONFIRMED if known else CHECKS) and not (known and failures):
             return False
         state = entries(self.optimizer.state.get(param, {}))
         return not state or isinstance(self.readable(param), Tensor)
+
+    def in_doubt(self, param: nn.Parameter) -> bool:
+        """Return whether the last check of this parameter's second moment failed."""
+        return self._failures.get(id(param), 0) > 0
 
     def kind(self, param: Tensor | None) -> Kind | None:
         """Return how the second moment of this parameter is made; None if no check has shown it."""
@@ -174,10 +181,25 @@ class MomentCheck:
     # --- check -----------------------------------------------------------------------------------
 
     def before(
-        self, sample: CoordinateSample, params: Sequence[nn.Parameter], undecided: Sequence[int]
+        self,
+        sample: CoordinateSample,
+        params: Sequence[nn.Parameter],
+        undecided: Sequence[int],
+        *,
+        closure: bool,
     ) -> Earlier | None:
-        """Read the second moments before a step; None if nothing is to be checked."""
-        if self.trusted or not undecided:
+        """Read the second moments before a step; None if nothing is to be checked.
+
+        ``closure``: the step computes the gradients, which are read after it, and may overwrite them: check.
+        """
+        if self.trusted:
+            return None
+        self._readings += 1
+        again = self._readings >= 16 and not self._readings & (self._readings - 1)
+        if closure or again:
+            known = [at for at, param in enumerate(params) if id(param) in self._kinds]
+            undecided = sorted({*undecided, *known})
+        if not undecided:
             return None
         state = self.optimizer.state
         fresh = frozenset(at for at in undecided if not entries(state.get(params[at], {})))
@@ -209,6 +231,7 @@ class MomentCheck:
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     rounding = max(rounding, torch.finfo(tensor.dtype).eps)
         fits = [_fit(sample, trial, grad, weights, before, now, rounding) for trial in trials]
+        self._reject([params[at] for at in earlier.positions if not slots(groups[at])])
         if fits:
             label = ([(at, params[at]) for at in earlier.positions], trials, len(params))
             self._transfer.put(label, torch.stack(fits).flatten().double())
@@ -225,18 +248,26 @@ class MomentCheck:
                 self._judge(id(param), [trial.kinds[at] for trial in trials], counts)
             self.version += 1
 
+    def _reject(self, params: Sequence[nn.Parameter]) -> None:
+        """Reject what is named like a second moment, but has no constant β2 (Adafactor)."""
+        for param in params:
+            if self.readable(param) is not None:
+                self._odd[id(param)] = f"{type(self.optimizer).__name__} averages without a constant β2"
+                self._failures[id(param)] = FAILURES
+                self.version += 1
+
     def _judge(self, key: int, kinds: Sequence[Kind | None], counts: Sequence[tuple[float, float]]) -> None:
         """Decide about one parameter. ``counts``: for each kind, coordinates that count, and that agree."""
         self._checks[key] = self._checks.get(key, 0) + 1
         known = self._kinds.get(key)
         for kind, (counted, agree) in zip(kinds, counts, strict=True):
-            if kind is not None and counted and agree >= _MOST * counted:
+            if kind is not None and counted and agree >= _AGREE * counted:
                 unbiased = kind.unbiased if known is None else known.unbiased
                 self._kinds[key] = Kind(kind.slot, unbiased)
                 self._failures[key] = 0
                 return
         if any(counted for counted, _ in counts) and all(
-            agree < _HALF * counted for counted, agree in counts if counted
+            agree < _DISAGREE * counted for counted, agree in counts if counted
         ):
             self._failures[key] = self._failures.get(key, 0) + 1
             if self._failures[key] >= FAILURES:

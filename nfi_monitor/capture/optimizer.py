@@ -150,7 +150,7 @@ class OptimizerReader:
             head_weight_grad=None if weight_grad is None else weight_grad.clone(),
             head_bias_grad=None if bias_grad is None else bias_grad.clone(),
             moments=layout.understood,
-            earlier=self.check.before(sample, params, layout.undecided),
+            earlier=self.check.before(sample, params, layout.undecided, closure=closure),
         )
 
     def after(self, start: BeforeStep, step: int) -> Update | None:
@@ -162,11 +162,11 @@ class OptimizerReader:
                 self.unreadable.add("gradients that exist only inside optimizer.step(closure)")
                 return None
             grad = start.sample.gather(gradients)
-            if self._leaves_gradients(start):
-                weight_grad, bias_grad = self._head_gradients(step)
         if start.earlier is not None:
             groups = [self._group(param) for param in start.params]
             self.check.after(start.earlier, start.sample, start.params, groups, grad, start.before, step)
+        if start.grad is None and self._leaves_gradients(start):
+            weight_grad, bias_grad = self._head_gradients(step)
         count, exp_avg_sq = self._second_moments(start)
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
@@ -207,7 +207,7 @@ class OptimizerReader:
             count = len(start.params)
         moments = [self.check.readable(param) for param in start.params[:count]]
         read = [moment for moment in moments if moment is not None]
-        if not read or len(read) < count:
+        if not read or len(read) < count or (start.grad is None and not self._leaves_gradients(start)):
             return 0, None
         return count, sample_moments(start.sample.leading(count), read)
 
@@ -215,13 +215,15 @@ class OptimizerReader:
         """Return whether the gradients that ``step(closure)`` has made are still in ``.grad`` after it.
 
         Some optimizers make their update there.  Of torch's own it is known that the zero-sum of a gradient
-        stays; of others it is known if their second moments agree with the gradients."""
-        if self.check.trusted or start.moments:
+        stays; of others it is known while their second moments agree with the gradients."""
+        known = [param for param in start.params if self.check.understood(param)]
+        if self.check.trusted or (known and not any(map(self.check.in_doubt, known))):
             return True
-        self.unreadable.add(
-            "the head's gradient, which exists only inside optimizer.step(closure): "
-            f"{type(self.optimizer).__name__} may overwrite it there"
-        )
+        if not self.check.pending(start.params):
+            self.unreadable.add(
+                "the head's gradient, which exists only inside optimizer.step(closure), where "
+                f"{type(self.optimizer).__name__} may overwrite it (norms of gradients are of what it leaves)"
+            )
         return False
 
     # --- coordinates ---------------------------------------------------------------------------

@@ -31,11 +31,13 @@ class StepHooks:
         self._before, self._after, self._failed = before, after, failed
         self._inside: int | None = None  # 0 or 1 while the first or second hook is running
         self._removed = False
+        self._begun = False
 
         def pre(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._inside = 0
             try:
                 try:
+                    self._begun = True
                     self._before((*args, *kwargs.values()) if kwargs else args)
                 finally:
                     self._leave_hook()
@@ -46,7 +48,10 @@ class StepHooks:
             self._inside = 1
             try:
                 try:
-                    self._after()
+                    # A step that calls the step of its base class runs both hooks twice, nested: count one.
+                    begun, self._begun = self._begun, False
+                    if begun:
+                        self._after()
                 finally:
                     self._leave_hook()
             except Exception as error:

@@ -188,10 +188,10 @@ class StepLoop:
     def _before_step(self, given: Sequence[Any]) -> None:
         if self.paused or (devices.GRAPHS and self.recorded()):
             return
+        self.silence.inside_step = True
         if self.recent_snapshots.pending:
             self._complete_snapshot()
-        if self.loss_probe is not None:
-            self.end_micro_batch()
+        self.end_micro_batch()
         if self.wanted_step is None or "optimizer" in self.faults.failed_parts:
             return
         started = time.perf_counter()

@@ -29,7 +29,8 @@ PASSES = 512
 class Silence:
     """Count what arrives without an optimizer step, and steps that arrive without the head.
 
-    ``note(code, message, step)`` makes a note once.
+    ``note(code, message, step)`` makes a note once.  ``inside_step``: whether an optimizer step is running;
+    it may need many passes (LBFGS).
     """
 
     def __init__(
@@ -38,7 +39,7 @@ class Silence:
         self._model, self._optimizer, self._head, self._note = model, optimizer, head, note
         self._weight = _reference(optimizer, head)
         self._step = self._steps = self._headless = 0
-        self._arrived = False
+        self._arrived = self.inside_step = False
         self._forget()
 
     def release(self) -> None:
@@ -48,7 +49,7 @@ class Silence:
 
     def passed(self) -> None:
         """Count a forward pass of the head, if gradients are enabled in it."""
-        if not torch.is_grad_enabled():
+        if self.inside_step or not torch.is_grad_enabled():
             return
         self._headless = 0
         self._look()
@@ -66,6 +67,8 @@ class Silence:
 
     def reported(self) -> None:
         """Count a loss that was reported."""
+        if self.inside_step:
+            return
         self._losses += 1
         self._look()
         if self._losses == PASSES:
@@ -83,7 +86,7 @@ class Silence:
 
     def _forget(self) -> None:
         self._passes = self._losses = self._dropped = self._changed = 0
-        self._arrived = False
+        self._arrived = self.inside_step = False
         self._version: int | None = None
 
     def _look(self) -> None:
