@@ -148,8 +148,9 @@ class LossQueue:
         with torch.no_grad():
             if self._added is not None:
                 sums = self._sums()
-                nothing = isinstance(sums.finite, int) and not sums.finite
-                average = math.nan if nothing else sums.total / sums.finite
+                if not isinstance(sums.total, Tensor):
+                    return sums.total / sums.finite if sums.finite else math.nan
+                average = sums.total / sums.finite
                 return average if self.share is None else average * (sums.every * self.share)
             numbers = [loss for loss in observed if not isinstance(loss, Tensor)]
             if numbers:
