@@ -1,6 +1,6 @@
 """Attach to each optimizer class of the installed packages, and compare with the run without a monitor.
 
-    python -m tests.optimizer_sweep                  # all of torch.optim, and of those packages that are installed
+    python -m tests.optimizer_sweep                  # torch.optim, and the packages below, where installed
     python -m tests.optimizer_sweep Adam heavyball.  # those with one of these words in their name
 
 Packages: pytorch_optimizer, schedulefree, heavyball, bitsandbytes, prodigyopt, galore-torch.  Each optimizer
@@ -31,6 +31,9 @@ from nfi_monitor import Monitor
 from tests.runs import batch, mlp
 
 STEPS = 30
+PACKAGES = (
+    "torch.optim", "schedulefree", "heavyball", "bitsandbytes.optim", "prodigyopt", "galore_torch",
+)  # fmt: skip
 WRAPPERS = ("Lookahead", "OrthoGrad", "ScheduleFreeWrapper", "PCGrad")
 SHARPNESS = ("SAM", "WSAM", "LookSAM", "FriendlySAM")
 SECOND_ORDER = ("AdaHessian", "SophiaH")
@@ -41,14 +44,7 @@ MUONS = ("Muon", "AdaMuon", "MuonClip", "NorMuon", "AdaGO")
 def classes() -> dict[str, Any]:
     """Return package.name → class."""
     found: dict[str, Any] = {}
-    for package in (
-        "torch.optim",
-        "schedulefree",
-        "heavyball",
-        "bitsandbytes.optim",
-        "prodigyopt",
-        "galore_torch",
-    ):
+    for package in PACKAGES:
         with contextlib.suppress(ImportError):
             module = importlib.import_module(package)
             if package == "heavyball":
@@ -76,6 +72,8 @@ def make(name: str, kind: Any, model: nn.Module) -> Any:
         for key, value in {"lr": 1e-3, "num_iterations": 100, "num_data": 100}.items()
         if key in accepted
     }
+    if package == "bitsandbytes" and "momentum" in accepted:
+        options["momentum"] = 0.9
     if package == "pytorch_optimizer" and short in SHARPNESS:
         first = (model, params) if short == "WSAM" else (params,)
         return kind(*first, torch.optim.AdamW, lr=1e-3)
@@ -96,7 +94,7 @@ def make(name: str, kind: Any, model: nn.Module) -> Any:
 def train(name: str, kind: Any, watched: bool) -> tuple[list[Tensor], Monitor | None, dict[int, float]]:
     """Return the trained weights, the monitor, and the largest RMS_t of each step by own averages."""
     random.seed(1)
-    np.random.seed(1)  # noqa: NPY002: some optimizers draw from it
+    np.random.seed(1)  # some optimizers draw from it
     model = mlp()
     optimizer = make(name, kind, model)
     if callable(getattr(optimizer, "train", None)):
