@@ -68,7 +68,7 @@ def betas_of(
     # Adan's second averages differences of gradients, and its third the squares.
     adan = len(betas) > 2 and ("adan" in kind or "exp_avg_diff" in state)
     beta2 = value_at(group, ("betas", 2 if adan else 1))
-    return None if beta2 is None else (first, beta2)
+    return (first, beta2) if beta2 else None  # 0 averages nothing: bitsandbytes gives it to SGD and LARS
 
 
 def _numbers(values: Any) -> list[float]:

@@ -102,6 +102,8 @@ class MomentCheck:
             self._odd[id(param)] = f"{name} makes of differences between gradients"
         elif moment.shape != param.shape:
             self._odd[id(param)] = f"{name} keeps in another shape than their parameters'"
+        elif moment.device != param.device:
+            self._odd[id(param)] = f"{name} keeps on {moment.device}, with the tensors on {param.device}"
         elif moment.is_floating_point() and type(moment) in (Tensor, type(param), type(param.data)):
             return moment
         else:

@@ -16,13 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
 
 CHANGED = 8
 """Passes before which the weights have changed without an optimizer step, until a note says so."""
 DROPPED = 16
 """Gradients that are gone before the next pass, without a step. A gradient scaler skips some ten at first."""
-PASSES = 512
+PASSES = 256
 """Losses, or backward passes, without any step. Few runs accumulate over that many micro-batches."""
 
 
@@ -43,7 +44,9 @@ class Silence:
         self._forget()
 
     def release(self) -> None:
-        """Drop the model and the optimizer."""
+        """Make the note if there was never a step, and drop the model and the optimizer."""
+        if not self._steps and self._passes + self._losses >= CHANGED:
+            self._say()
         del self._model, self._optimizer, self._head, self._weight
         self._note = lambda code, message, step: None
 
@@ -87,18 +90,21 @@ class Silence:
     def _forget(self) -> None:
         self._passes = self._losses = self._dropped = self._changed = 0
         self._arrived = self.inside_step = False
-        self._version: int | None = None
+        self._looks = 0
+        self._seen: tuple[int, float] | None = None
 
     def _look(self) -> None:
         """Look whether the weights have changed since the last pass or loss."""
-        if self._weight is None:
+        self._looks += 1
+        if self._weight is None or self._looks < 2:  # in most trainings a step comes now
             return
-        version = self._weight._version
-        if self._version is not None and version != self._version:
+        weight = self._weight.detach()
+        seen = (weight._version, _sample(weight))
+        if self._seen is not None and seen != self._seen:
             self._changed += 1
             if self._changed == CHANGED:
                 self._say()
-        self._version = version
+        self._seen = seen
 
     def _say(self) -> None:
         name = type(self._optimizer).__name__
@@ -108,7 +114,8 @@ class Silence:
         if self._changed:
             why = (
                 "The weights change all the same: another optimizer updates them (one made after the monitor "
-                f"was attached?), {name} updates them in another method than step(), or hooks were removed."
+                f"was attached?), {name} updates them elsewhere than in step() (LOMO inside the backward "
+                "pass), or hooks were removed."
             )
         elif self._dropped:
             why = (
@@ -138,6 +145,16 @@ class Silence:
             "loss are. Close this monitor, and attach a new one to the model as it is now.",
             self._step,
         )
+
+
+def _sample(weight: Tensor) -> float:
+    """Return a number that an update of ``weight.data`` changes: such an update leaves the version.
+
+    0 where the host does not know the weight.  Squares: the sum of a head's gradient over classes is 0."""
+    if not devices.on_host(weight):
+        return 0.0
+    flat = weight.reshape(-1)
+    return float(flat[:: len(flat) // 64 + 1].square().sum().nan_to_num())
 
 
 def _registered(hook: Any, module: nn.Module) -> bool:

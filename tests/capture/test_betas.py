@@ -26,6 +26,7 @@ def named(name: str) -> Any:
         ("Adan", (0.98, 0.92, 0.99), (), 0.99),
         ("Other", (0.98, 0.92, 0.99), ("exp_avg", "exp_avg_sq", "exp_avg_diff"), 0.99),
         ("PNM", (0.9, 1.0), (), None),
+        ("LARS", (0.9, 0.0), ("state1", "unorm_vec"), None),
         ("Lion", (0.9, 0.98), (), None),
         ("AggMo", (0.0, 0.9, 0.99), (), None),
         ("Signs", (0.9, 0.98), ("step", "exp_avg"), None),

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nfi_monitor import Monitor
+from nfi_monitor.engine import silence
 from nfi_monitor.engine.loss_queue import MOST, LossQueue
 from nfi_monitor.engine.silence import CHANGED, DROPPED, PASSES
 from nfi_monitor.types import Thresholds
@@ -47,7 +48,7 @@ def test_an_optimizer_made_anew_is_said_after_a_few_passes(reported: bool, befor
         optimizer.step()
         optimizer.zero_grad()
     another = torch.optim.AdamW(model.parameters())
-    for _ in range(CHANGED + 2):
+    for _ in range(CHANGED + 4):
         another.zero_grad()
         backward(model, monitor if reported else None)
         another.step()
@@ -58,11 +59,13 @@ def test_an_optimizer_made_anew_is_said_after_a_few_passes(reported: bool, befor
     monitor.close()
 
 
-def test_updates_inside_of_the_backward_pass_are_said() -> None:
-    """As LOMO's: no gradient is ever left, and ``.data`` changes no version."""
+def test_updates_inside_of_the_backward_pass_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LOMO's: no gradient is ever left, and ``.data`` changes no version.  On an accelerator, values are
+    not known."""
+    monkeypatch.setattr(silence, "_sample", lambda weight: 0.0)
     model = mlp()
     monitor = Monitor(model, torch.optim.SGD(model.parameters(), 0.1), console=False)
-    for _ in range(DROPPED + 2):
+    for _ in range(DROPPED + 4):
         backward(model)
         for param in model.parameters():
             param.data.add_(param.grad, alpha=-0.1)
@@ -71,13 +74,35 @@ def test_updates_inside_of_the_backward_pass_are_said() -> None:
     monitor.close()
 
 
+def test_updates_of_data_are_said_where_gradients_stay() -> None:
+    model = mlp()
+    monitor = Monitor(model, torch.optim.SGD(model.parameters(), 0.1), console=False)
+    for _ in range(CHANGED + 4):
+        model.zero_grad(set_to_none=False)
+        backward(model)
+        for param in model.parameters():
+            param.data.add_(param.grad, alpha=-0.1)
+    assert codes(monitor) == ["no_steps"] and "The weights change all the same" in said(monitor)
+    monitor.close()
+
+
+def test_a_run_without_any_step_hears_of_it_at_its_end() -> None:
+    model = mlp()
+    monitor = Monitor(model, torch.optim.SGD(model.parameters(), 0.1), console=False)
+    for _ in range(20):
+        monitor.observe_loss(1.0)
+    assert codes(monitor) == []
+    monitor.close()
+    assert codes(monitor) == ["no_steps"] and "20 losses" in said(monitor)
+
+
 def test_hooks_that_were_cleared_are_said() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     monitor = Monitor(model, optimizer, console=False)
     optimizer._optimizer_step_pre_hooks.clear()
     optimizer._optimizer_step_post_hooks.clear()
-    for _ in range(CHANGED + 2):
+    for _ in range(CHANGED + 4):
         backward(model)
         optimizer.step()
         optimizer.zero_grad()
