@@ -86,6 +86,7 @@ class MomentCheck:
         self._checks: dict[int, int] = {}
         self._born: dict[int, int] = {}  # parameter → the step that made its state
         self._readings = 0
+        self._inside = False  # whether the gradients exist only inside the step
         self._transfer = HostTransfer()
 
     def readable(self, param: nn.Parameter) -> Tensor | Quantized | None:
@@ -166,6 +167,11 @@ class MomentCheck:
         if id(param) in self._odd:
             return self._odd[id(param)]
         if self._failures.get(id(param), 0) >= FAILURES:
+            if self._inside:
+                return (
+                    "does not agree with the gradients that are left after optimizer.step(closure), where "
+                    f"{name} may overwrite them"
+                )
             return (
                 f"does not move in {name} as an average of squared gradients does (it is scaled or rotated)"
             )
@@ -197,6 +203,7 @@ class MomentCheck:
         if self.trusted:
             return None
         self._readings += 1
+        self._inside = closure
         again = self._readings >= 16 and not self._readings & (self._readings - 1)
         if closure or again:
             known = [at for at, param in enumerate(params) if id(param) in self._kinds]

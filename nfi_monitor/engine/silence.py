@@ -99,7 +99,10 @@ class Silence:
         if self._weight is None or self._looks < 2:  # in most trainings a step comes now
             return
         weight = self._weight.detach()
-        seen = (weight._version, _sample(weight))
+        try:
+            seen = (weight._version, _sample(weight))
+        except RuntimeError:  # a tensor without a version
+            return
         if self._seen is not None and seen != self._seen:
             self._changed += 1
             if self._changed == CHANGED:

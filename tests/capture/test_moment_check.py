@@ -240,6 +240,11 @@ def test_an_update_made_in_the_gradients_memory_breaks_no_zero_sum(closure: bool
     assert ("zero_sum_violation_weight" in monitor.history) != closure
     unreadable = [note.message for note in monitor.notes if note.code == "state_unreadable"]
     assert len(unreadable) == closure and all("InPlace may overwrite it" in said for said in unreadable)
+    for note in monitor.notes:
+        if note.code == "no_second_moment":
+            assert (
+                closure and "left after optimizer.step(closure), where InPlace may overwrite" in note.message
+            )
     monitor.close()
 
 
