@@ -116,6 +116,16 @@ class PerTensor(Own):
         self.move(param, grad, moment, group)
 
 
+class Seeded(Own):
+    """APOLLO: there is a state before the first step."""
+
+    def __init__(self, params: Iterable[Any], **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            for seed, param in enumerate(group["params"]):
+                self.state[param]["seed"] = seed
+
+
 class LowRank(Own):
     """GaLore, APOLLO: matrices have a moment of fewer rows."""
 

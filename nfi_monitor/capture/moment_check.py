@@ -56,7 +56,7 @@ class Earlier(NamedTuple):
 
     positions: tuple[int, ...]
     moments: Tensor | None  # [C], 0 where there is none; None: there is none at all
-    fresh: frozenset[int]  # positions without a state
+    fresh: frozenset[int]  # positions without a second moment
 
 
 class _Trial(NamedTuple):
@@ -91,7 +91,7 @@ class MomentCheck:
 
     def readable(self, param: nn.Parameter) -> Tensor | Quantized | None:
         """Return what is named like the second moment of a parameter, if it has the parameter's shape."""
-        moment = second_moment(self.optimizer.state.get(param, {}))
+        moment = self._named(param)
         if moment is None:
             return None
         name = type(self.optimizer).__name__
@@ -119,6 +119,9 @@ class MomentCheck:
         # 8-bit moments of known formats are those of Adam.
         return self.trusted or isinstance(moment, Quantized) or id(param) in self._kinds
 
+    def _named(self, param: nn.Parameter) -> Tensor | Quantized | None:
+        return second_moment(self.optimizer.state.get(param, {}))
+
     def undecided(self, param: nn.Parameter) -> bool:
         """Return whether the next reading should check this parameter's state."""
         failures, known = self._failures.get(id(param), 0), id(param) in self._kinds
@@ -126,8 +129,8 @@ class MomentCheck:
             return False
         if self._checks.get(id(param), 0) >= (CONFIRMED if known else CHECKS) and not (known and failures):
             return False
-        state = entries(self.optimizer.state.get(param, {}))
-        return not state or isinstance(self.readable(param), Tensor)
+        moment = self._named(param)
+        return moment is None or isinstance(self.readable(param), Tensor)
 
     def in_doubt(self, param: nn.Parameter) -> bool:
         """Return whether the last check of this parameter's second moment failed."""
@@ -148,9 +151,7 @@ class MomentCheck:
         """Return what is not read of these parameters' states and why, in words; empty while checks go on."""
         if self.pending(params):
             return []
-        named = {
-            id(param): second_moment(self.optimizer.state.get(param, {})) is not None for param in params
-        }
+        named = {id(param): self._named(param) is not None for param in params}
         counts: dict[str, int] = {}
         some = any(map(self.understood, params))
         for param in params:
@@ -210,8 +211,7 @@ class MomentCheck:
             undecided = sorted({*undecided, *known})
         if not undecided:
             return None
-        state = self.optimizer.state
-        fresh = frozenset(at for at in undecided if not entries(state.get(params[at], {})))
+        fresh = frozenset(at for at in undecided if self._named(params[at]) is None)
         return Earlier(tuple(undecided), self._gather(sample, params, undecided), fresh)
 
     def after(
@@ -225,26 +225,40 @@ class MomentCheck:
         step: int,
     ) -> None:
         """Compare the second moments after a step with what they should be. ``grad``, ``weights``: [C]."""
-        for at in earlier.fresh:
-            if entries(self.optimizer.state.get(params[at], {})):
-                self._born[id(params[at])] = step
-        now = self._gather(sample, params, earlier.positions)
+        positions = self._with_moment(earlier, params, step)
+        now = self._gather(sample, params, positions)
         if now is None:
             return
         before = torch.zeros_like(now) if earlier.moments is None else earlier.moments
         trials = self._trials(earlier, params, groups, step)
         rounding = torch.finfo(grad.dtype).eps
-        for at in earlier.positions:
-            moment = second_moment(self.optimizer.state.get(params[at], {}))
-            for tensor in (moment, params[at].grad):
+        for at in positions:
+            for tensor in (self._named(params[at]), params[at].grad):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     rounding = max(rounding, torch.finfo(tensor.dtype).eps)
         fits = [_fit(sample, trial, grad, weights, before, now, rounding) for trial in trials]
-        self._reject([params[at] for at in earlier.positions if not slots(groups[at])])
+        self._reject([params[at] for at in positions if not slots(groups[at])])
         if fits:
-            label = ([(at, params[at]) for at in earlier.positions], trials, len(params))
+            label = ([(at, params[at]) for at in positions], trials, len(params))
             self._transfer.put(label, torch.stack(fits).flatten().double())
         self.receive()
+
+    def _with_moment(self, earlier: Earlier, params: Sequence[nn.Parameter], step: int) -> list[int]:
+        """Return the positions whose second moment can be read after a step. Others are no longer checked
+        if they have one that cannot be read, or have none after some steps.
+        """
+        positions = []
+        for at in earlier.positions:
+            param = params[at]
+            if isinstance(self.readable(param), Tensor):
+                positions.append(at)
+                if at in earlier.fresh:
+                    self._born[id(param)] = step
+                continue
+            self._checks[id(param)] = self._checks.get(id(param), 0) + 1
+            if self._named(param) is not None or self._checks[id(param)] >= CHECKS:
+                self.version += 1
+        return positions
 
     def receive(self) -> None:
         """Take in the checks that have arrived on the host."""

@@ -78,6 +78,7 @@ def codes(monitor: Monitor) -> list[str]:
         (own.Nested, {}),
         (own.Uncounted, {}),
         (own.Shared, {}),
+        (own.Seeded, {}),
         (own.InPlace, {}),
     ],
 )
