@@ -89,7 +89,7 @@ class StepLoop:
         self.loss_probe: LossProbe | None = None
         self.reports = Sinks([], failed)
         self.notes = NoteTaker(self.reports.note)
-        self.silence = Silence(model, optimizer, head, self.notes.note)
+        self.silence = Silence(model, optimizer, head, self.notes.note, failed)
         self.membership = Membership(
             options.group,
             self.every,

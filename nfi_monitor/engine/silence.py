@@ -30,14 +30,20 @@ PASSES = 256
 class Silence:
     """Count what arrives without an optimizer step, and steps that arrive without the head.
 
-    ``note(code, message, step)`` makes a note once.  ``inside_step``: whether an optimizer step is running;
-    it may need many passes (LBFGS).
+    ``note(code, message, step)`` makes a note once.  ``failed(part, error)`` reports an error: only this part
+    ends with it.  ``inside_step``: whether an optimizer step is running; it may need many passes (LBFGS).
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Optimizer, head: Head | None, note: Callable[[str, str, int], None]
+        self,
+        model: nn.Module,
+        optimizer: Optimizer,
+        head: Head | None,
+        note: Callable[[str, str, int], None],
+        failed: Callable[[str, BaseException], None],
     ) -> None:
         self._model, self._optimizer, self._head, self._note = model, optimizer, head, note
+        self._failed, self._off = failed, False
         self._weight = _reference(optimizer, head)
         self._step = self._steps = self._headless = 0
         self._arrived = self.inside_step = False
@@ -52,8 +58,31 @@ class Silence:
 
     def passed(self) -> None:
         """Count a forward pass of the head, if gradients are enabled in it."""
-        if self.inside_step or not torch.is_grad_enabled():
-            return
+        if not self.inside_step and torch.is_grad_enabled():
+            self._guarded(self._count_pass)
+
+    def arrived(self) -> None:
+        """Count a gradient at the head."""
+        self._arrived = True
+
+    def reported(self) -> None:
+        """Count a loss that was reported."""
+        if not self.inside_step:
+            self._guarded(self._count_loss)
+
+    def stepped(self, step: int, hooks: Iterable[Any]) -> None:
+        """Count an optimizer step. ``hooks``: the handles of the monitor's hooks."""
+        self._guarded(self._count_step, step, hooks)
+
+    def _guarded(self, count: Callable[..., None], *given: Any) -> None:
+        if not self._off:
+            try:
+                count(*given)
+            except Exception as error:
+                self._off = True
+                self._failed("silence", error)
+
+    def _count_pass(self) -> None:
         self._headless = 0
         self._look()
         if self._arrived:  # since the pass before: a head may run many times in one pass of its model
@@ -64,21 +93,13 @@ class Silence:
             if self._passes == PASSES or (dropped and self._dropped == DROPPED):
                 self._say()
 
-    def arrived(self) -> None:
-        """Count a gradient at the head."""
-        self._arrived = True
-
-    def reported(self) -> None:
-        """Count a loss that was reported."""
-        if self.inside_step:
-            return
+    def _count_loss(self) -> None:
         self._losses += 1
         self._look()
         if self._losses == PASSES:
             self._say()
 
-    def stepped(self, step: int, hooks: Iterable[Any]) -> None:
-        """Count an optimizer step. ``hooks``: the handles of the monitor's hooks."""
+    def _count_step(self, step: int, hooks: Iterable[Any]) -> None:
         self._step = step
         self._steps += 1
         self._headless += 1
@@ -99,10 +120,7 @@ class Silence:
         if self._weight is None or self._looks < 2:  # in most trainings a step comes now
             return
         weight = self._weight.detach()
-        try:
-            seen = (weight._version, _sample(weight))
-        except RuntimeError:  # a tensor without a version
-            return
+        seen = (weight._version, _sample(weight))
         if self._seen is not None and seen != self._seen:
             self._changed += 1
             if self._changed == CHANGED:

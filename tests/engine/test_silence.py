@@ -96,6 +96,24 @@ def test_a_run_without_any_step_hears_of_it_at_its_end() -> None:
     assert codes(monitor) == ["no_steps"] and "20 losses" in said(monitor)
 
 
+@pytest.mark.parametrize("broken", ["_count_pass", "_count_loss", "_count_step"])
+def test_an_error_in_counting_costs_nothing_else(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(silence.Silence, broken, fail)
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    monitor = Monitor(model, optimizer, console=False, every=1)
+    for _ in range(5):
+        backward(model, monitor)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert codes(monitor) == ["failed_silence"] and monitor.step == 5
+    assert all(len(monitor.history[name][0]) == 5 for name in ("loss", "rms_t_max", "zero_sum_violation"))
+    monitor.close()
+
+
 def test_hooks_that_were_cleared_are_said() -> None:
     model = mlp()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
