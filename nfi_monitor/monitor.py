@@ -146,7 +146,8 @@ class Monitor:
         try:
             if devices.GRAPHS and loop.recorded():
                 return
-            loop.losses.observed.append(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
+            loop.losses.observe(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
+            loop.silence.reported()
         except Exception as error:
             loop.faults.failed("observe_loss", error)
 

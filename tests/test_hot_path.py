@@ -25,6 +25,7 @@ from nfi_monitor.capture.sampling import CoordinateSample
 from nfi_monitor.engine import step_reader
 from nfi_monitor.measure.sharded.step import head_parts, step_parts
 from tests.measure.sharded.test_step import SHAPES, D, update_of
+from tests.own_optimizers import Nested, Own
 
 WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "is_nonzero", "equal.default")
 """Operations; those of a CPU tensor that only fetch it dispatch none, and are seen as calls."""
@@ -280,6 +281,23 @@ def test_numbers_of_the_host_reach_the_device_without_waiting_for_it(device, own
     operations = Operations()
     train_on(device, own, operations)
     assert not operations.sent
+
+
+@pytest.mark.parametrize("kind", [Own, Nested])
+def test_a_second_moment_is_checked_without_waiting_for_the_device(device, kind) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, CLASSES)).to(device)
+    optimizer = kind(model.parameters())
+    inputs, targets = torch.zeros(ROWS, 8, device=device), torch.zeros(ROWS, dtype=torch.int64, device=device)
+    operations = Operations()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        with looked_at(monitor, operations):
+            for _ in range(3):
+                optimizer.zero_grad()
+                F.cross_entropy(model(inputs), targets).backward()
+                optimizer.step()
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
+        assert monitor._loop.reader.check._transfer.waiting
+    assert operations.called and not operations.sent and not operations.waited
 
 
 def test_a_part_of_a_step_is_made_ready_for_other_ranks_without_waiting_for_the_device(device) -> None:

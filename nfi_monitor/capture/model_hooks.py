@@ -57,6 +57,10 @@ class ForwardHook:
         """The class of the module."""
         return type(self._module)
 
+    def is_on(self, module: nn.Module) -> bool:
+        """Return whether the hook is among the forward hooks of ``module``."""
+        return any(hook is self._hook for hook in module._forward_hooks.values())
+
     def register(self) -> None:
         _REGISTERED.add(self)
         _hide()

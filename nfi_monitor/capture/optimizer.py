@@ -7,9 +7,7 @@ fused step under a gradient scaler unscales them in place.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +15,13 @@ from torch.optim import Optimizer
 
 from nfi_monitor import _moved
 from nfi_monitor.capture import devices
+from nfi_monitor.capture.betas import ASSUMED_BETAS, betas_of
 from nfi_monitor.capture.head import Head
-from nfi_monitor.capture.quantized import Quantized
+from nfi_monitor.capture.moment_check import MomentCheck
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import CoordinateSample, local
-from nfi_monitor.capture.second_moment import sample_moments, second_moment
+from nfi_monitor.capture.second_moment import entries, sample_moments, states
+from nfi_monitor.capture.step_constants import constants, host, host_rate, rates
 from nfi_monitor.capture.update import BeforeStep, Update
 
 HEAD_ELEMENTS = 1 << 18
@@ -30,12 +30,18 @@ HEAD_ELEMENTS = 1 << 18
 MEAN_ELEMENTS = 1 << 20
 """Maximum number of head weights read per step for W_G and the batch's zero-sum. Larger heads: less often."""
 
-ASSUMED_BETAS = (0.9, 0.99)
-"""(β1, β2) of an optimizer that has no betas (SGD, RMSprop, Adafactor), for τ = 1/(1−β2) = 100 steps.
 
-Such an optimizer has no second moment of that form, but waiting times and intervals are counted in τ.  100
-steps is RMSprop's own default (alpha=.99).  Rejected: Adam's .999, because a run at risk would be read a
-quarter as often, and a replay would wait ten times as long for a slingshot."""
+class _Layout(NamedTuple):
+    """The coordinates that are read, of these parameters.
+
+    ``understood``: number of parameters, which come first, whose second moment is understood.  ``undecided``:
+    positions of those whose second moment is still checked.
+    """
+
+    sample: CoordinateSample
+    params: tuple[nn.Parameter, ...]
+    understood: int
+    undecided: tuple[int, ...]
 
 
 class OptimizerReader:
@@ -45,15 +51,17 @@ class OptimizerReader:
         self.optimizer = optimizer
         self.head = head
         self.plan = ReadingPlan()
-        self.unreadable: set[str] = set()  # descriptions of state that cannot be read, for a note
-        self._layouts: dict[tuple[int, ...], tuple[CoordinateSample, tuple[nn.Parameter, ...]]] = {}
+        self.unreadable: set[str] = set()  # descriptions of what cannot be read, for a note
+        self.check = MomentCheck(optimizer)
+        self._layouts: dict[tuple[int, ...], _Layout] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._found: tuple[Tensor | None, dict[str, Any]] | None = None
+        self._found_moments: tuple[Any, tuple[bool | None, list[str]]] | None = None
 
     @property
     def can_reduce(self) -> bool:
         """Whether a reduced sample of this model has fewer coordinates."""
-        return any(sample.can_reduce for sample, _ in self._layouts.values())
+        return any(layout.sample.can_reduce for layout in self._layouts.values())
 
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """Return the parameter group that holds ``param``, or the first group if none does."""
@@ -66,12 +74,12 @@ class OptimizerReader:
             if any(candidate is param for candidate in group["params"]):
                 self._found = (param, group)
                 return group
-        return groups[0]
+        return groups[0] if groups else {}
 
     def rates(self) -> list[float]:
         """Return the learning rate of each group; NaN where the host does not know it."""
-        rates = [group.get("lr") for group in self.optimizer.param_groups]
-        return [rate if type(rate) is float else _host_rate(rate) for rate in rates]
+        given = [group.get("lr") for group in self.optimizer.param_groups]
+        return [rate if type(rate) is float else host_rate(rate) for rate in given]
 
     def holds(self, param: Tensor) -> bool:
         return any(
@@ -80,19 +88,35 @@ class OptimizerReader:
 
     def betas(self) -> tuple[float, float] | None:
         """Return (β1, β2) of the head's group; None for optimizers without such a pair."""
-        betas = self.group_of(self.head.weight if self.head else None).get("betas")
-        if betas is None or len(betas) < 2:
-            return None
-        return float(betas[0]), float(betas[1])
+        param = self.head.weight if self.head is not None else None
+        group = self.group_of(param)
+        if param is None or not any(param is candidate for candidate in group.get("params", ())):
+            param = next(iter(group.get("params", ())), None)
+        state = {} if param is None else entries(self.optimizer.state.get(param, {}))
+        kind = self.check.kind(param)
+        return betas_of(self.optimizer, group, state, None if kind is None else kind.slot)
 
     def betas_or_assumed(self) -> tuple[float, float]:
         """Return (β1, β2) of the head's group, or :data:`ASSUMED_BETAS`. This decides τ everywhere."""
         return self.betas() or ASSUMED_BETAS
 
     def has_second_moment(self) -> bool | None:
-        """Return whether the state has a second moment; None before the first step."""
-        states = [state for state in self.optimizer.state.values() if state]
-        return any(second_moment(state) is not None for state in states) if states else None
+        """Return whether the state has a second moment of the gradient; None while that is checked."""
+        return self._findings()[0]
+
+    def moments_left_out(self) -> list[str]:
+        """Return which second moments are not read and why, in words; empty while that is checked."""
+        return self._findings()[1]
+
+    def _findings(self) -> tuple[bool | None, list[str]]:
+        key = (self.check.version, len(self.optimizer.state))
+        if self._found_moments is None or self._found_moments[0] != key:
+            params: list[Any] = [param for param, _ in states(self.optimizer)]
+            has: bool | None = any(map(self.check.understood, params))
+            if not has and self.check.pending(params):
+                has = None
+            self._found_moments = (key, (has, self.check.left_out(params)))
+        return self._found_moments[1]
 
     def before(self, step: int, *, closure: bool = False) -> BeforeStep | None:
         """Read gradients and weights before the step; None if no parameter has a gradient.
@@ -100,10 +124,11 @@ class OptimizerReader:
         Call it in the pre-hook.  ``closure``: the step computes its gradients itself (LBFGS, SAM, Lightning),
         so :meth:`after` reads them.
         """
+        self.check.receive()
         layout = self._layout(needs_gradient=not closure)
         if layout is None:
             return None
-        sample, params = layout
+        sample, params = layout.sample, layout.params
         grad = None
         if not closure:
             grad = sample.gather([param.grad for param in params if param.grad is not None])
@@ -113,6 +138,7 @@ class OptimizerReader:
         found_inf = getattr(self.optimizer, "found_inf", None)
         weight, bias = self._head_rows()
         weight_grad, bias_grad = (None, None) if closure else self._head_gradients(step)
+        # Copies: some optimizers make their update in the gradient's memory.
         return BeforeStep(
             sample=sample,
             params=params,
@@ -121,8 +147,10 @@ class OptimizerReader:
             found_inf=found_inf if isinstance(found_inf, Tensor) else None,
             head_weight=None if weight is None else weight.clone(),
             head_bias=None if bias is None else bias.clone(),
-            head_weight_grad=weight_grad,
-            head_bias_grad=bias_grad,
+            head_weight_grad=None if weight_grad is None else weight_grad.clone(),
+            head_bias_grad=None if bias_grad is None else bias_grad.clone(),
+            moments=layout.understood,
+            earlier=self.check.before(sample, params, layout.undecided, closure=closure),
         )
 
     def after(self, start: BeforeStep, step: int) -> Update | None:
@@ -134,20 +162,20 @@ class OptimizerReader:
                 self.unreadable.add("gradients that exist only inside optimizer.step(closure)")
                 return None
             grad = start.sample.gather(gradients)
+        if start.earlier is not None:
+            groups = [self._group(param) for param in start.params]
+            self.check.after(start.earlier, start.sample, start.params, groups, grad, start.before, step)
+        if start.grad is None and self._leaves_gradients(start):
             weight_grad, bias_grad = self._head_gradients(step)
-        states = [self.optimizer.state.get(param, {}) for param in start.params]
-        moments = [second_moment(state) for state in states]
-        exp_avg_sq = None
+        count, exp_avg_sq = self._second_moments(start)
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
         lrs = None
-        if all(isinstance(moment, Tensor) for moment in moments):
-            exp_avg_sq = start.sample.gather(moments)  # type: ignore[arg-type]
-        elif all(moment is not None for moment in moments):
-            exp_avg_sq = start.sample.pack(sample_moments(start.sample, moments))
         if exp_avg_sq is not None:
-            correction, eps = self._constants(start, states)
-            lrs = self._rates(start)
+            sample = start.sample.leading(count)
+            leading = start.params[:count]
+            correction, eps = constants(self.check, leading, self._group, sample, start.before, step)
+            lrs = rates(self.optimizer.param_groups, start.params, start.sample, start.before)
         weight, bias = self._head_rows()
         full = self.head.weight if self.head is not None else None
         position = next((i for i, param in enumerate(start.params) if param is full), None)
@@ -160,7 +188,7 @@ class OptimizerReader:
             exp_avg_sq=exp_avg_sq,
             correction=correction,
             eps=eps,
-            lr=_host(self.group_of(full).get("lr")),
+            lr=host(self.group_of(full).get("lr")),
             lrs=lrs,
             found_inf=start.found_inf,
             head_position=position,
@@ -169,11 +197,38 @@ class OptimizerReader:
             head_weight=self._whole_head(step),
             head_weight_grad=weight_grad,
             head_bias_grad=bias_grad,
+            moments=count,
         )
+
+    def _second_moments(self, start: BeforeStep) -> tuple[int, Tensor | None]:
+        """Return how many of the parameters, the first ones, have a second moment, and it, [M] or None."""
+        count = start.moments
+        if not count and all(map(self.check.understood, start.params)):  # this step has made the state
+            count = len(start.params)
+        moments = [self.check.readable(param) for param in start.params[:count]]
+        read = [moment for moment in moments if moment is not None]
+        if not read or len(read) < count or (start.grad is None and not self._leaves_gradients(start)):
+            return 0, None
+        return count, sample_moments(start.sample.leading(count), read)
+
+    def _leaves_gradients(self, start: BeforeStep) -> bool:
+        """Return whether the gradients that ``step(closure)`` has made are still in ``.grad`` after it.
+
+        Some optimizers make their update there.  Of torch's own it is known that the zero-sum of a gradient
+        stays; of others it is known while their second moments agree with the gradients."""
+        known = [param for param in start.params if self.check.understood(param)]
+        if self.check.trusted or (known and not any(map(self.check.in_doubt, known))):
+            return True
+        if not self.check.pending(start.params):
+            self.unreadable.add(
+                "the head's gradient, which exists only inside optimizer.step(closure), where "
+                f"{type(self.optimizer).__name__} may overwrite it (norms of gradients are of what it leaves)"
+            )
+        return False
 
     # --- coordinates ---------------------------------------------------------------------------
 
-    def _layout(self, *, needs_gradient: bool) -> tuple[CoordinateSample, tuple[nn.Parameter, ...]] | None:
+    def _layout(self, *, needs_gradient: bool) -> _Layout | None:
         params = [
             param
             for group in self.optimizer.param_groups
@@ -181,7 +236,7 @@ class OptimizerReader:
             if (param.grad is not None if needs_gradient else param.requires_grad)
         ]
         reduced = self.plan.reduced_sample
-        key = (reduced, len(self.optimizer.state), *map(id, params))
+        key = (reduced, self.check.version, len(self.optimizer.state), *map(id, params))
         found = self._layouts.get(key)
         if found is None:
             usable = self._usable(params)
@@ -193,14 +248,18 @@ class OptimizerReader:
                 id(param): group for group in self.optimizer.param_groups for param in group["params"]
             }
             place = {param: at for at, param in enumerate(self._groups)}
-            found = self._layouts[key] = (
-                CoordinateSample(usable, places=[place[id(param)] for param in usable], reduced=reduced),
-                tuple(usable),
+            known = [param for param in usable if self.check.understood(param)]
+            first = {id(param) for param in known}
+            ordered = (*known, *(param for param in usable if id(param) not in first))
+            sample = CoordinateSample(
+                ordered, places=[place[id(param)] for param in ordered], reduced=reduced
             )
+            undecided = tuple(at for at, param in enumerate(ordered) if self.check.undecided(param))
+            found = self._layouts[key] = _Layout(sample, ordered, len(known), undecided)
         return found
 
     def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
-        """Return the parameters to read: dense, real, on one device, with a second moment if any has one."""
+        """Return the parameters to read: dense, real, on one device."""
         anchor = self.head.weight if self.head is not None and self.head.weight is not None else None
         dense = []
         for param in params:
@@ -217,74 +276,10 @@ class OptimizerReader:
             if elsewhere and len(elsewhere) < len(dense):
                 self.unreadable.add(f"parameters on other devices than {device}")
                 dense = [param for param in dense if param.device == device]
-        with_moment = []
-        for param in dense:
-            moment = second_moment(self.optimizer.state.get(param, {}))
-            if moment is None:
-                continue
-            if isinstance(moment, Quantized):
-                if moment.codes.numel() == local(param).numel():
-                    with_moment.append(param)
-                else:
-                    self.unreadable.add("8-bit optimizer state of another shape than its parameter")
-            elif (
-                moment.is_floating_point()
-                and moment.shape == param.shape
-                and type(moment)
-                in (
-                    Tensor,
-                    type(param),
-                    type(param.data),
-                )
-            ):
-                with_moment.append(param)
-            else:
-                self.unreadable.add(f"{type(moment).__name__} optimizer state")
-        if with_moment and len(with_moment) < len(dense):
-            self.unreadable.add(
-                f"{len(dense) - len(with_moment)} of {len(dense)} parameters, which have no exp_avg_sq while "
-                "others do (norms and update RMS leave them out, too)"
-            )
-        return with_moment or dense
+        return dense
 
-    def _constants(
-        self, start: BeforeStep, states: list[Mapping[str, Any]]
-    ) -> tuple[Tensor | float, Tensor | float]:
-        """Return (1 − β2^t, ε_A): scalars if all tensors agree, else one value per coordinate."""
-        pairs: list[tuple[float, float]] = []
-        for param, state in zip(start.params, states, strict=True):
-            group = self._groups.get(id(param)) or self.group_of(param)
-            # Without betas, torch's default for Adam. ASSUMED_BETAS would be wrong: it is a time scale, and
-            # this undoes the bias correction of a second moment that the optimizer does keep.
-            beta2 = float(group.get("betas", (0.0, 0.999))[1])
-            # Some optimizers count steps in the group (fused ones of other libraries), some do not count.
-            taken = state.get("step", group.get("step", group.get("k")))
-            eps = group.get("eps", 1e-8)
-            correction = 1.0 if taken is None else 1.0 - beta2 ** _host(taken)
-            pairs.append((correction, float(eps) if isinstance(eps, (int, float)) else 0.0))
-            if isinstance(correction, Tensor):
-                # Capturable and fused optimizers count steps on the device.  Use one value for all tensors:
-                # single values would cost kernels for each, and late in training the correction is 1.
-                return pairs[0]
-        first = pairs[0]
-        if all(pair == first for pair in pairs):
-            return max(first[0], 1e-12), first[1]
-        corrections, epsilons = [max(pair[0], 1e-12) for pair in pairs], [pair[1] for pair in pairs]
-        return _spread(corrections, start), _spread(epsilons, start)
-
-    def _rates(self, start: BeforeStep) -> Tensor | None:
-        """Return the learning rate of each coordinate, or None if all groups have the same."""
-        groups = self.optimizer.param_groups
-        rates = [_host(group.get("lr")) for group in groups]
-        first = rates[0]
-        # Rates on a device are not compared, because that would wait for the device.
-        on_device = any(isinstance(rate, Tensor) for rate in rates)
-        if all(rate is first or (not on_device and rate == first) for rate in rates):
-            return None
-        rate_of = {
-            id(param): rate for group, rate in zip(groups, rates, strict=True) for param in group["params"]
-        }
-        return _spread([rate_of[id(param)] for param in start.params], start)
+    def _group(self, param: nn.Parameter) -> dict[str, Any]:
+        return self._groups.get(id(param)) or self.group_of(param)
 
     # --- the head --------------------------------------------------------------------------------
 
@@ -336,36 +331,8 @@ def gradient_columns(features: int, outputs: int) -> int:
     return max(1, min(features, MEAN_ELEMENTS // 4 // outputs))
 
 
-def _spread(numbers: Sequence[Tensor | float], start: BeforeStep) -> Tensor:
-    """Return one number per coordinate [C], from one number per tensor."""
-    like = start.before
-    if any(isinstance(number, Tensor) for number in numbers):
-        each = torch.stack(
-            [
-                number.reshape(()).to(like.dtype) if isinstance(number, Tensor) else like.new_full((), number)
-                for number in numbers
-            ]
-        )
-    else:
-        each = devices.send(numbers, like.device, like.dtype)
-    return each[start.sample.segments]
-
-
 def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
     return None if after is None or before is None else after - before
-
-
-def _host_rate(rate: Any) -> float:
-    """Return a learning rate as a number; NaN if reading it would wait for the device."""
-    rate = _host(rate)
-    return math.nan if isinstance(rate, Tensor) else float(rate)
-
-
-def _host(value: Any) -> Any:
-    """Return a float if that needs no synchronisation, else the tensor; NaN for None."""
-    if isinstance(value, Tensor) and not devices.on_host(value):
-        return value
-    return math.nan if value is None else float(value)
 
 
 if not TYPE_CHECKING:  # for a type checker, any name would exist

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -142,6 +143,32 @@ class CoordinateSample:
         for count in counts:
             self.spans.append((start, start + count))
             start += count
+        self._leading: CoordinateSample | None = None
+
+    def leading(self, tensors: int) -> CoordinateSample:
+        """Return the sample of the first ``tensors`` tensors alone: the first coordinates of this one."""
+        if tensors == len(self.spans):
+            return self
+        if self._leading is None or len(self._leading.spans) != tensors:
+            part = copy(self)
+            end = self.spans[tensors - 1][1]
+            for name in (
+                "strides",
+                "layout",
+                "_sizes",
+                "_shapes",
+                "_steps",
+                "_starts",
+                "spans",
+                "counts",
+                "matrices",
+            ):
+                setattr(part, name, getattr(self, name)[:tensors])
+            part.segments = self.segments[:end]
+            part.weights = None if self.weights is None else self.weights[:end]
+            part.total, part._leading = float(sum(part._sizes)), None
+            self._leading = part
+        return self._leading
 
     def gather(self, tensors: Sequence[Tensor]) -> Tensor:
         """Return the sampled coordinates of ``tensors`` (shapes as at construction), float32/64 [C], a copy.

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from nfi_monitor.capture.quantized import Quantized, quantized_moment
 from nfi_monitor.capture.sampling import CoordinateSample, local
@@ -14,24 +15,66 @@ SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2")
 """Names of the second moment in an optimizer's state. With amsgrad the step divides by the maximum. The last
 name is that of bitsandbytes."""
 
+OTHER_NAMES = "exp_avg_sq"
+"""Part of the name under which other optimizers keep it (heavyball: ``update_by_adam_exp_avg_sq_0``)."""
+
+_FACTORS = ("row", "col")
+"""Parts of names of factored second moments, which have one number for each row or column."""
+
+
+def entries(state: Any) -> Mapping[str, Any]:
+    """Return the named entries of one parameter's state; empty if it has none.
+
+    Some optimizers nest them in one more mapping: ``{0: {"exp_avg": ...}}`` (heavyball).
+    """
+    if not isinstance(state, Mapping):
+        return {}
+    inner = [value for value in state.values() if isinstance(value, Mapping)]
+    return inner[0] if len(state) == len(inner) == 1 else state
+
+
+def states(optimizer: Optimizer) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Return (parameter, entries) of each parameter that has a state.
+
+    ``optimizer.state`` may hold more than that: a step count for all parameters, for example.
+    """
+    for key, state in list(optimizer.state.items()):
+        if isinstance(key, Tensor):
+            found = entries(state)
+            if found:
+                yield key, found
+
 
 def second_moment(state: Mapping[str, Any]) -> Tensor | Quantized | None:
-    """Return the second moment of one parameter's optimizer state; None if it has none."""
+    """Return the tensor that is named like the second moment of one parameter; None if there is none.
+
+    The name alone does not tell what the tensor means: see :mod:`nfi_monitor.capture.moment_check`.
+    """
+    state = entries(state)
     in_bits = quantized_moment(state)
     if in_bits is not None:
         return in_bits
     for name in SECOND_MOMENTS:
         if isinstance(state.get(name), Tensor):
             return state[name]  # type: ignore[no-any-return]
-    return None
+    others = [
+        value
+        for name, value in state.items()
+        if isinstance(value, Tensor) and isinstance(name, str) and OTHER_NAMES in name
+        if not any(factor in name for factor in _FACTORS)
+    ]
+    return others[0] if len(others) == 1 else None
 
 
-def sample_moments(sample: CoordinateSample, moments: Sequence[Tensor | Quantized | None]) -> list[Tensor]:
-    """Return the sampled coordinates of each moment, float32 [n]; some moments may be kept in 8 bits."""
-    values = []
-    for moment, stride in zip(moments, sample.strides, strict=True):
-        if isinstance(moment, Quantized):
-            values.append(moment.sample(stride))
-        elif moment is not None:
-            values.append(local(moment).detach().reshape(-1)[::stride].float())
-    return values
+def sample_moments(sample: CoordinateSample, moments: Sequence[Tensor | Quantized]) -> Tensor:
+    """Return the sampled coordinates of each moment, float32 or float64 [C]; some may be kept in 8 bits."""
+    if any(isinstance(moment, Quantized) for moment in moments):
+        return sample.pack(
+            [
+                moment.sample(stride)
+                if isinstance(moment, Quantized)
+                else local(moment).detach().reshape(-1)[::stride].float()
+                for moment, stride in zip(moments, sample.strides, strict=True)
+            ]
+        )
+    return sample.gather(moments)  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ class StepHooks:
         self._inside: int | None = None  # 0 or 1 while the first or second hook is running
         self._removed = False
         self._handles: list[Any] = []
+        self._begun = False
 
     def install(self) -> None:
         """Register both hooks."""
@@ -54,10 +55,14 @@ class StepHooks:
             return torch.compiler.disable(hook)  # a compiled step must not trace the monitor
 
         def pre(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            self._begun = True
             self._before((*args, *kwargs.values()) if kwargs else args)
 
         def post(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._after()
+            # A step that calls the step of its base class runs both hooks twice, nested: count one.
+            begun, self._begun = self._begun, False
+            if begun:
+                self._after()
 
         optimizer, self._optimizer = self._optimizer, None
         if optimizer is not None:

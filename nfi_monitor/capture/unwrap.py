@@ -2,30 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator, Mapping
+from inspect import isroutine
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from nfi_monitor.capture.head import Head
+
+INNER = (
+    "optimizer", "base_optimizer", "_optimizer", "_base_optimizer", "optim", "_optim", "opt", "base",
+    "inner_optimizer", "wrapped_optimizer", "optimizers", "chained_optimizers",
+)  # fmt: skip
+"""Attributes under which wrappers keep the optimizer that they wrap, or several."""
+
+_MOST = 64
+"""Maximum number of objects that are looked into. Wrappers that make new ones must not hang the attach."""
 
 
 def unwrap(optimizer: Any) -> Optimizer:
     """Return the torch optimizer inside wrappers such as accelerate's, whose own hooks never fire.
 
-    Raises TypeError if there is none.
+    Of a wrapper around several, returns the first.  Raises TypeError if there is none.
     """
-    seen = optimizer
-    while not isinstance(seen, Optimizer):
-        inner = getattr(seen, "optimizer", None)
-        if inner is None or inner is seen:
-            raise TypeError(
-                f"Monitor needs a torch.optim.Optimizer, got {type(optimizer).__name__}. "
-                "Pass the optimizer whose step() updates the model."
-            )
-        seen = inner
-    # accelerate.AcceleratedOptimizer is an Optimizer subclass that delegates.
-    inner = getattr(seen, "optimizer", None)
-    return unwrap(inner) if isinstance(inner, Optimizer) else seen
+    return _inside(optimizer)[0]
 
 
 def choose(optimizer: Any, head: Head | None) -> Optimizer:
@@ -33,15 +34,73 @@ def choose(optimizer: Any, head: Head | None) -> Optimizer:
 
     Without a head, or if none trains it, returns the first.  Raises TypeError as :func:`unwrap`.
     """
-    if not isinstance(optimizer, (list, tuple)):
-        return unwrap(optimizer)
-    if not optimizer:
+    if isinstance(optimizer, (list, tuple)) and not optimizer:
         raise TypeError("Monitor needs an optimizer, got an empty list. Pass the one that trains the head.")
-    several = [unwrap(one) for one in optimizer]
+    given = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+    several = [inner for one in given for inner in _inside(one)]
     weight = head.weight if head is not None else None
-    trains = [
-        one
-        for one in several
-        if weight is not None and any(p is weight for group in one.param_groups for p in group["params"])
-    ]
+    trains = [one for one in several if weight is not None and id(weight) in _trained(one)]
     return (trains or several)[0]
+
+
+def _inside(optimizer: Any) -> list[Optimizer]:
+    """Return the optimizers whose ``step()`` is called at last; one, but for wrappers around several."""
+    found = _search(optimizer, {})
+    if not found:
+        raise TypeError(
+            f"Monitor needs a torch.optim.Optimizer, got {type(optimizer).__name__}, with none inside. "
+            "Pass the optimizer whose step() updates the model."
+        )
+    return found
+
+
+def _search(seen: Any, known: dict[int, Any]) -> list[Optimizer]:
+    if id(seen) in known or len(known) >= _MOST:
+        return []
+    known[id(seen)] = seen
+    inner: list[Optimizer] = []
+    for candidate in _candidates(seen):
+        if isinstance(candidate, Optimizer) or not isinstance(seen, Optimizer):
+            inner += [one for one in _search(candidate, known) if one not in inner]
+    if not isinstance(seen, Optimizer):
+        return inner
+    # An optimizer may use another one for some of its parameters, and step the rest itself.
+    trained = _trained(seen)
+    covered = set().union(*map(_trained, inner)) if inner else set()
+    return inner if inner and trained <= covered else [seen]
+
+
+def _candidates(wrapper: Any) -> Iterator[Any]:
+    """Return what a wrapper may wrap: optimizers among its attributes, and what the usual names hold."""
+    try:
+        attributes = vars(wrapper)
+    except TypeError:
+        attributes = {}
+    for name in INNER:
+        value = attributes.get(name)
+        if value is None:
+            try:
+                value = getattr(wrapper, name, None)
+            except Exception:  # a property may raise anything
+                continue
+        yield from _flat(value)
+    for name, value in list(attributes.items()):
+        if name not in INNER:
+            yield from (one for one in _flat(value) if isinstance(one, Optimizer))
+
+
+def _flat(value: Any) -> Iterable[Any]:
+    if isinstance(value, Mapping):
+        return [*value.values()]
+    if isinstance(value, (list, tuple)):
+        return value
+    odd = value is None or isinstance(value, (str, int, float, Tensor, type)) or isroutine(value)
+    return () if odd else (value,)
+
+
+def _trained(optimizer: Optimizer) -> set[int]:
+    """Return the ids of an optimizer's parameters; empty where it does not name them."""
+    try:
+        return {id(param) for group in optimizer.param_groups for param in group["params"]}
+    except Exception:
+        return set()

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
+from nfi_monitor.capture.moment_check import Earlier
 from nfi_monitor.capture.sampling import CoordinateSample
 
 
 @dataclass(frozen=True)
 class Update:
-    """One optimizer step: tensors [C] over sampled coordinates, and the head's tensors, classes first."""
+    """One optimizer step: tensors [C] over sampled coordinates, and the head's tensors, classes first.
+
+    Tensors with a second moment come first in ``sample``; theirs are the first M of the C coordinates."""
 
     sample: CoordinateSample
     params: tuple[nn.Parameter, ...]  # the sampled parameters
     grad: Tensor  # [C]
     before: Tensor  # [C]
     after: Tensor  # [C]
-    exp_avg_sq: Tensor | None  # [C]
-    correction: Tensor | float  # 1 − β2^t, scalar or [C]
-    eps: Tensor | float  # ε_A, scalar or [C]
+    exp_avg_sq: Tensor | None  # [M]
+    correction: Tensor | float  # 1 − β2^t, scalar or [M]
+    eps: Tensor | float  # ε_A, scalar or [M]
     lr: Tensor | float  # of the head's group
     lrs: Tensor | None  # [C]; None if all groups have the same rate
     found_inf: Tensor | None  # > 0 if a fused step under a gradient scaler was skipped
@@ -30,6 +33,25 @@ class Update:
     head_weight: Tensor | None  # [K, d] view; None at steps when a large head is not read
     head_weight_grad: Tensor | None  # [K, c] view, a block of feature columns
     head_bias_grad: Tensor | None  # [K]
+    moments: int | None = None  # number of tensors with a second moment; None: all
+
+    def with_moments(self) -> Update:
+        """Return the update of the tensors that have a second moment: C is M. Itself if all have one."""
+        count = self.moments
+        if self.exp_avg_sq is None or count is None or count == len(self.params):
+            return self
+        end = len(self.exp_avg_sq)
+        position = self.head_position
+        return replace(
+            self,
+            sample=self.sample.leading(count),
+            params=self.params[:count],
+            grad=self.grad[:end],
+            before=self.before[:end],
+            after=self.after[:end],
+            lrs=None if self.lrs is None else self.lrs[:end],
+            head_position=position if position is not None and position < count else None,
+        )
 
 
 @dataclass(frozen=True)
@@ -45,3 +67,5 @@ class BeforeStep:
     head_bias: Tensor | None
     head_weight_grad: Tensor | None
     head_bias_grad: Tensor | None
+    moments: int  # number of tensors, the first of the sample, with a second moment
+    earlier: Earlier | None  # set if this step shows which tensors have one

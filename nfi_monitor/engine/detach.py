@@ -92,6 +92,7 @@ def _finish_schedule(loop: StepLoop) -> None:
 
 def _release_tensors(loop: StepLoop) -> None:
     loop.step_reader.release()
+    loop.silence.release()
 
 
 def _finish_reports(loop: StepLoop) -> None:

@@ -36,6 +36,10 @@ class RunHooks:
         self._forward.append(ForwardHook(module, hook))
         self._forward[-1].register()
 
+    def watch(self, module: nn.Module) -> bool:
+        """Return whether one of the hooks is still registered on ``module``."""
+        return any(hook.is_on(module) for hook in self._forward)
+
     def remove_forward(self) -> None:
         """Remove the hooks on modules. A second call does nothing."""
         while self._forward:

@@ -38,6 +38,7 @@ from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
+from nfi_monitor.engine.silence import Silence
 from nfi_monitor.engine.step_reader import StepReader
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.ranks.membership import Membership
@@ -90,6 +91,7 @@ class StepLoop:
         self.loss_probe: LossProbe | None = None
         self.reports = Sinks([], self.faults.dropped)
         self.notes = NoteTaker(self.reports.note)
+        self.silence = Silence(model, optimizer, head, self.notes.note, failed)
         self.membership = Membership(
             options.group,
             self.every,
@@ -150,6 +152,7 @@ class StepLoop:
         Look for the ranks again before the first step: DDP may wrap the model only after the monitor."""
         if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return None
+        self.silence.passed()
         membership = self.membership
         if self.step == 0 and membership.searching and membership.exchange is None:
             membership.share_head(self.head, self._find_ranks())
@@ -158,6 +161,7 @@ class StepLoop:
     def _rows_arrived(self, rows: Rows) -> None:
         if self.faults.is_off("rows") or self.closed or self.paused:
             return
+        self.silence.arrived()
         self.step_reader.add(rows)
 
     def observe_outputs(self, scale: float, observe: Callable[[Tensor], None]) -> None:
@@ -183,10 +187,10 @@ class StepLoop:
     def _before_step(self, given: Sequence[Any]) -> None:
         if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return
+        self.silence.inside_step = True
         if self.recent_snapshots.pending:
             self._complete_snapshot()
-        if self.loss_probe is not None:
-            self.end_micro_batch()
+        self.end_micro_batch()
         if self.wanted_step is None or self.faults.is_off("optimizer"):
             return
         started = time.perf_counter()
@@ -201,9 +205,9 @@ class StepLoop:
             return
         started = time.perf_counter()
         self.step += 1
+        self.silence.stepped(self.step, self.hooks.watch)
         self.detector.update_rates(self.step, self.reader.rates())
-        read, unplanned = self.wanted_step is not None, self._unplanned
-        deferred = False
+        read, unplanned, deferred = self.wanted_step is not None, self._unplanned, False
         try:
             # While a reading is being copied from an accelerator, check at each step whether it has arrived.
             deferred = not (read or self.transfer.waiting) and self.losses.defer(self.step)
@@ -370,11 +374,9 @@ class StepLoop:
 
     def info(self) -> dict[str, Any]:
         """Return the content of ``run.json``."""
-        return (
-            run_json(self)
-            if self.final_info is None
-            else {**self.final_info, "notes": notes_json(self.notes)}
-        )
+        if self.final_info is None:
+            return run_json(self)
+        return {**self.final_info, "notes": notes_json(self.notes)}
 
     def summary(self) -> Summary:
         """Return the summary so far. Waits for readings that are still being copied to the host."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,17 @@ from nfi_monitor.types import Thresholds
 
 TOGETHER = 32
 """Most losses that are deferred before they are judged together."""
+
+MOST = 256
+"""Most losses of one step that are kept one by one. More are added up, so that the queue cannot grow."""
+
+
+class _Sums(NamedTuple):
+    """``total`` of the ``finite`` ones of ``every`` losses."""
+
+    total: Tensor | float
+    finite: Tensor | int
+    every: int
 
 
 class LossQueue:
@@ -45,6 +57,35 @@ class LossQueue:
         self.usual_below = -math.inf
         self.deferred: list[tuple[int, float]] = []
         self._late: list[tuple[int, Tensor]] = []  # on an accelerator, not copied yet
+        self._added: _Sums | None = None  # losses of this step that are no longer in ``observed``
+
+    def observe(self, loss: Tensor | float) -> None:
+        """Add the loss of a micro-batch."""
+        if len(self.observed) >= MOST:
+            with torch.no_grad():
+                self._added = self._sums()
+            self.observed.clear()
+        self.observed.append(loss)
+
+    def _sums(self) -> _Sums:
+        """Return sum and number of this step's finite losses; of tensors and numbers, those of numbers."""
+        numbers = [loss for loss in self.observed if not isinstance(loss, Tensor)]
+        added = self._added
+        if numbers or not self.observed or (added is not None and not isinstance(added.total, Tensor)):
+            finite = [number for number in numbers if math.isfinite(number)]
+            now = _Sums(sum(finite), len(finite), len(numbers))
+        else:
+            losses = self._stacked()
+            usable = torch.isfinite(losses)
+            now = _Sums(torch.where(usable, losses, 0.0).sum(), usable.sum(), len(losses))
+        if added is None or isinstance(added.total, Tensor) != isinstance(now.total, Tensor):
+            return now
+        return _Sums(added.total + now.total, added.finite + now.finite, added.every + now.every)
+
+    def _stacked(self) -> Tensor:
+        """Return the mean of each observed tensor, on one device."""
+        tensors = [loss.mean(dtype=_mean_dtype(loss)) for loss in self.observed if isinstance(loss, Tensor)]
+        return torch.stack(devices.together(tensors))
 
     def defer(self, step: int) -> bool:
         """Defer an ordinary loss of a step that is not read. Returns False if it must be judged now.
@@ -57,7 +98,7 @@ class LossQueue:
         if not observed:
             return True
         loss = observed[0]
-        if len(observed) > 1 or self.share is not None or len(self.deferred) >= TOGETHER:
+        if len(observed) > 1 or self._added or self.share is not None or len(self.deferred) >= TOGETHER:
             return False
         if isinstance(loss, Tensor):
             if loss.ndim or not devices.on_host(loss):
@@ -85,7 +126,7 @@ class LossQueue:
     def forget(self) -> None:
         """Clear the present step's losses."""
         self.observed.clear()
-        self.share = None
+        self.share = self._added = None
 
     def take_deferred(self) -> list[tuple[int, float]]:
         """Return and clear the deferred losses, before they are judged: a callback may call this again."""
@@ -101,17 +142,23 @@ class LossQueue:
         observed = self.observed
         if not observed:
             return None
-        if len(observed) == 1 and self.share is None and getattr(observed[0], "ndim", 0) == 0:
+        alone = len(observed) == 1 and self._added is None
+        if alone and self.share is None and getattr(observed[0], "ndim", 0) == 0:
             return observed[0]  # the usual case, at every step: start no kernel
         with torch.no_grad():
-            tensors = [x.mean(dtype=_mean_dtype(x)) for x in observed if isinstance(x, Tensor)]
+            if self._added is not None:
+                sums = self._sums()
+                if not isinstance(sums.total, Tensor):
+                    return sums.total / sums.finite if sums.finite else math.nan
+                average = sums.total / sums.finite
+                return average if self.share is None else average * (sums.every * self.share)
             numbers = [loss for loss in observed if not isinstance(loss, Tensor)]
             if numbers:
                 finite = [number for number in numbers if math.isfinite(number)] or numbers
                 return sum(finite) / len(finite)
-            losses = torch.stack(devices.together(tensors))
+            losses = self._stacked()
             mean = torch.where(torch.isfinite(losses), losses, torch.nan).nanmean()
-            return mean if self.share is None else mean * (len(tensors) * self.share)
+            return mean if self.share is None else mean * (len(losses) * self.share)
 
     def keep_late(self, step: int, loss: Tensor) -> None:
         """Keep a copy of a loss on an accelerator until :meth:`flush`.

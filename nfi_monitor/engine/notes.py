@@ -106,6 +106,8 @@ class NoteTaker:
         )
         self._step_before = reading.step
         for remark in REMARKS:
+            if remark.code == "head_never_fired" and "head_replaced" in self.by_code:
+                continue  # this is the reason
             if remark.code not in self.by_code and remark.applies(seen):
                 text = remark.text if isinstance(remark.text, str) else remark.text(seen)
                 self.note(remark.code, text, seen.reading.step)

@@ -41,7 +41,7 @@ class AdapterPort:
 
         If a gradient scaler skipped a step, its loss is still there and does not belong to the next step.
         """
-        self._loop.losses.observed.clear()
+        self._loop.losses.forget()
 
     def end_micro_batch(self) -> None:
         """Collect the loss of the micro-batch after its backward pass.

@@ -149,10 +149,28 @@ def _rows_elsewhere_text(seen: Seen) -> str:
     )
 
 
+def _no_second_moment(seen: Seen) -> bool:
+    return seen.measured >= PATIENCE and seen.reader.has_second_moment() is False
+
+
 def _no_second_moment_text(seen: Seen) -> str:
+    why = seen.reader.moments_left_out()
+    keeps = f"keeps no second moment that can be read: {'; '.join(why)}" if why else "keeps no exp_avg_sq"
     return (
-        f"{type(seen.reader.optimizer).__name__} keeps no exp_avg_sq: effective learning rate, RMS_t and "
-        "second-moment decay are not measured. Rows, means, margins and norms are."
+        f"{type(seen.reader.optimizer).__name__} {keeps}. Effective learning rate, RMS_t and second-moment "
+        "decay are not measured. Rows, means, margins and norms are."
+    )
+
+
+def _second_moment_in_part(seen: Seen) -> bool:
+    reader = seen.reader
+    return bool(reader.has_second_moment()) and bool(reader.moments_left_out())
+
+
+def _second_moment_in_part_text(seen: Seen) -> str:
+    return (
+        f"Not read: {'; '.join(seen.reader.moments_left_out())}. RMS_t, effective learning rate, "
+        "second-moment decay and curvature are those of the other tensors. Rows and norms are those of all."
     )
 
 
@@ -202,9 +220,10 @@ REMARKS: tuple[Remark, ...] = (
     Remark("rows_elsewhere", lambda seen: len(seen.rows.devices) > 1, _rows_elsewhere_text),
     Remark(
         "no_second_moment",
-        lambda seen: seen.measured >= PATIENCE and not seen.reader.has_second_moment(),
+        _no_second_moment,
         _no_second_moment_text,
     ),
+    Remark("second_moment_in_part", _second_moment_in_part, _second_moment_in_part_text),
     Remark(
         "not_shift_invariant",
         lambda seen: seen.signals.broken_by_design,

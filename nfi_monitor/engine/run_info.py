@@ -15,6 +15,7 @@ from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.sampling import auto_interval
+from nfi_monitor.capture.step_constants import host_rate
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.engine.notes import NoteTaker
@@ -96,8 +97,11 @@ def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool
     """Return the present settings of the optimizer for the head, for the detector."""
     beta1, beta2 = reader.betas_or_assumed()
     group = reader.group_of(head.weight if head is not None else None)
-    decoupled = group.get("decoupled_weight_decay", type(reader.optimizer).__name__.startswith("AdamW"))
-    decays = float(group.get("weight_decay", 0.0) or 0.0) > 0
+    decoupled = group.get(
+        "decoupled_weight_decay",
+        group.get("weight_decouple", type(reader.optimizer).__name__.startswith("AdamW")),
+    )
+    decays = host_rate(group.get("weight_decay")) > 0
     return RunContext(
         beta1=beta1,
         beta2=beta2,
@@ -112,7 +116,7 @@ def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor):
         # Reading a learning rate on an accelerator would synchronise: leave it out.
-        return float(value) if value.device.type == "cpu" else None
+        return value.tolist() if value.device.type == "cpu" else None
     if isinstance(value, Iterable) and not isinstance(value, str):
         return [_plain(item) for item in value]
-    return value
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)

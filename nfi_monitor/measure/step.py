@@ -43,8 +43,10 @@ def step_statistics(
     """
     sample = update.sample
     consecutive = previous is not None and previous.step == step - 1
-    comparable = previous if previous is not None and previous.precedes(update, step) else None
-    view = StepView(update, update.after - update.before, features, feature_mean, comparable)
+    known = update.with_moments()
+    comparable = previous if previous is not None and previous.precedes(known, step) else None
+    same_coordinates = comparable if known is update else None
+    view = StepView(update, update.after - update.before, features, feature_mean, same_coordinates)
     values: dict[str, Tensor] = {
         "gradient_norm": weight_norm.norm(update.grad, sample.weights),
         "update_rms": weight_norm.norm(view.moved, sample.weights) / sample.total**0.5,
@@ -52,14 +54,15 @@ def step_statistics(
         "relative_update": displacement.relative_update(view.moved, update.after, sample),
     }
     memory = None
-    if update.exp_avg_sq is not None:
-        root = second_moment.root(update.exp_avg_sq, update.correction)
-        values |= _of_second_moment(update, root)
-        preconditioner = root + update.eps
+    if known.exp_avg_sq is not None:
+        root = second_moment.root(known.exp_avg_sq, known.correction)
+        values |= _of_second_moment(known, root)
+        preconditioner = root + known.eps
         if comparable is not None:
-            values |= _of_two_steps(update, comparable)
+            values |= _of_two_steps(known, comparable)
         rows = None if features is None or len(features) < 2 else row_match.row_sketch(features)
-        memory = Memory(step, update.before, update.grad, preconditioner, feature_mean, sample.layout, rows)
+        layout = known.sample.layout
+        memory = Memory(step, known.before, known.grad, preconditioner, feature_mean, layout, rows)
         if consecutive and rows is not None and previous is not None and previous.rows is not None:
             values["row_match"] = row_match.row_match(rows, previous.rows)
     if update.head_weight_update is not None and features is not None and len(features):

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture.second_moment import SECOND_MOMENTS
+from nfi_monitor.capture.second_moment import SECOND_MOMENTS, states
 from nfi_monitor.replay.arm import Arm, ArmContext
 
 
 def _second_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [
         state[name]
-        for state in optimizer.state.values()
+        for _, state in states(optimizer)
         for name in SECOND_MOMENTS
         if isinstance(state.get(name), Tensor) and state[name].is_floating_point()
     ]

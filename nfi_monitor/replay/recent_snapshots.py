@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfi_monitor.capture.second_moment import states as parameter_states
 from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.replay.snapshots import Snapshot, state_bytes
 
@@ -116,7 +117,7 @@ class RecentSnapshots:
                 )
             return None if self.refused else self.limit
         tensors = [*model.parameters(), *model.buffers()]
-        states = (value for state in optimizer.state.values() for value in state.values())
+        states = (value for _, state in parameter_states(optimizer) for value in state.values())
         tensors += [value for value in states if isinstance(value, Tensor)]
         elsewhere = {tensor.device.type for tensor in tensors} - {"cpu"}
         if elsewhere:

@@ -284,6 +284,8 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, to_host: Callable[[Tensor
             for param, state in optimizer.state.items()
             if id(param) in order
         },
+        # What belongs to no parameter: some optimizers count their steps so.
+        "shared": {key: _copied(value, to_host) for key, value in _shared(optimizer).items()},
         "param_groups": [
             {
                 name: [order[id(param)] for param in value] if name == "params" else _copied(value, to_host)
@@ -294,6 +296,11 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, to_host: Callable[[Tensor
     }
 
 
+def _shared(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state: Mapping[Any, Any] = optimizer.state
+    return {key: value for key, value in state.items() if isinstance(key, str)}
+
+
 def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any]) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
     groups = [group for group in optimizer.param_groups for _ in group["params"]]
@@ -302,13 +309,19 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any
         if state is None:
             optimizer.state.pop(param, None)
             continue
-        here = optimizer.state[param]
-        for name in [name for name in here if name not in state]:
-            del here[name]
+        own = optimizer.state[param]
+        for name in [name for name in own if name not in state]:
+            del own[name]
         for name, value in state.items():
             # As torch does: the step count stays on the host unless the step runs on the device.
             counts = name == "step" and not (group.get("capturable") or group.get("fused"))
-            here[name] = _put(here.get(name), value, torch.device("cpu") if counts else param.device)
+            own[name] = _put(own.get(name), value, torch.device("cpu") if counts else param.device)
+    shared = saved.get("shared", {})  # earlier versions saved none
+    here: Any = optimizer.state
+    for key in [key for key in _shared(optimizer) if key not in shared]:
+        del here[key]
+    for key, value in shared.items():
+        here[key] = _put(here.get(key), value, torch.device("cpu"))
     for group, old in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for name in [name for name in group if name not in old]:
             del group[name]
@@ -318,7 +331,13 @@ def _restore_optimizer(optimizer: torch.optim.Optimizer, saved: Mapping[str, Any
 
 
 def _put(here: Any, value: Any, device: torch.device) -> Any:
-    """Copy ``value`` into the tensor ``here`` if it fits, or else into a new one."""
+    """Copy ``value`` into the tensor ``here`` if it fits, else into a new one; dicts and lists by parts."""
+    if type(value) is dict:
+        parts = here if isinstance(here, Mapping) else {}
+        return {key: _put(parts.get(key), item, device) for key, item in value.items()}
+    if type(value) is list:
+        known = here if isinstance(here, list) and len(here) == len(value) else [None] * len(value)
+        return [_put(old, item, device) for old, item in zip(known, value, strict=True)]
     if not isinstance(value, Tensor):
         return _copied(value, _to_host)
     if isinstance(here, Tensor) and here.shape == value.shape and here.dtype == value.dtype:

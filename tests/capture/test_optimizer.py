@@ -177,8 +177,18 @@ def test_parameters_without_a_second_moment_beside_others_with_one_are_said() ->
     optimizer.step()
     del optimizer.state[model[0].weight]["exp_avg_sq"]
     start = reader.before(2)
-    assert start is not None and len(start.params) == 5
-    assert "1 of 6 parameters" in next(iter(reader.unreadable))
+    assert start is not None and len(start.params) == 6 and start.moments == 5
+    update = reader.after(start, 2)
+    assert update is not None and len(update.grad) == sum(p.numel() for p in model.parameters())
+    others = [p for p in model.parameters() if p is not model[0].weight]
+    expected = torch.cat([optimizer.state[p]["exp_avg_sq"].reshape(-1) for p in others])
+    assert torch.equal(update.exp_avg_sq, expected)
+    moved = update.with_moments()
+    assert torch.equal(moved.grad, torch.cat([p.grad.reshape(-1) for p in others]))
+    assert moved.head_position == 3 and moved.params == tuple(others)
+    assert reader.moments_left_out() == [
+        "the second moment of 1 of 6 tensors, which have none, while others do"
+    ]
 
 
 @pytest.mark.parametrize("kind", ["parameter", "moment"])

@@ -15,6 +15,7 @@ from torch import nn
 from nfi_monitor.replay import recent_snapshots as rings
 from nfi_monitor.replay.recent_snapshots import RecentSnapshots
 from nfi_monitor.replay.snapshots import Snapshot, state_bytes
+from tests.own_optimizers import Nested, Shared
 from tests.runs import batch, differences, mlp, snapshot
 
 
@@ -77,6 +78,23 @@ def test_a_run_continued_from_a_snapshot_is_the_same_run(options: dict[str, Any]
     assert all(
         a is state["exp_avg_sq"] for a, state in zip(moments, optimizer.state.values(), strict=True)
     ), "views of the state would go stale"
+
+
+@pytest.mark.parametrize("kind", [Shared, Nested])
+def test_state_that_is_shared_or_nested_is_restored_as_well(kind: Any) -> None:
+    model = Net()
+    optimizer = kind(model.parameters())
+    steps(model, optimizer, 4)
+    taken = Snapshot.take(4, model, optimizer)
+    losses = steps(model, optimizer, 5)
+    counts = [value.item() for key, value in optimizer.state.items() if key == "k"]
+    for _ in range(2):
+        taken.restore(model, optimizer)
+        assert steps(model, optimizer, 5) == losses
+        assert [value.item() for key, value in optimizer.state.items() if key == "k"] == counts
+    before = Snapshot.take(0, model, kind(model.parameters()))
+    before.restore(model, optimizer)
+    assert len(optimizer.state) == 0
 
 
 def test_taking_one_changes_nothing_and_shares_nothing() -> None:

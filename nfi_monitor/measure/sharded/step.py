@@ -77,38 +77,46 @@ def step_parts(
         "coordinates": rate.sum(),
     }
     rows = [torch.zeros_like(grad), share, share * moved * moved, share * after * after]
-    memory = None
-    if update.exp_avg_sq is not None:
-        root = second_moment.root(update.exp_avg_sq.double(), update.correction)
-        eps = devices.send(update.eps, device, torch.float64).expand(len(grad))
-        ratio = grad / root.clamp_min(update.eps)
-        rows[0] = share * ratio * ratio
-        filled |= _of_roots("", root, eps, rate)
-        if update.head_position is not None:
-            span = slice(*sample.spans[update.head_position])
+    known, memory = update.with_moments(), None
+    if known.exp_avg_sq is not None:
+        end = len(known.grad)
+        root = second_moment.root(known.exp_avg_sq.double(), known.correction)
+        eps = devices.send(known.eps, device, torch.float64).expand(end)
+        ratio = grad[:end] / root.clamp_min(known.eps)
+        rows[0][:end] = share[:end] * ratio * ratio
+        filled |= _of_roots("", root, eps, rate[:end])
+        if known.head_position is not None:
+            span = slice(*sample.spans[known.head_position])
             filled |= _of_roots("head_", root[span], eps[span], rate[span])
-        preconditioner = root + update.eps
-        if previous is not None and previous.precedes(update, step):
-            stepped = (update.before - previous.before).double()
-            scaled = previous.preconditioner * stepped
-            if update.lrs is not None:  # later, the sums are multiplied by the head's rate
-                rates = update.lrs.double()
-                still = rates == 0
-                stepped = stepped.masked_fill(still, 0.0)
-                scaled = (scaled * (update.lr / rates)).masked_fill(still, 0.0)
-            earlier = previous.grad.double()
-            filled["curved"] = rate.sum()
-            filled["step_change"] = torch.dot(rate * stepped, grad - earlier)
-            filled["step_metric"] = torch.dot(rate * stepped, scaled)
-            filled["gradient_now"] = torch.dot(rate, grad * grad)
-            filled["gradient_both"] = torch.dot(rate, grad * earlier)
-            filled["gradient_before"] = torch.dot(rate, earlier * earlier)
-        memory = Memory(step, update.before, update.grad, preconditioner, None, sample.layout)
+        if previous is not None and previous.precedes(known, step):
+            filled |= _of_two_steps(known, previous, rate[:end])
+        layout = known.sample.layout
+        memory = Memory(step, known.before, known.grad, root + known.eps, None, layout)
     nothing = torch.zeros((), dtype=torch.float64, device=device)
     where = devices.send(list(positions), device)[sample.segments]
     summed = torch.zeros(len(TENSOR_SUMS), tensors, dtype=torch.float64, device=device)
     summed.index_add_(1, where, torch.stack(rows))
     return StepParts(torch.stack([filled.get(name, nothing) for name in STEP_SUMS]), summed), memory
+
+
+def _of_two_steps(update: Update, previous: Memory, rate: Tensor) -> dict[str, Tensor]:
+    """Return the sums over coordinates that compare a step with the one before. ``rate``: [C]."""
+    stepped = (update.before - previous.before).double()
+    scaled = previous.preconditioner * stepped
+    if update.lrs is not None:  # later, the sums are multiplied by the head's rate
+        rates = update.lrs.double()
+        still = rates == 0
+        stepped = stepped.masked_fill(still, 0.0)
+        scaled = (scaled * (update.lr / rates)).masked_fill(still, 0.0)
+    grad, earlier = update.grad.double(), previous.grad.double()
+    return {
+        "curved": rate.sum(),
+        "step_change": torch.dot(rate * stepped, grad - earlier),
+        "step_metric": torch.dot(rate * stepped, scaled),
+        "gradient_now": torch.dot(rate, grad * grad),
+        "gradient_both": torch.dot(rate, grad * earlier),
+        "gradient_before": torch.dot(rate, earlier * earlier),
+    }
 
 
 def _of_roots(of: str, root: Tensor, eps: Tensor, rate: Tensor) -> dict[str, Tensor]:

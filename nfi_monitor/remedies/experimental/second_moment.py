@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfi_monitor.capture.second_moment import SECOND_MOMENTS
+from nfi_monitor.capture.second_moment import SECOND_MOMENTS, states
 from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 
@@ -28,8 +28,8 @@ def reset_second_moment(optimizer: Any, params: Iterable[Tensor] | None = None) 
     optimizer = unwrap(optimizer)
     wanted = None if params is None else {id(param) for param in params}
     saved: list[tuple[Tensor, Tensor]] = []
-    counts: list[tuple[dict[str, Any], Any]] = []
-    for param, state in optimizer.state.items():
+    counts: list[tuple[Any, Any]] = []
+    for param, state in states(optimizer):
         if wanted is not None and id(param) not in wanted:
             continue
         if not any(isinstance(state.get(name), Tensor) for name in SECOND_MOMENTS):

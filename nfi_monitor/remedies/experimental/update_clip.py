@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from nfi_monitor.capture.second_moment import SECOND_MOMENTS
+from nfi_monitor.capture.second_moment import SECOND_MOMENTS, entries
 from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.steps import around_steps
@@ -55,7 +55,7 @@ def clip_update_rms(optimizer: Any, limit: float = 1.0) -> Handle:
             for group in optimizer.param_groups:
                 beta2, eps = group["betas"][1], float(group.get("eps", 0.0))
                 for param in group["params"]:
-                    state = optimizer.state.get(param, {})
+                    state = entries(optimizer.state.get(param, {}))
                     moment = next((state[name] for name in SECOND_MOMENTS if name in state), None)
                     if param not in before or moment is None:
                         continue

@@ -115,6 +115,7 @@ _BLIND: dict[str, tuple[str, ...]] = {
     "head_without_weight": ("logit_displacement", "feature_displacement"),
     "optimizer_without_head": ("logit_displacement", "second_moment_decay"),
     "no_second_moment": ("second_moment_decay", "rms_t_max", "secant_curvature"),
+    "second_moment_in_part": ("second_moment_decay", "rms_t_max", "secant_curvature"),
     "state_unreadable": ("second_moment_decay", "rms_t_max", "secant_curvature"),
     "failed_rows": _ROWS,
     "failed_optimizer": (*_OPTIMIZER, "learning_rate"),
