@@ -328,6 +328,7 @@ def test_features_come_to_the_head_or_are_said_to_lie_elsewhere(device, head_on:
     with Monitor(model, optimizer, console=False, every=1) as monitor:
         for _ in range(2):
             model(torch.zeros(ROWS, 8, device=there)).logsumexp(-1).mean().backward()
+            monitor._loop.step_reader.finish_rows()
             rows = monitor._loop.rows
             rows.features, total, count = (
                 torch.zeros(x.shape, device=beside) for x in (rows.features, *rows.feature_total)

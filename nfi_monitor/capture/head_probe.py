@@ -8,29 +8,48 @@ the model's output is often a converted copy, whose hook never runs.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nfi_monitor.capture.backward_pass import SeveralPasses, nearest_parameter, trains
 from nfi_monitor.capture.head import own_parameter
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import local, offset, row_stride
 from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """Sampled rows of one backward pass: gradient [n, K], logits [n, K], features [n, d] or None."""
+    """Sampled rows of one forward pass: gradient [n, K], logits [n, K], features [n, d] or None.
+
+    While this object is alive, further backward passes through the same graph are added to it.
+    """
 
     grad: Tensor
     logits: Tensor
     features: Tensor | None
     total: int  # number of rows of the whole batch
     shard: ClassShard | None = None  # set if this rank holds only some of the classes
+    graph: Callable[[], object] = lambda: None
+    """Returns None once the graph is freed: then no further gradient can arrive."""
+    passes: SeveralPasses | None = None
+    """The gradients of all backward passes, if there was more than one."""
+
+    def add(self, grad: Tensor) -> None:
+        """Add the gradient [n, K] of a further backward pass."""
+        if self.passes is None:
+            self.passes = SeveralPasses(self.grad, self.logits)
+        self.passes.add(grad)
+
+    def finished(self) -> Rows:
+        """Return the rows with the gradient of all backward passes."""
+        return self if self.passes is None else replace(self, grad=self.passes.sum(), passes=None)
 
 
 Sampler = Callable[[Tensor], Tensor]
@@ -190,10 +209,13 @@ class HeadProbe:
     ) -> None:
         """Hook ``logits``, and deliver their gradient with the rows ``kept`` from the forward pass."""
 
+        parameter = nearest_parameter(logits)
+        given = _Given()  # owned by the hook, which lives as long as the graph
+
         def on_gradient(grad: Tensor | None) -> None:
             # Some compiled outer graphs call tensor hooks with None.  If logits were tapped after this
             # forward pass, the tapped tensor reports the rows.
-            if grad is None or self.tapped is not tapped:
+            if grad is None or self.tapped is not tapped or not trains(parameter):
                 return
             started = time.perf_counter()
             try:
@@ -209,10 +231,17 @@ class HeadProbe:
                 self.sharded += 1
                 return
             self.delivered += 1
-            if kept:  # a second backward pass through the same graph has the same rows
-                features = kept[1] if len(kept) > 1 else None
-                self._deliver(Rows(sample(grad), kept[0], features, total, shard))
-                kept.clear()  # the graph may live longer than its backward pass
+            if given:  # a further backward pass through the same graph
+                rows = given[0]()
+                if rows is not None:
+                    rows.add(sample(grad))
+                return
+            # A copy: a view would keep the whole gradient until the step, and autograd may write to it.
+            features = kept[1] if len(kept) > 1 else None
+            rows = Rows(sample(grad).clone(), kept[0], features, total, shard, weakref.ref(given))
+            kept.clear()  # the graph may live longer than its backward pass
+            given.append(weakref.ref(rows))
+            self._deliver(rows)
 
         logits.register_hook(on_gradient)
 
@@ -225,6 +254,10 @@ class HeadProbe:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return INERT
+
+
+class _Given(list["weakref.ref[Rows]"]):
+    """The rows given away by one hook. Unlike a list, it can be referenced weakly."""
 
 
 INERT: tuple[Callable[..., Any], tuple[Any, ...]] = (getattr, (nullcontext(), "__exit__"))

@@ -7,6 +7,7 @@ each adds its numbers to a message to the others (:meth:`StepReader.fill`).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from typing import Any, NamedTuple
@@ -73,13 +74,31 @@ class StepReader:
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
         self._before: Any = None
+        self._arrived: deque[Rows] = deque()  # their gradients may still grow
         self._sketch: tuple[int, Tensor] | None = None  # step and rows of the last one with a sharded head
         self.loss_bits = 0  # bits of the dtype of the last observed loss; 0: unknown
 
     def add(self, rows: Rows) -> None:
-        """Add the rows of a micro-batch, as its backward pass delivers them."""
+        """Add the rows of a micro-batch, as its backward pass delivers them.
+
+        They are measured when no further backward pass can add to their gradient: when the graph is freed,
+        or at the optimizer step.
+        """
+        self._arrived.append(rows)
+        while self._arrived and self._arrived[0].graph() is None:
+            self._measure_rows(self._arrived.popleft())
+
+    def finish_rows(self) -> None:
+        """Measure all rows that have arrived: the optimizer step is done."""
+        try:
+            while self._arrived:
+                self._measure_rows(self._arrived.popleft())
+        except Exception as error:
+            self.failed("rows", error)
+
+    def _measure_rows(self, rows: Rows) -> None:
         with torch.no_grad(), full_precision(rows.grad):
-            self.rows.add(rows)
+            self.rows.add(rows.finished())
 
     def begin(self, step: int, given: Sequence[Any]) -> None:
         """Read gradients and weights before the step. ``given``: the arguments of ``optimizer.step()``."""
@@ -89,9 +108,11 @@ class StepReader:
     def forget(self) -> None:
         """Drop the tensors read before the step."""
         self._before = None
+        self._arrived.clear()
 
     def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
         """Return one packed vector for this step: row sums, row maxima, step quantities, loss."""
+        self.finish_rows()
         rows = self.rows
         packed: list[Tensor] = []
         if rows.sums is not None and rows.maxima is not None:
@@ -208,6 +229,7 @@ class StepReader:
         """Add this process's numbers of the step to the message to the other ranks.
 
         Returns the head's weight if this process holds all of it, else None."""
+        self.finish_rows()
         exchange.add_rows(message, self.rows)
         values: dict[str, Tensor] = {}
         weight = None
@@ -256,4 +278,5 @@ class StepReader:
     def release(self) -> None:
         """Drop the model, the optimizer and their tensors. The row counts stay."""
         self._before = self.memory = self._probe_batch = self._sketch = None
+        self._arrived.clear()
         del self.reader
