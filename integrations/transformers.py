@@ -13,7 +13,7 @@ from nfi_monitor.monitor import Monitor
 from nfi_monitor.report.loggers import AlertLog, notifiers
 from nfi_monitor.types import Alert, Change
 
-from .attach import Attachment
+from .attach import Attachment, caller_of, watch_backward
 
 try:
     from transformers import TrainerCallback
@@ -102,6 +102,11 @@ class NFICallback(TrainerCallback, ExportableState):
             native={"args": args, "state": state, "control": control},
         )
         monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
+        monitor.port.explain_note("no_loss", _NO_LOSS)
+        with monitor.port.guarded("loss"):
+            trainer = caller_of(self)
+            if trainer is not None:  # it divides a loss by the micro-batches, or by the step's items
+                watch_backward(trainer.accelerator, monitor, shares=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():
@@ -122,3 +127,10 @@ class NFICallback(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded("close"):
             self._attachment.close()
+
+
+_NO_LOSS = (
+    "No loss is observed: this Trainer gives none to accelerator.backward(). Causes are watched, but a "
+    "slingshot itself cannot be seen. Where your Trainer computes the loss (training_step, or its own loop), "
+    "call callback.monitor.observe_loss(loss), callback being the NFICallback, before the optimizer's step."
+)

@@ -18,7 +18,6 @@ from torch.optim import Optimizer
 from nfi_monitor.alert_handler import handler_of
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
-from nfi_monitor.capture.sampling import local
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.engine import checkpoint, detach
 from nfi_monitor.engine.checks import Options, find_watched
@@ -138,12 +137,8 @@ class Monitor:
         It never synchronises: a tensor is kept and read later, with the step's other numbers.
         """
         loop = self._loop
-        if loop.closed or loop.paused:
-            return
         try:
-            if devices.GRAPHS and loop.recorded():
-                return
-            loop.losses.observed.append(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
+            loop.loss_sources.report(loss)
         except Exception as error:
             loop.faults.failed("observe_loss", error)
 
@@ -152,8 +147,12 @@ class Monitor:
 
         If the model gets ``num_items_in_batch``, each loss is a share of the step's loss: the losses are
         added and multiplied by ``scale`` (the number of processes, if the items of all are counted).
+        A loss at which no gradient arrives is not the run's: it is left out, and a note says so.
         """
-        self._loop.observe_outputs(scale, self.observe_loss)
+        loop = self._loop
+        handle = None if loop.closed else loop.loss_sources.watch_outputs(loop.model, scale)
+        if handle is not None:
+            loop.handles.append(handle)
 
     @torch.compiler.disable
     def tap(self, logits: Tensor) -> Tensor:

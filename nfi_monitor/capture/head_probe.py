@@ -104,7 +104,7 @@ class HeadProbe:
             return
         try:
             step = self._wanted()
-            if step is None or not isinstance(output, Tensor) or _inside_functorch(output):
+            if step is None or not isinstance(output, Tensor) or inside_functorch(output):
                 return
             started = time.perf_counter()
             try:
@@ -134,7 +134,7 @@ class HeadProbe:
         self.tapped = True
         features, self._features = self._features, None
         step = self._wanted()
-        if step is None or _inside_functorch(logits):
+        if step is None or inside_functorch(logits):
             return
         if torch.is_grad_enabled() and logits.requires_grad:
             started = time.perf_counter()
@@ -308,7 +308,7 @@ def classes_of(tensor: Any, shard: ClassShard) -> Tensor | None:
     return whole if whole.shape[-1] == shard.classes else None
 
 
-def _inside_functorch(tensor: Tensor) -> bool:
+def inside_functorch(tensor: Tensor) -> bool:
     """Return whether the tensor is wrapped (by vmap or torch.func.grad): then its rows cannot be read."""
     wrapped = getattr(torch._C._functorch, "is_functorch_wrapped_tensor", None)
     return bool(wrapped is not None and wrapped(tensor))

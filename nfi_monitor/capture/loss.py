@@ -1,7 +1,8 @@
 """Read the loss that a model returns with its output, as HuggingFace models do.
 
 A framework gives its callbacks only the average loss of a logging interval, which hides a spike.  A forward
-hook on the whole model sees the loss of every step, at no cost.
+hook on the whole model sees the loss of every step, at little cost.  The loss counts if a gradient arrives at
+it: a model returns its loss also where another loss trains (preference optimization, a user's own loss).
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nfi_monitor.capture.head_probe import INERT
+from nfi_monitor.capture.backward_pass import nearest_parameter, trains
+from nfi_monitor.capture.head_probe import INERT, inside_functorch
 
 COUNT = "num_items_in_batch"
 """Keyword with which a HuggingFace trainer passes the number of items in all micro-batches of a step.  The
@@ -20,7 +22,10 @@ model's loss is then a share of the step's loss, not a mean: the shares must be 
 
 
 class LossProbe:
-    """Hook the model's forward pass: call ``deliver(loss, share)`` with each training loss, a 0-d tensor."""
+    """Hook the model's forward pass: call ``deliver(loss, share)`` with each training loss, a 0-d tensor.
+
+    ``share``: whether the loss is a share of the step's.  The loss is delivered in its backward pass.
+    """
 
     def __init__(
         self, deliver: Callable[[Tensor, bool], None], failed: Callable[[str, BaseException], None]
@@ -28,6 +33,8 @@ class LossProbe:
         self._deliver = deliver
         self._failed = failed
         self._compiled: tuple[Tensor, bool] | None = None
+        self._returned = 0  # losses since the last optimizer step
+        self._trained = 0  # of these, losses at which a gradient has arrived
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -42,16 +49,40 @@ class LossProbe:
             return
         try:
             loss = loss_of(output)
-            if loss is not None:
-                self._deliver(loss, kwargs.get(COUNT) is not None)
+            if loss is not None and not inside_functorch(loss):
+                self._watch(loss, kwargs.get(COUNT) is not None)
         except Exception as error:
             self._failed("loss", error)
+
+    def _watch(self, loss: Tensor, share: bool) -> None:
+        """Deliver ``loss`` once a backward pass that trains arrives at it."""
+        self._returned += 1
+        parameter = nearest_parameter(loss)
+        kept = [loss.detach().clone()]  # a copy: a trainer may scale its loss in place
+
+        def on_gradient(grad: Tensor | None) -> None:
+            try:
+                if kept and trains(parameter):
+                    self._trained += 1
+                    self._deliver(kept.pop(), share)
+            except Exception as error:
+                self._failed("loss", error)
+
+        loss.register_hook(on_gradient)
 
     def collect(self) -> None:
         """Deliver the loss that a compiled forward pass has stored. Call it after each micro-batch."""
         left, self._compiled = self._compiled, None
         if left is not None:
+            self._returned += 1
+            self._trained += 1  # not known: a compiled pass has no hook at its loss
             self._deliver(*left)
+
+    def take_counts(self) -> tuple[int, int]:
+        """Return and clear the number of losses since the last step, and of those that train."""
+        counts = self._returned, self._trained
+        self._returned = self._trained = 0
+        return counts
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return INERT[0](*INERT[1])  # type: ignore[no-any-return]

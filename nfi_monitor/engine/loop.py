@@ -23,7 +23,6 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.head_probe import HeadProbe, Rows
 from nfi_monitor.capture.host_transfer import HostTransfer
-from nfi_monitor.capture.loss import LossProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.reading_plan import ReadingPlan
@@ -36,6 +35,7 @@ from nfi_monitor.engine.checks import Options
 from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
+from nfi_monitor.engine.loss_sources import LossSources
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
@@ -85,7 +85,6 @@ class StepLoop:
         self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.failed_parts, failed)
         self.schedule = Schedule(options.overhead_budget)
         self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
-        self.loss_probe: LossProbe | None = None
         self.reports = Sinks([], failed)
         self.notes = NoteTaker(self.reports.note)
         self.membership = Membership(
@@ -101,6 +100,7 @@ class StepLoop:
         )
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
+        self.loss_sources = LossSources(self.losses, failed, self._ignores_losses)
         self.transfer = HostTransfer()
         self.recent_snapshots = RecentSnapshots(model, optimizer, self.stateful, options.snapshot_limit)
         self.judge = Judge(
@@ -161,33 +161,15 @@ class StepLoop:
             return
         self.step_reader.add(rows)
 
-    def observe_outputs(self, scale: float, observe: Callable[[Tensor], None]) -> None:
-        """Pass the loss in the model's output to ``observe``; ``scale`` as for the monitor."""
-        if self.closed or self.loss_probe is not None:
-            return
-
-        def deliver(loss: Tensor, share: bool) -> None:
-            self.losses.share = scale if share else None
-            observe(loss)
-
-        self.loss_probe = LossProbe(deliver, self.faults.failed)
-        self.handles.append(self.model.register_forward_hook(self.loss_probe, with_kwargs=True))
-
-    def end_micro_batch(self) -> None:
-        """Collect the loss that a compiled forward pass has stored."""
-        if self.loss_probe is not None and not self.closed:
-            try:
-                self.loss_probe.collect()
-            except Exception as error:
-                self.faults.failed("loss", error)
+    def _ignores_losses(self) -> bool:
+        return self.closed or self.paused > 0 or (devices.GRAPHS and self.recorded())
 
     def _before_step(self, given: Sequence[Any]) -> None:
         if self.paused or (devices.GRAPHS and self.recorded()):
             return
         if self.recent_snapshots.pending:
             self._complete_snapshot()
-        if self.loss_probe is not None:
-            self.end_micro_batch()
+        self.loss_sources.end_step()
         if self.wanted_step is None or "optimizer" in self.faults.failed_parts:
             return
         started = time.perf_counter()
@@ -288,7 +270,10 @@ class StepLoop:
         return replace(context, loss_bits=bits, every_step=self.every == 1)
 
     def _note_reading(self, reading: Reading) -> None:
-        self.notes.read(reading, self.detector, self.step_reader, self.probe, self.schedule.readings)
+        untrained = self.loss_sources.untrained
+        self.notes.read(
+            reading, self.detector, self.step_reader, self.probe, self.schedule.readings, untrained=untrained
+        )
 
     # --- plan ------------------------------------------------------------------------------------
 

@@ -6,6 +6,9 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+from torch import Tensor
+
+from nfi_monitor.capture.backward_pass import nearest_parameter
 from nfi_monitor.engine.loop import StepLoop
 
 MOVED_TO_PORT = {
@@ -29,8 +32,11 @@ class AdapterPort:
     - :meth:`begin_step` before each optimizer step, if the framework has an event for it;
     - :meth:`end_micro_batch` after each backward pass, if losses are read from the model's output
       (``monitor.observe_outputs()``) and the framework has an event for it;
-    - :meth:`guarded` around all its code in the framework's events, so that an error cannot stop the
-    training; - :meth:`may_act` before it changes the training because of an alert.
+    - :meth:`backward_of` around each backward pass, if the framework lets the adapter see it, and
+      :meth:`trained_by` if it may train several models;
+    - :meth:`guarded` around all its code in the framework's events: an error must not stop the training;
+    - :meth:`explain_note` for what the user can do in this framework;
+    - :meth:`may_act` before it changes the training because of an alert.
     """
 
     def __init__(self, loop: StepLoop) -> None:
@@ -49,7 +55,15 @@ class AdapterPort:
         Needed only for gradient accumulation with a compiled model and ``monitor.observe_outputs()``:
         without it, only the last micro-batch's loss is seen.
         """
-        self._loop.end_micro_batch()
+        self._loop.loss_sources.end_micro_batch()
+
+    def backward_of(self, loss: Any, *, shares: bool = False) -> AbstractContextManager[None]:
+        """Take ``loss`` for the run's, in a block that runs its backward pass.
+
+        ``shares``: the losses of a step's micro-batches are added; else their mean is taken.  The loss in the
+        model's output no longer counts then.  A loss that the user reports goes first.
+        """
+        return self._loop.loss_sources.backward(loss, shares=shares)
 
     def at_close(self, *callbacks: Callable[[], object]) -> None:
         """Register functions to call, in this order, when the monitor closes. Their errors are reported."""
@@ -58,6 +72,21 @@ class AdapterPort:
     def guarded(self, part: str) -> AbstractContextManager[None]:
         """Run a block that must not stop the training: report an exception once, as an error of ``part``."""
         return self._loop.faults.guarded(part)
+
+    def trained_by(self, loss: Tensor) -> bool:
+        """Return whether the watched optimizer trains the parameters nearest to ``loss``."""
+        loop, ours = self._loop, False
+        with self.guarded("loss"):
+            node = nearest_parameter(loss)
+            groups = [] if loop.closed else loop.optimizer.param_groups
+            ours = node is None or any(
+                node.variable is parameter for group in groups for parameter in group["params"]
+            )
+        return ours
+
+    def explain_note(self, code: str, text: str) -> None:
+        """Use ``text`` for the note ``code`` of this run: what the user can do inside the framework."""
+        self._loop.notes.texts[code] = text
 
     def may_act(self) -> bool:
         """Return whether an alert may change the training.

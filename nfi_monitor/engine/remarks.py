@@ -50,6 +50,8 @@ class Seen(NamedTuple):
     """Step of the reading before this one; None: this is the first."""
     needed_float32: bool = False
     """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
+    untrained_loss: bool = False
+    """Whether the model returns a loss at which no gradient arrives, and no other loss is known."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +170,16 @@ def _state_unreadable_text(seen: Seen) -> str:
 REMARKS: tuple[Remark, ...] = (
     Remark("head_never_fired", lambda seen: seen.without_rows == PATIENCE, _no_rows_text),
     Remark(
+        "loss_not_trained",
+        lambda seen: seen.untrained_loss,
+        (
+            "The model returns a loss, but no gradient arrives at it: another loss trains. The returned loss "
+            "is not watched. Report the loss that trains: monitor.observe_loss(loss) before optimizer.step()."
+        ),
+    ),
+    Remark(
         "no_loss",
-        lambda seen: seen.without_loss == PATIENCE,
+        lambda seen: seen.without_loss == PATIENCE and not seen.untrained_loss,
         (
             "No loss is observed. Causes are watched, but a slingshot itself cannot be seen. Call "
             "monitor.observe_loss(loss) before optimizer.step()."

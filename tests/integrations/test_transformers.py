@@ -116,7 +116,7 @@ def test_each_mode_of_the_trainer_is_watched_and_trains_to_the_same_bits(
     assert monitor.step == STEPS
     assert len(monitor.history["live_fraction"][0]) == STEPS
     row = compatibility("Transformers", mode, monitor.history)
-    assert row.loss is (mode not in ("label smoothing", "own loss function (compute_loss_func)"))
+    assert row.loss
     assert row.second_moment is (mode != "SGD")
 
 
@@ -171,6 +171,39 @@ def test_the_loss_seen_is_the_one_the_trainer_logs(name: str, accumulation: int,
     trainer.train()
     logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert watched(callback).history["loss"][1] == pytest.approx(logged, rel=1e-5)
+
+
+class Mirrored(transformers.Trainer):
+    """Trains by a loss of its own, and leaves the labels in the inputs: the model returns its loss, too."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:
+        outputs = model(**inputs)
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        loss = 100 * F.cross_entropy(logits, inputs["labels"][:, 1:].flatten().flip(0))
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": Mirrored},
+        {"kind": Mirrored, "gradient_accumulation_steps": 3},
+        {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+        {"options": {"compute_loss_func": smoothed}, "gradient_accumulation_steps": 2},
+    ],
+    ids=["own loss", "own loss, accumulation", "label smoothing", "compute_loss_func"],
+)
+def test_the_loss_is_the_one_that_trains_wherever_it_is_computed(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    callback = quiet(run_dir=None)
+    trainer = hf.trainer(tmp_path, callbacks=[callback], steps=6, **options)
+    backward = vars(trainer.accelerator).get("backward")
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert watched(callback).history["loss"][1] == pytest.approx(logged, rel=1e-5)
+    assert not {"no_loss", "loss_not_trained"} & {note.code for note in watched(callback).notes}
+    assert vars(trainer.accelerator).get("backward") is backward, "restored"
 
 
 def test_a_fused_loss_falls_back_to_the_heads_gradient_and_says_so(tmp_path: Path) -> None:
