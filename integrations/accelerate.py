@@ -57,6 +57,7 @@ def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) 
         sinks=[ScalarLog(log), *notifiers(names)],
     )
     monitor.observe_outputs()
+    monitor.port.recompute_rows()
     watch_backward(accelerator, monitor, several_models=True)
 
     # Weak: after an out-of-memory error the loop does not reach close(), and the accelerator lives on.

@@ -103,6 +103,7 @@ class NFICallback(TrainerCallback, ExportableState):
         )
         monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
         monitor.port.explain_note("no_loss", _NO_LOSS)
+        monitor.port.recompute_rows()
         with monitor.port.guarded("loss"):
             trainer = caller_of(self)
             if trainer is not None:  # it divides a loss by the micro-batches, or by the step's items

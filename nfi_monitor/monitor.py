@@ -170,6 +170,21 @@ class Monitor:
                 loop.faults.failed("rows", error)
         return logits
 
+    @torch.compiler.disable
+    def tap_features(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Watch the hidden states of a loss that makes no logits. Returns them unchanged.
+
+        For a fused or chunked linear cross-entropy, which reads the head's weight: rows are recomputed from
+        ``hidden`` [..., d] and ``targets`` [...] (int64, of these rows; a negative one does not count).
+        """
+        loop = self._loop
+        if not loop.closed:
+            try:
+                loop.recomputer.tap(hidden, targets)
+            except Exception as error:
+                loop.faults.failed("rows", error)
+        return hidden
+
     # --- results ---------------------------------------------------------------------------------
 
     @property

@@ -39,6 +39,8 @@ class Row:
     weight_gradient: bool
     second_moment: bool
     loss: bool
+    recomputed: bool = False
+    """Whether the rows were recomputed, because the loss makes no logits."""
 
     @classmethod
     def of(cls, framework: str, mode: str, seen: Mapping[str, Any]) -> Row:
@@ -54,14 +56,17 @@ class Row:
             weight_gradient=has("zero_sum_violation_weight"),
             second_moment=has("sqrt_exp_avg_sq_median"),
             loss=has("loss"),
+            recomputed=has("recomputed_fraction"),
         )
 
     def line(self) -> str:
         """The row of the table."""
-        marks = (
+        marks = [
             "yes" if seen else "–"
             for seen in (self.rows, self.weight_gradient, self.second_moment, self.loss)
-        )
+        ]
+        if self.recomputed:
+            marks[0] = "recomputed"
         return f"| {self.framework} | {self.mode} | {' | '.join(marks)} | yes |"
 
 
@@ -135,8 +140,9 @@ def render(rows: list[Row]) -> str:
             "",
             "Made from the tests that passed (`python -m tests.compatibility`), with " + versions + ".",
             "",
-            "*rows*: zero-sum, absorption and margins of single rows. *head's gradient*: the zero-sum of the",
-            "head's weight gradient, at batch level; it means nothing for a tied head. *second moment*:",
+            "*rows*: zero-sum, absorption and margins of single rows; *recomputed*: the loss makes no",
+            "logits, and those of up to 64 rows are computed once more. *head's gradient*: the zero-sum of",
+            "the head's weight gradient, at batch level; it means nothing for a tied head. *second moment*:",
             "sqrt(v̂), RMS_t and what follows from them. *loss*: of every step, without a call of yours.",
             "*bitwise*: weights, optimizer and random state are those of the training without the monitor.",
             "",

@@ -40,6 +40,8 @@ class Rows:
     """Returns None once the graph is freed: then no further gradient can arrive."""
     passes: SeveralPasses | None = None
     """The gradients of all backward passes, if there was more than one."""
+    recomputed: Tensor | None = None
+    """For recomputed rows: whether they are the run's rows, bool, 0-d. If not, they do not count."""
 
     def add(self, grad: Tensor) -> None:
         """Add the gradient [n, K] of a further backward pass."""
@@ -47,8 +49,8 @@ class Rows:
             self.passes = SeveralPasses(self.grad, self.logits)
         self.passes.add(grad)
 
-    def finished(self) -> Rows:
-        """Return the rows with the gradient of all backward passes."""
+    def finished(self, loss_dtype: torch.dtype | None = None) -> Rows:
+        """Return the rows with the gradient of all backward passes. ``loss_dtype``: of the observed loss."""
         return self if self.passes is None else replace(self, grad=self.passes.sum(), passes=None)
 
 
@@ -78,6 +80,7 @@ class HeadProbe:
         self._spent = spent
         self.fired = 0
         self.delivered = 0
+        self.recomputed = 0  # number of backward passes whose rows were recomputed
         self.fired_without_gradient = 0
         self.traced = 0
         self.tapped = False
@@ -91,10 +94,13 @@ class HeadProbe:
 
     @property
     def level(self) -> str:
-        """The place where violations are read: "rows", "tap" or, before any row, "weight_gradient"."""
+        """The place where violations are read: "rows", "tap", "recomputed" or, before any row,
+        "weight_gradient"."""
         if self.tapped:
             return "tap"
-        return "rows" if self.delivered else "weight_gradient"
+        if self.delivered:
+            return "rows"
+        return "recomputed" if self.recomputed else "weight_gradient"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():

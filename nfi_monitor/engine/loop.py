@@ -26,6 +26,7 @@ from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.reading_plan import ReadingPlan
+from nfi_monitor.capture.recomputed import RowRecomputer
 from nfi_monitor.capture.step_hooks import StepHooks
 from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.detector import Detector
@@ -85,6 +86,9 @@ class StepLoop:
         self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.failed_parts, failed)
         self.schedule = Schedule(options.overhead_budget)
         self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
+        self.recomputer = RowRecomputer(
+            head, self.probe, self._captured_step, self._rows_arrived, failed, self.schedule.spend
+        )
         self.reports = Sinks([], failed)
         self.notes = NoteTaker(self.reports.note)
         self.membership = Membership(

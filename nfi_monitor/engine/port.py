@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from nfi_monitor.capture.backward_pass import nearest_parameter
+from nfi_monitor.capture.body import BodyWatch
 from nfi_monitor.engine.loop import StepLoop
 
 MOVED_TO_PORT = {
@@ -34,6 +35,7 @@ class AdapterPort:
       (``monitor.observe_outputs()``) and the framework has an event for it;
     - :meth:`backward_of` around each backward pass, if the framework lets the adapter see it, and
       :meth:`trained_by` if it may train several models;
+    - :meth:`recompute_rows` if its models get labels and may compute a loss without logits;
     - :meth:`guarded` around all its code in the framework's events: an error must not stop the training;
     - :meth:`explain_note` for what the user can do in this framework;
     - :meth:`may_act` before it changes the training because of an alert.
@@ -73,6 +75,15 @@ class AdapterPort:
         """Run a block that must not stop the training: report an exception once, as an error of ``part``."""
         return self._loop.faults.guarded(part)
 
+    def recompute_rows(self) -> None:
+        """Recompute rows where the loss does not call the head. The model gets ``labels`` as a keyword.
+
+        For models of HuggingFace's kind.  Elsewhere, the training loop calls ``monitor.tap_features``.
+        """
+        loop = self._loop
+        if loop.head is not None and loop.head.weight is not None and not loop.closed:
+            loop.handles.append(BodyWatch(loop.model, loop.head, loop.recomputer, loop.faults.failed))
+
     def trained_by(self, loss: Tensor) -> bool:
         """Return whether the watched optimizer trains the parameters nearest to ``loss``."""
         loop, ours = self._loop, False
@@ -100,7 +111,8 @@ class AdapterPort:
     def sees_rows(self) -> bool:
         """Return whether gradients of rows arrive; False only after the note that none do."""
         loop = self._loop
-        return loop.probe.delivered > 0 or "head_never_fired" not in loop.notes.by_code
+        seen = loop.probe.delivered + loop.probe.recomputed
+        return seen > 0 or "head_never_fired" not in loop.notes.by_code
 
     @property
     def stateful(self) -> tuple[Any, ...]:

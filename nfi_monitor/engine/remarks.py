@@ -109,6 +109,8 @@ def _no_features(seen: Seen) -> bool:
 
 def _no_rows_text(seen: Seen) -> str:
     probe = seen.probe
+    if probe.recomputed:
+        return _not_recomputed_text(seen)
     if probe.sharded:
         cause = "each rank holds the logits of some classes only (a vocabulary-parallel head)"
         cure = "For rows, let the head gather its logits: ColwiseParallel(output_layouts=Replicate())."
@@ -134,6 +136,15 @@ def _no_rows_text(seen: Seen) -> str:
         else "Only the optimizer, the norms and the observed loss are watched."
     )
     return f"No rows seen: {cause}. {instead} {cure}"
+
+
+def _not_recomputed_text(seen: Seen) -> str:
+    return (
+        "No rows seen: the loss makes no logits. Rows recomputed from hidden states and labels do not give "
+        "the gradient that arrives at the hidden states, so they are left out. Possible reasons: logits that "
+        "are scaled or capped, a penalty besides the cross-entropy, other labels. The rest is watched. For "
+        "rows, use a loss of logits and monitor.tap(logits)."
+    )
 
 
 def _rows_elsewhere_text(seen: Seen) -> str:
@@ -203,6 +214,15 @@ REMARKS: tuple[Remark, ...] = (
             "Watched instead: RMS_t, second moment, curvature, weight norm and the observed loss."
         ),
     ),
+    Remark(
+        "rows_recomputed",
+        lambda seen: "recomputed_fraction" in seen.reading.values,
+        (
+            "The loss makes no logits (it is fused or chunked), so rows are recomputed: in each reading the "
+            "logits of up to 64 rows, from their hidden states and labels, and the gradient there as the "
+            "loss computes it. They are held against the gradient that arrives at the hidden states."
+        ),
+    ),
     Remark("rows_elsewhere", lambda seen: len(seen.rows.devices) > 1, _rows_elsewhere_text),
     Remark(
         "no_second_moment",
@@ -234,8 +254,9 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.soft_targets and not seen.signals.broken_by_design,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-            "distillation, mixup), or the gradient is projected. Absorption is defined only for rows with a "
-            "single correct class. The zero-sum violation is defined for all rows and still watched."
+            "distillation, mixup), rows are pushed away (preferences, rewards), or the gradient is "
+            "projected. Absorption is defined only for rows with a single correct class. The zero-sum "
+            "violation is defined for all rows and still watched."
         ),
     ),
     Remark("half_precision_loss", _half_precision, _half_precision_loss_text),

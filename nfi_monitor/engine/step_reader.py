@@ -76,6 +76,7 @@ class StepReader:
         self._before: Any = None
         self._arrived: deque[Rows] = deque()  # their gradients may still grow
         self._sketch: tuple[int, Tensor] | None = None  # step and rows of the last one with a sharded head
+        self._loss_dtype: torch.dtype | None = None  # of the last observed loss
         self.loss_bits = 0  # bits of the dtype of the last observed loss; 0: unknown
 
     def add(self, rows: Rows) -> None:
@@ -98,7 +99,7 @@ class StepReader:
 
     def _measure_rows(self, rows: Rows) -> None:
         with torch.no_grad(), full_precision(rows.grad):
-            self.rows.add(rows.finished())
+            self.rows.add(rows.finished(self._loss_dtype))
 
     def begin(self, step: int, given: Sequence[Any]) -> None:
         """Read gradients and weights before the step. ``given``: the arguments of ``optimizer.step()``."""
@@ -112,6 +113,7 @@ class StepReader:
 
     def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
         """Return one packed vector for this step: row sums, row maxima, step quantities, loss."""
+        self._look_at(losses)
         self.finish_rows()
         rows = self.rows
         packed: list[Tensor] = []
@@ -127,7 +129,6 @@ class StepReader:
                 self.failed("optimizer", error)
         self.add_probe(values, step)
         loss = losses.mean()
-        self._look_at(losses)
         parts = [*packed, *values.values()]
         if isinstance(loss, Tensor) and devices.on_host(loss) and not all(map(devices.on_host, parts)):
             loss = loss.item()  # the host knows it: do not send it to the device and back
@@ -156,9 +157,12 @@ class StepReader:
         return values, {}
 
     def _look_at(self, losses: LossQueue) -> None:
-        dtypes = {loss.dtype for loss in losses.observed if isinstance(loss, Tensor)}
+        dtypes = {
+            loss.dtype for loss in losses.observed if isinstance(loss, Tensor) and loss.is_floating_point()
+        }
         if dtypes:
-            self.loss_bits = min(torch.finfo(dtype).bits for dtype in dtypes if dtype.is_floating_point)
+            self._loss_dtype = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+            self.loss_bits = torch.finfo(self._loss_dtype).bits
 
     def update(self, step: int) -> Update | None:
         """Return the tensors around the optimizer step; None if none were read."""
@@ -229,6 +233,7 @@ class StepReader:
         """Add this process's numbers of the step to the message to the other ranks.
 
         Returns the head's weight if this process holds all of it, else None."""
+        self._look_at(losses)
         self.finish_rows()
         exchange.add_rows(message, self.rows)
         values: dict[str, Tensor] = {}
@@ -241,7 +246,6 @@ class StepReader:
         self.add_probe(values, step)
         exchange.add_values(message, values)
         loss = losses.mean()
-        self._look_at(losses)
         if loss is not None:
             exchange.keep_loss(step, loss)
         return weight
