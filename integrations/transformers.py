@@ -113,6 +113,8 @@ class NFICallback(TrainerCallback, ExportableState):
         with self._attachment.guarded():
             if self.monitor is not None:
                 self.monitor.port.begin_step()
+                if self.monitor.step == 0:
+                    self.monitor.port.wrapped_by(getattr(caller_of(self), "model_wrapped", kwargs["model"]))
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():

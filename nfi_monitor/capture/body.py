@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.head import Head
-from nfi_monitor.capture.head_probe import INERT
+from nfi_monitor.capture.inert_hook import InertInCopies
 from nfi_monitor.capture.recomputed import Autocast, RowRecomputer, autocast_of
 
 _SHIFTED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
@@ -46,9 +46,9 @@ class BodyWatch:
         self._hidden: Tensor | None = None
         self._head_calls = 0  # before the hidden states
         self._autocast: Autocast | None = None
-        after = _Hook(self._after_model)
+        after = InertInCopies(self._after_model)
         self._handles = [model.register_forward_hook(after, with_kwargs=True)]
-        beside = _Hook(self._after_module)
+        beside = InertInCopies(self._after_module)
         for child in owner.children():
             if child is not head.module:
                 self._handles.append(child.register_forward_hook(beside, with_kwargs=True))
@@ -82,24 +82,6 @@ class BodyWatch:
                 self._recomputer.tap(hidden, labels, self._autocast)
         except Exception as error:
             self._failed("rows", error)
-
-
-class _Hook:
-    """A forward hook that does nothing in copies and pickles of the model."""
-
-    def __init__(self, call: Callable[[nn.Module, Mapping[str, Any], Any], None]) -> None:
-        self._call = call
-        self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
-
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        if not torch.compiler.is_compiling():
-            self._call(module, kwargs, output)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return INERT[0](*INERT[1])  # type: ignore[no-any-return]
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return INERT
 
 
 def _hidden_of(output: Any) -> Tensor | None:

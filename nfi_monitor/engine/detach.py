@@ -48,6 +48,7 @@ def close(loop: StepLoop) -> None:
         loop.schedule.finish()
     with guarded("close"):
         loop.step_reader.release()
+        loop.rank_search.release()
     with guarded("close"):  # an error here must not hide an exception of the user's code
         _finish_reports(loop)
     with guarded("close"):

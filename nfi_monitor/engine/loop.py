@@ -38,6 +38,7 @@ from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.loss_sources import LossSources
 from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.rank_search import RankSearch
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.step_reader import StepReader
@@ -102,6 +103,8 @@ class StepLoop:
             failed=failed,
             failed_parts=self.faults.failed_parts,
         )
+        watched = (model, optimizer, head)
+        self.rank_search = RankSearch(self.membership, self.schedule, self.faults, watched)
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
         self.loss_sources = LossSources(self.losses, failed, self._ignores_losses)
@@ -122,7 +125,7 @@ class StepLoop:
 
     def _attach(self, options: Options) -> None:
         """Find the other ranks, open the sinks, register the hooks."""
-        apart = self._find_ranks()
+        apart = self.rank_search.begin()
         if self.membership.is_reporter:
             opened = open_sinks(options.console, options.run_dir, self.info)
             self.reports.sinks += [*opened, *options.sinks]
@@ -150,14 +153,11 @@ class StepLoop:
         return True
 
     def _captured_step(self) -> int | None:
-        """Return the step to capture in the head's forward pass, or None.
-
-        Look for the ranks again before the first step: DDP may wrap the model only after the monitor."""
+        """Return the step to capture in the head's forward pass, or None."""
         if self.paused or (devices.GRAPHS and self.recorded()):
             return None
-        membership = self.membership
-        if self.step == 0 and membership.searching and membership.exchange is None and not self.closed:
-            membership.share_head(self.head, self._find_ranks())
+        if self.step == 0 and not self.closed:
+            self.rank_search.again()
         return self.wanted_step
 
     def _rows_arrived(self, rows: Rows) -> None:
@@ -171,6 +171,8 @@ class StepLoop:
     def _before_step(self, given: Sequence[Any]) -> None:
         if self.paused or (devices.GRAPHS and self.recorded()):
             return
+        if self.step == 0:
+            self.rank_search.end()
         if self.recent_snapshots.pending:
             self._complete_snapshot()
         self.loss_sources.end_step()
@@ -309,13 +311,6 @@ class StepLoop:
         A change of sample shifts the numbers by up to a percent, and a growth may be smaller than that."""
         calm = self.detector.attention is Attention.RARELY
         return calm and (self.probe.can_reduce or self.reader.can_reduce)
-
-    def _find_ranks(self) -> str | None:
-        """Look for the ranks that train together; return the reason if that failed."""
-        apart = self.membership.find(self.model, self.optimizer, self.head)
-        if self.membership.exchange is not None:
-            self.schedule.give_up_budget()
-        return apart
 
     def _follow(self, agreed: ReadingPlan) -> None:
         """Follow a new plan of the ranks. Drop the last step: later ones cannot be compared with it."""

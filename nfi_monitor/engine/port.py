@@ -6,7 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from nfi_monitor.capture.backward_pass import nearest_parameter
 from nfi_monitor.capture.body import BodyWatch
@@ -31,6 +31,7 @@ class AdapterPort:
 
     - :meth:`at_close` after the monitor is made, with functions that undo the adapter's own registrations;
     - :meth:`begin_step` before each optimizer step, if the framework has an event for it;
+    - :meth:`wrapped_by` before the first step, if the framework wraps the model after the monitor attaches;
     - :meth:`end_micro_batch` after each backward pass, if losses are read from the model's output
       (``monitor.observe_outputs()``) and the framework has an event for it;
     - :meth:`backward_of` around each backward pass, if the framework lets the adapter see it, and
@@ -50,6 +51,12 @@ class AdapterPort:
         If a gradient scaler skipped a step, its loss is still there and does not belong to the next step.
         """
         self._loop.losses.observed.clear()
+
+    def wrapped_by(self, model: nn.Module) -> None:
+        """Look for the ranks around ``model``, the watched model with its wrappers, before the first step."""
+        loop = self._loop
+        if loop.step == 0 and not loop.closed:
+            loop.rank_search.again(model)
 
     def end_micro_batch(self) -> None:
         """Collect the loss of the micro-batch after its backward pass.

@@ -102,6 +102,22 @@ class Membership:
         )
         return False
 
+    @property
+    def processes(self) -> int:
+        """Number of running processes, or of those in the given group."""
+        return processes.processes(self._group)
+
+    def none_found(self) -> None:
+        """Note that several processes run, and no rank is known that trains this model."""
+        self.searching = False
+        if self.processes > 1:
+            self._separate(
+                f"{self.processes} processes run, and neither DistributedDataParallel nor FSDP was found "
+                "around this model. If they train one model, pass group=torch.distributed.group.WORLD; if "
+                "each trains a model of its own, pass group=False",
+                0,
+            )
+
     def _at_fault(self, step: int) -> bool:
         """Return whether a recent error on this rank may be why it missed an exchange."""
         return self.failed_at is not None and step - self.failed_at <= RECENT
