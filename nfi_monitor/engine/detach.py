@@ -28,6 +28,8 @@ def close(loop: StepLoop) -> None:
     loop.closed = True
     guarded = loop.faults.guarded
     with guarded("close"):
+        loop.judge.receive(loop.membership.last_readings(loop.step))
+    with guarded("close"):
         if loop.membership.leave(loop.handles[0], loop.step, loop.detector):
             del loop.handles[0]
     for handle in loop.handles:

@@ -215,6 +215,23 @@ class Membership:
         Departure(exchange, hooks, step, detector, self._next_read)
         return True
 
+    def last_readings(self, step: int) -> list[Reduced]:
+        """Return the joint readings that are left when all ranks close their monitors after this step.
+
+        None if a rank does not close now: the others then go on without this one.
+        """
+        exchange = self.exchange
+        if exchange is None or exchange.team.together is not True or self._at_fault(step):
+            return []
+        try:
+            if not exchange.unread(step) or not exchange.team.all_close(step):
+                return []
+            received = exchange.last(step)
+        except RuntimeError:  # raised by gloo: a rank is gone
+            return []
+        exchange.team.disband()  # all are closed: none waits for an answer
+        return [reduced for reduced in received if not reduced.out_of_step]
+
     # --- send ------------------------------------------------------------------------------------
 
     def measure(self, step: int) -> bool:
