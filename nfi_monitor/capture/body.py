@@ -46,8 +46,15 @@ class BodyWatch:
         self._hidden: Tensor | None = None
         self._head_calls = 0  # before the hidden states
         self._autocast: Autocast | None = None
-        after = InertInCopies(self._after_model)
-        self._handles = [model.register_forward_hook(after, with_kwargs=True)]
+        self._inside = False  # whether the model's forward pass is running
+        before, after = InertInCopies(self._before_model), InertInCopies(self._after_model)
+        self._handles = [
+            model.register_forward_pre_hook(before, with_kwargs=True),
+            model.register_forward_hook(after, with_kwargs=True),
+        ]
+        if owner is not model:  # a training step may call it without the model around it
+            inner = InertInCopies(self._after_owner)
+            self._handles.append(owner.register_forward_hook(inner, with_kwargs=True))
         beside = InertInCopies(self._after_module)
         for child in owner.children():
             if child is not head.module:
@@ -68,20 +75,34 @@ class BodyWatch:
             # Now, because a framework may wrap only the model's forward in autocast, without its hooks.
             self._autocast = autocast_of(hidden.device.type)
 
+    def _before_model(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+        self._inside = True
+
     def _after_model(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
-        hidden, self._hidden = self._hidden, None
+        self._inside = False
+        self._tap(kwargs)
+        self._hidden = None
+
+    def _after_owner(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+        if self._tap(kwargs) or not self._inside:
+            self._hidden = None
+
+    def _tap(self, kwargs: Mapping[str, Any]) -> bool:
+        """Tap the hidden states if the labels are among ``kwargs``; return whether they are."""
+        hidden = self._hidden
         if hidden is None or self._recomputer.head_calls != self._head_calls:
-            return
+            return False
         try:
             labels, shifted = kwargs.get("shift_labels"), False
             if labels is None:
                 labels, shifted = kwargs.get("labels"), self._shifted
-            if isinstance(labels, Tensor) and labels.dim() == hidden.dim() - 1:
-                shifted = shifted and labels.dim() > 1
-                labels = _next_labels(labels) if shifted else labels
-                self._recomputer.tap(hidden, labels, self._autocast)
+            if not (isinstance(labels, Tensor) and labels.dim() == hidden.dim() - 1):
+                return False
+            shifted = shifted and labels.dim() > 1
+            self._recomputer.tap(hidden, _next_labels(labels) if shifted else labels, self._autocast)
         except Exception as error:
             self._failed("rows", error)
+        return True
 
 
 def _hidden_of(output: Any) -> Tensor | None:

@@ -12,7 +12,9 @@ from nfi_monitor.capture.head_probe import INERT
 
 
 class InertInCopies:
-    """Call ``call(module, keywords, output)`` after a forward pass; do nothing while torch.compile traces.
+    """Call ``call(module, keywords, output)`` in a forward hook; do nothing while torch.compile traces.
+
+    As a hook before the forward pass, it gives None as output.
 
     With a bound method as hook, ``deepcopy(model)`` and ``torch.save(model)`` would copy the monitor.
     """
@@ -21,7 +23,7 @@ class InertInCopies:
         self._call = call
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> None:
         if not torch.compiler.is_compiling():
             self._call(module, kwargs, output)
 

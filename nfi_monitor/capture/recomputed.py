@@ -26,6 +26,8 @@ from nfi_monitor.capture.sampling import REDUCTION, offset
 
 ROWS = 64
 """Maximum number of rows that are recomputed in one backward pass."""
+ELEMENTS = 1 << 22
+"""Maximum number of logits that are recomputed in one backward pass (16 MiB in float32)."""
 CLASSES = 1 << 14
 """Number of classes of which logits are computed at once: a copy of the whole weight may be large."""
 NEAR_POWER = 0.02
@@ -93,15 +95,19 @@ class RowRecomputer:
             self._spent(time.perf_counter() - started)
 
     def _watch(self, hidden: Tensor, targets: Tensor, step: int, head: Head, autocast: Autocast) -> None:
-        total = targets.numel()
-        budget = ROWS // REDUCTION if self._probe.plan.reduced_sample else ROWS
-        stride = -(-total // budget)
+        total, classes = targets.numel(), head.outputs or 1
         if total == 0:
             return
+        budget = max(min(ROWS, ELEMENTS // classes), 1)
+        if self._probe.plan.reduced_sample:
+            budget = -(-budget // REDUCTION)
+        stride = -(-total // budget)
         if stride > 1:
             self._probe.can_reduce = not self._probe.plan.reduced_sample
         first = offset(step, stride)
         labels = targets.detach().to(hidden.device, non_blocking=True)
+        # On an accelerator, an index beyond the end kills the training; no try block can stop that.
+        labels = torch.where((labels >= 0) & (labels < classes), labels, -1)
         pending = _Pending(
             head,
             features=rows_of(hidden.detach(), first, stride).clone(),
@@ -265,7 +271,7 @@ class RecomputedRows(Rows):
         present = (arrived != 0).any(-1)
         size, common = pull.square().sum(-1), (arrived * pull).sum(-1)
         factor = common.sum() / torch.where(present, size, torch.zeros_like(size)).sum() * counted
-        before = torch.ones_like(factor) if self.known.factor is None else self.known.factor.to(factor)
+        before = torch.ones_like(factor) if self.known.factor is None else self.known.factor.to(factor.dtype)
         # Of rows that all underflowed, or do not count, there is no factor.
         factor = torch.where(torch.isfinite(factor) & (factor != 0), factor, before)
         exponent = factor.abs().log2()

@@ -205,6 +205,21 @@ def test_the_gradient_is_that_of_pytorchs_cross_entropy_to_the_last_bit(dtype: t
     assert torch.equal(cross_entropy_gradient(logits.detach(), targets, weights, dtype), logits.grad)
 
 
+@pytest.mark.parametrize("classes", [7, 70_000])
+def test_targets_beyond_the_classes_do_not_count_and_few_rows_of_many_classes_are_read(classes: int) -> None:
+    model = Fused(classes=classes)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    targets = torch.arange(200) % 5
+    targets[torch.arange(200) % 3 == 0] = classes + 3
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        hidden = monitor.tap_features(model.body(torch.randn(200, 12)), targets)
+        counted = torch.where(targets < classes, targets, -100)
+        F.cross_entropy(F.linear(hidden, model.head.weight, model.head.bias), counted).backward()
+        optimizer.step()
+        assert 0.5 < monitor.history.last("live_fraction") < 0.8
+        assert monitor.history.last("head_loss") > 0
+
+
 def test_a_copy_of_a_watched_model_recomputes_nothing() -> None:
     class WithLoss(Fused):
         def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
@@ -222,4 +237,34 @@ def test_a_copy_of_a_watched_model_recomputes_nothing() -> None:
             optimizer.step()
         assert monitor.history["recomputed_fraction"][1].tolist() == [1.0, 1.0]
         assert monitor._loop.probe.recomputed == 2
-    assert not any(module._forward_hooks for module in model.modules())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["called by a training step", "called by its wrapper"])
+def test_the_labels_are_found_wherever_the_model_with_the_head_is_called(inside: bool) -> None:
+    class WithLoss(Fused):
+        def forward(self, x: Tensor, labels: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+            wanted = labels if y is None else y
+            assert wanted is not None
+            return chunked(self.body(x), self.head, wanted)
+
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = WithLoss()
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            return self.model(x, y=labels)  # type: ignore[no-any-return]
+
+    model = Wrapper()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs, targets = batch()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        monitor.port.recompute_rows()
+        for _ in range(3):
+            (model if inside else model.model)(inputs, labels=targets).backward()
+            optimizer.step()
+        assert monitor.history["recomputed_fraction"][1].tolist() == [1.0] * 3
+        watch = monitor._loop.handles[-1]
+        assert watch._hidden is None, "no graph is kept"
+        assert monitor.summary()["run"]["head"].endswith(", rows recomputed")
