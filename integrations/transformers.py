@@ -103,9 +103,9 @@ class NFICallback(TrainerCallback, ExportableState):
         )
         monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
         monitor.port.explain_note("no_loss", _NO_LOSS)
-        monitor.port.recompute_rows()
         with monitor.port.guarded("loss"):
             trainer = caller_of(self)
+            monitor.port.recompute_rows(temperature=getattr(trainer, "temperature", None) or 1.0)
             if trainer is not None:  # it divides a loss by the micro-batches, or by the step's items
                 watch_backward(trainer.accelerator, monitor, shares=True)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.inert_hook import InertInCopies
-from nfi_monitor.capture.recomputed import Autocast, RowRecomputer, autocast_of
+from nfi_monitor.capture.recomputed import AfterHead, Autocast, RowRecomputer, autocast_of
 
 _SHIFTED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Endings of class names of models that hold each position against the next position's label."""
@@ -28,6 +28,7 @@ class BodyWatch:
         head: the head.
         recomputer: gets hidden states and targets.
         failed: ``failed(part, error)`` reports an error.
+        temperature: what the trainer divides the logits by.
     """
 
     def __init__(
@@ -36,12 +37,16 @@ class BodyWatch:
         head: Head,
         recomputer: RowRecomputer,
         failed: Callable[[str, BaseException], None],
+        *,
+        temperature: float = 1.0,
     ) -> None:
         owner = next((one for one in model.modules() if head.module in one._modules.values()), model)
         self._recomputer, self._failed = recomputer, failed
         self._shifted = not getattr(getattr(owner, "config", None), "is_encoder_decoder", False) and (
             type(owner).__name__.endswith(_SHIFTED) or not hasattr(owner, "config")
         )
+        after_head = _after_head(getattr(owner, "config", None))
+        recomputer.after_head = after_head.divided(temperature)
         self._features = head.weight.shape[1 - head.class_axis] if head.weight is not None else None
         self._hidden: Tensor | None = None
         self._head_calls = 0  # before the hidden states
@@ -103,6 +108,21 @@ class BodyWatch:
         except Exception as error:
             self._failed("rows", error)
         return True
+
+
+def _after_head(config: Any) -> AfterHead:
+    """Return what the model does to the head's output, by the names that HuggingFace's configurations use."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    scale = 1.0
+    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
+        found = getattr(text, name, None)
+        if isinstance(found, float):
+            scale = found
+    divisor = getattr(text, "logits_scaling", None)
+    if isinstance(divisor, (int, float)) and divisor:
+        multiplied = getattr(text, "model_type", "") == "hyperclovax"
+        scale = float(divisor) if multiplied else 1 / divisor
+    return AfterHead(scale, getattr(text, "final_logit_softcapping", None))
 
 
 def _hidden_of(output: Any) -> Tensor | None:

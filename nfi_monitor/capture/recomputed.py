@@ -46,6 +46,31 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 """Returns a context with the state of autocast that it was made from."""
 
 
+class AfterHead(NamedTuple):
+    """What happens between head and loss to z: ``cap``·tanh(``scale``·z/``cap``); no cap: ``scale``·z."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def divided(self, temperature: float) -> AfterHead:
+        """Return the same, with the result divided by ``temperature``."""
+        cap = None if self.cap is None else self.cap / temperature
+        return AfterHead(self.scale / temperature, cap)
+
+    def logits(self, output: Tensor) -> Tensor:
+        """Return the logits of the loss, of the head's output [n, K]."""
+        if self == AfterHead():
+            return output
+        scaled = output.to(_accumulator(output)) * self.scale
+        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
+
+    def chain(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """Return the gradient at the head's output, of the gradient at the logits, [n, K] each."""
+        if self.cap is not None:
+            grad = grad * (1 - (logits / self.cap).square())
+        return grad if self.scale == 1.0 else grad * self.scale
+
+
 class RowRecomputer:
     """Deliver recomputed rows of hidden states that reach a loss without logits.
 
@@ -67,6 +92,7 @@ class RowRecomputer:
         self._head, self._probe = head, probe
         self._wanted, self._deliver, self._failed, self._spent = wanted, deliver, failed, spent
         self._known = Known()
+        self.after_head = AfterHead()
 
     @property
     def wants(self) -> bool:
@@ -114,6 +140,7 @@ class RowRecomputer:
             targets=labels.reshape(-1)[first::stride].clone(),
             counted=(labels >= 0).sum(),
             total=total,
+            after_head=self.after_head,
             autocast=autocast,
             bias_apart=hidden.dim() > 2 and not hidden.is_contiguous(),
         )
@@ -167,6 +194,7 @@ class _Pending:
     targets: Tensor
     counted: Tensor
     total: int
+    after_head: AfterHead
     autocast: Autocast
     bias_apart: bool
     """Whether a linear layer rounds once more before it adds its bias, as PyTorch's does for such inputs."""
@@ -182,14 +210,15 @@ class _Pending:
                 self._linear(weight[at : at + CLASSES], None if bias is None else bias[at : at + CLASSES])
                 for at in range(0, len(weight), CLASSES)
             ]
-            logits = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            output = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
+            logits = self.after_head.logits(output)
             dtype = _precision(logits, known.dtype)
-            pulls = [self._pull(gradient, logits, weight, dtype) for gradient in GRADIENTS]
+            pulls = [self._pull(gradient, logits, weight, dtype, output.dtype) for gradient in GRADIENTS]
             own = weight[self.targets.clamp(min=0)].to(pulls[0].dtype).square().sum(-1)
         return RecomputedRows(
             grad=grad,
             logits=logits,
-            features=self.features,
+            features=self.features * self.after_head.scale if self.after_head.scale != 1 else self.features,
             total=self.total,
             graph=graph,
             targets=self.targets,
@@ -205,14 +234,20 @@ class _Pending:
             return product + bias.to(product.dtype)
         return F.linear(self.features, weight, bias)
 
-    def _pull(self, gradient: Gradient, logits: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the gradient at the hidden states if each row had weight 1, [n, d]."""
+    def _pull(
+        self, gradient: Gradient, logits: Tensor, weight: Tensor, dtype: torch.dtype, output: torch.dtype
+    ) -> Tensor:
+        """Return the gradient at the hidden states if each row had weight 1, [n, d].
+
+        ``dtype``: of the loss; ``output``: of the head's output.
+        """
         with torch.autocast(logits.device.type, enabled=False):
             ones = torch.ones(len(logits), device=logits.device)
             unit = gradient(logits, self.targets, ones, dtype).to(_accumulator(logits))
+            unit = self.after_head.chain(unit, logits)
             largest = unit.abs().amax(-1, keepdim=True)
             # Each row is scaled to 1, because float16 would round a small gradient to zero.
-            unit = (unit / largest.clamp(min=torch.finfo(unit.dtype).tiny)).to(logits.dtype)
+            unit = (unit / largest.clamp(min=torch.finfo(unit.dtype).tiny)).to(output)
             pull = torch.zeros(len(unit), weight.shape[1], dtype=largest.dtype, device=unit.device)
             for at in range(0, len(weight), CLASSES):
                 pull += unit[:, at : at + CLASSES] @ weight[at : at + CLASSES].to(unit.dtype)

@@ -76,6 +76,7 @@ class LossSources:
         yield
         try:
             if isinstance(loss, Tensor) and not self._reported:
+                self.end_micro_batch()  # a compiled model stores its loss
                 del losses.observed[before:]  # the loss in the model's output is a part of this one
                 losses.share = None
                 self._take(loss.detach().mean(), 1.0 if shares and before else None)

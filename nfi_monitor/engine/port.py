@@ -82,14 +82,17 @@ class AdapterPort:
         """Run a block that must not stop the training: report an exception once, as an error of ``part``."""
         return self._loop.faults.guarded(part)
 
-    def recompute_rows(self) -> None:
+    def recompute_rows(self, *, temperature: float = 1.0) -> None:
         """Recompute rows where the loss does not call the head. The model gets ``labels`` as a keyword.
 
-        For models of HuggingFace's kind.  Elsewhere, the training loop calls ``monitor.tap_features``.
+        For models of HuggingFace's kind; ``temperature`` divides their logits in the loss.  Elsewhere, the
+        training loop calls ``monitor.tap_features``.
         """
         loop = self._loop
         if loop.head is not None and loop.head.weight is not None and not loop.closed:
-            loop.handles.append(BodyWatch(loop.model, loop.head, loop.recomputer, loop.faults.failed))
+            failed = loop.faults.failed
+            watch = BodyWatch(loop.model, loop.head, loop.recomputer, failed, temperature=temperature)
+            loop.handles.append(watch)
 
     def trained_by(self, loss: Tensor) -> bool:
         """Return whether the watched optimizer trains the parameters nearest to ``loss``."""

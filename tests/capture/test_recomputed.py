@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -203,6 +204,39 @@ def test_the_gradient_is_that_of_pytorchs_cross_entropy_to_the_last_bit(dtype: t
     F.cross_entropy(logits, targets).backward()
     weights = torch.full((40,), 1 / 32).to(dtype)
     assert torch.equal(cross_entropy_gradient(logits.detach(), targets, weights, dtype), logits.grad)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("cap", [None, 5.0])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_logits_scaled_and_capped_as_the_models_configuration_says_are_recomputed(
+    scale: float, cap: float | None, temperature: float
+) -> None:
+    class Configured(Fused):
+        config = SimpleNamespace(logit_scale=scale, final_logit_softcapping=cap)
+
+        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+            logits = scale * F.linear(self.body(x), self.head.weight, self.head.bias)
+            logits = logits if cap is None else cap * torch.tanh(logits / cap)
+            seen.append(logits.detach() / temperature)
+            return F.cross_entropy(logits / temperature, labels)
+
+    seen: list[Tensor] = []
+    model = Configured()
+    with torch.no_grad():
+        model.head.weight.mul_(20)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs, targets = batch()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        monitor.port.recompute_rows(temperature=temperature)
+        for _ in range(3):
+            loss = model(inputs, labels=targets)
+            loss.backward()
+            optimizer.step()
+            assert monitor.history.last("head_loss") == pytest.approx(loss.item(), rel=1e-4)
+            assert monitor.history.last("zero_sum_violation") < 1e-5
+            chances = seen[-1].softmax(-1).amax(-1).mean()
+            assert monitor.history.last("max_probability") == pytest.approx(chances.item(), rel=1e-4)
 
 
 @pytest.mark.parametrize("classes", [7, 70_000])
