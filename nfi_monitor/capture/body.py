@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
+from nfi_monitor.capture.after_head import of_config
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.inert_hook import InertInCopies
-from nfi_monitor.capture.recomputed import AfterHead, Autocast, RowRecomputer, autocast_of
+from nfi_monitor.capture.recomputed import Autocast, RowRecomputer, autocast_of
 
 _SHIFTED = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 """Endings of class names of models that hold each position against the next position's label."""
@@ -45,21 +47,20 @@ class BodyWatch:
         self._shifted = not getattr(getattr(owner, "config", None), "is_encoder_decoder", False) and (
             type(owner).__name__.endswith(_SHIFTED) or not hasattr(owner, "config")
         )
-        after_head = _after_head(getattr(owner, "config", None))
+        after_head = of_config(getattr(owner, "config", None))
         recomputer.after_head = after_head.divided(temperature)
         self._features = head.weight.shape[1 - head.class_axis] if head.weight is not None else None
         self._hidden: Tensor | None = None
         self._head_calls = 0  # before the hidden states
         self._autocast: Autocast | None = None
-        self._inside = False  # whether the model's forward pass is running
-        before, after = InertInCopies(self._before_model), InertInCopies(self._after_model)
-        self._handles = [
-            model.register_forward_pre_hook(before, with_kwargs=True),
-            model.register_forward_hook(after, with_kwargs=True),
-        ]
-        if owner is not model:  # a training step may call it without the model around it
-            inner = InertInCopies(self._after_owner)
-            self._handles.append(owner.register_forward_hook(inner, with_kwargs=True))
+        self._running: set[nn.Module] = set()  # of the model and the owner of the head
+        before, after = InertInCopies(self._begin), InertInCopies(self._end)
+        self._handles: list[RemovableHandle] = []
+        for module in dict.fromkeys((model, owner)):  # a training step may call the owner alone
+            self._handles += [
+                module.register_forward_pre_hook(before, with_kwargs=True),
+                module.register_forward_hook(after, with_kwargs=True),
+            ]
         beside = InertInCopies(self._after_module)
         for child in owner.children():
             if child is not head.module:
@@ -69,28 +70,28 @@ class BodyWatch:
         for handle in self._handles:
             handle.remove()
         self._hidden = None
+        self._running.clear()
 
     def _after_module(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
         """Keep the module's output until the model's forward pass ends, if it can be hidden states."""
-        if not (module.training and torch.is_grad_enabled() and self._recomputer.wants):
-            return
-        hidden = _hidden_of(output)
-        if hidden is not None and hidden.shape[-1] == self._features:
-            self._hidden, self._head_calls = hidden, self._recomputer.head_calls
-            # Now, because a framework may wrap only the model's forward in autocast, without its hooks.
-            self._autocast = autocast_of(hidden.device.type)
+        try:
+            if not (self._running and module.training and torch.is_grad_enabled() and self._recomputer.wants):
+                return
+            hidden = _hidden_of(output)
+            if hidden is not None and hidden.shape[-1] == self._features:
+                self._hidden, self._head_calls = hidden, self._recomputer.head_calls
+                # Now, because a framework may wrap only the model's forward in autocast, without its hooks.
+                self._autocast = autocast_of(hidden.device.type)
+        except Exception as error:
+            self._failed("rows", error)
 
-    def _before_model(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
-        self._inside = True
+    def _begin(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+        self._running.add(module)
 
-    def _after_model(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
-        self._inside = False
-        self._tap(kwargs)
-        self._hidden = None
-
-    def _after_owner(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
-        if self._tap(kwargs) or not self._inside:
-            self._hidden = None
+    def _end(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
+        self._running.discard(module)
+        if self._tap(kwargs) or not self._running:
+            self._hidden = None  # it would keep the whole graph alive
 
     def _tap(self, kwargs: Mapping[str, Any]) -> bool:
         """Tap the hidden states if the labels are among ``kwargs``; return whether they are."""
@@ -108,21 +109,6 @@ class BodyWatch:
         except Exception as error:
             self._failed("rows", error)
         return True
-
-
-def _after_head(config: Any) -> AfterHead:
-    """Return what the model does to the head's output, by the names that HuggingFace's configurations use."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    scale = 1.0
-    for name in ("logit_scale", "output_multiplier", "lm_head_multiplier"):
-        found = getattr(text, name, None)
-        if isinstance(found, float):
-            scale = found
-    divisor = getattr(text, "logits_scaling", None)
-    if isinstance(divisor, (int, float)) and divisor:
-        multiplied = getattr(text, "model_type", "") == "hyperclovax"
-        scale = float(divisor) if multiplied else 1 / divisor
-    return AfterHead(scale, getattr(text, "final_logit_softcapping", None))
 
 
 def _hidden_of(output: Any) -> Tensor | None:

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nfi_monitor.capture.after_head import AfterHead
 from nfi_monitor.capture.backward_pass import nearest_parameter, trains
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.head_probe import HeadProbe, Rows, inside_functorch, rows_of
@@ -44,31 +45,6 @@ than that, and each fused loss rounds it in its own way."""
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 """Returns a context with the state of autocast that it was made from."""
-
-
-class AfterHead(NamedTuple):
-    """What happens between head and loss to z: ``cap``·tanh(``scale``·z/``cap``); no cap: ``scale``·z."""
-
-    scale: float = 1.0
-    cap: float | None = None
-
-    def divided(self, temperature: float) -> AfterHead:
-        """Return the same, with the result divided by ``temperature``."""
-        cap = None if self.cap is None else self.cap / temperature
-        return AfterHead(self.scale / temperature, cap)
-
-    def logits(self, output: Tensor) -> Tensor:
-        """Return the logits of the loss, of the head's output [n, K]."""
-        if self == AfterHead():
-            return output
-        scaled = output.to(_accumulator(output)) * self.scale
-        return scaled if self.cap is None else self.cap * torch.tanh(scaled / self.cap)
-
-    def chain(self, grad: Tensor, logits: Tensor) -> Tensor:
-        """Return the gradient at the head's output, of the gradient at the logits, [n, K] each."""
-        if self.cap is not None:
-            grad = grad * (1 - (logits / self.cap).square())
-        return grad if self.scale == 1.0 else grad * self.scale
 
 
 class RowRecomputer:
@@ -164,6 +140,8 @@ class RowRecomputer:
                 rows = given[0]()
                 if rows is not None:
                     rows.add(grad)
+                return
+            if hasattr(head.weight, "to_local"):  # sharded again since the forward pass
                 return
             rows = pending.rows(grad.clone(), weakref.ref(given), self._known)
             given.append(weakref.ref(rows))
