@@ -11,7 +11,7 @@ from nfi_monitor.extras import raise_missing
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.report.loggers import ScalarLog, notifiers
 
-from .attach import Attachment
+from .attach import Attachment, watch_backward
 
 try:
     from accelerate import Accelerator
@@ -29,10 +29,11 @@ STATE = "nfi_monitor.json"
 def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) -> Monitor:
     """Watch a prepared model and optimizer. Close the monitor after the loop, or use ``with``.
 
-    If the model returns the loss (as HuggingFace's models do), it is read from there. Otherwise call
-    ``monitor.observe_loss(loss)`` before ``accelerator.backward(loss)``. Scalars go to the accelerator's
-    trackers, alerts to those that notify people (wandb, trackio). ``accelerator.save_state`` saves the
-    monitor, too, and ``load_state`` goes on with its alerts. A checkpoint without them is no error.
+    The loss is the one given to ``accelerator.backward``. In a loop with ``loss.backward()`` it is the loss
+    that the model returns, if it is the one that trains; else call ``monitor.observe_loss(loss)``. Scalars go
+    to the accelerator's trackers, alerts to those that notify people (wandb, trackio).
+    ``accelerator.save_state`` saves the monitor, too, and ``load_state`` goes on with its alerts. A
+    checkpoint without them is no error.
 
     Args:
         options: as for :class:`nfi_monitor.Monitor`. ``run_dir`` is ``nfi`` in the accelerator's project
@@ -59,6 +60,8 @@ def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) 
         sinks=[ScalarLog(log), *notifiers(names)],
     )
     monitor.observe_outputs()
+    monitor.port.recompute_rows()
+    watch_backward(accelerator, monitor, several_models=True)
 
     # Weak: after an out-of-memory error the loop does not reach close(), and the accelerator lives on.
     attached = weakref.ref(attachment)

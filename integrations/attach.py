@@ -34,13 +34,16 @@ A skeleton of an adapter (``lightning.py`` is a good example)::
 
 from __future__ import annotations
 
+import functools
 import inspect
 import os
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -231,6 +234,52 @@ class Attachment:
                 self._begun.append(alert)
         if self._on_alert is not None:
             self._on_alert(alert)
+
+
+def watch_backward(
+    accelerator: Any, monitor: Monitor, *, shares: bool = False, several_models: bool = False
+) -> None:
+    """Let the monitor see each loss given to ``accelerator.backward``, until the monitor closes.
+
+    Args:
+        shares: the losses of a step's micro-batches are added; else their mean is taken.
+        several_models: the accelerator may train other models, too: take only losses of the watched one.
+    """
+    original, replaced = accelerator.backward, vars(accelerator).get("backward")
+    watching = weakref.ref(monitor)  # a monitor that is never closed must not live as long as the accelerator
+
+    @functools.wraps(original)
+    def backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
+        here = watching()
+        if here is None or here.closed or (several_models and not here.port.trained_by(loss)):
+            return original(loss, *args, **kwargs)
+        with here.port.backward_of(loss, shares=shares):
+            return original(loss, *args, **kwargs)
+
+    def restore() -> None:
+        if vars(accelerator).get("backward") is not backward:  # somebody has wrapped it again
+            return
+        if replaced is None:
+            del accelerator.backward
+        else:
+            accelerator.backward = replaced
+
+    accelerator.backward = backward
+    monitor.port.at_close(restore)
+
+
+def caller_of(callback: object) -> Any:
+    """Return the HuggingFace Trainer that is calling ``callback``, from the call stack, or None.
+
+    A Trainer gives its callbacks everything but itself.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        candidate = frame.f_locals.get("self")
+        if callback in getattr(getattr(candidate, "callback_handler", None), "callbacks", ()):
+            return candidate
+        frame = frame.f_back
+    return None
 
 
 def free_directory(wanted: str | os.PathLike[str]) -> Path:

@@ -74,7 +74,7 @@ class NFICallback(Callback):
                     experiment.add_text(f"nfi/alerts/{alert.id}", text, alert.last_step)
 
         names = [type(logger).__name__.removesuffix("Logger").lower() for logger in trainer.loggers]
-        self._attachment.open(
+        monitor = self._attachment.open(
             pl_module,
             trainer.optimizers,
             directory=_folder(trainer) / "nfi",
@@ -84,11 +84,14 @@ class NFICallback(Callback):
             state=self._resumed,
             native={"trainer": trainer, "pl_module": pl_module},
         )
+        monitor.port.recompute_rows()
         self._resumed = {}
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: Any) -> None:
         with self._attachment.guarded():
-            if self.monitor is not None:  # Lightning has divided it by the number of micro-batches
+            several = len(trainer.optimizers) > 1  # this loss may train another model than the watched one
+            if self.monitor is not None and (not several or self.monitor.port.trained_by(loss)):
+                # Lightning has divided it by the number of micro-batches.
                 self.monitor.observe_loss(loss.detach() * trainer.accumulate_grad_batches)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *rest: Any) -> None:

@@ -15,7 +15,7 @@ from nfi_monitor.report.json_values import from_strict_json, strict_json
 from nfi_monitor.report.loggers import AlertLog, notifiers
 from nfi_monitor.types import Alert, Change
 
-from .attach import Attachment
+from .attach import Attachment, caller_of, watch_backward
 
 try:
     from transformers import TrainerCallback
@@ -121,11 +121,19 @@ class NFICallback(TrainerCallback, ExportableState):
             native={"args": args, "state": state, "control": control},
         )
         monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
+        monitor.port.explain_note("no_loss", _NO_LOSS)
+        with monitor.port.guarded("loss"):
+            trainer = caller_of(self)
+            monitor.port.recompute_rows(temperature=getattr(trainer, "temperature", None) or 1.0)
+            if trainer is not None:  # it divides a loss by the micro-batches, or by the step's items
+                watch_backward(trainer.accelerator, monitor, shares=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():
             if self.monitor is not None:
                 self.monitor.port.begin_step()
+                if self.monitor.step == 0:
+                    self.monitor.port.wrapped_by(getattr(caller_of(self), "model_wrapped", kwargs["model"]))
 
     def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():
@@ -155,4 +163,10 @@ _SECOND = (
     "The Trainer has more than one NFICallback. The first one watches this training. The options of the "
     "others (save_on, stop_on, remedy, on_alert, run_dir) have no effect. Pass one NFICallback with all "
     "options."
+)
+
+_NO_LOSS = (
+    "No loss is observed: this Trainer gives none to accelerator.backward(). Causes are watched, but a "
+    "slingshot itself cannot be seen. Where your Trainer computes the loss (training_step, or its own loop), "
+    "call callback.monitor.observe_loss(loss), callback being the NFICallback, before the optimizer's step."
 )

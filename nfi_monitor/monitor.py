@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from nfi_monitor.alert_handler import handler_of
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
-from nfi_monitor.capture.sampling import local
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.engine import checkpoint, detach
 from nfi_monitor.engine.checks import Options, find_watched
@@ -141,13 +140,8 @@ class Monitor:
         It never synchronises: a tensor is kept and read later, with the step's other numbers.
         """
         loop = self._loop
-        if loop.closed or loop.paused:
-            return
         try:
-            if devices.GRAPHS and loop.recorded():
-                return
-            loop.losses.observe(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
-            loop.silence.reported()
+            loop.loss_sources.report(loss)
         except Exception as error:
             loop.faults.failed("observe_loss", error)
 
@@ -156,8 +150,11 @@ class Monitor:
 
         If the model gets ``num_items_in_batch``, each loss is a share of the step's loss: the losses are
         added and multiplied by ``scale`` (the number of processes, if the items of all are counted).
+        A loss at which no gradient arrives is not the run's: it is left out, and a note says so.
         """
-        self._loop.observe_outputs(scale, self.observe_loss)
+        loop = self._loop
+        if not loop.closed:
+            loop.loss_sources.watch_outputs(loop.model, scale, loop.hooks.add)
 
     @torch.compiler.disable
     def tap(self, logits: Tensor) -> Tensor:
@@ -174,6 +171,21 @@ class Monitor:
             except Exception as error:
                 loop.faults.failed("rows", error)
         return logits
+
+    @torch.compiler.disable
+    def tap_features(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Watch the hidden states of a loss that makes no logits. Returns them unchanged.
+
+        For a fused or chunked linear cross-entropy, which reads the head's weight: rows are recomputed from
+        ``hidden`` [..., d] and ``targets`` [...] (int64, of these rows; a negative one does not count).
+        """
+        loop = self._loop
+        if not loop.closed:
+            try:
+                loop.recomputer.tap(hidden, targets)
+            except Exception as error:
+                loop.faults.failed("rows", error)
+        return hidden
 
     # --- results ---------------------------------------------------------------------------------
 

@@ -300,6 +300,51 @@ def test_a_second_moment_is_checked_without_waiting_for_the_device(device, kind)
     assert operations.called and not operations.sent and not operations.waited
 
 
+def test_rows_are_recomputed_without_waiting_for_the_device(elsewhere) -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, CLASSES))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    inputs, targets = torch.randn(ROWS, 8), torch.zeros(ROWS, dtype=torch.int64)
+    operations = Operations()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+
+        def step() -> None:
+            hidden = monitor.tap_features(model[1](model[0](inputs)), targets)
+            hidden.square().mean().backward()
+            optimizer.step()
+
+        for _ in range(3):
+            step()
+        with looked_at(monitor, operations):
+            step()
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
+        assert monitor._loop.transfer._pending[-1][0].rows and monitor._loop.probe.recomputed == 4
+    assert elsewhere and not operations.waited
+    assert 64 * CLASSES <= operations.largest <= max(64 * CLASSES, ROWS * 16), "never all logits"
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_backward_passes_are_added_up_without_waiting_for_the_device(elsewhere, passes: int) -> None:
+    model = nn.Linear(8, CLASSES)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    operations = Operations()
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+
+        def step() -> None:
+            logits = model(torch.randn(ROWS, 8))
+            for _ in range(passes):
+                logits.logsumexp(-1).mean().backward(retain_graph=True)
+            optimizer.step()
+
+        for _ in range(3):
+            step()
+        with looked_at(monitor, operations):
+            step()
+        assert not [note for note in monitor.notes if note.code.startswith("failed")]
+        assert monitor._loop.transfer._pending[-1][0].rows
+    assert elsewhere and not operations.waited
+    assert operations.largest <= ROWS * CLASSES // 4, "of the sampled rows only"
+
+
 def test_a_part_of_a_step_is_made_ready_for_other_ranks_without_waiting_for_the_device(device) -> None:
     update = update_of(None, 1)[0]
     there = {name: x.to(device) for name, x in vars(update).items() if isinstance(x, torch.Tensor)}
@@ -346,6 +391,7 @@ def test_features_come_to_the_head_or_are_said_to_lie_elsewhere(device, head_on:
     with Monitor(model, optimizer, console=False, every=1) as monitor:
         for _ in range(2):
             model(torch.zeros(ROWS, 8, device=there)).logsumexp(-1).mean().backward()
+            monitor._loop.step_reader.finish_rows()
             rows = monitor._loop.rows
             rows.features, total, count = (
                 torch.zeros(x.shape, device=beside) for x in (rows.features, *rows.feature_total)

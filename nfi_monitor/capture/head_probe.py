@@ -8,14 +8,16 @@ the model's output is often a converted copy, whose hook never runs.
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
+from nfi_monitor.capture.backward_pass import SeveralPasses, nearest_parameter, trains
 from nfi_monitor.capture.head import own_parameter
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.reading_plan import ReadingPlan
@@ -23,15 +25,34 @@ from nfi_monitor.capture.sampling import local, offset, row_stride
 from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
-    """Sampled rows of one backward pass: gradient [n, K], logits [n, K], features [n, d] or None."""
+    """Sampled rows of one forward pass: gradient [n, K], logits [n, K], features [n, d] or None.
+
+    While this object is alive, further backward passes through the same graph are added to it.
+    """
 
     grad: Tensor
     logits: Tensor
     features: Tensor | None
     total: int  # number of rows of the whole batch
     shard: ClassShard | None = None  # set if this rank holds only some of the classes
+    graph: Callable[[], object] = lambda: None
+    """Returns None once the graph is freed: then no further gradient can arrive."""
+    passes: SeveralPasses | None = None
+    """The gradients of all backward passes, if there was more than one."""
+    recomputed: Tensor | None = None
+    """For recomputed rows: whether they are the run's rows, bool, 0-d. If not, they do not count."""
+
+    def add(self, grad: Tensor) -> None:
+        """Add the gradient [n, K] of a further backward pass."""
+        if self.passes is None:
+            self.passes = SeveralPasses(self.grad, self.logits)
+        self.passes.add(grad)
+
+    def finished(self, loss_dtype: torch.dtype | None = None) -> Rows:
+        """Return the rows with the gradient of all backward passes. ``loss_dtype``: of the observed loss."""
+        return self if self.passes is None else replace(self, grad=self.passes.sum(), passes=None)
 
 
 Sampler = Callable[[Tensor], Tensor]
@@ -59,6 +80,7 @@ class HeadProbe(ModelHook):
         self._spent = spent
         self.fired = 0
         self.delivered = 0
+        self.recomputed = 0  # number of backward passes whose rows were recomputed
         self.fired_without_gradient = 0
         self.traced = 0
         self.traced_backward = 0
@@ -73,10 +95,13 @@ class HeadProbe(ModelHook):
 
     @property
     def level(self) -> str:
-        """The place where violations are read: "rows", "tap" or, before any row, "weight_gradient"."""
+        """The place where violations are read: "rows", "tap", "recomputed" or, before any row,
+        "weight_gradient"."""
         if self.tapped:
             return "tap"
-        return "rows" if self.delivered else "weight_gradient"
+        if self.delivered:
+            return "rows"
+        return "recomputed" if self.recomputed else "weight_gradient"
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if torch.compiler.is_compiling():
@@ -194,6 +219,9 @@ class HeadProbe(ModelHook):
     ) -> None:
         """Hook ``logits``, and deliver their gradient with the rows ``kept`` from the forward pass."""
 
+        parameter = nearest_parameter(logits)
+        given = _Given()  # owned by the hook, which lives as long as the graph
+
         def on_gradient(grad: Tensor | None) -> None:
             # Some compiled outer graphs call tensor hooks with None.  If logits were tapped after this
             # forward pass, the tapped tensor reports the rows.
@@ -203,7 +231,7 @@ class HeadProbe(ModelHook):
             if torch.compiler.is_compiling():
                 self.traced_backward = 1
                 return
-            if not devices.is_readable(grad):  # only the backward pass is traced
+            if not devices.is_readable(grad) or not trains(parameter):  # only the backward pass is traced
                 return
             started = time.perf_counter()
             try:
@@ -219,16 +247,27 @@ class HeadProbe(ModelHook):
                 self.sharded += 1
                 return
             self.delivered += 1
-            if kept:  # a second backward pass through the same graph has the same rows
-                features = kept[1] if len(kept) > 1 else None
-                self._deliver(Rows(sample(grad), kept[0], features, total, shard))
-                kept.clear()  # the graph may live longer than its backward pass
+            if given:  # a further backward pass through the same graph
+                rows = given[0]()
+                if rows is not None:
+                    rows.add(sample(grad))
+                return
+            # A copy: a view would keep the whole gradient until the step, and autograd may write to it.
+            features = kept[1] if len(kept) > 1 else None
+            rows = Rows(sample(grad).clone(), kept[0], features, total, shard, weakref.ref(given))
+            kept.clear()  # the graph may live longer than its backward pass
+            given.append(weakref.ref(rows))
+            self._deliver(rows)
 
         logits.register_hook(on_gradient)
 
     def forget(self) -> None:
         """Drop features whose logits were never tapped."""
         self._features = None
+
+
+class _Given(list["weakref.ref[Rows]"]):
+    """The rows given away by one hook. Unlike a list, it can be referenced weakly."""
 
 
 def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:

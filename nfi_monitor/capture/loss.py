@@ -1,7 +1,8 @@
 """Read the loss that a model returns with its output, as HuggingFace models do.
 
 A framework gives its callbacks only the average loss of a logging interval, which hides a spike.  A forward
-hook on the whole model sees the loss of every step, at no cost.
+hook on the whole model sees the loss of every step, at little cost.  The loss counts if a gradient arrives at
+it: a model returns its loss also where another loss trains (preference optimization, a user's own loss).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
+from nfi_monitor.capture.backward_pass import nearest_parameter, trains
 from nfi_monitor.capture.model_hooks import ModelHook
 
 COUNT = "num_items_in_batch"
@@ -21,7 +23,10 @@ model's loss is then a share of the step's loss, not a mean: the shares must be 
 
 
 class LossProbe(ModelHook):
-    """Hook the model's forward pass: call ``deliver(loss, share)`` with each training loss, a 0-d tensor."""
+    """Hook the model's forward pass: call ``deliver(loss, share)`` with each training loss, a 0-d tensor.
+
+    ``share``: whether the loss is a share of the step's.  The loss is delivered in its backward pass.
+    """
 
     def __init__(
         self, deliver: Callable[[Tensor, bool], None], failed: Callable[[str, BaseException], None]
@@ -29,6 +34,8 @@ class LossProbe(ModelHook):
         self._deliver = deliver
         self._failed = failed
         self._compiled: tuple[Tensor, bool] | None = None
+        self._returned = 0  # losses since the last optimizer step
+        self._trained = 0  # of these, losses at which a gradient has arrived
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -43,15 +50,39 @@ class LossProbe(ModelHook):
         try:
             loss = loss_of(output)
             if loss is not None and devices.is_readable(loss):
-                self._deliver(loss, kwargs.get(COUNT) is not None)
+                self._watch(loss, kwargs.get(COUNT) is not None)
         except Exception as error:
             self._failed("loss", error)
+
+    def _watch(self, loss: Tensor, share: bool) -> None:
+        """Deliver ``loss`` once a backward pass that trains arrives at it."""
+        self._returned += 1
+        parameter = nearest_parameter(loss)
+        kept = [loss.detach().clone()]  # a copy: a trainer may scale its loss in place
+
+        def on_gradient(grad: Tensor | None) -> None:
+            try:
+                if kept and trains(parameter):
+                    self._trained += 1
+                    self._deliver(kept.pop(), share)
+            except Exception as error:
+                self._failed("loss", error)
+
+        loss.register_hook(on_gradient)
 
     def collect(self) -> None:
         """Deliver the loss that a compiled forward pass has stored. Call it after each micro-batch."""
         left, self._compiled = self._compiled, None
         if left is not None and devices.is_readable(left[0]):  # torch.export leaves a fake tensor
+            self._returned += 1
+            self._trained += 1  # not known: a compiled pass has no hook at its loss
             self._deliver(*left)
+
+    def take_counts(self) -> tuple[int, int]:
+        """Return and clear the number of losses since the last step, and of those that train."""
+        counts = self._returned, self._trained
+        self._returned = self._trained = 0
+        return counts
 
 
 def loss_of(output: Any) -> Tensor | None:

@@ -43,18 +43,29 @@ class CopiedLoop:
         self.recent_snapshots = SimpleNamespace(snapshots=[])
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
         self.membership = SimpleNamespace(may_act=lambda step: False)
+        self.loss_sources = _NoLosses()
         self.paused = _Unpaused()
-
-    def observe_outputs(self, scale: float, observe: Any) -> None:
-        """Do nothing."""
-
-    def end_micro_batch(self) -> None:
-        """Do nothing."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         raise MonitorError(TEXT)
+
+
+class _NoLosses:
+    """Take a loss from any source, and do nothing with it."""
+
+    untrained = False
+
+    def report(self, loss: Any) -> None:
+        pass
+
+    def end_micro_batch(self) -> None:
+        pass
+
+    @contextmanager
+    def backward(self, loss: Any, *, shares: bool) -> Iterator[None]:
+        yield
 
 
 class _Unpaused:

@@ -67,6 +67,8 @@ def _unregister(loop: StepLoop) -> None:
 def _leave_ranks(loop: StepLoop) -> None:
     """Leave the other ranks, which may take until their timeout, and remove the optimizer's hooks."""
     handed_over = False
+    with loop.faults.guarded("close"):
+        loop.judge.receive(loop.membership.last_readings(loop.step))
     try:
         handed_over = loop.membership.leave(loop.hooks.step, loop.step, loop.detector)
     finally:
@@ -93,6 +95,7 @@ def _finish_schedule(loop: StepLoop) -> None:
 def _release_tensors(loop: StepLoop) -> None:
     loop.step_reader.release()
     loop.silence.release()
+    loop.rank_search.release()
 
 
 def _finish_reports(loop: StepLoop) -> None:

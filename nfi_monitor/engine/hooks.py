@@ -29,6 +29,7 @@ class RunHooks:
     ) -> None:
         self.step = StepHooks(optimizer, before, after, failed)
         self._forward: list[ForwardHook] = []
+        self._others: list[Any] = []
 
     def add(self, module: nn.Module, hook: Any) -> None:
         """Register a forward hook (a :class:`~nfi_monitor.capture.model_hooks.ModelHook`) on a module."""
@@ -36,12 +37,19 @@ class RunHooks:
         self._forward.append(ForwardHook(module, hook))
         self._forward[-1].register()
 
+    def keep(self, handle: Any) -> None:
+        """Remove ``handle``, which has a method ``remove``, with the hooks on modules."""
+        self._others.append(handle)
+
     def watch(self, module: nn.Module) -> bool:
         """Return whether one of the hooks is still registered on ``module``."""
         return any(hook.is_on(module) for hook in self._forward)
 
     def remove_forward(self) -> None:
         """Remove the hooks on modules. A second call does nothing."""
+        while self._others:
+            self._others[-1].remove()
+            self._others.pop()
         while self._forward:
             self._forward[-1].remove()
             self._forward.pop()

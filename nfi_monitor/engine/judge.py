@@ -115,6 +115,8 @@ class Judge:
         for reduced in readings:
             for step, loss in reduced.losses:
                 self.judge(Reading(step, {"loss": loss}), full=False)
+            if reduced.only_losses:
+                continue
             if reduced.skipped:
                 self._notes.skipped_step(reduced.step)
             else:

@@ -22,10 +22,10 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.head_probe import HeadProbe, Rows
 from nfi_monitor.capture.host_transfer import HostTransfer
-from nfi_monitor.capture.loss import LossProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.reading_plan import ReadingPlan
+from nfi_monitor.capture.recomputed import RowRecomputer
 from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
@@ -35,7 +35,9 @@ from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.hooks import Pauses, RunHooks
 from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
+from nfi_monitor.engine.loss_sources import LossSources
 from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.rank_search import RankSearch
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.silence import Silence
@@ -88,7 +90,9 @@ class StepLoop:
         self.paused = Pauses(self.schedule.leave_out)
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
         self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
-        self.loss_probe: LossProbe | None = None
+        self.recomputer = RowRecomputer(
+            head, self.probe, self._captured_step, self._rows_arrived, failed, self.schedule.spend
+        )
         self.reports = Sinks([], self.faults.dropped)
         self.notes = NoteTaker(self.reports.note)
         self.silence = Silence(model, optimizer, head, self.notes.note, failed)
@@ -103,8 +107,11 @@ class StepLoop:
             failed=failed,
             failed_parts=self.faults.failed_parts,
         )
+        watched = (model, optimizer, head)
+        self.rank_search = RankSearch(self.membership, self.schedule, self.faults, watched)
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
+        self.loss_sources = LossSources(self.losses, failed, self._ignores_losses, self.silence.reported)
         self.transfer = HostTransfer()
         self.recent_snapshots = RecentSnapshots(model, optimizer, self.stateful, options.snapshot_limit)
         self.judge = Judge(
@@ -121,7 +128,7 @@ class StepLoop:
 
     def attach(self, options: Options) -> None:
         """Find the other ranks, open the sinks, register the hooks. Until then nothing outside is touched."""
-        apart = self._find_ranks()
+        apart = self.rank_search.begin()
         if self.membership.is_reporter:
             opened = open_sinks(options.console, options.run_dir, self.info)
             self.reports.sinks += [*opened, *options.sinks]
@@ -147,15 +154,12 @@ class StepLoop:
         return True
 
     def _captured_step(self) -> int | None:
-        """Return the step to capture in the head's forward pass, or None.
-
-        Look for the ranks again before the first step: DDP may wrap the model only after the monitor."""
-        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
+        """Return the step to capture in the head's forward pass, or None."""
+        if self._ignores_losses():
             return None
         self.silence.passed()
-        membership = self.membership
-        if self.step == 0 and membership.searching and membership.exchange is None:
-            membership.share_head(self.head, self._find_ranks())
+        if self.step == 0:
+            self.rank_search.again()
         return None if self.faults.is_off("rows") else self.wanted_step
 
     def _rows_arrived(self, rows: Rows) -> None:
@@ -164,33 +168,18 @@ class StepLoop:
         self.silence.arrived()
         self.step_reader.add(rows)
 
-    def observe_outputs(self, scale: float, observe: Callable[[Tensor], None]) -> None:
-        """Pass the loss in the model's output to ``observe``; ``scale`` as for the monitor."""
-        if self.closed or self.loss_probe is not None:
-            return
-
-        def deliver(loss: Tensor, share: bool) -> None:
-            self.losses.share = scale if share else None
-            observe(loss)
-
-        self.loss_probe = LossProbe(deliver, self.faults.failed)
-        self.hooks.add(self.model, self.loss_probe)
-
-    def end_micro_batch(self) -> None:
-        """Collect the loss that a compiled forward pass has stored."""
-        if self.loss_probe is not None and not self.closed:
-            try:
-                self.loss_probe.collect()
-            except Exception as error:
-                self.faults.failed("loss", error)
+    def _ignores_losses(self) -> bool:
+        return self.closed or bool(self.paused) or (devices.GRAPHS and self.recorded())
 
     def _before_step(self, given: Sequence[Any]) -> None:
         if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
             return
         self.silence.inside_step = True
+        if self.step == 0:
+            self.rank_search.end()
         if self.recent_snapshots.pending:
             self._complete_snapshot()
-        self.end_micro_batch()
+        self.loss_sources.end_step()
         if self.wanted_step is None or self.faults.is_off("optimizer"):
             return
         started = time.perf_counter()
@@ -292,7 +281,10 @@ class StepLoop:
         return replace(context, loss_bits=bits, every_step=self.every == 1)
 
     def _note_reading(self, reading: Reading) -> None:
-        self.notes.read(reading, self.detector, self.step_reader, self.probe, self.schedule.readings)
+        untrained = self.loss_sources.untrained
+        self.notes.read(
+            reading, self.detector, self.step_reader, self.probe, self.schedule.readings, untrained=untrained
+        )
         self.notes.probe_refused(self.step_reader.probe_refused, reading.step)
 
     # --- plan ------------------------------------------------------------------------------------
@@ -325,13 +317,6 @@ class StepLoop:
         A change of sample shifts the numbers by up to a percent, and a growth may be smaller than that."""
         calm = self.detector.attention is Attention.RARELY
         return calm and (self.probe.can_reduce or self.reader.can_reduce)
-
-    def _find_ranks(self) -> str | None:
-        """Look for the ranks that train together; return the reason if that failed."""
-        apart = self.membership.find(self.model, self.optimizer, self.head)
-        if self.membership.exchange is not None:
-            self.schedule.give_up_budget()
-        return apart
 
     def _follow(self, agreed: ReadingPlan) -> None:
         """Follow a new plan of the ranks. Drop the last step: later ones cannot be compared with it."""

@@ -28,6 +28,8 @@ class NoteTaker:
     def __init__(self, say: Callable[[Note], None]) -> None:
         self._say = say
         self.by_code: dict[str, Note] = {}
+        self.texts: dict[str, str] = {}
+        """Texts of notes for the framework that trains, by their code."""
         self._without_rows = 0
         self._without_loss = 0
         self._without_report = 0
@@ -75,11 +77,19 @@ class NoteTaker:
             )
 
     def read(
-        self, reading: Reading, detector: Detector, steps: StepReader, probe: HeadProbe, measured: int
+        self,
+        reading: Reading,
+        detector: Detector,
+        steps: StepReader,
+        probe: HeadProbe,
+        measured: int,
+        *,
+        untrained: bool = False,
     ) -> None:
         """Make the notes that a reading is a reason for (:data:`~nfi_monitor.engine.remarks.REMARKS`).
 
-        ``measured``: number of readings before this one.
+        ``measured``: number of readings before this one.  ``untrained``: whether the model returns a loss at
+        which no gradient arrives.
         """
         values = reading.values
         known = "live_fraction" in values or "rows" in self._failures  # a failure has a note of its own
@@ -103,6 +113,7 @@ class NoteTaker:
             self._without_report,
             self._step_before,
             self._needed_float32,
+            untrained and not self._reported,
         )
         self._step_before = reading.step
         for remark in REMARKS:
@@ -110,7 +121,7 @@ class NoteTaker:
                 continue  # this is the reason
             if remark.code not in self.by_code and remark.applies(seen):
                 text = remark.text if isinstance(remark.text, str) else remark.text(seen)
-                self.note(remark.code, text, seen.reading.step)
+                self.note(remark.code, self.texts.get(remark.code, text), seen.reading.step)
 
     def skipped_step(self, step: int) -> None:
         """Note that a gradient scaler skipped a step."""

@@ -50,6 +50,8 @@ class Seen(NamedTuple):
     """Step of the reading before this one; None: this is the first."""
     needed_float32: bool = False
     """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
+    untrained_loss: bool = False
+    """Whether the model returns a loss at which no gradient arrives, and no other loss is known."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,8 @@ def _no_features(seen: Seen) -> bool:
 
 def _no_rows_text(seen: Seen) -> str:
     probe = seen.probe
+    if probe.recomputed:
+        return _not_recomputed_text(seen)
     if probe.sharded:
         cause = "each rank holds the logits of some classes only (a vocabulary-parallel head)"
         cure = "For rows, let the head gather its logits: ColwiseParallel(output_layouts=Replicate())."
@@ -138,6 +142,15 @@ def _no_rows_text(seen: Seen) -> str:
         else "Only the optimizer, the norms and the observed loss are watched."
     )
     return f"No rows seen: {cause}. {instead} {cure}"
+
+
+def _not_recomputed_text(seen: Seen) -> str:
+    return (
+        "No rows seen: the loss makes no logits. Rows recomputed from hidden states and labels do not give "
+        "the gradient that arrives at the hidden states, so they are left out. Possible reasons: logits that "
+        "are scaled or capped, a penalty besides the cross-entropy, other labels. The rest is watched. For "
+        "rows, use a loss of logits and monitor.tap(logits)."
+    )
 
 
 def _rows_elsewhere_text(seen: Seen) -> str:
@@ -192,8 +205,16 @@ def _state_unreadable_text(seen: Seen) -> str:
 REMARKS: tuple[Remark, ...] = (
     Remark("head_never_fired", lambda seen: seen.without_rows == PATIENCE, _no_rows_text),
     Remark(
+        "loss_not_trained",
+        lambda seen: seen.untrained_loss,
+        (
+            "The model returns a loss, but no gradient arrives at it: another loss trains. The returned loss "
+            "is not watched. Report the loss that trains: monitor.observe_loss(loss) before optimizer.step()."
+        ),
+    ),
+    Remark(
         "no_loss",
-        lambda seen: seen.without_loss == PATIENCE,
+        lambda seen: seen.without_loss == PATIENCE and not seen.untrained_loss,
         (
             "No loss is observed. Causes are watched, but a slingshot itself cannot be seen. Call "
             "monitor.observe_loss(loss) before optimizer.step()."
@@ -215,6 +236,15 @@ REMARKS: tuple[Remark, ...] = (
         (
             "The head has one output. Without classes there is no zero-sum and no absorption to measure. "
             "Watched instead: RMS_t, second moment, curvature, weight norm and the observed loss."
+        ),
+    ),
+    Remark(
+        "rows_recomputed",
+        lambda seen: "recomputed_fraction" in seen.reading.values,
+        (
+            "The loss makes no logits (it is fused or chunked), so rows are recomputed: in each reading the "
+            "logits of up to 64 rows, from their hidden states and labels, and the gradient there as the "
+            "loss computes it. They are held against the gradient that arrives at the hidden states."
         ),
     ),
     Remark("rows_elsewhere", lambda seen: len(seen.rows.devices) > 1, _rows_elsewhere_text),
@@ -249,8 +279,9 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.soft_targets and not seen.signals.broken_by_design,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-            "distillation, mixup), or the gradient is projected. Absorption is defined only for rows with a "
-            "single correct class. The zero-sum violation is defined for all rows and still watched."
+            "distillation, mixup), rows are pushed away (preferences, rewards), or the gradient is "
+            "projected. Absorption is defined only for rows with a single correct class. The zero-sum "
+            "violation is defined for all rows and still watched."
         ),
     ),
     Remark("half_precision_loss", _half_precision, _half_precision_loss_text),

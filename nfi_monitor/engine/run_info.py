@@ -69,8 +69,11 @@ def run_json(run: Run) -> dict[str, Any]:
     schedule, tau = run.schedule, run.detector.context.tau
     auto = schedule.healthy_interval or auto_interval(tau)
     training = schedule.training
+    described = describe_run(run.model, run.head, run.reader)
+    if run.probe.level == "recomputed":
+        described["head"] += ", rows recomputed"
     return {
-        **describe_run(run.model, run.head, run.reader),
+        **described,
         "level": run.probe.level,
         "tau": round(tau, 6),
         "every": run.every,

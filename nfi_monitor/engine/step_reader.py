@@ -7,6 +7,7 @@ each adds its numbers to a message to the others (:meth:`StepReader.fill`).
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, TypedDict
 
@@ -97,14 +98,33 @@ class StepReader:
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
         self._before: Any = None
+        self._arrived: deque[Rows] = deque()  # their gradients may still grow
         self._sketch: tuple[int, Tensor] | None = None  # step and rows of the last one with a sharded head
         self.probe_refused: str | None = None  # why the probe batch cannot be used
+        self._loss_dtype: torch.dtype | None = None  # of the last observed loss
         self.loss_bits = 0  # bits of the dtype of the last observed loss; 0: unknown
 
     def add(self, rows: Rows) -> None:
-        """Add the rows of a micro-batch, as its backward pass delivers them."""
+        """Add the rows of a micro-batch, as its backward pass delivers them.
+
+        They are measured when no further backward pass can add to their gradient: when the graph is freed,
+        or at the optimizer step.
+        """
+        self._arrived.append(rows)
+        while self._arrived and self._arrived[0].graph() is None:
+            self._measure_rows(self._arrived.popleft())
+
+    def finish_rows(self) -> None:
+        """Measure all rows that have arrived: the optimizer step is done."""
+        try:
+            while self._arrived:
+                self._measure_rows(self._arrived.popleft())
+        except Exception as error:
+            self.failed("rows", error)
+
+    def _measure_rows(self, rows: Rows) -> None:
         with torch.no_grad(), full_precision(rows.grad):
-            self.rows.add(rows)
+            self.rows.add(rows.finished(self._loss_dtype))
 
     def begin(self, step: int, given: Sequence[Any]) -> None:
         """Read gradients and weights before the step. ``given``: the arguments of ``optimizer.step()``."""
@@ -114,9 +134,12 @@ class StepReader:
     def forget(self) -> None:
         """Drop the tensors read before the step."""
         self._before = None
+        self._arrived.clear()
 
     def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
         """Return one packed vector for this step: row sums, row maxima, step quantities, loss."""
+        self._look_at(losses)
+        self.finish_rows()
         rows = self.rows
         packed: list[Tensor] = []
         if rows.sums is not None and rows.maxima is not None:
@@ -132,7 +155,6 @@ class StepReader:
                 self.failed("optimizer", error)
         self.add_probe(values, step)
         loss = losses.mean()
-        self._look_at(losses)
         parts = [*packed, *values.values()]
         if isinstance(loss, Tensor) and devices.on_host(loss) and not all(map(devices.on_host, parts)):
             loss = loss.item()  # the host knows it: do not send it to the device and back
@@ -161,9 +183,12 @@ class StepReader:
         return values, {}
 
     def _look_at(self, losses: LossQueue) -> None:
-        dtypes = {loss.dtype for loss in losses.observed if isinstance(loss, Tensor)}
+        dtypes = {
+            loss.dtype for loss in losses.observed if isinstance(loss, Tensor) and loss.is_floating_point()
+        }
         if dtypes:
-            self.loss_bits = min(torch.finfo(dtype).bits for dtype in dtypes if dtype.is_floating_point)
+            self._loss_dtype = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
+            self.loss_bits = torch.finfo(self._loss_dtype).bits
 
     def update(self, step: int) -> Update | None:
         """Return the tensors around the optimizer step; None if none were read."""
@@ -244,6 +269,8 @@ class StepReader:
         """Add this process's numbers of the step to the message to the other ranks.
 
         Returns the head's weight if this process holds all of it, else None."""
+        self._look_at(losses)
+        self.finish_rows()
         exchange.add_rows(message, self.rows)
         values: dict[str, Tensor] = {}
         weight = None
@@ -256,7 +283,6 @@ class StepReader:
         self.add_probe(values, step)
         exchange.add_values(message, values)
         loss = losses.mean()
-        self._look_at(losses)
         if loss is not None:
             exchange.keep_loss(step, loss)
         return weight
@@ -293,4 +319,5 @@ class StepReader:
     def release(self) -> None:
         """Drop the model, the optimizer and their tensors. The row counts stay."""
         self._before = self.memory = self._probe_batch = self._sketch = None
+        self._arrived.clear()
         del self.reader

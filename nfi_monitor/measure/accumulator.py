@@ -14,6 +14,7 @@ from nfi_monitor.measure import global_means
 from nfi_monitor.measure.rows import (
     LossKind,
     RowStatistics,
+    of_recomputed,
     row_statistics,
     single_output_statistics,
 )
@@ -88,6 +89,8 @@ class RowAccumulator:
             kind = LossKind(*(devices.send(known, device) for known in kind))
         statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
         self.loss_kind = statistics.loss_kind
+        if rows.recomputed is not None:
+            statistics = of_recomputed(statistics, len(rows.grad), rows.recomputed)
         self._merge(rows, statistics)
 
     def _add_shard(self, rows: Rows, shard: ClassShard) -> None:

@@ -40,7 +40,7 @@ LIVE_SUMS = ("violation", "signed", "absolute", *declared.OVER_LIVE)
 """Sums over live rows. The violation is no declared function: its rows also give a share and a maximum."""
 COUNTED_SUMS = tuple(declared.OVER_COUNTED)
 """Sums over rows that count: live or underflowed."""
-BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted")
+BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted", "recomputed")
 """Numbers of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
 MAXIMA = ("violation_max", "negative_margin_min", "epsilon")
 """Numbers of the micro-batch of which the largest counts."""
@@ -116,7 +116,7 @@ def row_statistics(
             seldom,
             torch.where(view.live, torch.stack(of_live), zero).sum(-1),
             torch.where(view.counts, torch.stack(of_counted), zero).sum(-1),
-            torch.stack([*of_batch, median * total, total]),
+            torch.stack([*of_batch, median * total, total, torch.zeros_like(total)]),
         ]
     )
     maxima = torch.stack(
@@ -222,6 +222,17 @@ def unexplained_rows(
     return kind, (view.live & strange, view.live & contradicted, view.live & unsure)
 
 
+def of_recomputed(statistics: RowStatistics, rows: int, valid: Tensor) -> RowStatistics:
+    """Return the statistics of ``rows`` recomputed rows; of none if not ``valid``, bool, 0-d."""
+    sums, zero = statistics.sums.clone(), torch.zeros_like(statistics.sums[0])
+    sums[SUMS.index("recomputed")] = rows
+    return statistics._replace(
+        sums=torch.where(valid, sums, zero),
+        maxima=torch.where(valid, statistics.maxima, -torch.inf),
+        counts=torch.where(valid, statistics.counts, zero),
+    )
+
+
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
     """Measure rows of a head with one output. Without classes there is no zero-sum and no margin.
 
@@ -258,6 +269,8 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         "live_fraction": s["live"] / s["sampled"],
         "non_finite_rows": s["sampled"] - s["finite"],
     }
+    if s["recomputed"]:
+        values["recomputed_fraction"] = s["recomputed"] / s["sampled"]
     if s["counted"] and not math.isnan(s["mean_logit"]):
         values["mean_logit"] = s["mean_logit"] / s["counted"]
     if single_output:

@@ -92,6 +92,14 @@ ROWS = (
         reference=_LABELLED,
     ),
     Quantity(
+        "recomputed_fraction", "fraction", "recomputed rows",
+        "share of the rows read whose logits and gradient are recomputed, because the loss makes no logits; "
+        "absent where none is",
+        within=SHARE, merge=Merge.ROW_SUMS,
+        reference="tests/capture/test_recomputed.py::"
+        "test_recomputed_rows_are_those_of_the_same_run_with_logits",
+    ),
+    Quantity(
         "unexplained_violation_fraction", "fraction", "rows whose violation rounding cannot explain",
         "share of live rows whose violation rounding cannot explain",
         within=SHARE, merge=Merge.ROW_SUMS,

@@ -75,6 +75,7 @@ class Exchange:
         self._transfer = HostTransfer()
         self._in_flight: deque[tuple[int, Callable[[], Tensor], Tensor | None]] = deque()
         self._losses: dict[int, Tensor | float] = {}
+        self._sent = 0  # step of the last message
         self._means: deque[tuple[int, Tensor]] = deque(maxlen=2)
         self._probe_rows: Tensor | None = None
         self._own_mean: Tensor | None = None  # μ_G of this step, where all ranks have the same rows
@@ -243,6 +244,7 @@ class Exchange:
 
         ``head_weight`` [K, d], if this rank has all of it: for quantities of the ranks' common μ_G."""
         self._losses.clear()
+        self._sent = step
         rows = 0 if self._probe_rows is None else len(self._probe_rows)
         self._probed.append((step, rows, self._moved_mean() is not None))
         if head_weight is not None:
@@ -271,6 +273,19 @@ class Exchange:
             while self._in_flight:
                 arrived.append(self._finish(*self._in_flight.popleft()))
         return arrived
+
+    def unread(self, step: int) -> bool:
+        """Return whether steps up to this one were not exchanged yet. The same on all ranks."""
+        return self._sent != step or bool(self._in_flight) or self._transfer.waiting
+
+    def last(self, step: int) -> list[Reduced]:
+        """Exchange what is left after the last step: earlier readings, then the losses since then."""
+        self.send(self.finish(self.message(), step), step)
+        late = step + self._lag
+        received = [*self.receive(late), *self.receive(late + 1)]
+        end = received.pop()
+        losses = [*end.losses, *((step, value) for name, value in end.values.items() if name == "loss")]
+        return [*received, replace(end, losses=losses, only_losses=True)]
 
     def _finish(self, step: int, wait: Callable[[], Tensor], head_weight: Tensor | None) -> Reduced:
         vector = wait()

@@ -102,6 +102,22 @@ class Membership:
         )
         return False
 
+    @property
+    def processes(self) -> int:
+        """Number of running processes, or of those in the given group."""
+        return processes.processes(self._group)
+
+    def none_found(self) -> None:
+        """Note that several processes run, and no rank is known that trains this model."""
+        self.searching = False
+        if self.processes > 1:
+            self._separate(
+                f"{self.processes} processes run, and neither DistributedDataParallel nor FSDP was found "
+                "around this model. If they train one model, pass group=torch.distributed.group.WORLD; if "
+                "each trains a model of its own, pass group=False",
+                0,
+            )
+
     def _at_fault(self, step: int) -> bool:
         """Return whether a recent error on this rank may be why it missed an exchange."""
         return self.failed_at is not None and step - self.failed_at <= RECENT
@@ -202,6 +218,23 @@ class Membership:
             raise
         Departure(exchange, hooks, step, detector, self._next_read)
         return True
+
+    def last_readings(self, step: int) -> list[Reduced]:
+        """Return the joint readings that are left when all ranks close their monitors after this step.
+
+        None if a rank does not close now: the others then go on without this one.
+        """
+        exchange = self.exchange
+        if exchange is None or exchange.team.together is not True or self._at_fault(step):
+            return []
+        try:
+            if not exchange.unread(step) or not exchange.team.all_close(step):
+                return []
+            received = exchange.last(step)
+        except RuntimeError:  # raised by gloo: a rank is gone
+            return []
+        exchange.team.disband()  # all are closed: none waits for an answer
+        return [reduced for reduced in received if not reduced.out_of_step]
 
     # --- send ------------------------------------------------------------------------------------
 

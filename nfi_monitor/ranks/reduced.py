@@ -30,6 +30,8 @@ class Reduced:
     """Rows whose classes are on several ranks; None if there are none."""
     out_of_step: list[int] = field(default_factory=list)
     """Indices of ranks that are at another optimizer step. The ranks cannot be read together then."""
+    only_losses: bool = False
+    """Whether only the losses count: the last message before all ranks close."""
 
 
 def finish_values(layout: Layout, vector: Tensor, line: Mapping[str, Tensor]) -> dict[str, float]:

@@ -33,6 +33,9 @@ TIMEOUT = 120.0
 """Maximum seconds of one exchange. The ranks have just finished a collective of the training, so a rank is
 late only if it skipped the step or died."""
 
+CLOSING = 2.0
+"""Seconds that a closing monitor waits for the others to close at the same step, to judge the last losses."""
+
 _ATTACHED: Counter[str] = Counter()
 
 
@@ -115,11 +118,23 @@ class Team:
                 return self.meet()
         return self.together
 
+    def all_close(self, step: int) -> bool:
+        """Return whether all ranks close their monitors after this step. Waits :data:`CLOSING` at most."""
+        key = f"closing/{step}"
+        deadline = time.monotonic() + CLOSING
+        here = int(self._store.add(key, 1))
+        while (
+            here < self.world and time.monotonic() < deadline and not self._store.check([f"{key}/decision"])
+        ):
+            time.sleep(0.005)
+            here = int(self._store.add(key, 0))
+        return self._settle("together" if here >= self.world else "alone", f"{key}/decision")
+
     def disband(self) -> None:
         self.together = False
         self._channel = None
 
-    def _settle(self, proposal: str) -> bool:
-        """Return whether the ranks form a team: the first proposal of any rank is the decision."""
-        decided: Any = self._store.compare_set("decision", "", proposal)
+    def _settle(self, proposal: str, key: str = "decision") -> bool:
+        """Return whether the ranks act together: the first proposal of any rank is the decision."""
+        decided: Any = self._store.compare_set(key, "", proposal)
         return (decided.decode() if isinstance(decided, bytes) else decided) == "together"

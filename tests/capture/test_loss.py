@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from nfi_monitor import Monitor
 from nfi_monitor.capture.loss import loss_of
-from tests.runs import batch, mlp
+from tests.runs import batch, differences, mlp, snapshot
 
 
 class Returning(nn.Module):
@@ -106,3 +106,74 @@ def test_a_copy_of_the_model_reports_no_loss_and_closing_leaves_no_hook() -> Non
         optimizer.step()
         assert monitor.history["loss"][1].tolist() == [pytest.approx(loss.item())]
     assert len(model._forward_hooks) == 0
+
+
+# --- the loss that trains ---------------------------------------------------------------------------
+
+TrainedBy = Callable[[Any, Tensor], None]
+"""Runs the backward passes of one step: (output of the model, targets)."""
+
+
+def of_other_loss(output: Any, y: Tensor) -> None:
+    """The model returns its loss, and the loop trains by another."""
+    (100 * F.cross_entropy(output["logits"], y.flip(0))).backward()
+
+
+def of_scaled(output: Any, y: Tensor) -> None:
+    (output["loss"] / 4).backward()
+
+
+def of_two_passes(output: Any, y: Tensor) -> None:
+    (1e-3 * output["logits"].square().mean()).backward(retain_graph=True)
+    output["loss"].backward()
+
+
+def of_slope(output: Any, y: Tensor) -> None:
+    """A derivative of the returned loss is looked at, and another loss trains."""
+    torch.autograd.grad(output["loss"], output["logits"], retain_graph=True)
+    F.cross_entropy(output["logits"], y.flip(0)).backward()
+
+
+def trained_by(way: TrainedBy, *, told: bool = False, watched: bool = True) -> tuple[Any, list[float], Any]:
+    model = Returning(FORMS["dict"])
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    monitor = Monitor(model, optimizer, console=False, every=1) if watched else None
+    returned = []
+    if monitor is not None:
+        monitor.observe_outputs()
+    x, y = batch()
+    for _ in range(8):
+        output = model(x, y)
+        returned.append(output["loss"].item())
+        if told and monitor is not None:
+            monitor.observe_loss(42.0)
+        way(output, y)
+        optimizer.step()
+        optimizer.zero_grad()
+    if monitor is not None:
+        monitor.close()
+    return monitor, returned, snapshot(model, optimizer)
+
+
+@pytest.mark.parametrize("way", [of_other_loss, of_slope], ids=lambda way: way.__name__)
+def test_a_returned_loss_that_does_not_train_is_left_out_and_said(way: TrainedBy) -> None:
+    monitor, _, trained = trained_by(way)
+    assert "loss" not in monitor.history
+    [note] = [note for note in monitor.notes if note.code == "loss_not_trained"]
+    assert "no gradient arrives at it" in note.message and note.step <= 5
+    assert not differences(trained, trained_by(way, watched=False)[2])
+
+
+@pytest.mark.parametrize("way", [of_scaled, of_two_passes], ids=lambda way: way.__name__)
+def test_a_returned_loss_that_trains_is_seen_once_a_step(way: TrainedBy) -> None:
+    monitor, returned, trained = trained_by(way)
+    assert monitor.history["loss"][1] == pytest.approx(returned, rel=1e-6)
+    assert "loss_not_trained" not in [note.code for note in monitor.notes]
+    assert not differences(trained, trained_by(way, watched=False)[2])
+
+
+def test_a_loss_that_the_loop_reports_goes_before_the_returned_one() -> None:
+    for way in (of_scaled, of_other_loss):
+        monitor, _, _ = trained_by(way, told=True)
+        assert monitor.history["loss"][1].tolist() == [42.0] * 8
+        assert "loss_not_trained" not in [note.code for note in monitor.notes]

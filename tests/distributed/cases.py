@@ -495,6 +495,47 @@ def late(rank: int, world: int) -> dict[str, Any]:
     return {"before": before, "seen": seen(monitor), "seconds": seconds, "hooks": hooks}
 
 
+def ended(rank: int, world: int) -> dict[str, Any]:
+    """Runs that end between two readings: the last losses are judged when all ranks close their monitors."""
+    out: dict[str, Any] = {}
+    for name, is_late in (("now", False), ("late", True)):
+        processes.any_accelerator = lambda model, late=is_late: late
+        model, optimizer, *data = half(rank, world)
+        monitor = Monitor(model, optimizer, console=False, every=16)
+        learn(model, optimizer, *data, 40, monitor)
+        started = time.monotonic()
+        monitor.close()
+        out[name] = seen(monitor)
+        out[name]["seconds"] = time.monotonic() - started
+        out[name]["hooks"] = len(optimizer._optimizer_step_post_hooks)
+    return out
+
+
+class HeadNotCalled(nn.Module):
+    """Its loss takes the head's weight, as fused losses do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(2 * P, 8), nn.Linear(8, P)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.body(x), self.head.weight, self.head.bias)
+
+
+def wrapped_later(rank: int, world: int) -> dict[str, Any]:
+    """DDP wraps the model after the monitor is attached, and the head is never called as a module."""
+    torch.manual_seed(0)
+    model = HeadNotCalled()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    monitor = Monitor(model, optimizer, console=False, every=1)
+    wrapper = DDP(model)
+    inputs, targets = (part[rank::world] for part in division_data())
+    with monitor:
+        learn(wrapper, optimizer, inputs, targets, 6, monitor)
+        hooks, acts = len(model._forward_hooks), monitor.port.may_act()
+    return {"seen": seen(monitor), "acts": acts, "hooks": hooks}
+
+
 def exception_on_rank_1(rank: int, world: int) -> dict[str, Any]:
     """Rank 1's loop leaves the with block by an exception, and trains on without the monitor."""
     model, optimizer, *data = half(rank, world)

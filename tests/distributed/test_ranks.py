@@ -29,7 +29,7 @@ FAST = {
     "one_head": 1, "vocabulary_slingshot": 2, "closed_and_opened": 2, "rank_0_only": 2,
     "closed_on_rank_1": 2, "exception_on_rank_1": 2, "broken_on_rank_1": 2, "dies": 2, "dies_in_step": 2,
     "skips_a_step": 2, "uneven": 2, "joined": 2, "several": 2, "sweep": 2, "given_group": 2, "late": 2,
-    "faults.some": 2,
+    "faults.some": 2, "ended": 2, "wrapped_later": 2,
 }  # fmt: skip
 SLOW = {
     "hsdp": 4, "accumulated": 1, "ddp_slingshot_whole": 2, "ddp_slingshot_4": 4, "fsdp_slingshot": 2,
@@ -318,13 +318,34 @@ def test_monitors_attached_in_another_order_find_their_own(fast: Callable[[str],
 def test_runs_that_were_only_started_together_stay_apart(fast: Callable[[str], Outcome]) -> None:
     for index, rank in enumerate(fast("sweep")):
         for mode in ("found", "false", "itself"):
-            assert rank[mode]["seen"]["notes"] == {}
+            assert [*rank[mode]["seen"]["notes"]] == ["ranks_apart"] * (mode == "found")
             assert rank[mode]["seen"]["step"] == 3 + index
             assert rank[mode]["acts"] == (mode == "itself"), "what else trains with it nobody knows"
         for mode in ("false", "itself"):
             assert "watching" in rank[mode]["said"], "a run of its own reports itself"
     assert "watching" in fast("sweep")[0]["found"]["said"]
     assert fast("sweep")[1]["found"]["said"] == "", "nothing is known of it: rank 0 alone speaks"
+
+
+@pytest.mark.parametrize("mode", ["now", "late"])
+def test_the_last_losses_of_a_run_are_judged_when_all_ranks_close(
+    mode: str, fast: Callable[[str], Outcome]
+) -> None:
+    one, two = (rank[mode] for rank in fast("ended"))
+    assert one["history"]["loss"] == two["history"]["loss"]
+    assert one["history"]["loss"][0] == list(range(1, 41))
+    assert one["history"]["live_fraction"][0] == [1, 16, 32]
+    assert one["notes"] == two["notes"] == {} and one["alerts"] == two["alerts"]
+    assert max(one["seconds"], two["seconds"]) < 5 and one["hooks"] == two["hooks"] == 0
+
+
+def test_ranks_are_found_where_ddp_wraps_later_and_the_head_is_never_called(
+    fast: Callable[[str], Outcome],
+) -> None:
+    one, two = fast("wrapped_later")
+    assert one["seen"]["history"]["loss"] == two["seen"]["history"]["loss"]
+    assert "ranks_apart" not in one["seen"]["notes"] and one["acts"] and two["acts"]
+    assert one["hooks"] == 0, "the search is over after the first step"
 
 
 # --- what may go wrong ----------------------------------------------------------------------------------

@@ -160,6 +160,7 @@ def trainer(
     model: nn.Module | None = None,
     options: dict[str, Any] | None = None,
     change: Callable[[Trainer], None] | None = None,
+    kind: type[Trainer] = Trainer,
     **arguments: Any,
 ) -> Trainer:
     """A trainer of one of :data:`MODELS`; ``options`` are the Trainer's own, the rest TrainingArguments'.
@@ -172,7 +173,7 @@ def trainer(
         "use_cpu": True, "max_steps": steps, "per_device_train_batch_size": 8, "learning_rate": 1e-2,
         "save_strategy": "no", "disable_tqdm": True, "report_to": "none", "logging_steps": 1,
     }  # fmt: skip
-    trainer = Trainer(
+    trainer = kind(
         model if model is not None else build(),
         TrainingArguments(str(folder), **(defaults | arguments)),
         train_dataset=data,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import sys
 import weakref
@@ -251,3 +252,29 @@ def test_without_accelerate_the_error_says_what_to_install(monkeypatch: pytest.M
     monkeypatch.delitem(sys.modules, "nfi_monitor.integrations.accelerate")
     with pytest.raises(ImportError, match=r'pip install "nfi-monitor\[accelerate\]"'):
         import nfi_monitor.integrations.accelerate  # noqa: F401
+
+
+# --- the loss that trains ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_the_loss_is_the_one_given_to_backward_unless_the_loop_reports_another(told: bool) -> None:
+    """The model returns its own loss, which is only a part of the one that trains."""
+    accelerator, model, optimizer, data = prepared(gradient_accumulation_steps=2)
+    other = nn.Linear(12, 1)  # trained by the same accelerator
+    losses: list[float] = []
+    with quiet(accelerator, model, optimizer) as monitor:
+        for x, y in itertools.islice(data, 2 * STEPS):
+            with accelerator.accumulate(model):
+                accelerator.backward(1e3 * other(x).square().mean())
+                loss, logits = model(x, y)
+                loss = 0.1 * loss + logits.square().mean()
+                losses.append(loss.item())
+                if told:
+                    monitor.observe_loss(loss.item() + 1)
+                accelerator.backward(loss)
+                optimizer.step()
+                optimizer.zero_grad()
+    expected = [(one + two) / 2 + told for one, two in zip(losses[::2], losses[1::2], strict=True)]
+    assert monitor.history["loss"][1] == pytest.approx(expected, rel=1e-5)
+    assert "backward" not in vars(accelerator), "restored"

@@ -78,7 +78,7 @@ def test_each_kind_of_model_is_watched_and_trains_to_the_same_bits(
     assert different == []
     assert monitor.step == STEPS
     row = compatibility("Transformers", name, monitor.history)
-    assert row.rows is ("fused" not in name)
+    assert row.rows and row.recomputed is ("fused" in name)
     assert row.weight_gradient is ("tied" not in name)
     assert row.second_moment
     assert row.loss
@@ -117,7 +117,7 @@ def test_each_mode_of_the_trainer_is_watched_and_trains_to_the_same_bits(
     assert monitor.step == STEPS
     assert len(monitor.history["live_fraction"][0]) == STEPS
     row = compatibility("Transformers", mode, monitor.history)
-    assert row.loss is (mode not in ("label smoothing", "own loss function (compute_loss_func)"))
+    assert row.loss
     assert row.second_moment is (mode != "SGD")
 
 
@@ -174,15 +174,84 @@ def test_the_loss_seen_is_the_one_the_trainer_logs(name: str, accumulation: int,
     assert watched(callback).history["loss"][1] == pytest.approx(logged, rel=1e-5)
 
 
-def test_a_fused_loss_falls_back_to_the_heads_gradient_and_says_so(tmp_path: Path) -> None:
+class Mirrored(transformers.Trainer):
+    """Trains by a loss of its own, and leaves the labels in the inputs: the model returns its loss, too."""
+
+    def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **rest: Any) -> Any:
+        outputs = model(**inputs)
+        logits = outputs.logits[:, :-1].flatten(0, 1)
+        loss = 100 * F.cross_entropy(logits, inputs["labels"][:, 1:].flatten().flip(0))
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": Mirrored},
+        {"kind": Mirrored, "gradient_accumulation_steps": 3},
+        {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+        {"options": {"compute_loss_func": smoothed}, "gradient_accumulation_steps": 2},
+    ],
+    ids=["own loss", "own loss, accumulation", "label smoothing", "compute_loss_func"],
+)
+def test_the_loss_is_the_one_that_trains_wherever_it_is_computed(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    callback = quiet(run_dir=None)
+    trainer = hf.trainer(tmp_path, callbacks=[callback], steps=6, **options)
+    backward = vars(trainer.accelerator).get("backward")
+    trainer.train()
+    logged = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert watched(callback).history["loss"][1] == pytest.approx(logged, rel=1e-5)
+    assert not {"no_loss", "loss_not_trained"} & {note.code for note in watched(callback).notes}
+    assert vars(trainer.accelerator).get("backward") is backward, "restored"
+
+
+def test_rows_of_a_fused_loss_are_recomputed_and_named_so(tmp_path: Path) -> None:
     callback = quiet()
     hf.trainer(tmp_path, "fused linear cross-entropy", callbacks=[callback]).train()
     monitor = watched(callback)
-    assert read_run(tmp_path / "nfi").info["level"] == "weight_gradient"
-    [note] = [note.message for note in monitor.notes if note.code == "head_never_fired"]
-    assert "fused loss" in note and "Its weight gradient is read instead" in note
-    steps, violations = monitor.history["zero_sum_violation_weight"]
+    assert read_run(tmp_path / "nfi").info["level"] == "recomputed"
+    [note] = [note.message for note in monitor.notes if note.code == "rows_recomputed"]
+    assert "rows are recomputed" in note
+    steps, violations = monitor.history["zero_sum_violation"]
     assert len(steps) == STEPS and max(violations) < 1e-4
+    assert monitor.history["head_loss"][1] == pytest.approx(monitor.history["loss"][1], rel=0.1)
+    assert len(monitor.history["zero_sum_violation_weight"][0]) == STEPS
+
+
+def fused_forward(model: Any) -> Any:
+    """What a fused linear cross-entropy makes of a causal language model's forward pass."""
+
+    def forward(
+        self: Any, input_ids: Tensor, labels: Tensor, num_items_in_batch: Any = None, **rest: Any
+    ) -> Any:
+        hidden = self.model(input_ids, **rest).last_hidden_state
+        targets = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].flatten()
+        loss = F.cross_entropy(
+            F.linear(hidden.flatten(0, 1), self.lm_head.weight).float(), targets, reduction="sum"
+        )
+        return {"loss": loss / ((targets >= 0).sum() if num_items_in_batch is None else num_items_in_batch)}
+
+    model.forward = types.MethodType(forward, model)
+    return model
+
+
+@pytest.mark.parametrize("options", [{}, {"gradient_accumulation_steps": 3}, {"bf16": True}], ids=str)
+def test_recomputed_rows_are_those_of_the_same_trainer_with_logits(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    histories, options = [], {"per_device_train_batch_size": 5, **options}  # 60 rows: all are recomputed
+    for number, change in enumerate((lambda model: model, fused_forward)):
+        callback = quiet(run_dir=None)
+        transformers.set_seed(0)
+        model = change(hf.llama())
+        hf.trainer(tmp_path / str(number), model=model, callbacks=[callback], steps=6, **options).train()
+        histories.append(watched(callback).history)
+    true, made = histories
+    assert made["recomputed_fraction"][1].tolist() == [1.0] * 6 and "recomputed_fraction" not in true
+    for name in true:
+        assert made[name][1] == pytest.approx(true[name][1], rel=2e-2, abs=2e-4, nan_ok=True), name
 
 
 def test_evaluation_and_prediction_are_not_taken_for_training(tmp_path: Path) -> None:

@@ -66,8 +66,8 @@ def test_ranks_are_looked_for_until_the_first_step_is_over_and_never_where_that_
 
     monkeypatch.setattr(processes, "find_ranks", none_yet)
     monitor = trained(4)
-    assert asked == [None, None], (
-        "when it is attached, and in the first forward: DDP may wrap the model later"
+    assert asked == [None, None, None], (
+        "when it is attached, in the first forward, and at the first step: DDP may wrap the model later"
     )
     asked.clear()
     assert not [

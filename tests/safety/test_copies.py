@@ -183,6 +183,7 @@ def test_replicas_on_several_threads_are_parts_of_one_step(watched: Any) -> None
         F.cross_entropy(
             torch.cat([outputs[n] for n in range(3)]), torch.cat([targets[n::3] for n in range(3)])
         ).backward()
+        monitor._loop.step_reader.finish_rows()
         sums = monitor._loop.rows.sums
         assert sums is not None and sums[0] == ROWS, "live rows: each of them once"
         optimizer.step()

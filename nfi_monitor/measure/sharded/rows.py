@@ -233,6 +233,7 @@ def _whole_rows(
         "rows": header["batch_rows"],
         "sampled": header["rows"],
         "margin_median_rows": float(median) * sums["counted"],
+        "recomputed": 0.0,
     }
     maxima = {
         "violation_max": torch.where(view.live, view.violation, 0.0).amax(),
