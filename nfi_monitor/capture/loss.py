@@ -29,6 +29,7 @@ class LossProbe(ModelHook):
         self._deliver = deliver
         self._failed = failed
         self._compiled: tuple[Tensor, bool] | None = None
+        self.on_meta = False  # whether the watched model is on the meta device
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -42,7 +43,7 @@ class LossProbe(ModelHook):
             return
         try:
             loss = loss_of(output)
-            if loss is not None and devices.is_readable(loss):
+            if loss is not None and devices.is_readable(loss, meta=self.on_meta):
                 self._deliver(loss, kwargs.get(COUNT) is not None)
         except Exception as error:
             self._failed("loss", error)
@@ -50,7 +51,9 @@ class LossProbe(ModelHook):
     def collect(self) -> None:
         """Deliver the loss that a compiled forward pass has stored. Call it after each micro-batch."""
         left, self._compiled = self._compiled, None
-        if left is not None and devices.is_readable(left[0]):  # torch.export leaves a fake tensor
+        if left is not None and devices.is_readable(
+            left[0], meta=self.on_meta
+        ):  # torch.export leaves a fake tensor
             self._deliver(*left)
 
 

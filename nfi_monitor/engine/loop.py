@@ -87,6 +87,7 @@ class StepLoop:
         self.paused = Pauses(self.schedule.leave_out)
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
         self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
+        self.probe.on_meta = any(parameter.is_meta for parameter in self.watched_module.parameters())
         self.loss_probe: LossProbe | None = None
         self.reports = Sinks([], self.faults.dropped)
         self.notes = NoteTaker(self.reports.note)
@@ -170,6 +171,7 @@ class StepLoop:
             observe(loss)
 
         self.loss_probe = LossProbe(deliver, self.faults.failed)
+        self.loss_probe.on_meta = self.probe.on_meta
         self.hooks.add(self.model, self.loss_probe)
 
     def end_micro_batch(self) -> None:
