@@ -146,6 +146,8 @@ class Monitor:
         try:
             if devices.GRAPHS and loop.recorded():
                 return
+            if isinstance(loss, Tensor) and not devices.is_readable(loss, meta=True):
+                return
             loop.losses.observed.append(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         except Exception as error:
             loop.faults.failed("observe_loss", error)

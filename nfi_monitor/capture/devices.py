@@ -63,15 +63,17 @@ def is_readable(tensor: Tensor, *, meta: bool = False) -> bool:
     return not (
         (tensor.is_meta and not meta)
         or isinstance(tensor, FakeTensor)
-        or (torch._C._len_torch_dispatch_stack() > 0 and _is_recorded())
+        or is_traced()
         or torch._C._is_tracing()
         or _in_functorch(tensor)
         or tensor.layout is torch.jagged
     )
 
 
-def _is_recorded() -> bool:
-    """Return whether torch runs the pass with fake tensors, or records its operations."""
+def is_traced() -> bool:
+    """Return whether torch runs this code with fake tensors, or records its operations."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
     keys, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
     return any(mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
@@ -84,4 +86,6 @@ _in_functorch: Callable[[Tensor], bool] = getattr(
 def full_precision(tensor: Tensor | None) -> Any:
     """Disable autocast on the tensor's device, which would compute dot products in half precision."""
     device = "cpu" if tensor is None else tensor.device.type
+    if device == "meta":  # it has no autocast
+        return nullcontext()
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

@@ -145,11 +145,16 @@ class StepLoop:
         self.notes.cuda_graph(self.step)
         return True
 
+    def _ignores(self) -> bool:
+        """Return whether this pass or step is none of the run's, or cannot be read."""
+        idle = self.closed or bool(self.paused) or devices.is_traced()
+        return idle or (devices.GRAPHS and self.recorded())
+
     def _captured_step(self) -> int | None:
         """Return the step to capture in the head's forward pass, or None.
 
         Look for the ranks again before the first step: DDP may wrap the model only after the monitor."""
-        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
+        if self._ignores():
             return None
         membership = self.membership
         if self.step == 0 and membership.searching and membership.exchange is None:
@@ -183,7 +188,7 @@ class StepLoop:
                 self.faults.failed("loss", error)
 
     def _before_step(self, given: Sequence[Any]) -> None:
-        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
+        if self._ignores():
             return
         if self.recent_snapshots.pending:
             self._complete_snapshot()
@@ -199,7 +204,7 @@ class StepLoop:
         self.schedule.own_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
+        if self._ignores():
             return
         started = time.perf_counter()
         self.step += 1

@@ -39,6 +39,21 @@ def fake(model: nn.Module) -> None:
     output.sum().backward()
 
 
+def fake_step(model: nn.Module) -> None:
+    """As a tool that estimates the memory of a training step does."""
+    (optimizer,) = OPTIMIZERS
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        before = [parameter.grad for parameter in model.parameters()]
+        for parameter in model.parameters():
+            parameter.grad = None
+        optimizer.step()
+        for parameter, gradient in zip(model.parameters(), before, strict=True):
+            parameter.grad = gradient
+
+
+OPTIMIZERS: list[torch.optim.Optimizer] = []
+
+
 def ensemble(model: nn.Module) -> None:
     weights, buffers = stack_module_state([mlp() for _ in range(3)])
 
@@ -126,8 +141,8 @@ def second_order(model: nn.Module) -> None:
 
 
 ODD: tuple[Callable[[nn.Module], None], ...] = (
-    meta, fake, ensemble, derivatives, exported, symbolic, proxies, torchscript, no_gradients, autocast,
-    float64, counted, shapes, nested, compiled, second_order,
+    meta, fake, fake_step, ensemble, derivatives, exported, symbolic, proxies, torchscript, no_gradients,
+    autocast, float64, counted, shapes, nested, compiled, second_order,
 )  # fmt: skip
 
 
@@ -135,6 +150,7 @@ def train(odd: Callable[[nn.Module], None] | None, *, watch: bool) -> tuple[Any,
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     monitor = Monitor(model, optimizer, console=False, every=1) if watch else None
+    OPTIMIZERS[:] = [optimizer]
     if monitor is not None:
         monitor.observe_outputs()
     for number in range(STEPS):
