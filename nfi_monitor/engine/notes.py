@@ -186,8 +186,8 @@ class NoteTaker:
             rest = "failed; training is not affected. "
         else:
             rest = (
-                f"failed after step {step} and {are} left out of this reading; training is not affected. Later "
-                f"readings try again. Only {TRIES} failures in a row switch a part off. "
+                f"failed after step {step} and {are} left out of this reading; training is not affected. "
+                f"Later readings try again. Only {TRIES} failures in a row switch a part off. "
             )
         message = f"The monitor's {', '.join(parts)} {rest}{type(error).__name__}: {error}"
         if code in self.by_code:
