@@ -28,13 +28,18 @@ class RunHooks:
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self.step = StepHooks(optimizer, before, after, failed)
-        self._forward: list[ForwardHook] = []
+        self._forward: list[Any] = []
+
+    def keep(self, handle: Any) -> None:
+        """Call ``handle.remove()`` when the hooks on modules are removed."""
+        self._forward.append(handle)
 
     def add(self, module: nn.Module, hook: Any) -> None:
         """Register a forward hook (a :class:`~nfi_monitor.capture.model_hooks.ModelHook`) on a module."""
         # Keep it before it is registered: Ctrl-C in between must not leave a hook that nobody removes.
-        self._forward.append(ForwardHook(module, hook))
-        self._forward[-1].register()
+        added = ForwardHook(module, hook)
+        self._forward.append(added)
+        added.register()
 
     def remove_forward(self) -> None:
         """Remove the hooks on modules. A second call does nothing."""
