@@ -88,7 +88,7 @@ class Monitor:
 
     The monitor never changes the training: every hook returns None, tensors are detached before they are
     read, no random number is drawn.  It never stops the training: a part of the monitor that fails is
-    reported once and switched off.
+    reported once and left out; later readings try it again.
     """
 
     @renamed_keyword("extras", "stateful")

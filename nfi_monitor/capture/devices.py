@@ -53,21 +53,29 @@ def capturing() -> bool:
     return GRAPHS and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
-def is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor, *, meta: bool = False) -> bool:
     """Return whether a tensor has numbers of its own, which only the training's program sees.
 
-    False for a tensor on the meta device, for one inside ``vmap`` or ``torch.func.grad``, while a pass is
-    traced, and under a dispatch mode (fake tensors, ``make_fx``, a counter of FLOPs): the mode would also see
-    what the monitor computes.
+    False for a tensor on the meta device (unless ``meta``: the watched model is there), for a fake tensor,
+    inside ``vmap`` or ``torch.func.grad``, and while a pass is traced (``make_fx``, ``torch.jit.trace``): the
+    trace would also hold what the monitor computes.
     """
     return not (
-        tensor.is_meta
+        (tensor.is_meta and not meta)
         or isinstance(tensor, FakeTensor)
-        or torch._C._len_torch_dispatch_stack() > 0
+        or is_traced()
         or torch._C._is_tracing()
         or _in_functorch(tensor)
         or tensor.layout is torch.jagged
     )
+
+
+def is_traced() -> bool:
+    """Return whether torch runs this code with fake tensors, or records its operations."""
+    if not torch._C._len_torch_dispatch_stack():
+        return False
+    keys, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
+    return any(mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))
 
 
 _in_functorch: Callable[[Tensor], bool] = getattr(
@@ -78,4 +86,6 @@ _in_functorch: Callable[[Tensor], bool] = getattr(
 def full_precision(tensor: Tensor | None) -> Any:
     """Disable autocast on the tensor's device, which would compute dot products in half precision."""
     device = "cpu" if tensor is None else tensor.device.type
+    if device == "meta":  # it has no autocast
+        return nullcontext()
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()

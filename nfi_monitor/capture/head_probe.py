@@ -84,6 +84,7 @@ class HeadProbe(ModelHook):
         self.fired_without_gradient = 0
         self.traced = 0
         self.traced_backward = 0
+        self.on_meta = False  # whether the watched model is on the meta device
         self.unreadable = 0  # forward passes of tensors without numbers of their own
         self.tapped = False
         self.plan = ReadingPlan()
@@ -113,7 +114,7 @@ class HeadProbe(ModelHook):
             step = self._wanted()
             if step is None or not isinstance(output, Tensor):
                 return
-            if not devices.is_readable(output):
+            if not devices.is_readable(output, meta=self.on_meta):
                 self.unreadable += module.training and torch.is_grad_enabled()
                 return
             started = time.perf_counter()
@@ -144,7 +145,7 @@ class HeadProbe(ModelHook):
         self.tapped = True
         features, self._features = self._features, None
         step = self._wanted()
-        if step is None or not devices.is_readable(logits):
+        if step is None or not devices.is_readable(logits, meta=True):
             return
         if torch.is_grad_enabled() and logits.requires_grad:
             started = time.perf_counter()
@@ -231,7 +232,8 @@ class HeadProbe(ModelHook):
             if torch.compiler.is_compiling():
                 self.traced_backward = 1
                 return
-            if not devices.is_readable(grad) or not trains(parameter):  # only the backward pass is traced
+            readable = devices.is_readable(grad, meta=self.on_meta or tapped)  # or only this pass is traced
+            if not readable or not trains(parameter):
                 return
             started = time.perf_counter()
             try:

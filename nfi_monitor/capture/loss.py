@@ -36,6 +36,7 @@ class LossProbe(ModelHook):
         self._compiled: tuple[Tensor, bool] | None = None
         self._returned = 0  # losses since the last optimizer step
         self._trained = 0  # of these, losses at which a gradient has arrived
+        self.on_meta = False  # whether the watched model is on the meta device
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         if not (module.training and torch.is_grad_enabled()):
@@ -49,7 +50,7 @@ class LossProbe(ModelHook):
             return
         try:
             loss = loss_of(output)
-            if loss is not None and devices.is_readable(loss):
+            if loss is not None and devices.is_readable(loss, meta=self.on_meta):
                 self._watch(loss, kwargs.get(COUNT) is not None)
         except Exception as error:
             self._failed("loss", error)
@@ -73,7 +74,8 @@ class LossProbe(ModelHook):
     def collect(self) -> None:
         """Deliver the loss that a compiled forward pass has stored. Call it after each micro-batch."""
         left, self._compiled = self._compiled, None
-        if left is not None and devices.is_readable(left[0]):  # torch.export leaves a fake tensor
+        # torch.export leaves a fake tensor.
+        if left is not None and devices.is_readable(left[0], meta=self.on_meta):
             self._returned += 1
             self._trained += 1  # not known: a compiled pass has no hook at its loss
             self._deliver(*left)

@@ -46,11 +46,13 @@ class ModelHook:
 class ForwardHook:
     """Keep ``hook`` on ``module`` between :meth:`register` and :meth:`remove`.
 
-    ``remove`` needs no handle of torch: it also works if Ctrl-C has interrupted ``register``.
+    It is called as ``hook(module, args, kwargs, output)``.  Copies leave out any such hook.  If the class of
+    the module has its own ``__deepcopy__``, they leave out a :class:`ModelHook` only.  ``remove`` needs no
+    handle of torch: it also works if Ctrl-C has interrupted ``register``.
     """
 
     def __init__(self, module: nn.Module, hook: Any) -> None:
-        self._module, self._hook = module, hook
+        self._module, self.hook = module, hook
 
     @property
     def kind(self) -> type[nn.Module]:
@@ -64,11 +66,11 @@ class ForwardHook:
     def register(self) -> None:
         _REGISTERED.add(self)
         _hide()
-        self._module.register_forward_hook(self._hook, with_kwargs=True)
+        self._module.register_forward_hook(self.hook, with_kwargs=True)
 
     def remove(self) -> None:
         tables = [getattr(self._module, name, {}) for name in _TABLES]
-        for key in [key for key, hook in tables[0].items() if hook is self._hook]:
+        for key in [key for key, hook in tables[0].items() if hook is self.hook]:
             for table in tables:
                 table.pop(key, None)
         _REGISTERED.discard(self)
@@ -135,7 +137,12 @@ def _without_hooks(own: Callable[..., Any]) -> Callable[..., Any]:
 
 def _without_entries(state: dict[str, Any]) -> dict[str, Any]:
     """Return a module's attributes without the monitor's hooks; ``state`` itself if it has none."""
-    ours = [key for key, hook in state.get(_TABLES[0], {}).items() if isinstance(hook, ModelHook)]
+    registered = [one.hook for one in list(_REGISTERED)]
+    ours = [
+        key
+        for key, hook in state.get(_TABLES[0], {}).items()
+        if isinstance(hook, ModelHook) or any(hook is one for one in registered)
+    ]
     if not ours:
         return state
     state = dict(state)

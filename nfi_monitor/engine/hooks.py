@@ -34,8 +34,9 @@ class RunHooks:
     def add(self, module: nn.Module, hook: Any) -> None:
         """Register a forward hook (a :class:`~nfi_monitor.capture.model_hooks.ModelHook`) on a module."""
         # Keep it before it is registered: Ctrl-C in between must not leave a hook that nobody removes.
-        self._forward.append(ForwardHook(module, hook))
-        self._forward[-1].register()
+        added = ForwardHook(module, hook)
+        self._forward.append(added)
+        added.register()
 
     def keep(self, handle: Any) -> None:
         """Remove ``handle``, which has a method ``remove``, with the hooks on modules."""

@@ -90,6 +90,7 @@ class StepLoop:
         self.paused = Pauses(self.schedule.leave_out)
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
         self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
+        self.probe.on_meta = any(parameter.is_meta for parameter in self.watched_module.parameters())
         self.recomputer = RowRecomputer(
             head, self.probe, self._captured_step, self._rows_arrived, failed, self.schedule.spend
         )
@@ -111,7 +112,7 @@ class StepLoop:
         self.rank_search = RankSearch(self.membership, self.schedule, self.faults, watched)
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
-        self.loss_sources = LossSources(self.losses, failed, self._ignores_losses, self.silence.reported)
+        self.loss_sources = LossSources(self.losses, failed, self._ignores, self.silence.reported)
         self.transfer = HostTransfer()
         self.recent_snapshots = RecentSnapshots(model, optimizer, self.stateful, options.snapshot_limit)
         self.judge = Judge(
@@ -153,9 +154,14 @@ class StepLoop:
         self.notes.cuda_graph(self.step)
         return True
 
+    def _ignores(self) -> bool:
+        """Return whether this pass or step is none of the run's, or cannot be read."""
+        idle = self.closed or bool(self.paused) or devices.is_traced()
+        return idle or (devices.GRAPHS and self.recorded())
+
     def _captured_step(self) -> int | None:
         """Return the step to capture in the head's forward pass, or None."""
-        if self._ignores_losses():
+        if self._ignores():
             return None
         self.silence.passed()
         if self.step == 0:
@@ -168,11 +174,8 @@ class StepLoop:
         self.silence.arrived()
         self.step_reader.add(rows)
 
-    def _ignores_losses(self) -> bool:
-        return self.closed or bool(self.paused) or (devices.GRAPHS and self.recorded())
-
     def _before_step(self, given: Sequence[Any]) -> None:
-        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
+        if self._ignores():
             return
         self.silence.inside_step = True
         if self.step == 0:
@@ -190,7 +193,7 @@ class StepLoop:
         self.schedule.own_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        if self.closed or self.paused or (devices.GRAPHS and self.recorded()):
+        if self._ignores():
             return
         started = time.perf_counter()
         self.step += 1

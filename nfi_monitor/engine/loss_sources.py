@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nfi_monitor.capture import devices
 from nfi_monitor.capture.loss import LossProbe
 from nfi_monitor.capture.sampling import local
 from nfi_monitor.engine.loss_queue import LossQueue
@@ -51,6 +52,8 @@ class LossSources:
 
     def report(self, loss: Tensor | float) -> None:
         """Take a loss that the training loop reports."""
+        if isinstance(loss, Tensor) and not devices.is_readable(loss, meta=True):
+            return
         if not self._reported:
             self._reported = True
             self._losses.forget()  # losses of this step from other sources
@@ -71,6 +74,7 @@ class LossSources:
                 self._take(loss, scale if share else None)
 
         self._probe = LossProbe(deliver, self._failed)
+        self._probe.on_meta = any(parameter.is_meta for parameter in model.parameters())
         register(model, self._probe)
 
     @contextmanager

@@ -195,10 +195,12 @@ class NoteTaker:
         code, are = f"failed_{parts[0]}", "are" if len(parts) > 1 else "is"
         if off:
             rest = f"failed and {are} off from now on; training is not affected. "
+        elif part in ("close", "resume"):  # these are not tried again
+            rest = "failed; training is not affected. "
         else:
             rest = (
-                f"failed in step {step} and {are} left out of this reading; training is not affected. Later "
-                f"readings try again. Only {TRIES} failures in a row switch a part off. "
+                f"failed after step {step} and {are} left out of this reading; training is not affected. "
+                f"Later readings try again. Only {TRIES} failures in a row switch a part off. "
             )
         message = f"The monitor's {', '.join(parts)} {rest}{type(error).__name__}: {error}"
         if code in self.by_code:

@@ -124,7 +124,7 @@ def _no_rows_text(seen: Seen) -> str:
         cause = "the head fired, but no gradient came back to its output"
         cure = "If the loss is computed from other logits, pass those through monitor.tap(logits)."
     elif probe.unreadable:
-        cause = "the head only gets tensors of vmap, of a nested layout, of a trace or under a dispatch mode"
+        cause = "the head only gets tensors of vmap, of a nested layout or of a trace"
         cure = "If a plain tensor holds the logits later, pass it through monitor.tap(logits)."
     elif probe.fired_without_gradient:
         cause = "the head fired only in eval mode or without gradients"

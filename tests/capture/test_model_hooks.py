@@ -179,6 +179,18 @@ def test_a_compiled_backward_pass_needs_no_graph_break(how: str) -> None:
     assert all(map(torch.equal, train(False), train(True)))
 
 
+def test_a_closure_as_hook_is_left_out_too() -> None:
+    layer, calls = nn.Linear(3, 2), []
+    hook = ForwardHook(layer, lambda module, args, kwargs, output: calls.append(1))
+    hook.register()
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.jit.script(layer)):
+        other(torch.zeros(1, 3))
+    layer(torch.zeros(1, 3))
+    assert calls == [1]
+    hook.remove()
+    assert not layer._forward_hooks
+
+
 def test_a_copy_of_the_hook_alone_does_nothing() -> None:
     counter = Counter()
     for other in (copy.deepcopy(counter), pickle.loads(pickle.dumps(counter))):

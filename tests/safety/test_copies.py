@@ -21,7 +21,6 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
 
 from nfi_monitor import Monitor
-from nfi_monitor.capture import devices
 from nfi_monitor.engine import step_reader
 from nfi_monitor.report.run_directory.reader import read_run
 from tests.forked import Forked
@@ -196,7 +195,7 @@ def test_a_replica_on_another_device_is_left_out_and_said_once(watched: Any, mon
     model, optimizer, monitor = watched
     # The meta device stands for a second accelerator, though it has no numbers and no autocast.
     monkeypatch.setattr(step_reader, "full_precision", lambda tensor: nullcontext())
-    monkeypatch.setattr(devices, "is_readable", lambda tensor: True)
+    monitor._loop.probe.on_meta = True
     for _ in range(3):
         replica = model._replicate_for_data_parallel()
         for number, layer in enumerate(model):
