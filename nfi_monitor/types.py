@@ -62,7 +62,7 @@ class Thresholds:
     absolute gradients.  "Measured" refers to the project's own runs: ``tests/benchmarks/detection`` scores
     every change of a level in minutes (FROZEN.md), and ``tests/benchmarks/LOG.md`` lists rejected changes.
     Constants of the mechanism, the forecast and the averages are in ``nfi_monitor/detect/``: ``causes.py``,
-    ``forecast.py``, ``signals.py``, ``spike.py`` and ``loss_watch.py``.
+    ``forecast.py``, ``signals.py``, ``spike.py``, ``slow_rise.py`` and ``loss_watch.py``.
     """
 
     # --- absorbing: rounding breaks the zero-sum (Liu et al. 2026, section 3) -------------------

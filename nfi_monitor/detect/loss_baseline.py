@@ -34,11 +34,12 @@ class LossBaseline(Stateful):
 
     __slots__ = (
         "average", "excursion", "excursion_visible", "first", "last", "last_visible", "nats", "noise",
-        "noise_visible", "readings", "slow", "unit",
+        "noise_visible", "of_head", "readings", "slow", "unit",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.nats: bool | None = True  # the loss is a cross-entropy in nats; None: unknown
+        self.of_head = True  # the loss is the cross-entropy of the head's logits: no hinge, no penalties
         self.unit = 1.0  # U
         self.first: list[float] = []  # the first losses, until U is known
         self.average = math.nan  # running average of log loss
@@ -55,6 +56,8 @@ class LossBaseline(Stateful):
         """Restore what ``state_dict`` returned, also by an earlier version."""
         super().load_state_dict(state)
         self.first = list(self.first)
+        if "of_head" not in state:
+            self.of_head = self.nats is True
         if "slow" not in state:  # earlier versions had one average and one noise
             self.slow, self.last_visible, self.noise_visible = self.average, self.last, self.noise
 
@@ -65,9 +68,9 @@ class LossBaseline(Stateful):
 
     @property
     def early(self) -> float:
-        """The loss at which the run began, if it is a cross-entropy; else ∞."""
+        """The loss at which the run began, if it is the cross-entropy of the head's logits; else ∞."""
         early = sorted(self.first)[len(self.first) // 2] if len(self.first) == FIRST else math.inf
-        return early if self.nats and 0.0 < early <= HIGHEST_NATS else math.inf
+        return early if self.of_head and 0.0 < early <= HIGHEST_NATS else math.inf
 
     @property
     def sigma(self) -> float:
@@ -80,14 +83,15 @@ class LossBaseline(Stateful):
         return _spread(self.noise_visible, self.excursion_visible)
 
     def find_kind(self, reading: Reading, *, no_classes: bool, broken: bool) -> None:
-        """Note from an early reading whether the loss is a cross-entropy.
+        """Note from an early reading whether the loss is a cross-entropy, and that of the head.
 
         ``no_classes``: the head has a single output.  ``broken``: the loss breaks the zero-sum by design.
         """
         if self.readings < MEMORY:
             head = reading.get("head_loss")
             differs = abs(reading.get("loss") - head) > DIFFERS * head
-            self.nats = False if no_classes else None if broken or differs else True
+            self.nats = False if no_classes else None if broken else True
+            self.of_head = self.nats is True and not differs
 
     def add(self, log_loss: float, limits: Thresholds) -> None:
         """Add a log loss to the running averages."""
@@ -157,16 +161,16 @@ def highest_usual(loss: float, limits: Thresholds, unit: float = 1.0) -> float:
 
 
 def highest_of_each(
-    loss: float, limits: Thresholds, unit: float, *, nats: bool | None = True
+    loss: float, limits: Thresholds, unit: float, *, of_head: bool = True
 ) -> tuple[float, float]:
     """Return the largest losses that are no climb, and no leap, where the average loss is ``loss``.
 
-    ``nats``: the loss is a cross-entropy; None: unknown.
+    ``of_head``: the loss is the cross-entropy of the head's logits.
     """
     climb = min(loss + limits.spike_nats * unit, loss * math.exp(limits.spike_rise))
     leap = loss * 10.0**limits.spike_leap
     # A hinge loss that is 0 says nothing about the margins. So the decades above it say nothing, either.
-    visible = limits.spike_leap_loss if nats else limits.spike_low
+    visible = limits.spike_leap_loss if of_head else limits.spike_low
     return max(climb, limits.spike_high * unit), max(leap, visible * unit)
 
 

@@ -173,7 +173,7 @@ class SpikeDetector(Stateful):
 
     def _highest_of_each(self, base: float, limits: Thresholds) -> tuple[float, float]:
         baseline = self.baseline
-        return highest_of_each(math.exp(base), limits, baseline.unit, nats=baseline.nats)
+        return highest_of_each(math.exp(base), limits, baseline.unit, of_head=baseline.of_head)
 
     def _rises_slowly(self, step: int, loss: float, log_loss: float, limits: Thresholds) -> bool:
         """Return whether this loss completes a slow rise."""

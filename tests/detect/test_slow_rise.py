@@ -166,21 +166,22 @@ def test_a_hinge_loss_that_rises_from_zero_has_one(nats: bool | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "values, no_classes, broken, nats",
+    "values, no_classes, broken, nats, of_head",
     [
-        ({"loss": 2.3, "head_loss": 2.31}, False, False, True),
-        ({"loss": 0.9, "head_loss": 2.3}, False, False, None),
-        ({"loss": 2.3}, False, False, True),
-        ({"head_loss": 2.3}, False, True, None),
-        ({"loss": 2.3, "head_loss": 2.3}, True, False, False),
+        ({"loss": 2.3, "head_loss": 2.31}, False, False, True, True),
+        ({"loss": 0.9, "head_loss": 2.3}, False, False, True, False),
+        ({"loss": 2.3}, False, False, True, True),
+        ({"head_loss": 2.3}, False, True, None, False),
+        ({"loss": 2.3, "head_loss": 2.3}, True, False, False, False),
     ],
 )
-def test_a_loss_that_is_not_that_of_the_head_is_no_cross_entropy(
-    values: dict[str, float], no_classes: bool, broken: bool, nats: bool | None
+def test_the_kind_of_a_loss_is_found_in_an_early_reading(
+    values: dict[str, float], no_classes: bool, broken: bool, nats: bool | None, of_head: bool
 ) -> None:
+    """The loss 0.9 is a hinge loss of ten classes."""
     baseline = SpikeDetector().baseline
     baseline.find_kind(Reading(1, values), no_classes=no_classes, broken=broken)
-    assert baseline.nats is nats
+    assert baseline.nats is nats and baseline.of_head is of_head
 
 
 # --- wandering, deferral and resume ----------------------------------------------------------------

@@ -26,7 +26,7 @@ def states(losses: Sequence[float], tau: float = 20.0) -> list[str]:
 
 def events(losses: Sequence[float], tau: float = 1000.0, nats: bool | None = True) -> list[Event]:
     detector = SpikeDetector()
-    detector.baseline.nats = nats
+    detector.baseline.nats, detector.baseline.of_head = nats, nats is True
     found: list[Event] = []
     inside = False
     for step, loss in enumerate(losses):
