@@ -61,7 +61,7 @@ class ForwardHook:
 
     def is_on(self, module: nn.Module) -> bool:
         """Return whether the hook is among the forward hooks of ``module``."""
-        return any(hook is self._hook for hook in module._forward_hooks.values())
+        return any(hook is self.hook for hook in module._forward_hooks.values())
 
     def register(self) -> None:
         _REGISTERED.add(self)
