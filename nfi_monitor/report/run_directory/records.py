@@ -160,7 +160,7 @@ class Skipped:
         if self._damaged:
             said.append(
                 f"{self.name}: skipped {_lines(self._damaged, 'damaged')}, or of a version that this one "
-                f"does not know: {some(self._reasons)}"
+                f"cannot read: {some(self._reasons)}"
             )
         return said
 
