@@ -33,7 +33,7 @@ SESSION = Annotated[int, Between(1, 1e9)]
 
 @dataclass(frozen=True)
 class _Values:
-    """Declaration of a line of ``readings.jsonl``; its numbers are checked by :func:`_values_of`."""
+    """Declaration of a line of ``readings.jsonl``; its numbers are checked by :func:`reading_of`."""
 
     step: STEP
     phase: str
