@@ -273,10 +273,8 @@ def look_at_tab(records: dict[str, tuple[bytes, Any]], query: dict[str, str], wa
     status, run = ask(apps["/run"], {"run": "r"})
     assert status == (200 if known else 404), run
     for alert in run.get("alerts", []):
-        status, answer = ask(
-            apps["/alert"], {"run": "r", "id": alert["id"] or "", "first": alert["first_step"]}
-        )
-        assert status in (200, 404), answer
+        about = {"run": "r", "id": alert["id"] or "", "first": alert["first_step"]}
+        assert ask(apps["/alert"], about)[0] in (200, 404)
     assert ask(apps["/series"], {"run": "r"})[0] == status or not known
     for route in ("/run", "/series", "/alert"):
         status, answer = ask(apps[route], {"run": "r", **query})
