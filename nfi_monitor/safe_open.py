@@ -61,7 +61,11 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
     Later changes of the working directory, or of a link such as ``runs/latest``, do not move the run.
     """
-    return Path(os.path.realpath(os.path.expanduser(path)))
+    path = os.path.expanduser(path)
+    try:
+        return Path(os.path.realpath(path))
+    except OSError:  # the working directory was removed: making the run directory will say so
+        return Path(path)
 
 
 def _check(mode: int, path: str | os.PathLike[str]) -> None:

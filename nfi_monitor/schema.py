@@ -34,7 +34,7 @@ class DamagedRecordError(ValueError):
     """
 
     def __init__(self, reason: str, place: str = "", *, torn: bool = False) -> None:
-        super().__init__(f"{place}: {reason}" if place else reason)
+        super().__init__(f"'{place}': {reason}" if place else reason)
         self.reason, self.place, self.torn = reason, place, torn
 
     def inside(self, name: object) -> DamagedRecordError:

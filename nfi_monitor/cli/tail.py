@@ -132,19 +132,22 @@ class Tail:
 
     def last(self, count: int) -> list[dict[str, Any]]:
         """Return the last ``count`` records. Read backwards, since the file may have gigabytes."""
+        from nfi_monitor.report.run_directory.records import LINE_BYTES
+
         try:
             with open_binary(self._path) as file:
                 self._file = _identity(file)
                 position = file.seek(0, os.SEEK_END)
                 blocks: list[bytes] = []
-                newlines = 0
+                newlines = without = 0
                 # Read some lines more: the first one of the block may be cut, and others may be torn.
-                while position and newlines <= count + 8:
+                while position and newlines <= count + 8 and without <= LINE_BYTES:
                     size = min(1 << 16, position)
                     position -= size
                     file.seek(position)
                     blocks.append(file.read(size))
-                    newlines += blocks[-1].count(b"\n")
+                    found = blocks[-1].count(b"\n")
+                    newlines, without = newlines + found, 0 if found else without + size
         except FileNotFoundError:
             return []
         data = b"".join(reversed(blocks))

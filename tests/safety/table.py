@@ -148,8 +148,7 @@ resumed session stays. TensorBoard's files can only grow, and they grow with the
 length: after 2,048 readings every second one is written as scalars, after as many again every fourth, and so
 on. Alerts are never thinned. In memory, `monitor.history` keeps at most 32,768 values of a quantity. A saved
 state (`monitor.state_dict()`) holds the alerts that fire, the last 1,000 others and the last 4,096 changes of
-the phase; earlier alerts are in `alerts.jsonl`. The tab lists the last 5,000 alerts, and a report explains the
-last 20.
+the phase; earlier alerts are in `alerts.jsonl`. The tab lists the last 5,000 alerts; a report explains 20.
 
 ## What is not shown
 

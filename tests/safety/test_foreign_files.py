@@ -213,3 +213,22 @@ def test_a_removed_file_is_noticed_while_another_one_is_written(
         for step in range(1, 10):
             now[0] += CHECK_SECONDS / 2
             sink.reading(Reading(step, {"loss": 1.0}), Phase.HEALTHY)
+
+
+def test_a_removed_working_directory_costs_the_files_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    _, monitor = trained(Path("run"))
+    assert any("cannot write" in note.message for note in monitor.notes)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_file_without_an_end_of_line_is_not_read_whole(tmp_path: Path) -> None:
+    RunDirectory(tmp_path).start(INFO)
+    with open(tmp_path / "alerts.jsonl", "wb") as file:
+        file.truncate(1 << 34)  # sixteen gigabytes of holes
+    asked("tail", str(tmp_path))

@@ -33,7 +33,7 @@ SESSION = Annotated[int, Between(1, 1e9)]
 
 @dataclass(frozen=True)
 class _Values:
-    """Declaration of a line of ``readings.jsonl``; its numbers are checked by :func:`_values_of`."""
+    """Declaration of a line of ``readings.jsonl``; its numbers are checked by :func:`reading_of`."""
 
     step: STEP
     phase: str
@@ -160,7 +160,7 @@ class Skipped:
         if self._damaged:
             said.append(
                 f"{self.name}: skipped {_lines(self._damaged, 'damaged')}, or of a version that this one "
-                f"does not know: {some(self._reasons)}"
+                f"cannot read: {some(self._reasons)}"
             )
         return said
 

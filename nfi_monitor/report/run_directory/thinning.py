@@ -41,7 +41,7 @@ def thin(path: Path) -> None:
         old.seek(0)
         done, last = 0, None
         bucket: list[int | None] = [None, None]
-        while done < half and (line := old.readline()):
+        while done < half and (line := old.readline(1 << 20)):
             done += len(line)
             begin, end = _BEGIN.match(line), _END.search(line, max(0, len(line) - 40))
             if begin is None or end is None:  # torn, or from a newer version: keep it
@@ -59,7 +59,7 @@ def _steps(file: BinaryIO, end: int) -> tuple[array[int], array[int]]:
     """Return the steps of the readings of the loss alone, and of the full ones, up to byte ``end``."""
     steps = (array("q"), array("q"))
     done = 0
-    while done < end and (line := file.readline()):
+    while done < end and (line := file.readline(1 << 20)):
         done += len(line)
         if begin := _BEGIN.match(line):
             steps[begin[3] is None].append(int(begin[1]))
