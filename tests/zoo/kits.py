@@ -44,10 +44,10 @@ def loop(
                 opt.step(compute)
             else:
                 compute()
-                before = moments(opt) if step == steps - 1 and not session.watching else None
+                before = moments(opt) if step > 0 and not session.watching else None
                 opt.step()
                 if before is not None:
-                    session.averages = following(opt, before)
+                    session.averages = min(session.averages or (10**9, 0), following(opt, before))
         return model
 
     return train
@@ -75,7 +75,7 @@ def moments(optimizer: Any) -> Moments:
 
 
 def following(optimizer: Any, before: Moments) -> tuple[int, int]:
-    """Return how many tensors have a moment that is β2 v + (1 − β2) g² after the step, and how many there are."""
+    """Return how many tensors have the moment β2 v + (1 − β2) g² after the step, and how many there are."""
     follow = sum(
         torch.allclose(optimizer.state[parameter]["exp_avg_sq"], beta * kept + (1 - beta) * square, rtol=1e-3)
         for parameter, (kept, square, beta) in before.items()

@@ -230,10 +230,6 @@ def _make() -> list[Configuration]:
         return Configuration(label, loop(mlp, cross_entropy, made, closure=closure), "4", **facts)
 
     sam: dict[str, Any] = {"either": True}
-    fused: dict[str, Any] = {
-        "true_notes": (*LEFT_OUT, "no_steps", "no_loss", "head_never_fired"),
-        "steps": STEPS,
-    }
     found = [
         one(name, _named(name), closure=name in _CLOSURE, tau=_TAU.get(name))
         for name in pytorch_optimizer.get_supported_optimizers()
@@ -243,7 +239,7 @@ def _make() -> list[Configuration]:
         *found,
         Configuration("alig", _by_number, "4"),
         *(Configuration(name, _hessian(name), "4") for name in _GRAPH),
-        *(Configuration(name, _lomo(name), "4", **fused) for name in ("lomo", "adalomo")),
+        *(Configuration(name, _lomo(name), "4") for name in ("lomo", "adalomo")),
         Configuration("SAM, two steps", _two_steps(_sam("SAM")), "4", **sam),
         Configuration("SAM, closure", _soft_sam, "4", **sam),
         Configuration(
