@@ -44,7 +44,7 @@ def loop(
                 opt.step(compute)
             else:
                 compute()
-                before = moments(opt) if step > 0 and not session.watching else None
+                before = moments(opt) if not session.watching else None
                 opt.step()
                 if before is not None:
                     session.averages = min(session.averages or (10**9, 0), following(opt, before))
@@ -64,7 +64,7 @@ def moments(optimizer: Any) -> Moments:
         betas = group.get("betas", (0.0, 0.0))
         for parameter in group["params"]:
             own = state.get(parameter)
-            kept = own.get("exp_avg_sq") if isinstance(own, dict) else None
+            kept = own.get("exp_avg_sq") if isinstance(own, dict) else torch.zeros_like(parameter)
             if type(kept) is Tensor and kept.shape == parameter.shape and parameter.grad is not None:
                 found[parameter] = (
                     kept.clone(),
@@ -76,10 +76,11 @@ def moments(optimizer: Any) -> Moments:
 
 def following(optimizer: Any, before: Moments) -> tuple[int, int]:
     """Return how many tensors have the moment β2 v + (1 − β2) g² after the step, and how many there are."""
-    follow = sum(
-        torch.allclose(optimizer.state[parameter]["exp_avg_sq"], beta * kept + (1 - beta) * square, rtol=1e-3)
-        for parameter, (kept, square, beta) in before.items()
-    )
+    follow = 0
+    for parameter, (kept, square, beta) in before.items():
+        now = optimizer.state[parameter].get("exp_avg_sq")
+        if isinstance(now, Tensor) and now.shape == kept.shape:
+            follow += torch.allclose(now.float(), beta * kept + (1 - beta) * square, rtol=1e-3)
     return follow, sum(len(group["params"]) for group in optimizer.param_groups)
 
 

@@ -75,14 +75,9 @@ def judge(library: str, configuration: Configuration, alone: Record, watched: Re
 def _raised(verdict: Verdict, configuration: Configuration, error: BaseException, in_adapter: bool) -> None:
     """An adapter never ends a training; a loop of one's own may be refused before step 1."""
     text = str(error)
-    refused = (
-        isinstance(error, HeadNotFoundError)
-        and configuration.heads
-        and not in_adapter
-        and "no module named" not in text
-    )
-    if refused and any(name in text for name in configuration.heads):
-        verdict.degraded("refused before step 1, with a message that lists the right head")
+    helpful = [*configuration.heads] if isinstance(error, HeadNotFoundError) else ["OptimWrapper"]
+    if not in_adapter and "no module named" not in text and any(name in text for name in helpful):
+        verdict.degraded("refused before step 1, with a message that says what to pass")
     else:
         last = text.strip().splitlines()[0] if text.strip() else ""
         verdict.wrong(f"the training ended: {type(error).__name__}: {last[:200]}")

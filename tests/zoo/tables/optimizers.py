@@ -270,7 +270,7 @@ def _make() -> list[Configuration]:
             "schedulefree: AdamWScheduleFreeClosure",
             _free_closure,
             closure=True,
-            true_notes=("no_second_moment",),
+            true_notes=("no_second_moment", "state_unreadable"),
         ),
         one("galore-torch: GaLoreAdamW", _galore("GaLoreAdamW")),
         one("prodigyopt: Prodigy", _other("prodigyopt", "Prodigy", lr=1.0)),
