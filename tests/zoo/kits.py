@@ -80,7 +80,7 @@ def following(optimizer: Any, before: Moments) -> tuple[int, int]:
     for parameter, (kept, square, beta) in before.items():
         now = optimizer.state[parameter].get("exp_avg_sq")
         if type(now) is Tensor and now.shape == kept.shape and bool(square.any()):
-            follow += torch.allclose(now.float(), beta * kept + (1 - beta) * square, rtol=1e-3)
+            follow += torch.allclose(now.float(), beta * kept + (1 - beta) * square, rtol=1e-3, atol=0)
     return follow, sum(len(group["params"]) for group in optimizer.param_groups)
 
 
