@@ -42,8 +42,6 @@ class Configuration:
     """Whether the logits are scaled between head and loss."""
     half: bool = False
     """Whether the loss is computed in half precision."""
-    second_moment: bool | None = None
-    """Whether the optimizer keeps Adam's second moment of the head's weight; None: its state tells."""
     tau: float | None = None
     """1/(1 − β2) of the optimizer, where it is known."""
     loss: bool = True

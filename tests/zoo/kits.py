@@ -23,7 +23,6 @@ def loop(
     *,
     steps: int = STEPS,
     closure: bool = False,
-    before_loss: Callable[[Any], None] | None = None,
     **options: Any,
 ) -> Train:
     """Return a plain training loop with the two lines of the README and ``observe_loss``."""
@@ -45,12 +44,44 @@ def loop(
                 opt.step(compute)
             else:
                 compute()
-                if before_loss is not None:
-                    before_loss(opt)
+                before = moments(opt) if not session.watching else None
                 opt.step()
+                if before is not None:
+                    session.averages = min(session.averages or (10**9, 0), following(opt, before))
         return model
 
     return train
+
+
+Moments = dict[Tensor, tuple[Tensor, Tensor, float]]
+
+
+def moments(optimizer: Any) -> Moments:
+    """Return second moment, squared gradient and β2 of each tensor of an optimizer's state, before a step."""
+    found: Moments = {}
+    groups, state = getattr(optimizer, "param_groups", []), getattr(optimizer, "state", {})
+    for group in groups:
+        betas = group.get("betas", (0.0, 0.0))
+        for parameter in group["params"]:
+            own = state.get(parameter)
+            kept = own.get("exp_avg_sq") if isinstance(own, dict) else torch.zeros_like(parameter)
+            if type(kept) is Tensor and kept.shape == parameter.shape and parameter.grad is not None:
+                found[parameter] = (
+                    kept.clone(),
+                    parameter.grad.square(),
+                    float(betas[-1 if len(betas) > 2 else 1]),
+                )
+    return found
+
+
+def following(optimizer: Any, before: Moments) -> tuple[int, int]:
+    """Return how many tensors have the moment β2 v + (1 − β2) g² after the step, and how many there are."""
+    follow = 0
+    for parameter, (kept, square, beta) in before.items():
+        now = optimizer.state[parameter].get("exp_avg_sq")
+        if type(now) is Tensor and now.shape == kept.shape and bool(square.any()):
+            follow += torch.allclose(now.float(), beta * kept + (1 - beta) * square, rtol=1e-3, atol=0)
+    return follow, sum(len(group["params"]) for group in optimizer.param_groups)
 
 
 def trainer(

@@ -35,6 +35,8 @@ class Session:
         """Step → the values of the tensors on which backward was called for it."""
         self.cross_entropies: dict[int, list[float]] = {}
         """Step → mean cross-entropy of each call of F.cross_entropy with gradients."""
+        self.averages: tuple[int, int] | None = None
+        """How many tensors have a second moment that is an average of squared gradients, and of how many."""
         self.optimizer: Any = None
         self.folder = tempfile.mkdtemp(prefix="nfi-zoo-")
         self._monitor: Monitor | None = None

@@ -53,6 +53,7 @@ def judge(library: str, configuration: Configuration, alone: Record, watched: Re
     """Hold what the monitor found against what is true of the configuration."""
     verdict = Verdict(library, configuration.name)
     monitor = watched.session.monitor
+    watched.session.averages = alone.session.averages
     if watched.error is not None:
         _raised(verdict, configuration, watched.error, watched.session.in_adapter)
         return verdict
@@ -74,14 +75,9 @@ def judge(library: str, configuration: Configuration, alone: Record, watched: Re
 def _raised(verdict: Verdict, configuration: Configuration, error: BaseException, in_adapter: bool) -> None:
     """An adapter never ends a training; a loop of one's own may be refused before step 1."""
     text = str(error)
-    refused = (
-        isinstance(error, HeadNotFoundError)
-        and configuration.heads
-        and not in_adapter
-        and "no module named" not in text
-    )
-    if refused and any(name in text for name in configuration.heads):
-        verdict.degraded("refused before step 1, with a message that lists the right head")
+    helpful = [*configuration.heads] if isinstance(error, HeadNotFoundError) else ["OptimWrapper"]
+    if not in_adapter and "no module named" not in text and any(name in text for name in helpful):
+        verdict.degraded("refused before step 1, with a message that says what to pass")
     else:
         last = text.strip().splitlines()[0] if text.strip() else ""
         verdict.wrong(f"the training ended: {type(error).__name__}: {last[:200]}")
@@ -221,14 +217,21 @@ def _unless_noted(verdict: Verdict, codes: tuple[str, ...], cause: str, *, allow
         verdict.wrong(f"{cause}, and no note says so")
 
 
-Facts = tuple[Configuration, Record, Verdict]
+def _averages(record: Record, most: int | None = None) -> bool:
+    """Return whether at most so many (None: not all) second moments are averages of squared gradients."""
+    if record.session.averages is None:
+        return False
+    follow, tensors = record.session.averages
+    return follow <= (tensors - 1 if most is None else most)
+
+
 _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "tied_head": lambda c, r, v: r.tied,
     "head_without_weight": lambda c, r, v: not r.weighty,
     "optimizer_without_head": lambda c, r, v: not r.trained,
-    "no_second_moment": lambda c, r, v: not (r.second_moment if c.second_moment is None else c.second_moment),
+    "no_second_moment": lambda c, r, v: not r.second_moment or _averages(r, 0),
     "state_unreadable": lambda c, r, v: r.partial,
-    "second_moment_in_part": lambda c, r, v: r.partial,
+    "second_moment_in_part": lambda c, r, v: r.partial or _averages(r),
     "single_output": lambda c, r, v: not c.classes,
     "not_shift_invariant": lambda c, r, v: not c.shift_invariant or not c.classes,
     "soft_targets": lambda c, r, v: c.soft or not c.classes,

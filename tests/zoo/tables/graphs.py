@@ -78,33 +78,36 @@ class _Handmade(nn.Module):
 def _make() -> list[Configuration]:
     from torch_geometric.nn import models
 
-    mixed: dict[str, Any] = {"soft": True, "shift_invariant": False, "true_notes": AFTER}
+    mixed: dict[str, Any] = {"shift_invariant": False, "true_notes": AFTER}
     return [
         Configuration(
             "GCNConv, node classification",
             loop(lambda: _Handmade("GCNConv"), _nodes),
-            ("conv2", "conv2.lin"),
+            ("conv2", "conv2.lin", "conv2.lin.weight"),
             **mixed,
         ),
         Configuration(
             "GATConv, node classification",
             loop(lambda: _Handmade("GATConv"), _nodes),
-            ("conv2", "conv2.lin"),
+            ("conv2", "conv2.lin", "conv2.lin.weight"),
             **mixed,
         ),
         Configuration(
             "SAGEConv, node classification",
             loop(lambda: _Handmade("SAGEConv"), _nodes),
-            ("conv2", "conv2.lin_r", "conv2.lin_l"),
+            ("conv2", "conv2.lin_r", "conv2.lin_r.weight", "conv2.lin_l"),
             **mixed,
         ),
         Configuration(
-            "GCN (library's model)", loop(_basic("GCN"), _log_nodes), ("convs.1", "convs.1.lin"), **mixed
+            "GCN (library's model)",
+            loop(_basic("GCN"), _log_nodes),
+            ("convs.1", "convs.1.lin", "convs.1.lin.weight"),
+            **mixed,
         ),
         Configuration(
             "GIN (library's model)",
             loop(_basic("GIN"), _log_nodes),
-            ("convs.1.nn.lins.1", "convs.1.nn", "convs.1"),
+            ("convs.1.nn.lins.1", "convs.1.nn.lins.1.weight", "convs.1.nn", "convs.1"),
             **mixed,
         ),
         Configuration(
@@ -118,7 +121,7 @@ def _make() -> list[Configuration]:
     ]
 
 
-AFTER = ("logits_scaled", "no_features", "rows_mixed")
+AFTER = ("logits_scaled", "no_features", "soft_targets")
 """A graph convolution adds up its neighbours after its linear layer."""
 
 TABLE = Table("torch-geometric", ("torch-geometric",), _make)

@@ -227,15 +227,9 @@ def _make() -> list[Configuration]:
 
     def one(label: str, made: Made, **facts: Any) -> Configuration:
         closure = facts.pop("closure", False)
-        return Configuration(
-            label, loop(mlp, cross_entropy, made, closure=closure), "4", **{"true_notes": LEFT_OUT, **facts}
-        )
+        return Configuration(label, loop(mlp, cross_entropy, made, closure=closure), "4", **facts)
 
-    sam: dict[str, Any] = {"true_notes": (*LEFT_OUT, "two_steps", "several_backwards"), "either": True}
-    fused: dict[str, Any] = {
-        "true_notes": (*LEFT_OUT, "no_steps", "no_loss", "head_never_fired"),
-        "steps": STEPS,
-    }
+    sam: dict[str, Any] = {"either": True}
     found = [
         one(name, _named(name), closure=name in _CLOSURE, tau=_TAU.get(name))
         for name in pytorch_optimizer.get_supported_optimizers()
@@ -243,9 +237,9 @@ def _make() -> list[Configuration]:
     ]
     return [
         *found,
-        Configuration("alig", _by_number, "4", true_notes=LEFT_OUT),
-        *(Configuration(name, _hessian(name), "4", true_notes=LEFT_OUT) for name in _GRAPH),
-        *(Configuration(name, _lomo(name), "4", **fused) for name in ("lomo", "adalomo")),
+        Configuration("alig", _by_number, "4"),
+        *(Configuration(name, _hessian(name), "4") for name in _GRAPH),
+        *(Configuration(name, _lomo(name), "4") for name in ("lomo", "adalomo")),
         Configuration("SAM, two steps", _two_steps(_sam("SAM")), "4", **sam),
         Configuration("SAM, closure", _soft_sam, "4", **sam),
         Configuration(
@@ -272,7 +266,12 @@ def _make() -> list[Configuration]:
         one("schedulefree: SGDScheduleFree", _free("SGDScheduleFree")),
         one("schedulefree: RAdamScheduleFree", _free("RAdamScheduleFree")),
         one("schedulefree: ScheduleFreeWrapper", _free_wrapper),
-        one("schedulefree: AdamWScheduleFreeClosure", _free_closure, closure=True),
+        one(
+            "schedulefree: AdamWScheduleFreeClosure",
+            _free_closure,
+            closure=True,
+            true_notes=("no_second_moment", "state_unreadable"),
+        ),
         one("galore-torch: GaLoreAdamW", _galore("GaLoreAdamW")),
         one("prodigyopt: Prodigy", _other("prodigyopt", "Prodigy", lr=1.0)),
         one("lion-pytorch: Lion", _other("lion_pytorch", "Lion")),
@@ -287,9 +286,6 @@ def _trained(optimizer: Any) -> Any:
     optimizer.train()
     return optimizer
 
-
-LEFT_OUT = ("state_unreadable", "moment_unknown", "second_moment_unknown")
-"""Notes about a state that is not understood."""
 
 TABLE = Table(
     "optimizers",

@@ -81,7 +81,7 @@ def _make() -> list[Configuration]:
             "4",
         ),
         Configuration("AdamW (closure)", loop(mlp, cross_entropy, _with("AdamW"), closure=True), "4"),
-        Configuration("Muon", loop(mlp, cross_entropy, _muon), "4", true_notes=("state_unreadable",)),
+        Configuration("Muon", loop(mlp, cross_entropy, _muon), "4"),
         Configuration("AdamW, AveragedModel", _averaged, ("4", "module.4")),
     ]
 

@@ -43,7 +43,6 @@ def _make() -> list[Configuration]:
             name,
             loop(_wide, cross_entropy, _with(name)),
             "4",
-            true_notes=("state_unreadable", "moment_unknown"),
         )
 
     return [
