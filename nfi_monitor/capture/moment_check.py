@@ -11,7 +11,7 @@ does not wait: the result is copied like a reading, and counts when it has arriv
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +38,13 @@ _AGREE, _DISAGREE = 0.9, 0.75
 """Shares of the coordinates. From the first on, a tensor is a second moment; below the second, it is none."""
 
 
+Failed = Callable[[str, BaseException], None]
+
+
+def ignore(part: str, error: BaseException) -> None:
+    """Do nothing with an error."""
+
+
 class Earlier(NamedTuple):
     """Second moments before a step, of the parameters at ``positions`` in a sample."""
 
@@ -54,8 +61,9 @@ class MomentCheck:
         version: changes when the answer for a parameter may have changed.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, failed: Failed = ignore) -> None:
         self.optimizer = optimizer
+        self._failed = failed
         step = inspect.unwrap(type(optimizer).step)
         self.trusted = str(getattr(step, "__module__", "")).startswith("torch.optim.")
         self.version = 0
@@ -230,6 +238,7 @@ class MomentCheck:
         """Read no second moment that was not understood yet: an odd state must cost nothing else."""
         self._error = f"cannot be checked ({type(error).__name__}: {error})"
         self.version += 1
+        self._failed("moment_check", error)
 
     def _after(
         self,
