@@ -11,8 +11,7 @@ does not wait: the result is copied like a reading, and counts when it has arriv
 from __future__ import annotations
 
 import inspect
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,8 +19,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfi_monitor.capture import devices
-from nfi_monitor.capture.betas import Slot, slots, value_at
+from nfi_monitor.capture.betas import slots
 from nfi_monitor.capture.host_transfer import HostTransfer
+from nfi_monitor.capture.moment_trials import Kind, fit, trials
 from nfi_monitor.capture.quantized import Quantized
 from nfi_monitor.capture.sampling import CoordinateSample, local
 from nfi_monitor.capture.second_moment import entries, second_moment
@@ -34,21 +34,15 @@ optimizers begin with a warm-up that has other rules."""
 FAILURES = 3
 """A tensor that moved otherwise in this many readings since it last moved like a second moment is none."""
 
-_SURE = 8.0
-"""A coordinate counts if it must move by this many times its rounding."""
-_ROUNDINGS = 4.0
-"""Roundings of v that a step of an optimizer may add up."""
 _AGREE, _DISAGREE = 0.9, 0.75
 """Shares of the coordinates. From the first on, a tensor is a second moment; below the second, it is none."""
-_PLACES = 3
-"""Maximum number of places that are tried for β2."""
 
 
-class Kind(NamedTuple):
-    """How a second moment is made: ``slot`` is the place of its β2; ``unbiased``: it needs no correction."""
+Failed = Callable[[str, BaseException], None]
 
-    slot: Slot
-    unbiased: bool
+
+def ignore(part: str, error: BaseException) -> None:
+    """Do nothing with an error."""
 
 
 class Earlier(NamedTuple):
@@ -59,14 +53,6 @@ class Earlier(NamedTuple):
     fresh: frozenset[int]  # positions without a second moment
 
 
-class _Trial(NamedTuple):
-    """An assumption about the tensors of a sample: ``rates`` [T] of 1 − β2 (NaN: none), and the kinds."""
-
-    rates: list[float]
-    decays: list[float]  # weight decay that is added to the gradient, 0: none
-    kinds: list[Kind | None]
-
-
 class MomentCheck:
     """Know which parameters' second moments are understood.
 
@@ -75,8 +61,9 @@ class MomentCheck:
         version: changes when the answer for a parameter may have changed.
     """
 
-    def __init__(self, optimizer: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, failed: Failed = ignore) -> None:
         self.optimizer = optimizer
+        self._failed = failed
         step = inspect.unwrap(type(optimizer).step)
         self.trusted = str(getattr(step, "__module__", "")).startswith("torch.optim.")
         self.version = 0
@@ -85,6 +72,7 @@ class MomentCheck:
         self._failures: dict[int, int] = {}
         self._checks: dict[int, int] = {}
         self._born: dict[int, int] = {}  # parameter → the step that made its state
+        self._error = ""  # of a check; no more are made after it
         self._readings = 0
         self._inside = False  # whether the gradients exist only inside the step
         self._transfer = HostTransfer()
@@ -125,7 +113,7 @@ class MomentCheck:
     def undecided(self, param: nn.Parameter) -> bool:
         """Return whether the next reading should check this parameter's state."""
         failures, known = self._failures.get(id(param), 0), id(param) in self._kinds
-        if self.trusted or failures >= FAILURES:
+        if self.trusted or self._error or failures >= FAILURES:
             return False
         if self._checks.get(id(param), 0) >= (CONFIRMED if known else CHECKS) and not (known and failures):
             return False
@@ -167,6 +155,8 @@ class MomentCheck:
         name = type(self.optimizer).__name__
         if id(param) in self._odd:
             return self._odd[id(param)]
+        if self._error:
+            return self._error
         if self._failures.get(id(param), 0) >= FAILURES:
             if self._inside:
                 return (
@@ -201,8 +191,22 @@ class MomentCheck:
 
         ``closure``: the step computes the gradients, which are read after it, and may overwrite them: check.
         """
-        if self.trusted:
+        if self.trusted or self._error:
             return None
+        try:
+            return self._before(sample, params, undecided, closure=closure)
+        except Exception as error:
+            self._give_up(error)
+            return None
+
+    def _before(
+        self,
+        sample: CoordinateSample,
+        params: Sequence[nn.Parameter],
+        undecided: Sequence[int],
+        *,
+        closure: bool,
+    ) -> Earlier | None:
         self._readings += 1
         self._inside = closure
         again = self._readings >= 16 and not self._readings & (self._readings - 1)
@@ -225,21 +229,47 @@ class MomentCheck:
         step: int,
     ) -> None:
         """Compare the second moments after a step with what they should be. ``grad``, ``weights``: [C]."""
+        try:
+            self._after(earlier, sample, params, groups, grad, weights, step)
+        except Exception as error:
+            self._give_up(error)
+
+    def _give_up(self, error: Exception) -> None:
+        """Read no second moment that was not understood yet: an odd state must cost nothing else."""
+        self._error = f"cannot be checked ({type(error).__name__}: {error})"
+        self.version += 1
+        self._failed("moment_check", error)
+
+    def _after(
+        self,
+        earlier: Earlier,
+        sample: CoordinateSample,
+        params: Sequence[nn.Parameter],
+        groups: Sequence[Mapping[str, Any]],
+        grad: Tensor,
+        weights: Tensor,
+        step: int,
+    ) -> None:
         positions = self._with_moment(earlier, params, step)
         now = self._gather(sample, params, positions)
         if now is None:
             return
         before = torch.zeros_like(now) if earlier.moments is None else earlier.moments
-        trials = self._trials(earlier, params, groups, step)
+        of: list[Mapping[str, Any] | None] = [None] * len(params)
+        taken: list[float | None] = [None] * len(params)
+        for at in positions:
+            of[at] = groups[at]
+            taken[at] = 1 if at in earlier.fresh else self._host_count(params[at], groups[at], step)
+        assumed = trials(of, taken)
         rounding = torch.finfo(grad.dtype).eps
         for at in positions:
             for tensor in (self._named(params[at]), params[at].grad):
                 if isinstance(tensor, Tensor) and tensor.is_floating_point():
                     rounding = max(rounding, torch.finfo(tensor.dtype).eps)
-        fits = [_fit(sample, trial, grad, weights, before, now, rounding) for trial in trials]
+        fits = [fit(sample, trial, grad, weights, before, now, rounding) for trial in assumed]
         self._reject([params[at] for at in positions if not slots(groups[at])])
         if fits:
-            label = ([(at, params[at]) for at in positions], trials, len(params))
+            label = ([(at, params[at]) for at in positions], assumed, len(params))
             self._transfer.put(label, torch.stack(fits).flatten().double())
         self.receive()
 
@@ -264,11 +294,11 @@ class MomentCheck:
         """Take in the checks that have arrived on the host."""
         if not self._transfer.waiting:
             return
-        for (checked, trials, tensors), numbers in self._transfer.take():
+        for (checked, assumed, tensors), numbers in self._transfer.take():
             for at, param in checked:
                 places = range(0, len(numbers), 2 * tensors)
                 counts = [(numbers[place + at], numbers[place + tensors + at]) for place in places]
-                self._judge(id(param), [trial.kinds[at] for trial in trials], counts)
+                self._judge(id(param), [trial.kinds[at] for trial in assumed], counts)
             self.version += 1
 
     def _reject(self, params: Sequence[nn.Parameter]) -> None:
@@ -313,39 +343,9 @@ class MomentCheck:
                 views.append(torch.zeros(end - start, device=local(params[at]).device))
             else:
                 raw = _unmaximised(self.optimizer.state.get(params[at], {}), moment)
-                views.append(local(raw).detach().reshape(-1)[:: sample.strides[at]].float())
+                part = local(raw).detach().reshape(-1)[:: sample.strides[at]]
+                views.append(part if part.dtype is torch.float64 else part.float())
         return torch.cat(views)
-
-    def _trials(
-        self, earlier: Earlier, params: Sequence[nn.Parameter], groups: Sequence[Mapping[str, Any]], step: int
-    ) -> list[_Trial]:
-        """Return what a second moment may be: by each β2 of the group, corrected or not, with L2 or not."""
-        trials = []
-        for place in range(_PLACES):
-            for unbiased in (False, True):
-                for coupled in (False, True):
-                    trial = _Trial([math.nan] * len(params), [0.0] * len(params), [None] * len(params))
-                    for at in earlier.positions:
-                        found = slots(groups[at])
-                        decay = groups[at].get("weight_decay") if coupled else 0.0
-                        if (
-                            place >= len(found)
-                            or not isinstance(decay, (int, float))
-                            or (coupled and not decay)
-                        ):
-                            continue
-                        beta2 = value_at(groups[at], found[place])
-                        rate = 1.0 - (math.nan if beta2 is None else beta2)
-                        if unbiased:
-                            taken = (
-                                1 if at in earlier.fresh else self._host_count(params[at], groups[at], step)
-                            )
-                            rate /= 1.0 - (1.0 - rate) ** taken if taken else math.nan
-                        trial.rates[at], trial.decays[at] = rate, float(decay)
-                        trial.kinds[at] = Kind(found[place], unbiased)
-                    if any(kind is not None for kind in trial.kinds):
-                        trials.append(trial)
-        return trials
 
     def _host_count(self, param: nn.Parameter, group: Mapping[str, Any], step: int) -> float | None:
         taken = self.steps_averaged(param, group, step)
@@ -358,26 +358,3 @@ def _unmaximised(state: Any, moment: Tensor) -> Tensor:
     """Return the average itself, where an optimizer divides by the maximum of it (amsgrad)."""
     average = entries(state).get("exp_avg_sq")
     return average if isinstance(average, Tensor) and average.shape == moment.shape else moment
-
-
-def _fit(
-    sample: CoordinateSample,
-    trial: _Trial,
-    grad: Tensor,
-    weights: Tensor,
-    before: Tensor,
-    now: Tensor,
-    rounding: float,
-) -> Tensor:
-    """Return, for each tensor, how many coordinates count, and how many agree with the trial, [2, T]."""
-    rates = devices.send(trial.rates, grad.device, grad.dtype)[sample.segments]
-    if any(trial.decays):
-        grad = grad + devices.send(trial.decays, grad.device, grad.dtype)[sample.segments] * weights
-    square = grad * grad
-    must = rates * (square - before)
-    limit = torch.finfo(torch.float32)
-    noise = _ROUNDINGS * rounding * torch.maximum(before, now) + limit.smallest_normal
-    counts = must.abs() > _SURE * noise
-    allowed = noise + max(1e-3, _SURE * rounding) * rates * square
-    agree = counts & ((now - before - must).abs() <= allowed)
-    return torch.stack([sample.per_tensor(counts.to(grad.dtype)), sample.per_tensor(agree.to(grad.dtype))])

@@ -17,7 +17,7 @@ from nfi_monitor import _moved
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.betas import ASSUMED_BETAS, betas_of
 from nfi_monitor.capture.head import Head
-from nfi_monitor.capture.moment_check import MomentCheck
+from nfi_monitor.capture.moment_check import Failed, MomentCheck, ignore
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import CoordinateSample, local
 from nfi_monitor.capture.second_moment import entries, sample_moments, states
@@ -47,12 +47,13 @@ class _Layout(NamedTuple):
 class OptimizerReader:
     """Read an :class:`~nfi_monitor.capture.update.Update` at each measured step."""
 
-    def __init__(self, optimizer: Optimizer, head: Head | None) -> None:
+    def __init__(self, optimizer: Optimizer, head: Head | None, failed: Failed = ignore) -> None:
+        """``failed(part, error)`` is called if the second moments cannot be checked."""
         self.optimizer = optimizer
         self.head = head
         self.plan = ReadingPlan()
         self.unreadable: set[str] = set()  # descriptions of what cannot be read, for a note
-        self.check = MomentCheck(optimizer)
+        self.check = MomentCheck(optimizer, failed)
         self._layouts: dict[tuple[int, ...], _Layout] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._found: tuple[Tensor | None, dict[str, Any]] | None = None

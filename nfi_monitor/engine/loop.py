@@ -82,7 +82,7 @@ class StepLoop:
 
         self.faults = Faults(self._report_fault, self._own_fault)
         failed = self.faults.failed
-        self.reader = OptimizerReader(optimizer, head)
+        self.reader = OptimizerReader(optimizer, head, failed)
         self.rows = RowAccumulator()
         probe_batch = None if options.probe is None else ProbeBatch(model, *options.probe)
         self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.is_off, failed)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from nfi_monitor import Monitor
+from nfi_monitor.capture.moment_check import MomentCheck
 from tests import own_optimizers as own
 from tests.runs import batch, differences, mlp, snapshot
 
@@ -202,6 +203,29 @@ def test_a_monitor_attached_late_understands_the_moments_too() -> None:
     moments = torch.cat([state["exp_avg_sq"].flatten() for state in optimizer.state.values()])
     root = (moments / (1 - 0.99**40)).sqrt().mean().item()
     assert monitor.history["sqrt_exp_avg_sq_mean"][1][-1] == pytest.approx(root, rel=1e-5)
+    monitor.close()
+
+
+@pytest.mark.parametrize("part", ["_before", "_after"])
+def test_an_error_in_a_check_costs_the_second_moment_alone(
+    part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("odd")
+
+    monkeypatch.setattr(MomentCheck, part, fail)
+    monitor, _, _ = trained(own.Own)
+    assert codes(monitor) == ["failed_moment_check", "no_second_moment"]
+    assert all("RuntimeError: odd" in note.message for note in monitor.notes)
+    assert len(monitor.history["weight_norm"][0]) == STEPS and rms_t(monitor) == {}
+    monitor.close()
+
+
+def test_moments_of_double_precision_are_understood() -> None:
+    monitor, _, expected = trained(own.Own, dtype=torch.float64, betas=(0.9, 0.999))
+    found = rms_t(monitor)
+    assert len(found) >= STEPS - 1 and codes(monitor) == []
+    assert found == pytest.approx({step: expected[step] for step in found}, rel=1e-6)
     monitor.close()
 
 
