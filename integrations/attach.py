@@ -47,6 +47,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nfi_monitor.alert_handler import handler_of
+from nfi_monitor.caller import called_as
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.open_monitors import open_monitors
@@ -91,6 +92,7 @@ class Attachment:
         remedy: called as ``remedy(alert, context)`` after the step at which an alert of any kind begins.
             Nothing else here changes the training. If several processes are not read together
             (``monitor.port.may_act()``), it is not called, and nothing is saved or stopped.
+        call: how the user passes an option to the adapter, for messages: ``NFICallback({})``.
         on_alert, run_dir and options: as for :class:`Monitor`; ``run_dir="auto"`` is the adapter's choice.
 
     Raises:
@@ -107,6 +109,7 @@ class Attachment:
         remedy: Remedy | None = None,
         on_alert: Callable[[Alert], None] | None = None,
         run_dir: str | os.PathLike[str] | None = "auto",
+        call: str = "NFICallback({})",
         **options: Any,
     ) -> None:
         inspect.signature(Monitor).bind(None, None, **options)
@@ -117,6 +120,7 @@ class Attachment:
         self._save_on, self._stop_on = _kinds("save_on", save_on), _kinds("stop_on", stop_on)
         self._remedy, self._on_alert, self._handler = remedy, on_alert, handler_of(on_alert)
         self._run_dir = run_dir
+        self._call = call
         self._options = options
         self._seen: set[str] = set()
         self._begun: list[Alert] = []
@@ -154,7 +158,8 @@ class Attachment:
         found = [one for one in (*schedulers, scaler) if one is not None]
         options["stateful"] = [*options.get("stateful", ()), *found]
         options["sinks"] = [*options.get("sinks", ()), *sinks]
-        monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._note_alert, **options)
+        with called_as(self._call):
+            monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._note_alert, **options)
         if self._handler is not None:
             self._handler.attach(monitor)
         self.monitor = monitor

@@ -40,6 +40,7 @@ from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.step_reader import StepReader
+from nfi_monitor.engine.watch_head import watch_head
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.ranks.membership import Membership
 from nfi_monitor.replay.recent_snapshots import RecentSnapshots
@@ -84,7 +85,7 @@ class StepLoop:
         probe_batch = None if options.probe is None else ProbeBatch(model, *options.probe)
         self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.failed_parts, failed)
         self.schedule = Schedule(options.overhead_budget)
-        self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
+        self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend, head)
         self.loss_probe: LossProbe | None = None
         self.reports = Sinks([], failed)
         self.notes = NoteTaker(self.reports.note)
@@ -124,12 +125,12 @@ class StepLoop:
             self.reports.sinks += [*opened, *options.sinks]
         self.membership.share_head(self.head, apart)
         self.reports.start(self.info())
-        self.notes.attached(self.head, self.reader)
+        if options.head is not False:
+            self.notes.attached(self.model, self.head, self.reader)
         self.handles: list[Any] = [
             StepHooks(self.optimizer, self._before_step, self._after_step, self.faults.failed)
         ]
-        if self.head is not None:
-            self.handles.append(self.head.module.register_forward_hook(self.probe, with_kwargs=True))
+        watch_head(self, named=options.head is not None)
 
     @property
     def watched_module(self) -> nn.Module:

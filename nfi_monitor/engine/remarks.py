@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.detect.signals import Signals
+from nfi_monitor.engine.head_notes import no_rows_text
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.types import Reading
 
@@ -50,6 +52,7 @@ class Seen(NamedTuple):
     """Step of the reading before this one; None: this is the first."""
     needed_float32: bool = False
     """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
+    model: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -106,32 +109,8 @@ def _no_features(seen: Seen) -> bool:
 
 
 def _no_rows_text(seen: Seen) -> str:
-    probe = seen.probe
-    if probe.sharded:
-        cause = "each rank holds the logits of some classes only (a vocabulary-parallel head)"
-        cure = "For rows, let the head gather its logits: ColwiseParallel(output_layouts=Replicate())."
-    elif probe.traced:
-        cause = "the head runs inside torch.compile, where a hook would break the graph"
-        cure = "For rows, tap the compiled model's output: logits = monitor.tap(model(x))."
-    elif probe.fired:
-        cause = "the head fired, but no gradient came back to its output"
-        cure = "If the loss is computed from other logits, pass those through monitor.tap(logits)."
-    elif probe.fired_without_gradient:
-        cause = "the head fired only in eval mode or without gradients"
-        cure = "Call model.train() for training steps; gradients must be enabled at the head."
-    else:
-        cause = (
-            "the head never fired (a fused loss that reads its weight, another module that computes the "
-            "logits, or a model compiled before the monitor was attached)"
-        )
-        cure = "Name the right head with head=..., use monitor.tap(logits), or attach before compiling."
-    instead = (
-        "Its weight gradient is read instead, for the zero-sum violation of the whole batch. The feature "
-        "mean is not read: by rounding, *at risk* stays at *info* and *imminent* cannot be reached."
-        if "zero_sum_violation_weight" in seen.reading.values
-        else "Only the optimizer, the norms and the observed loss are watched."
-    )
-    return f"No rows seen: {cause}. {instead} {cure}"
+    weight_read = "zero_sum_violation_weight" in seen.reading.values
+    return no_rows_text(seen.probe, seen.model, weight_read=weight_read)
 
 
 def _rows_elsewhere_text(seen: Seen) -> str:
@@ -166,7 +145,11 @@ def _state_unreadable_text(seen: Seen) -> str:
 
 
 REMARKS: tuple[Remark, ...] = (
-    Remark("head_never_fired", lambda seen: seen.without_rows == PATIENCE, _no_rows_text),
+    Remark(
+        "head_never_fired",
+        lambda seen: seen.without_rows == PATIENCE and (seen.probe.head is not None or seen.probe.tapped),
+        _no_rows_text,
+    ),
     Remark(
         "no_loss",
         lambda seen: seen.without_loss == PATIENCE,

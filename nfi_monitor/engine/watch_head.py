@@ -1,0 +1,73 @@
+"""Hook the head, and hook another one if the model's first output shows that it is the head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+from torch import nn
+
+from nfi_monitor.capture.head_layer import Head
+from nfi_monitor.capture.head_probe import HeadProbe
+from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.engine.faults import Faults
+from nfi_monitor.engine.head_check import HeadCheck
+from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.open_monitors import register, unregister
+from nfi_monitor.ranks.membership import Membership
+
+
+class Run(Protocol):
+    """The parts of a :class:`~nfi_monitor.engine.loop.StepLoop` that know the head."""
+
+    owner: Any
+    model: nn.Module
+    head: Head | None
+    reader: OptimizerReader
+    probe: HeadProbe
+    rows: RowAccumulator
+    notes: NoteTaker
+    faults: Faults
+    membership: Membership
+    handles: list[Any]
+    step: int
+    closed: bool
+
+    @property
+    def watched_module(self) -> nn.Module:
+        """The head, or the model if there is no head."""
+        ...
+
+
+def watch_head(run: Run, *, named: bool) -> None:
+    """Hook the head that was found at attach. ``named``: the user has named it, so it is not checked."""
+    if not named and not (run.head is not None and run.head.sure):
+        check = HeadCheck(run.head, partial(_change, run), run.faults.failed)
+        run.handles.append(run.model.register_forward_hook(check, with_kwargs=True))
+    if run.head is not None:
+        run.handles.append(run.head.module.register_forward_hook(run.probe, with_kwargs=True))
+
+
+def _change(run: Run, head: Head | None, code: str, message: str) -> None:
+    """Watch another head from now on, or none, and say so."""
+    if run.closed:
+        return
+    if run.membership.exchange is not None:  # the ranks have agreed on the layout of the first one
+        run.notes.note(
+            "wrong_head", f"{message} With several processes it is not changed by itself.", run.step
+        )
+        return
+    unregister(run.owner, run.watched_module)
+    if run.head is not None:
+        run.handles.pop().remove()
+    run.head = run.reader.head = run.probe.head = head
+    register(run.owner, run.watched_module)
+    run.probe.restart()
+    run.rows.clear(run.step + 1)
+    if head is not None:
+        run.handles.append(head.module.register_forward_hook(run.probe, with_kwargs=True))
+    run.notes.by_code.pop("no_head", None)
+    run.notes.note(code, message, run.step)
+    if head is not None:
+        run.notes.attached(run.model, head, run.reader)
