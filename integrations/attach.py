@@ -130,7 +130,7 @@ class Attachment:
 
     def open(
         self,
-        model: nn.Module,
+        model: Any,
         optimizer: Any,
         *,
         directory: str | os.PathLike[str],
@@ -142,10 +142,12 @@ class Attachment:
     ) -> Monitor:
         """Attach to a run that is about to train. ``state`` (of :meth:`state`) continues an earlier run.
 
-        ``directory``: the run directory for "auto". ``native``: for the remedy's context.  First closes a
+        ``model``: a module, or an object that trains one (``SetFitModel``).  ``directory``: the run directory
+        for "auto". ``native``: for the remedy's context.  First closes a
         monitor that an interrupted run has left open on the same model.  Raises as :class:`Monitor`.
         """
         self.close()
+        model = _module_of(model)
         for left in open_monitors(model, optimizer):
             if left in _ATTACHED:
                 left.close()
@@ -235,6 +237,13 @@ class Attachment:
                 self._begun.append(alert)
         if self._on_alert is not None:
             self._on_alert(alert)
+
+
+def _module_of(model: Any) -> Any:
+    """Return the module that a framework's own model class trains; anything else as it is."""
+    inner = () if isinstance(model, nn.Module) else ("model_body", "module", "model")
+    found = (getattr(model, name, None) for name in inner)
+    return next((one for one in found if isinstance(one, nn.Module)), model)
 
 
 def free_directory(wanted: str | os.PathLike[str]) -> Path:

@@ -101,7 +101,8 @@ class NFICallback(TrainerCallback, ExportableState):
             state=saved.get("nfi_monitor") if state.global_step and isinstance(saved, dict) else None,
             native={"args": args, "state": state, "control": control},
         )
-        monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
+        shared = getattr(args, "average_tokens_across_devices", False)  # SetFit's arguments have none
+        monitor.observe_outputs(scale=args.world_size if shared else 1)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():

@@ -32,6 +32,10 @@ _OF_LOGITS = _OF_A_WEIGHT | _POINTWISE | {
     "MaskedFillBackward0", "WhereBackward0", "MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackward1",
     "UpsampleBilinear2DBackward0", "UpsampleNearest2DBackward0", "LogSoftmaxBackward0",
     "NllLossBackward0", "NllLoss2DBackward0", "NllLossNdBackward0", "CrossEntropyLossBackward0",
+    "SoftmaxBackward0", "SigmoidBackward0", "BinaryCrossEntropyWithLogitsBackward0", "GatherBackward0",
+    "NegBackward0", "ExpBackward0", "LogBackward0", "LogsumexpBackward0", "KlDivBackward0",
+    "MseLossBackward0",
+    "L1LossBackward0", "SmoothL1LossBackward0", "PowBackward0", "ClampBackward1", "IndexSelectBackward0",
     "AdaptiveAvgPool2DBackward0", "CatBackward0", "SplitBackward0", "StackBackward0", "_DDPSinkBackward",
 }  # fmt: skip
 """Nodes between the product that makes logits and the output or the loss."""

@@ -53,6 +53,7 @@ def close(loop: StepLoop) -> None:
     with guarded("close"):
         loop.judge.release()
     # The user may keep the monitor for its history: it must not keep the model and the optimizer alive.
+    loop.probe.head = None
     del loop.owner, loop.model, loop.optimizer, loop.reader, loop.head, loop.stateful
 
 

@@ -30,6 +30,7 @@ class HeadCheck:
     Args:
         head: the head found by names, or None.
         switch: called as ``switch(head, code, message)`` with the true head (None: no layer is the head).
+        note: makes a note, as ``note(code, message)``.
         failed: reports an error.
     """
 
@@ -37,9 +38,10 @@ class HeadCheck:
         self,
         head: Head | None,
         switch: Callable[[Head | None, str, str], None],
+        note: Callable[[str, str], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
-        self._head, self._switch, self._failed = head, switch, failed
+        self._head, self._switch, self._note, self._failed = head, switch, note, failed
         self._naming = call_with("head=...")
         self._done = False
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
@@ -62,6 +64,7 @@ class HeadCheck:
         known = [product.weight for one in found if one.complete for product in one.products]
         weights = [weight for weight in known if weight is not None]
         if not known:
+            self._guessed(head)
             return
         if not weights:
             self._no_layer(head)
@@ -77,6 +80,15 @@ class HeadCheck:
             f"The logits are made by {true.describe()}, as the model's first output shows: it is watched as "
             f"the head.{wrong}{rest} To watch another: {self._naming}.",
         )
+
+    def _guessed(self, head: Head | None) -> None:
+        if head is not None and not head.bare:
+            self._note(
+                "head_guessed",
+                f"Watched as the head: {head.describe()}, the last layer by its name. The output does not "
+                f"show whether it makes the logits. If another does: {self._naming}. If none returns them: "
+                "logits = monitor.tap(logits).",
+            )
 
     def _no_layer(self, head: Head | None) -> None:
         watched = "" if head is None else f" {head.describe()} makes features, and is not watched."

@@ -113,6 +113,21 @@ def _no_rows_text(seen: Seen) -> str:
     return no_rows_text(seen.probe, seen.model, weight_read=weight_read)
 
 
+def _logits_scaled_text(seen: Seen) -> str:
+    scale = seen.reading.values.get("logit_scale")
+    if scale is not None:
+        return (
+            f"The loss multiplies the head's logits by {scale:.3g} (a temperature, muP, a cosine head): the "
+            "gradients show it. Margins, the loss at the head and displacements are those of the multiplied "
+            "logits. Nothing has to be done."
+        )
+    return (
+        "The logits are scaled after the head: most gradients are far larger than these logits can "
+        "cause. Margins, the loss at the head and displacements are not in nats of the loss, and raise "
+        "no alert alone. Watch the scaled logits: logits = monitor.tap(logits)."
+    )
+
+
 def _rows_elsewhere_text(seen: Seen) -> str:
     first, *others = map(str, seen.rows.devices)
     return (
@@ -189,17 +204,14 @@ REMARKS: tuple[Remark, ...] = (
             "The loss violates the zero-sum by design, not by rounding: even rows far from absorption "
             "violate it. Possible reasons: z-loss, a penalty on logits, regression, one-vs-rest BCE, or "
             "logits changed after the head (soft-capping). Violations are recorded, but raise no alert. If "
-            "the logits are changed after the head, watch the changed ones: logits = monitor.tap(logits)."
+            "the logits are changed after the head, watch the changed ones: logits = monitor.tap(logits). If "
+            "the watched layer does not make the logits, name the one that does: head=..."
         ),
     ),
     Remark(
         "logits_scaled",
-        lambda seen: seen.signals.logits_scaled,
-        (
-            "The logits are scaled after the head: most gradients are far larger than these logits can "
-            "cause. Margins, the loss at the head and displacements are not in nats of the loss, and raise "
-            "no alert alone. Watch the scaled logits: logits = monitor.tap(logits)."
-        ),
+        lambda seen: seen.signals.logits_scaled or "logit_scale" in seen.reading.values,
+        _logits_scaled_text,
     ),
     Remark(
         "soft_targets",

@@ -43,7 +43,11 @@ class Run(Protocol):
 def watch_head(run: Run, *, named: bool) -> None:
     """Hook the head that was found at attach. ``named``: the user has named it, so it is not checked."""
     if not named and not (run.head is not None and run.head.sure):
-        check = HeadCheck(run.head, partial(_change, run), run.faults.failed)
+
+        def note(code: str, message: str) -> None:
+            run.notes.note(code, message, run.step)
+
+        check = HeadCheck(run.head, partial(_change, run), note, run.faults.failed)
         run.handles.append(run.model.register_forward_hook(check, with_kwargs=True))
     if run.head is not None:
         run.handles.append(run.head.module.register_forward_hook(run.probe, with_kwargs=True))
