@@ -72,8 +72,9 @@ class HeadProbe:
         self._features: Tensor | None = None
         self.__name__ = type(self).__name__  # torch.jit asks every hook for its name
 
-    def restart(self) -> None:
-        """Count from zero: another head is watched now."""
+    def restart(self, retired: nn.Module | None = None) -> None:
+        """Count from zero: another head is watched now. The module ``retired`` was the head until now."""
+        self._retired = None if self.head is not None and self.head.module is retired else retired
         self.fired = self.delivered = 0
         self.fired_without_gradient = 0
         self.in_evaluation = 0  # how many of these were in eval mode, with gradients enabled
@@ -96,6 +97,8 @@ class HeadProbe:
             return
         try:
             step = self._wanted()
+            if module is self._retired:
+                return
             bare = self.head is not None and self.head.bare
             if step is None or not (bare or isinstance(output, Tensor)) or _inside_functorch(output):
                 return

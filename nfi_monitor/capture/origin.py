@@ -6,47 +6,39 @@ its path, and then nothing is concluded.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-_SAME_ROWS = {
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ReshapeAliasBackward0",
-    "ToCopyBackward0",
-    "AliasBackward0",
-}
-"""Nodes that change neither the numbers nor the order of the rows."""
-_OF_A_WEIGHT = _SAME_ROWS | {
-    "TBackward0", "TransposeBackward0", "PermuteBackward0", "ExpandBackward0", "UnsqueezeBackward0",
-    "CloneBackward0",
-}  # fmt: skip
-"""Nodes between a parameter and the product in which it is used."""
-_POINTWISE = {"AddBackward0", "SubBackward0", "MulBackward0", "DivBackward0", "TanhBackward0"}
-_OF_LOGITS = _OF_A_WEIGHT | _POINTWISE | {
-    "SliceBackward0",
-    "SelectBackward0", "SqueezeBackward0", "SqueezeBackward1", "IndexBackward0", "NativeDropoutBackward0",
-    "MaskedFillBackward0", "WhereBackward0", "MeanBackward0", "MeanBackward1", "SumBackward0", "SumBackward1",
-    "UpsampleBilinear2DBackward0", "UpsampleNearest2DBackward0", "LogSoftmaxBackward0",
-    "NllLossBackward0", "NllLoss2DBackward0", "NllLossNdBackward0", "CrossEntropyLossBackward0",
-    "SoftmaxBackward0", "SigmoidBackward0", "BinaryCrossEntropyWithLogitsBackward0", "GatherBackward0",
-    "NegBackward0", "ExpBackward0", "LogBackward0", "LogsumexpBackward0", "KlDivBackward0",
-    "MseLossBackward0",
-    "L1LossBackward0", "SmoothL1LossBackward0", "PowBackward0", "ClampBackward1", "IndexSelectBackward0",
-    "AdaptiveAvgPool2DBackward0", "CatBackward0", "SplitBackward0", "StackBackward0", "_DDPSinkBackward",
-}  # fmt: skip
-"""Nodes between the product that makes logits and the output or the loss."""
+_SAME_ROWS = {"View", "UnsafeView", "ReshapeAlias", "ToCopy", "Alias"}
+"""Operations that change neither the numbers nor the order of the rows."""
+_OF_A_WEIGHT = _SAME_ROWS | {"T", "Transpose", "Permute", "Expand", "Unsqueeze", "Clone"}
+"""Operations between a parameter and the product in which it is used."""
+_POINTWISE = {"Add", "Sub", "Mul", "Div", "Tanh"}
+_OF_LOGITS = (
+    _OF_A_WEIGHT
+    | _POINTWISE
+    | {
+        "Slice", "Select", "Squeeze", "Index", "IndexSelect", "Gather", "NativeDropout", "MaskedFill",
+        "Where", "Cat", "Split", "Stack", "Mean", "Sum", "Neg", "Exp", "Log", "Pow", "Clamp", "Diagonal",
+        "UpsampleBilinear2D", "UpsampleNearest2D", "AdaptiveAvgPool2D", "AvgPool2D", "DDPSink",
+        "Softmax", "LogSoftmax", "Logsumexp", "Sigmoid", "LogSigmoid", "Softplus",
+        "NllLoss", "NllLoss2D", "NllLossNd", "CrossEntropyLoss", "BinaryCrossEntropyWithLogits", "KlDiv",
+        "MseLoss", "L1Loss", "SmoothL1Loss",
+    }
+)  # fmt: skip
+"""Operations between the product that makes logits and the output or the loss."""
 _PRODUCTS = {
-    "MmBackward0": ("self", "mat2"),
-    "BmmBackward0": ("self", "mat2"),
-    "AddmmBackward0": ("", "mat1", "mat2"),
-    "BaddbmmBackward0": ("", "batch1", "batch2"),
-    "LinearBackward0": ("input", "weight", ""),
-    "ConvolutionBackward0": ("input", "weight", ""),
-    "MkldnnConvolutionBackward0": ("input", "weight", ""),
+    "Mm": ("self", "mat2"),
+    "Bmm": ("self", "mat2"),
+    "Addmm": ("", "mat1", "mat2"),
+    "Baddbmm": ("", "batch1", "batch2"),
+    "Linear": ("input", "weight", ""),
+    "Convolution": ("input", "weight", ""),
+    "MkldnnConvolution": ("input", "weight", ""),
 }
 """Products, each with the names under which a node saves its inputs, in the order of ``next_functions``."""
 LIMIT = 400
@@ -87,6 +79,11 @@ class Logits:
         self.node.register_prehook(pass_on)
 
 
+def _operation(node: Any) -> str:
+    """Return the operation of a node: "Mm" for ``MmBackward0``."""
+    return re.sub(r"Backward\d*$", "", str(node.name()).removeprefix("_"))
+
+
 def tensors_of(output: Any, depth: int = 2) -> Iterator[tuple[str, Tensor]]:
     """Yield the tensors in a model's output that have a gradient, with their names (or "")."""
     if isinstance(output, Tensor):
@@ -112,7 +109,7 @@ def origin(tensor: Tensor) -> Origin:
         if node is None or node in seen:
             continue
         seen.add(node)
-        name = node.name()
+        name = _operation(node)
         if name in _PRODUCTS:
             product = _product(node, _PRODUCTS[name])
             complete &= product is not None
@@ -137,7 +134,7 @@ def _product(node: Any, names: tuple[str, ...]) -> Product | None:
 
 def _parameter(node: Any) -> nn.Parameter | None:
     """Return the parameter that a factor is a view or a converted copy of; None for an activation."""
-    while node is not None and node.name() in _OF_A_WEIGHT:
+    while node is not None and _operation(node) in _OF_A_WEIGHT:
         node = node.next_functions[0][0]
     variable = getattr(node, "variable", None)
     return variable if isinstance(variable, nn.Parameter) and variable.dim() >= 2 else None
@@ -151,7 +148,7 @@ def logits_of(output: Any, weight: Tensor, classes: int) -> Logits | None:
         for product in origin(tensor).products:
             if product.weight is weight:
                 node: Any = tensor.grad_fn
-                while node.name() in _SAME_ROWS:
+                while _operation(node) in _SAME_ROWS:
                     node = node.next_functions[0][0]
                 width = weight.numel() // classes
                 features = _features(product, width) if _in_order(tensor.grad_fn, product.node) else None
@@ -163,8 +160,8 @@ def _in_order(node: Any, product: Any) -> bool:
     """Return whether the rows of a product are in the order of those of the tensor that ``node`` made."""
     while node is not None and node is not product:
         # torch.einsum makes one product of [1, N, d] and [1, d, K], and moves the axes back.
-        einsum = product.name() == "BmmBackward0" and node.name() == "PermuteBackward0"
-        if not (node.name() in _SAME_ROWS | _POINTWISE or einsum):
+        einsum = _operation(product) == "Bmm" and _operation(node) == "Permute"
+        if not (_operation(node) in _SAME_ROWS | _POINTWISE or einsum):
             return False
         node = node.next_functions[0][0]
     return node is product
@@ -172,7 +169,7 @@ def _in_order(node: Any, product: Any) -> bool:
 
 def _features(product: Product, width: int) -> Tensor | None:
     """Return the other factor of a product, [n, ``width``]; None if the graph does not keep it as it is."""
-    names = _PRODUCTS[product.node.name()]
+    names = _PRODUCTS[_operation(product.node)]
     other = next(name for place, name in enumerate(names) if name and place != product.place)
     raw = getattr(product.node, f"_raw_saved_{other}", None)
     # Unpacking a tensor that hooks have packed would run them: checkpointing would compute the model anew.

@@ -202,8 +202,9 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.broken_by_design,
         (
             "The loss violates the zero-sum by design, not by rounding: even rows far from absorption "
-            "violate it. Possible reasons: z-loss, a penalty on logits, regression, one-vs-rest BCE, or "
-            "logits changed after the head (soft-capping). Violations are recorded, but raise no alert. If "
+            "violate it. Possible reasons: z-loss, a penalty on logits, regression, one-vs-rest BCE, a "
+            "softmax over another axis (start and end of an answer), or logits changed after the head "
+            "(soft-capping). Violations are recorded, but raise no alert. If "
             "the logits are changed after the head, watch the changed ones: logits = monitor.tap(logits). If "
             "the watched layer does not make the logits, name the one that does: head=..."
         ),
@@ -219,7 +220,8 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.soft_targets and not seen.signals.broken_by_design,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-            "distillation, mixup), or the gradient is projected. Absorption is defined only for rows with a "
+            "distillation, mixup), the logits are interpolated after the head (segmentation: tap them "
+            "with class_axis=1), or the gradient is projected. Absorption is defined only for rows with a "
             "single correct class. The zero-sum violation is defined for all rows and still watched."
         ),
     ),

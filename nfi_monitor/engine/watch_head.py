@@ -63,15 +63,16 @@ def _change(run: Run, head: Head | None, code: str, message: str) -> None:
         )
         return
     unregister(run.owner, run.watched_module)
-    if run.head is not None:
-        run.handles.pop().remove()
+    # The old hook stays until the end: torch cannot remove a hook from a module that is being called.
+    before = None if run.head is None else run.head.module
     run.head = run.reader.head = run.probe.head = head
     register(run.owner, run.watched_module)
-    run.probe.restart()
+    run.probe.restart(retired=before)
     run.rows.clear(run.step + 1)
-    if head is not None:
+    if head is not None and head.module is not before:
         run.handles.append(head.module.register_forward_hook(run.probe, with_kwargs=True))
-    run.notes.by_code.pop("no_head", None)
+    for earlier in ("no_head", "several_heads"):  # these were about the first one
+        run.notes.by_code.pop(earlier, None)
     run.notes.note(code, message, run.step)
     if head is not None:
         run.notes.attached(run.model, head, run.reader)
