@@ -29,7 +29,6 @@ class Head:
     classes: int | None = None  # K, also if the module has no weight of its own; None: unknown
     spatial: int = 0  # axes of the output behind the class axis: 2 for a Conv2d
     others: tuple[str, ...] = field(default=(), compare=False)  # further heads that are not watched
-    why: str = field(default="", compare=False)  # the rule by which this head was chosen among several
     sure: bool = field(default=True, compare=False)  # False: check it against the first output
 
     @property

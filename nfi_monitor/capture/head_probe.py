@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class HeadProbe:
     ) -> None:
         """``wanted`` returns the step to capture, or None.  ``spent`` gets the seconds of each hook."""
         self.head = head
+        self.head_changed: Callable[[Head], object] = lambda head: None
         self._wanted = wanted
         self._deliver = deliver
         self._failed = failed
@@ -121,8 +122,12 @@ class HeadProbe:
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         features = next(inputs, None)
         if head is not None and head.bare and not self.tapped:
-            found = None if head.weight is None else logits_of(output, head.weight, head.outputs or 0)
+            found = None if head.weight is None else logits_of(output, head.weight)
             if found is not None:
+                classes = found.values.shape[-1]
+                if classes != head.outputs:  # the classes are the weight's other axis
+                    head = self.head = replace(head, class_axis=1 - head.class_axis, classes=classes)
+                    self.head_changed(head)
                 fits = features is not None and features.dim() and features.shape[-1] == head.width
                 given = features if fits and module is head.owner else None
                 features = given if found.features is None else found.features

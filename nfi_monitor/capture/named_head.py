@@ -126,13 +126,14 @@ def _of_parameter(model: nn.Module, modules: Mapping[str, nn.Module], name: str)
 def _class_axis(model: nn.Module, owner: nn.Module, parameter: nn.Parameter) -> int:
     """Guess the axis of the classes; the first output shows whether it is right.
 
-    A bias of K entries tells.  Else d is the size that more of the model's other tensors have.  Else the
+    A bias of K entries tells.  Else d is the size that more of the model's other matrices have.  Else the
     matrix is [d, K], as in ``h @ W_U``.
     """
     sizes = {tuple(one.shape) for one in owner._parameters.values() if one is not None and one.dim() == 1}
     fits = [axis for axis in (0, 1) if (parameter.shape[axis],) in sizes]
     if len(fits) == 1 and owner is not model:
         return fits[0]
-    others = [size for one in model.parameters() if one is not parameter for size in one.shape]
+    matrices = (one for one in model.parameters() if one is not parameter and one.dim() > 1)
+    others = [size for one in matrices for size in one.shape]
     rows, columns = (others.count(size) for size in parameter.shape)
     return 0 if columns > rows else 1

@@ -140,10 +140,11 @@ def _parameter(node: Any) -> nn.Parameter | None:
     return variable if isinstance(variable, nn.Parameter) and variable.dim() >= 2 else None
 
 
-def logits_of(output: Any, weight: Tensor, classes: int) -> Logits | None:
-    """Return the logits [..., ``classes``] in an output that ``weight`` made; None if there are none."""
+def logits_of(output: Any, weight: Tensor) -> Logits | None:
+    """Return the logits in an output that the matrix ``weight`` made; None if there are none."""
     for _, tensor in tensors_of(output):
-        if tensor.dim() < 2 or tensor.shape[-1] != classes:
+        classes = tensor.shape[-1] if tensor.dim() > 1 else 0
+        if classes not in weight.shape:
             continue
         for product in origin(tensor).products:
             if product.weight is weight:

@@ -42,6 +42,7 @@ class Run(Protocol):
 
 def watch_head(run: Run, *, named: bool) -> None:
     """Hook the head that was found at attach. ``named``: the user has named it, so it is not checked."""
+    run.probe.head_changed = partial(_set_head, run)
     if not named and not (run.head is not None and run.head.sure):
 
         def note(code: str, message: str) -> None:
@@ -51,6 +52,13 @@ def watch_head(run: Run, *, named: bool) -> None:
         run.handles.append(run.model.register_forward_hook(check, with_kwargs=True))
     if run.head is not None:
         run.handles.append(run.head.module.register_forward_hook(run.probe, with_kwargs=True))
+
+
+def _set_head(run: Run, head: Head) -> None:
+    """Read the weight of the same head along its other axis."""
+    run.head = run.reader.head = head
+    run.notes.by_code.pop("head_parameter", None)  # it named another number of classes
+    run.notes.attached(run.model, head, run.reader)
 
 
 def _change(run: Run, head: Head | None, code: str, message: str) -> None:

@@ -11,14 +11,15 @@ from torch import Tensor, nn
 
 from nfi_monitor import HeadNotFoundError, Monitor
 from nfi_monitor.caller import called_as
-from nfi_monitor.capture.head import find_head
+from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.head_probe import HeadProbe, Rows
+from nfi_monitor.capture.sampling import row_stride
 from tests.capture.test_head import Body
 from tests.measure.measured import quantities
 
 
-def rows_of_head(model: nn.Module, head: Any, *inputs: Tensor, loss: Any) -> tuple[Rows, Tensor]:
-    """Return the rows that the probe delivers for one backward pass, and the model's output."""
+def rows_of_head(model: nn.Module, head: Any, *inputs: Tensor, loss: Any) -> tuple[Rows, Tensor, Head]:
+    """Return the rows that the probe delivers for one backward pass, the model's output, and the head."""
     found = find_head(model, head)
     delivered: list[Rows] = []
 
@@ -31,7 +32,8 @@ def rows_of_head(model: nn.Module, head: Any, *inputs: Tensor, loss: Any) -> tup
     loss(output).backward()
     handle.remove()
     (rows,) = delivered
-    return rows, output
+    assert probe.head is not None
+    return rows, output, probe.head
 
 
 # --- convolutions: the classes are axis 1 -----------------------------------------------------------
@@ -61,7 +63,7 @@ def test_a_convolutions_rows_are_those_of_its_pixels(kind: str) -> None:
     def loss(z: Tensor) -> Tensor:
         return F.cross_entropy(z.movedim(axis, -1).reshape(-1, 5), y.view(-1), ignore_index=-100)
 
-    rows, output = rows_of_head(layer, layer, x, loss=loss)
+    rows, output, found = rows_of_head(layer, layer, x, loss=loss)
     flat = output.detach().movedim(axis, -1).reshape(-1, 5)
     (grad,) = torch.autograd.grad(
         F.cross_entropy(leaf := flat.clone().requires_grad_(), y.view(-1), ignore_index=-100), leaf
@@ -82,8 +84,10 @@ def test_a_convolutions_rows_are_those_of_its_pixels(kind: str) -> None:
 
 def test_of_a_large_picture_a_stride_of_pixels_is_kept_without_its_storage() -> None:
     layer = nn.Conv2d(3, 19, 1)
-    rows, output = rows_of_head(layer, layer, torch.randn(2, 3, 300, 300), loss=lambda z: z.square().sum())
-    stride = -(-rows.total // len(rows.logits))
+    rows, output, found = rows_of_head(
+        layer, layer, torch.randn(2, 3, 300, 300), loss=lambda z: z.square().sum()
+    )
+    stride = row_stride(rows.total, 19)
     assert rows.total == 2 * 300 * 300 and stride > 1
     assert rows.logits.untyped_storage().nbytes() == rows.logits.numel() * 4
     flat = output.detach().movedim(1, -1).reshape(-1, 19)
@@ -194,14 +198,13 @@ def test_a_bare_parameters_logits_features_and_gradient_are_read(written: str, p
         return F.cross_entropy(logits_in(output).float().view(-1, 7), targets)
 
     with torch.autocast("cpu", torch.bfloat16, enabled=precision is torch.bfloat16):
-        rows, output = rows_of_head(model, head, tokens, loss=loss)
+        rows, output, found = rows_of_head(model, head, tokens, loss=loss)
     z = logits_in(output).detach().reshape(15, 7)
     (grad,) = torch.autograd.grad(F.cross_entropy(leaf := z.float().requires_grad_(), targets), leaf)
     assert torch.equal(rows.logits, z) and rows.total == 15
     torch.testing.assert_close(rows.grad, grad.to(rows.grad.dtype))
     features = model.embed.weight.detach()[tokens].reshape(15, 4)
     torch.testing.assert_close(rows.features, features.to(rows.features.dtype))
-    found = find_head(model, head)
     assert found.outputs == 7 and found.classes_first(found.weight).shape == (7, 4)
 
 
