@@ -84,9 +84,7 @@ def test_a_convolutions_rows_are_those_of_its_pixels(kind: str) -> None:
 
 def test_of_a_large_picture_a_stride_of_pixels_is_kept_without_its_storage() -> None:
     layer = nn.Conv2d(3, 19, 1)
-    rows, output, found = rows_of_head(
-        layer, layer, torch.randn(2, 3, 300, 300), loss=lambda z: z.square().sum()
-    )
+    rows, output, _ = rows_of_head(layer, layer, torch.randn(2, 3, 300, 300), loss=lambda z: z.square().sum())
     stride = row_stride(rows.total, 19)
     assert rows.total == 2 * 300 * 300 and stride > 1
     assert rows.logits.untyped_storage().nbytes() == rows.logits.numel() * 4
