@@ -81,6 +81,7 @@ class HeadProbe:
         self.in_evaluation = 0  # how many of these were in eval mode, with gradients enabled
         self.not_in_output = 0  # outputs that hold no logits made by the bare parameter that is the head
         self.without_features = 0
+        self.returned: str | None = None  # type of an output that is no tensor
         self.misshapen: tuple[int, ...] | None = None  # shape of an output without the head's classes
 
     @property
@@ -101,7 +102,10 @@ class HeadProbe:
             if module is self._retired:
                 return
             bare = self.head is not None and self.head.bare
-            if step is None or not (bare or isinstance(output, Tensor)) or _inside_functorch(output):
+            if not (bare or isinstance(output, Tensor)):
+                self.returned = type(output).__name__
+                return
+            if step is None or _inside_functorch(output):
                 return
             started = time.perf_counter()
             try:
@@ -217,7 +221,7 @@ class HeadProbe:
             # Another head may have been found since.
             return (hook or logits.register_hook)(lambda g: on_gradient(g if self.head is head else None))
 
-        self._deliver_at_backward(register, kept, sample, total, shard, tapped=tapped)
+        self._deliver_at_backward(logits, kept, sample, total, shard, tapped=tapped, hook=register)
 
     def _copies(
         self, shown: Tensor, features: Tensor | None, sample: Sampler, *, whole: bool
@@ -235,15 +239,16 @@ class HeadProbe:
 
     def _deliver_at_backward(
         self,
-        register: Hook,
+        logits: Tensor,
         kept: list[Tensor],
         sample: Sampler,
         total: int,
         shard: ClassShard | None,
         *,
         tapped: bool,
+        hook: Hook,
     ) -> None:
-        """Call ``register``, and deliver the gradient with the rows ``kept`` from the forward pass."""
+        """Call ``hook``, and deliver the logits' gradient with the rows ``kept`` from the forward pass."""
 
         def on_gradient(grad: Tensor | None) -> None:
             # Some compiled outer graphs call tensor hooks with None.  If logits were tapped after this
@@ -269,7 +274,7 @@ class HeadProbe:
                 self._deliver(Rows(sample(grad), kept[0], features, total, shard))
                 kept.clear()  # the graph may live longer than its backward pass
 
-        register(on_gradient)
+        hook(on_gradient)
 
     def forget(self) -> None:
         """Drop features whose logits were never tapped."""

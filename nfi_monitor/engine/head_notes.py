@@ -115,6 +115,11 @@ def _cause(probe: HeadProbe, model: nn.Module | None) -> tuple[str, str]:
             f"the head {head.name!r} was replaced after the monitor was attached",
             "Attach the monitor after the model has its final head.",
         )
+    if probe.returned is not None:
+        return (
+            f"{head.name!r} returns a {probe.returned}, not one tensor of logits",
+            f"Name the layer that returns the logits, or tap them: {tap}.",
+        )
     if probe.not_in_output:
         return (
             f"the output of {type(head.module).__name__} holds no logits that {head.name!r} made",

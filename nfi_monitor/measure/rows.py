@@ -132,7 +132,7 @@ def row_statistics(
             torch.where(view.live, view.violation, zero).amax(),
             torch.where(view.counts, -view.margin, -torch.inf).amax(),
             loss_kind.eps.to(dtype),
-            loss_kind.slope.to(grad.device, dtype),
+            loss_kind.slope.to(dtype),
         ]
     )
     return RowStatistics(sums, maxima, counted, view.top.winner, kinds.absorbed.to(dtype), loss_kind)
@@ -167,7 +167,7 @@ def _with_slope(grad: Tensor, logits: Tensor, kind: LossKind) -> LossKind:
     largest, winner = extremes.largest(logits)
     live = (absolute > 0) & torch.isfinite(absolute + largest)
     live &= zero_sum.row_violation(signed, absolute) < ZERO_SUM
-    known = kind.slope.to(absolute.device, absolute.dtype)
+    known = kind.slope.to(absolute.dtype)
     left_out = torch.stack([_targets(grad, winner), winner], -1)
     return kind._replace(slope=logit_scale(grad, logits, left_out, live, kind.eps, known))
 

@@ -317,3 +317,54 @@ def test_a_number_is_no_head() -> None:
     model = nn.Linear(4, 3)
     with pytest.raises(TypeError, match=r"pass a module, a parameter, the qualified name"):
         Monitor(model, torch.optim.Adam(model.parameters()), head=3)  # type: ignore[arg-type]
+
+
+# --- why no rows come ---------------------------------------------------------------------------------
+
+
+def no_rows(model: nn.Module, step: Any, **options: Any) -> str:
+    """Train six steps with ``step(model)`` as the loss; return the note that says why no rows came."""
+    optimizer = torch.optim.Adam(model.parameters())
+    with Monitor(model, optimizer, console=False, every=1, **options) as monitor:
+        for _ in range(6):
+            step(model).backward()
+            optimizer.step()
+    return next(note.message for note in monitor.notes if note.code == "head_never_fired")
+
+
+def test_a_head_that_only_generation_calls_is_not_blamed_on_eval_mode() -> None:
+    def step(model: nn.Module) -> Tensor:
+        h = model.trunk(torch.randn(3, 4))
+        with torch.no_grad():
+            model.eval().lm_head(h)
+        model.train()
+        return F.linear(h, model.lm_head.weight).logsumexp(-1).mean()
+
+    text = no_rows(Body(lm_head=nn.Linear(8, 3)), step)
+    assert "in training the head was never called" in text and "fused" in text
+    assert "model.train()" not in text
+
+
+def test_a_head_that_was_replaced_after_the_monitor_was_attached_is_said() -> None:
+    def step(model: nn.Module) -> Tensor:
+        if not hasattr(model.lm_head, "new"):
+            model.lm_head = nn.Linear(8, 3)
+            model.lm_head.new = True
+        return model.lm_head(model.trunk(torch.randn(3, 4))).logsumexp(-1).mean()
+
+    assert "was replaced after the monitor was attached" in no_rows(Body(lm_head=nn.Linear(8, 3)), step)
+
+
+def test_a_named_module_that_returns_a_tuple_is_said() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out = nn.Linear(8, 3)
+
+        def forward(self, h: Tensor) -> tuple[Tensor, Tensor]:
+            return self.out(h), h
+
+    def step(model: nn.Module) -> Tensor:
+        return model.two(model.trunk(torch.randn(3, 4)))[0].logsumexp(-1).mean()  # type: ignore[no-any-return]
+
+    assert "'two' returns a tuple" in no_rows(Body(two=Two()), step, head="two")
