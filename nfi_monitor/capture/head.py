@@ -88,15 +88,20 @@ def describe(model: nn.Module, name: str, module: nn.Module) -> Head:
 
 def _layers(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Return the layers that could make logits; layers inside an adapter (LoRA and similar) count as one."""
-    wrapped = [
-        name
-        for name, module in modules.items()
-        if "base_layer" in module._modules or "modules_to_save" in module._modules
-    ]
+    single: list[str] = []
+    copied: dict[str, str] = {}  # wrapper → the prefix of the layers in its active copy
+    for name, module in modules.items():
+        path, layer = looked_through(module)
+        if "base_layer" in module._modules or (path and is_layer(layer)):
+            single.append(name)
+        elif path:
+            copied[f"{name}."] = f"{name}.{path}."
     return {
         name: module
         for name, module in modules.items()
-        if (name in wrapped or is_layer(module)) and not any(name.startswith(f"{one}.") for one in wrapped)
+        if (name in single or is_layer(module))
+        and not any(name.startswith(f"{one}.") for one in single)
+        and not any(name.startswith(outer) and not name.startswith(inner) for outer, inner in copied.items())
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -265,14 +266,23 @@ def test_a_frozen_head_on_a_trained_body_is_still_the_head() -> None:
     assert find_head(model).name == "out.0"
 
 
-def test_the_copy_that_an_adapter_trains_is_the_head() -> None:
-    class ModulesToSaveWrapper(nn.Module):  # as in peft
-        def __init__(self, layer: nn.Linear) -> None:
-            super().__init__()
-            self.original_module = layer
-            self.modules_to_save = nn.ModuleDict({"default": nn.Linear(8, 3)})
-            self.active_adapters = ["default"]
+class ModulesToSaveWrapper(nn.Module):
+    """As in peft: the active copy is called instead of the original."""
 
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.original_module = layer
+        self.modules_to_save = nn.ModuleDict({"default": copy.deepcopy(layer), "other": copy.deepcopy(layer)})
+        self.active_adapters = ["default"]
+
+
+def test_the_copy_of_a_whole_classifier_that_an_adapter_trains_holds_the_head() -> None:
+    model = Body(classifier=ModulesToSaveWrapper(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3))))
+    assert find_head(model).name == "classifier.modules_to_save.default.1"
+    assert find_head(model, "classifier").name == "classifier.modules_to_save.default.1"
+
+
+def test_the_copy_that_an_adapter_trains_is_the_head() -> None:
     model = Body(lm_head=ModulesToSaveWrapper(nn.Linear(8, 3)))
     head = find_head(model)
     assert head.module is model.lm_head.modules_to_save["default"] and head.weight is not None
