@@ -176,8 +176,9 @@ class StepReader:
         kind, memory = self.rows.loss_kind, self.memory
         return {
             "absorbing_classes": self.absorbing_classes(limit=None),
-            "loss_kind": None if kind is None else [float(x) for x in kind],
-            "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in kind or ()],
+            "loss_kind": None if kind is None else [float(x) for x in kind[:4]],
+            "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in (kind or ())[:4]],
+            "logit_scale": 1.0 if kind is None else float(kind.slope),
             "single_output": self.rows.single_output,
             # Only the next step is compared with the memory.
             "last_step": None if memory is None or memory.step != step else memory.state_dict(),
@@ -192,12 +193,12 @@ class StepReader:
         rows.loss_kind = None
         if state["loss_kind"] is not None:
             dtypes = [getattr(torch, name) for name in state.get("loss_kind_dtypes") or ["float32"] * 4]
-            rows.loss_kind = LossKind(
-                *(
-                    torch.tensor(x, dtype=t, device=device)
-                    for x, t in zip(state["loss_kind"], dtypes, strict=True)
-                )
-            )
+            known = [
+                torch.tensor(x, dtype=t, device=device)
+                for x, t in zip(state["loss_kind"], dtypes, strict=True)
+            ]
+            slope = torch.full_like(known[-1], float(state.get("logit_scale", 1.0)))
+            rows.loss_kind = LossKind(*known)._replace(slope=slope)
         rows.single_output = state.get("single_output")
         last = state.get("last_step")
         self.memory = None if last is None else Memory.from_state(last, device)

@@ -9,6 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from nfi_monitor.capture.head_probe import Rows
+from nfi_monitor.engine.step_reader import StepReader
+from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.step import with_non_finite
 from tests.measure import reference as ref
 from tests.measure.measured import quantities
@@ -61,3 +64,16 @@ def test_logits_that_are_not_multiplied_have_no_factor(margin, loss, pair) -> No
 def test_displacements_are_multiplied_with_the_factor() -> None:
     values = {"logit_displacement": 2.0, "feature_displacement": 4.0, "weight_norm": 1.0, "logit_scale": 0.25}
     assert with_non_finite(values) == {**values, "logit_displacement": 0.5, "feature_displacement": 1.0}
+
+
+def test_the_factor_goes_on_after_a_resume() -> None:
+    z, y = ref.make_logits(3, 24, 10, spread=1, margins=(-1, 3))
+    rows = RowAccumulator()
+    rows.add(Rows(*at_head(z * 9, y, 1 / 9), None, 24))
+    saved = StepReader(None, rows, None, set(), print).state_dict(1)  # type: ignore[arg-type]
+    again = RowAccumulator()
+    StepReader(None, again, None, set(), print).load_state_dict(saved, torch.device("cpu"))  # type: ignore[arg-type]
+    assert float(again.loss_kind.slope) == float(rows.loss_kind.slope) == pytest.approx(1 / 9, rel=1e-4)
+    del saved["logit_scale"]  # a state of an earlier version
+    StepReader(None, again, None, set(), print).load_state_dict(saved, torch.device("cpu"))  # type: ignore[arg-type]
+    assert float(again.loss_kind.slope) == 1.0
