@@ -51,7 +51,7 @@ def watch(accelerator: Accelerator, model: Any, optimizer: Any, **options: Any) 
     if accelerator.project_dir is None:
         options.setdefault("run_dir", None)
     names = [getattr(kind, "value", getattr(kind, "name", "")) for kind in accelerator.log_with]
-    attachment = Attachment(**options)
+    attachment = Attachment(call="watch(accelerator, model, optimizer, {})", **options)
     monitor = attachment.open(
         model,
         optimizer,

@@ -50,6 +50,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from nfi_monitor.alert_handler import handler_of
+from nfi_monitor.caller import called_as
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.registry import open_monitors
@@ -94,6 +95,7 @@ class Attachment:
         remedy: called as ``remedy(alert, context)`` after the step at which an alert of any kind begins.
             Nothing else here changes the training. If several processes are not read together
             (``monitor.port.may_act()``), it is not called, and nothing is saved or stopped.
+        call: how the user passes an option to the adapter, for messages: ``NFICallback({})``.
         on_alert, run_dir and options: as for :class:`Monitor`; ``run_dir="auto"`` is the adapter's choice.
 
     Raises:
@@ -110,6 +112,7 @@ class Attachment:
         remedy: Remedy | None = None,
         on_alert: Callable[[Alert], None] | None = None,
         run_dir: str | os.PathLike[str] | None = "auto",
+        call: str = "NFICallback({})",
         **options: Any,
     ) -> None:
         inspect.signature(Monitor).bind(None, None, **options)
@@ -120,6 +123,7 @@ class Attachment:
         self._save_on, self._stop_on = _kinds("save_on", save_on), _kinds("stop_on", stop_on)
         self._remedy, self._on_alert, self._handler = remedy, on_alert, handler_of(on_alert)
         self._run_dir = run_dir
+        self._call = call
         self._options = options
         self._seen: set[str] = set()
         self._begun: list[Alert] = []
@@ -129,7 +133,7 @@ class Attachment:
 
     def open(
         self,
-        model: nn.Module,
+        model: Any,
         optimizer: Any,
         *,
         directory: str | os.PathLike[str],
@@ -141,10 +145,12 @@ class Attachment:
     ) -> Monitor:
         """Attach to a run that is about to train. ``state`` (of :meth:`state`) continues an earlier run.
 
-        ``directory``: the run directory for "auto". ``native``: for the remedy's context.  First closes a
+        ``model``: a module, or an object that trains one (``SetFitModel``).  ``directory``: the run directory
+        for "auto". ``native``: for the remedy's context.  First closes a
         monitor that an interrupted run has left open on the same model.  Raises as :class:`Monitor`.
         """
         self.close()
+        model = _module_of(model)
         for left in open_monitors(model, optimizer):
             if left in _ATTACHED:
                 left.close()
@@ -158,7 +164,8 @@ class Attachment:
         found = [one for one in (*schedulers, scaler) if one is not None]
         options["stateful"] = [*options.get("stateful", ()), *found]
         options["sinks"] = [*options.get("sinks", ()), *sinks]
-        monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._note_alert, **options)
+        with called_as(self._call):
+            monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._note_alert, **options)
         if self._handler is not None:
             self._handler.attach(monitor)
         self.monitor = monitor
@@ -280,6 +287,13 @@ def caller_of(callback: object) -> Any:
             return candidate
         frame = frame.f_back
     return None
+
+
+def _module_of(model: Any) -> Any:
+    """Return the module that a framework's own model class trains; anything else as it is."""
+    inner = () if isinstance(model, nn.Module) else ("model_body", "module", "model")
+    found = (getattr(model, name, None) for name in inner)
+    return next((one for one in found if isinstance(one, nn.Module)), model)
 
 
 def free_directory(wanted: str | os.PathLike[str]) -> Path:

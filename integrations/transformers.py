@@ -120,13 +120,15 @@ class NFICallback(TrainerCallback, ExportableState):
             state=_resumed(saved) if state.global_step else None,
             native={"args": args, "state": state, "control": control},
         )
-        monitor.observe_outputs(scale=args.world_size if args.average_tokens_across_devices else 1)
+        shared = getattr(args, "average_tokens_across_devices", False)  # SetFit's arguments have none
+        monitor.observe_outputs(scale=args.world_size if shared else 1)
         monitor.port.explain_note("no_loss", _NO_LOSS)
         with monitor.port.guarded("loss"):
             trainer = caller_of(self)
             monitor.port.recompute_rows(temperature=getattr(trainer, "temperature", None) or 1.0)
-            if trainer is not None:  # it divides a loss by the micro-batches, or by the step's items
-                watch_backward(trainer.accelerator, monitor, shares=True)
+            accelerator = getattr(trainer, "accelerator", None)  # SetFit's trainer has none
+            if accelerator is not None:  # it divides a loss by the micro-batches, or by the step's items
+                watch_backward(accelerator, monitor, shares=True)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from nfi_monitor.alert_handler import handler_of
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.names import HeadLike
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.engine import checkpoint, detach
 from nfi_monitor.engine.checks import Options, find_watched
@@ -50,8 +51,9 @@ class Monitor:
         model: the module that is trained; it may be wrapped by DDP or torch.compile.
         optimizer: the optimizer whose ``step()`` updates the model; it may be wrapped. Of a list, the monitor
             takes the one that trains the head.
-        head: the classifier head, as a module or by its qualified name. None finds it. False: no module is
-            the head, and rows come from :meth:`tap` alone.
+        head: the classifier head: a module, a parameter that holds its matrix, the qualified name of one, or
+            a list of these, of which the one with most classes is watched. None finds it. False: no module
+            is the head, and rows come from :meth:`tap` alone.
         run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, if tensorboard is
             installed, event files. None: write no files.
         console: True prints a line when an alert begins or ends; False or None prints nothing; or a
@@ -82,7 +84,8 @@ class Monitor:
             they are not read together, adapters and the Autopilot act on no alert (``port.may_act()``).
 
     Raises:
-        HeadNotFoundError: no module, or more than one, could be the head; the message lists candidates.
+        HeadNotFoundError: the model lacks the head that is named, or it can be none; the message lists
+            candidates.
         AlreadyMonitoredError: another open monitor watches the same head.
         TypeError, ValueError: arguments of the wrong kind.
 
@@ -97,7 +100,7 @@ class Monitor:
         model: nn.Module,
         optimizer: Any,
         *,
-        head: nn.Module | str | bool | None = None,
+        head: HeadLike | bool | None = None,
         run_dir: str | PathLike[str] | None = None,
         console: bool | Console | None = True,
         on_alert: Callable[[Alert], None] | None = None,
@@ -157,17 +160,18 @@ class Monitor:
             loop.loss_sources.watch_outputs(loop.model, scale, loop.hooks.add)
 
     @torch.compiler.disable
-    def tap(self, logits: Tensor) -> Tensor:
+    def tap(self, logits: Tensor, class_axis: int = -1) -> Tensor:
         """Watch this tensor [..., K] instead of the head's output. Returns it unchanged.
 
         For logits that no module returns, or that are cast, scaled or capped between head and loss. Inside a
-        compiled function it costs one graph break, outside none.
+        compiled function it costs one graph break, outside none. ``class_axis``: the axis of the classes, 1
+        for the logits [N, K, H, W] of a segmentation.
         """
         loop = self._loop
         if not loop.closed and not loop.paused:
             try:
                 if not (devices.GRAPHS and loop.recorded()):
-                    loop.probe.tap(logits)
+                    loop.probe.tap(logits, class_axis)
             except Exception as error:
                 loop.faults.failed("rows", error)
         return logits

@@ -102,6 +102,44 @@ def test_logits_scaled_after_the_head_are_noticed_and_their_margins_alarm_nobody
     assert "logits_scaled" not in codes(watch(F.cross_entropy, 200))
 
 
+@pytest.mark.parametrize("factor", [1 / 16, 30.0], ids=["muP", "cosine head"])
+def test_a_factor_after_the_head_is_recovered_and_everything_is_in_nats_of_the_loss(factor: float) -> None:
+    """The same training twice: with the factor behind the head, and with it in the head's own weight."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 12), torch.randint(0, 6, (64,))
+    body = nn.Linear(12, 16)
+    found = {}
+    for behind in (True, False):
+        model = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 6))
+        model[0].load_state_dict(body.state_dict())
+        nn.init.zeros_(model[2].bias)
+        with torch.no_grad():
+            torch.manual_seed(1)
+            weight = torch.randn(6, 16) / 4
+            model[2].weight.copy_(weight / factor if behind else weight)
+        # SGD: with the factor in the weight, the same step needs the rate times the factor squared.
+        rates = [1e-2 / factor**2 if behind else 1e-2, 1e-2]
+        optimizer = torch.optim.SGD(
+            [{"params": model[2].parameters(), "lr": rates[0]}, {"params": model[0].parameters(), "lr": 1e-2}]
+        )
+        with Monitor(model, optimizer, console=False, every=1) as monitor:
+            for _ in range(10):
+                z = model(x)
+                F.cross_entropy(z * factor if behind else z, y).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        found[behind] = monitor.history
+        assert ("logits_scaled" in codes(monitor)) is behind
+    assert found[True]["logit_scale"][1] == pytest.approx(factor, rel=1e-3)
+    assert len(found[False]["logit_scale"][1]) == 0
+    for name in (
+        "head_loss", "margin_median", "margin_min", "residual_mass", "mean_logit", "logit_displacement",
+        "logit_displacement_rms", "feature_displacement",
+    ):  # fmt: skip
+        expected = found[False][name][1]
+        assert found[True][name][1] == pytest.approx(expected, rel=2e-3, abs=2e-5), name
+
+
 def test_the_precision_of_the_loss_is_said_at_the_first_reading() -> None:
     half = watch(lambda z, y: F.cross_entropy(z.bfloat16(), y), 3)
     assert [(note.code, note.step) for note in half.notes] == [("half_precision_loss", 1)]

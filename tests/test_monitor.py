@@ -240,12 +240,29 @@ def test_a_state_of_another_kind_is_refused_with_what_to_pass() -> None:
 # --- bad input: errors at construction ------------------------------------------------------------
 
 
-def test_no_head_lists_what_there_is_and_shows_how_to_name_it() -> None:
-    with pytest.raises(HeadNotFoundError, match=r"no linear layer[\s\S]*head=[\s\S]*monitor\.tap"):
-        Monitor(nn.Sequential(nn.Conv2d(1, 2, 3)), torch.optim.SGD([torch.zeros(1, requires_grad=True)]))
+def test_a_model_without_a_head_is_watched_without_one_and_says_how_to_name_one() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.scale
+
+    model = Scaled()
+    with Monitor(model, torch.optim.Adam(model.parameters()), console=False, every=1) as monitor:
+        for _ in range(8):
+            loss = model(torch.randn(3, 4)).square().mean()
+            loss.backward()
+            monitor.observe_loss(loss)
+            monitor.optimizer.step()
+    assert codes(monitor) == ["no_head"]
+    for part in ("found none", "head=", "monitor.tap", "*imminent*"):
+        assert part in monitor.notes[0].message
+    assert len(monitor.history["rms_t_max"][1]) == len(monitor.history["loss"][1]) == 8
 
 
-def test_two_heads_are_not_guessed_between() -> None:
+def test_of_two_heads_the_one_with_most_classes_is_watched_and_the_other_is_named() -> None:
     class TwoHeads(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -254,10 +271,16 @@ def test_two_heads_are_not_guessed_between() -> None:
             self.value = nn.Linear(32, 1)
 
     model = TwoHeads()
-    with pytest.raises(HeadNotFoundError, match=r"read the same features, 'value' and 'policy'"):
-        Monitor(model, adamw(model))
-    with Monitor(model, adamw(model), head="policy", console=False) as monitor:
+    with Monitor(model, adamw(model), console=False) as monitor:
         assert "policy (Linear 32→7)" in json.dumps(monitor.summary(), ensure_ascii=False)
+    (note,) = monitor.notes
+    assert note.code == "several_heads"
+    assert "value (Linear 32→1)" in note.message and "head='value'" in note.message
+    with Monitor(model, adamw(model), head="value", console=False) as monitor:
+        assert monitor.head is not None and monitor.head.name == "value" and monitor.notes == []
+    with Monitor(model, adamw(model), head=["value", model.policy], console=False) as monitor:
+        assert monitor.head is not None and monitor.head.name == "policy"
+        assert codes(monitor) == ["several_heads"]
 
 
 def test_a_misspelt_head_is_answered_with_the_candidates() -> None:

@@ -1,14 +1,31 @@
-"""Find the classifier head: the last linear layer before the softmax."""
+"""Find the classifier head: the last layer before the softmax.
+
+The rules only look at the modules and their names.  Where these leave a doubt, ``Head.sure`` is False, and
+:mod:`nfi_monitor.capture.origin` asks the first output of the model which weight made it.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from nfi_monitor import _moved
-from nfi_monitor.capture.sampling import local
+from nfi_monitor.capture.head_layer import Head as Head
+from nfi_monitor.capture.head_layer import (
+    is_convolution,
+    is_layer,
+    is_linear,
+    layout,
+    looked_through,
+    shares_weight,
+)
+from nfi_monitor.capture.head_layer import own_parameter as own_parameter
+from nfi_monitor.capture.named_head import named_head
+from nfi_monitor.capture.names import HeadLike, clean, no_head_text
 from nfi_monitor.errors import HeadNotFoundError
 
 HEAD_NAMES = {
@@ -17,173 +34,229 @@ HEAD_NAMES = {
 }  # fmt: skip
 """Attribute names that libraries use for the head, most specific first, each with a maximum depth.  ``fc`` of
 the model is its head, but ``fc`` of a block may be any layer."""
+_NO_CLASSES = re.compile(r"(^|_)(b?box(es)?|bboxes|coords?|points?|offsets?|regress\w*|reg|depth)(_|$)")
+"""Name of a layer that predicts places, not classes."""
+_CLASSES = re.compile(r"(^|_)(class\w*|cls|labels?|logits?|score)(_|$)")
+_AUXILIARY = re.compile(r"(^|_)(aux\w*|dist\w*|teacher)(_|$)")
+"""Name of a second head that helps to train the first."""
+_POOLED = (nn.ReLU, nn.AdaptiveAvgPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool1d, nn.AvgPool1d, nn.Flatten)
+TEACHER = 0.2
+"""Smallest share of the model's parameters in a frozen part that is taken for a teacher's."""
 
 
-@dataclass(frozen=True)
-class Head:
-    """The watched module, with its qualified name in the model and the layout of its weight."""
+def find_head(model: nn.Module, head: HeadLike | None = None, trained: Collection[int] | None = None) -> Head:
+    """Return the last layer before the softmax.
 
-    name: str
-    module: nn.Module
-    class_axis: int  # 0 for nn.Linear's [K, d], 1 for GPT-2-style Conv1D's [d, K]
-    tied: bool  # an input embedding shares the weight, so its .grad has no zero-sum
+    Order of preference: the given ``head``; ``model.get_output_embeddings()``; layers with one of the usual
+    names; the last linear layer or convolution in registration order.  Of several heads, the one with most
+    classes is taken; of equal ones the first that is not auxiliary.  Layers of a frozen teacher and layers
+    that predict boxes come last.
 
-    @property
-    def weight(self) -> nn.Parameter | None:
-        weight = own_parameter(self.module, "weight")
-        return weight if weight is not None and weight.dim() == 2 else None
-
-    @property
-    def bias(self) -> nn.Parameter | None:
-        bias = own_parameter(self.module, "bias")
-        return bias if bias is not None and bias.dim() == 1 else None
-
-    def classes_first(self, tensor: Tensor) -> Tensor:
-        """Return a [K, d] view of the weight or of its gradient."""
-        return local(tensor) if self.class_axis == 0 else local(tensor).T
-
-    @property
-    def outputs(self) -> int | None:
-        """K, or None for a head without a weight matrix."""
-        return self.weight.shape[self.class_axis] if self.weight is not None else None
-
-    def describe(self) -> str:
-        name = f"layer {self.name}" if self.name.rpartition(".")[2].isdigit() else self.name
-        if self.weight is None:
-            return f"{name} ({type(self.module).__name__})"
-        features = self.weight.shape[1 - self.class_axis]
-        return f"{name} ({type(self.module).__name__} {features}→{self.outputs})"
-
-
-def find_head(model: nn.Module, head: nn.Module | str | None = None) -> Head:
-    """Return the last linear layer before the softmax.
-
-    Order of preference: the given ``head``; ``model.get_output_embeddings()``; a unique linear layer with one
-    of the usual names; the last linear layer in registration order, unless a sibling reads the same features
-    (two heads).
+    Args:
+        head: a module, a parameter, the qualified name of one, or a list of them (the one with most classes).
+        trained: ``id`` of each parameter that the optimizer updates. None: those that require a gradient.
 
     Raises:
-        HeadNotFoundError: no module fits, or more than one; the message lists the candidates.
+        HeadNotFoundError: the model has no layer that makes logits, or not the one that is named.
     """
-    modules = {_clean(name, model): module for name, module in model.named_modules()}
-    adapted = [
-        name for name, module in modules.items() if "base_layer" in module._modules
-    ]  # LoRA and similar
-    linears = {
+    modules = {clean(name, model): module for name, module in model.named_modules()}
+    if head is not None:
+        return named_head(model, modules, head)
+    layers = _alive(model, modules, _layers(modules), trained)
+    found = _models_own_answer(model, modules)
+    if found is not None:
+        return describe(model, *found)
+    found_by_name = _by_usual_name(model, modules, layers)
+    if found_by_name is not None:
+        return found_by_name
+    if not layers:
+        bare = _bare_parameter(model, modules)
+        if bare is None:
+            raise HeadNotFoundError(no_head_text("found no linear layer", modules))
+        return replace(named_head(model, modules, bare), sure=False)
+    last = _last(model, modules, layers)
+    return replace(last, sure=not last.others and last.classes not in _widths(model, last.module))
+
+
+def describe(model: nn.Module, name: str, module: nn.Module) -> Head:
+    """Return the head that ``module`` is, or the layer that it passes its input on to."""
+    path, module = looked_through(module)
+    name = f"{name}.{path}" if path else name
+    weight = own_parameter(module, "weight")
+    return Head(name, module, tied=shares_weight(model, weight), **layout(module))
+
+
+def _layers(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Return the layers that could make logits; layers inside an adapter (LoRA and similar) count as one."""
+    single: list[str] = []
+    copied: dict[str, str] = {}  # wrapper → the prefix of the layers in its active copy
+    for name, module in modules.items():
+        path, layer = looked_through(module)
+        if "base_layer" in module._modules or (path and is_layer(layer)):
+            single.append(name)
+        elif path:
+            copied[f"{name}."] = f"{name}.{path}."
+    return {
         name: module
         for name, module in modules.items()
-        if name in adapted
-        or (_is_linear(module) and not any(name.startswith(owner + ".") for owner in adapted))
+        if (name in single or is_layer(module))
+        and not any(name.startswith(f"{one}.") for one in single)
+        and not any(name.startswith(outer) and not name.startswith(inner) for outer, inner in copied.items())
     }
-    if head is not None:
-        return _named(model, modules, linears, head)
 
+
+def _alive(
+    model: nn.Module,
+    modules: dict[str, nn.Module],
+    layers: dict[str, nn.Module],
+    trained: Collection[int] | None,
+) -> dict[str, nn.Module]:
+    """Return the layers outside of a frozen part such as a distillation's teacher; all if none is outside.
+
+    A frozen head on a trained body stays: its part of the model holds few parameters.
+    """
+    updated = {
+        id(p) for p in model.parameters() if (p.requires_grad if trained is None else id(p) in trained)
+    }
+    if not updated:
+        return layers
+    total = sum(p.numel() for p in model.parameters())
+    frozen = []
+    for name, part in modules.items():
+        size = sum(p.numel() for p in part.parameters())
+        large = name and name not in layers and size >= TEACHER * total
+        if large and not any(id(p) in updated for p in part.parameters()):
+            frozen.append(f"{name}.")
+    alive = {name: layer for name, layer in layers.items() if not name.startswith(tuple(frozen))}
+    return alive or layers
+
+
+def _models_own_answer(model: nn.Module, modules: dict[str, nn.Module]) -> tuple[str, nn.Module] | None:
+    """Return the module that ``get_output_embeddings()`` names, if it is one of the model's layers."""
     output_embeddings = getattr(model, "get_output_embeddings", None)
-    if callable(output_embeddings):
-        try:
-            found = output_embeddings()
-        except (NotImplementedError, AttributeError):
-            found = None
-        for name, module in modules.items():
-            if found is not None and module is found:
-                return _describe(model, name, module)
+    if not callable(output_embeddings):
+        return None
+    try:
+        found = output_embeddings()
+    except Exception:  # code of the model: whatever it raises, it names no head
+        return None
+    if not isinstance(found, nn.Module) or isinstance(found, nn.Embedding):
+        return None
+    return next(((name, module) for name, module in modules.items() if module is found), None)
 
+
+def _by_usual_name(
+    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, nn.Module]
+) -> Head | None:
     for usual, trusted in HEAD_NAMES.items():
-        matches = [name for name in linears if usual in name.split(".")]
+        matches = [name for name in layers if usual in name.split(".")]
         if not matches:
             continue
         depth = min(name.split(".").index(usual) for name in matches)
         matches = [name for name in matches if name.split(".").index(usual) == depth]
-        owners = {tuple(name.split(".")[: depth + 1]) for name in matches}
-        if len(owners) == 1 and depth <= trusted:
-            return _describe(model, matches[-1], linears[matches[-1]])
-
-    if not linears:
-        raise HeadNotFoundError(_advice("found no linear layer", linears))
-    last = list(linears)[-1]
-    rivals = [name for name in linears if name != last and _same_input(linears, name, last)]
-    if rivals:
-        raise HeadNotFoundError(
-            _advice(f"has two layers that read the same features, {last!r} and {rivals[-1]!r}", linears)
-        )
-    after = list(modules)[list(modules).index(last) + 1 :]
-    convolutions = [name for name in after if isinstance(modules[name], nn.modules.conv._ConvNd)]
-    if convolutions:
-        raise HeadNotFoundError(
-            _advice(f"ends in a convolution ({convolutions[-1]!r}), not in a linear layer", linears)
-        )
-    return _describe(model, last, linears[last])
+        owners: dict[tuple[str, ...], str] = {}
+        for name in matches:
+            owners[tuple(name.split(".")[: depth + 1])] = name  # the last layer of each
+        if depth <= trusted:
+            head = _of_several(model, modules, layers, list(owners.values()))
+            # Two parts of one name may be two classifiers, or a part of the body that is called alike.
+            return replace(head, sure=len(owners) == 1)
+    return None
 
 
-def _named(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    linears: dict[str, nn.Module],
-    head: nn.Module | str,
+def _last(model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, nn.Module]) -> Head:
+    """Return the last layer in registration order, or the best of the heads beside it."""
+    names = list(layers)
+    if _places(names[-1]):
+        # A detector: its boxes are registered after its classes. Prefer a layer whose name says "class".
+        classes = [name for name in names if not _places(name) and _CLASSES.search(_path(name))]
+        names = classes or names
+    last = names[-1]
+    rivals = [name for name in names if name != last and _same_input(layers, name, last)]
+    return _of_several(model, modules, layers, [*rivals, last])
+
+
+def _of_several(
+    model: nn.Module, modules: dict[str, nn.Module], layers: dict[str, nn.Module], names: Sequence[str]
 ) -> Head:
-    if isinstance(head, str):
-        if head not in modules or head == "":
-            raise HeadNotFoundError(_advice(f"has no module named {head!r}", linears))
-        return _describe(model, head, modules[head])
-    for name, module in modules.items():
-        if module is head:
-            return _describe(model, name or type(model).__name__, module)
-    raise HeadNotFoundError(_advice(f"does not contain the {type(head).__name__} given as head=", linears))
+    """Return the head with most classes; of equal ones the first that is not auxiliary."""
+    heads = [describe(model, *_with_pooling(modules, name, layers[name])) for name in names]
+    return most_classes(heads)
 
 
-def _describe(model: nn.Module, name: str, module: nn.Module) -> Head:
-    weight = own_parameter(module, "weight")
-    conv1d = type(module).__name__ == "Conv1D"
-    tied = weight is not None and any(
-        isinstance(other, nn.Embedding) and own_parameter(other, "weight") is weight
-        for other in model.modules()
-    )
-    return Head(name, module, 1 if conv1d else 0, tied)
+def most_classes(heads: Sequence[Head]) -> Head:
+    """Return the head with most classes and the names of the others; of equal ones the first.
 
-
-def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Return a registered parameter; None if there is none of this name.
-
-    Rejected: reading the attribute.  For a parametrized module (spectral norm), that runs code of the model,
-    which changes its buffers or draws random numbers.
+    Layers that predict boxes, and heads that only help to train, come after all others.
     """
-    return module._parameters.get(name)
+    ranked = sorted(
+        heads,
+        key=lambda head: (
+            _places(head.name),
+            bool(_AUXILIARY.search(_path(head.name))),
+            -(head.classes or 0),
+        ),
+    )
+    best, others = ranked[0], tuple(head.describe() for head in heads if head is not ranked[0])
+    return replace(best, others=others)
 
 
-def _is_linear(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        # MultiheadAttention's projection is never called as a module, so its hook would never run.
-        return not isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear)
-    return False
+def _path(name: str) -> str:
+    return name.lower().replace(".", "_")
 
 
-def _same_input(linears: dict[str, nn.Module], name: str, last: str) -> bool:
+def _widths(model: nn.Module, head: nn.Module) -> set[int]:
+    """Return the numbers of features that parts of the model take: K of a head is none of these."""
+    found: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            found.add(module.in_features)
+        elif is_convolution(module):
+            found.add(int(module.in_channels))  # type: ignore[arg-type]
+        elif module is not head:
+            found.update(size for one in module._parameters.values() if one is not None for size in one.shape)
+    return found
+
+
+def _places(name: str) -> bool:
+    """Return whether the name says that a layer predicts boxes or coordinates, not classes."""
+    return bool(_NO_CLASSES.search(_path(name)))
+
+
+def _with_pooling(modules: dict[str, nn.Module], name: str, layer: nn.Module) -> tuple[str, nn.Module]:
+    """Return the sequence that holds a convolution and pools its output, as in SqueezeNet; else the layer."""
+    owner, _, place = name.rpartition(".")
+    parent = modules.get(owner)
+    if owner and is_convolution(layer) and type(parent) is nn.Sequential and place in parent._modules:
+        after = list(parent._modules.values())[list(parent._modules).index(place) + 1 :]
+        if any(isinstance(one, _POOLED) for one in after):
+            return owner, parent
+    return name, layer
+
+
+def _bare_parameter(model: nn.Module, modules: dict[str, nn.Module]) -> str | None:
+    """Return the name of the last matrix that no layer of torch holds, as ``unembed.W_U``."""
+    found = None
+    for name, module in modules.items():
+        if type(module).__module__.startswith("torch.nn."):
+            continue
+        for own, parameter in module._parameters.items():
+            if parameter is not None and parameter.dim() == 2 and min(parameter.shape) > 1:
+                found = f"{name}.{own}" if name else own
+    return found
+
+
+def _same_input(layers: dict[str, nn.Module], name: str, last: str) -> bool:
     """Return whether two siblings have equal input widths and neither can feed the other: two heads."""
     if name.rpartition(".")[0] != last.rpartition(".")[0] or name.rpartition(".")[2].isdigit():
         return False
-    one, other = linears[name], linears[last]
-    if not (isinstance(one, nn.Linear) and isinstance(other, nn.Linear)):
+    one, other = layers[name], layers[last]
+    if is_convolution(one) and is_convolution(other):
+        pointwise = set(one.kernel_size) == set(other.kernel_size) == {1}  # type: ignore[arg-type]
+        return pointwise and one.in_channels == other.in_channels != one.out_channels
+    if not (is_linear(one) and isinstance(one, nn.Linear) and isinstance(other, nn.Linear)):
         return False
     return one.in_features == other.in_features and one.out_features != other.in_features
-
-
-def _advice(problem: str, linears: dict[str, nn.Module]) -> str:
-    shown = [f"  {name}  {module.extra_repr()}" for name, module in list(linears.items())[-8:]]
-    listing = "\n".join(shown) if shown else "  (none)"
-    example = list(linears)[-1] if linears else "classifier"
-    return (
-        f"No classifier head: the model {problem}.\nLinear layers (last 8):\n{listing}\n"
-        f"Name the head: Monitor(model, optimizer, head={example!r}), or pass the module itself. If no "
-        "module returns the logits, use head=False and logits = monitor.tap(logits)."
-    )
-
-
-def _clean(name: str, model: nn.Module) -> str:
-    """Return a name without the wrappers of torch.compile, data parallelism and activation checkpointing."""
-    parts = [part for part in name.split(".") if part not in ("_orig_mod", "_checkpoint_wrapped_module")]
-    if type(model).__name__ in ("DistributedDataParallel", "DataParallel") and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
 
 
 if not TYPE_CHECKING:  # for a type checker, any name would exist

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import SeveralPasses, nearest_parameter, trains
-from nfi_monitor.capture.head import own_parameter
+from nfi_monitor.capture.head_layer import Head, is_convolution, own_parameter
 from nfi_monitor.capture.model_hooks import ModelHook
+from nfi_monitor.capture.origin import logits_of
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import local, offset, row_stride
 from nfi_monitor.capture.sharding import ClassShard, class_shard
@@ -55,6 +56,8 @@ class Rows:
         return self if self.passes is None else replace(self, grad=self.passes.sum(), passes=None)
 
 
+Hook = Callable[[Callable[["Tensor | None"], None]], object]
+"""Registers a function that is called with the gradient of the logits."""
 Sampler = Callable[[Tensor], Tensor]
 """Takes the sampled rows of a tensor: [..., K or d] → [n, K or d]."""
 
@@ -72,16 +75,16 @@ class HeadProbe(ModelHook):
         deliver: Callable[[Rows], None],
         failed: Callable[[str, BaseException], None],
         spent: Callable[[float], None] = lambda seconds: None,
+        head: Head | None = None,
     ) -> None:
         """``wanted`` returns the step to capture, or None.  ``spent`` gets the seconds of each hook."""
+        self.head = head
+        self.head_changed: Callable[[Head], object] = lambda head: None
         self._wanted = wanted
         self._deliver = deliver
         self._failed = failed
         self._spent = spent
-        self.fired = 0
-        self.delivered = 0
-        self.recomputed = 0  # number of backward passes whose rows were recomputed
-        self.fired_without_gradient = 0
+        self.restart()
         self.traced = 0
         self.traced_backward = 0
         self.on_meta = False  # whether the watched model is on the meta device
@@ -89,10 +92,21 @@ class HeadProbe(ModelHook):
         self.tapped = False
         self.plan = ReadingPlan()
         self.can_reduce = False  # whether a reduced sample would have fewer rows
-        self.without_features = 0
         self.dtype: torch.dtype | None = None  # of the watched logits
         self.sharded = 0  # number of sharded logits that could not be read
         self._features: Tensor | None = None
+
+    def restart(self, retired: nn.Module | None = None) -> None:
+        """Count from zero: another head is watched now. The module ``retired`` was the head until now."""
+        self._retired = None if self.head is not None and self.head.module is retired else retired
+        self.fired = self.delivered = 0
+        self.recomputed = 0  # number of backward passes whose rows were recomputed
+        self.fired_without_gradient = 0
+        self.in_evaluation = 0  # how many of these were in eval mode, with gradients enabled
+        self.not_in_output = 0  # outputs that hold no logits made by the bare parameter that is the head
+        self.without_features = 0
+        self.returned: str | None = None  # type of an output that is no tensor
+        self.misshapen: tuple[int, ...] | None = None  # shape of an output without the head's classes
 
     @property
     def level(self) -> str:
@@ -112,9 +126,15 @@ class HeadProbe(ModelHook):
             return
         try:
             step = self._wanted()
-            if step is None or not isinstance(output, Tensor):
+            if module is self._retired:
                 return
-            if not devices.is_readable(output, meta=self.on_meta):
+            bare = self.head is not None and self.head.bare
+            if not (bare or isinstance(output, Tensor)):
+                self.returned = type(output).__name__
+                return
+            if step is None:
+                return
+            if isinstance(output, Tensor) and not devices.is_readable(output, meta=self.on_meta):
                 self.unreadable += module.training and torch.is_grad_enabled()
                 return
             started = time.perf_counter()
@@ -126,22 +146,46 @@ class HeadProbe(ModelHook):
             self._failed("rows", error)
 
     def _look(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor, step: int
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, step: int
     ) -> None:
-        if not (module.training and torch.is_grad_enabled() and output.requires_grad):
+        head = self.head
+        if not (module.training and torch.is_grad_enabled()):
             self.fired_without_gradient += 1
+            self.in_evaluation += torch.is_grad_enabled() and not module.training
             return
         inputs = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
         features = next(inputs, None)
+        if head is not None and head.bare and not self.tapped:
+            found = None if head.weight is None else logits_of(output, head.weight)
+            if found is not None:
+                classes = found.values.shape[-1]
+                if classes != head.outputs:  # the classes are the weight's other axis
+                    head = self.head = replace(head, class_axis=1 - head.class_axis, classes=classes)
+                    self.head_changed(head)
+                fits = features is not None and features.dim() and features.shape[-1] == head.width
+                given = features if fits and module is head.owner else None
+                features = given if found.features is None else found.features
+                self._watch(found.values, features, step, tapped=False, hook=found.hook)
+                return
+            if not isinstance(output, Tensor):
+                self.not_in_output += 1
+                return
+        if not output.requires_grad:
+            self.fired_without_gradient += 1
+            return
         if self.tapped:
             # The tapped tensor comes later. This input may be its features.
             self._features = None if features is None else features.detach()
-        else:
-            weight = own_parameter(module, "weight")
-            self._watch(output, features, step, tapped=False, weight=weight)
+            return
+        axis = -1 if head is None else head.class_axis_of(output)
+        if axis is None:
+            self.misshapen = tuple(output.shape)
+            return
+        features = _features_of(module, features, axis)
+        self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
 
-    def tap(self, logits: Tensor) -> None:
-        """Watch this tensor from now on, instead of the head's output."""
+    def tap(self, logits: Tensor, axis: int = -1) -> None:
+        """Watch this tensor from now on, instead of the head's output. ``axis``: that of the classes."""
         self.tapped = True
         features, self._features = self._features, None
         step = self._wanted()
@@ -150,7 +194,8 @@ class HeadProbe(ModelHook):
         if torch.is_grad_enabled() and logits.requires_grad:
             started = time.perf_counter()
             try:
-                self._watch(logits, features, step, tapped=True)
+                axis = axis if axis < 0 else axis - logits.dim()
+                self._watch(logits, features if axis == -1 else None, step, tapped=True, axis=axis)
             finally:
                 self._spent(time.perf_counter() - started)
 
@@ -162,13 +207,21 @@ class HeadProbe(ModelHook):
         *,
         tapped: bool,
         weight: Tensor | None = None,
+        axis: int = -1,
+        hook: Hook | None = None,
     ) -> None:
-        """Register the gradient hook on ``logits`` [..., K], computed from ``features`` [..., d]."""
+        """Register the gradient hook on ``logits`` [..., K], computed from ``features`` [..., d].
+
+        ``axis``: that of the classes, below zero; features have theirs at the same place.  ``hook`` registers
+        another hook than that of the tensor.
+        """
         self.fired += 1
         plan = self.plan
         shard, shown = None, whole_rows(logits)
         whole = plan.head_outputs
-        if shown is None or (not tapped and whole is not None and shown.shape[-1:] != (whole,)):
+        if shown is None or (
+            not tapped and whole is not None and shown.movedim(axis, -1).shape[-1:] != (whole,)
+        ):
             shard = class_shard(logits if shown is None else weight, -1 if shown is None else 0)
             shown = local(logits.detach())
             if shard is None or not plan.row_slots or shown.shape[-1] != shard.classes:
@@ -176,7 +229,7 @@ class HeadProbe(ModelHook):
                 return
         self.dtype = shown.dtype
         features = None if features is None else whole_rows(features)
-        classes = shown.shape[-1] if shown.dim() else 0
+        classes = shown.shape[axis] if shown.dim() else 0
         total = shown.numel() // classes if classes else 0
         if total == 0:
             return  # an empty batch
@@ -188,10 +241,17 @@ class HeadProbe(ModelHook):
         first = offset(step, stride)
 
         def sample(tensor: Tensor) -> Tensor:
-            return rows_of(tensor.detach(), first, stride)
+            return rows_of(tensor.detach().movedim(axis, -1), first, stride)
 
+        features = features if features is not None and _same_rows(features, shown, axis) else None
         kept = self._copies(shown, features, sample, whole=stride == 1)
-        self._deliver_at_backward(logits, kept, sample, total, shard, tapped=tapped)
+        head = self.head
+
+        def register(on_gradient: Callable[[Tensor | None], None]) -> object:
+            # Another head may have been found since.
+            return (hook or logits.register_hook)(lambda g: on_gradient(g if self.head is head else None))
+
+        self._deliver_at_backward(logits, kept, sample, total, shard, tapped=tapped, hook=register)
 
     def _copies(
         self, shown: Tensor, features: Tensor | None, sample: Sampler, *, whole: bool
@@ -201,8 +261,7 @@ class HeadProbe(ModelHook):
         # whole [N, K] and [N, d] storages alive.  If all rows of the features are read, they are not copied:
         # autograd keeps them anyway.
         kept = [sample(shown).clone()]
-        same_rows = features is not None and features.shape[:-1] == shown.shape[:-1]
-        if features is not None and same_rows and features.device == shown.device:
+        if features is not None and features.device == shown.device:
             kept.append(sample(features) if whole else sample(features).clone())
         else:
             self.without_features += 1
@@ -217,8 +276,9 @@ class HeadProbe(ModelHook):
         shard: ClassShard | None,
         *,
         tapped: bool,
+        hook: Hook,
     ) -> None:
-        """Hook ``logits``, and deliver their gradient with the rows ``kept`` from the forward pass."""
+        """Call ``hook``, and deliver the logits' gradient with the rows ``kept`` from the forward pass."""
 
         parameter = nearest_parameter(logits)
         given = _Given()  # owned by the hook, which lives as long as the graph
@@ -261,7 +321,7 @@ class HeadProbe(ModelHook):
             given.append(weakref.ref(rows))
             self._deliver(rows)
 
-        logits.register_hook(on_gradient)
+        hook(on_gradient)
 
     def forget(self) -> None:
         """Drop features whose logits were never tapped."""
@@ -270,6 +330,21 @@ class HeadProbe(ModelHook):
 
 class _Given(list["weakref.ref[Rows]"]):
     """The rows given away by one hook. Unlike a list, it can be referenced weakly."""
+
+
+def _same_rows(features: Tensor, logits: Tensor, axis: int) -> bool:
+    """Return whether features have the rows of the logits, in the same order (perhaps as a matrix)."""
+    if features.dim() == logits.dim():
+        shape, wanted = list(features.shape), list(logits.shape)
+        return bool(shape) and not (shape.pop(axis) == 0 or wanted.pop(axis) == 0) and shape == wanted
+    return axis == -1 and features.dim() == 2 and len(features) * logits.shape[-1] == logits.numel()
+
+
+def _features_of(module: nn.Module, given: Tensor | None, axis: int) -> Tensor | None:
+    """Return the features of the same rows as the module's output, or None if a row has a patch of them."""
+    if not is_convolution(module):
+        return given if axis == -1 else None
+    return given if module.groups == 1 and set(module.kernel_size) == {1} else None  # type: ignore[arg-type]
 
 
 def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:

@@ -66,7 +66,7 @@ class RowRecomputer:
         failed: Callable[[str, BaseException], None],
         spent: Callable[[float], None],
     ) -> None:
-        self._head, self._probe = head, probe
+        self.head, self._probe = head, probe
         self._wanted, self._deliver, self._failed, self._spent = wanted, deliver, failed, spent
         self._known = Known()
         self.after_head = AfterHead()
@@ -86,7 +86,7 @@ class RowRecomputer:
 
         ``autocast``: of :func:`autocast_of`, where the loss is computed; default: as it is now.
         """
-        step, head = self._wanted(), self._head
+        step, head = self._wanted(), self.head
         if step is None or head is None or not devices.is_readable(hidden):
             return
         if not (torch.is_grad_enabled() and hidden.requires_grad and _readable(head, hidden, targets)):

@@ -152,7 +152,10 @@ class Signals(Stateful):
         self._unexplained_switch.update(
             step, share >= limits.unexplained_enter or self._broken_from_the_start(reading), not cleared
         )
-        self._update_scaled(get("contradicted_fraction"), get("unsure_fraction"))
+        if "logit_scale" in reading.values:  # what is in nats has been multiplied by it
+            self.logits_scaled = False
+        else:
+            self._update_scaled(get("contradicted_fraction"), get("unsure_fraction"))
         if "soft_target_fraction" in reading.values:
             self.soft_targets = get("soft_target_fraction") > 0.5
         smoothed = self._violation.update(step, _violation(reading), times.window)

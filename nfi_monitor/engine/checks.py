@@ -12,9 +12,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfi_monitor.alert_handler import AlertHandler
+from nfi_monitor.caller import call_with
 from nfi_monitor.capture.head import Head, find_head
-from nfi_monitor.capture.unwrap import choose
-from nfi_monitor.errors import AlreadyMonitoredError
+from nfi_monitor.capture.names import HeadLike
+from nfi_monitor.capture.unwrap import choose, unwrap
+from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError
 from nfi_monitor.ranks import processes
 from nfi_monitor.registry import watcher
 from nfi_monitor.replay.snapshots import check_stateful
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
 class Options:
     """The keyword arguments of :class:`nfi_monitor.Monitor`, checked by :meth:`check`."""
 
-    head: nn.Module | str | bool | None
+    head: HeadLike | bool | None
     run_dir: str | PathLike[str] | None
     console: bool | Console | None
     on_alert: Callable[[Alert], None] | None
@@ -63,6 +65,12 @@ class Options:
             raise ValueError(
                 "head=True is no head: name the module, or leave head= out and the monitor finds it."
             )
+        listed = self.head if isinstance(self.head, (list, tuple)) else [self.head]
+        if not all(one is None or isinstance(one, (nn.Module, nn.Parameter, str, bool)) for one in listed):
+            raise TypeError(
+                f"head={type(self.head).__name__} is no head: pass a module, a parameter, the qualified name "
+                f"of one, or a list of these: {call_with('head=...')}."
+            )
         if self.thresholds is not None and not isinstance(self.thresholds, Thresholds):
             raise TypeError(f"thresholds must be a Thresholds(...), got {type(self.thresholds).__name__}.")
         if self.probe is not None and not (isinstance(self.probe, (tuple, list)) and len(self.probe) == 2):
@@ -92,15 +100,23 @@ class Options:
 
 
 def find_watched(
-    model: nn.Module, optimizer: Any, head: nn.Module | str | bool | None
+    model: nn.Module, optimizer: Any, head: HeadLike | bool | None
 ) -> tuple[Head | None, Optimizer]:
     """Return the head to watch and the optimizer that trains it, without wrappers.
 
-    Raises AlreadyMonitoredError if an open monitor watches that head (or that model, if it has no head).
-    Raises the errors of :func:`~nfi_monitor.capture.head.find_head` and
-    :func:`~nfi_monitor.capture.unwrap.choose`.
+    A model in which no head is found is watched without one.  Raises AlreadyMonitoredError if an open monitor
+    watches that head (or that model, if it has no head).  Raises HeadNotFoundError for a named head that the
+    model lacks, and the errors of :func:`~nfi_monitor.capture.unwrap.choose`.
     """
-    found = None if isinstance(head, bool) else find_head(model, head)
+    found = None
+    if not isinstance(head, bool):
+        several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
+        groups = [group for one in several for group in unwrap(one).param_groups]
+        try:
+            found = find_head(model, head, {id(p) for group in groups for p in group["params"]})
+        except HeadNotFoundError:
+            if head is not None:
+                raise
     chosen = choose(optimizer, found)
     earlier = watcher(model if found is None else found.module)
     if earlier is not None:

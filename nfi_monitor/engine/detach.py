@@ -116,6 +116,7 @@ def _release_judge(loop: StepLoop) -> None:
 
 def _release_references(loop: StepLoop) -> None:
     """Release model and optimizer: the user may keep the monitor for its history."""
+    loop.probe.head = None
     for name in ("owner", "model", "optimizer", "reader", "head", "stateful"):
         vars(loop).pop(name, None)
     _LOOPS.discard(loop)

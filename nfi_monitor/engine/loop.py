@@ -42,6 +42,7 @@ from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.silence import Silence
 from nfi_monitor.engine.step_reader import StepReader
+from nfi_monitor.engine.watch_head import watch_head
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.ranks.membership import Membership
 from nfi_monitor.replay.recent_snapshots import RecentSnapshots
@@ -89,7 +90,7 @@ class StepLoop:
         self.schedule = Schedule(options.overhead_budget)
         self.paused = Pauses(self.schedule.leave_out)
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
-        self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend)
+        self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend, head)
         self.probe.on_meta = any(parameter.is_meta for parameter in self.watched_module.parameters())
         self.recomputer = RowRecomputer(
             head, self.probe, self._captured_step, self._rows_arrived, failed, self.schedule.spend
@@ -135,10 +136,10 @@ class StepLoop:
             self.reports.sinks += [*opened, *options.sinks]
         self.membership.share_head(self.head, apart)
         self.reports.start(self.info())
-        self.notes.attached(self.head, self.reader)
+        if options.head is not False:
+            self.notes.attached(self.model, self.head, self.reader)
         self.hooks.step.install()
-        if self.head is not None:
-            self.hooks.add(self.head.module, self.probe)
+        watch_head(self, named=options.head is not None)
 
     @property
     def watched_module(self) -> nn.Module:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
 from nfi_monitor.engine.faults import TRIES
+from nfi_monitor.engine.head_notes import at_attach
 from nfi_monitor.engine.remarks import HALF, REMARKS, Seen
 from nfi_monitor.types import Note
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from nfi_monitor.capture.head import Head
     from nfi_monitor.capture.head_probe import HeadProbe
     from nfi_monitor.capture.optimizer import OptimizerReader
@@ -36,6 +40,7 @@ class NoteTaker:
         self._reported = False
         self._step_before: int | None = None
         self._needed_float32 = False
+        self._model: weakref.ref[nn.Module] | None = None
         # (type, text, place) of an error → the parts that it was raised in; and those lists by part
         self._stopped: dict[Any, list[str]] = {}
         self._failures: dict[str, list[str]] = {}
@@ -46,35 +51,11 @@ class NoteTaker:
             self.by_code[code] = Note(code, message, step)
             self._say(self.by_code[code])
 
-    def attached(self, head: Head | None, reader: OptimizerReader) -> None:
-        """Make the notes about the head and the optimizer, before the first step."""
-        if head is None:
-            return
-        if head.weight is None:
-            self.note(
-                "head_without_weight",
-                f"The head {head.name!r} has no weight matrix of its own (parametrized, adapted, or not "
-                "linear): classifier mean, logit displacement and the zero-sum of the weight gradient are "
-                "not measured. Rows are watched as usual.",
-                0,
-            )
-            return
-        if not reader.holds(head.weight):
-            why = "is frozen" if not head.weight.requires_grad else "is not among the optimizer's parameters"
-            self.note(
-                "optimizer_without_head",
-                f"The head {head.name!r} {why}: its second moment and displacement are not measured. "
-                "Rows are still watched. If another optimizer trains the head, pass that one to Monitor. An "
-                "optimizer of flat copies of the parameters (DeepSpeed ZeRO, master weights) cannot be read.",
-                0,
-            )
-        if head.tied:
-            self.note(
-                "tied_head",
-                f"The head {head.name!r} shares its weight with an input embedding. The gradient of that "
-                "weight has no zero-sum, so it is not read. Rows are watched as usual.",
-                0,
-            )
+    def attached(self, model: nn.Module, head: Head | None, reader: OptimizerReader) -> None:
+        """Make the notes about the head, before the first step, or when the head is known."""
+        self._model = weakref.ref(model)
+        for code, message in at_attach(model, head, reader):
+            self.note(code, message, 0)
 
     def read(
         self,
@@ -114,6 +95,7 @@ class NoteTaker:
             self._step_before,
             self._needed_float32,
             untrained and not self._reported,
+            None if self._model is None else self._model(),
         )
         self._step_before = reading.step
         for remark in REMARKS:

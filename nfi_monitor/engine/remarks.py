@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.detect.signals import Signals
+from nfi_monitor.engine.head_notes import no_rows_text
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.types import Reading
 
@@ -52,6 +54,7 @@ class Seen(NamedTuple):
     """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
     untrained_loss: bool = False
     """Whether the model returns a loss at which no gradient arrives, and no other loss is known."""
+    model: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -108,40 +111,25 @@ def _no_features(seen: Seen) -> bool:
 
 
 def _no_rows_text(seen: Seen) -> str:
-    probe = seen.probe
-    if probe.recomputed:
+    if seen.probe.recomputed:
         return _not_recomputed_text(seen)
-    if probe.sharded:
-        cause = "each rank holds the logits of some classes only (a vocabulary-parallel head)"
-        cure = "For rows, let the head gather its logits: ColwiseParallel(output_layouts=Replicate())."
-    elif probe.traced:
-        cause = "the head runs inside torch.compile, where a hook would break the graph"
-        cure = "For rows, tap the compiled model's output: logits = monitor.tap(model(x))."
-    elif probe.traced_backward:
-        cause = "the backward pass is compiled (compiled autograd), where a hook would break the graph"
-        cure = "For rows, compile the forward pass only."
-    elif probe.fired:
-        cause = "the head fired, but no gradient came back to its output"
-        cure = "If the loss is computed from other logits, pass those through monitor.tap(logits)."
-    elif probe.unreadable:
-        cause = "the head only gets tensors of vmap, of a nested layout or of a trace"
-        cure = "If a plain tensor holds the logits later, pass it through monitor.tap(logits)."
-    elif probe.fired_without_gradient:
-        cause = "the head fired only in eval mode or without gradients"
-        cure = "Call model.train() for training steps; gradients must be enabled at the head."
-    else:
-        cause = (
-            "the head never fired (a fused loss that reads its weight, another module that computes the "
-            "logits, or a model compiled before the monitor was attached)"
+    weight_read = "zero_sum_violation_weight" in seen.reading.values
+    return no_rows_text(seen.probe, seen.model, weight_read=weight_read)
+
+
+def _logits_scaled_text(seen: Seen) -> str:
+    scale = seen.reading.values.get("logit_scale")
+    if scale is not None:
+        return (
+            f"The loss multiplies the head's logits by {scale:.3g} (a temperature, muP, a cosine head): the "
+            "gradients show it. Margins, the loss at the head and displacements are those of the multiplied "
+            "logits. Nothing has to be done."
         )
-        cure = "Name the right head with head=..., use monitor.tap(logits), or attach before compiling."
-    instead = (
-        "Its weight gradient is read instead, for the zero-sum violation of the whole batch. The feature "
-        "mean is not read: by rounding, *at risk* stays at *info* and *imminent* cannot be reached."
-        if "zero_sum_violation_weight" in seen.reading.values
-        else "Only the optimizer, the norms and the observed loss are watched."
+    return (
+        "The logits are scaled after the head: most gradients are far larger than these logits can "
+        "cause. Margins, the loss at the head and displacements are not in nats of the loss, and raise "
+        "no alert alone. Watch the scaled logits: logits = monitor.tap(logits)."
     )
-    return f"No rows seen: {cause}. {instead} {cure}"
 
 
 def _not_recomputed_text(seen: Seen) -> str:
@@ -203,7 +191,11 @@ def _state_unreadable_text(seen: Seen) -> str:
 
 
 REMARKS: tuple[Remark, ...] = (
-    Remark("head_never_fired", lambda seen: seen.without_rows == PATIENCE, _no_rows_text),
+    Remark(
+        "head_never_fired",
+        lambda seen: seen.without_rows == PATIENCE and (seen.probe.head is not None or seen.probe.tapped),
+        _no_rows_text,
+    ),
     Remark(
         "loss_not_trained",
         lambda seen: seen.untrained_loss,
@@ -259,19 +251,17 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.broken_by_design,
         (
             "The loss violates the zero-sum by design, not by rounding: even rows far from absorption "
-            "violate it. Possible reasons: z-loss, a penalty on logits, regression, one-vs-rest BCE, or "
-            "logits changed after the head (soft-capping). Violations are recorded, but raise no alert. If "
-            "the logits are changed after the head, watch the changed ones: logits = monitor.tap(logits)."
+            "violate it. Possible reasons: z-loss, a penalty on logits, regression, one-vs-rest BCE, a "
+            "softmax over another axis (start and end of an answer), or logits changed after the head "
+            "(soft-capping). Violations are recorded, but raise no alert. If "
+            "the logits are changed after the head, watch the changed ones: logits = monitor.tap(logits). If "
+            "the watched layer does not make the logits, name the one that does: head=..."
         ),
     ),
     Remark(
         "logits_scaled",
-        lambda seen: seen.signals.logits_scaled,
-        (
-            "The logits are scaled after the head: most gradients are far larger than these logits can "
-            "cause. Margins, the loss at the head and displacements are not in nats of the loss, and raise "
-            "no alert alone. Watch the scaled logits: logits = monitor.tap(logits)."
-        ),
+        lambda seen: seen.signals.logits_scaled or "logit_scale" in seen.reading.values,
+        _logits_scaled_text,
     ),
     Remark(
         "soft_targets",
@@ -279,9 +269,10 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.soft_targets and not seen.signals.broken_by_design,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-            "distillation, mixup), rows are pushed away (preferences, rewards), or the gradient is "
-            "projected. Absorption is defined only for rows with a single correct class. The zero-sum "
-            "violation is defined for all rows and still watched."
+            "distillation, mixup), rows are pushed away (preferences, rewards), the logits are interpolated "
+            "after the head (segmentation: tap them with class_axis=1), or the gradient is projected. "
+            "Absorption is defined only for rows with a single correct class. The zero-sum violation is "
+            "defined for all rows and still watched."
         ),
     ),
     Remark("half_precision_loss", _half_precision, _half_precision_loss_text),

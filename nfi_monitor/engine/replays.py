@@ -57,7 +57,7 @@ def replay_slingshot(
         start.steps,
         model=loop.model,
         optimizer=loop.optimizer,
-        head=loop.head.module if loop.head is not None else False,
+        head=loop.head if loop.head is not None else False,
         stateful=loop.stateful,
         beta2=context.beta2,
         recorded={int(step): float(loss) for step, loss in zip(*loop.judge.history["loss"], strict=True)},

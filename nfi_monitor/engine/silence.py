@@ -49,6 +49,10 @@ class Silence:
         self._arrived = self.inside_step = False
         self._forget()
 
+    def watch(self, head: Head | None) -> None:
+        """Another head is watched from now on."""
+        self._head, self._weight = head, _reference(self._optimizer, head)
+
     def release(self) -> None:
         """Make the note if there was never a step, and drop the model and the optimizer."""
         if not self._steps and self._passes + self._losses >= CHANGED:

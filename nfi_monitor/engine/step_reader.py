@@ -63,6 +63,7 @@ class _Saved(_Needed, total=False):
     """Declaration of a saved state."""
 
     loss_kind_dtypes: list[str]
+    logit_scale: float
     single_output: bool | None
     last_step: dict[str, Any] | None
     probe: dict[str, Any] | None
@@ -228,8 +229,9 @@ class StepReader:
         kind, memory = self.rows.loss_kind, self.memory
         return {
             "absorbing_classes": self.absorbing_classes(limit=None),
-            "loss_kind": None if kind is None else [float(x) for x in kind],
-            "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in kind or ()],
+            "loss_kind": None if kind is None else [float(x) for x in kind[:4]],
+            "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in (kind or ())[:4]],
+            "logit_scale": 1.0 if kind is None else float(kind.slope),
             "single_output": self.rows.single_output,
             # Only the next step is compared with the memory.
             "last_step": None if memory is None or memory.step != step else memory.state_dict(),
@@ -246,7 +248,9 @@ class StepReader:
         if saved["loss_kind"] is not None:
             dtypes = [getattr(torch, name) for name in saved.get("loss_kind_dtypes") or ["float32"] * 4]
             numbers = zip(saved["loss_kind"], dtypes, strict=True)
-            kind = LossKind(*(torch.tensor(x, dtype=dtype, device=device) for x, dtype in numbers))
+            known = [torch.tensor(x, dtype=dtype, device=device) for x, dtype in numbers]
+            slope = torch.full_like(known[-1], saved.get("logit_scale", 1.0))
+            kind = LossKind(*known)._replace(slope=slope)
         last, probe = saved.get("last_step"), saved.get("probe")
         return ReaderState(
             classes={int(k): count for k, count in saved["absorbing_classes"]},

@@ -85,7 +85,7 @@ class RowAccumulator:
             self._add_shard(rows, rows.shard)
             return
         look, kind = looks(self._step), self.loss_kind
-        if kind is not None and kind.eps.device != device:  # a resumed run's: send it to the head's device
+        if kind is not None and any(known.device != device for known in kind):  # from a resumed run
             kind = LossKind(*(devices.send(known, device) for known in kind))
         statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
         self.loss_kind = statistics.loss_kind

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.measure import absorption, declared, extremes, margins, shift_invariance, zero_sum
+from nfi_monitor.measure.logit_scale import logit_scale
 from nfi_monitor.measure.views import RowView, TopLogits
 from nfi_monitor.quantities import PerRow
 
@@ -42,8 +43,11 @@ COUNTED_SUMS = tuple(declared.OVER_COUNTED)
 """Sums over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted", "recomputed")
 """Numbers of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
-MAXIMA = ("violation_max", "negative_margin_min", "epsilon")
+MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale")
 """Numbers of the micro-batch of which the largest counts."""
+
+ZERO_SUM = 0.05
+"""Largest violation of a row that can show a factor between the head's logits and those of the loss."""
 
 SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
 
@@ -53,13 +57,15 @@ class LossKind(NamedTuple):
 
     ``eps``: machine epsilon of the precision in which the loss is computed.  ``floor``: the violation that
     rounding may cause in this precision.  ``level``: ln of the size below which its gradients underflow.
-    ``scale``: the largest s in g = s·(p − y) so far, 0 while no unsure row has shown it.
+    ``scale``: the largest s in g = s·(p − y) so far, 0 while no unsure row has shown it.  ``slope``: the
+    factor between the head's logits and those of the loss (:mod:`nfi_monitor.measure.logit_scale`).
     """
 
     eps: Tensor
     floor: Tensor
     level: Tensor
     scale: Tensor
+    slope: Tensor = torch.ones(())
 
 
 class RowStatistics(NamedTuple):
@@ -95,6 +101,8 @@ def row_statistics(
     look = look or loss_kind is None
     if look or loss_kind is None:
         loss_kind = shown_precision(grad, loss_kind)
+    if look:
+        loss_kind = _with_slope(grad, logits, loss_kind)
     view, kinds = _view(grad, logits, rows, loss_kind)
 
     # A row with NaN must not turn the means of all others into NaN: ``where`` drops it. It is counted apart.
@@ -124,6 +132,7 @@ def row_statistics(
             torch.where(view.live, view.violation, zero).amax(),
             torch.where(view.counts, -view.margin, -torch.inf).amax(),
             loss_kind.eps.to(dtype),
+            loss_kind.slope.to(dtype),
         ]
     )
     return RowStatistics(sums, maxima, counted, view.top.winner, kinds.absorbed.to(dtype), loss_kind)
@@ -131,19 +140,36 @@ def row_statistics(
 
 def _view(grad: Tensor, logits: Tensor, rows: int, kind: LossKind) -> tuple[RowView, RowKinds]:
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
-    top = margins.top_logits(logits.to(dtype))
-    lowest, argmin = extremes.smallest(grad)
-    target = margins.target_class(lowest, argmin, extremes.pick(grad, top.winner), top.winner)
+    slope = kind.slope.to(dtype)
+    top = margins.top_logits(logits.to(dtype) * slope)
+    target = _targets(grad, top.winner)
     return row_view(
         zero_sum.row_sums(grad),
         top,
         target,
-        extremes.pick(logits, target).to(dtype),
+        extremes.pick(logits, target).to(dtype) * slope,
         extremes.pick(grad, target),
         rows,
         kind,
         classes=(grad, logits),
     )
+
+
+def _targets(grad: Tensor, winner: Tensor) -> Tensor:
+    """Return the correct class of each row, from the gradient [N, K] and the largest logit's class [N]."""
+    lowest, argmin = extremes.smallest(grad)
+    return margins.target_class(lowest, argmin, extremes.pick(grad, winner), winner)
+
+
+def _with_slope(grad: Tensor, logits: Tensor, kind: LossKind) -> LossKind:
+    """Return the facts about the loss with the factor between the head's logits and those of the loss."""
+    signed, absolute = zero_sum.row_sums(grad)
+    largest, winner = extremes.largest(logits)
+    live = (absolute > 0) & torch.isfinite(absolute + largest)
+    live &= zero_sum.row_violation(signed, absolute) < ZERO_SUM
+    known = kind.slope.to(absolute.dtype)
+    left_out = torch.stack([_targets(grad, winner), winner], -1)
+    return kind._replace(slope=logit_scale(grad, logits, left_out, live, kind.eps, known))
 
 
 def row_view(
@@ -197,19 +223,23 @@ def _look(view: RowView, kind: LossKind, zero: Tensor) -> tuple[LossKind, Tensor
     """Check the kind of loss. Returns the facts about it so far, and the ``LOOK_SUMS``."""
     dtype = zero.dtype
     absolute_live = torch.where(view.live, view.absolute, zero)
-    kind, judged = unexplained_rows(view, absolute_live, kind, view.grad.shape[-1])
+    top = margins.top_logits(view.logits.to(dtype))  # without the factor that follows the head
+    own = extremes.pick(view.logits, view.target).to(dtype)
+    of_head = margins.residual_mass(margins.row_loss(top, own))
+    kind, judged = unexplained_rows(view, absolute_live, kind, view.grad.shape[-1], of_head)
     soft = view.live & (shift_invariance.negatives(view.grad) > 1)
     logit_sum, unmasked = shift_invariance.unmasked(view.logits, dtype)
-    mean_logit = torch.where(view.counts, logit_sum / unmasked, zero)
+    mean_logit = torch.where(view.counts, logit_sum / unmasked * kind.slope.to(dtype), zero)
     return kind, torch.stack([*(mask.to(dtype) for mask in (*judged, soft)), mean_logit]).sum(-1)
 
 
 def unexplained_rows(
-    view: RowView, absolute_live: Tensor, kind: LossKind, classes: int
+    view: RowView, absolute_live: Tensor, kind: LossKind, classes: int, of_head: Tensor | None = None
 ) -> tuple[LossKind, tuple[Tensor, Tensor, Tensor]]:
     """Find the rows that show the kind of loss.
 
-    ``absolute_live``: Σ_k |g_k| of live rows, 0 of the others, [N].  Returns ``kind`` with the scale of the
+    ``absolute_live``: Σ_k |g_k| of live rows, 0 of the others, [N].  ``of_head``: ε [N] by the head's own
+    logits, where those of the loss are multiples of them.  Returns ``kind`` with the scale of the
     gradients as these rows show it, and three masks of live rows, bool [N]: those whose violation rounding
     cannot explain, those whose gradient contradicts their logits, and those unsure enough to tell.
     """
@@ -217,7 +247,8 @@ def unexplained_rows(
     kind = kind._replace(scale=torch.maximum(scale, kind.scale.to(absolute_live.dtype)))
     residual = shift_invariance.gradient_residual(view.residual, absolute_live, kind.scale)
     strange = shift_invariance.unexplained(view.violation, residual, view.top.largest, kind.eps, classes)
-    contradicted = shift_invariance.contradicted(view.residual, absolute_live, kind.scale, kind.eps)
+    of_head = view.residual if of_head is None else of_head
+    contradicted = shift_invariance.contradicted(of_head, absolute_live, kind.scale, kind.eps)
     unsure = residual > shift_invariance.UNSURE
     return kind, (view.live & strange, view.live & contradicted, view.live & unsure)
 
@@ -281,6 +312,8 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         values |= _means(s, declared.OVER_COUNTED, s["counted"])
         values["margin_median"] = s["margin_median_rows"] / s["counted"]
         values["loss_epsilon"] = maxima[MAXIMA.index("epsilon")]
+        if maxima[MAXIMA.index("logit_scale")] != 1.0:
+            values["logit_scale"] = maxima[MAXIMA.index("logit_scale")]
         values["margin_min"] = -maxima[MAXIMA.index("negative_margin_min")]
     if s["live"]:
         values["zero_sum_violation"] = s["violation"] / s["live"]
@@ -326,7 +359,8 @@ def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
         eps == half, absorption.underflow_level(torch.float16), absorption.underflow_level(grad.dtype)
     )
     scale = torch.zeros((), dtype=dtype, device=grad.device) if known is None else known.scale
-    return LossKind(eps, zero_sum.floor_of(eps, dtype, grad.shape[-1]), level, scale)
+    slope = torch.ones((), dtype=dtype, device=grad.device) if known is None else known.slope
+    return LossKind(eps, zero_sum.floor_of(eps, dtype, grad.shape[-1]), level, scale, slope)
 
 
 _NARROWER = {

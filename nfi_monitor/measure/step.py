@@ -13,6 +13,7 @@ from nfi_monitor.measure import (
     declared,
     displacement,
     global_means,
+    logit_scale,
     row_match,
     second_moment,
     weight_norm,
@@ -147,7 +148,11 @@ SKIPPED = "_found_inf"
 
 
 def with_non_finite(values: dict[str, float]) -> dict[str, float]:
-    """Return ``values``, cosines clamped to [−1, 1], with "non_finite_gradients" if gradients were read."""
+    """Return ``values``, cosines clamped to [−1, 1], with "non_finite_gradients" if gradients were read.
+
+    Displacements are in nats of the loss, also where its logits are multiples of the head's.
+    """
+    values = logit_scale.in_nats(values)
     if "gradient_norm" not in values:
         return values
     values = {**values, "non_finite_gradients": float(not math.isfinite(values["gradient_norm"]))}

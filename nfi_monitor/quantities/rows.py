@@ -120,6 +120,13 @@ ROWS = (
         "tests/measure/test_shift_invariance.py",
     ),
     Quantity(
+        "logit_scale", "1", "factor after the head",
+        "factor between the head's logits and those of the loss, where it is not 1; margins, the loss at the "
+        "head and displacements are of the multiplied logits",
+        within=POSITIVE, merge=Merge.ROW_EXTREME,
+        reference="tests/measure/test_logit_scale.py::test_the_factor_after_the_head_is_recovered",
+    ),
+    Quantity(
         "loss_epsilon", "1", "precision of the gradient at the head",
         "machine epsilon of the narrowest precision that holds all gradients at the head's output",
         within=POSITIVE, merge=Merge.ROW_EXTREME,

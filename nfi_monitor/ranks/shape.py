@@ -93,7 +93,7 @@ def survey(
     features = outputs = columns = 0
     head_sharded = False
     if head is not None and weight is not None:
-        outputs, features = head.outputs or 0, weight.shape[1 - head.class_axis]
+        outputs, features = head.outputs or 0, head.width or 0
         columns = gradient_columns(features, outputs)
         # A head that is sharded along its features, too, would need another exchange for every row.
         along_classes = sharding.shards(weight, head.class_axis)

@@ -305,12 +305,13 @@ class Autopilot(AlertHandler):
             self._act(monitor, "loss", alert.id, f"{why}the loss is zero_sum_cross_entropy from now on")
             return
         head = monitor.head
-        if head is None or not monitor.port.sees_rows:
-            lacking = (
-                "no head is known at which the gradient could be projected"
-                if head is None
-                else f"no gradient reaches the output of {head.name}, where it could be projected"
-            )
+        if head is None or head.bare or head.spatial or not monitor.port.sees_rows:
+            if head is None:
+                lacking = "no head is known at which the gradient could be projected"
+            elif head.bare or head.spatial:
+                lacking = f"{head.name} is no linear layer, at whose output the gradient could be projected"
+            else:
+                lacking = f"no gradient reaches the output of {head.name}, where it could be projected"
             what = f"the loss cannot be replaced, and {lacking}: compute it as autopilot.loss(logits, target)"
             self._act(monitor, "nothing", alert.id, why + what)
             return

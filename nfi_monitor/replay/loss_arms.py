@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from nfi_monitor.capture.head import Head
 from nfi_monitor.replay.arm import ArmContext
 
 _SOFTMAX = {F.log_softmax, torch.log_softmax, Tensor.log_softmax, torch.logsumexp, Tensor.logsumexp}
@@ -107,7 +108,8 @@ def _without_casts(
 
 @contextmanager
 def float64_loss(context: ArmContext) -> Iterator[None]:
-    mode = _AtTheLoss(always=context.head is None)
+    head = _returns_logits(context)
+    mode = _AtTheLoss(always=head is None)
 
     def widen(module: nn.Module, args: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point() or not torch.is_grad_enabled():
@@ -115,7 +117,7 @@ def float64_loss(context: ArmContext) -> Iterator[None]:
         mode.after_head = mode.reached = True
         return output.double()
 
-    hook = None if context.head is None else context.head.module.register_forward_hook(widen)
+    hook = None if head is None else head.module.register_forward_hook(widen)
     try:
         with mode:
             yield
@@ -123,6 +125,11 @@ def float64_loss(context: ArmContext) -> Iterator[None]:
         context.applied = context.applied and mode.reached
         if hook is not None:
             hook.remove()
+
+
+def _returns_logits(context: ArmContext) -> Head | None:
+    """Return the head if its module returns the logits; a bare parameter's logits are found at the loss."""
+    return None if context.head is None or context.head.bare else context.head
 
 
 class _LogitsOfTheLoss(TorchFunctionMode):
@@ -144,18 +151,24 @@ class _LogitsOfTheLoss(TorchFunctionMode):
 @contextmanager
 def zero_sum(context: ArmContext) -> Iterator[None]:
     reached = False
+    head = _returns_logits(context)
 
     def project(logits: Any) -> None:
         nonlocal reached
-        if isinstance(logits, Tensor) and logits.requires_grad and logits.shape[-1] > 1:
-            logits.register_hook(lambda grad: grad - grad.mean(-1, keepdim=True))
+        if not (isinstance(logits, Tensor) and logits.requires_grad):
+            return
+        # F.cross_entropy takes [N, K, d1, ...], with the classes along axis 1.
+        axis = 1 - logits.dim() if head is None and logits.dim() > 2 else -1
+        axis = axis if head is None else head.class_axis_of(logits) or -1
+        if logits.shape[axis] > 1:
+            logits.register_hook(lambda grad: grad - grad.mean(axis, keepdim=True))
             reached = True
 
     with ExitStack() as stack:
-        if context.head is None:
+        if head is None:
             stack.enter_context(_LogitsOfTheLoss(project))
         else:
-            hook = context.head.module.register_forward_hook(lambda module, args, output: project(output))
+            hook = head.module.register_forward_hook(lambda module, args, output: project(output))
             stack.callback(hook.remove)
         try:
             yield

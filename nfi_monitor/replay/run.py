@@ -36,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.head import Head, find_head
+from nfi_monitor.capture.names import HeadLike
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.deprecation import renamed_keyword
@@ -95,7 +96,7 @@ def replay(
     *,
     model: nn.Module,
     optimizer: Any,
-    head: nn.Module | str | bool | None = None,
+    head: Head | HeadLike | bool | None = None,
     stateful: Sequence[Any] = (),
     beta2: float | None = None,
     recorded: Mapping[int, float] | None = None,
@@ -125,17 +126,18 @@ def replay(
         ValueError: the snapshot is of another model or optimizer, or two arms have one name.
     """
     tried = _tried(step_fn, arms, steps)
-    found = None if head is False else find_head(model, None if head is True else head)
+    if not isinstance(head, Head):
+        head = None if head is False else find_head(model, None if head is True else head)
     inner = unwrap(optimizer)
     for objection in OBJECTIONS:
         why = objection(inner)
         if why is not None:
             raise MonitorError(why)
     if beta2 is None:
-        beta2 = OptimizerReader(inner, found).betas_or_assumed()[1]
+        beta2 = OptimizerReader(inner, head).betas_or_assumed()[1]
     tau = 1.0 / max(1.0 - beta2, 1e-9)
     wait = math.ceil(max(10 * tau, 200.0)) if steps is None else steps
-    run = _Run(model, inner, found, snapshot, step_fn, tau, thresholds or Thresholds(), recorded)
+    run = _Run(model, inner, head, snapshot, step_fn, tau, thresholds or Thresholds(), recorded)
     with _monitors_paused(model, inner), _put_back(model, inner, stateful) as parameters:
         outcomes = _outcomes(run, tried, wait, stateful, parameters)
     return _verdict(run, outcomes, stateful)

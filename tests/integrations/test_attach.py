@@ -137,3 +137,30 @@ def test_importing_the_monitor_and_its_reports_draws_no_random_number() -> None:
         print(random.getstate() == before)
 
     assert Forked(anew, ROOT, {}).printed().strip() == "True"
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.policy, self.value = nn.Linear(4, 5), nn.Linear(4, 1)
+
+
+@pytest.mark.parametrize(("model", "says"), [(TwoHeads(), "head='value'"), (nn.Embedding(5, 4), "head=...")])
+def test_a_model_without_one_head_is_watched_and_the_note_shows_the_adapters_own_call(
+    model: nn.Module, says: str
+) -> None:
+    optimizer = torch.optim.Adam(model.parameters())
+    monitor = attached(run_dir=None).open(model, optimizer, directory="unused")
+    assert f"NFICallback({says})" in monitor.notes[0].message
+    monitor.close()
+
+
+def test_an_object_that_trains_a_module_is_attached_by_that_module() -> None:
+    class Wrapper:  # as setfit's
+        def __init__(self, model: nn.Module) -> None:
+            self.model_body = model
+
+    model, optimizer = pair()
+    monitor = attached(run_dir=None).open(Wrapper(model), optimizer, directory="unused")
+    assert monitor.watches(model, optimizer)
+    monitor.close()

@@ -239,6 +239,7 @@ def _whole_rows(
         "violation_max": torch.where(view.live, view.violation, 0.0).amax(),
         "negative_margin_min": torch.where(view.counts, -view.margin, -torch.inf).amax(),
         "epsilon": kind.eps,
+        "logit_scale": torch.ones(()),  # no rank has the logits from which it is recovered
     }
     return (
         torch.tensor([sums[name] for name in SUMS], dtype=torch.float64),

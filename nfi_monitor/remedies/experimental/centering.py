@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture.head import Head, find_head
+from nfi_monitor.capture.names import inner_names, no_head_text
 from nfi_monitor.capture.unwrap import unwrap
+from nfi_monitor.errors import HeadNotFoundError
 from nfi_monitor.remedies.handle import Handle
 from nfi_monitor.remedies.projection import classes_last
 from nfi_monitor.remedies.steps import around_steps, step_now
@@ -36,6 +38,8 @@ def center_classifier(model: nn.Module, optimizer: Any, head: nn.Module | str | 
         HeadNotFoundError: as ``Monitor``.
     """
     found = find_head(model, head)
+    if found.spatial:
+        raise HeadNotFoundError(no_head_text("found no linear layer to centre", inner_names(model)))
     weight = _centrable(found)
     optimizer = unwrap(optimizer)
     axis = found.class_axis

@@ -1,0 +1,24 @@
+"""Word messages for the call that the user wrote: ``Monitor(...)``, or a framework's adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+_CALL: ContextVar[str] = ContextVar("nfi_monitor_call", default="Monitor(model, optimizer, {})")
+
+
+@contextmanager
+def called_as(call: str) -> Iterator[None]:
+    """Word messages inside the block for a caller such as ``NFICallback({})``."""
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def call_with(argument: str) -> str:
+    """Return the call in which the user writes an argument: ``Monitor(model, optimizer, head='fc')``."""
+    return _CALL.get().format(argument)

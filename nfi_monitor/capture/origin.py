@@ -1,0 +1,185 @@
+"""Ask the autograd graph of a model's output which weight made the logits, and from which features.
+
+The graph is only read: no node is added, no tensor is computed.  A node that is not known ends the search on
+its path, and then nothing is concluded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+_SAME_ROWS = {"View", "UnsafeView", "ReshapeAlias", "ToCopy", "Alias"}
+"""Operations that change neither the numbers nor the order of the rows."""
+_OF_A_WEIGHT = _SAME_ROWS | {"T", "Transpose", "Permute", "Expand", "Unsqueeze", "Clone"}
+"""Operations between a parameter and the product in which it is used."""
+_POINTWISE = {"Add", "Sub", "Mul", "Div", "Tanh"}
+_OF_LOGITS = (
+    _OF_A_WEIGHT
+    | _POINTWISE
+    | {
+        "Slice", "Select", "Squeeze", "Index", "IndexSelect", "Gather", "NativeDropout", "MaskedFill",
+        "Where", "Cat", "Split", "Stack", "Mean", "Sum", "Neg", "Exp", "Log", "Pow", "Clamp", "Diagonal",
+        "UpsampleBilinear2D", "UpsampleNearest2D", "AdaptiveAvgPool2D", "AvgPool2D", "DDPSink",
+        "Softmax", "LogSoftmax", "Logsumexp", "Sigmoid", "LogSigmoid", "Softplus",
+        "NllLoss", "NllLoss2D", "NllLossNd", "CrossEntropyLoss", "BinaryCrossEntropyWithLogits", "KlDiv",
+        "MseLoss", "L1Loss", "SmoothL1Loss",
+    }
+)  # fmt: skip
+"""Operations between the product that makes logits and the output or the loss."""
+_PRODUCTS = {
+    "Mm": ("self", "mat2"),
+    "Bmm": ("self", "mat2"),
+    "Addmm": ("", "mat1", "mat2"),
+    "Baddbmm": ("", "batch1", "batch2"),
+    "Linear": ("input", "weight", ""),
+    "Convolution": ("input", "weight", ""),
+    "MkldnnConvolution": ("input", "weight", ""),
+}
+"""Products, each with the names under which a node saves its inputs, in the order of ``next_functions``."""
+LIMIT = 400
+"""Maximum number of nodes that are looked at."""
+
+
+class Product(NamedTuple):
+    """A product in the graph: its node, the parameter in it (None: two activations), and its place."""
+
+    node: Any
+    weight: nn.Parameter | None
+    place: int
+
+
+class Origin(NamedTuple):
+    """The products that an output comes from. ``complete``: the search met no unknown node."""
+
+    products: tuple[Product, ...]
+    complete: bool
+
+
+@dataclass(frozen=True)
+class Logits:
+    """Logits that a bare parameter made: their values, their features, and where their gradient arrives."""
+
+    values: Tensor
+    features: Tensor | None
+    node: Any
+
+    def hook(self, on_gradient: Callable[[Tensor | None], None]) -> None:
+        """Call ``on_gradient`` with the gradient of the logits in the backward pass."""
+        shape = self.values.shape
+
+        def pass_on(gradients: tuple[Tensor | None, ...]) -> None:
+            grad = gradients[0]
+            on_gradient(None if grad is None else grad.reshape(shape))
+
+        self.node.register_prehook(pass_on)
+
+
+def _operation(node: Any) -> str:
+    """Return the operation of a node: "Mm" for ``MmBackward0``."""
+    return re.sub(r"Backward\d*$", "", str(node.name()).removeprefix("_"))
+
+
+def tensors_of(output: Any, depth: int = 2) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in a model's output that have a gradient, with their names (or "")."""
+    if isinstance(output, Tensor):
+        if output.grad_fn is not None:
+            yield "", output
+        return
+    if depth == 0:
+        return
+    if isinstance(output, Mapping):
+        for name, value in output.items():
+            yield from ((str(name), tensor) for _, tensor in tensors_of(value, depth - 1))
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from tensors_of(value, depth - 1)
+
+
+def origin(tensor: Tensor) -> Origin:
+    """Return the products that a tensor of logits, or a loss, comes from."""
+    found: dict[Any, Product] = {}
+    complete, seen, ahead = True, set(), [tensor.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        name = _operation(node)
+        if name in _PRODUCTS:
+            product = _product(node, _PRODUCTS[name])
+            complete &= product is not None
+            if product is not None:
+                found[node] = product
+        elif name in _OF_LOGITS and len(seen) < LIMIT:
+            ahead += [before for before, _ in node.next_functions]
+        elif not name.endswith("AccumulateGrad"):
+            complete = False
+    return Origin(tuple(found.values()), complete)
+
+
+def _product(node: Any, names: tuple[str, ...]) -> Product | None:
+    """Return the product at a node; None if a factor needs no gradient: it may be a frozen weight."""
+    factors = [(place, node.next_functions[place][0]) for place, name in enumerate(names) if name]
+    weights = [(place, _parameter(factor)) for place, factor in factors]
+    trained = [(place, weight) for place, weight in weights if weight is not None]
+    if trained:
+        return Product(node, trained[-1][1], trained[-1][0])
+    return None if any(factor is None for _, factor in factors) else Product(node, None, -1)
+
+
+def _parameter(node: Any) -> nn.Parameter | None:
+    """Return the parameter that a factor is a view or a converted copy of; None for an activation."""
+    while node is not None and _operation(node) in _OF_A_WEIGHT:
+        node = node.next_functions[0][0]
+    variable = getattr(node, "variable", None)
+    return variable if isinstance(variable, nn.Parameter) and variable.dim() >= 2 else None
+
+
+def logits_of(output: Any, weight: Tensor) -> Logits | None:
+    """Return the logits in an output that the matrix ``weight`` made; None if there are none."""
+    for _, tensor in tensors_of(output):
+        classes = tensor.shape[-1] if tensor.dim() > 1 else 0
+        if classes not in weight.shape:
+            continue
+        for product in origin(tensor).products:
+            if product.weight is weight:
+                node: Any = tensor.grad_fn
+                while _operation(node) in _SAME_ROWS:
+                    node = node.next_functions[0][0]
+                width = weight.numel() // classes
+                features = _features(product, width) if _in_order(tensor.grad_fn, product.node) else None
+                return Logits(tensor, features, node)
+    return None
+
+
+def _in_order(node: Any, product: Any) -> bool:
+    """Return whether the rows of a product are in the order of those of the tensor that ``node`` made."""
+    while node is not None and node is not product:
+        # torch.einsum makes one product of [1, N, d] and [1, d, K], and moves the axes back.
+        einsum = _operation(product) == "Bmm" and _operation(node) == "Permute"
+        if not (_operation(node) in _SAME_ROWS | _POINTWISE or einsum):
+            return False
+        node = node.next_functions[0][0]
+    return node is product
+
+
+def _features(product: Product, width: int) -> Tensor | None:
+    """Return the other factor of a product, [n, ``width``]; None if the graph does not keep it as it is."""
+    names = _PRODUCTS[_operation(product.node)]
+    other = next(name for place, name in enumerate(names) if name and place != product.place)
+    raw = getattr(product.node, f"_raw_saved_{other}", None)
+    # Unpacking a tensor that hooks have packed would run them: checkpointing would compute the model anew.
+    if raw is None or getattr(raw, "unpack_hook", raw) is not None:
+        return None
+    saved = getattr(product.node, f"_saved_{other}")
+    if not isinstance(saved, Tensor):
+        return None
+    saved = saved.detach()
+    if saved.shape[-1] != width and saved.dim() > 1:
+        saved = saved.mT
+    return saved.reshape(-1, width) if saved.shape[-1] == width else None

@@ -1,0 +1,93 @@
+"""Hook the head, and hook another one if the model's first output shows that it is the head."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, Protocol
+
+from torch import nn
+
+from nfi_monitor.capture.head_layer import Head
+from nfi_monitor.capture.head_probe import HeadProbe
+from nfi_monitor.capture.optimizer import OptimizerReader
+from nfi_monitor.capture.recomputed import RowRecomputer
+from nfi_monitor.engine.faults import Faults
+from nfi_monitor.engine.head_check import HeadCheck
+from nfi_monitor.engine.hooks import RunHooks
+from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.silence import Silence
+from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.ranks.membership import Membership
+from nfi_monitor.registry import register, unregister
+
+
+class Run(Protocol):
+    """The parts of a :class:`~nfi_monitor.engine.loop.StepLoop` that know the head."""
+
+    owner: Any
+    model: nn.Module
+    head: Head | None
+    reader: OptimizerReader
+    probe: HeadProbe
+    rows: RowAccumulator
+    notes: NoteTaker
+    faults: Faults
+    membership: Membership
+    hooks: RunHooks
+    recomputer: RowRecomputer
+    silence: Silence
+    step: int
+    closed: bool
+
+    @property
+    def watched_module(self) -> nn.Module:
+        """The head, or the model if there is no head."""
+        ...
+
+
+def watch_head(run: Run, *, named: bool) -> None:
+    """Hook the head that was found at attach. ``named``: the user has named it, so it is not checked."""
+    run.probe.head_changed = partial(_set_head, run)
+    if not named and not (run.head is not None and run.head.sure):
+
+        def note(code: str, message: str) -> None:
+            run.notes.note(code, message, run.step)
+
+        check = HeadCheck(run.head, partial(_change, run), note, run.faults.failed)
+        run.hooks.add(run.model, check)
+    if run.head is not None:
+        run.hooks.add(run.head.module, run.probe)
+
+
+def _set_head(run: Run, head: Head) -> None:
+    """Read the weight of the same head along its other axis."""
+    run.head = run.reader.head = run.recomputer.head = head
+    run.silence.watch(head)
+    run.notes.by_code.pop("head_parameter", None)  # it named another number of classes
+    run.notes.attached(run.model, head, run.reader)
+
+
+def _change(run: Run, head: Head | None, code: str, message: str) -> None:
+    """Watch another head from now on, or none, and say so."""
+    if run.closed:
+        return
+    if run.membership.exchange is not None:  # the ranks have agreed on the layout of the first one
+        run.notes.note(
+            "wrong_head", f"{message} With several processes it is not changed by itself.", run.step
+        )
+        return
+    unregister(run.owner, run.watched_module)
+    # The old hook stays until the end: torch cannot remove a hook from a module that is being called.
+    before = None if run.head is None else run.head.module
+    run.head = run.reader.head = run.probe.head = run.recomputer.head = head
+    run.silence.watch(head)
+    register(run.owner, run.watched_module)
+    run.probe.restart(retired=before)
+    run.rows.clear(run.step + 1)
+    if head is not None and head.module is not before:
+        run.hooks.add(head.module, run.probe)
+    for earlier in ("no_head", "several_heads"):  # these were about the first one
+        run.notes.by_code.pop(earlier, None)
+    run.notes.note(code, message, run.step)
+    if head is not None:
+        run.notes.attached(run.model, head, run.reader)
