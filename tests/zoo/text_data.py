@@ -11,6 +11,12 @@ import torch
 from torch import nn
 
 VOCABULARY = 300
+_MODELS = tempfile.TemporaryDirectory(prefix="nfi-zoo-models-")  # removed at exit
+
+
+def model_folder() -> str:
+    """Return a new folder for a saved model."""
+    return tempfile.mkdtemp(dir=_MODELS.name)
 
 
 @functools.cache
@@ -89,7 +95,7 @@ def llama(name: str = "LlamaForCausalLM", **config: Any) -> nn.Module:
             }
         )
     )
-    folder = tempfile.mkdtemp(prefix="nfi-zoo-model-")
+    folder = model_folder()
     made.save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     loaded: nn.Module = cls.from_pretrained(folder, dtype=torch.float32)

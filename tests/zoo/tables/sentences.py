@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +10,7 @@ from torch import nn
 from tests.zoo.configuration import STEPS, Configuration, Table
 from tests.zoo.kits import finish, quiet_arguments
 from tests.zoo.session import Session
-from tests.zoo.text_data import VOCABULARY, sentences, word_tokenizer
+from tests.zoo.text_data import VOCABULARY, model_folder, sentences, word_tokenizer
 
 BERT: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -28,7 +27,7 @@ def _saved(name: str, **config: Any) -> str:
     import transformers
 
     cls = getattr(transformers, name)
-    folder = tempfile.mkdtemp(prefix="nfi-zoo-model-")
+    folder = model_folder()
     cls(cls.config_class(**BERT, **config)).save_pretrained(folder)
     word_tokenizer().save_pretrained(folder)
     return folder
