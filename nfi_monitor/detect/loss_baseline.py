@@ -55,7 +55,6 @@ class LossBaseline(Stateful):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also by an earlier version."""
         super().load_state_dict(state)
-        self.first = list(self.first)
         if "of_head" not in state:
             self.of_head = self.nats is True
         if "slow" not in state:  # earlier versions had one average and one noise

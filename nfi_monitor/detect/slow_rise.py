@@ -69,11 +69,6 @@ class SlowRise(Stateful):
         state = super().state_dict()
         return {name: list(value) if isinstance(value, list) else value for name, value in state.items()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore what ``state_dict`` returned."""
-        super().load_state_dict(state)
-        self.means, self.levels, self.recent = list(self.means), list(self.levels), list(self.recent)
-
     def add(self, step: int, log_loss: float, baseline: LossBaseline, limits: Thresholds) -> None:
         """Add a log loss whose smallest differences are left out."""
         self.total += log_loss

@@ -34,11 +34,11 @@ def of_its_kind(present: Any, saved: Any, name: str) -> Any:
     """Return ``saved`` if it may replace the ``present`` value of an attribute. Raises ValueError if not.
 
     The present value must be that of a new object: a float there stands for any number, a bool for a bool or
-    None, a list for a list of numbers.
+    None, a list for a list of numbers, or of lists of numbers.
     """
     if isinstance(present, list):
-        if isinstance(saved, (list, tuple)) and all(_is_number(item) for item in saved):
-            return list(saved)
+        if isinstance(saved, (list, tuple)) and all(_is_number(item) or _are_numbers(item) for item in saved):
+            return [list(item) if isinstance(item, (list, tuple)) else item for item in saved]
     elif isinstance(present, bool):
         if saved is None or isinstance(saved, bool):
             return saved
@@ -48,6 +48,10 @@ def of_its_kind(present: Any, saved: Any, name: str) -> Any:
     elif type(saved) is type(present) and (isinstance(saved, str) or abs(saved) <= LARGEST_INT):
         return saved
     raise ValueError(f"{name}: expected a value like {present!r}, got {type(saved).__name__}")
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, (list, tuple)) and all(_is_number(item) for item in value)
 
 
 def _is_number(value: Any) -> bool:

@@ -135,7 +135,7 @@ class SpikeDetector(Stateful):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also by an earlier version."""
-        super().load_state_dict(state)
+        super().load_state_dict({name: value for name, value in state.items() if name != "slow_rise"})
         self.slow_rise = SlowRise()
         self.slow_rise.load_state_dict(state.get("slow_rise", {}))  # earlier versions had none
         self.baseline.load_state_dict(state)

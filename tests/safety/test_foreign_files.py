@@ -106,7 +106,7 @@ def contents(directory: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", NAMES, ids=[name.replace(str(os.getpid()), "PID") for name in NAMES])
 def test_a_foreign_file_costs_at_most_the_files(name: str, kind: str, tmp_path: Path) -> None:
     outside, run = tmp_path / "outside", tmp_path / "run"
     outside.mkdir()
