@@ -258,9 +258,12 @@ def watch_backward(
     @functools.wraps(original)
     def backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
         here = watching()
-        if here is None or here.closed or (several_models and not here.port.trained_by(loss)):
-            return original(loss, *args, **kwargs)
-        with here.port.backward_of(loss, shares=shares):
+        block: AbstractContextManager[None] = nullcontext()
+        if here is not None and not here.closed:
+            with here.port.guarded("loss"):
+                if not several_models or here.port.trained_by(loss):
+                    block = here.port.backward_of(loss, shares=shares)
+        with block:
             return original(loss, *args, **kwargs)
 
     def restore() -> None:

@@ -87,7 +87,8 @@ class HeadProbe(ModelHook):
         self.restart()
         self.traced = 0
         self.traced_backward = 0
-        self.on_meta = False  # whether the watched model is on the meta device
+        # Whether the watched model is on the meta device.
+        self.on_meta = head is not None and any(weight.is_meta for weight in head.module.parameters())
         self.unreadable = 0  # forward passes of tensors without numbers of their own
         self.tapped = False
         self.plan = ReadingPlan()

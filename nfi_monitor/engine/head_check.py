@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.caller import call_with
+from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import describe, find_head, most_classes
 from nfi_monitor.capture.head_layer import Head
 from nfi_monitor.capture.model_hooks import ModelHook
@@ -46,7 +47,9 @@ class HeadCheck(ModelHook):
         self._done = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._done or torch.compiler.is_compiling() or not (module.training and torch.is_grad_enabled()):
+        if self._done or torch.compiler.is_compiling() or devices.is_traced() or torch._C._is_tracing():
+            return
+        if not (module.training and torch.is_grad_enabled()):
             return
         try:
             self._done = True

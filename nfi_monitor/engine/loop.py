@@ -90,11 +90,9 @@ class StepLoop:
         self.schedule = Schedule(options.overhead_budget)
         self.paused = Pauses(self.schedule.leave_out)
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
-        self.probe = HeadProbe(self._captured_step, self._rows_arrived, failed, self.schedule.spend, head)
-        self.probe.on_meta = any(parameter.is_meta for parameter in self.watched_module.parameters())
-        self.recomputer = RowRecomputer(
-            head, self.probe, self._captured_step, self._rows_arrived, failed, self.schedule.spend
-        )
+        capture = (self._captured_step, self._rows_arrived, failed, self.schedule.spend)
+        self.probe = HeadProbe(*capture, head)
+        self.recomputer = RowRecomputer(head, self.probe, *capture)
         self.reports = Sinks([], self.faults.dropped)
         self.notes = NoteTaker(self.reports.note)
         self.silence = Silence(model, optimizer, head, self.notes.note, failed)
@@ -109,8 +107,7 @@ class StepLoop:
             failed=failed,
             failed_parts=self.faults.failed_parts,
         )
-        watched = (model, optimizer, head)
-        self.rank_search = RankSearch(self.membership, self.schedule, self.faults, watched)
+        self.rank_search = RankSearch(self.membership, self.schedule, self.faults, (model, optimizer, head))
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
         self.loss_sources = LossSources(self.losses, failed, self._ignores, self.silence.reported)

@@ -299,6 +299,6 @@ def test_the_labels_are_found_wherever_the_model_with_the_head_is_called(inside:
             (model if inside else model.model)(inputs, labels=targets).backward()
             optimizer.step()
         assert monitor.history["recomputed_fraction"][1].tolist() == [1.0] * 3
-        watch = monitor._loop.handles[-1]
+        watch = monitor._loop.hooks._others[-1]
         assert watch._hidden is None, "no graph is kept"
         assert monitor.summary()["run"]["head"].endswith(", rows recomputed")

@@ -30,7 +30,7 @@ def test_an_adapter_is_thin_and_goes_through_an_attachment(name: str) -> None:
     text = (ROOT / "integrations" / f"{name}.py").read_text(encoding="utf-8")
     assert "from .attach import Attachment" in text, "all logic is there: a fix reaches every adapter"
     assert "guarded(" in text, "what a framework calls must not stop its training"
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) <= 180
 
 
 @each

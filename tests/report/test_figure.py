@@ -144,5 +144,6 @@ def test_without_matplotlib_the_error_says_what_to_install(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr("nfi_monitor.extras._installed", lambda package: False)
     with pytest.raises(ImportError, match=r'pip install "nfi-monitor\[plots\]"'):
         draw(nothing(), [], [], tmp_path / "a.png")

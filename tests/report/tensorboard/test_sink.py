@@ -132,6 +132,7 @@ def test_without_tensorboard_the_error_says_what_to_install(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setattr("nfi_monitor.extras._installed", lambda package: False)
     with pytest.raises(ImportError, match=re.escape('pip install "nfi-monitor[tensorboard]"')):
         TensorBoardSink(tmp_path).start(INFO)
 
