@@ -72,6 +72,8 @@ def is_readable(tensor: Tensor, *, meta: bool = False) -> bool:
 
 def is_traced() -> bool:
     """Return whether torch runs this code with fake tensors, or records its operations."""
+    if torch._C._is_tracing():  # torch.jit.trace
+        return True
     if not torch._C._len_torch_dispatch_stack():
         return False
     keys, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode

@@ -47,7 +47,7 @@ class HeadCheck(ModelHook):
         self._done = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if self._done or torch.compiler.is_compiling() or devices.is_traced() or torch._C._is_tracing():
+        if self._done or torch.compiler.is_compiling() or devices.is_traced():
             return
         if not (module.training and torch.is_grad_enabled()):
             return

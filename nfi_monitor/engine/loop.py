@@ -73,9 +73,8 @@ class StepLoop:
         self.step = 0  # optimizer steps completed
         self.wanted_step: int | None = 1  # the step that is captured now; None between readings
         self.next_read = 1  # the next step to read, unless a loss is unusual before
-        self.closed = False
+        self.closed = self.closing = False  # closing: while close() runs
         self.close_callbacks: list[Callable[[], object]] = []
-        self.closing = False  # while close() runs
         self.endings: list[Any] = []  # parts of close() that have not run to their end
         self.replays: list[ReplayVerdict] = []
         self._unplanned = False  # whether only an unusual loss is the reason to read the next step
