@@ -75,8 +75,8 @@ def held_out() -> str:
         return "The held-out half is not trained yet."
     return (
         "The held-out half has other architectures, tasks and losses than the rest. It was trained after "
-        f"commit {HELD_OUT_AFTER}, in which all rules and constants stand that are scored here. One fault was "
-        "mended since: which losses count as the cross-entropy of the head (c6f824e)."
+        f"commit {HELD_OUT_AFTER}, in which all rules and constants stand that are scored here. One fault "
+        "was mended since: which losses count as the cross-entropy of the head (c6f824e)."
     )
 
 
