@@ -62,7 +62,7 @@ def _hinges() -> list[Family]:
 
 def _decayed() -> list[Family]:
     """Cross-entropy in float64 under a strong decay."""
-    family = partial(family_of, HELD_OUT, mechanism=SECOND_MOMENT, arm=FLOAT64)
+    family = partial(family_of, HELD_OUT, mechanism=SECOND_MOMENT, arm=FLOAT64, nats=False)
     return [
         family("w-decayed-attention", on_tokens, 3000, net="gathered_norm", task="polynomial", beta2=0.98,
                lr=5e-3, decay=1.0),
