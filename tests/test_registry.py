@@ -33,8 +33,14 @@ def test_hooks_keep_a_monitor_that_nobody_holds():
     monitor.close()
 
 
+def opened_since(before: list[Monitor]) -> list[Monitor]:
+    """Other tests may have left monitors open in this process."""
+    return [monitor for monitor in nfi_monitor.open_monitors() if monitor not in before]
+
+
 def test_an_exception_in_a_cell_loses_no_monitor():
     """A notebook: the function that held the monitor is gone, and what is open can still be closed."""
+    before = nfi_monitor.open_monitors()
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters())
 
@@ -48,21 +54,21 @@ def test_an_exception_in_a_cell_loses_no_monitor():
             cell()
         with pytest.raises(AlreadyMonitoredError, match=r"nfi_monitor\.open_monitors\(\)") as refused:
             Monitor(model, optimizer, console=False)
-        (lost,) = nfi_monitor.open_monitors()
+        (lost,) = opened_since(before)
         assert refused.value.monitor is lost and not lost.closed
         lost.close()
-        assert nfi_monitor.open_monitors() == [] and not model[-1]._forward_hooks
+        assert opened_since(before) == [] and not model[-1]._forward_hooks
     other = mlp()
     others = torch.optim.AdamW(other.parameters())
     with Monitor(model, optimizer, console=False), Monitor(other, others, console=False) as last:
-        assert len(nfi_monitor.open_monitors()) == 2 and nfi_monitor.open_monitors()[1] is last
+        assert len(opened_since(before)) == 2 and opened_since(before)[1] is last
         assert open_monitors(optimizer=optimizer) == open_monitors(model) != open_monitors(other)
 
 
 def test_the_function_can_be_called_also_after_an_import_of_the_module_of_that_name():
     """The module ``nfi_monitor.open_monitors`` of earlier versions is now ``nfi_monitor.registry``."""
     old = _Moved("nfi_monitor.open_monitors")
-    assert old() == old.open_monitors() == [] and old.watcher is watcher
+    assert old() == old.open_monitors() == open_monitors() and old.watcher is watcher
 
 
 def test_a_forked_process_has_none(tmp_path):
