@@ -23,6 +23,8 @@ CHANGED = 8
 """Passes before which the weights have changed without an optimizer step, until a note says so."""
 DROPPED = 16
 """Gradients that are gone before the next pass, without a step. A gradient scaler skips some ten at first."""
+LOOKS = 3
+"""The weights are looked at from this pass or loss without a step on. An ordinary step has one of each."""
 PASSES = 256
 """Losses, or backward passes, without any step. Few runs accumulate over that many micro-batches."""
 
@@ -121,7 +123,7 @@ class Silence:
     def _look(self) -> None:
         """Look whether the weights have changed since the last pass or loss."""
         self._looks += 1
-        if self._weight is None or self._looks < 2:  # in most trainings a step comes now
+        if self._weight is None or self._looks < LOOKS:  # in most trainings a step comes now
             return
         weight = self._weight.detach()
         seen = (weight._version, _sample(weight))
