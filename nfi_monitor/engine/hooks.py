@@ -42,7 +42,7 @@ class RunHooks:
         """Remove ``handle``, which has a method ``remove``, with the hooks on modules."""
         self._others.append(handle)
 
-    def watch(self, module: nn.Module) -> bool:
+    def is_on(self, module: nn.Module) -> bool:
         """Return whether one of the hooks is still registered on ``module``."""
         return any(hook.is_on(module) for hook in self._forward)
 

@@ -194,7 +194,7 @@ class StepLoop:
             return
         started = time.perf_counter()
         self.step += 1
-        self.silence.stepped(self.step, self.hooks.watch)
+        self.silence.stepped(self.step, self.hooks.is_on)
         self.detector.update_rates(self.step, self.reader.rates())
         read, unplanned, deferred = self.wanted_step is not None, self._unplanned, False
         try:
