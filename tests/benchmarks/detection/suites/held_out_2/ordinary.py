@@ -56,7 +56,7 @@ def _views() -> list[Family]:
         family("n-straight", views.straight, 5000, nats=False),
         family("n-cross-correlated", views.cross_correlated, 4000, nats=False),
         family("n-in-classes", views.in_classes, 4000),
-        family("n-queue", views.queued, 4000, decay=1e-3),
+        family("n-queue", views.queued, 4000, floor=False, decay=1e-3),
     ]
 
 

@@ -26,14 +26,14 @@ def names() -> Tensor:
 
 
 class Namer(nn.Module):
-    """An LSTM with projections; the loss is an adaptive softmax (Grave et al. 2017): rare letters share."""
+    """An LSTM; the loss is an adaptive softmax (Grave et al. 2017): rare letters share."""
 
-    def __init__(self, width: int = 48) -> None:
+    def __init__(self, width: int = 32) -> None:
         super().__init__()
         self.embedding = nn.Embedding(40, 16)
-        self.layer = nn.LSTM(16, width, proj_size=24, batch_first=True)
+        self.layer = nn.LSTM(16, width, batch_first=True)
         self.dropout = nn.Dropout(0.2)
-        self.out = nn.AdaptiveLogSoftmaxWithLoss(24, 39, cutoffs=[16, 28])
+        self.out = nn.AdaptiveLogSoftmaxWithLoss(width, 39, cutoffs=[16, 28])
 
     def forward(self, x: Tensor) -> Tensor:
         given = F.pad(x[:, :-1], (1, 0), value=39)

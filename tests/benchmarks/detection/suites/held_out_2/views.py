@@ -220,9 +220,12 @@ def in_classes(seed: int, arm: LogitChange, *, heat: float = 0.2, **how: Any) ->
 
 
 def queued(seed: int, arm: LogitChange, *, batch: int = 24, heat: float = 0.1, **how: Any) -> CheckedTraining:
-    """A row's other view against a queue of earlier ones, made by a slow copy (He et al. 2020)."""
+    """A row's other view against a queue of earlier ones, made by a slow copy (He et al. 2020).
+
+    The queue moves on, so no loss of a fixed part is recorded.
+    """
     torch.manual_seed(seed)
-    plain, part = _seen_twice(seed, batch)
+    draw, _ = _seen_twice(seed, batch)
     model = _encoder(16)
     slow = copy.deepcopy(model).requires_grad_(False)
     held = {"queue": F.normalize(torch.randn(192, 16), dim=1)}
@@ -233,8 +236,7 @@ def queued(seed: int, arm: LogitChange, *, batch: int = 24, heat: float = 0.1, *
         with torch.no_grad():
             key = F.normalize(slow(other), dim=1)
         z = torch.cat([(asked * key).sum(1, keepdim=True), asked @ held["queue"].T], 1) / heat
-        if training.model.training:
-            held["queue"] = torch.cat([key, held["queue"][: -len(key)]])
+        held["queue"] = torch.cat([key, held["queue"][: -len(key)]])
         return F.cross_entropy(z, torch.zeros(len(z), dtype=torch.long))
 
     @torch.no_grad()
@@ -242,5 +244,4 @@ def queued(seed: int, arm: LogitChange, *, batch: int = 24, heat: float = 0.1, *
         for its, mine in zip(slow.parameters(), model.parameters(), strict=True):
             its.lerp_(mine, 0.01)
 
-    draw: Draw = plain
-    return trained(model, loss, draw, arm, part=part, after_update=follow, watch={"head": False}, **how)
+    return trained(model, loss, draw, arm, after_update=follow, watch={"head": False}, **how)
