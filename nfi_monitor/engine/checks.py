@@ -15,7 +15,7 @@ from nfi_monitor.alert_handler import AlertHandler
 from nfi_monitor.caller import call_with
 from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.names import HeadLike
-from nfi_monitor.capture.unwrap import choose, unwrap
+from nfi_monitor.capture.unwrap import choose, trained, watchable
 from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError
 from nfi_monitor.ranks import processes
 from nfi_monitor.registry import watcher
@@ -110,10 +110,9 @@ def find_watched(
     """
     found = None
     if not isinstance(head, bool):
-        several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-        groups = [group for one in several for group in unwrap(one).param_groups]
+        parameters = set().union(*map(trained, watchable(optimizer)))
         try:
-            found = find_head(model, head, {id(p) for group in groups for p in group["params"]})
+            found = find_head(model, head, parameters)
         except HeadNotFoundError:
             if head is not None:
                 raise

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from nfi_monitor import Monitor
 from nfi_monitor.errors import HeadNotFoundError
 from tests.zoo.configuration import Configuration
@@ -229,6 +231,7 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "tied_head": lambda c, r, v: r.tied,
     "head_without_weight": lambda c, r, v: not r.weighty,
     "optimizer_without_head": lambda c, r, v: not r.trained,
+    "optimizer_not_torch": lambda c, r, v: not isinstance(r.session.optimizer, torch.optim.Optimizer),
     "no_second_moment": lambda c, r, v: not r.second_moment or _averages(r, 0),
     "state_unreadable": lambda c, r, v: r.partial,
     "second_moment_in_part": lambda c, r, v: r.partial or _averages(r),
