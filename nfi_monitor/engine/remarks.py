@@ -270,9 +270,9 @@ REMARKS: tuple[Remark, ...] = (
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
             "distillation, mixup), rows are pushed away (preferences, rewards), the logits are interpolated "
-            "after the head (segmentation: tap them with class_axis=1), or the gradient is projected. "
-            "Absorption is defined only for rows with a single correct class. The zero-sum violation is "
-            "defined for all rows and still watched."
+            "after the head (segmentation: tap them with class_axis=1), the gradient is projected, or the "
+            "loss is that of an inner step (MAML). Absorption is defined only for rows with a single correct "
+            "class. The zero-sum violation is defined for all rows and still watched."
         ),
     ),
     Remark("half_precision_loss", _half_precision, _half_precision_loss_text),
