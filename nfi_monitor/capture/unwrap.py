@@ -57,7 +57,7 @@ def watchable(optimizer: Any) -> list[Optimizer]:
     if not found:
         got = "an empty list" if optimizer == [] else type(optimizer).__name__
         raise TypeError(
-            f"Monitor needs an optimizer, got {got}: there is no torch.optim.Optimizer in it, and no object "
+            f"Monitor needs a torch.optim.Optimizer, got {got}, with none inside; nor is it another object "
             "with parameters and a method step(). Pass the optimizer whose step() updates the model."
         )
     return found

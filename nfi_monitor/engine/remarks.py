@@ -90,9 +90,23 @@ def _loss_between_readings(seen: Seen) -> bool:
     """Return whether the head's loss is judged, and steps since the reading before were not read."""
     if seen.without_report < PATIENCE or "head_loss" not in seen.reading.values or seen.step_before is None:
         return False
-    signals = seen.signals  # for such losses, the detector does not use the head's
-    return not (signals.broken_by_design or signals.logits_scaled) and (
-        seen.reading.step - seen.step_before > 1
+    return not _other_loss(seen) and seen.reading.step - seen.step_before > 1
+
+
+def _other_loss(seen: Seen) -> bool:
+    """Return whether the loss is no cross-entropy at the head: the detector does not use the head's then."""
+    signals, values = seen.signals, seen.reading.values
+    return signals.broken_by_design or signals.logits_scaled or "mismatch_fraction" in values
+
+
+def _not_cross_entropy_text(seen: Seen) -> str:
+    share = seen.reading.values["mismatch_fraction"]
+    return (
+        f"No loss is reported, and the trained loss is no plain cross-entropy at the head: {share:.0%} of "
+        "the rows that tell have another gradient. Possible reasons: a policy gradient or preferences, soft "
+        "targets, a focal loss, weights of single rows, logits changed after the head. The loss at the head "
+        "is recorded, but not judged: a slingshot itself cannot be seen. Call monitor.observe_loss(loss) "
+        "before optimizer.step()."
     )
 
 
@@ -211,6 +225,15 @@ REMARKS: tuple[Remark, ...] = (
             "No loss is observed. Causes are watched, but a slingshot itself cannot be seen. Call "
             "monitor.observe_loss(loss) before optimizer.step()."
         ),
+    ),
+    Remark(
+        "not_cross_entropy",
+        lambda seen: (
+            seen.without_report >= PATIENCE
+            and "mismatch_fraction" in seen.reading.values
+            and not (seen.signals.broken_by_design or seen.signals.logits_scaled)
+        ),
+        _not_cross_entropy_text,
     ),
     Remark("loss_between_readings", _loss_between_readings, _loss_between_readings_text),
     Remark(

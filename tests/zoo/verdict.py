@@ -183,7 +183,7 @@ def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watc
             else:
                 _unless_noted(
                     verdict, ("no_loss", "loss_not_trained", "loss_between_readings", "logits_scaled",
-                              "not_shift_invariant"),
+                              "not_shift_invariant", "not_cross_entropy"),
                     f"the trained loss is not seen ({text})", allowed=not configuration.loss,
                 )  # fmt: skip
             return
@@ -238,6 +238,7 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "single_output": lambda c, r, v: not c.classes,
     "not_shift_invariant": lambda c, r, v: not c.shift_invariant or not c.classes,
     "soft_targets": lambda c, r, v: c.soft or not c.classes,
+    "not_cross_entropy": lambda c, r, v: c.soft or c.scaled or not c.shift_invariant,
     "logits_scaled": lambda c, r, v: c.scaled,
     "half_precision_loss": lambda c, r, v: c.half,
     "head_never_fired": lambda c, r, v: (

@@ -240,6 +240,7 @@ def _whole_rows(
         "negative_margin_min": torch.where(view.counts, -view.margin, -torch.inf).amax(),
         "epsilon": kind.eps,
         "logit_scale": torch.ones(()),  # no rank has the logits from which it is recovered
+        "mismatch": torch.zeros(()),
     }
     return (
         torch.tensor([sums[name] for name in SUMS], dtype=torch.float64),
@@ -294,7 +295,7 @@ def _joined(part: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tens
 def _shown_precision(
     headers: Sequence[dict[str, float]], known: LossKind | None, outputs: int, dtype: torch.dtype
 ) -> LossKind:
-    """Do what :func:`nfi_monitor.measure.rows.shown_precision` does, from the headers of all ranks."""
+    """Do what :func:`nfi_monitor.measure.loss_kind.shown_precision` does, from the headers of all ranks."""
     own = max(header["eps"] for header in headers)
     eps, half = own, torch.finfo(torch.float16).eps
     nonzero = any(header["nonzero"] for header in headers)
