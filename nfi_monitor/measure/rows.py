@@ -139,7 +139,7 @@ def _view(grad: Tensor, logits: Tensor, rows: int, kind: LossKind) -> tuple[RowV
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     slope = kind.slope.to(dtype)
     top = margins.top_logits(logits.to(dtype) * slope)
-    target = _targets(grad, top.winner)
+    target = _targets(grad, top.winner, kind)
     return row_view(
         zero_sum.row_sums(grad),
         top,
@@ -152,10 +152,10 @@ def _view(grad: Tensor, logits: Tensor, rows: int, kind: LossKind) -> tuple[RowV
     )
 
 
-def _targets(grad: Tensor, winner: Tensor) -> Tensor:
+def _targets(grad: Tensor, winner: Tensor, kind: LossKind) -> Tensor:
     """Return the correct class of each row, from the gradient [N, K] and the largest logit's class [N]."""
     lowest, argmin = extremes.smallest(grad)
-    return margins.target_class(lowest, argmin, extremes.pick(grad, winner), winner)
+    return margins.target_class(lowest, argmin, extremes.pick(grad, winner), winner, kind.scale)
 
 
 def _with_slope(grad: Tensor, logits: Tensor, kind: LossKind) -> LossKind:
@@ -165,7 +165,7 @@ def _with_slope(grad: Tensor, logits: Tensor, kind: LossKind) -> LossKind:
     live = (absolute > 0) & torch.isfinite(absolute + largest)
     live &= zero_sum.row_violation(signed, absolute) < ZERO_SUM
     known = kind.slope.to(absolute.dtype)
-    left_out = torch.stack([_targets(grad, winner), winner], -1)
+    left_out = torch.stack([_targets(grad, winner, kind), winner], -1)
     return kind._replace(slope=logit_scale(grad, logits, left_out, live, kind.eps, known))
 
 
@@ -235,7 +235,8 @@ def _look(view: RowView, kind: LossKind, zero: Tensor) -> tuple[LossKind, Tensor
             kind.mismatch.to(dtype),
         )
     )
-    soft = view.live & (shift_invariance.negatives(view.grad) > 1)
+    negative = shift_invariance.negatives(view.grad)
+    soft = view.live & shift_invariance.soft_rows(negative, absolute_live, kind.scale)
     logit_sum, unmasked = shift_invariance.unmasked(view.logits, dtype)
     mean_logit = torch.where(view.counts, logit_sum / unmasked * kind.slope.to(dtype), zero)
     return kind, torch.stack([*(mask.to(dtype) for mask in (*judged, soft)), mean_logit]).sum(-1)

@@ -266,6 +266,40 @@ def test_a_penalty_hides_no_absorbed_rows_and_counts_where_it_is_large() -> None
         assert torch.equal(passes.sum(), expected)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_a_tiny_penalty_on_absorbed_rows_changes_neither_margins_nor_losses(
+    apart: bool,
+) -> None:
+    def trained(penalty: float) -> Monitor:
+        model = mlp()
+        with torch.no_grad():
+            model[4].weight.mul_(300)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+        inputs = batch()[0]
+        targets = model(inputs).argmax(-1)
+        with Monitor(model, optimizer, console=False, every=1) as monitor:
+            for _ in range(6):
+                logits = model(inputs)
+                loss, rest = F.cross_entropy(logits, targets), penalty * logits.square().mean()
+                optimizer.zero_grad()
+                if apart:
+                    rest.backward(retain_graph=True)
+                    loss.backward()
+                else:
+                    (loss + rest).backward()
+                optimizer.step()
+        return monitor
+
+    alone, both = trained(0.0), trained(1e-9)
+    assert alone.history["absorbed_fraction"][1].min() > 0.5
+    for name in ("margin_median", "margin_min", "head_loss"):  # the penalty does train
+        assert both.history[name][1] == pytest.approx(alone.history[name][1], rel=2e-2), name
+    assert [note.code for note in both.notes] == [note.code for note in alone.notes]
+    if apart:  # else only the sum arrives, and the penalty pushes the correct class itself
+        for name in ("absorbed_fraction", "zero_sum_violation"):
+            assert both.history[name][1] == pytest.approx(alone.history[name][1], abs=1e-3), name
+
+
 @pytest.mark.parametrize("scale", [0.1, 1.0, 10.0, 100.0])
 def test_a_cross_entropy_is_told_from_penalties_on_its_logits(scale: float) -> None:
     torch.manual_seed(0)
