@@ -196,7 +196,9 @@ def row_view(
     live = (absolute > 0) & finite
     silent = (absolute == 0) & finite
     above = live & (violation > kind.floor)
-    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, kind.level)
+    underflowed = absorption.underflowed_rows(
+        silent, top.runner_up - top.largest, rows, kind.level, kind.scale
+    )
     absorbed = absorption.absorbed_rows(own, live)
     loss = margins.row_loss(top, target_logit)
     view = RowView(
