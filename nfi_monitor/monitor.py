@@ -53,8 +53,8 @@ class Monitor:
         optimizer: the optimizer whose ``step()`` updates the model; it may be wrapped, or of another
             library. Of a list, the monitor takes the one that trains the head.
         head: the classifier head: a module, a parameter that holds its matrix, the qualified name of one, or
-            a list of these, of which the one with most classes is watched. None finds it. False: no module
-            is the head, and rows come from :meth:`tap` alone.
+            a list of these, of which the one with most classes is watched (to watch each, attach a monitor
+            for each). None finds it. False: no module is the head, and rows come from :meth:`tap` alone.
         run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, if tensorboard is
             installed, event files. None: write no files.
         console: True prints a line when an alert begins or ends; False or None prints nothing; or a

@@ -283,6 +283,32 @@ def test_of_two_heads_the_one_with_most_classes_is_watched_and_the_other_is_name
         assert codes(monitor) == ["several_heads"]
 
 
+def test_two_heads_are_both_watched_by_a_monitor_for_each() -> None:
+    class TwoHeads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(12, 7), nn.Linear(12, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.first(x), self.second(x)
+
+    torch.manual_seed(0)
+    model, (inputs, targets) = TwoHeads(), batch()
+    optimizer = adamw(model)
+    with (
+        Monitor(model, optimizer, head="first", console=False, every=1) as first,
+        Monitor(model, optimizer, head="second", console=False, every=1) as second,
+    ):
+        for _ in range(4):
+            losses = [F.cross_entropy(z, targets % z.shape[-1]) for z in model(inputs)]
+            optimizer.zero_grad()
+            sum(losses).backward()
+            optimizer.step()
+    for monitor, loss in zip((first, second), losses, strict=True):
+        assert monitor.history["head_loss"][1][-1] == pytest.approx(loss.item(), rel=1e-5)
+        assert monitor.notes == []
+
+
 def test_a_misspelt_head_is_answered_with_the_candidates() -> None:
     model = mlp()
     with pytest.raises(HeadNotFoundError, match=r"no module named 'heed'[\s\S]*  4  in_features=32"):

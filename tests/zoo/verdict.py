@@ -183,7 +183,7 @@ def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watc
             else:
                 _unless_noted(
                     verdict, ("no_loss", "loss_not_trained", "loss_between_readings", "logits_scaled",
-                              "not_shift_invariant", "not_cross_entropy"),
+                              "not_shift_invariant", "not_cross_entropy", "several_heads"),
                     f"the trained loss is not seen ({text})", allowed=not configuration.loss,
                 )  # fmt: skip
             return
