@@ -112,7 +112,8 @@ def _not_cross_entropy_text(seen: Seen) -> str:
 
 def _loss_between_readings_text(seen: Seen) -> str:
     return (
-        "No loss is reported. The monitor computes it from the logits, but only in the steps that it reads: "
+        "No loss is reported. The monitor computes it from the logits (the plain mean over rows, without "
+        "weights, penalties and other losses), but only in the steps that it reads: "
         f"after step {seen.step_before:,} it read step {seen.reading.step:,}. A slingshot between two "
         "readings is seen late or not at all. To show the monitor the loss of every step, call "
         "monitor.observe_loss(loss) before optimizer.step()."
@@ -234,6 +235,19 @@ REMARKS: tuple[Remark, ...] = (
             and not (seen.signals.broken_by_design or seen.signals.logits_scaled)
         ),
         _not_cross_entropy_text,
+    ),
+    Remark(
+        "rows_weighted",
+        lambda seen: (
+            seen.without_report >= PATIENCE
+            and "uneven_fraction" in seen.reading.values
+            and not _other_loss(seen)
+        ),
+        (
+            "No loss is reported, and the trained loss weighs rows differently (class weights, a focal "
+            "loss). The loss at the head is their plain mean; it is judged in place of the trained one. To "
+            "show the trained loss, call monitor.observe_loss(loss) before optimizer.step()."
+        ),
     ),
     Remark("loss_between_readings", _loss_between_readings, _loss_between_readings_text),
     Remark(

@@ -68,6 +68,7 @@ class _Saved(_Needed, total=False):
     loss_kind_dtypes: list[str]
     logit_scale: float
     mismatch: float
+    uneven: float
     single_output: bool | None
     last_step: dict[str, Any] | None
     probe: dict[str, Any] | None
@@ -258,6 +259,7 @@ class StepReader:
             "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in (kind or ())[:4]],
             "logit_scale": 1.0 if kind is None else float(kind.slope),
             "mismatch": 0.0 if kind is None else float(kind.mismatch),
+            "uneven": 0.0 if kind is None else float(kind.uneven),
             "single_output": self.rows.single_output,
             # Only the next step is compared with the memory.
             "last_step": None if memory is None or memory.step != step else memory.state_dict(),
@@ -277,7 +279,8 @@ class StepReader:
             known = [torch.tensor(x, dtype=dtype, device=device) for x, dtype in numbers]
             slope = torch.full_like(known[-1], saved.get("logit_scale", 1.0))
             mismatch = torch.full_like(known[-1], saved.get("mismatch", 0.0))
-            kind = LossKind(*known)._replace(slope=slope, mismatch=mismatch)
+            uneven = torch.full_like(known[-1], saved.get("uneven", 0.0))
+            kind = LossKind(*known)._replace(slope=slope, mismatch=mismatch, uneven=uneven)
         last, probe = saved.get("last_step"), saved.get("probe")
         return ReaderState(
             classes={int(k): count for k, count in saved["absorbing_classes"]},

@@ -17,7 +17,7 @@ TURNED = 0.03
 """Sine of the angle between the two gradients of a row, from which on they differ. Rounding to bfloat16 makes
 .004, a z-loss of 1e-4 makes .002, label smoothing of .1 makes .1."""
 LIGHTER = 0.9
-"""Share of the largest weight among the rows of a class, below which a row has another weight."""
+"""Share of the largest weight (of all rows, of those of a class), below which a row has another weight."""
 RESOLVED = 100.0
 """Smallest gradient of a row that tells, in units of the smallest number that is not flushed to 0."""
 
@@ -29,9 +29,12 @@ def mismatch(
     residual: Tensor,
     live: Tensor,
     level: Tensor | float,
-    known: Tensor,
-) -> Tensor:
-    """Return the share of the rows that tell whose gradient is none of a cross-entropy, a scalar tensor.
+    known: tuple[Tensor, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return two shares of the rows that tell: of those that are none of a cross-entropy's, and weigh less.
+
+    Scalar tensors.  The second counts rows that fit, with less than :data:`LIGHTER` of the largest weight, as
+    class weights make.
 
     Args:
         grad, logits: ∂L/∂z and z, as the loss gets them, [N, K].
@@ -39,9 +42,9 @@ def mismatch(
         residual: ε [N] by the logits. Rows with ε > :data:`UNSURE` tell.
         live: bool [N].
         level: ln of the size below which a gradient is flushed to 0.
-        known: the share so far, returned where no row tells.
+        known: the shares so far, returned where no row tells.
     """
-    dtype = known.dtype
+    dtype = known[0].dtype
     chances = torch.softmax(logits.to(dtype), -1)
     expected = chances.scatter_add(-1, target.unsqueeze(-1), chances.new_full((len(target), 1), -1.0))
     size = grad.to(dtype).abs().amax(-1)
@@ -53,5 +56,8 @@ def mismatch(
     weight = torch.where(tells & fits, size * common / square, 0.0)
     heaviest = torch.zeros_like(logits[0], dtype=dtype).scatter_reduce(0, target, weight, "amax")
     fits &= weight >= LIGHTER * heaviest[target]
+    lighter = fits & (weight < LIGHTER * weight.amax())
     count = tells.sum(dtype=dtype)
-    return torch.where(count > 0, (tells & ~fits).sum() / count, known)
+    shares = ((tells & ~fits).sum() / count, (tells & lighter).sum() / count)
+    other, uneven = (torch.where(count > 0, now, so_far) for now, so_far in zip(shares, known, strict=True))
+    return other, uneven

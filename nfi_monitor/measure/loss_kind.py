@@ -22,8 +22,8 @@ class LossKind(NamedTuple):
     rounding may cause in this precision.  ``level``: ln of the size below which its gradients underflow.
     ``scale``: the largest s in g = s·(p − y) so far, 0 while no unsure row has shown it.  ``slope``: the
     factor between the head's logits and those of the loss (:mod:`nfi_monitor.measure.logit_scale`).
-    ``mismatch``: the share of rows whose gradient is none of a cross-entropy
-    (:mod:`nfi_monitor.measure.cross_entropy_fit`).
+    ``mismatch``: the share of rows whose gradient is none of a cross-entropy; ``uneven``: of those with a
+    smaller weight (:mod:`nfi_monitor.measure.cross_entropy_fit`).
     """
 
     eps: Tensor
@@ -32,6 +32,7 @@ class LossKind(NamedTuple):
     scale: Tensor
     slope: Tensor = torch.ones(())
     mismatch: Tensor = torch.zeros(())
+    uneven: Tensor = torch.zeros(())
 
 
 def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
@@ -55,5 +56,7 @@ def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
     )
     scale = torch.zeros((), dtype=dtype, device=grad.device) if known is None else known.scale
     slope = torch.ones((), dtype=dtype, device=grad.device) if known is None else known.slope
-    mismatch = torch.zeros((), dtype=dtype, device=grad.device) if known is None else known.mismatch
-    return LossKind(eps, zero_sum.floor_of(eps, dtype, grad.shape[-1]), level, scale, slope, mismatch)
+    nothing = torch.zeros((), dtype=dtype, device=grad.device)
+    mismatch, uneven = (nothing, nothing) if known is None else (known.mismatch, known.uneven)
+    floor = zero_sum.floor_of(eps, dtype, grad.shape[-1])
+    return LossKind(eps, floor, level, scale, slope, mismatch, uneven)

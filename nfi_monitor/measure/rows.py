@@ -53,11 +53,11 @@ COUNTED_SUMS = tuple(declared.OVER_COUNTED)
 """Sums over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted", "recomputed")
 """Numbers of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
-MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale", "mismatch")
+MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale", "mismatch", "uneven")
 """Numbers of the micro-batch of which the largest counts."""
 
 MISMATCH = 0.1
-"""Share of rows from which on the gradient is none of a cross-entropy."""
+"""Share of rows from which on the gradient is none of a cross-entropy, or the rows weigh differently."""
 ZERO_SUM = 0.05
 """Largest violation of a row that can show a factor between the head's logits and those of the loss."""
 
@@ -130,6 +130,7 @@ def row_statistics(
             loss_kind.eps.to(dtype),
             loss_kind.slope.to(dtype),
             loss_kind.mismatch.to(dtype),
+            loss_kind.uneven.to(dtype),
         ]
     )
     return RowStatistics(sums, maxima, counted, view.top.winner, kinds.absorbed.to(dtype), loss_kind)
@@ -226,17 +227,16 @@ def _look(view: RowView, kind: LossKind, zero: Tensor) -> tuple[LossKind, Tensor
     own = extremes.pick(view.logits, view.target).to(dtype)
     of_head = margins.residual_mass(margins.row_loss(top, own))
     kind, judged = unexplained_rows(view, absolute_live, kind, view.grad.shape[-1], of_head)
-    kind = kind._replace(
-        mismatch=cross_entropy_fit.mismatch(
-            view.grad,
-            view.logits.to(dtype) * kind.slope.to(dtype),
-            view.target,
-            view.residual,
-            view.live,
-            kind.level,
-            kind.mismatch.to(dtype),
-        )
+    other, uneven = cross_entropy_fit.mismatch(
+        view.grad,
+        view.logits.to(dtype) * kind.slope.to(dtype),
+        view.target,
+        view.residual,
+        view.live,
+        kind.level,
+        (kind.mismatch.to(dtype), kind.uneven.to(dtype)),
     )
+    kind = kind._replace(mismatch=other, uneven=uneven)
     negative = shift_invariance.negatives(view.grad)
     soft = view.live & shift_invariance.soft_rows(negative, absolute_live, kind.scale)
     logit_sum, unmasked = shift_invariance.unmasked(view.logits, dtype)
@@ -325,8 +325,9 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         values["loss_epsilon"] = maxima[MAXIMA.index("epsilon")]
         if maxima[MAXIMA.index("logit_scale")] != 1.0:
             values["logit_scale"] = maxima[MAXIMA.index("logit_scale")]
-        if maxima[MAXIMA.index("mismatch")] > MISMATCH:
-            values["mismatch_fraction"] = maxima[MAXIMA.index("mismatch")]
+        for name in ("mismatch", "uneven"):
+            if maxima[MAXIMA.index(name)] > MISMATCH:
+                values[f"{name}_fraction"] = maxima[MAXIMA.index(name)]
         values["margin_min"] = -maxima[MAXIMA.index("negative_margin_min")]
     if s["live"]:
         values["zero_sum_violation"] = s["violation"] / s["live"]

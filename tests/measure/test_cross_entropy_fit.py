@@ -40,12 +40,17 @@ def gradient(loss: Loss, logits: Tensor, target: Tensor) -> Tensor:
     return torch.autograd.grad(loss(logits, target), logits)[0]
 
 
-def found(loss: Loss, classes: int = CLASSES, dtype: torch.dtype = torch.float32) -> float:
+def found(
+    loss: Loss,
+    classes: int = CLASSES,
+    dtype: torch.dtype = torch.float32,
+    name: str = "mismatch_fraction",
+) -> float:
     logits, target = scene(classes)
     logits = logits.to(dtype)
     statistics = row_statistics(gradient(loss, logits, target), logits, ROWS)
     values = finish(statistics.sums.tolist(), statistics.maxima.tolist(), single_output=False)
-    return values.get("mismatch_fraction", 0.0)
+    return values.get(name, 0.0)
 
 
 CROSS_ENTROPIES: dict[str, Loss] = {
@@ -85,6 +90,7 @@ OTHERS: dict[str, Loss] = {
 @pytest.mark.parametrize("loss", CROSS_ENTROPIES.values(), ids=CROSS_ENTROPIES.keys())
 def test_a_cross_entropy_with_any_factor_fits(loss: Loss, classes: int) -> None:
     assert found(loss, classes) == 0.0
+    assert (found(loss, classes, name="uneven_fraction") > 0) is (loss is CROSS_ENTROPIES["class weights"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -101,9 +107,11 @@ def test_other_losses_do_not_fit(loss: Loss) -> None:
         assert found(loss, 2) > 0.1
 
 
-@pytest.mark.parametrize("name", ["mean", "policy gradient", "mixup", "row weights"])
+@pytest.mark.parametrize("name", ["mean", "class weights", "policy gradient", "mixup", "row weights"])
 def test_the_share_is_that_of_the_reference(name: str) -> None:
-    """``mismatch_fraction`` row by row in float64: angle to p − y, weight among the rows of the class."""
+    """``mismatch_fraction`` and ``uneven_fraction`` row by row in float64.
+
+    By the angle to p − y, and by the weight among the rows of the class and among all."""
     logits, target = scene()
     grad = gradient((CROSS_ENTROPIES | OTHERS)[name], logits, target)
     guessed = grad.argmin(-1)
@@ -123,18 +131,22 @@ def test_the_share_is_that_of_the_reference(name: str) -> None:
     wrong = [not fits or weight < LIGHTER * heaviest[r] for _, fits, weight, r in tells]
     residual = torch.tensor([row[0] for row in rows])
     live = torch.ones(ROWS, dtype=torch.bool)
-    share = mismatch(grad, logits, guessed, residual, live, -80.0, torch.zeros(()))
+    nothing = torch.zeros(())
+    share, uneven = mismatch(grad, logits, guessed, residual, live, -80.0, (nothing, nothing))
     assert float(share) == pytest.approx(sum(wrong) / len(tells), abs=1e-6)
+    most = max(heaviest.values())
+    lighter = [not bad and row[2] < LIGHTER * most for bad, row in zip(wrong, tells, strict=True)]
+    assert float(uneven) == pytest.approx(sum(lighter) / len(tells), abs=1e-6)
 
 
 def test_rows_that_do_not_tell_change_nothing() -> None:
     logits, target = scene()
     grad = gradient(OTHERS["mixup"], logits, target)
-    known, sure = torch.tensor(0.25), torch.full((ROWS,), 0.01)
+    known, sure = (torch.tensor(0.25), torch.tensor(0.5)), torch.full((ROWS,), 0.01)
     live = torch.ones(ROWS, dtype=torch.bool)
-    assert mismatch(grad, logits, target, sure, live, -80.0, known) == 0.25
-    assert mismatch(grad, logits, target, 50 * sure, ~live, -80.0, known) == 0.25
-    assert mismatch(grad * 1e-38, logits, target, 50 * sure, live, -87.0, known) == 0.25
+    assert mismatch(grad, logits, target, sure, live, -80.0, known) == known
+    assert mismatch(grad, logits, target, 50 * sure, ~live, -80.0, known) == known
+    assert mismatch(grad * 1e-38, logits, target, 50 * sure, live, -87.0, known) == known
 
 
 def trained(loss_of: Loss, *, report: bool = False) -> Monitor:
@@ -165,6 +177,7 @@ def test_a_loss_at_the_head_that_is_not_trained_is_not_judged_and_a_note_says_so
 @pytest.mark.parametrize("name", ["mean", "sum", "accumulated", "class weights"])
 def test_the_loss_at_the_head_of_a_cross_entropy_is_judged(name: str) -> None:
     monitor = trained(CROSS_ENTROPIES[name])
-    assert "not_cross_entropy" not in [note.code for note in monitor.notes]
+    codes = [note.code for note in monitor.notes]
+    assert "not_cross_entropy" not in codes and ("rows_weighted" in codes) is (name == "class weights")
     assert "mismatch_fraction" not in monitor.history or not len(monitor.history["mismatch_fraction"][0])
     assert monitor._loop.detector.spike.baseline.readings == 8

@@ -183,7 +183,7 @@ def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watc
             else:
                 _unless_noted(
                     verdict, ("no_loss", "loss_not_trained", "loss_between_readings", "logits_scaled",
-                              "not_shift_invariant", "not_cross_entropy", "several_heads"),
+                              "not_shift_invariant", "not_cross_entropy", "rows_weighted", "several_heads"),
                     f"the trained loss is not seen ({text})", allowed=not configuration.loss,
                 )  # fmt: skip
             return
@@ -239,6 +239,7 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "not_shift_invariant": lambda c, r, v: not c.shift_invariant or not c.classes,
     "soft_targets": lambda c, r, v: c.soft or not c.classes,
     "not_cross_entropy": lambda c, r, v: c.soft or c.scaled or not c.shift_invariant,
+    "rows_weighted": lambda c, r, v: c.soft,
     "logits_scaled": lambda c, r, v: c.scaled,
     "half_precision_loss": lambda c, r, v: c.half,
     "head_never_fired": lambda c, r, v: (

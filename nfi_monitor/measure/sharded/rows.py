@@ -242,6 +242,7 @@ def _whole_rows(
         "epsilon": kind.eps,
         "logit_scale": torch.ones(()),  # no rank has the logits from which it is recovered
         "mismatch": torch.zeros(()),
+        "uneven": torch.zeros(()),
     }
     return (
         torch.tensor([sums[name] for name in SUMS], dtype=torch.float64),
