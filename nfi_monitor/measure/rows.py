@@ -232,7 +232,7 @@ def _look(view: RowView, kind: LossKind, zero: Tensor) -> tuple[LossKind, Tensor
         view.logits.to(dtype) * kind.slope.to(dtype),
         view.target,
         view.residual,
-        view.live,
+        view.live & (absolute_live > 2.0 * shift_invariance.VISIBLE * kind.scale),
         kind.level,
         (kind.mismatch.to(dtype), kind.uneven.to(dtype)),
     )

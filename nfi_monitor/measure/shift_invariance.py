@@ -24,7 +24,7 @@ CLEARLY = 100.0
 RESOLVED = 0.01
 """Residual mass that any precision resolves: rounding to bfloat16 makes .002."""
 VISIBLE = 1e-5
-"""Smallest residual mass of a gradient that shows soft targets."""
+"""Smallest residual mass of a gradient that shows soft targets, or another loss than a cross-entropy."""
 MISMATCH = 100.0
 """Ratio of ε from gradients to ε from logits that loss scaling and class weights cannot cause."""
 
