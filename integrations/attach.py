@@ -51,8 +51,6 @@ from torch.optim import Optimizer
 
 from nfi_monitor.alert_handler import handler_of
 from nfi_monitor.caller import called_as
-from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
-from nfi_monitor.capture.unwrap import watchable
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.monitor import Monitor
 from nfi_monitor.registry import open_monitors
@@ -166,10 +164,6 @@ class Attachment:
         found = [one for one in (*schedulers, scaler) if one is not None]
         options["stateful"] = [*options.get("stateful", ()), *found]
         options["sinks"] = [*options.get("sinks", ()), *sinks]
-        try:
-            watchable(optimizer)
-        except TypeError:  # a note says that this object makes no steps
-            optimizer = ForeignOptimizer(optimizer)
         with called_as(self._call):
             monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._note_alert, **options)
         if self._handler is not None:

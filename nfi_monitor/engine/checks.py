@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfi_monitor.alert_handler import AlertHandler
-from nfi_monitor.caller import call_with
+from nfi_monitor.caller import by_adapter, call_with
+from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.names import HeadLike
 from nfi_monitor.capture.unwrap import choose, trained, watchable
@@ -106,17 +107,23 @@ def find_watched(
 
     A model in which no head is found is watched without one.  Raises AlreadyMonitoredError if an open monitor
     watches that head (or that model, if it has no head).  Raises HeadNotFoundError for a named head that the
-    model lacks, and the errors of :func:`~nfi_monitor.capture.unwrap.choose`.
+    model lacks, and the errors of :func:`~nfi_monitor.capture.unwrap.watchable`.
     """
+    try:
+        several = watchable(optimizer)
+    except TypeError:
+        if not by_adapter():
+            raise
+        several = [cast(Optimizer, ForeignOptimizer(optimizer))]  # a note says that it makes no steps
     found = None
     if not isinstance(head, bool):
-        parameters = set().union(*map(trained, watchable(optimizer)))
+        parameters = set().union(*map(trained, several))
         try:
             found = find_head(model, head, parameters)
         except HeadNotFoundError:
             if head is not None:
                 raise
-    chosen = choose(optimizer, found)
+    chosen = choose(several, found)
     earlier = watcher(model if found is None else found.module)
     if earlier is not None:
         where = found.describe() if found is not None else type(model).__name__
