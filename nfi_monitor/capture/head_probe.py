@@ -10,51 +10,21 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
-from nfi_monitor.capture.backward_pass import SeveralPasses, nearest_parameter, trains
+from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
 from nfi_monitor.capture.head_layer import Head, is_convolution, own_parameter
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import logits_of
 from nfi_monitor.capture.reading_plan import ReadingPlan
+from nfi_monitor.capture.rows import Rows as Rows
 from nfi_monitor.capture.sampling import local, offset, row_stride
 from nfi_monitor.capture.sharding import ClassShard, class_shard
-
-
-@dataclass
-class Rows:
-    """Sampled rows of one forward pass: gradient [n, K], logits [n, K], features [n, d] or None.
-
-    While this object is alive, further backward passes through the same graph are added to it.
-    """
-
-    grad: Tensor
-    logits: Tensor
-    features: Tensor | None
-    total: int  # number of rows of the whole batch
-    shard: ClassShard | None = None  # set if this rank holds only some of the classes
-    graph: Callable[[], object] = lambda: None
-    """Returns None once the graph is freed: then no further gradient can arrive."""
-    passes: SeveralPasses | None = None
-    """The gradients of all backward passes, if there was more than one."""
-    recomputed: Tensor | None = None
-    """For recomputed rows: whether they are the run's rows, bool, 0-d. If not, they do not count."""
-
-    def add(self, grad: Tensor) -> None:
-        """Add the gradient [n, K] of a further backward pass."""
-        if self.passes is None:
-            self.passes = SeveralPasses(self.grad, self.logits)
-        self.passes.add(grad)
-
-    def finished(self, loss_dtype: torch.dtype | None = None) -> Rows:
-        """Return the rows with the gradient of all backward passes. ``loss_dtype``: of the observed loss."""
-        return self if self.passes is None else replace(self, grad=self.passes.sum(), passes=None)
-
 
 Hook = Callable[[Callable[["Tensor | None"], None]], object]
 """Registers a function that is called with the gradient of the logits."""
@@ -294,18 +264,19 @@ class HeadProbe(ModelHook):
                 self.traced_backward = 1
                 return
             readable = devices.is_readable(grad, meta=self.on_meta or tapped)  # or only this pass is traced
-            if not readable or not trains(parameter):
+            kind = pass_of(parameter) if readable else Pass.OTHER
+            if kind is Pass.OTHER:
                 return
             started = time.perf_counter()
             try:
                 try:
-                    deliver(whole_rows(grad) if shard is None else classes_of(grad, shard))
+                    deliver(whole_rows(grad) if shard is None else classes_of(grad, shard), kind)
                 finally:
                     self._spent(time.perf_counter() - started)
             except Exception as error:
                 self._failed("rows", error)
 
-        def deliver(grad: Tensor | None) -> None:
+        def deliver(grad: Tensor | None, kind: Pass) -> None:
             if grad is None:
                 self.sharded += 1
                 return
@@ -313,11 +284,11 @@ class HeadProbe(ModelHook):
             if given:  # a further backward pass through the same graph
                 rows = given[0]()
                 if rows is not None:
-                    rows.add(sample(grad))
+                    rows.add(sample(grad), kind)
                 return
             # A copy: a view would keep the whole gradient until the step, and autograd may write to it.
             features = kept[1] if len(kept) > 1 else None
-            rows = Rows(sample(grad).clone(), kept[0], features, total, shard, weakref.ref(given))
+            rows = Rows(sample(grad).clone(), kept[0], features, total, shard, weakref.ref(given), kind=kind)
             kept.clear()  # the graph may live longer than its backward pass
             given.append(weakref.ref(rows))
             self._deliver(rows)

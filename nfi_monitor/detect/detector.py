@@ -161,7 +161,8 @@ class Detector:
         loss = reading.get("loss")
         self.is_unusual(reading.step, loss)
         signals = self.signals
-        if not (self._loss_reported or signals.broken_by_design or signals.logits_scaled):
+        other = "mismatch_fraction" in reading.values or signals.broken_by_design or signals.logits_scaled
+        if not (self._loss_reported or other):
             loss = reading.get("head_loss")
             self.outside.update_loss(reading.step, loss)
         return loss

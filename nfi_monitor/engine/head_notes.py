@@ -60,7 +60,8 @@ def several_text(head: Head) -> str:
     return (
         f"The model has several heads. Watched: {head.describe()}, the one with most classes (of equal ones "
         f"the first). Not watched: {', '.join(head.others)}. To watch another: "
-        f"{call_with(f'head={named!r}')}."
+        f"{call_with(f'head={named!r}')}. If no loss is reported, the loss at this head is judged alone; to "
+        "show the whole loss, call monitor.observe_loss(loss) before optimizer.step()."
     )
 
 

@@ -132,6 +132,7 @@ class StepLoop:
             self.reports.sinks += [*opened, *options.sinks]
         self.membership.share_head(self.head, apart)
         self.reports.start(self.info())
+        self.notes.optimizer(self.optimizer)
         if options.head is not False:
             self.notes.attached(self.model, self.head, self.reader)
         self.hooks.step.install()

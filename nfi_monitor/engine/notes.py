@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
 from nfi_monitor.engine.faults import TRIES
 from nfi_monitor.engine.head_notes import at_attach
@@ -56,6 +57,30 @@ class NoteTaker:
         self._model = weakref.ref(model)
         for code, message in at_attach(model, head, reader):
             self.note(code, message, 0)
+
+    def optimizer(self, optimizer: object) -> None:
+        """Note at attach if the optimizer is no torch optimizer."""
+        if not isinstance(optimizer, ForeignOptimizer):
+            return
+        kind = type(optimizer.original)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if not callable(getattr(optimizer.original, "step", None)):
+            self.note(
+                "no_optimizer",
+                f"{name} is no optimizer: it has no parameters and no method step(). Without steps nothing "
+                "is measured. Let the monitor attach to the optimizer whose step() updates the model.",
+                0,
+            )
+            return
+        self.note(
+            "optimizer_not_torch",
+            f"{name} is no torch.optim.Optimizer. Its steps are watched through its attribute step, until "
+            "the monitor closes. Rows, norms, gradients and updates are measured; the second moment only if "
+            "the state holds an average of squared gradients by parameter. Snapshots, replays, remedies and "
+            "the Autopilot need a torch optimizer; in fastai: Learner(..., opt_func=partial(OptimWrapper, "
+            "opt=torch.optim.AdamW)).",
+            0,
+        )
 
     def read(
         self,

@@ -15,9 +15,9 @@ from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.head_check import HeadCheck
 from nfi_monitor.engine.hooks import RunHooks
 from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.rank_search import RankSearch
 from nfi_monitor.engine.silence import Silence
 from nfi_monitor.measure.accumulator import RowAccumulator
-from nfi_monitor.ranks.membership import Membership
 from nfi_monitor.registry import register, unregister
 
 
@@ -32,7 +32,7 @@ class Run(Protocol):
     rows: RowAccumulator
     notes: NoteTaker
     faults: Faults
-    membership: Membership
+    rank_search: RankSearch
     hooks: RunHooks
     recomputer: RowRecomputer
     silence: Silence
@@ -71,9 +71,9 @@ def _change(run: Run, head: Head | None, code: str, message: str) -> None:
     """Watch another head from now on, or none, and say so."""
     if run.closed:
         return
-    if run.membership.exchange is not None:  # the ranks have agreed on the layout of the first one
+    if not run.rank_search.watch(head):  # the ranks have agreed on the layout of the first one
         run.notes.note(
-            "wrong_head", f"{message} With several processes it is not changed by itself.", run.step
+            "wrong_head", f"{message} After the first reading it is not changed any more.", run.step
         )
         return
     unregister(run.owner, run.watched_module)

@@ -128,6 +128,27 @@ def of_two_passes(output: Any, y: Tensor) -> None:
     output["loss"].backward()
 
 
+def parameters_of(loss: Tensor) -> list[Tensor]:
+    """Return the parameters behind a loss."""
+    found, ahead, seen = [], [loss.grad_fn], set()
+    while ahead:
+        node = ahead.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            found += [node.variable] if hasattr(node, "variable") else []
+            ahead += [following for following, _ in node.next_functions]
+    return found
+
+
+def of_assigned_gradients(output: Any, y: Tensor) -> None:
+    """The loop asks for gradients that it differentiates once more, and assigns them."""
+    params = parameters_of(output["loss"])
+    gradients = torch.autograd.grad(output["loss"], params, create_graph=True)
+    torch.autograd.grad(gradients, params, [torch.ones_like(one) for one in params])
+    for param, gradient in zip(params, gradients, strict=True):
+        param.grad = gradient.detach()
+
+
 def of_slope(output: Any, y: Tensor) -> None:
     """A derivative of the returned loss is looked at, and another loss trains."""
     torch.autograd.grad(output["loss"], output["logits"], retain_graph=True)
@@ -164,7 +185,9 @@ def test_a_returned_loss_that_does_not_train_is_left_out_and_said(way: TrainedBy
     assert not differences(trained, trained_by(way, watched=False)[2])
 
 
-@pytest.mark.parametrize("way", [of_scaled, of_two_passes], ids=lambda way: way.__name__)
+@pytest.mark.parametrize(
+    "way", [of_scaled, of_two_passes, of_assigned_gradients], ids=lambda way: way.__name__
+)
 def test_a_returned_loss_that_trains_is_seen_once_a_step(way: TrainedBy) -> None:
     monitor, returned, trained = trained_by(way)
     assert monitor.history["loss"][1] == pytest.approx(returned, rel=1e-6)

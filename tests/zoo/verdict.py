@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from nfi_monitor import Monitor
 from nfi_monitor.errors import HeadNotFoundError
 from tests.zoo.configuration import Configuration
@@ -181,7 +183,7 @@ def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watc
             else:
                 _unless_noted(
                     verdict, ("no_loss", "loss_not_trained", "loss_between_readings", "logits_scaled",
-                              "not_shift_invariant"),
+                              "not_shift_invariant", "not_cross_entropy", "rows_weighted", "several_heads"),
                     f"the trained loss is not seen ({text})", allowed=not configuration.loss,
                 )  # fmt: skip
             return
@@ -229,12 +231,15 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "tied_head": lambda c, r, v: r.tied,
     "head_without_weight": lambda c, r, v: not r.weighty,
     "optimizer_without_head": lambda c, r, v: not r.trained,
+    "optimizer_not_torch": lambda c, r, v: not isinstance(r.session.optimizer, torch.optim.Optimizer),
     "no_second_moment": lambda c, r, v: not r.second_moment or _averages(r, 0),
     "state_unreadable": lambda c, r, v: r.partial,
     "second_moment_in_part": lambda c, r, v: r.partial or _averages(r),
     "single_output": lambda c, r, v: not c.classes,
     "not_shift_invariant": lambda c, r, v: not c.shift_invariant or not c.classes,
     "soft_targets": lambda c, r, v: c.soft or not c.classes,
+    "not_cross_entropy": lambda c, r, v: c.soft or c.scaled or not c.shift_invariant,
+    "rows_weighted": lambda c, r, v: c.soft,
     "logits_scaled": lambda c, r, v: c.scaled,
     "half_precision_loss": lambda c, r, v: c.half,
     "head_never_fired": lambda c, r, v: (
