@@ -135,6 +135,10 @@ class StepReader:
     def forget(self) -> None:
         """Drop the tensors read before the step."""
         self._before = None
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Drop the rows that are not measured yet."""
         self._arrived.clear()
 
     def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:

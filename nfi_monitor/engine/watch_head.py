@@ -14,8 +14,11 @@ from nfi_monitor.capture.recomputed import RowRecomputer
 from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.head_check import HeadCheck
 from nfi_monitor.engine.hooks import RunHooks
+from nfi_monitor.engine.loss_sources import LossSources
 from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.row_place import RowPlace
 from nfi_monitor.engine.silence import Silence
+from nfi_monitor.engine.step_reader import StepReader
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.ranks.membership import Membership
 from nfi_monitor.registry import register, unregister
@@ -36,7 +39,10 @@ class Run(Protocol):
     hooks: RunHooks
     recomputer: RowRecomputer
     silence: Silence
+    loss_sources: LossSources
+    step_reader: StepReader
     step: int
+    wanted_step: int | None
     closed: bool
 
     @property
@@ -45,18 +51,46 @@ class Run(Protocol):
         ...
 
 
-def watch_head(run: Run, *, named: bool) -> None:
-    """Hook the head that was found at attach. ``named``: the user has named it, so it is not checked."""
+def watch_head(run: Run, *, named: bool) -> HeadCheck:
+    """Hook the head that was found at attach, and return its check. ``named``: the user has named it."""
     run.probe.head_changed = partial(_set_head, run)
-    if not named and not (run.head is not None and run.head.sure):
 
-        def note(code: str, message: str) -> None:
-            run.notes.note(code, message, run.step)
+    def note(code: str, message: str) -> None:
+        run.notes.note(code, message, run.step)
 
-        check = HeadCheck(run.head, partial(_change, run), note, run.faults.failed)
-        run.hooks.add(run.model, check)
+    check = HeadCheck(
+        run.model,
+        run.probe,
+        named,
+        partial(_change, run),
+        note,
+        RowPlace(run.probe, partial(_move, run)),
+        lambda: run.wanted_step is not None,
+        run.hooks.drop,
+        run.faults.failed,
+    )
+    run.hooks.add(run.model, check)
+    run.loss_sources.look = check.loss
     if run.head is not None:
         run.hooks.add(run.head.module, run.probe)
+    return check
+
+
+def _move(run: Run, head: Head, code: str, message: str) -> None:
+    """Read the rows of the same head elsewhere from now on, or nowhere, and say so."""
+    if run.closed:
+        return
+    run.head = run.reader.head = run.probe.head = run.recomputer.head = head
+    _forget_rows(run)
+    run.notes.note(code, message, run.step)
+
+
+def _forget_rows(run: Run) -> None:
+    """Forget the rows of another head, or of other logits."""
+    run.probe.restart()
+    run.step_reader.forget_rows()
+    run.rows.clear(run.step + 1)
+    run.rows.loss_kind = run.rows.single_output = None
 
 
 def _set_head(run: Run, head: Head) -> None:
@@ -82,8 +116,8 @@ def _change(run: Run, head: Head | None, code: str, message: str) -> None:
     run.head = run.reader.head = run.probe.head = run.recomputer.head = head
     run.silence.watch(head)
     register(run.owner, run.watched_module)
+    _forget_rows(run)
     run.probe.restart(retired=before)
-    run.rows.clear(run.step + 1)
     if head is not None and head.module is not before:
         run.hooks.add(head.module, run.probe)
     for earlier in ("no_head", "several_heads"):  # these were about the first one
