@@ -77,6 +77,8 @@ class HeadCheck(ModelHook):
         self._shown = False  # the output or the loss has shown that this is the head
         self._guessed = False  # neither shows what makes the logits
         self._output_seen = False
+        self._arrived = False  # a gradient at the head
+        self._named = named
         self._open = not named  # whether the head may be another one
         self.done = False
         probe.nodes = []
@@ -221,11 +223,14 @@ class HeadCheck(ModelHook):
     def _look_at_gradient(self) -> None:
         """Note that the head is a guess, or that no gradient arrives at it: then it is none."""
         head, probe = self._probe.head, self._probe
-        if not self._guessed or self._shown or head is None or head.bare:
+        if head is None or head.sure or head.bare or self._named:
             return
         weight = head.weight
-        arrived = bool(probe.delivered or probe.recomputed or probe.traced or _sharded())
-        if arrived or weight is None or not weight.requires_grad or weight.grad is not None:
+        self._arrived |= bool(probe.delivered or probe.recomputed or probe.traced or _sharded())
+        self._arrived |= weight is None or not weight.requires_grad or weight.grad is not None
+        if self._arrived:
+            if self._shown or not self._guessed:
+                return
             self._guessed = False
             self._note(
                 "head_guessed",
