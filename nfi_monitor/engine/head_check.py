@@ -48,7 +48,7 @@ class HeadCheck(ModelHook):
         note: makes a note, as ``note(code, message)``.
         place: finds where the logits are that the loss takes.
         captured: returns whether this step is read.
-        drop: removes this hook from the model.
+        ended: called as ``ended(check)`` when nothing is to be looked at any more.
         failed: reports an error.
     """
 
@@ -61,22 +61,18 @@ class HeadCheck(ModelHook):
         note: Callable[[str, str], None],
         place: RowPlace,
         captured: Callable[[], bool],
-        drop: Callable[[ModelHook], None],
+        ended: Callable[[HeadCheck], None],
         failed: Callable[[str, BaseException], None],
     ) -> None:
         self._model, self._probe, self._place = model, probe, place
-        self._switch, self._note, self._captured, self._drop, self._failed = (
-            switch,
-            note,
-            captured,
-            drop,
-            failed,
-        )
+        self._switch, self._note, self._captured = switch, note, captured
+        self._ended, self._failed = ended, failed
         self._naming = call_with("head=...")
         self._steps = 0
         self._shown = False  # the output or the loss has shown that this is the head
         self._guessed = False  # neither shows what makes the logits
         self._output_seen = False
+        self._loss_seen = False  # a loss that takes the head's logits
         self._arrived = False  # a gradient at the head
         self._named = named
         self._open = not named  # whether the head may be another one
@@ -106,34 +102,33 @@ class HeadCheck(ModelHook):
             if self._open and (head is None or nodes):
                 self._identify(self._model, [origin(loss, nodes)], "the graph of the loss", loss)
             if self._probe.head is head and self._place.look_at_loss(head, loss):
-                self._shown, self._open = True, False  # the loss takes its logits, if changed ones
+                self._open = False
+                self._shown = self._loss_seen = True  # the loss takes its logits, if changed ones
         except Exception as error:
             self._failed("head_check", error)
 
     def before_step(self) -> None:
-        """Look at what has arrived until the optimizer's step; end the check after some steps."""
-        if self.done:
+        """Look at what has arrived until the optimizer's step; end the check after some of them."""
+        if self.done or not self._captured():
             return
         try:
             self._steps += 1
             self._look_at_gradient()
             if self._probe.nodes:
                 self._probe.nodes.clear()
-            self._place.forget()
-            if self._steps >= STEPS:
+            self._place.end_step()
+            if self._steps >= STEPS or self._loss_seen:
                 self.stop()
         except Exception as error:
             self._failed("head_check", error)
 
     def stop(self) -> None:
-        """End the check, and release the model. Where rows are read outside of the head stays."""
+        """End the check, and release the model. Rows that are read outside of the head still are."""
         self.done, self._open = True, False
         head = self._probe.head
-        place = None if head is None else head.place
-        if place is None or place.where != "loss":
+        if head is None or head.place is None or head.place.where != "loss":
             self._probe.nodes = None
-        if place is None or place.where == "nowhere":
-            self._drop(self)
+        self._ended(self)
         vars(self).pop("_model", None)
 
     def _look(self, model: nn.Module, output: Any) -> None:

@@ -39,7 +39,7 @@ class LossSources:
         ignored: Callable[[], bool],
         taken: Callable[[], None],
     ) -> None:
-        self.look: Callable[[Tensor], object] = lambda loss: None
+        self.look: Callable[[Tensor], object] | None = None
         """Called with each loss that is trained, with its graph."""
         self._taken = taken
         self._losses, self._failed, self._ignored = losses, failed, ignored
@@ -56,7 +56,7 @@ class LossSources:
         """Take a loss that the training loop reports."""
         if isinstance(loss, Tensor) and not devices.is_readable(loss, meta=True):
             return
-        if isinstance(loss, Tensor) and not self._ignored():
+        if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
             self.look(loss)
         if not self._reported:
             self._reported = True
@@ -91,7 +91,7 @@ class LossSources:
         before = len(losses.observed)
         yield
         try:
-            if isinstance(loss, Tensor) and not self._ignored():
+            if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
                 self.look(loss)
             if isinstance(loss, Tensor) and not self._reported:
                 self.end_micro_batch()  # a compiled model stores its loss

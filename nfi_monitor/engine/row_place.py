@@ -34,11 +34,15 @@ class RowPlace:
 
     Args:
         probe: reads the rows.
-        move: called as ``move(head, code, message)`` with the head whose rows are read elsewhere.
+        move: called as ``move(head)`` with the head whose rows are read elsewhere.
+        note: makes a note, as ``note(code, message)``.
     """
 
-    def __init__(self, probe: HeadProbe, move: Callable[[Head, str, str], None]) -> None:
-        self._probe, self._move = probe, move
+    def __init__(
+        self, probe: HeadProbe, move: Callable[[Head], None], note: Callable[[str, str], None]
+    ) -> None:
+        self._probe, self._move, self._note = probe, move, note
+        self._moved: str | None = None  # the note for this step
         self._candidates: list[tuple[Place, Any]] = []  # tensors in the model's output, with their nodes
 
     def look_at_output(self, head: Head, output: Any, *, sure: bool) -> None:
@@ -88,9 +92,14 @@ class RowPlace:
             self._settle(head, next(there, Place("nowhere")), changed, None)
         return bool(paths)
 
-    def forget(self) -> None:
-        """Drop the nodes of this step."""
-        self._candidates = []
+    def end_step(self) -> None:
+        """Say where rows are read, unless the user has tapped logits since; drop the nodes of this step."""
+        head, message = self._probe.head, self._moved
+        self._candidates, self._moved = [], None
+        if self._probe.tapped and head is not None and head.place is not None:
+            self._move(replace(head, place=None))
+        elif message is not None:
+            self._note("rows_after_head", message)
 
     def read(self, place: Place, output: Any) -> None:
         """Read the rows of a forward pass of the model."""
@@ -119,10 +128,13 @@ class RowPlace:
         """Read rows at ``place`` from now on. ``output``: of the pass that is running, or None."""
         change = changed.change or ""
         if place.where == "nowhere":
-            self._move(replace(head, place=place), "logits_changed", changed_text(head, change))
+            self._moved = None
+            self._move(replace(head, place=place))
+            self._note("logits_changed", changed_text(head, change))
             return
         nodes = list(self._probe.nodes or ())
-        self._move(replace(head, place=place), "rows_after_head", elsewhere_text(head, place, change))
+        self._moved = elsewhere_text(head, place, change)
+        self._move(replace(head, place=place))
         if output is not None:
             self._probe.nodes = nodes
             self.read(place, output)

@@ -64,9 +64,9 @@ def watch_head(run: Run, *, named: bool) -> HeadCheck:
         named,
         partial(_change, run),
         note,
-        RowPlace(run.probe, partial(_move, run)),
+        RowPlace(run.probe, partial(_move, run), note),
         lambda: run.wanted_step is not None,
-        run.hooks.drop,
+        partial(_ended, run),
         run.faults.failed,
     )
     run.hooks.add(run.model, check)
@@ -76,13 +76,20 @@ def watch_head(run: Run, *, named: bool) -> HeadCheck:
     return check
 
 
-def _move(run: Run, head: Head, code: str, message: str) -> None:
-    """Read the rows of the same head elsewhere from now on, or nowhere, and say so."""
-    if run.closed:
-        return
-    run.head = run.reader.head = run.probe.head = run.recomputer.head = head
-    _forget_rows(run)
-    run.notes.note(code, message, run.step)
+def _ended(run: Run, check: HeadCheck) -> None:
+    """Look at no further losses, and at no output of the model but for rows in it."""
+    run.loss_sources.look = None
+    place = None if run.probe.head is None else run.probe.head.place
+    if place is None or place.where == "nowhere":
+        run.hooks.drop(check)
+
+
+def _move(run: Run, head: Head) -> None:
+    """Read the rows of the same head elsewhere from now on, or nowhere."""
+    if not run.closed:
+        run.head = run.reader.head = run.probe.head = run.recomputer.head = head
+        if not run.probe.tapped:
+            _forget_rows(run)
 
 
 def _forget_rows(run: Run) -> None:

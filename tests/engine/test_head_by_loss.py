@@ -255,14 +255,16 @@ def test_a_layer_that_is_trained_later_than_the_first_steps_was_named() -> None:
     assert "head_never_fired" in _texts(monitor)
 
 
-def test_the_check_ends_and_its_hook_is_removed() -> None:
+@pytest.mark.parametrize("observe", [True, False])
+def test_the_check_ends_with_the_first_loss_and_its_hook_is_removed(observe: bool) -> None:
     model = Body(lambda m, x: m.last(m.trunk(x)), trunk=nn.Linear(6, D), last=nn.Linear(D, K))
     optimizer = torch.optim.Adam(model.parameters())
     with Monitor(model, optimizer, console=False, every=1) as monitor:
         for step in range(4):
             loss = F.cross_entropy(model(torch.randn(12, 6)), torch.randint(0, K, (12,)))
             loss.backward()
-            monitor.observe_loss(loss)
+            if observe:
+                monitor.observe_loss(loss)
             optimizer.step()
-            assert len(model._forward_hooks) == (step < 2)
-        assert monitor._loop.probe.nodes is None
+            assert len(model._forward_hooks) == (step < 2 and not observe)
+        assert monitor._loop.probe.nodes is None and monitor._loop.loss_sources.look is None

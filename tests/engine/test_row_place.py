@@ -209,6 +209,42 @@ def test_tapped_logits_are_read_whatever_comes_before_them() -> None:
     assert monitor.history["head_loss"][1] == pytest.approx(monitor.history["loss"][1], rel=1e-5)
 
 
+def test_logits_that_the_model_returns_may_be_tapped() -> None:
+    model = Net(lambda m, h: _enlarged(m.head(h)), conv=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(6):
+            logits = monitor.tap(model(torch.randn(2, 3, 4, 4)), class_axis=1)
+            found = F.cross_entropy(logits, torch.randint(0, K, (2, 8, 8)))
+            found.backward()
+            monitor.observe_loss(found)
+            optimizer.step()
+        assert monitor.head is not None and monitor.head.place is None
+    assert not _codes(monitor) & {ELSEWHERE, CHANGED}
+    assert monitor.history["head_loss"][1] == pytest.approx(monitor.history["loss"][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_resumed_run_reads_the_changed_logits_again(every: int) -> None:
+    model = Net(lambda m, h: _enlarged(m.head(h)), conv=True)
+    optimizer = torch.optim.Adam(model.parameters())
+    saved: Any = None
+    for _ in range(2):
+        with Monitor(model, optimizer, console=False, every=every) as monitor:
+            if saved is not None:
+                monitor.load_state_dict(saved)
+            for _ in range(7):
+                found = F.cross_entropy(model(torch.randn(2, 3, 4, 4)), torch.randint(0, K, (2, 8, 8)))
+                found.backward()
+                monitor.observe_loss(found)
+                optimizer.step()
+            saved = monitor.state_dict()
+    losses = dict(zip(*monitor.history["loss"], strict=True))
+    steps, values = monitor.history["head_loss"]
+    assert len(steps) >= 2 and values == pytest.approx([losses[step] for step in steps], rel=1e-5)
+    assert [note.code for note in monitor.notes].count(ELSEWHERE) == 1
+
+
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=str)
 def test_logits_changed_inside_of_the_models_loss_are_read_at_its_softmax(precision: torch.dtype) -> None:
     torch.manual_seed(0)
