@@ -77,10 +77,14 @@ class HeadCheck(ModelHook):
         self._named = named
         self._open = not named  # whether the head may be another one
         self.done = False
+        self.traced = 0  # whether the hook is part of a compiled graph: without it, that is compiled anew
         probe.nodes = []
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if torch.compiler.is_compiling() or devices.is_traced():
+        if torch.compiler.is_compiling():
+            self.traced = 1  # set, not counted: it is a constant to the tracer
+            return
+        if devices.is_traced():
             return
         if not (module.training and torch.is_grad_enabled()):
             return

@@ -69,8 +69,9 @@ def watch_head(run: Run, *, named: bool) -> HeadCheck:
         partial(_ended, run),
         run.faults.failed,
     )
-    run.hooks.add(run.model, check)
-    run.loss_sources.look = check.loss
+    if not (named and run.head is None):  # else rows come from a tap alone
+        run.hooks.add(run.model, check)
+        run.loss_sources.look = check.loss
     if run.head is not None:
         run.hooks.add(run.head.module, run.probe)
     return check
@@ -80,7 +81,7 @@ def _ended(run: Run, check: HeadCheck) -> None:
     """Look at no further losses, and at no output of the model but for rows in it."""
     run.loss_sources.look = None
     place = None if run.probe.head is None else run.probe.head.place
-    if place is None or place.where == "nowhere":
+    if not check.traced and (place is None or place.where == "nowhere"):
         run.hooks.drop(check)
 
 
@@ -96,8 +97,9 @@ def _forget_rows(run: Run) -> None:
     """Forget the rows of another head, or of other logits."""
     run.probe.restart()
     run.step_reader.forget_rows()
+    if run.rows.sums is not None:  # measured already; else the facts are those of a resumed run
+        run.rows.loss_kind = run.rows.absorbed_classes = run.rows.single_output = None
     run.rows.clear(run.step + 1)
-    run.rows.loss_kind = run.rows.single_output = None
 
 
 def _set_head(run: Run, head: Head) -> None:
