@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nfi_monitor.capture.origin import OF_A_WEIGHT, PRODUCTS, Logits, operation
+from nfi_monitor.capture.origin import OF_A_WEIGHT, PRODUCTS, Logits, of_last_axis, operation
 
 _SOFTMAX = {"LogSoftmax", "Softmax", "Logsumexp"}
+_PROBABILITIES = {"Softmax", "Sigmoid", "LogSigmoid", "Exp"}
+"""If a model returns the result of these, its output is no logits."""
+_MIXES = {"Add", "Mul", "Mean", "Sum"}
 _SAME_ROWS = OF_A_WEIGHT | {
     "Slice", "Select", "Squeeze", "Index", "IndexSelect", "Gather", "MaskedFill", "Where", "Cat", "Split",
     "SplitWithSizes", "Stack", "DDPSink", "LogSoftmax", "Tanh", "Clamp", "Narrow", "ConstantPadNd", "Unbind",
@@ -65,11 +68,11 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[A
     path ends at a product with a weight, and from logits on at an operation that is not known.
     """
     found: list[Arrival] = []
-    seen: set[tuple[Any, Any, str | None]] = set()
-    ahead: list[tuple[Any, Any, str | None]] = [(start, None, None)]
+    seen: set[tuple[Any, ...]] = set()
+    ahead: list[tuple[Any, Any, str | None, bool]] = [(start, None, None, False)]
     while ahead and len(seen) < LIMIT:
         place = ahead.pop()
-        node, softmax, change = place
+        node, softmax, change, in_log = place
         if node is None or place in seen:
             continue
         seen.add(place)
@@ -79,20 +82,46 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[A
                 found.append(Arrival(change, softmax))
             continue
         name = operation(node)
-        if not logits:
-            if name in PRODUCTS:
+        if logits:
+            known, changed = _effect(node, name)
+            if not known or (at_logits and name in _PROBABILITIES):
                 continue
-            softmax = node if name in _SOFTMAX else None
-        elif name in PRODUCTS and _mixes_rows(node, name):
-            change = change or name
-        elif name in _OF_TWO:
-            change = change or (name if _of_two_activations(node) else None)
-        elif name in _CHANGES:
-            change = change or (None if _does_nothing(node, name) else name)
-        elif name not in _SAME_ROWS:
+            change = change or changed
+        elif name in PRODUCTS:
             continue
-        ahead += [(before, softmax, change) for before, _ in node.next_functions]
+        elif name in _SOFTMAX:
+            softmax = node
+        elif in_log and name in _MIXES:  # the loss is the log of a mean of probabilities
+            change = change or (None if of_last_axis(node) else _effect(node, name)[1])
+        in_log = not logits and (in_log or name == "Log")
+        ahead += [(before, softmax, change, in_log) for before, _ in node.next_functions]
     return found
+
+
+def has_softmax(loss: Any) -> bool:
+    """Return whether the node of a loss depends on a softmax, with no product in between."""
+    seen, ahead = {loss}, [loss]
+    while ahead and len(seen) < LIMIT:
+        node = ahead.pop()
+        name = operation(node)
+        if name in _SOFTMAX:
+            return True
+        if name not in PRODUCTS:
+            following = [before for before, _ in node.next_functions if before is not None]
+            ahead += [before for before in following if before not in seen]
+            seen.update(following)
+    return False
+
+
+def _effect(node: Any, name: str) -> tuple[bool, str | None]:
+    """Return whether an operation on logits is known, and its name if it changes them."""
+    if name in PRODUCTS:
+        return _mixes_rows(node, name), name
+    if name in _OF_TWO:
+        return True, None if _keeps_rows(node, name) else name
+    if name in _CHANGES:
+        return True, None if _does_nothing(node, name) else name
+    return name in _SAME_ROWS, None
 
 
 def first_changed(paths: Iterable[Arrival]) -> Arrival | None:
@@ -143,13 +172,14 @@ def _mixes_rows(node: Any, name: str) -> bool:
     return name in ("Mm", "Bmm") and left is None and right is not None
 
 
-def _of_two_activations(node: Any) -> bool:
-    """Return whether both inputs depend on the data, and none is one number for each row, as its maximum."""
+def _keeps_rows(node: Any, name: str) -> bool:
+    """Return whether the other input is a constant, a scale, or a number for each row, as its maximum."""
     others = [before for before, _ in node.next_functions if before is not None]
-    if len(others) < 2 or any(_of_parameters(before) for before in others):
-        return False
-    multiplies = operation(node) in ("Mul", "Div")
-    return multiplies or not any(_of_each_row(before) for before in others)
+    sizes = [_of_parameters(before) for before in others]
+    known = [size for size in sizes if size is not None]
+    if len(others) < 2 or known:
+        return max(known, default=1) == 1
+    return name in ("Add", "Sub") and any(_of_each_row(before) for before in others)
 
 
 def _of_each_row(node: Any) -> bool:
@@ -158,25 +188,27 @@ def _of_each_row(node: Any) -> bool:
         node = node.next_functions[0][0]
     name = "" if node is None else operation(node)
     if name in ("Mean", "Sum"):
-        sizes, axes = node._saved_self_sym_sizes, getattr(node, "_saved_dim", None)
-        last = ((2**64 - 1,), (-1,), (len(sizes) - 1,))  # a negative one may be read as unsigned
-        return bool(node._saved_keepdim) and axes is not None and tuple(axes) in last
+        return bool(getattr(node, "_saved_keepdim", False)) and of_last_axis(node)
     return name in ("Gather", "Max", "Amax", "Logsumexp")
 
 
-def _of_parameters(node: Any) -> bool:
-    """Return whether a tensor is computed from parameters alone, as ``scale.exp()`` is."""
-    seen, ahead = {node}, [node]
+def _of_parameters(node: Any) -> int | None:
+    """Return the size of the largest parameter of a tensor that is computed from parameters alone.
+
+    ``scale.exp()`` is one of size 1.  None: it depends on the data.
+    """
+    seen, ahead, size = {node}, [node], 0
     while ahead:
         one = ahead.pop()
         if hasattr(one, "variable"):
+            size = max(size, one.variable.numel())
             continue
         if operation(one) not in _OF_PARAMETERS or len(seen) > SMALL:
-            return False
+            return None
         inputs = [before for before, _ in one.next_functions if before is not None and before not in seen]
         ahead += inputs
         seen.update(inputs)
-    return True
+    return size
 
 
 def _does_nothing(node: Any, name: str) -> bool:

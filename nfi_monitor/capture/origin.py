@@ -141,6 +141,8 @@ def origin(tensor: Tensor, targets: Collection[Any] = ()) -> Origin:
         name = operation(node)
         if node in targets:
             reached = True
+        elif name == "Sum" and _is_dot_product(node):
+            found[node] = Product(node, None, -1)
         elif name in PRODUCTS:
             product = _product(node, PRODUCTS[name])
             complete &= product is not None
@@ -151,6 +153,39 @@ def origin(tensor: Tensor, targets: Collection[Any] = ()) -> Origin:
         elif not name.endswith("AccumulateGrad"):
             complete = False
     return Origin(tuple(found.values()), complete, reached)
+
+
+def of_last_axis(node: Any) -> bool:
+    """Return whether the node of a sum or a mean is one over the last axis."""
+    sizes, axes = getattr(node, "_saved_self_sym_sizes", None), getattr(node, "_saved_dim", None)
+    if sizes is None or axes is None:
+        return False
+    return tuple(axes) in ((2**64 - 1,), (-1,), (len(sizes) - 1,))  # a negative one may be read as unsigned
+
+
+def _is_dot_product(node: Any) -> bool:
+    """Return whether a sum over the last axis adds up the product of two activations."""
+    factors = node.next_functions[0][0]
+    if not of_last_axis(node) or factors is None or operation(factors) != "Mul":
+        return False
+    activations = [before for before, _ in factors.next_functions if before is not None]
+    return len(activations) == 2 and all(_of_a_product(before) for before in activations)
+
+
+def _of_a_product(node: Any) -> bool:
+    """Return whether a tensor is a trained layer's output, or a normalised one: a feature."""
+    seen, ahead = {node}, [node]
+    while ahead and len(seen) < FACTOR:
+        one = ahead.pop()
+        name = operation(one)
+        if name in PRODUCTS or "Norm" in name:
+            return True
+        if name not in _NORMALIZES:
+            return False
+        following = [before for before, _ in one.next_functions if before is not None]
+        ahead += [before for before in following if before not in seen]
+        seen.update(following)
+    return False
 
 
 def _product(node: Any, names: tuple[str, ...]) -> Product | None:

@@ -21,7 +21,7 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import describe, find_head, most_classes
 from nfi_monitor.capture.head_layer import Head
 from nfi_monitor.capture.head_probe import HeadProbe
-from nfi_monitor.capture.logit_changes import reached
+from nfi_monitor.capture.logit_changes import arrivals, has_softmax, reached
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.names import inner_names
 from nfi_monitor.capture.origin import Origin, Product, origin, tensors_of
@@ -86,7 +86,7 @@ class HeadCheck(ModelHook):
             return
         if devices.is_traced():
             return
-        if not (module.training and torch.is_grad_enabled()):
+        if not (module.training and torch.is_grad_enabled() and self._captured()):
             return
         try:
             head = self._probe.head
@@ -162,6 +162,8 @@ class HeadCheck(ModelHook):
         believed = head is not None and (head.sure or self._shown)
         if not known:
             self._guessed = not believed
+            if head is not None and not head.sure and loss is not None and self._is_indirect(loss):
+                self._features(head)
             return
         # A loss may be a part of the trained one: what is believed is inner only if the loss depends on it.
         if believed and (loss is None or not reached(loss.grad_fn, self._probe.nodes or ())):
@@ -204,6 +206,21 @@ class HeadCheck(ModelHook):
         self._without(
             f"{why}{watched} The optimizer, the norms and the observed loss are. For rows, tap the logits: "
             f"logits = monitor.tap(logits). To watch a layer all the same: {self._naming}."
+        )
+
+    def _is_indirect(self, loss: Tensor) -> bool:
+        """Return whether a softmax takes what is made of the head's output, and not this output."""
+        node, nodes = loss.grad_fn, self._probe.nodes or ()
+        return (
+            has_softmax(node) and not arrivals(node, nodes, at_logits=False) and len(reached(node, nodes)) > 0
+        )
+
+    def _features(self, head: Head) -> None:
+        self._without(
+            f"The logits of the loss are not the output of {head.describe()}, the last layer by its name: "
+            f"other operations, such as distances, make them of it. It is not watched. {WITHOUT_HEAD} For "
+            f"rows, tap the logits: logits = monitor.tap(logits). To watch a layer all the same: "
+            f"{self._naming}."
         )
 
     def _outside(self, head: Head | None, weight: nn.Parameter) -> None:

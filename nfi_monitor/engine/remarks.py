@@ -271,8 +271,8 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.soft_targets and not seen.signals.broken_by_design,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-            "distillation, mixup), rows are pushed away (preferences, rewards), the logits are mixed after the "
-            "head (tap them: logits = monitor.tap(logits)), or the gradient is projected. "
+            "distillation, mixup), rows are pushed away (preferences, rewards), the logits are mixed after "
+            "the head (tap them: logits = monitor.tap(logits)), or the gradient is projected. "
             "Absorption is defined only for rows with a single correct class. The zero-sum violation is "
             "defined for all rows and still watched."
         ),

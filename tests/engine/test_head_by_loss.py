@@ -101,7 +101,9 @@ def test_a_layer_at_which_no_gradient_arrives_is_no_head(loss: Loss, observe: bo
     monitor = _train(_encoder(), loss, observe=observe)
     assert _head(monitor) is None
     texts = _texts(monitor)
-    assert "No gradient has arrived at pooler (Linear 8→8)" in texts["no_head"]
+    seen = observe and loss is _cosine
+    why = "product of two features" if seen else "No gradient has arrived at pooler (Linear 8→8)"
+    assert why in texts["no_head"]
     assert not texts.keys() & {"head_guessed", "head_never_fired", "failed_head_check"}
     assert len(monitor.history["rms_t_max"][1]) >= 5
 
@@ -210,6 +212,47 @@ def test_a_usual_head_stays_if_the_reported_loss_is_another_part() -> None:
             monitor.observe_loss(part)
             optimizer.step()
     assert _head(monitor) == "classifier" and "head_by_output" not in _texts(monitor)
+
+
+def _projection() -> Body:
+    return Body(lambda m, x: m.last(m.trunk(x).relu()), trunk=nn.Linear(6, D), last=nn.Linear(D, D))
+
+
+def _distances(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    """Prototypes: the logits are distances of embeddings."""
+    h = model(x)
+    return F.cross_entropy(-torch.cdist(h[K:], h[:K]).square(), y[K:])
+
+
+def _dots(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    """As a recommender of two towers."""
+    one, other = model(x), F.normalize(model(x.flip(0)), dim=-1)
+    return F.binary_cross_entropy_with_logits((one * other).sum(-1), (y > 2).float())
+
+
+def _contrasted(model: Any, x: Tensor, y: Tensor) -> Tensor:
+    h = F.normalize(model(torch.cat([x, x + 0.1])), dim=-1)
+    z = (h @ h.T / 0.1).masked_fill(torch.eye(24).bool(), -1e9)
+    return F.cross_entropy(z, torch.arange(24).roll(12))
+
+
+@pytest.mark.parametrize("loss", [_distances, _dots, _contrasted])
+@pytest.mark.parametrize("before", [True, False])
+def test_a_layer_that_makes_embeddings_is_no_head(loss: Loss, before: bool) -> None:
+    monitor = _train(_projection(), loss, before=before)
+    assert _head(monitor) is None and "no_head" in _texts(monitor)
+    assert not _texts(monitor).keys() & {"head_guessed", "rows_after_head", "logits_changed"}
+    assert "head_loss" not in monitor.history
+
+
+def test_gated_logits_are_no_dot_product() -> None:
+    model = Body(
+        lambda m, x: m.last(m.trunk(x)) * m.gate(m.trunk(x)).sigmoid(),
+        trunk=nn.Linear(6, D), gate=nn.Linear(D, D), last=nn.Linear(D, D),
+    )  # fmt: skip
+    monitor = _train(model, lambda m, x, y: F.cross_entropy(m(x), y))
+    assert _head(monitor) == "last" and "no_head" not in _texts(monitor)
+    assert monitor.history["head_loss"][1] == pytest.approx(monitor.history["loss"][1][-6:], rel=1e-5)
 
 
 class Cosine(nn.Module):

@@ -119,6 +119,9 @@ READABLE: dict[str, tuple[Callable[[], Net], bool]] = {
         lambda: Net(lambda m, h: torch.zeros(12, K).index_add(0, INDEX, m.head(h)[INDEX.flip(0)])), False,
     ),
     "a norm": (lambda: Net(lambda m, h: m.norm(m.head(h)), norm=nn.LayerNorm(K)), False),
+    "a bias of its own": (
+        lambda: Net(lambda m, h: m.head(h) + m.more.bias, more=nn.Linear(1, K)), False,
+    ),
     "gated": (lambda: Net(lambda m, h: m.head(h) * m.gate(h).sigmoid(), **_heads("gate")), False),
 }  # fmt: skip
 
@@ -169,6 +172,11 @@ def _averaged_outside(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, N
     return F.cross_entropy((one + other) / 2, y), None
 
 
+def _mean_of_chances(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+    one, other = (z.softmax(-1) for z in model(x))
+    return F.nll_loss(((one + other) / 2).log(), y), None
+
+
 UNREADABLE: dict[str, tuple[Callable[[], Net], Any, bool]] = {
     "enlarged in the loop": (lambda: Net(_plain, conv=True), _enlarged_outside, True),
     "two heads averaged in the loop": (
@@ -176,6 +184,9 @@ UNREADABLE: dict[str, tuple[Callable[[], Net], Any, bool]] = {
     ),
     "neighbours in the loop": (
         lambda: Net(_plain), lambda m, x, y: (F.cross_entropy(ADJACENCY @ m(x), y), None), False,
+    ),
+    "a mean of probabilities": (
+        lambda: Net(lambda m, h: (m.head(h), m.other(h)), **_heads("other")), _mean_of_chances, False,
     ),
     "probabilities as logits": (
         lambda: Net(_plain), lambda m, x, y: (F.cross_entropy(m(x).softmax(-1), y), None), False,
@@ -317,6 +328,7 @@ ORDINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "less the largest": lambda z, y: F.cross_entropy(z - z.amax(-1, keepdim=True), y),
     "margins to the target": lambda z, y: (z - z.gather(-1, y[:, None])).logsumexp(-1).mean(),
     "log of a softmax": lambda z, y: F.nll_loss(z.softmax(-1).log(), y),
+    "log of a chosen chance": lambda z, y: -(z.softmax(-1) * F.one_hot(y, K)).sum(-1).add(1e-9).log().mean(),
     "nll": lambda z, y: F.nll_loss(z.log_softmax(-1), y),
     "twice normalised": lambda z, y: F.cross_entropy(z.log_softmax(-1), y),
     "temperature": lambda z, y: F.cross_entropy(z / 2.0, y),
@@ -359,6 +371,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
         lambda m, h: F.interpolate(m.head(h)[..., None, None], size=1)[..., 0, 0]
     ),
     "log-probabilities": lambda: Net(lambda m, h: m.head(h).log_softmax(-1)),
+    "probabilities": lambda: Net(lambda m, h: m.head(h).softmax(-1)),
     "called twice": lambda: Net(lambda m, h: torch.cat([m.head(h[:6]), m.head(h[6:])])),
     "a frozen head": lambda: _frozen(),
 }  # fmt: skip
@@ -382,6 +395,8 @@ def test_a_model_that_returns_its_heads_logits_gets_no_note(kind: str) -> None:
         output = model(x)
         if isinstance(output, tuple):
             return F.cross_entropy(output[0], y) + 0.4 * F.cross_entropy(output[1], y), None
+        if kind == "probabilities":
+            return F.nll_loss(output.log(), y), None
         return F.cross_entropy(output, y), None
 
     monitor, _ = _train(MODELS[kind](), loss)
