@@ -173,12 +173,12 @@ def _mixes_rows(node: Any, name: str) -> bool:
 
 
 def _keeps_rows(node: Any, name: str) -> bool:
-    """Return whether the other input is a constant, a scale, or a number for each row, as its maximum."""
+    """Return whether the other input is a constant, a scale, a bias, or a number for each row."""
     others = [before for before, _ in node.next_functions if before is not None]
     sizes = [_of_parameters(before) for before in others]
     known = [size for size in sizes if size is not None]
-    if len(others) < 2 or known:
-        return max(known, default=1) == 1
+    if len(others) < 2 or known:  # a bias of its own leaves the gradient as it is
+        return name in ("Add", "Sub") or max(known, default=1) == 1
     return name in ("Add", "Sub") and any(_of_each_row(before) for before in others)
 
 

@@ -48,6 +48,8 @@ _NORMALIZES = (
 """Operations with which a weight is computed from a matrix of the same size."""
 FACTOR = 32
 """Maximum number of nodes between a product and the matrix from which its weight is computed."""
+_DISTANCES = {"Cdist", "EuclideanDist", "CosineSimilarity"}
+"""They compare features, as a product of two does."""
 LIMIT = 400
 """Maximum number of nodes that are looked at."""
 
@@ -141,7 +143,7 @@ def origin(tensor: Tensor, targets: Collection[Any] = ()) -> Origin:
         name = operation(node)
         if node in targets:
             reached = True
-        elif name == "Sum" and _is_dot_product(node):
+        elif name in _DISTANCES or (name == "Sum" and _is_dot_product(node)):
             found[node] = Product(node, None, -1)
         elif name in PRODUCTS:
             product = _product(node, PRODUCTS[name])

@@ -214,8 +214,8 @@ def test_a_usual_head_stays_if_the_reported_loss_is_another_part() -> None:
     assert _head(monitor) == "classifier" and "head_by_output" not in _texts(monitor)
 
 
-def _projection() -> Body:
-    return Body(lambda m, x: m.last(m.trunk(x).relu()), trunk=nn.Linear(6, D), last=nn.Linear(D, D))
+def _projection(width: int) -> Body:
+    return Body(lambda m, x: m.last(m.trunk(x).relu()), trunk=nn.Linear(6, D), last=nn.Linear(D, width))
 
 
 def _distances(model: Any, x: Tensor, y: Tensor) -> Tensor:
@@ -237,9 +237,11 @@ def _contrasted(model: Any, x: Tensor, y: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("loss", [_distances, _dots, _contrasted])
+@pytest.mark.parametrize("width", [D, 7])
 @pytest.mark.parametrize("before", [True, False])
-def test_a_layer_that_makes_embeddings_is_no_head(loss: Loss, before: bool) -> None:
-    monitor = _train(_projection(), loss, before=before)
+def test_a_layer_that_makes_embeddings_is_no_head(loss: Loss, width: int, before: bool) -> None:
+    """Also if no other layer has its width, as is usual for a head."""
+    monitor = _train(_projection(width), loss, before=before)
     assert _head(monitor) is None and "no_head" in _texts(monitor)
     assert not _texts(monitor).keys() & {"head_guessed", "rows_after_head", "logits_changed"}
     assert "head_loss" not in monitor.history

@@ -119,8 +119,8 @@ READABLE: dict[str, tuple[Callable[[], Net], bool]] = {
         lambda: Net(lambda m, h: torch.zeros(12, K).index_add(0, INDEX, m.head(h)[INDEX.flip(0)])), False,
     ),
     "a norm": (lambda: Net(lambda m, h: m.norm(m.head(h)), norm=nn.LayerNorm(K)), False),
-    "a bias of its own": (
-        lambda: Net(lambda m, h: m.head(h) + m.more.bias, more=nn.Linear(1, K)), False,
+    "a scale for each class": (
+        lambda: Net(lambda m, h: m.head(h) * m.more.bias, more=nn.Linear(1, K)), False,
     ),
     "gated": (lambda: Net(lambda m, h: m.head(h) * m.gate(h).sigmoid(), **_heads("gate")), False),
 }  # fmt: skip
@@ -367,6 +367,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "weight norm": lambda: Net(_plain, head=parametrizations.weight_norm(nn.Linear(D, K))),
     "spectral norm": lambda: Net(_plain, head=parametrizations.spectral_norm(nn.Linear(D, K))),
     "a scale that is trained": lambda: Scaled(),
+    "a bias of its own": lambda: Net(lambda m, h: m.head(h) + m.more.bias, more=nn.Linear(1, K)),
     "enlarged to its own size": lambda: Net(
         lambda m, h: F.interpolate(m.head(h)[..., None, None], size=1)[..., 0, 0]
     ),
