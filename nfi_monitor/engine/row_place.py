@@ -20,6 +20,7 @@ from nfi_monitor.capture.logit_changes import (
     arrivals,
     class_axis,
     first_changed,
+    has_softmax,
     softmax_logits,
 )
 from nfi_monitor.capture.origin import Logits, at_path, paths_of
@@ -43,6 +44,7 @@ class RowPlace:
     ) -> None:
         self._probe, self._move, self._note = probe, move, note
         self._moved: str | None = None  # the note for this step
+        self._at_returned: Arrival | None = None  # found at the softmax of the loss that the model returns
         self._candidates: list[tuple[Place, Any]] = []  # tensors in the model's output, with their nodes
 
     def look_at_output(self, head: Head, output: Any, *, sure: bool) -> None:
@@ -79,10 +81,12 @@ class RowPlace:
         Changed ones that the model has returned are read from the next pass on.
         """
         nodes = self._probe.nodes or ()
-        if head is None or not nodes or (head.place is not None and head.place.where != "output"):
+        if head is None or not nodes or (head.place is not None and head.place.where == "nowhere"):
             return False
         paths = arrivals(loss.grad_fn, nodes, at_logits=False)
         changed = first_changed(paths)
+        if not paths and self._at_returned is not None and has_softmax(loss.grad_fn):
+            changed = self._at_returned  # another loss than the returned one is trained
         if changed is not None:
             there = (
                 place
@@ -95,7 +99,7 @@ class RowPlace:
     def end_step(self) -> None:
         """Say where rows are read, unless the user has tapped logits since; drop the nodes of this step."""
         head, message = self._probe.head, self._moved
-        self._candidates, self._moved = [], None
+        self._candidates, self._moved, self._at_returned = [], None, None
         if self._probe.tapped and head is not None and head.place is not None:
             self._move(replace(head, place=None))
         elif message is not None:
@@ -128,13 +132,14 @@ class RowPlace:
         """Read rows at ``place`` from now on. ``output``: of the pass that is running, or None."""
         change = changed.change or ""
         if place.where == "nowhere":
-            self._moved = None
+            self._moved = self._at_returned = None
             self._move(replace(head, place=place))
             self._note("logits_changed", changed_text(head, change))
             return
         nodes = list(self._probe.nodes or ())
         self._moved = elsewhere_text(head, place, change)
         self._move(replace(head, place=place))
+        self._at_returned = changed if place.where == "loss" else None
         if output is not None:
             self._probe.nodes = nodes
             self.read(place, output)

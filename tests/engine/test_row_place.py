@@ -278,6 +278,15 @@ def test_logits_changed_inside_of_the_models_loss_are_read_at_its_softmax(precis
     assert monitor.history["zero_sum_violation_max"][1].max() < (1e-2 if precision.itemsize == 2 else 1e-5)
 
 
+def test_a_loss_that_the_model_returns_and_nobody_trains_is_not_read() -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        return F.cross_entropy(_enlarged(model(x, y)["logits"]), y, label_smoothing=0.1), None
+
+    monitor, _ = _train(Net(_plain, conv=True), loss, conv=True)
+    assert _codes(monitor) & {ELSEWHERE, CHANGED, "head_never_fired"} == {CHANGED}
+    assert monitor is not None and not any(name in monitor.history for name in OF_ROWS)
+
+
 def test_micro_batches_and_evaluation_between_them_are_read_alike() -> None:
     model = Net(lambda m, h: _enlarged(m.head(h)), conv=True)
     optimizer = torch.optim.Adam(model.parameters())
