@@ -28,6 +28,8 @@ class Rows:
     """Returns None once the graph is freed: then no further gradient can arrive."""
     passes: SeveralPasses | None = None
     """The gradients of all backward passes, if there was more than one."""
+    normalized: bool = False
+    """Whether the logits are log-probabilities, which do not show the mean logit."""
     recomputed: Tensor | None = None
     """For recomputed rows: whether they are the run's rows, bool, 0-d. If not, they do not count."""
     kind: Pass = Pass.TRAINS

@@ -38,6 +38,12 @@ class RunHooks:
         self._forward.append(added)
         added.register()
 
+    def drop(self, hook: Any) -> None:
+        """Remove a hook of :meth:`add`. Not while its module is being called: torch cannot do that."""
+        for added in [one for one in self._forward if one.hook is hook]:
+            added.remove()
+            self._forward.remove(added)
+
     def keep(self, handle: Any) -> None:
         """Remove ``handle``, which has a method ``remove``, with the hooks on modules."""
         self._others.append(handle)

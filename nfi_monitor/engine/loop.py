@@ -32,6 +32,7 @@ from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.engine.checks import Options
 from nfi_monitor.engine.faults import Faults
+from nfi_monitor.engine.head_check import HeadCheck
 from nfi_monitor.engine.hooks import Pauses, RunHooks
 from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
@@ -62,6 +63,8 @@ class StepLoop:
         optimizer, head: the watched optimizer, without wrappers, and the watched head, or None.
         options: the other arguments of the monitor, checked.
     """
+
+    head_check: HeadCheck | None = None  # once attached
 
     def __init__(
         self, owner: Any, model: nn.Module, optimizer: Optimizer, head: Head | None, options: Options
@@ -136,7 +139,7 @@ class StepLoop:
         if options.head is not False:
             self.notes.attached(self.model, self.head, self.reader)
         self.hooks.step.install()
-        watch_head(self, named=options.head is not None)
+        self.head_check = watch_head(self, named=options.head is not None)
 
     @property
     def watched_module(self) -> nn.Module:
@@ -181,6 +184,8 @@ class StepLoop:
         if self.recent_snapshots.pending:
             self._complete_snapshot()
         self.loss_sources.end_step()
+        if self.head_check is not None:
+            self.head_check.before_step()
         if self.wanted_step is None or self.faults.is_off("optimizer"):
             return
         started = time.perf_counter()

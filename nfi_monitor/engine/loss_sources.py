@@ -39,6 +39,8 @@ class LossSources:
         ignored: Callable[[], bool],
         taken: Callable[[], None],
     ) -> None:
+        self.look: Callable[[Tensor], object] | None = None
+        """Called with each loss that is trained, with its graph."""
         self._taken = taken
         self._losses, self._failed, self._ignored = losses, failed, ignored
         self._reported = False  # whether the loop reports losses: then no other source counts
@@ -54,6 +56,8 @@ class LossSources:
         """Take a loss that the training loop reports."""
         if isinstance(loss, Tensor) and not devices.is_readable(loss, meta=True):
             return
+        if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
+            self.look(loss)
         if not self._reported:
             self._reported = True
             self._losses.forget()  # losses of this step from other sources
@@ -87,6 +91,8 @@ class LossSources:
         before = len(losses.observed)
         yield
         try:
+            if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
+                self.look(loss)
             if isinstance(loss, Tensor) and not self._reported:
                 self.end_micro_batch()  # a compiled model stores its loss
                 del losses.observed[before:]  # the loss in the model's output is a part of this one

@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from nfi_monitor.types import Reading
 
 
+_WHY_NO_ROWS = {"head_replaced", "logits_changed"}
+"""Notes that say why no rows come from the head."""
+
+
 class NoteTaker:
     """Make each note once, also across a resume. ``by_code`` holds the notes by their code."""
 
@@ -124,8 +128,8 @@ class NoteTaker:
         )
         self._step_before = reading.step
         for remark in REMARKS:
-            if remark.code == "head_never_fired" and "head_replaced" in self.by_code:
-                continue  # this is the reason
+            if remark.code == "head_never_fired" and self.by_code.keys() & _WHY_NO_ROWS:
+                continue
             if remark.code not in self.by_code and remark.applies(seen):
                 text = remark.text if isinstance(remark.text, str) else remark.text(seen)
                 self.note(remark.code, self.texts.get(remark.code, text), seen.reading.step)

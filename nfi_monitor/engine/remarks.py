@@ -122,6 +122,8 @@ def _loss_between_readings_text(seen: Seen) -> str:
 
 def _no_features(seen: Seen) -> bool:
     probe = seen.probe
+    if probe.head is not None and probe.head.place is not None:
+        return False  # the note about the place says so
     return seen.measured == PATIENCE and probe.delivered > 0 and probe.without_features >= probe.fired
 
 
@@ -306,10 +308,10 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.soft_targets and not seen.signals.broken_by_design,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-            "distillation, mixup), rows are pushed away (preferences, rewards), the logits are interpolated "
-            "after the head (segmentation: tap them with class_axis=1), the gradient is projected, or the "
-            "loss is that of an inner step (MAML). Absorption is defined only for rows with a single correct "
-            "class. The zero-sum violation is defined for all rows and still watched."
+            "distillation, mixup), rows are pushed away (preferences, rewards), the logits are mixed after "
+            "the head (tap them: logits = monitor.tap(logits)), the gradient is projected, or the loss is "
+            "that of an inner step (MAML). Absorption is defined only for rows with a single correct class. "
+            "The zero-sum violation is defined for all rows and still watched."
         ),
     ),
     Remark("half_precision_loss", _half_precision, _half_precision_loss_text),

@@ -159,6 +159,10 @@ class StepReader:
     def forget(self) -> None:
         """Drop the tensors read before the step."""
         self._before = None
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Drop the rows that are not measured yet."""
         self._arrived.clear()
         self._asked.clear()
         self._rows_train = False

@@ -17,6 +17,7 @@ from nfi_monitor.measure.rows import (
     of_recomputed,
     row_statistics,
     single_output_statistics,
+    without_mean_logit,
 )
 from nfi_monitor.measure.sharded.rows import ShardRows, shard_rows
 
@@ -89,6 +90,8 @@ class RowAccumulator:
             kind = LossKind(*(devices.send(known, device) for known in kind))
         statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
         self.loss_kind = statistics.loss_kind
+        if rows.normalized:
+            statistics = without_mean_logit(statistics)
         if rows.recomputed is not None:
             statistics = of_recomputed(statistics, len(rows.grad), rows.recomputed)
         self._merge(rows, statistics)

@@ -275,6 +275,13 @@ def of_recomputed(statistics: RowStatistics, rows: int, valid: Tensor) -> RowSta
     )
 
 
+def without_mean_logit(statistics: RowStatistics) -> RowStatistics:
+    """Return the statistics of log-probabilities, which do not show the mean logit."""
+    sums = statistics.sums.clone()
+    sums[SUMS.index("mean_logit")] = torch.nan
+    return statistics._replace(sums=sums)
+
+
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
     """Measure rows of a head with one output. Without classes there is no zero-sum and no margin.
 

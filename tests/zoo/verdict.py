@@ -151,14 +151,14 @@ def _values_of_rows(verdict: Verdict, monitor: Monitor, watched: Record) -> None
         if len(calls) == 1 and not math.isclose(value, calls[0], rel_tol=TOLERANCE, abs_tol=TOLERANCE):
             _unless_noted(
                 verdict,
-                ("logits_scaled", "logits_resized", "not_shift_invariant", "several_heads"),
+                ("logits_scaled", "logits_changed", "not_shift_invariant", "several_heads"),
                 f"the rows are not those of the loss: at step {step} cross_entropy of them is {value:.5g}, "
                 f"of the loss's {calls[0]:.5g}",
             )
             return
 
 
-_NO_ROWS = ("head_never_fired", "rows_elsewhere", *_NO_HEAD)
+_NO_ROWS = ("head_never_fired", "rows_elsewhere", "logits_changed", *_NO_HEAD)
 
 
 def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watched: Record) -> None:
@@ -206,7 +206,7 @@ def _optimizer(verdict: Verdict, configuration: Configuration, monitor: Monitor)
 
 def _alarms(verdict: Verdict, monitor: Monitor) -> None:
     for alert in monitor.alerts:
-        verdict.wrong(f"false alarm: {alert.kind.value} at step {alert.step}")
+        verdict.wrong(f"false alarm: {alert.kind.value} at step {alert.first_step}")
 
 
 def _unless_noted(verdict: Verdict, codes: tuple[str, ...], cause: str, *, allowed: bool = False) -> None:
@@ -253,6 +253,8 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "head_parameter": lambda c, r, v: r.parameter,
     "several_heads": lambda c, r, v: len(c.heads) > 1,
     "no_features": lambda c, r, v: r.spatial or not r.weighty,
+    "rows_after_head": lambda c, r, v: c.changed and v.rows == "logits",
+    "logits_changed": lambda c, r, v: c.changed and v.rows == "none",
     "rows_recomputed": lambda c, r, v: v.rows == "recomputed",
     "loss_below_zero": lambda c, r, v: min(r.session.losses.values(), default=0.0) < 0,
 }
