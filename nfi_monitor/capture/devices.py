@@ -57,21 +57,27 @@ def is_readable(tensor: Tensor, *, meta: bool = False) -> bool:
     """Return whether a tensor has numbers of its own, which only the training's program sees.
 
     False for a tensor on the meta device (unless ``meta``: the watched model is there), for a fake tensor,
-    inside ``vmap`` or ``torch.func.grad``, and while a pass is traced (``make_fx``, ``torch.jit.trace``): the
-    trace would also hold what the monitor computes.
+    inside ``vmap`` or ``torch.func.grad``, and while a pass is traced (:func:`is_traced`): the trace would
+    also hold what the monitor computes.
     """
+    return has_numbers(tensor, meta=meta) and not is_traced()
+
+
+def has_numbers(tensor: Tensor, *, meta: bool = False) -> bool:
+    """Return what :func:`is_readable` does, where :func:`is_traced` was already asked."""
     return not (
         (tensor.is_meta and not meta)
         or isinstance(tensor, FakeTensor)
-        or is_traced()
-        or torch._C._is_tracing()
         or _in_functorch(tensor)
         or tensor.layout is torch.jagged
     )
 
 
 def is_traced() -> bool:
-    """Return whether torch runs this code with fake tensors, or records its operations."""
+    """Return whether torch runs this code with fake tensors, or records its operations.
+
+    As ``make_fx`` and ``torch.jit.trace`` do.
+    """
     if torch._C._is_tracing():  # torch.jit.trace
         return True
     if not torch._C._len_torch_dispatch_stack():

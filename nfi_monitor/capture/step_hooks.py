@@ -46,7 +46,8 @@ class StepHooks:
                         self._inside = which
                         work(args, kwargs)
                     finally:
-                        self._leave_hook()
+                        if self._removed:
+                            self._leave_hook()
                 except Exception as error:
                     self._failed("step", error)
                 finally:
@@ -93,7 +94,7 @@ class StepHooks:
         and does nothing.
         """
         inside, self._inside = self._inside, None
-        if not self._removed or inside is None or len(self._handles) < 2:
+        if inside is None or len(self._handles) < 2:
             return
         hooks, own = self._handles[inside].hooks_dict_ref(), self._handles[inside].id
         if inside == 0 or (hooks and next(reversed(hooks)) == own):

@@ -63,6 +63,9 @@ class StepLoop:
         options: the other arguments of the monitor, checked.
     """
 
+    _counts = False
+    """Whether the optimizer step that runs now is one of the run's."""
+
     def __init__(
         self, owner: Any, model: nn.Module, optimizer: Optimizer, head: Head | None, options: Options
     ) -> None:
@@ -163,7 +166,8 @@ class StepLoop:
         self.silence.passed()
         if self.step == 0:
             self.rank_search.again()
-        return None if self.faults.is_off("rows") else self.wanted_step
+        step = self.wanted_step
+        return None if step is None or self.faults.is_off("rows") else step
 
     def _rows_arrived(self, rows: Rows) -> None:
         if self.faults.is_off("rows") or self.closed or self.paused:
@@ -172,7 +176,8 @@ class StepLoop:
         self.step_reader.add(rows)
 
     def _before_step(self, given: Sequence[Any]) -> None:
-        if self._ignores():
+        self._counts = not self._ignores()
+        if not self._counts:
             return
         self.silence.inside_step = True
         if self.step == 0:
@@ -190,7 +195,7 @@ class StepLoop:
         self.schedule.own_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        if self._ignores():
+        if not self._counts or self.closed:
             return
         started = time.perf_counter()
         self.step += 1
