@@ -41,6 +41,7 @@ class StepHooks:
 
         def around(which: int, work: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Any:
             def hook(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                enabled = torch.is_grad_enabled()
                 try:
                     try:
                         self._inside = which
@@ -52,6 +53,8 @@ class StepHooks:
                     self._failed("step", error)
                 finally:
                     self._inside = None  # also if Ctrl-C interrupts _leave_hook
+                    if torch.is_grad_enabled() is not enabled:  # Ctrl-C has interrupted torch.no_grad itself
+                        torch.set_grad_enabled(enabled)
 
             return torch.compiler.disable(hook)  # a compiled step must not trace the monitor
 
