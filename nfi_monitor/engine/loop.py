@@ -26,6 +26,7 @@ from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.recomputed import RowRecomputer
+from nfi_monitor.capture.step_hooks import has_closure
 from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
@@ -180,7 +181,7 @@ class StepLoop:
         if not self._counts:
             return
         self.silence.inside_step = True
-        if self.step == 0:
+        if self.step == 0 and not has_closure(given):  # in a closure, the model is yet to run
             self.rank_search.end()
         if self.recent_snapshots.pending:
             self._complete_snapshot()
@@ -198,6 +199,8 @@ class StepLoop:
         if not self._counts or self.closed:
             return
         started = time.perf_counter()
+        if self.step == 0:
+            self.rank_search.end()
         self.step += 1
         self.silence.stepped(self.step, self.hooks.is_on)
         self.detector.update_rates(self.step, self.reader.rates())
