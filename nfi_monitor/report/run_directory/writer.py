@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 CHECK_SECONDS = 1.0
 """Seconds between two checks that the file still exists: a check makes a network file system flush it."""
+FOREIGN = 16
+"""A file of readings that is so many times its budget when the run begins is of others: never thin it."""
 
 
 class RunDirectory(SinkBase):
@@ -58,7 +60,7 @@ class RunDirectory(SinkBase):
         self.path = absolute(path)
         self._lock = lock or DirectoryLock(self.path)
         self._budget = readings_bytes
-        self._thin_at = readings_bytes
+        self._thin_at: float = readings_bytes
         self._size = 0  # of the readings
         self._linked = False  # True if this file system counts links: 0 then means a deleted file
         self._checked = -math.inf
@@ -86,6 +88,8 @@ class RunDirectory(SinkBase):
                 self._files[name] = _open_for_lines(self.path / name)
         opened = os.fstat(self._files[READINGS])
         self._size, self._linked = opened.st_size, opened.st_nlink > 0
+        if self._size > FOREIGN * self._budget:
+            self._thin_at = math.inf  # a copy would take minutes of the training, and as much of the disk
         self._write_info(info)
 
     def reading(self, reading: Reading, phase: Phase) -> None:
