@@ -28,7 +28,8 @@ def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -
     The copy to CUDA is from pinned memory. From other memory, the host would wait until the device has done
     all earlier work.
     """
-    tensor = torch.as_tensor(numbers, dtype=dtype)
+    # Numbers to the host first: torch.set_default_device may name another device.
+    tensor = torch.as_tensor(numbers, dtype=dtype, device=None if isinstance(numbers, Tensor) else "cpu")
     late = device.type == "cuda"  # other devices may not keep the source until it is copied
     if late and on_host(tensor):
         tensor = tensor.pin_memory()

@@ -278,7 +278,7 @@ class StepLoop:
             elif losses.deferred:
                 self.judge.judge_deferred()
             if self.transfer.waiting:  # the reading has not arrived, and must be judged before this loss
-                self.transfer.put([self.step], torch.tensor([float(loss)], dtype=torch.float64))
+                self.transfer.put([self.step], torch.tensor([float(loss)], dtype=torch.float64, device="cpu"))
             else:
                 self.judge.judge(Reading(self.step, {"loss": float(loss)}), full=False)
 

@@ -65,7 +65,7 @@ class LossKind(NamedTuple):
     floor: Tensor
     level: Tensor
     scale: Tensor
-    slope: Tensor = torch.ones(())
+    slope: Tensor = torch.ones((), device="cpu")
 
 
 class RowStatistics(NamedTuple):
