@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+_is_jit_traced, _number_of_modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
 GRAPHS = torch.backends.cuda.is_built()
 """Whether this torch supports CUDA graphs. If not, no hook checks whether a graph is being captured."""
 
@@ -79,9 +80,9 @@ def is_traced() -> bool:
 
     As ``make_fx`` and ``torch.jit.trace`` do.
     """
-    if torch._C._is_tracing():  # torch.jit.trace
+    if _is_jit_traced():
         return True
-    if not torch._C._len_torch_dispatch_stack():
+    if not _number_of_modes():
         return False
     keys, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
     return any(mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))

@@ -51,7 +51,6 @@ CALLED_FROM_OUTSIDE = {
         "capture/model_hooks:ModelHook.__deepcopy__",
         "capture/model_hooks:ModelHook.__reduce__",
         "capture/model_hooks:_reducer.<locals>.reduce",
-        "engine/hooks:Pauses.__bool__",
     ),
     "torch calls it around a step, and it lets pass what a remedy raises on purpose (AutopilotStop); what an "
     "Autopilot switches on has a try block of its own": (
