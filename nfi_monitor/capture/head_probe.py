@@ -307,12 +307,12 @@ class HeadProbe(ModelHook):
             if torch.compiler.is_compiling():
                 self.traced_backward = 1
                 return
-            readable = devices.is_readable(grad, meta=self.on_meta or tapped)  # or only this pass is traced
-            kind = pass_of(parameter) if readable else Pass.OTHER
-            if kind is Pass.OTHER:
-                return
-            started = time.perf_counter()
             try:
+                readable = devices.is_readable(grad, meta=self.on_meta or tapped)  # or this pass is traced
+                kind = pass_of(parameter) if readable else Pass.OTHER
+                if kind is Pass.OTHER:
+                    return
+                started = time.perf_counter()
                 try:
                     deliver(whole_rows(grad) if shard is None else classes_of(grad, shard), kind)
                 finally:

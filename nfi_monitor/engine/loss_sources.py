@@ -54,14 +54,14 @@ class LossSources:
 
     def report(self, loss: Tensor | float) -> None:
         """Take a loss that the training loop reports."""
-        if isinstance(loss, Tensor) and not devices.is_readable(loss, meta=True):
+        if self._ignored() or (isinstance(loss, Tensor) and not devices.has_numbers(loss, meta=True)):
             return
         if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
             self.look(loss)
         if not self._reported:
             self._reported = True
             self._losses.forget()  # losses of this step from other sources
-        self._take(loss)
+        self._add(loss)
 
     def watch_outputs(
         self, model: nn.Module, scale: float, register: Callable[[nn.Module, LossProbe], None]
@@ -103,9 +103,10 @@ class LossSources:
 
     def end_micro_batch(self) -> None:
         """Collect the loss that a compiled forward pass has stored."""
-        if self._probe is not None and not self._ignored():
+        if self._probe is not None:
             try:
-                self._probe.collect()
+                if not self._ignored():
+                    self._probe.collect()
             except Exception as error:
                 self._failed("loss", error)
 
@@ -125,5 +126,8 @@ class LossSources:
             return
         if share is not None:
             self._losses.share = share
+        self._add(loss)
+
+    def _add(self, loss: Tensor | float) -> None:
         self._losses.observe(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         self._taken()

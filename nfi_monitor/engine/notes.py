@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
-from nfi_monitor.engine.faults import TRIES
+from nfi_monitor.engine.faults import SWITCHED, TRIES
 from nfi_monitor.engine.head_notes import at_attach
 from nfi_monitor.engine.remarks import HALF, REMARKS, Seen
 from nfi_monitor.types import Note
@@ -48,6 +48,7 @@ class NoteTaker:
         self._model: weakref.ref[nn.Module] | None = None
         # (type, text, place) of an error → the parts that it was raised in; and those lists by part
         self._stopped: dict[Any, list[str]] = {}
+        self._off: set[str] = set()  # parts that are switched off
         self._failures: dict[str, list[str]] = {}
 
     def note(self, code: str, message: str, step: int) -> None:
@@ -205,9 +206,13 @@ class NoteTaker:
         parts = self._failures[part]
         code, are = f"failed_{parts[0]}", "are" if len(parts) > 1 else "is"
         if off:
+            self._off.add(part)
+        if self._off.issuperset(parts):
             rest = f"failed and {are} off from now on; training is not affected. "
-        elif part in ("close", "resume"):  # these are not tried again
-            rest = "failed; training is not affected. "
+        elif off:
+            rest = f"failed; training is not affected. Off from now on: {part}. "
+        elif part not in SWITCHED:
+            rest = f"failed after step {step}; training is not affected. "
         else:
             rest = (
                 f"failed after step {step} and {are} left out of this reading; training is not affected. "

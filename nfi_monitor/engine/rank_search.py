@@ -41,7 +41,7 @@ class RankSearch:
         """Look for the ranks when the monitor attaches; return the reason if that failed."""
         apart = self._look(self._model)
         if self.open and self._membership.processes > 1:
-            look = InertInCopies(lambda module, kwargs, output: self.again())
+            look = InertInCopies(lambda module, kwargs, output: self.again(), self._faults.failed)
             self._handle = self._model.register_forward_hook(look, with_kwargs=True)
         return apart
 

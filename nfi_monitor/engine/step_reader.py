@@ -198,7 +198,7 @@ class StepReader:
         if quantities:
             packed.append(torch.stack(quantities))
         contents = Contents(step, has_rows, tuple(values), known, bool(rows.single_output))
-        return contents, torch.cat(packed) if packed else torch.empty(0)
+        return contents, torch.cat(packed) if packed else torch.empty(0, device="cpu")
 
     def _step_quantities(self, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the quantities of the optimizer step: those on the device, and those known on the host."""

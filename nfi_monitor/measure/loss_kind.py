@@ -30,9 +30,9 @@ class LossKind(NamedTuple):
     floor: Tensor
     level: Tensor
     scale: Tensor
-    slope: Tensor = torch.ones(())
-    mismatch: Tensor = torch.zeros(())
-    uneven: Tensor = torch.zeros(())
+    slope: Tensor = torch.ones((), device="cpu")
+    mismatch: Tensor = torch.zeros((), device="cpu")
+    uneven: Tensor = torch.zeros((), device="cpu")
 
 
 def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:

@@ -58,7 +58,9 @@ def contradicted(residual: Tensor, absolute: Tensor, scale: Tensor, eps: Tensor 
     a temperature), or it is no softmax cross-entropy.  Then margins and the loss at the head mean nothing.
     """
     of_gradient = absolute / (2.0 * scale)
-    rounded = (CLEARLY * torch.as_tensor(eps)).clamp_max(RESOLVED)
+    if not isinstance(eps, Tensor):
+        eps = torch.tensor(eps, device="cpu")
+    rounded = (CLEARLY * eps).clamp_max(RESOLVED)
     return (scale > 0) & (of_gradient > rounded) & (of_gradient > MISMATCH * residual)
 
 

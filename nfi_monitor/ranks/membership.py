@@ -270,9 +270,10 @@ class Membership:
             weight = self._fill(exchange, message, step)
             packed = exchange.finish(message, step, failed=bool(self._failed_parts))
         except Exception as error:
+            exchange.send(exchange.empty(step, failed=True), step, head_weight=weight)
             self._failed("ranks", error)
-            packed = exchange.empty(step, failed=True)
-        exchange.send(packed, step, head_weight=weight)
+        else:
+            exchange.send(packed, step, head_weight=weight)
         return True
 
     # --- receive ---------------------------------------------------------------------------------
