@@ -46,7 +46,9 @@ def before() -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    "handler", [handler, Object(), Object().method, functools.partial(handler, 1)], ids=str
+    "handler",
+    [handler, Object(), Object().method, functools.partial(handler, 1)],
+    ids=["function", "object", "method", "partial"],
 )
 def test_every_kind_of_handler_is_recognised(handler: Callable[..., None]) -> None:
     signal.signal(signal.SIGUSR1, handler)

@@ -170,10 +170,14 @@ def _measured() -> Iterator[str]:
     reached = sum(cells[2] == "yes" for cells in goals.values())
     missed = [name.replace("\\|", "|") for name, cells in goals.items() if cells[2] == "**no**"]
     other = frozen.rows(OTHERS)["imminent"]
+    false = re.search(
+        r"(\d+) in ([\d,]+) steps", _of(measured, "second moment, edge of stability, imminent: false")
+    )
+    assert false is not None
     yield (
         f"- **Other mechanisms.** *Imminent* comes before {_count(other[0])} slingshots of the second moment "
-        f"and of the edge of stability; the median lead is {_lead(other[3])}. In the same runs "
-        f"{_rate(other[5])} alarms in 10,000 steps are false."
+        f"and of the edge of stability; the median lead is {_lead(other[3])}. False alarms in the same runs: "
+        f"{false.group(1)} in the {false.group(2)} steps that are farther than 10 τ from a slingshot."
     )
     imminent = _count(_of(measured, "P(slingshot within 10 τ"))
     warnings = _count(_of(measured, "P(slingshot within 40 τ"))
