@@ -131,7 +131,8 @@ class Detector:
             return Judgement(self.phase)
         derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
         if not only_loss and state == QUIET and self.spike.streak == 0:
-            self.outside.update(reading, moved_by(reading), per_loss=self._is_cross_entropy)
+            per_loss, bits = self._is_cross_entropy, self._now.context.loss_bits
+            self.outside.update(reading, moved_by(reading), per_loss=per_loss, loss_bits=bits)
         if not only_loss:
             self.outside.remember(reading)
         judgement = Judgement(self.phase, derived=derived)

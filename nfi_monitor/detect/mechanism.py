@@ -62,7 +62,10 @@ def outside_cause(causes: Causes) -> float:
         return 0.0
     if not outside.read_before:  # updates may have grown since the last reading
         return 0.6
-    return 0.85 if not causes.update_jump > UNMOVED else 0.0
+    if not causes.update_jump > UNMOVED:
+        return 0.85
+    # An update that has grown may move the logits by more than was measured, but not without limit.
+    return 0.7 if outside.leaps_beyond(causes.update_jump) else 0.0
 
 
 def with_outside(

@@ -37,6 +37,8 @@ MEMORY = 16
 """Number of losses before the last one that show what an ordinary loss is."""
 ROUNDED = 1e-6
 """Reported losses up to this may be off by rounding."""
+HALF_BITS = 11
+"""Bits of float16; bfloat16 has 8. There a loss is 0 up to half a unit of its last place beside 1."""
 LEAP = 1.5
 """Smallest rise of log loss in one step, in nats, that is compared with what the update moved."""
 AT_ONCE = 0.7
@@ -100,8 +102,13 @@ class Outside:
     @property
     def unexplained_leap(self) -> bool:
         """Whether one step raised the loss by far more than its update can have done."""
+        return self.leaps_beyond(1.0)
+
+    def leaps_beyond(self, factor: float) -> bool:
+        """Return whether the update cannot have raised the loss, even if it moved ``factor`` times as far."""
+        moved = factor * self.moved
         # A cross-entropy or a hinge loss rises by at most twice what a logit moves.
-        return self.leap > LEAP + REACH * self.moved and self.rise > self.moved
+        return self.leap > LEAP + REACH * moved and self.rise > moved
 
     @property
     def corrupt_gradient(self) -> bool:
@@ -181,16 +188,19 @@ class OutsideWatch(Stateful):
             self.quiet, self.quiet_at = self.moved, self.moved_at
         self.losses = [*self.losses[-MEMORY:], log_loss]
 
-    def update(self, reading: Reading, moved: float, *, per_loss: bool) -> None:
+    def update(self, reading: Reading, moved: float, *, per_loss: bool, loss_bits: int = 0) -> None:
         """Add a full reading. ``moved``: nats by which its update moved the logits.
 
-        ``per_loss``: the gradient vanishes with the loss, as under cross-entropy.
+        ``per_loss``: the gradient vanishes with the loss, as under cross-entropy.  ``loss_bits``: bits of the
+        precision of the loss; 0: unknown.  A loss within rounding says nothing about its gradient.
         """
         if math.isfinite(moved):
             self.moved, self.moved_at = moved, reading.step
         norm, by_head = reading.get("gradient_norm"), reading.get("head_loss")
         loss = reading.get("loss", by_head)
-        if per_loss and loss <= ROUNDED:  # the loss at the head is not rounded, but may be another one
+        if per_loss and 0 < loss_bits <= HALF_BITS and loss <= 2.0**-loss_bits:
+            loss = NAN
+        elif per_loss and loss <= ROUNDED:  # the loss at the head is not rounded, but may be another one
             loss = by_head if by_head <= 10.0 * ROUNDED else NAN
         if not (math.isfinite(norm) and norm > 0 and math.isfinite(loss) and loss > 0):
             return

@@ -208,13 +208,14 @@ class SpikeDetector(Stateful):
             return False
         # In σ of log loss, not of the loss: where the noise is small beside the loss, both are the same.
         sigmas = rise / self.baseline.sigma
-        if bursts and sigmas > limits.spike_sigmas:
+        beyond = self.same_rows and loss > ABOVE_ALL * self.baseline.highest
+        if bursts and (beyond or sigmas > limits.spike_sigmas):
             self._note_burst(step, loss)
         visible = math.log(VISIBLE * low)
         rise_visible = max(log_loss, visible) - max(base, visible)
         sigmas_visible = rise_visible / self.baseline.sigma_visible
         clear = sigmas_visible >= (ENOUGH if is_low else ENOUGH_HIGH) * limits.spike_sigmas
-        if self.same_rows and is_low and loss > ABOVE_ALL * self.baseline.highest:
+        if beyond and is_low:
             # The same rows have no hard minibatches, so the loss was never this high by chance.  A hinge loss
             # jumps between 0 and 1e-3: in decades, that noise hides everything.
             clear, sigmas_visible = True, max(sigmas_visible, SIGMA_CAP)

@@ -161,9 +161,9 @@ class Diverging(Rule):
 
     name = "diverging"
     mechanism = Mechanism.EDGE_OF_STABILITY
-    holds = {AlertKind.AT_RISK: Severity.INFO, AlertKind.IMMINENT: Severity.WARNING}
+    holds = {AlertKind.IMMINENT: Severity.WARNING}
     phase = Phase.IMMINENT
-    labels = dict.fromkeys((AlertKind.AT_RISK, AlertKind.IMMINENT), "an oscillation grows from step to step")
+    labels = {AlertKind.IMMINENT: "an oscillation grows from step to step"}
     advice = "edge_of_stability"
     charts = ("alignment", "curvature along the update")
     levels = (CURVATURE,)
