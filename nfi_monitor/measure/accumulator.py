@@ -11,13 +11,8 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
-from nfi_monitor.measure.rows import (
-    LossKind,
-    RowStatistics,
-    of_recomputed,
-    row_statistics,
-    single_output_statistics,
-)
+from nfi_monitor.measure.native_rows import row_statistics
+from nfi_monitor.measure.rows import LossKind, RowStatistics, of_recomputed, single_output_statistics
 from nfi_monitor.measure.sharded.rows import ShardRows, shard_rows
 
 LOOK_FIRST = 8

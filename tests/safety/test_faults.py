@@ -124,7 +124,7 @@ def missing(name: str) -> None:
 @pytest.mark.parametrize(
     ("broken_one", "quantity"),
     [
-        ("measure/rows:row_statistics", "weight_norm"),  # what the optimizer did is still read
+        ("measure/native_rows:row_statistics", "weight_norm"),  # what the optimizer did is still read
         ("measure/step:step_statistics", "zero_sum_violation"),  # the rows are
         ("report/run_directory/writer:RunDirectory.reading", "zero_sum_violation"),
         ("detect/detector:Detector.update", "zero_sum_violation"),
