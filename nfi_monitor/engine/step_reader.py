@@ -24,9 +24,10 @@ from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.memory import Memory
+from nfi_monitor.measure.native_step import step_statistics
 from nfi_monitor.measure.row_match import row_match, row_sketch
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
-from nfi_monitor.measure.step import SKIPPED, step_statistics
+from nfi_monitor.measure.step import SKIPPED
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.ranks.layout import Message
 from nfi_monitor.schema import Between, decode

@@ -189,12 +189,107 @@ static double NAME(exp_sum64)(const double *x, int64_t n, double shift)
     return sum;
 }
 
+/* --- one optimizer step ------------------------------------------------------------------------------------ */
+
+/* Add the coordinates of one tensor. Elements are computed in the dtype of the tensors, sums in double. */
+#define STEP(REAL, BITS, SQRT)                                                                              \
+    static void NAME(step##BITS)(const nfi_step_call *call, int64_t from, int64_t end, nfi_step_sums *sums) \
+    {                                                                                                       \
+        const REAL *grad = call->grad, *before = call->before, *after = call->after;                        \
+        double g2 = 0.0, m2 = 0.0, a2 = 0.0;                                                                \
+        _Pragma("omp simd reduction(+:g2, m2, a2)")                                                         \
+        for (int64_t i = from; i < end; i++) {                                                              \
+            const REAL m = after[i] - before[i];                                                            \
+            g2 += (double)grad[i] * (double)grad[i];                                                        \
+            m2 += (double)m * (double)m;                                                                    \
+            a2 += (double)after[i] * (double)after[i];                                                      \
+        }                                                                                                   \
+        sums->grad += g2;                                                                                   \
+        sums->moved += m2;                                                                                  \
+        sums->after += a2;                                                                                  \
+    }                                                                                                       \
+                                                                                                            \
+    static void NAME(moment##BITS)(                                                                         \
+        const nfi_step_call *call, int64_t from, int64_t end, REAL correction, REAL eps,                    \
+        nfi_step_sums *sums)                                                                                \
+    {                                                                                                       \
+        const REAL *grad = call->grad, *moment = call->exp_avg_sq;                                          \
+        REAL *preconditioner = call->preconditioner;                                                        \
+        double ratios = 0.0, roots = 0.0;                                                                   \
+        _Pragma("omp simd reduction(+:ratios, roots)")                                                      \
+        for (int64_t i = from; i < end; i++) {                                                              \
+            const REAL root = SQRT(moment[i] / correction);                                                 \
+            const REAL ratio = grad[i] / (root < eps ? eps : root);                                         \
+            preconditioner[i] = root + eps;                                                                 \
+            ratios += (double)ratio * (double)ratio;                                                        \
+            roots += (double)root;                                                                          \
+        }                                                                                                   \
+        sums->ratios += ratios;                                                                             \
+        sums->roots += roots;                                                                               \
+    }                                                                                                       \
+                                                                                                            \
+    static void NAME(pair##BITS)(const nfi_step_call *call, int64_t from, int64_t end, nfi_step_sums *sums) \
+    {                                                                                                       \
+        const REAL *grad = call->grad, *before = call->before, *old_grad = call->old_grad;                  \
+        const REAL *old_before = call->old_before, *preconditioner = call->old_preconditioner;              \
+        double sy = 0.0, sps = 0.0, product = 0.0, old = 0.0;                                               \
+        _Pragma("omp simd reduction(+:sy, sps, product, old)")                                              \
+        for (int64_t i = from; i < end; i++) {                                                              \
+            const REAL s = before[i] - old_before[i], y = grad[i] - old_grad[i];                            \
+            sy += (double)s * (double)y;                                                                    \
+            sps += (double)s * (double)(preconditioner[i] * s);                                             \
+            product += (double)grad[i] * (double)old_grad[i];                                               \
+            old += (double)old_grad[i] * (double)old_grad[i];                                               \
+        }                                                                                                   \
+        sums->sy += sy;                                                                                     \
+        sums->sps += sps;                                                                                   \
+        sums->product += product;                                                                           \
+        sums->old += old;                                                                                   \
+    }
+
+/* Add a row to the sums of its columns; returns its product with along, and adds its squares and sizes. */
+#define COLUMNS(REAL, BITS)                                                                                 \
+    static double NAME(columns##BITS)(                                                                      \
+        const REAL *restrict row, int64_t n, double *restrict sums, const double *restrict along,           \
+        double *squares, double *sizes)                                                                     \
+    {                                                                                                       \
+        double dot = 0.0, two = 0.0, one = 0.0;                                                             \
+        _Pragma("omp simd reduction(+:dot, two, one)")                                                      \
+        for (int64_t j = 0; j < n; j++) {                                                                   \
+            const double v = (double)row[j];                                                                \
+            sums[j] += v;                                                                                   \
+            dot += v * along[j];                                                                            \
+            two += v * v;                                                                                   \
+            one += fabs(v);                                                                                 \
+        }                                                                                                   \
+        *squares += two;                                                                                    \
+        *sizes += one;                                                                                      \
+        return dot;                                                                                         \
+    }                                                                                                       \
+                                                                                                            \
+    static double NAME(dot##BITS)(const double *a, const REAL *b, int64_t n)                                \
+    {                                                                                                       \
+        double dot = 0.0;                                                                                   \
+        _Pragma("omp simd reduction(+:dot)")                                                                \
+        for (int64_t j = 0; j < n; j++) dot += a[j] * (double)b[j];                                         \
+        return dot;                                                                                         \
+    }
+
+STEP(float, 32, sqrtf)
+STEP(double, 64, sqrt)
+COLUMNS(float, 32)
+COLUMNS(double, 64)
+
 static const nfi_kernels NAME(kernels) = {
     NAME(load32), NAME(load64), NAME(scan32), NAME(scan64), NAME(high32), NAME(high64),
     NAME(first32), NAME(first64), NAME(exp_sum32), NAME(exp_sum64),
+    NAME(step32), NAME(step64), NAME(moment32), NAME(moment64), NAME(pair32), NAME(pair64),
+    NAME(columns32), NAME(columns64), NAME(dot32), NAME(dot64),
 };
 
 #undef LOAD
 #undef SCAN
 #undef HIGH
 #undef FIRST
+#undef STEP
+#undef COLUMNS

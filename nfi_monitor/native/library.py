@@ -56,8 +56,8 @@ def _load() -> None:
     except (OSError, AttributeError) as error:
         _state.missing = f"{_FILE.name} cannot be loaded: {error}"
         return
-    library.nfi_rows.argtypes = library.nfi_shown.argtypes = (ctypes.c_void_p,)
-    library.nfi_logit_scale.argtypes = (ctypes.c_void_p,)
+    for name in ("nfi_rows", "nfi_shown", "nfi_logit_scale", "nfi_step", "nfi_head"):
+        getattr(library, name).argtypes = (ctypes.c_void_p,)
     library.nfi_logit_scale.restype = ctypes.c_double
     _state.level = library.nfi_select(-1)
     _state.library = library

@@ -171,8 +171,7 @@ static double select_kth(double *x, int64_t n, int64_t k)
     return x[k];
 }
 
-/* The lower median of those of x [n] that are not NaN, NaN if all are. Reorders x. */
-static double median(double *x, int64_t n)
+double nfi_median(double *x, int64_t n)
 {
     int64_t kept = 0;
     for (int64_t i = 0; i < n; i++)
@@ -324,7 +323,7 @@ NFI_PUBLIC int nfi_rows(nfi_rows_call *call)
             call->facts[SCALE] = judge_loss(call, seen, live, sums);
         else
             for (int i = UNEXPLAINED; i <= MEAN_LOGIT; i++) sums[i] = NAN;
-        double middle = median(margins, call->rows);
+        double middle = nfi_median(margins, call->rows);
         const double most = call->wide ? 1.7976931348623157e308 : 3.4028234663852886e38;
         middle = middle != middle ? 0.0 : middle > most ? most : middle < -most ? -most : middle;
         sums[ROWS] = (double)call->total;
@@ -422,7 +421,7 @@ static double agreed_slope(const nfi_rows_call *call, const row_line *lines, dou
     const double *at = call->thresholds, known = call->facts[SLOPE];
     double same = 0.0, width = 0.0, noise = 0.0, points = 0.0;
     for (int64_t i = 0; i < usable; i++) logs[i] = lines[i].count > 0 ? log(lines[i].slope) : NAN;
-    const double middle = median(logs, usable), found = exp(middle);
+    const double middle = nfi_median(logs, usable), found = exp(middle);
     for (int64_t i = 0; i < usable; i++) {
         if (lines[i].count <= 0 || !(fabs(log(lines[i].slope) - middle) < at[SAME])) continue;
         same += 1.0;

@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from nfi_monitor.capture.head import find_head
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.measure.memory import Memory
-from nfi_monitor.measure.step import step_statistics, with_non_finite
+from nfi_monitor.measure.native_step import step_statistics
+from nfi_monitor.measure.step import with_non_finite
 from nfi_monitor.quantities import QUANTITIES
 from tests.measure import reference as ref
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 SLOW = settings(deadline=None, derandomize=True, max_examples=12)
 

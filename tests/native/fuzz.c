@@ -91,13 +91,106 @@ static void fuzz_rows(void)
     free(call.winner);
 }
 
+/* Numbers of the step's dtype, and nothing behind the last one. */
+static void *vector(int wide, int64_t n)
+{
+    const int64_t strides[] = { n, 1 };
+    return matrix(wide ? NFI_FLOAT64 : NFI_FLOAT32, 1, n, strides);
+}
+
+static void fuzz_step(void)
+{
+    nfi_step_call call;
+    int64_t ends[6];
+    double rates[6], numbers[6];
+    unsigned char matrices[6];
+    memset(&call, 0, sizeof call);
+    call.wide = (int32_t)draw(2);
+    call.tensors = 1 + (int64_t)draw(6);
+    const int moment = (int)draw(4) > 0, pair = moment && draw(2);
+    call.moment_tensors = moment ? 1 + (int64_t)draw((uint32_t)call.tensors) : 0;
+    for (int64_t i = 0, end = 0; i < call.tensors; i++) {
+        ends[i] = end += 1 + (int64_t)(draw(5) ? draw(40) : draw(6000));
+        rates[i] = 1.0 + draw(3);
+        numbers[i] = draw(4) ? 0.01 : 0.0;
+        matrices[i] = (unsigned char)draw(2);
+        if (i + 1 == call.moment_tensors) call.moments = end;
+    }
+    const int64_t n = ends[call.tensors - 1];
+    void *all[8] = { NULL };
+    for (int i = 0; i < 3; i++) all[i] = vector(call.wide, n);
+    for (int i = 3; i < 8; i++)
+        if (i < 5 ? moment : pair) all[i] = vector(call.wide, call.moments);
+    call.grad = all[0];
+    call.before = all[1];
+    call.after = all[2];
+    call.exp_avg_sq = all[3];
+    call.preconditioner = all[4];
+    call.old_grad = all[5];
+    call.old_before = all[6];
+    call.old_preconditioner = all[7];
+    call.ends = ends;
+    call.rates = rates;
+    call.matrices = matrices;
+    if (draw(2)) call.corrections = call.epsilons = numbers;
+    if (draw(2)) call.lrs = numbers;
+    call.head = (int64_t)draw((uint32_t)call.tensors + 1) - 1;
+    call.total = call.moment_total = (double)n;
+    call.correction = 0.1;
+    call.eps = call.mean_eps = 1e-8;
+    call.lr = 1e-3;
+    if (nfi_step(&call)) abort();
+    for (int i = 0; i < 8; i++) free(all[i]);
+}
+
+static void *some(int wide, int64_t rows, int64_t stride, int64_t width)
+{
+    const int64_t strides[] = { stride, 1 };
+    return draw(5) ? matrix(wide ? NFI_FLOAT64 : NFI_FLOAT32, rows, width, strides) : NULL;
+}
+
+static void fuzz_head(void)
+{
+    nfi_head_call call;
+    memset(&call, 0, sizeof call);
+    const int wide = call.wide = (int32_t)draw(2);
+    call.classes = 1 + (int64_t)draw(20);
+    call.width = 1 + (int64_t)draw(70);
+    call.columns = 1 + (int64_t)draw((uint32_t)call.width);
+    call.kept = 1 + (int64_t)draw((uint32_t)call.classes);
+    call.rows = 1 + (int64_t)draw(9);
+    call.sketched = 1 + (int64_t)draw(9);
+    call.weight_stride = call.width + (int64_t)draw(2);
+    call.grad_stride = call.columns + (int64_t)draw(2);
+    call.update_stride = call.width + (int64_t)draw(2);
+    call.feature_stride = call.width + (int64_t)draw(2);
+    call.weight = some(wide, call.classes, call.weight_stride, call.width);
+    call.grad = some(wide, call.classes, call.grad_stride, call.columns);
+    call.bias_grad = some(wide, 1, 1, call.classes);
+    call.features = some(wide, call.rows, call.feature_stride, call.width);
+    call.update = call.features ? some(wide, call.kept, call.update_stride, call.width) : NULL;
+    call.bias_update = some(wide, 1, 1, call.kept);
+    call.mean = some(wide, 1, 1, call.width);
+    call.old_mean = some(wide, 1, 1, call.width);
+    call.sketch = some(wide, 1, 1, 4 * call.sketched);
+    call.old_sketch = some(wide, 1, 1, 4 * call.sketched);
+    if (nfi_head(&call)) abort();
+    const void *all[] = { call.weight, call.grad, call.bias_grad, call.features, call.update,
+                          call.bias_update, call.mean, call.old_mean, call.sketch, call.old_sketch };
+    for (int i = 0; i < 10; i++) free((void *)all[i]);
+}
+
 int main(int count, char **given)
 {
     const long calls = count > 1 ? atol(given[1]) : 1000;
     state = count > 2 ? strtoull(given[2], NULL, 10) : 1;
     for (long i = 0; i < calls; i++) {
         nfi_select((int)draw(3));
-        fuzz_rows();
+        switch (draw(4)) {
+        case 0: fuzz_step(); break;
+        case 1: fuzz_head(); break;
+        default: fuzz_rows();
+        }
     }
     printf("%ld calls\n", calls);
     return 0;

@@ -125,7 +125,7 @@ def missing(name: str) -> None:
     ("broken_one", "quantity"),
     [
         ("measure/native_rows:row_statistics", "weight_norm"),  # what the optimizer did is still read
-        ("measure/step:step_statistics", "zero_sum_violation"),  # the rows are
+        ("measure/native_step:step_statistics", "zero_sum_violation"),  # the rows are
         ("report/run_directory/writer:RunDirectory.reading", "zero_sum_violation"),
         ("detect/detector:Detector.update", "zero_sum_violation"),
     ],
