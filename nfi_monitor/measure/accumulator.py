@@ -116,7 +116,9 @@ class RowAccumulator:
                 if counts is not None:
                     wider[: len(counts)] = counts
                 counts = self.absorbed_classes = wider
-            counts.index_add_(0, statistics.winner, statistics.absorbed.long())
+            absorbed = statistics.absorbed
+            if not devices.on_host(absorbed) or absorbed.any():  # usually none is, and the host knows that
+                counts.index_add_(0, statistics.winner, absorbed.long())
         self._add_features(rows, statistics.counts)
 
     def _add_features(self, rows: Rows, counts: Tensor) -> None:

@@ -7,9 +7,8 @@ The library reads the packed coordinates once, and adds in float64.  :func:`nfi_
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from ctypes import c_double, c_int32, c_int64, c_ubyte, c_void_p
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -37,6 +36,7 @@ _HEAD_NAMES = (
     "zero_sum_violation_bias", "row_match",
 )  # fmt: skip
 """The results of step.c, in its order."""
+_DTYPES = (torch.float32, torch.float64)
 _OF_GRADIENT = {
     "zero_sum_violation_weight": "nfi_monitor.measure.zero_sum:violation_of_head_weight",
     "zero_sum_violation_bias": "nfi_monitor.measure.zero_sum:violation_of_head_bias",
@@ -58,7 +58,7 @@ class _Step(ctypes.Structure):
     )
 
 
-class _Head(ctypes.Structure):
+class _HeadCall(ctypes.Structure):
     """``nfi_head_call`` of nfi.h."""
 
     _fields_ = (
@@ -81,6 +81,13 @@ class _Layout:
         self.ends = (c_int64 * count)(*(end for _, end in sample.spans))
         self.rates = (c_double * count)(*rates)
         self.matrices = (c_ubyte * count)(*sample.matrices.tolist())
+        self.call = _Step(
+            ends=ctypes.addressof(self.ends),
+            rates=ctypes.addressof(self.rates),
+            matrices=ctypes.addressof(self.matrices),
+            tensors=count,
+            total=sample.total,
+        )
 
 
 _layouts: WeakKeyDictionary[CoordinateSample, _Layout] = WeakKeyDictionary()
@@ -92,10 +99,11 @@ def step_statistics(
     feature_mean: Tensor | None,
     previous: Memory | None,
     step: int,
-) -> tuple[dict[str, Tensor], Memory | None]:
+) -> tuple[dict[str, Tensor | float], Memory | None]:
     """Measure what one optimizer step did: see :func:`nfi_monitor.measure.step.step_statistics`.
 
-    The arguments and the result are those of that function, which serves where the library cannot.
+    The arguments are those of that function, which serves where the library cannot.  What the library
+    measures is a number in the result, and no tensor.
     """
     loaded = library.library()
     if loaded is not None:
@@ -104,22 +112,26 @@ def step_statistics(
                 return _measured(loaded, update, features, feature_mean, previous, step)
         except Exception as error:
             library.failed(error)
-    return eager.step_statistics(update, features, feature_mean, previous, step)
+    values, memory = eager.step_statistics(update, features, feature_mean, previous, step)
+    return {**values}, memory
 
 
 def _fits(update: Update) -> bool:
     """Return whether the library can read the packed coordinates, which are the reader's own copies."""
     moment, dtype = update.exp_avg_sq, update.grad.dtype
-    vectors = (update.grad, update.before, update.after, *(() if moment is None else (moment,)))
     return (
-        dtype in (torch.float32, torch.float64)
-        and not isinstance(update.lr, Tensor)
-        and all(
-            vector.is_cpu and vector.dtype is dtype and vector.is_contiguous() and not vector.is_neg()
-            for vector in vectors
-        )
+        dtype in _DTYPES
+        and isinstance(update.lr, float)
+        and update.grad.is_cpu
+        and all(_packed(x, dtype) for x in (update.grad, update.before, update.after))
+        and (moment is None or _packed(moment, dtype))
         and all(isinstance(x, float) or (x.ndim == 1 and x.is_cpu) for x in (update.correction, update.eps))
     )
+
+
+def _packed(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Return whether a tensor that the monitor made itself is one vector of this dtype on the host."""
+    return tensor.dtype is dtype and tensor.is_cpu and tensor.is_contiguous()
 
 
 def _measured(
@@ -129,33 +141,29 @@ def _measured(
     feature_mean: Tensor | None,
     previous: Memory | None,
     step: int,
-) -> tuple[dict[str, Tensor], Memory | None]:
+) -> tuple[dict[str, Tensor | float], Memory | None]:
     known = update.with_moments()
-    consecutive = previous is not None and previous.step == step - 1
-    comparable = previous if previous is not None and previous.precedes(known, step) else None
-    numbers, preconditioner = _coordinates(loaded, update, known, comparable)
+    before = previous if previous is not None and previous.step == step - 1 else None
+    comparable = before if before is not None and before.precedes(known, step) else None
+    measured, preconditioner = _coordinates(loaded, update, known, comparable)
+    values: dict[str, Tensor | float] = {**measured}
     memory = rows = None
     if preconditioner is not None:
         rows = None if features is None or len(features) < 2 else row_match.row_sketch(features)
         layout = known.sample.layout
         memory = Memory(step, known.before, known.grad, preconditioner, feature_mean, layout, rows)
-    before = previous if consecutive else None
-    values: dict[str, Tensor] = {}
-    head = _around_head(loaded, update, features, feature_mean, rows, before)
+    head = _around_head(loaded, _Head.of(update, features, feature_mean, rows, before))
     if head is None:
-        values = eager.head_statistics(
-            update, features, feature_mean, None if before is None else before.feature_mean
-        )
+        old_mean = None if before is None else before.feature_mean
+        values |= eager.head_statistics(update, features, feature_mean, old_mean)
         if rows is not None and before is not None and before.rows is not None:
             values["row_match"] = row_match.row_match(rows, before.rows)
     else:
-        numbers |= head
+        values |= head
     if head is None or declared.OF_STEP != _OF_GRADIENT:
         same_coordinates = comparable if known is update else None
         moved = update.after - update.before
         values |= declared.step_values(StepView(update, moved, features, feature_mean, same_coordinates))
-    packed = torch.tensor(list(numbers.values()), dtype=update.grad.dtype)
-    values |= zip(numbers, packed.unbind(), strict=True)
     if update.found_inf is not None:
         values[eager.SKIPPED] = update.found_inf.reshape(())
     return values, memory
@@ -165,150 +173,168 @@ def _coordinates(
     loaded: Any, update: Update, known: Update, previous: Memory | None
 ) -> tuple[dict[str, float], Tensor | None]:
     """Measure all coordinates. Returns quantities by name, and sqrt(v̂) + ε_A [M]."""
-    sample, moment = update.sample, known.exp_avg_sq
-    if previous is not None and not _alike(update.grad, previous):
-        previous = None
+    sample, moment, dtype = update.sample, known.exp_avg_sq, update.grad.dtype
     layout = _layouts.get(sample)
     if layout is None:
         layout = _layouts[sample] = _Layout(sample)
-    preconditioner = None if moment is None else torch.empty_like(moment)
-    head = -1 if known.head_position is None or moment is None else known.head_position
-    correction, eps = known.correction, known.eps
-    per_tensor = [_each(values, layout) for values in (correction, eps, known.lrs)]
-    call = _Step(
-        update.grad.data_ptr(),
-        update.before.data_ptr(),
-        update.after.data_ptr(),
-        _address(moment),
-        *(_address(x) for x in (_of(previous, "grad"), _of(previous, "before"))),
-        _address(_of(previous, "preconditioner")),
-        _address(preconditioner),
-        ctypes.addressof(layout.ends),
-        ctypes.addressof(layout.rates),
-        *(None if values is None else ctypes.addressof(values) for values in per_tensor),
-        ctypes.addressof(layout.matrices),
-        len(layout.starts),
-        len(known.sample.spans) if moment is not None else 0,
-        0 if moment is None else len(moment),
-        head,
-        sample.total,
-        known.sample.total,
-        correction if isinstance(correction, float) else 1.0,
-        eps if isinstance(eps, float) else 0.0,
-        update.lr,
-        _mean_eps(known, head),
-        update.grad.dtype is torch.float64,
-    )
+    call = _Step.from_buffer_copy(layout.call)
+    call.wide = dtype is torch.float64
+    call.grad, call.before, call.after = (x.data_ptr() for x in (update.grad, update.before, update.after))
+    preconditioner: Tensor | None = None
+    held: list[Any] = []
+    head = -1
+    if moment is not None:
+        preconditioner = torch.empty_like(moment)
+        head = -1 if known.head_position is None else known.head_position
+        call.exp_avg_sq, call.preconditioner = moment.data_ptr(), preconditioner.data_ptr()
+        call.moments, call.moment_tensors = len(moment), len(known.sample.spans)
+        call.moment_total, call.head, call.lr = known.sample.total, head, update.lr
+        held = _set_constants(call, known, layout, head)
+        if previous is not None and all(
+            _packed(x, dtype) for x in (previous.grad, previous.before, previous.preconditioner)
+        ):
+            call.old_grad, call.old_before = previous.grad.data_ptr(), previous.before.data_ptr()
+            call.old_preconditioner = previous.preconditioner.data_ptr()
+        else:
+            previous = None
     if loaded.nfi_step(ctypes.addressof(call)):
         raise MemoryError("no memory for a median")
-    out = call.out
-    count = 4 if moment is None else 11 if previous is None else 13
-    left_out = () if head >= 0 else (5, 8, 9)
-    return {_NAMES[at]: out[at] for at in range(count) if at not in left_out}, preconditioner
+    del held  # until here the library has read from it
+    out = call.out[:]
+    present = _WITHOUT_MOMENT if moment is None else _PRESENT[previous is not None, head >= 0]
+    return {name: out[at] for at, name in present}, preconditioner
 
 
-def _alike(grad: Tensor, previous: Memory) -> bool:
-    """Return whether the step before was read in the same dtype, on the host."""
-    return all(
-        x.dtype is grad.dtype and x.is_cpu and x.is_contiguous()
-        for x in (previous.grad, previous.before, previous.preconditioner)
+def _set_constants(call: _Step, known: Update, layout: _Layout, head: int) -> list[Any]:
+    """Set bias correction, ε_A and learning rate. Returns arrays that must live until the call is over."""
+    held = []
+    for name, each, value in (
+        ("correction", "corrections", known.correction),
+        ("eps", "epsilons", known.eps),
+        ("lr", "lrs", known.lrs),
+    ):
+        if isinstance(value, Tensor):
+            numbers = value[[start for start in layout.starts if start < len(value)]].tolist()
+            held.append((c_double * len(numbers))(*numbers))
+            setattr(call, each, ctypes.addressof(held[-1]))
+        elif value is not None:
+            setattr(call, name, value)
+    call.mean_eps = call.eps
+    if isinstance(known.eps, Tensor):
+        own = known.eps if head < 0 else known.eps[slice(*known.sample.spans[head])]
+        call.mean_eps = own.mean().item()
+    return held
+
+
+class _Head(NamedTuple):
+    """The tensors around the head: three matrices with classes first, features, and vectors."""
+
+    weight: Tensor | None
+    grad: Tensor | None
+    update: Tensor | None
+    features: Tensor | None
+    bias_grad: Tensor | None
+    bias_update: Tensor | None
+    mean: Tensor | None
+    old_mean: Tensor | None
+    sketch: Tensor | None
+    old_sketch: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        update: Update,
+        features: Tensor | None,
+        mean: Tensor | None,
+        sketch: Tensor | None,
+        previous: Memory | None,
+    ) -> _Head:
+        """``previous``: the step just before this one."""
+        moved, bias_moved = update.head_weight_update, update.head_bias_update
+        if moved is None or features is None or not len(features):
+            moved = bias_moved = features = None
+        old_mean = None if previous is None or mean is None else previous.feature_mean
+        if old_mean is not None and mean is not None and old_mean.shape != mean.shape:
+            old_mean = None
+        return cls(
+            update.head_weight,
+            update.head_weight_grad,
+            moved,
+            features,
+            update.head_bias_grad,
+            bias_moved,
+            mean,
+            old_mean,
+            sketch,
+            None if previous is None or sketch is None else previous.rows,
+        )
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Return whether the library can read all: one dtype, on the host, the last axis contiguous."""
+        rows = 0 if self.features is None else len(self.features)
+        if self.update is not None and self.update.numel() * rows > LARGE:
+            return False
+        # All others are copies that the monitor made.
+        if self.weight is not None and not library.readable(self.weight):
+            return False
+        for tensor in self:
+            if tensor is not None and (
+                tensor.dtype is not dtype or not tensor.is_cpu or tensor.stride(-1) != 1 or tensor.ndim > 2
+            ):
+                return False
+        return self.old_sketch is None or self.sketch is None or self.sketch.shape == self.old_sketch.shape
+
+
+def _around_head(loaded: Any, head: _Head) -> dict[str, float] | None:
+    """Measure the head; None where torch must do it."""
+    dtype = next((tensor.dtype for tensor in head if tensor is not None), None)
+    if dtype not in _DTYPES or not head.fits(dtype):
+        return None
+    weight, mean = head.weight, head.mean
+    classes = {len(x) for x in (weight, head.grad, head.bias_grad) if x is not None}
+    widths = {x.shape[-1] for x in (weight, head.update, head.features, mean) if x is not None}
+    if len(classes) > 1 or len(widths) > 1:
+        return None
+    call = _HeadCall(
+        wide=dtype is torch.float64, classes=max(classes, default=0), width=max(widths, default=0)
     )
-
-
-def _of(memory: Memory | None, name: str) -> Tensor | None:
-    return None if memory is None else getattr(memory, name)
-
-
-def _address(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def _each(values: Tensor | float | None, layout: _Layout) -> Any:
-    """Return one number a tensor of what is given for each coordinate; None if one number holds for all."""
-    if not isinstance(values, Tensor):
-        return None
-    numbers = values[[start for start in layout.starts if start < len(values)]].tolist()
-    return (c_double * len(numbers))(*numbers)
-
-
-def _mean_eps(known: Update, head: int) -> float:
-    if not isinstance(known.eps, Tensor):
-        return known.eps
-    own = known.eps if head < 0 else known.eps[slice(*known.sample.spans[head])]
-    return own.mean().item()
-
-
-def _around_head(
-    loaded: Any,
-    update: Update,
-    features: Tensor | None,
-    feature_mean: Tensor | None,
-    sketch: Tensor | None,
-    previous: Memory | None,
-) -> dict[str, float] | None:
-    """Measure the head; None where torch must do it. ``previous``: the step just before this one."""
-    weight, moved, bias_moved = update.head_weight, update.head_weight_update, update.head_bias_update
-    if features is None or not len(features):
-        moved = bias_moved = features = None
-    if moved is None:
-        bias_moved = features = None
-    old_mean = None if previous is None or feature_mean is None else previous.feature_mean
-    if old_mean is not None and feature_mean is not None and old_mean.shape != feature_mean.shape:
-        old_mean = None
-    old_sketch = None if previous is None else previous.rows
-    grads = (update.head_weight_grad, update.head_bias_grad)
-    matrices = (weight, grads[0], moved, features)
-    vectors = (grads[1], bias_moved, feature_mean, old_mean, sketch, old_sketch)
-    if not _consistent(update.grad.dtype, matrices, vectors):
-        return None
-    if sketch is not None and old_sketch is not None and sketch.shape != old_sketch.shape:
-        return None
-    classes = next((len(x) for x in (weight, *grads) if x is not None), 0)
-    widths = {x.shape[-1] for x in (weight, moved, features, feature_mean) if x is not None}
-    if len(widths) > 1 or any(len(x) != classes for x in (weight, *grads) if x is not None):
-        return None
-    call = _Head(
-        *map(_address, (weight, *grads, moved, bias_moved, features)),
-        *map(_address, (feature_mean, old_mean, sketch, old_sketch)),
-        *(0 if x is None else x.stride(0) for x in matrices),
-        classes,
-        max(widths, default=0),
-        0 if grads[0] is None else grads[0].shape[1],
-        0 if moved is None else len(moved),
-        0 if features is None else len(features),
-        0 if sketch is None else len(sketch) // row_match.WIDTH,
-        update.grad.dtype is torch.float64,
-    )
+    for name, tensor in zip(_Head._fields, head, strict=True):
+        if tensor is not None:
+            setattr(call, name, tensor.data_ptr())
+    for stride, rows, tensor in zip(_STRIDES, _ROWS, head, strict=False):
+        if tensor is not None:
+            setattr(call, stride, tensor.stride(0))
+            setattr(call, rows, len(tensor))
+    if head.grad is not None:
+        call.columns = head.grad.shape[1]
+    if head.sketch is not None:
+        call.sketched = len(head.sketch) // row_match.WIDTH
     if loaded.nfi_head(ctypes.addressof(call)):
         raise MemoryError("no memory for the head's columns")
-    several = weight is not None and classes > 1
+    several = weight is not None and len(weight) > 1
     present = (
-        moved is not None,
-        moved is not None,
+        head.update is not None,
+        head.update is not None,
         weight is not None,
         several,
-        several and feature_mean is not None,
-        weight is not None and old_mean is not None,
-        feature_mean is not None,
-        grads[0] is not None,
-        grads[1] is not None,
-        sketch is not None and old_sketch is not None,
+        several and mean is not None,
+        weight is not None and head.old_mean is not None,
+        mean is not None,
+        head.grad is not None,
+        head.bias_grad is not None,
+        head.sketch is not None and head.old_sketch is not None,
     )
-    out = call.out
-    return {name: out[at] for at, name in enumerate(_HEAD_NAMES) if present[at]}
+    return {name: x for name, x, here in zip(_HEAD_NAMES, call.out, present, strict=False) if here}
 
 
-def _consistent(
-    dtype: torch.dtype, matrices: Sequence[Tensor | None], vectors: Sequence[Tensor | None]
-) -> bool:
-    """Return whether the library can read these: one dtype, on the host, the last axis contiguous."""
-    _, _, moved, features = matrices
-    if moved is not None and features is not None and moved.numel() * len(features) > LARGE:
-        return False
-    return all(
-        x.dtype is dtype and x.ndim == 2 and x.stride(1) == 1 and library.readable(x)
-        for x in matrices
-        if x is not None
-    ) and all(
-        x.dtype is dtype and x.is_contiguous() and library.readable(x) for x in vectors if x is not None
-    )
+_STRIDES = ("weight_stride", "grad_stride", "update_stride", "feature_stride")
+_ROWS = ("classes", "classes", "kept", "rows")
+_WITHOUT_MOMENT = [*enumerate(_NAMES[:4])]
+_PRESENT = {
+    (pair, head): [
+        (at, name) for at, name in enumerate(_NAMES[: 13 if pair else 11]) if head or "head" not in name
+    ]
+    for pair in (False, True)
+    for head in (False, True)
+}
+"""Place and name of the results, by whether the step before is known and whether the head is read."""

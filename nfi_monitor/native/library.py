@@ -59,6 +59,8 @@ def _load() -> None:
     for name in ("nfi_rows", "nfi_shown", "nfi_logit_scale", "nfi_step", "nfi_head"):
         getattr(library, name).argtypes = (ctypes.c_void_p,)
     library.nfi_logit_scale.restype = ctypes.c_double
+    library.nfi_gather.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
+    library.nfi_gather.restype = None
     _state.level = library.nfi_select(-1)
     _state.library = library
 

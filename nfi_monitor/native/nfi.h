@@ -144,6 +144,8 @@ NFI_PUBLIC int nfi_rows(nfi_rows_call *call);
 NFI_PUBLIC int nfi_shown(const nfi_rows_call *call);
 NFI_PUBLIC double nfi_logit_scale(nfi_rows_call *given);
 NFI_PUBLIC int nfi_step(nfi_step_call *call);
+NFI_PUBLIC void nfi_gather(const void *const *from, const int64_t *strides, const int64_t *counts, int64_t tensors,
+                           int dtype, void *to);
 NFI_PUBLIC int nfi_head(nfi_head_call *call);
 
 /* The lower median of those of x [n] that are not NaN, NaN if all are. Reorders x. */

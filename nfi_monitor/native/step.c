@@ -10,6 +10,23 @@
 
 #define MEDIAN_OF 4096 /* measure/second_moment.py: median */
 
+/* Copy counts[i] numbers at strides[i] of each tensor, side by side: float64 as such, others as float32. */
+NFI_PUBLIC void nfi_gather(const void *const *from, const int64_t *strides, const int64_t *counts, int64_t tensors,
+                           int dtype, void *to)
+{
+    const size_t size = dtype == NFI_FLOAT64 ? 8 : 4;
+    char *place = to;
+    for (int64_t i = 0; i < tensors; i++) {
+        if (strides[i] == 1 && (dtype == NFI_FLOAT32 || dtype == NFI_FLOAT64))
+            memcpy(place, from[i], (size_t)counts[i] * size);
+        else if (dtype == NFI_FLOAT64)
+            nfi_in_use->load64((double *)place, from[i], dtype, strides[i], counts[i], 1.0);
+        else
+            nfi_in_use->load32((float *)place, from[i], dtype, strides[i], counts[i], 1.0f);
+        place += (size_t)counts[i] * size;
+    }
+}
+
 /* The larger of both; NaN if one is. */
 static double larger(double a, double b) { return a != a || a > b ? a : b; }
 
