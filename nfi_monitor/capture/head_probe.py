@@ -242,7 +242,8 @@ class HeadProbe(ModelHook):
         first = offset(step, stride)
 
         def sample(tensor: Tensor) -> Tensor:
-            return rows_of(tensor.detach().movedim(axis, -1), first, stride)
+            tensor = tensor.detach()
+            return rows_of(tensor if axis == -1 else tensor.movedim(axis, -1), first, stride)
 
         features = features if features is not None and _same_rows(features, shown, axis) else None
         kept = self._copies(shown, features, sample, whole=stride == 1)
@@ -356,7 +357,8 @@ def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
     """
     classes = tensor.shape[-1]
     try:
-        return tensor.view(-1, classes)[first::stride]
+        rows = tensor.view(-1, classes)
+        return rows if stride == 1 else rows[first::stride]
     except RuntimeError:
         # Not torch.unravel_index, which would wait for the device.
         at = torch.arange(first, tensor.numel() // classes, stride, device=tensor.device)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nfi_monitor.capture.sampling import CoordinateSample
 from nfi_monitor.capture.update import Update
-from nfi_monitor.measure import declared, row_match
+from nfi_monitor.measure import declared, displacement, row_match
 from nfi_monitor.measure import step as eager
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.views import StepView
@@ -152,7 +152,11 @@ def _measured(
         rows = None if features is None or len(features) < 2 else row_match.row_sketch(features)
         layout = known.sample.layout
         memory = Memory(step, known.before, known.grad, preconditioner, feature_mean, layout, rows)
-    head = _around_head(loaded, _Head.of(update, features, feature_mean, rows, before))
+    around = _Head.of(update, features, feature_mean, rows, before)
+    large = around if around.products > LARGE else None
+    if large is not None:
+        around = around._replace(update=None, features=None, bias_update=None)
+    head = _around_head(loaded, around)
     if head is None:
         old_mean = None if before is None else before.feature_mean
         values |= eager.head_statistics(update, features, feature_mean, old_mean)
@@ -160,10 +164,14 @@ def _measured(
             values["row_match"] = row_match.row_match(rows, before.rows)
     else:
         values |= head
+        if large is not None and large.update is not None and large.features is not None:
+            values["logit_displacement"], values["logit_displacement_rms"] = displacement.logit_displacement(
+                large.update, large.bias_update, large.features.to(large.update.dtype)
+            )
     if head is None or declared.OF_STEP != _OF_GRADIENT:
         same_coordinates = comparable if known is update else None
-        moved = update.after - update.before
-        values |= declared.step_values(StepView(update, moved, features, feature_mean, same_coordinates))
+        change = update.after - update.before
+        values |= declared.step_values(StepView(update, change, features, feature_mean, same_coordinates))
     if update.found_inf is not None:
         values[eager.SKIPPED] = update.found_inf.reshape(())
     return values, memory
@@ -269,11 +277,13 @@ class _Head(NamedTuple):
             None if previous is None or sketch is None else previous.rows,
         )
 
+    @property
+    def products(self) -> int:
+        """Number of products in the logit displacement."""
+        return 0 if self.update is None or self.features is None else self.update.numel() * len(self.features)
+
     def fits(self, dtype: torch.dtype) -> bool:
         """Return whether the library can read all: one dtype, on the host, the last axis contiguous."""
-        rows = 0 if self.features is None else len(self.features)
-        if self.update is not None and self.update.numel() * rows > LARGE:
-            return False
         # All others are copies that the monitor made.
         if self.weight is not None and not library.readable(self.weight):
             return False

@@ -15,6 +15,7 @@ from torch import nn
 
 from nfi_monitor import Monitor
 from nfi_monitor.native import library
+from tests.spiking import division, scene
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -72,3 +73,19 @@ def test_a_run_records_the_same_quantities_either_way() -> None:
         assert list(found[name][0]) == list(steps), name
         near = 1e-3 if name in rough else 1e-5
         assert list(found[name][1]) == pytest.approx(list(values), rel=near, abs=3e-7, nan_ok=True), name
+
+
+def alerts(steps: int, seed: int) -> list[tuple[object, ...]]:
+    model, optimizer, step = division(seed)
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for n in range(1, steps + 1):
+            step(monitor, n)
+        return [(alert.kind, alert.mechanism, alert.first_step, alert.last_step) for alert in monitor.alerts]
+
+
+@pytest.mark.skipif(library.library() is None, reason="no C library")
+def test_a_slingshot_is_called_the_same_either_way() -> None:
+    found = alerts(scene().steps, scene().seed)
+    with library.disabled():
+        assert alerts(scene().steps, scene().seed) == found
+    assert found
