@@ -180,15 +180,35 @@ static void fuzz_head(void)
     for (int i = 0; i < 10; i++) free((void *)all[i]);
 }
 
+static void fuzz_gather(void)
+{
+    void *from[5];
+    int64_t steps[5], counts[5], total = 0;
+    const int64_t tensors = 1 + (int64_t)draw(5);
+    const int dtype = (int)draw(4);
+    for (int64_t i = 0; i < tensors; i++) {
+        steps[i] = 1 + (int64_t)draw(4);
+        counts[i] = 1 + (int64_t)draw(300);
+        total += counts[i];
+        const int64_t strides[] = { 0, steps[i] };
+        from[i] = matrix(dtype, 1, counts[i], strides);
+    }
+    void *to = malloc((size_t)total * (dtype == NFI_FLOAT64 ? 8 : 4));
+    nfi_gather((const void *const *)from, steps, counts, tensors, dtype, to);
+    for (int64_t i = 0; i < tensors; i++) free(from[i]);
+    free(to);
+}
+
 int main(int count, char **given)
 {
     const long calls = count > 1 ? atol(given[1]) : 1000;
     state = count > 2 ? strtoull(given[2], NULL, 10) : 1;
     for (long i = 0; i < calls; i++) {
         nfi_select((int)draw(3));
-        switch (draw(4)) {
+        switch (draw(5)) {
         case 0: fuzz_step(); break;
         case 1: fuzz_head(); break;
+        case 2: fuzz_gather(); break;
         default: fuzz_rows();
         }
     }

@@ -14,7 +14,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from nfi_monitor import Monitor
+from nfi_monitor.capture.sampling import CoordinateSample
 from nfi_monitor.native import library
+from nfi_monitor.native.gather import Gather
 from tests.spiking import division, scene
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,3 +91,23 @@ def test_a_slingshot_is_called_the_same_either_way() -> None:
     with library.disabled():
         assert alerts(scene().steps, scene().seed) == found
     assert found
+
+
+@pytest.mark.skipif(library.library() is None, reason="no C library")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [5, 300, 50_000])
+def test_coordinates_are_gathered_bit_for_bit(dtype: torch.dtype, size: int) -> None:
+    tensors = [torch.randn(size, 3).to(dtype), torch.randn(7).to(dtype), torch.tensor(2.0, dtype=dtype)]
+    sample = CoordinateSample(tensors)
+    found = sample.gather(tensors)
+    with library.disabled():
+        known = sample.gather(tensors)
+    assert found.dtype is known.dtype and torch.equal(found, known)
+
+
+def test_a_tensor_without_memory_is_not_gathered() -> None:
+    tensor = torch.randn(5)
+    gather = Gather([1], [5])
+    assert library.library() is None or torch.equal(gather.copy([tensor]), tensor)
+    tensor.untyped_storage().resize_(0)
+    assert gather.copy([tensor]) is None
