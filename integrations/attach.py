@@ -167,7 +167,10 @@ class Attachment:
         with called_as(self._call):
             monitor = Monitor(model, optimizer, run_dir=run_dir, on_alert=self._note_alert, **options)
         if self._handler is not None:
-            self._handler.attach(monitor)
+            try:
+                self._handler.attach(monitor)
+            except TypeError as error:  # not for this optimizer
+                monitor.note("no_autopilot", f"{type(self._handler).__name__} is off: {error}")
         self.monitor = monitor
         self._context = TrainerContext(monitor, model, monitor.optimizer, tuple(schedulers), native or {})
         monitor.port.at_close(self._release)

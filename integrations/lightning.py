@@ -84,6 +84,7 @@ class NFICallback(Callback):
             state=self._resumed,
             native={"trainer": trainer, "pl_module": pl_module},
         )
+        monitor.port.wrapped_by(trainer.model)  # the strategy's: DDP around pl_module
         monitor.port.recompute_rows()
         self._resumed = {}
 

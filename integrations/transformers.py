@@ -80,9 +80,8 @@ class NFICallback(TrainerCallback, ExportableState):
         """Return the state for the Trainer's checkpoint, which is read again when training begins."""
         saved: dict[str, Any] = {}
         with self._attachment.guarded("state"):
-            saved = self._attachment.state()
-        # trainer_state.json is read by programs that know no NaN.
-        return {"args": {"restored": True}, "attributes": {}, "nfi_monitor": strict_json(saved)}
+            saved = strict_json(self._attachment.state())  # programs that know no NaN read it
+        return {"args": {"restored": True}, "attributes": {}, "nfi_monitor": saved}
 
     def _first_of(self, state: Any) -> NFICallback | None:
         """Return the callback that has attached to this training already, or None."""

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-_CALL: ContextVar[str] = ContextVar("nfi_monitor_call", default="Monitor(model, optimizer, {})")
+_DIRECT = "Monitor(model, optimizer, {})"
+_CALL: ContextVar[str] = ContextVar("nfi_monitor_call", default=_DIRECT)
 
 
 @contextmanager
@@ -22,3 +23,8 @@ def called_as(call: str) -> Iterator[None]:
 def call_with(argument: str) -> str:
     """Return the call in which the user writes an argument: ``Monitor(model, optimizer, head='fc')``."""
     return _CALL.get().format(argument)
+
+
+def by_adapter() -> bool:
+    """Return whether a framework's adapter makes the monitor: then no error may end the training."""
+    return _CALL.get() != _DIRECT

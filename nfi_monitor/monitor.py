@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from nfi_monitor.alert_handler import handler_of
 from nfi_monitor.capture import devices
+from nfi_monitor.capture.foreign_optimizer import original_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.names import HeadLike
 from nfi_monitor.deprecation import renamed_keyword
@@ -49,11 +50,11 @@ class Monitor:
 
     Args:
         model: the module that is trained; it may be wrapped by DDP or torch.compile.
-        optimizer: the optimizer whose ``step()`` updates the model; it may be wrapped. Of a list, the monitor
-            takes the one that trains the head.
+        optimizer: the optimizer whose ``step()`` updates the model; it may be wrapped, or of another
+            library. Of a list, the monitor takes the one that trains the head.
         head: the classifier head: a module, a parameter that holds its matrix, the qualified name of one, or
-            a list of these, of which the one with most classes is watched. None finds it. False: no module
-            is the head, and rows come from :meth:`tap` alone.
+            a list of these, of which the one with most classes is watched (to watch each, attach a monitor
+            for each). None finds it. False: no module is the head, and rows come from :meth:`tap` alone.
         run_dir: directory for ``run.json``, ``readings.jsonl``, ``alerts.jsonl`` and, if tensorboard is
             installed, event files. None: write no files.
         console: True prints a line when an alert begins or ends; False or None prints nothing; or a
@@ -270,7 +271,7 @@ class Monitor:
         """The watched optimizer, without wrappers. Raises MonitorError once closed."""
         if self._loop.closed:
             raise MonitorError("A closed monitor does not hold the optimizer.")
-        return self._loop.optimizer
+        return cast(Optimizer, original_of(self._loop.optimizer))
 
     @property
     def head(self) -> Head | None:
@@ -291,7 +292,7 @@ class Monitor:
         """Return whether this is the watched optimizer, or a model with the watched head."""
         loop = self._loop
         return not loop.closed and (
-            loop.optimizer is optimizer or loop.watched_module in set(model.modules())
+            original_of(loop.optimizer) is optimizer or loop.watched_module in set(model.modules())
         )
 
     def note(self, code: str, message: str) -> None:

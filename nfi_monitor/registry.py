@@ -43,29 +43,28 @@ class OpenMonitor(Protocol):
 
 _OPEN: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 """Number → monitor, in the order in which they were attached."""
-_WATCHED: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-"""Watched module → its monitor."""
+_WATCHED: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+"""Number of a monitor → the module that it watches. No keys: a module may have an ``__eq__`` of its own."""
 _NUMBERS = itertools.count()
 
 
 def register(monitor: OpenMonitor, module: nn.Module) -> None:
     """Add an open monitor. ``module``: its head, or its model where it has no head."""
-    _WATCHED[module] = weakref.ref(monitor)
-    _OPEN[next(_NUMBERS)] = monitor
+    number = next(_NUMBERS)
+    _OPEN[number], _WATCHED[number] = monitor, module
 
 
 def unregister(monitor: OpenMonitor, module: nn.Module) -> None:
     """Remove a monitor that closes. Removing it again does nothing."""
-    if watcher(module) is monitor:
-        _WATCHED.pop(module, None)
     for number in [number for number, one in list(_OPEN.items()) if one is monitor]:
         _OPEN.pop(number, None)
+        _WATCHED.pop(number, None)
 
 
 def watcher(module: nn.Module) -> Any:
     """Return the open monitor that was registered with this module, or None."""
-    found = _WATCHED.get(module)
-    return None if found is None else found()
+    numbers = [number for number, one in list(_WATCHED.items()) if one is module]
+    return next((_OPEN[number] for number in reversed(numbers) if number in _OPEN), None)
 
 
 def open_monitors(model: nn.Module | None = None, optimizer: Any = None) -> list[Any]:

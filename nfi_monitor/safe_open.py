@@ -56,6 +56,18 @@ def open_binary(path: str | os.PathLike[str]) -> BinaryIO:
     return os.fdopen(open_descriptor(path), "rb")
 
 
+def identity(path: str | os.PathLike[str]) -> tuple[int, ...] | None:
+    """Return device, number and kind of what has this name, or None if there is nothing. Follows no link.
+
+    The kind: the number of a removed file may be that of the next one.
+    """
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, stat.S_IFMT(found.st_mode)
+
+
 def absolute(path: str | os.PathLike[str]) -> Path:
     """Return the path of a run directory: ``~`` expanded, absolute, and with its links resolved.
 

@@ -148,6 +148,10 @@ class Thresholds:
     """Minus the cosine of the last two gradients at which a kick needs no decayed second moment. Under strong
     weight decay the gradient comes back before the second moment has decayed, and then turns around."""
 
+    kick_loss: float = 0.01
+    """Share of the least loss of a slingshot that the loss must have reached in a kick. Lower: alarms before
+    bursts of a hinge loss that nobody would see. Measured: .012 and more before slingshots that no other rule
+    saw coming."""
     kick_agreement: float = 0.2
     """Cosine of successive gradients, averaged over 3 steps, at which a kick counts where each step has other
     rows. Measured: up to .1 where single minibatches are hard, .2 and more before slingshots."""
@@ -173,6 +177,18 @@ class Thresholds:
     *imminent*. Lower: more lead (.2: one step), and three times the false alarms under label smoothing."""
     swing_exit: float = 0.1
     """Movement in nats below which that ends. It ends, too, when the alignment has fallen to half."""
+    diverging_alignment: float = 0.9
+    """Minus the averaged cosine of successive gradients at which an oscillation counts as diverging: the
+    update has one direction left. Lower: oscillations of many directions, which die down."""
+    diverging_curvature: float = 0.9
+    """Secant curvature of a diverging oscillation, as a share of the stability limit. Above 1 every step is
+    larger than the one before; the estimate is a little low. Lower: twice the alarms that lead to nothing."""
+    diverging_rise: float = 0.7
+    """Rise of the loss above its running average, in nats of log loss, that it requires: a doubling. Lower:
+    regressions that live at the edge of stability are called imminent."""
+    diverging_steps: float = 16.0
+    """Most steps until the loss of a slingshot, if the gradient goes on growing as it does. Higher: more
+    lead, and alarms of oscillations that stop growing."""
     swing_settles: float = 3.0
     """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``. By then 95% of the
     second moment are of real gradients. Lower: networks that oscillate while the loss first falls are called

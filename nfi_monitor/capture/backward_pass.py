@@ -1,12 +1,15 @@
 """Tell a backward pass that trains from one that only computes a derivative; add up several passes.
 
 ``loss.backward()`` accumulates gradients in the parameters.  ``torch.autograd.grad(logits, inputs)``, as in a
-gradient penalty or a saliency map, runs the same hooks, but trains nothing.
+gradient penalty or a saliency map, runs the same hooks, but trains nothing.  ``torch.autograd.grad(loss,
+parameters)`` may train, if the loop assigns the result, or may be a part of something else: an inner step
+(MAML), a product with the Hessian (AdaHessian, SophiaH, power iteration), a penalty on the gradient.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from enum import Enum
 from typing import Any
 
 import torch
@@ -37,22 +40,45 @@ def nearest_parameter(tensor: Tensor) -> Any:
     return None
 
 
-def trains(parameter: Any) -> bool:
-    """Return whether the running backward pass may train the parameter of :func:`nearest_parameter`.
+class Pass(Enum):
+    """The kind of a backward pass through the logits."""
 
-    Call it in a tensor hook.  True if the pass cannot be examined (None, a compiled backward pass).  Also
-    True for ``torch.autograd.grad(loss, parameters)`` without ``create_graph``: a training loop may assign
-    these gradients itself.
+    TRAINS = "accumulates gradients in parameters"
+    ASKED = "computes gradients of parameters for the caller"
+    DIFFERENTIABLE = "computes them with create_graph: they are a part of something else, or are assigned"
+    OTHER = "computes no gradient of a parameter"
+
+
+def pass_of(parameter: Any) -> Pass:
+    """Return the kind of the running backward pass. Call it in a tensor hook.
+
+    ``parameter``: of :func:`nearest_parameter`.  A pass that cannot be examined (None) trains.
     """
     examine = getattr(torch._C, "_will_engine_execute_node", None)
     if parameter is None or examine is None:
-        return True
+        return Pass.TRAINS
     try:
-        return bool(examine(parameter))
+        return Pass.TRAINS if examine(parameter) else Pass.OTHER
     except RuntimeError:
         # Raised if the gradient of the parameter itself was asked for, and outside of the usual engine.
-        # With create_graph, that gradient is a part of a penalty, which has a backward pass of its own.
-        return not torch.is_grad_enabled()
+        return Pass.DIFFERENTIABLE if torch.is_grad_enabled() else Pass.ASKED
+
+
+class Change(Enum):
+    """What a further backward pass does to the gradient so far."""
+
+    ADD, REPLACE, NOTHING = "add", "replace", "nothing"
+
+
+def change(before: Pass, now: Pass) -> Change:
+    """Return what a backward pass does to the gradient of earlier ones through the same logits.
+
+    Where some passes train, no others count.  What is asked for of a differentiable gradient is a derivative
+    of the gradient, such as a product with the Hessian.
+    """
+    if now is before and now is not Pass.DIFFERENTIABLE:
+        return Change.ADD
+    return Change.REPLACE if now is Pass.TRAINS else Change.NOTHING
 
 
 class SeveralPasses:

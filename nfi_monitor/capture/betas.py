@@ -23,7 +23,7 @@ _SECOND_AVERAGES_NOTHING = ("lion", "aggmo")
 _FIRST_MOMENT = re.compile(r"exp_avg|m|mu|state1|qmap1|absmax1|step|.*moment(um)?(_buffer)?")
 """Names of entries that are no second moment. A state with no other entries has no second moment."""
 
-_SINGLE = ("beta2", "alpha", "rho", "beta")
+_SINGLE = ("beta2", "alpha", "rho", "beta", "sqr_mom")
 """Names under which a group may keep the decay of its second moment alone."""
 
 

@@ -43,7 +43,7 @@ class BodyWatch:
         temperature: float = 1.0,
     ) -> None:
         owner = next((one for one in model.modules() if head.module in one._modules.values()), model)
-        self._recomputer, self._failed = recomputer, failed
+        self._recomputer = recomputer
         self._shifted = not getattr(getattr(owner, "config", None), "is_encoder_decoder", False) and (
             type(owner).__name__.endswith(_SHIFTED) or not hasattr(owner, "config")
         )
@@ -54,14 +54,14 @@ class BodyWatch:
         self._head_calls = 0  # before the hidden states
         self._autocast: Autocast | None = None
         self._running: set[nn.Module] = set()  # of the model and the owner of the head
-        before, after = InertInCopies(self._begin), InertInCopies(self._end)
+        before, after = InertInCopies(self._begin, failed), InertInCopies(self._end, failed)
         self._handles: list[RemovableHandle] = []
         for module in dict.fromkeys((model, owner)):  # a training step may call the owner alone
             self._handles += [
                 module.register_forward_pre_hook(before, with_kwargs=True),
                 module.register_forward_hook(after, with_kwargs=True),
             ]
-        beside = InertInCopies(self._after_module)
+        beside = InertInCopies(self._after_module, failed)
         for child in owner.children():
             if child is not head.module:
                 self._handles.append(child.register_forward_hook(beside, with_kwargs=True))
@@ -74,40 +74,38 @@ class BodyWatch:
 
     def _after_module(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
         """Keep the module's output until the model's forward pass ends, if it can be hidden states."""
-        try:
-            if not (self._running and module.training and torch.is_grad_enabled() and self._recomputer.wants):
-                return
-            hidden = _hidden_of(output)
-            if hidden is not None and hidden.shape[-1] == self._features:
-                self._hidden, self._head_calls = hidden, self._recomputer.head_calls
-                # Now, because a framework may wrap only the model's forward in autocast, without its hooks.
-                self._autocast = autocast_of(hidden.device.type)
-        except Exception as error:
-            self._failed("rows", error)
+        if not (self._running and module.training and torch.is_grad_enabled() and self._recomputer.wants):
+            return
+        hidden = _hidden_of(output)
+        if hidden is not None and hidden.shape[-1] == self._features:
+            self._hidden, self._head_calls = hidden, self._recomputer.head_calls
+            # Now, because a framework may wrap only the model's forward in autocast, without its hooks.
+            self._autocast = autocast_of(hidden.device.type)
 
     def _begin(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
         self._running.add(module)
 
     def _end(self, module: nn.Module, kwargs: Mapping[str, Any], output: Any) -> None:
         self._running.discard(module)
-        if self._tap(kwargs) or not self._running:
-            self._hidden = None  # it would keep the whole graph alive
+        done = True
+        try:
+            done = self._tap(kwargs)
+        finally:
+            if done or not self._running:
+                self._hidden = None  # it would keep the whole graph alive
 
     def _tap(self, kwargs: Mapping[str, Any]) -> bool:
         """Tap the hidden states if the labels are among ``kwargs``; return whether they are."""
         hidden = self._hidden
         if hidden is None or self._recomputer.head_calls != self._head_calls:
             return False
-        try:
-            labels, shifted = kwargs.get("shift_labels"), False
-            if labels is None:
-                labels, shifted = kwargs.get("labels"), self._shifted
-            if not (isinstance(labels, Tensor) and labels.dim() == hidden.dim() - 1):
-                return False
-            shifted = shifted and labels.dim() > 1
-            self._recomputer.tap(hidden, _next_labels(labels) if shifted else labels, self._autocast)
-        except Exception as error:
-            self._failed("rows", error)
+        labels, shifted = kwargs.get("shift_labels"), False
+        if labels is None:
+            labels, shifted = kwargs.get("labels"), self._shifted
+        if not (isinstance(labels, Tensor) and labels.dim() == hidden.dim() - 1):
+            return False
+        shifted = shifted and labels.dim() > 1
+        self._recomputer.tap(hidden, _next_labels(labels) if shifted else labels, self._autocast)
         return True
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+_is_jit_traced, _number_of_modes = torch._C._is_tracing, torch._C._len_torch_dispatch_stack
 GRAPHS = torch.backends.cuda.is_built()
 """Whether this torch supports CUDA graphs. If not, no hook checks whether a graph is being captured."""
 
@@ -28,7 +29,8 @@ def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -
     The copy to CUDA is from pinned memory. From other memory, the host would wait until the device has done
     all earlier work.
     """
-    tensor = torch.as_tensor(numbers, dtype=dtype)
+    # Numbers to the host first: torch.set_default_device may name another device.
+    tensor = torch.as_tensor(numbers, dtype=dtype, device=None if isinstance(numbers, Tensor) else "cpu")
     late = device.type == "cuda"  # other devices may not keep the source until it is copied
     if late and on_host(tensor):
         tensor = tensor.pin_memory()
@@ -57,24 +59,30 @@ def is_readable(tensor: Tensor, *, meta: bool = False) -> bool:
     """Return whether a tensor has numbers of its own, which only the training's program sees.
 
     False for a tensor on the meta device (unless ``meta``: the watched model is there), for a fake tensor,
-    inside ``vmap`` or ``torch.func.grad``, and while a pass is traced (``make_fx``, ``torch.jit.trace``): the
-    trace would also hold what the monitor computes.
+    inside ``vmap`` or ``torch.func.grad``, and while a pass is traced (:func:`is_traced`): the trace would
+    also hold what the monitor computes.
     """
+    return has_numbers(tensor, meta=meta) and not is_traced()
+
+
+def has_numbers(tensor: Tensor, *, meta: bool = False) -> bool:
+    """Return what :func:`is_readable` does, where :func:`is_traced` was already asked."""
     return not (
         (tensor.is_meta and not meta)
         or isinstance(tensor, FakeTensor)
-        or is_traced()
-        or torch._C._is_tracing()
         or _in_functorch(tensor)
         or tensor.layout is torch.jagged
     )
 
 
 def is_traced() -> bool:
-    """Return whether torch runs this code with fake tensors, or records its operations."""
-    if torch._C._is_tracing():  # torch.jit.trace
+    """Return whether torch runs this code with fake tensors, or records its operations.
+
+    As ``make_fx`` and ``torch.jit.trace`` do.
+    """
+    if _is_jit_traced():
         return True
-    if not torch._C._len_torch_dispatch_stack():
+    if not _number_of_modes():
         return False
     keys, mode = torch._C._TorchDispatchModeKey, torch._C._get_dispatch_mode
     return any(mode(key) is not None for key in (keys.FAKE, keys.PROXY, keys.FUNCTIONAL))

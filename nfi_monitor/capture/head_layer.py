@@ -3,12 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from nfi_monitor.capture.sampling import local
+
+
+class Place(NamedTuple):
+    """Where rows are read if the logits are changed after the head.
+
+    ``where``: "output", the tensor at the keys ``path`` of the model's output; "loss", the softmax of the
+    loss that the model returns; "nowhere", if no tensor holds the changed logits.  ``axis``: of the classes.
+    """
+
+    where: str
+    path: tuple[Any, ...] = ()
+    axis: int = -1
 
 
 @dataclass(frozen=True)
@@ -30,6 +42,7 @@ class Head:
     spatial: int = 0  # axes of the output behind the class axis: 2 for a Conv2d
     others: tuple[str, ...] = field(default=(), compare=False)  # further heads that are not watched
     sure: bool = field(default=True, compare=False)  # False: check it against the first output
+    place: Place | None = field(default=None, compare=False)  # None: at the head's own output
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -77,6 +90,15 @@ class Head:
         known = self.outputs if self.bare else self.classes
         fits = known is None or whole or output.shape[axis] == known
         return axis if fits else None
+
+    @property
+    def has_zero_sum(self) -> bool:
+        """Whether a softmax's zero-sum reaches the gradient of the weight.
+
+        Not so if an embedding shares the weight, or if the logits are changed after the head in a way that
+        may depend on them, as the attention of a graph network.  Then the rows alone show it.
+        """
+        return not self.tied and (self.place is None or self.place.where == "nowhere")
 
     def describe(self) -> str:
         name = f"layer {self.name}" if self.name.rpartition(".")[2].isdigit() else self.name

@@ -10,52 +10,29 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
-from nfi_monitor.capture.backward_pass import SeveralPasses, nearest_parameter, trains
-from nfi_monitor.capture.head_layer import Head, is_convolution, own_parameter
+from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
+from nfi_monitor.capture.head_layer import Head, Place, own_parameter
 from nfi_monitor.capture.model_hooks import ModelHook
-from nfi_monitor.capture.origin import logits_of
+from nfi_monitor.capture.origin import Logits, logits_of
 from nfi_monitor.capture.reading_plan import ReadingPlan
+from nfi_monitor.capture.row_samples import classes_of as classes_of
+from nfi_monitor.capture.row_samples import features_of, same_rows
+from nfi_monitor.capture.row_samples import rows_of as rows_of
+from nfi_monitor.capture.row_samples import whole_rows as whole_rows
+from nfi_monitor.capture.rows import Rows as Rows
 from nfi_monitor.capture.sampling import local, offset, row_stride
 from nfi_monitor.capture.sharding import ClassShard, class_shard
 
-
-@dataclass
-class Rows:
-    """Sampled rows of one forward pass: gradient [n, K], logits [n, K], features [n, d] or None.
-
-    While this object is alive, further backward passes through the same graph are added to it.
-    """
-
-    grad: Tensor
-    logits: Tensor
-    features: Tensor | None
-    total: int  # number of rows of the whole batch
-    shard: ClassShard | None = None  # set if this rank holds only some of the classes
-    graph: Callable[[], object] = lambda: None
-    """Returns None once the graph is freed: then no further gradient can arrive."""
-    passes: SeveralPasses | None = None
-    """The gradients of all backward passes, if there was more than one."""
-    recomputed: Tensor | None = None
-    """For recomputed rows: whether they are the run's rows, bool, 0-d. If not, they do not count."""
-
-    def add(self, grad: Tensor) -> None:
-        """Add the gradient [n, K] of a further backward pass."""
-        if self.passes is None:
-            self.passes = SeveralPasses(self.grad, self.logits)
-        self.passes.add(grad)
-
-    def finished(self, loss_dtype: torch.dtype | None = None) -> Rows:
-        """Return the rows with the gradient of all backward passes. ``loss_dtype``: of the observed loss."""
-        return self if self.passes is None else replace(self, grad=self.passes.sum(), passes=None)
-
-
+NODES = 32
+"""Maximum number of nodes that are kept of one step. A head may run many times in it."""
 Hook = Callable[[Callable[["Tensor | None"], None]], object]
 """Registers a function that is called with the gradient of the logits."""
 Sampler = Callable[[Tensor], Tensor]
@@ -95,6 +72,9 @@ class HeadProbe(ModelHook):
         self.can_reduce = False  # whether a reduced sample would have fewer rows
         self.dtype: torch.dtype | None = None  # of the watched logits
         self.sharded = 0  # number of sharded logits that could not be read
+        # While the head is checked: the nodes that made the logits of the last pass.
+        self.nodes: list[Any] | None = None
+        self._backward_ran = False  # since the last forward pass of the head
         self._features: Tensor | None = None
 
     def restart(self, retired: nn.Module | None = None) -> None:
@@ -127,9 +107,13 @@ class HeadProbe(ModelHook):
             return
         try:
             step = self._wanted()
+            head = self.head
             if module is self._retired:
                 return
-            bare = self.head is not None and self.head.bare
+            if head is not None and head.place is not None and not self.tapped:
+                self._pass_by(head.place, output, step)
+                return
+            bare = head is not None and head.bare
             if not (bare or isinstance(output, Tensor)):
                 self.returned = type(output).__name__
                 return
@@ -166,7 +150,7 @@ class HeadProbe(ModelHook):
                 fits = features is not None and features.dim() and features.shape[-1] == head.width
                 given = features if fits and module is head.owner else None
                 features = given if found.features is None else found.features
-                self._watch(found.values, features, step, tapped=False, hook=found.hook)
+                self._watch(found.values, features, step, tapped=False, made=found)
                 return
             if not isinstance(output, Tensor):
                 self.not_in_output += 1
@@ -182,8 +166,26 @@ class HeadProbe(ModelHook):
         if axis is None:
             self.misshapen = tuple(output.shape)
             return
-        features = _features_of(module, features, axis)
+        features = features_of(module, features, axis)
         self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
+
+    def _pass_by(self, place: Place, output: Any, step: int | None) -> None:
+        """Keep the node of the head's output if its rows are read at the softmax of the loss."""
+        known = isinstance(output, Tensor) and output.grad_fn is not None
+        if place.where == "loss" and step is not None and known:
+            self.nodes = [*(self.nodes or ())[: NODES - 1], output.grad_fn]
+
+    def read_at(self, logits: Logits) -> None:
+        """Watch these logits, where they are changed after the head (:attr:`Head.place`)."""
+        step = self._wanted()
+        if step is None or self.tapped or not devices.is_readable(logits.values, meta=self.on_meta):
+            return
+        started = time.perf_counter()
+        try:
+            made = None if logits.node is None else logits
+            self._watch(logits.values, None, step, tapped=False, axis=logits.axis, made=made)
+        finally:
+            self._spent(time.perf_counter() - started)
 
     def tap(self, logits: Tensor, axis: int = -1) -> None:
         """Watch this tensor from now on, instead of the head's output. ``axis``: that of the classes."""
@@ -209,14 +211,16 @@ class HeadProbe(ModelHook):
         tapped: bool,
         weight: Tensor | None = None,
         axis: int = -1,
-        hook: Hook | None = None,
+        made: Logits | None = None,
     ) -> None:
         """Register the gradient hook on ``logits`` [..., K], computed from ``features`` [..., d].
 
-        ``axis``: that of the classes, below zero; features have theirs at the same place.  ``hook`` registers
+        ``axis``: that of the classes, below zero; features have theirs at the same place.  ``made`` registers
         another hook than that of the tensor.
         """
         self.fired += 1
+        node, hook = (logits.grad_fn, logits.register_hook) if made is None else (made.node, made.hook)
+        self._keep(node)
         plan = self.plan
         shard, shown = None, whole_rows(logits)
         whole = plan.head_outputs
@@ -245,15 +249,25 @@ class HeadProbe(ModelHook):
             tensor = tensor.detach()
             return rows_of(tensor if axis == -1 else tensor.movedim(axis, -1), first, stride)
 
-        features = features if features is not None and _same_rows(features, shown, axis) else None
+        features = features if features is not None and same_rows(features, shown, axis) else None
         kept = self._copies(shown, features, sample, whole=stride == 1)
         head = self.head
 
         def register(on_gradient: Callable[[Tensor | None], None]) -> object:
             # Another head may have been found since.
-            return (hook or logits.register_hook)(lambda g: on_gradient(g if self.head is head else None))
+            return hook(lambda g: on_gradient(g if self.head is head else None))
 
-        self._deliver_at_backward(logits, kept, sample, total, shard, tapped=tapped, hook=register)
+        make = partial(Rows, total=total, shard=shard, normalized=made is not None and made.normalized)
+        self._deliver_at_backward(logits, kept, sample, make, shard, tapped=tapped, hook=register)
+
+    def _keep(self, node: Any) -> None:
+        """Keep the node that made logits, while the head is checked."""
+        if self.nodes is not None:
+            if self._backward_ran:  # these are of the micro-batch before: they keep its graph alive
+                self.nodes.clear()
+            if len(self.nodes) < NODES:
+                self.nodes.append(node)
+        self._backward_ran = False
 
     def _copies(
         self, shown: Tensor, features: Tensor | None, sample: Sampler, *, whole: bool
@@ -274,7 +288,7 @@ class HeadProbe(ModelHook):
         logits: Tensor,
         kept: list[Tensor],
         sample: Sampler,
-        total: int,
+        make: Callable[..., Rows],
         shard: ClassShard | None,
         *,
         tapped: bool,
@@ -294,31 +308,33 @@ class HeadProbe(ModelHook):
             if torch.compiler.is_compiling():
                 self.traced_backward = 1
                 return
-            readable = devices.is_readable(grad, meta=self.on_meta or tapped)  # or only this pass is traced
-            if not readable or not trains(parameter):
-                return
-            started = time.perf_counter()
             try:
+                readable = devices.is_readable(grad, meta=self.on_meta or tapped)  # or this pass is traced
+                kind = pass_of(parameter) if readable else Pass.OTHER
+                if kind is Pass.OTHER:
+                    return
+                started = time.perf_counter()
                 try:
-                    deliver(whole_rows(grad) if shard is None else classes_of(grad, shard))
+                    deliver(whole_rows(grad) if shard is None else classes_of(grad, shard), kind)
                 finally:
                     self._spent(time.perf_counter() - started)
             except Exception as error:
                 self._failed("rows", error)
 
-        def deliver(grad: Tensor | None) -> None:
+        def deliver(grad: Tensor | None, kind: Pass) -> None:
             if grad is None:
                 self.sharded += 1
                 return
             self.delivered += 1
+            self._backward_ran = True
             if given:  # a further backward pass through the same graph
                 rows = given[0]()
                 if rows is not None:
-                    rows.add(sample(grad))
+                    rows.add(sample(grad), kind)
                 return
             # A copy: a view would keep the whole gradient until the step, and autograd may write to it.
             features = kept[1] if len(kept) > 1 else None
-            rows = Rows(sample(grad).clone(), kept[0], features, total, shard, weakref.ref(given))
+            rows = make(sample(grad).clone(), kept[0], features, graph=weakref.ref(given), kind=kind)
             kept.clear()  # the graph may live longer than its backward pass
             given.append(weakref.ref(rows))
             self._deliver(rows)
@@ -326,68 +342,11 @@ class HeadProbe(ModelHook):
         hook(on_gradient)
 
     def forget(self) -> None:
-        """Drop features whose logits were never tapped."""
+        """Drop features whose logits were never tapped, and nodes of this step."""
         self._features = None
+        if self.nodes:
+            self.nodes.clear()
 
 
 class _Given(list["weakref.ref[Rows]"]):
     """The rows given away by one hook. Unlike a list, it can be referenced weakly."""
-
-
-def _same_rows(features: Tensor, logits: Tensor, axis: int) -> bool:
-    """Return whether features have the rows of the logits, in the same order (perhaps as a matrix)."""
-    if features.dim() == logits.dim():
-        shape, wanted = list(features.shape), list(logits.shape)
-        return bool(shape) and not (shape.pop(axis) == 0 or wanted.pop(axis) == 0) and shape == wanted
-    return axis == -1 and features.dim() == 2 and len(features) * logits.shape[-1] == logits.numel()
-
-
-def _features_of(module: nn.Module, given: Tensor | None, axis: int) -> Tensor | None:
-    """Return the features of the same rows as the module's output, or None if a row has a patch of them."""
-    if not is_convolution(module):
-        return given if axis == -1 else None
-    return given if module.groups == 1 and set(module.kernel_size) == {1} else None  # type: ignore[arg-type]
-
-
-def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
-    """Return rows ``first``, ``first + stride``, … of a tensor [..., K], in order of index → [n, K].
-
-    The whole tensor is never copied, also if it cannot be viewed as rows: in a gradient of
-    ``cross_entropy(logits.transpose(1, 2), target)`` the classes come before the positions in memory.
-    """
-    classes = tensor.shape[-1]
-    try:
-        rows = tensor.view(-1, classes)
-        return rows if stride == 1 else rows[first::stride]
-    except RuntimeError:
-        # Not torch.unravel_index, which would wait for the device.
-        at = torch.arange(first, tensor.numel() // classes, stride, device=tensor.device)
-        places: list[Tensor] = []
-        for size in reversed(tensor.shape[:-1]):
-            places.insert(0, at % size)
-            at = at // size
-        return tensor[tuple(places)]
-
-
-def whole_rows(tensor: Any) -> Tensor | None:
-    """Return this rank's rows of a DTensor, detached; None if the rows are not whole.
-
-    Returns any other tensor itself.
-    """
-    if not hasattr(tensor, "to_local"):
-        return tensor  # type: ignore[no-any-return]
-    cut = {getattr(placement, "dim", None) for placement in tensor.placements}
-    partial = any(placement.is_partial() for placement in tensor.placements)
-    if partial or not cut.isdisjoint({-1, tensor.dim() - 1}):
-        return None
-    return local(tensor.detach())
-
-
-def classes_of(tensor: Any, shard: ClassShard) -> Tensor | None:
-    """Return this rank's classes of a gradient; None if it is not sharded like ``shard``."""
-    whole = whole_rows(tensor)
-    if whole is None:
-        return local(tensor.detach()) if class_shard(tensor, -1) == shard else None
-    if whole.shape[-1] == shard.outputs:
-        return whole.narrow(-1, shard.first, shard.classes)
-    return whole if whole.shape[-1] == shard.classes else None

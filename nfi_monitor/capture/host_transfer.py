@@ -36,7 +36,7 @@ class HostTransfer:
             self._pending.append((label, packed, None))
             return
         if packed.device.type == "cuda":
-            host = torch.empty(packed.shape, dtype=packed.dtype, pin_memory=True)
+            host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
             host.copy_(packed, non_blocking=True)
             event = torch.cuda.Event()
             event.record(torch.cuda.current_stream(packed.device))

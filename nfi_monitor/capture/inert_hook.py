@@ -16,12 +16,21 @@ class InertInCopies(ModelHook):
 
     As a hook before the forward pass, it gives None as output.
 
+    An error in it goes to ``failed("rows", error)``.
+
     With a bound method as hook, ``deepcopy(model)`` and ``torch.save(model)`` would copy the monitor.
     """
 
-    def __init__(self, call: Callable[[nn.Module, Mapping[str, Any], Any], None]) -> None:
-        self._call = call
+    def __init__(
+        self,
+        call: Callable[[nn.Module, Mapping[str, Any], Any], None],
+        failed: Callable[[str, BaseException], None],
+    ) -> None:
+        self._call, self._failed = call, failed
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any = None) -> None:
         if not torch.compiler.is_compiling():
-            self._call(module, kwargs, output)
+            try:
+                self._call(module, kwargs, output)
+            except Exception as error:
+                self._failed("rows", error)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
-from nfi_monitor.capture.backward_pass import nearest_parameter, trains
+from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
 from nfi_monitor.capture.model_hooks import ModelHook
 
 COUNT = "num_items_in_batch"
@@ -63,7 +63,9 @@ class LossProbe(ModelHook):
 
         def on_gradient(grad: Tensor | None) -> None:
             try:
-                if kept and trains(parameter):
+                # A loss may be multiplied by 0. The host does not wait for a device that knows.
+                weightless = grad is not None and devices.on_host(grad) and not grad.any()
+                if kept and not weightless and pass_of(parameter) is not Pass.OTHER:
                     self._trained += 1
                     self._deliver(kept.pop(), share)
             except Exception as error:

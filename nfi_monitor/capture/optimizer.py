@@ -314,7 +314,7 @@ class OptimizerReader:
 
     def _head_gradients(self, step: int) -> tuple[Tensor | None, Tensor | None]:
         head = self._readable_head()
-        if head is None or head.weight is None or head.tied or head.outputs == 1:
+        if head is None or head.weight is None or not head.has_zero_sum or head.outputs == 1:
             return None, None
         grad, bias_grad = head.weight.grad, None
         if head.bias is not None and head.bias.grad is not None:

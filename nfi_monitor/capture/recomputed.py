@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.after_head import AfterHead
-from nfi_monitor.capture.backward_pass import nearest_parameter, trains
+from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.head_probe import HeadProbe, Rows, rows_of
 from nfi_monitor.capture.sampling import REDUCTION, offset
@@ -125,26 +125,28 @@ class RowRecomputer:
         given = _Given()
 
         def on_gradient(grad: Tensor | None) -> None:
-            if grad is None or self._probe.fired != fired or not trains(parameter):
+            kind = Pass.OTHER if grad is None or self._probe.fired != fired else pass_of(parameter)
+            if grad is None or kind is Pass.OTHER:
                 return
             started = time.perf_counter()
             try:
                 try:
-                    arrive(rows_of(grad.detach(), first, stride))
+                    arrive(rows_of(grad.detach(), first, stride), kind)
                 finally:
                     self._spent(time.perf_counter() - started)
             except Exception as error:
                 self._failed("rows", error)
 
-        def arrive(grad: Tensor) -> None:
+        def arrive(grad: Tensor, kind: Pass) -> None:
             if given:
                 rows = given[0]()
                 if rows is not None:
-                    rows.add(grad)
+                    rows.add(grad, kind)
                 return
             if hasattr(head.weight, "to_local"):  # sharded again since the forward pass
                 return
             rows = pending.rows(grad.clone(), weakref.ref(given), self._known)
+            rows.kind = kind
             given.append(weakref.ref(rows))
             self._probe.recomputed += 1
             self._deliver(rows)
@@ -248,9 +250,8 @@ class RecomputedRows(Rows):
     rounding: Tensor = None  # type: ignore[assignment]
     known: Known = field(default_factory=lambda: Known())
 
-    def add(self, grad: Tensor) -> None:
-        """Add the gradient [n, d] of a further backward pass."""
-        self.grad.add_(grad)
+    def _sum_up(self, grad: Tensor) -> None:
+        self.grad.add_(grad)  # [n, d]: of the hidden states
 
     def finished(self, loss_dtype: torch.dtype | None = None) -> Rows:
         """Return the rows with the gradient at the logits, in the precision of the loss."""

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from nfi_monitor.capture.quantized import Quantized, quantized_moment
 from nfi_monitor.capture.sampling import CoordinateSample, local
 
-SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2")
+SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2", "sqr_avg")
 """Names of the second moment in an optimizer's state. With amsgrad the step divides by the maximum. The last
-name is that of bitsandbytes."""
+two names are those of bitsandbytes and fastai."""
 
 OTHER_NAMES = "exp_avg_sq"
 """Part of the name under which other optimizers keep it (heavyball: ``update_by_adam_exp_avg_sq_0``)."""

@@ -41,16 +41,20 @@ class StepHooks:
 
         def around(which: int, work: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Any:
             def hook(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                enabled = torch.is_grad_enabled()
                 try:
                     try:
                         self._inside = which
                         work(args, kwargs)
                     finally:
-                        self._leave_hook()
+                        if self._removed:
+                            self._leave_hook()
                 except Exception as error:
                     self._failed("step", error)
                 finally:
                     self._inside = None  # also if Ctrl-C interrupts _leave_hook
+                    if torch.is_grad_enabled() is not enabled:  # Ctrl-C has interrupted torch.no_grad itself
+                        torch.set_grad_enabled(enabled)
 
             return torch.compiler.disable(hook)  # a compiled step must not trace the monitor
 
@@ -93,7 +97,7 @@ class StepHooks:
         and does nothing.
         """
         inside, self._inside = self._inside, None
-        if not self._removed or inside is None or len(self._handles) < 2:
+        if inside is None or len(self._handles) < 2:
             return
         hooks, own = self._handles[inside].hooks_dict_ref(), self._handles[inside].id
         if inside == 0 or (hooks and next(reversed(hooks)) == own):

@@ -114,7 +114,7 @@ class Detector:
         if not 0.0 <= loss < self.spike.usual_below(self.limits):
             return False
         self._loss_reported = True
-        self.spike.update(step, loss, self.context.tau, self.limits)
+        self._judge_loss(step, loss)
         return True
 
     def update(self, reading: Reading) -> Judgement:
@@ -126,7 +126,7 @@ class Detector:
             broken = self.signals.broken_by_design
             self.spike.baseline.find_kind(reading, no_classes=self.context.no_classes, broken=broken)
         loss = self._loss_of(reading)
-        state = self.spike.update(reading.step, loss, tau, self.limits)
+        state = self._judge_loss(reading.step, loss)
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
             return Judgement(self.phase)
         derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
@@ -161,10 +161,15 @@ class Detector:
         loss = reading.get("loss")
         self.is_unusual(reading.step, loss)
         signals = self.signals
-        if not (self._loss_reported or signals.broken_by_design or signals.logits_scaled):
+        other = "mismatch_fraction" in reading.values or signals.broken_by_design or signals.logits_scaled
+        if not (self._loss_reported or other):
             loss = reading.get("head_loss")
             self.outside.update_loss(reading.step, loss)
         return loss
+
+    def _judge_loss(self, step: int, loss: float) -> str:
+        same_rows = self.signals.same_rows
+        return self.spike.update(step, loss, self.context.tau, self.limits, same_rows=same_rows)
 
     @property
     def _is_cross_entropy(self) -> bool:

@@ -18,8 +18,8 @@ from nfi_monitor.types import Reading, Thresholds
 
 MEMORY = 50  # losses in the running average and the noise of log loss; before, no slingshot is found
 SLOW_MEMORY = 100  # losses in the slow average; before, a climb from above ``spike_low`` must be a divergence
-LONG_MEMORY = 200  # losses in the mean excursion above the average
-FIRST = 9  # number of first losses whose median is the early level
+LONG_MEMORY = 200  # losses in the mean excursion above the average, and in which the highest loss fades
+FIRST = 20  # number of first losses whose median is the early level
 HIGHEST_NATS = 20.0  # largest early level of a cross-entropy: that of 500 million equal classes
 VISIBLE = 1e-2
 """Share of ``spike_low`` below which differences are no noise of a climb: a hinge loss jumps between 0 and
@@ -33,8 +33,8 @@ class LossBaseline(Stateful):
     """The running averages and the noise of log loss, and the loss's unit U."""
 
     __slots__ = (
-        "average", "excursion", "excursion_visible", "first", "last", "last_visible", "nats", "noise",
-        "noise_visible", "of_head", "readings", "slow", "unit",
+        "average", "excursion", "excursion_visible", "first", "highest", "last", "last_visible", "nats",
+        "noise", "noise_visible", "of_head", "readings", "slow", "unit",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -51,12 +51,15 @@ class LossBaseline(Stateful):
         self.excursion_visible = 0.0
         self.last_visible = math.nan
         self.readings = 0  # number of readings in the average
+        self.highest = 0.0  # largest loss; it fades within about LONG_MEMORY losses
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also by an earlier version."""
         super().load_state_dict(state)
         if "of_head" not in state:
             self.of_head = self.nats is True
+        if "highest" not in state:
+            self.highest = self.unit
         if "slow" not in state:  # earlier versions had one average and one noise
             self.slow, self.last_visible, self.noise_visible = self.average, self.last, self.noise
 
@@ -68,7 +71,8 @@ class LossBaseline(Stateful):
     @property
     def early(self) -> float:
         """The loss at which the run began, if it is the cross-entropy of the head's logits; else ∞."""
-        early = sorted(self.first)[len(self.first) // 2] if len(self.first) == FIRST else math.inf
+        known = len(self.first) == FIRST or self.readings >= MEMORY  # an earlier version kept fewer losses
+        early = sorted(self.first)[len(self.first) // 2] if known and self.first else math.inf
         return early if self.of_head and 0.0 < early <= HIGHEST_NATS else math.inf
 
     @property
@@ -85,12 +89,13 @@ class LossBaseline(Stateful):
         """Note from an early reading whether the loss is a cross-entropy, and that of the head.
 
         ``no_classes``: the head has a single output.  ``broken``: the loss breaks the zero-sum by design.
+        A loss that differs from the head's cross-entropy may be a hinge, or a cross-entropy with a penalty.
         """
         if self.readings < MEMORY:
             head = reading.get("head_loss")
             differs = abs(reading.get("loss") - head) > DIFFERS * head
-            self.nats = False if no_classes else None if broken else True
-            self.of_head = self.nats is True and not differs
+            self.nats = False if no_classes else None if broken or differs else True
+            self.of_head = self.nats is True
 
     def add(self, log_loss: float, limits: Thresholds) -> None:
         """Add a log loss to the running averages."""
@@ -101,6 +106,8 @@ class LossBaseline(Stateful):
             self.average = self.slow = self.last = log_loss
             self.last_visible = visible
             return
+        fades = 1.0 - 1.0 / LONG_MEMORY if readings > SLOW_MEMORY else 1.0
+        self.highest = max(math.exp(log_loss), self.highest * fades)
         average = self.average
         rise, change, slow_rise = log_loss - average, abs(log_loss - self.last), log_loss - self.slow
         above = visible - (average if average > floor else floor)

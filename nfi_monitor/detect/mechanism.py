@@ -81,7 +81,7 @@ def with_outside(
     return replace(causes, outside=before)
 
 
-_BUILD_UPS = {"kicking", "overshooting", "swinging", "imminent"}
+_BUILD_UPS = {"kicking", "overshooting", "swinging", "diverging", "imminent"}
 """Rules that see an event build up. An event that was seen to come did not come at once."""
 
 

@@ -6,7 +6,16 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from nfi_monitor.detect.smoothing import Ema, Growth, Hysteresis, Stateful, of_its_kind
+from nfi_monitor.detect.smoothing import (
+    Ema,
+    Growth,
+    Hysteresis,
+    Stateful,
+    fading_max,
+    log_or_nan,
+    of_its_kind,
+    recent_lowest,
+)
 from nfi_monitor.types import Reading, Thresholds
 
 NAN = math.nan
@@ -56,12 +65,14 @@ class Signals(Stateful):
     head_displacement: as ``displacement``, but always by the head alone, with or without a probe.
     displacement_rms: average of ln of the head's root mean square displacement, as nats.
     displacement_slope: d ln(root mean square displacement) / d step.
-    other_rows: whether the last two neighbouring steps had different rows, as minibatches have.
+    other_rows: whether the last neighbouring steps had different rows, as minibatches have.
+    same_rows: whether they had the same rows.  Both are False while no rows were seen in two steps.
     swing: nats that the layers below the head moved the mean row's logits; largest of the last few steps.
     Only steps with the same rows count.
     swell: ratio of ``swing`` to the recent minimum of its average.
     alignment: average cosine of successive gradients.
     turn: cosine of the last two gradients.
+    gradient_growth: d ln‖gradient‖ / d step, over the last few steps.
     rms_t: RMS_t of the last reading.
     rms_t_mean: average of RMS_t.
     rms_t_peak, curvature_peak: largest RMS_t and secant curvature of the last few steps.
@@ -85,14 +96,15 @@ class Signals(Stateful):
 
     __slots__ = (
         "_alignment", "_classifier_growth", "_displacement", "_displacement_lowest", "_displacement_rms",
-        "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest", "_loss_recent",
-        "_per_rate", "_rate", "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing", "_swing_lowest",
-        "_unexplained", "_unexplained_switch", "_update_rms", "_violation", "alignment",
+        "_gradient", "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest",
+        "_loss_recent", "_per_rate", "_rate", "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing",
+        "_swing_lowest", "_unexplained", "_unexplained_switch", "_update_rms", "_violation", "alignment",
         "classifier_growth", "clock", "curvature_peak", "decay", "decay_lowest", "displacement",
         "displacement_per_rate", "displacement_rise", "displacement_rms", "displacement_slope", "gone_at",
-        "growth", "head_displacement", "last_step", "learning_rate_jump", "logits_scaled", "loss_recent",
-        "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean", "rms_t_peak", "root_max",
-        "shrinkage", "soft_targets", "swell", "swing", "turn", "unseen", "update_jump", "violation",
+        "gradient_growth", "growth", "head_displacement", "last_step", "learning_rate_jump",
+        "logits_scaled", "loss_recent", "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean",
+        "rms_t_peak", "root_max", "same_rows", "shrinkage", "soft_targets", "swell", "swing", "turn",
+        "unseen", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -102,7 +114,8 @@ class Signals(Stateful):
         self._loss_recent, self._row_match = Ema(), Ema()
         self._learning_rate, self._update_rms, self._loss = Ema(), Ema(), Ema()
         self._growth, self._classifier_growth, self._shrinkage = Growth(), Growth(), Growth()
-        self._slope = Growth()
+        self._slope, self._gradient = Growth(), Growth()
+        self.gradient_growth = NAN
         self._unexplained_switch = Hysteresis()
         self._swing = Ema()
         self._loss_lowest = self._swing_lowest = self._displacement_lowest = NAN
@@ -116,7 +129,7 @@ class Signals(Stateful):
         self.root_max = 0.0
         self.rate_rise = self.clock = 1.0
         self.gone_at = -math.inf
-        self.soft_targets = self.other_rows = self.logits_scaled = False
+        self.soft_targets = self.other_rows = self.same_rows = self.logits_scaled = False
         self.unseen = 0
         self.last_step = 0
 
@@ -190,11 +203,11 @@ class Signals(Stateful):
         step, get = reading.step, reading.get
         derived: dict[str, float] = {}
         if "feature_mean_norm" in reading.values:
-            self.growth = self._growth.update(step, _log(get("feature_mean_norm")), times.long)
+            self.growth = self._growth.update(step, log_or_nan(get("feature_mean_norm")), times.long)
             derived["feature_mean_growth"] = self.growth
         if "classifier_mean_norm" in reading.values:
             self.classifier_growth = self._classifier_growth.update(
-                step, _log(get("classifier_mean_norm")), times.long
+                step, log_or_nan(get("classifier_mean_norm")), times.long
             )
             derived["classifier_mean_growth"] = self.classifier_growth
         return derived
@@ -202,24 +215,24 @@ class Signals(Stateful):
     def _update_displacement(self, reading: Reading, times: _Times) -> None:
         step, get = reading.step, reading.get
         delta = get("margin_displacement", get("logit_displacement"))
-        average = self._displacement.update(step, _log(delta), times.short, limit_gap=True)
+        average = self._displacement.update(step, log_or_nan(delta), times.short, limit_gap=True)
         self.displacement = math.exp(average)
         # A schedule that raises the rate raises δ with it; that is no rise of the run's own.
-        log_rate = _log(get("learning_rate"))
+        log_rate = log_or_nan(get("learning_rate"))
         usual = self._rate.update(step, log_rate, times.tau, limit_gap=True)
         known = math.isfinite(log_rate)
         self.rate_rise = math.exp(max(log_rate - usual, 0.0)) if known else 1.0
         # Averaged after the division: the average of δ alone would lag behind a step of the rate.
         per_rate = self._per_rate.update(
-            step, _log(delta) - (log_rate if known else 0.0), times.short, limit_gap=True
+            step, log_or_nan(delta) - (log_rate if known else 0.0), times.short, limit_gap=True
         )
         fade = times.gap / (10.0 * times.tau)
-        self._displacement_lowest = _recent_lowest(self._displacement_lowest, per_rate, fade)
-        by_head = self._head_displacement.update(step, _log(get("logit_displacement")), times.short)
+        self._displacement_lowest = recent_lowest(self._displacement_lowest, per_rate, fade)
+        by_head = self._head_displacement.update(step, log_or_nan(get("logit_displacement")), times.short)
         self.head_displacement = math.exp(by_head)
         self.displacement_rise = math.exp(per_rate - self._displacement_lowest)
         self.displacement_per_rate = math.exp(per_rate)
-        log_rms = _log(get("logit_displacement_rms"))
+        log_rms = log_or_nan(get("logit_displacement_rms"))
         self.displacement_rms = math.exp(self._displacement_rms.update(step, log_rms, times.short))
         self.displacement_slope = self._slope.update(step, log_rms, times.long)
 
@@ -227,14 +240,16 @@ class Signals(Stateful):
         step, get = reading.step, reading.get
         match = self._row_match.update(step, get("row_match"), ROWS, limit_gap=True)
         self.other_rows = match < SAME_ROWS
+        self.same_rows = match >= SAME_ROWS
         # Another minibatch has another mean row: only a movement of the same rows is one of the layers.
         moved = NAN if self.other_rows else felt_displacement(reading)
-        self.swing = _fading_max(self.swing, moved, math.exp(-times.gap / SWINGS))
+        self.swing = fading_max(self.swing, moved, math.exp(-times.gap / SWINGS))
         self._swing_lowest += times.gap / (10.0 * times.tau)  # also where this reading has no movement
         if moved > 0:
-            average = self._swing.update(step, _log(moved), times.short)
-            self._swing_lowest = _recent_lowest(self._swing_lowest, average, 0.0)
+            average = self._swing.update(step, log_or_nan(moved), times.short)
+            self._swing_lowest = recent_lowest(self._swing_lowest, average, 0.0)
             self.swell = self.swing / math.exp(self._swing_lowest)
+        self.gradient_growth = self._gradient.update(step, log_or_nan(get("gradient_norm")), SWINGS)
         self.turn = get("gradient_alignment")
         self.alignment = self._alignment.update(step, get("gradient_alignment"), SWINGS)
 
@@ -242,27 +257,27 @@ class Signals(Stateful):
         step, get = reading.step, reading.get
         rate = get("learning_rate")
         jump = rate / math.exp(self._learning_rate.value) if rate > 0 else NAN
-        self.learning_rate_jump = _fading_max(self.learning_rate_jump, jump, times.keep)
-        self._learning_rate.update(step, _log(rate), times.window)
+        self.learning_rate_jump = fading_max(self.learning_rate_jump, jump, times.keep)
+        self._learning_rate.update(step, log_or_nan(rate), times.window)
         if "rms_t_max" in reading.values:
             self.rms_t = get("rms_t_max")
             self.rms_t_mean = self._rms_t.update(step, self.rms_t, times.window)
             if self.rms_t_mean <= GONE:
                 self.gone_at = step
-            self.rms_t_peak = _fading_max(self.rms_t_peak, self.rms_t, times.keep)
-            self.curvature_peak = _fading_max(self.curvature_peak, get("secant_curvature"), times.keep)
-            self.shrinkage = self._shrinkage.update(step, _log(get("weight_norm")), times.window)
+            self.rms_t_peak = fading_max(self.rms_t_peak, self.rms_t, times.keep)
+            self.curvature_peak = fading_max(self.curvature_peak, get("secant_curvature"), times.keep)
+            self.shrinkage = self._shrinkage.update(step, log_or_nan(get("weight_norm")), times.window)
         if get("update_rms") > 0:
             self.update_jump = get("update_rms") / math.exp(self._update_rms.value)
-            self._update_rms.update(step, _log(get("update_rms")), times.window)
+            self._update_rms.update(step, log_or_nan(get("update_rms")), times.window)
         loss = get("loss", get("head_loss"))
         if loss >= 0:
             floored = max(loss, LOWEST_LOSS)
-            self.loss_recent = self._loss_recent.update(step, _log(floored), SWINGS, limit_gap=True)
+            self.loss_recent = self._loss_recent.update(step, log_or_nan(floored), SWINGS, limit_gap=True)
         if get("loss") > 0:
-            average = self._loss.update(step, _log(get("loss")), times.short)
+            average = self._loss.update(step, log_or_nan(get("loss")), times.short)
             fade = times.gap / (3.0 * times.tau)
-            self._loss_lowest = _recent_lowest(self._loss_lowest, average, fade)
+            self._loss_lowest = recent_lowest(self._loss_lowest, average, fade)
             self.loss_rise = average - self._loss_lowest
 
     def _update_decay(self, reading: Reading, times: _Times) -> dict[str, float]:
@@ -275,7 +290,7 @@ class Signals(Stateful):
             return {}
         self.root_max = max(self.root_max * math.exp(-times.gap / (REMEMBERED * times.tau)), root)
         self.decay = math.log10(root / self.root_max)
-        self.decay_lowest = -_fading_max(-self.decay_lowest, -self.decay, times.keep)
+        self.decay_lowest = -fading_max(-self.decay_lowest, -self.decay, times.keep)
         return {"second_moment_decay": self.decay}
 
     def restart(self) -> None:
@@ -382,19 +397,3 @@ def felt_displacement(reading: Reading) -> float:
     if math.isnan(update) or math.isnan(margin):
         return moved
     return min(moved, LAYERS * update * max(abs(margin), 1.0))
-
-
-def _log(x: float) -> float:
-    return math.log(x) if math.isfinite(x) and x > 0 else NAN
-
-
-def _recent_lowest(previous: float, x: float, fade: float) -> float:
-    """Return the recent minimum: the previous minimum rises by ``fade``, so that an old one is replaced."""
-    return x if math.isnan(previous) else min(x, previous + fade)
-
-
-def _fading_max(previous: float, x: float, keep: float) -> float:
-    """Return the recent maximum: the previous one shrinks by the factor ``keep``. NaN and Inf are skipped."""
-    if not math.isfinite(x):
-        return previous
-    return x if math.isnan(previous) else max(x, previous * keep)

@@ -131,6 +131,46 @@ class Situation:
         return {"loss": Evidence(math.exp(recent), level, floor, crossed=crossed)}
 
     @property
+    def rows_repeat(self) -> bool:
+        """Whether each step has the same rows.
+
+        Rows that are not seen count as the same if the gradient turns around at high curvature.  Gradients of
+        other rows have little in common.
+        """
+        signals = self.signals
+        unseen = not (signals.same_rows or signals.other_rows)
+        turns = self.curvature_is_high and signals.turn <= -self.limits.kick_turn
+        return signals.same_rows or (unseen and turns)
+
+    @property
+    def loss_share(self) -> float:
+        """The loss of this reading over the least loss of a slingshot; ∞ where no loss is known."""
+        loss = self.reading.get("loss", self.reading.get("head_loss"))
+        if not loss >= 0:
+            return math.inf
+        return loss / min(self.spike.least_of_each(self.limits))
+
+    @property
+    def loss_above_average(self) -> float:
+        """Rise of this reading's loss above the running average, in nats of log loss; NaN if unknown."""
+        loss = self.reading.get("loss", self.reading.get("head_loss"))
+        return math.log(max(loss, LOWEST_LOSS)) - self.spike.baseline.average if loss >= 0 else math.nan
+
+    @property
+    def steps_to_slingshot(self) -> float:
+        """Steps until the loss is that of a slingshot, if the gradient goes on growing as in the last steps.
+
+        ∞ where it does not grow, NaN where no loss is known.  Near a minimum, the loss grows as the square of
+        the gradient.
+        """
+        loss = self.reading.get("loss", self.reading.get("head_loss"))
+        rate = self.signals.gradient_growth
+        if not loss > 0 or math.isnan(rate):
+            return math.nan
+        least = min(self.spike.least_of_each(self.limits))
+        return max(math.log(least / loss), 0.0) / (2.0 * rate) if rate > 0 else math.inf
+
+    @property
     def still(self) -> bool:
         """Whether the run has been *at risk* for long and nothing moves."""
         return self.movement.is_still(self.signals.last_step, self.context.tau)

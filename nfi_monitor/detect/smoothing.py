@@ -144,3 +144,20 @@ class Hysteresis(Stateful):
         elif not self.on and enter:
             self.on, self.since = True, step
         return self.on
+
+
+def log_or_nan(x: float) -> float:
+    """Return ln x, or NaN where x is not positive or not finite."""
+    return math.log(x) if math.isfinite(x) and x > 0 else math.nan
+
+
+def recent_lowest(previous: float, x: float, fade: float) -> float:
+    """Return the recent minimum: the previous minimum rises by ``fade``, so that an old one is replaced."""
+    return x if math.isnan(previous) else min(x, previous + fade)
+
+
+def fading_max(previous: float, x: float, keep: float) -> float:
+    """Return the recent maximum: the previous one shrinks by the factor ``keep``. NaN and Inf are skipped."""
+    if not math.isfinite(x):
+        return previous
+    return x if math.isnan(previous) else max(x, previous * keep)

@@ -10,8 +10,8 @@ losses.  U is the loss's unit: 1 for a loss in nats, else about the loss at whic
 - A rise that only the means of many losses show is found by ``slow_rise.py``.
 
 The running average, the noise and U are those of ``loss_baseline.py``.  High losses that led to nothing raise
-the number of losses that the next rise must last.  In a run that fits its data, hard minibatches give such
-losses again and again.
+the number of losses that the next rise must last, unless each step has the same rows.  In a run that fits its
+data, hard minibatches give such losses again and again.
 
 An event ends when the loss has come back, or when it no longer falls: then it has stayed at a new level,
 which becomes the baseline.  Aftershocks within ``recovered`` τ belong to the same event.
@@ -43,6 +43,8 @@ DIVERGED = 3.0  # ratio to the highest of the first losses that a climb must rea
 LEAK = 2.5  # evidence that every loss of a streak must bring, in σ: else the streak ends
 SIGMA_CAP = 10.0  # most that one loss adds to the evidence, in σ: one bad minibatch is no slingshot
 LONGEST_STREAK = 12  # losses within which a streak must become a slingshot
+ABOVE_ALL = 4.0
+"""Multiple of the highest recent loss above which a loss stands out in any noise, if rows are the same."""
 NOISY = 0.5
 """σ of log loss above which a streak needs one more high loss: two hard minibatches in a row are chance."""
 SHALLOW = 0.7  # a smaller rise of log loss (less than a doubling) needs ``LASTING`` high losses
@@ -61,12 +63,13 @@ class SpikeDetector(Stateful):
     __slots__ = (
         "baseline", "block", "block_before", "block_change", "block_count", "block_high", "burst_at",
         "burst_loss_at", "burst_peak", "burst_start", "evidence", "fallen_at", "floor", "height", "highs",
-        "level", "lone", "negative", "peak", "pending", "pending_start", "recent", "slow_rise", "start",
-        "state", "stayed", "streak", "streak_readings",
+        "level", "lone", "negative", "peak", "pending", "pending_start", "recent", "same_rows", "slow_rise",
+        "start", "state", "stayed", "streak", "streak_readings",
     )  # fmt: skip
 
     def __init__(self) -> None:
         self.state = QUIET
+        self.same_rows = False  # each step has the same rows, as far as is known
         self.baseline = LossBaseline()
         self.slow_rise = SlowRise()
         self.lone = 0.0  # fading number of high losses that led to nothing
@@ -95,8 +98,14 @@ class SpikeDetector(Stateful):
         self.block_high = 0  # readings of this block at or above ``level``
         self.negative = False  # the loss was below zero by more than rounding: it is judged no more
 
-    def update(self, step: int, loss: float, tau: float, limits: Thresholds) -> str:
-        """Judge a loss; return the new state. NaN and Inf are skipped: they have an alert of their own."""
+    def update(
+        self, step: int, loss: float, tau: float, limits: Thresholds, *, same_rows: bool = False
+    ) -> str:
+        """Judge a loss; return the new state. NaN and Inf are skipped: they have an alert of their own.
+
+        ``same_rows``: each step is known to have the same rows, so none of them is a hard minibatch.
+        """
+        self.same_rows = same_rows
         if not math.isfinite(loss) or self.negative:
             return self.state
         if loss < 0.0:
@@ -126,6 +135,10 @@ class SpikeDetector(Stateful):
         baseline = self.baseline
         usual = highest_usual(math.exp(baseline.level), limits, baseline.unit)
         return min(usual, self.slow_rise.usual_below(baseline, limits))
+
+    def least_of_each(self, limits: Thresholds) -> tuple[float, float]:
+        """Return the least losses of a climb and of a leap from where the loss is now."""
+        return self._highest_of_each(self.baseline.level, limits)
 
     def state_dict(self) -> dict[str, Any]:
         """Return name → value of each attribute, those of the baseline among them."""
@@ -188,7 +201,7 @@ class SpikeDetector(Stateful):
         is_low = base < math.log(low)
         if self.baseline.readings < SLOW_MEMORY and not is_low:
             # While the loss first falls, only a loss far above those at which the run began counts.
-            climbs = max(climbs, DIVERGED * max(self.baseline.first, default=math.inf))
+            climbs = max(climbs, DIVERGED * self.baseline.highest)
         rise = log_loss - base
         bursts = rise > limits.spike_burst * DECADE
         if not (loss > climbs or loss > leaps or bursts or self.streak):
@@ -201,6 +214,10 @@ class SpikeDetector(Stateful):
         rise_visible = max(log_loss, visible) - max(base, visible)
         sigmas_visible = rise_visible / self.baseline.sigma_visible
         clear = sigmas_visible >= (ENOUGH if is_low else ENOUGH_HIGH) * limits.spike_sigmas
+        if self.same_rows and is_low and loss > ABOVE_ALL * self.baseline.highest:
+            # The same rows have no hard minibatches, so the loss was never this high by chance.  A hinge loss
+            # jumps between 0 and 1e-3: in decades, that noise hides everything.
+            clear, sigmas_visible = True, max(sigmas_visible, SIGMA_CAP)
         leap = loss > leaps and sigmas >= ENOUGH * limits.spike_sigmas
         high = leap or (clear and loss > climbs)
         if not (high or self.streak):
@@ -241,7 +258,7 @@ class SpikeDetector(Stateful):
     def _is_slingshot(self, rise: float, limits: Thresholds) -> bool:
         """Return whether the streak is long enough."""
         noisy = self.baseline.sigma > NOISY
-        needed = min(2 + noisy + int(self.lone), MOST_NEEDED)
+        needed = 2 if self.same_rows else min(2 + noisy + int(self.lone), MOST_NEEDED)
         if rise < SHALLOW:
             needed = max(needed, LASTING)
         if self.streak < needed:

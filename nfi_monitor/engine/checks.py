@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from nfi_monitor.alert_handler import AlertHandler
-from nfi_monitor.caller import call_with
+from nfi_monitor.caller import by_adapter, call_with
+from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.capture.head import Head, find_head
 from nfi_monitor.capture.names import HeadLike
-from nfi_monitor.capture.unwrap import choose, unwrap
+from nfi_monitor.capture.unwrap import choose, trained, watchable
 from nfi_monitor.errors import AlreadyMonitoredError, HeadNotFoundError
 from nfi_monitor.ranks import processes
 from nfi_monitor.registry import watcher
@@ -106,18 +107,23 @@ def find_watched(
 
     A model in which no head is found is watched without one.  Raises AlreadyMonitoredError if an open monitor
     watches that head (or that model, if it has no head).  Raises HeadNotFoundError for a named head that the
-    model lacks, and the errors of :func:`~nfi_monitor.capture.unwrap.choose`.
+    model lacks, and the errors of :func:`~nfi_monitor.capture.unwrap.watchable`.
     """
+    try:
+        several = watchable(optimizer)
+    except TypeError:
+        if not by_adapter():
+            raise
+        several = [cast(Optimizer, ForeignOptimizer(optimizer))]  # a note says that it makes no steps
     found = None
     if not isinstance(head, bool):
-        several = optimizer if isinstance(optimizer, (list, tuple)) else [optimizer]
-        groups = [group for one in several for group in unwrap(one).param_groups]
+        parameters = set().union(*map(trained, several))
         try:
-            found = find_head(model, head, {id(p) for group in groups for p in group["params"]})
+            found = find_head(model, head, parameters)
         except HeadNotFoundError:
             if head is not None:
                 raise
-    chosen = choose(optimizer, found)
+    chosen = choose(several, found)
     earlier = watcher(model if found is None else found.module)
     if earlier is not None:
         where = found.describe() if found is not None else type(model).__name__

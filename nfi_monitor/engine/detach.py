@@ -95,6 +95,8 @@ def _finish_schedule(loop: StepLoop) -> None:
 def _release_tensors(loop: StepLoop) -> None:
     loop.step_reader.release()
     loop.silence.release()
+    if loop.head_check is not None:
+        loop.head_check.stop()
     loop.rank_search.release()
 
 

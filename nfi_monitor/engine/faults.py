@@ -11,6 +11,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from nfi_monitor.signal_handlers import raised_by_signal_handler
+
+SWITCHED = frozenset({"rows", "optimizer", "probe", "snapshots", "detector", "on_alert"})
+"""Parts that rest after an error. All others are tried at each occasion, however often they fail."""
 TRIES = 6
 """Failures in a row, at readings that are 1, 2, 4 … readings apart, after which a part is switched off."""
 RECOVERED = 8
@@ -56,7 +60,12 @@ class Faults:
         return rest is not None and self._reading < rest.until
 
     def failed(self, part: str, error: BaseException) -> None:
-        """Record an error of a part: the part rests, first for this reading, then longer each time."""
+        """Record an error of a part: the part rests, first for this reading, then longer each time.
+
+        Raises ``error`` again if the user's handler of a signal raised it, anywhere in the monitor.
+        """
+        if raised_by_signal_handler(error):
+            raise error
         self._on_error(part)
         rest = self._rests.setdefault(part, _Rest())
         if rest.last == self._reading:
@@ -65,7 +74,7 @@ class Faults:
             rest.failures = 0
         rest.failures += 1
         rest.last = self._reading
-        off = rest.failures >= TRIES
+        off = part in SWITCHED and rest.failures >= TRIES
         rest.until = math.inf if off else self._reading + 2 ** (rest.failures - 1)
         if off or part not in self.failed_parts:
             self.failed_parts.add(part)

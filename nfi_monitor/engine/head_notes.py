@@ -12,6 +12,7 @@ from nfi_monitor.capture.names import inner_names, no_head_text
 
 if TYPE_CHECKING:
     from nfi_monitor.capture.head import Head
+    from nfi_monitor.capture.head_layer import Place
     from nfi_monitor.capture.head_probe import HeadProbe
     from nfi_monitor.capture.optimizer import OptimizerReader
 
@@ -60,7 +61,8 @@ def several_text(head: Head) -> str:
     return (
         f"The model has several heads. Watched: {head.describe()}, the one with most classes (of equal ones "
         f"the first). Not watched: {', '.join(head.others)}. To watch another: "
-        f"{call_with(f'head={named!r}')}."
+        f"{call_with(f'head={named!r}')}. If no loss is reported, the loss at this head is judged alone; to "
+        "show the whole loss, call monitor.observe_loss(loss) before optimizer.step()."
     )
 
 
@@ -71,6 +73,35 @@ def _parameter_text(head: Head) -> str:
         f"in the output of {kind}, its features in the autograd graph. Where the graph does not keep the "
         "features, feature mean and displacement are not measured, and *imminent* by rounding cannot be "
         "reached: a note says so."
+    )
+
+
+_WITHOUT_FEATURES = (
+    "Feature mean and logit displacement are not measured: *inflating* and *imminent* cannot be reached by "
+    "rounding."
+)
+
+
+def elsewhere_text(head: Head, place: Place, change: str) -> str:
+    """Return the note that rows are read behind the operation ``change``, which changes the logits."""
+    keys = "".join(f"[{key!r}]" for key in place.path)
+    where = (
+        f"in the model's output{keys}" if place.where == "output" else "at the softmax of the model's loss"
+    )
+    return (
+        f"The logits of {head.describe()} are changed after it ({change}). Rows are read from the changed "
+        f"logits, {where}. They have no features of their own. {_WITHOUT_FEATURES} Nothing has to be done."
+    )
+
+
+def changed_text(head: Head, change: str) -> str:
+    """Return the note that no rows are read, because ``change`` comes between head and loss."""
+    axis = ", class_axis=1" if head.spatial else ""
+    return (
+        f"The logits of {head.describe()} are changed before the softmax of the loss ({change}). Its rows "
+        "are not read: their loss, margins and absorption would not be those of the run. The head's weight "
+        f"gradient is read instead, for the zero-sum violation of the whole batch. {_WITHOUT_FEATURES} For "
+        f"rows, tap the changed logits: logits = monitor.tap(logits{axis})."
     )
 
 

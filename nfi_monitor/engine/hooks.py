@@ -38,6 +38,12 @@ class RunHooks:
         self._forward.append(added)
         added.register()
 
+    def drop(self, hook: Any) -> None:
+        """Remove a hook of :meth:`add`. Not while its module is being called: torch cannot do that."""
+        for added in [one for one in self._forward if one.hook is hook]:
+            added.remove()
+            self._forward.remove(added)
+
     def keep(self, handle: Any) -> None:
         """Remove ``handle``, which has a method ``remove``, with the hooks on modules."""
         self._others.append(handle)
@@ -56,18 +62,15 @@ class RunHooks:
             self._forward.pop()
 
 
-class Pauses:
-    """Count open ``paused()`` blocks: true while there is one. ``left_out(seconds)`` follows the last.
+class Pauses(set[object]):
+    """Hold the open ``paused()`` blocks: true while there is one. ``left_out(seconds)`` follows the last.
 
     A block that Ctrl-C interrupts anywhere is closed all the same.
     """
 
     def __init__(self, left_out: Callable[[float], None]) -> None:
+        super().__init__()
         self._left_out = left_out
-        self._open: set[object] = set()
-
-    def __bool__(self) -> bool:
-        return bool(self._open)
 
     @contextmanager
     def block(self) -> Iterator[None]:
@@ -75,11 +78,11 @@ class Pauses:
         started, block = time.perf_counter(), object()
         try:
             try:
-                self._open.add(block)
+                self.add(block)
                 yield
             finally:
-                self._open.discard(block)
+                self.discard(block)
         finally:
-            self._open.discard(block)
-            if not self._open:
+            self.discard(block)
+            if not self:
                 self._left_out(time.perf_counter() - started)

@@ -26,12 +26,14 @@ from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.recomputed import RowRecomputer
+from nfi_monitor.capture.step_hooks import has_closure
 from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.detect.spike import QUIET
 from nfi_monitor.engine.checks import Options
 from nfi_monitor.engine.faults import Faults
+from nfi_monitor.engine.head_check import HeadCheck
 from nfi_monitor.engine.hooks import Pauses, RunHooks
 from nfi_monitor.engine.judge import Judge
 from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
@@ -62,6 +64,10 @@ class StepLoop:
         optimizer, head: the watched optimizer, without wrappers, and the watched head, or None.
         options: the other arguments of the monitor, checked.
     """
+
+    head_check: HeadCheck | None = None  # once attached
+    _counts = False
+    """Whether the optimizer step that runs now is one of the run's."""
 
     def __init__(
         self, owner: Any, model: nn.Module, optimizer: Optimizer, head: Head | None, options: Options
@@ -132,10 +138,11 @@ class StepLoop:
             self.reports.sinks += [*opened, *options.sinks]
         self.membership.share_head(self.head, apart)
         self.reports.start(self.info())
+        self.notes.optimizer(self.optimizer)
         if options.head is not False:
             self.notes.attached(self.model, self.head, self.reader)
         self.hooks.step.install()
-        watch_head(self, named=options.head is not None)
+        self.head_check = watch_head(self, named=options.head is not None)
 
     @property
     def watched_module(self) -> nn.Module:
@@ -163,7 +170,8 @@ class StepLoop:
         self.silence.passed()
         if self.step == 0:
             self.rank_search.again()
-        return None if self.faults.is_off("rows") else self.wanted_step
+        step = self.wanted_step
+        return None if step is None or self.faults.is_off("rows") else step
 
     def _rows_arrived(self, rows: Rows) -> None:
         if self.faults.is_off("rows") or self.closed or self.paused:
@@ -172,14 +180,17 @@ class StepLoop:
         self.step_reader.add(rows)
 
     def _before_step(self, given: Sequence[Any]) -> None:
-        if self._ignores():
+        self._counts = not self._ignores()
+        if not self._counts:
             return
         self.silence.inside_step = True
-        if self.step == 0:
+        if self.step == 0 and not has_closure(given):  # in a closure, the model is yet to run
             self.rank_search.end()
         if self.recent_snapshots.pending:
             self._complete_snapshot()
         self.loss_sources.end_step()
+        if self.head_check is not None:
+            self.head_check.before_step()
         if self.wanted_step is None or self.faults.is_off("optimizer"):
             return
         started = time.perf_counter()
@@ -190,9 +201,11 @@ class StepLoop:
         self.schedule.own_seconds += time.perf_counter() - started
 
     def _after_step(self) -> None:
-        if self._ignores():
+        if not self._counts or self.closed:
             return
         started = time.perf_counter()
+        if self.step == 0:
+            self.rank_search.end()
         self.step += 1
         self.silence.stepped(self.step, self.hooks.is_on)
         self.detector.update_rates(self.step, self.reader.rates())
@@ -270,7 +283,7 @@ class StepLoop:
             elif losses.deferred:
                 self.judge.judge_deferred()
             if self.transfer.waiting:  # the reading has not arrived, and must be judged before this loss
-                self.transfer.put([self.step], torch.tensor([float(loss)], dtype=torch.float64))
+                self.transfer.put([self.step], torch.tensor([float(loss)], dtype=torch.float64, device="cpu"))
             else:
                 self.judge.judge(Reading(self.step, {"loss": float(loss)}), full=False)
 

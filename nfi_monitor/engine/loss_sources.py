@@ -39,6 +39,8 @@ class LossSources:
         ignored: Callable[[], bool],
         taken: Callable[[], None],
     ) -> None:
+        self.look: Callable[[Tensor], object] | None = None
+        """Called with each loss that is trained, with its graph."""
         self._taken = taken
         self._losses, self._failed, self._ignored = losses, failed, ignored
         self._reported = False  # whether the loop reports losses: then no other source counts
@@ -52,12 +54,14 @@ class LossSources:
 
     def report(self, loss: Tensor | float) -> None:
         """Take a loss that the training loop reports."""
-        if isinstance(loss, Tensor) and not devices.is_readable(loss, meta=True):
+        if self._ignored() or (isinstance(loss, Tensor) and not devices.has_numbers(loss, meta=True)):
             return
+        if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
+            self.look(loss)
         if not self._reported:
             self._reported = True
             self._losses.forget()  # losses of this step from other sources
-        self._take(loss)
+        self._add(loss)
 
     def watch_outputs(
         self, model: nn.Module, scale: float, register: Callable[[nn.Module, LossProbe], None]
@@ -87,6 +91,8 @@ class LossSources:
         before = len(losses.observed)
         yield
         try:
+            if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
+                self.look(loss)
             if isinstance(loss, Tensor) and not self._reported:
                 self.end_micro_batch()  # a compiled model stores its loss
                 del losses.observed[before:]  # the loss in the model's output is a part of this one
@@ -97,9 +103,10 @@ class LossSources:
 
     def end_micro_batch(self) -> None:
         """Collect the loss that a compiled forward pass has stored."""
-        if self._probe is not None and not self._ignored():
+        if self._probe is not None:
             try:
-                self._probe.collect()
+                if not self._ignored():
+                    self._probe.collect()
             except Exception as error:
                 self._failed("loss", error)
 
@@ -119,5 +126,8 @@ class LossSources:
             return
         if share is not None:
             self._losses.share = share
+        self._add(loss)
+
+    def _add(self, loss: Tensor | float) -> None:
         self._losses.observe(local(loss.detach()) if isinstance(loss, Tensor) else float(loss))
         self._taken()

@@ -8,8 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
-from nfi_monitor.engine.faults import TRIES
+from nfi_monitor.engine.faults import SWITCHED, TRIES
 from nfi_monitor.engine.head_notes import at_attach
 from nfi_monitor.engine.remarks import HALF, REMARKS, Seen
 from nfi_monitor.native import library
@@ -25,6 +26,10 @@ if TYPE_CHECKING:
     from nfi_monitor.engine.schedule import Schedule
     from nfi_monitor.engine.step_reader import StepReader
     from nfi_monitor.types import Reading
+
+
+_WHY_NO_ROWS = {"head_replaced", "logits_changed"}
+"""Notes that say why no rows come from the head."""
 
 
 class NoteTaker:
@@ -44,6 +49,7 @@ class NoteTaker:
         self._model: weakref.ref[nn.Module] | None = None
         # (type, text, place) of an error → the parts that it was raised in; and those lists by part
         self._stopped: dict[Any, list[str]] = {}
+        self._off: set[str] = set()  # parts that are switched off
         self._failures: dict[str, list[str]] = {}
 
     def note(self, code: str, message: str, step: int) -> None:
@@ -57,6 +63,30 @@ class NoteTaker:
         self._model = weakref.ref(model)
         for code, message in at_attach(model, head, reader):
             self.note(code, message, 0)
+
+    def optimizer(self, optimizer: object) -> None:
+        """Note at attach if the optimizer is no torch optimizer."""
+        if not isinstance(optimizer, ForeignOptimizer):
+            return
+        kind = type(optimizer.original)
+        name = f"{kind.__module__}.{kind.__qualname__}"
+        if not callable(getattr(optimizer.original, "step", None)):
+            self.note(
+                "no_optimizer",
+                f"{name} is no optimizer: it has no parameters and no method step(). Without steps nothing "
+                "is measured. Let the monitor attach to the optimizer whose step() updates the model.",
+                0,
+            )
+            return
+        self.note(
+            "optimizer_not_torch",
+            f"{name} is no torch.optim.Optimizer. Its steps are watched through its attribute step, until "
+            "the monitor closes. Rows, norms, gradients and updates are measured; the second moment only if "
+            "the state holds an average of squared gradients by parameter. Snapshots, replays, remedies and "
+            "the Autopilot need a torch optimizer; in fastai: Learner(..., opt_func=partial(OptimWrapper, "
+            "opt=torch.optim.AdamW)).",
+            0,
+        )
 
     def read(
         self,
@@ -100,8 +130,8 @@ class NoteTaker:
         )
         self._step_before = reading.step
         for remark in REMARKS:
-            if remark.code == "head_never_fired" and "head_replaced" in self.by_code:
-                continue  # this is the reason
+            if remark.code == "head_never_fired" and self.by_code.keys() & _WHY_NO_ROWS:
+                continue
             if remark.code not in self.by_code and remark.applies(seen):
                 text = remark.text if isinstance(remark.text, str) else remark.text(seen)
                 self.note(remark.code, self.texts.get(remark.code, text), seen.reading.step)
@@ -179,9 +209,13 @@ class NoteTaker:
         parts = self._failures[part]
         code, are = f"failed_{parts[0]}", "are" if len(parts) > 1 else "is"
         if off:
+            self._off.add(part)
+        if self._off.issuperset(parts):
             rest = f"failed and {are} off from now on; training is not affected. "
-        elif part in ("close", "resume"):  # these are not tried again
-            rest = "failed; training is not affected. "
+        elif off:
+            rest = f"failed; training is not affected. Off from now on: {part}. "
+        elif part not in SWITCHED:
+            rest = f"failed after step {step}; training is not affected. "
         else:
             rest = (
                 f"failed after step {step} and {are} left out of this reading; training is not affected. "

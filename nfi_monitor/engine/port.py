@@ -122,7 +122,7 @@ class AdapterPort:
         """Return whether gradients of rows arrive; False only after the note that none do."""
         loop = self._loop
         seen = loop.probe.delivered + loop.probe.recomputed
-        return seen > 0 or "head_never_fired" not in loop.notes.by_code
+        return seen > 0 or not loop.notes.by_code.keys() & {"head_never_fired", "logits_changed"}
 
     @property
     def stateful(self) -> tuple[Any, ...]:

@@ -41,7 +41,7 @@ class RankSearch:
         """Look for the ranks when the monitor attaches; return the reason if that failed."""
         apart = self._look(self._model)
         if self.open and self._membership.processes > 1:
-            look = InertInCopies(lambda module, kwargs, output: self.again())
+            look = InertInCopies(lambda module, kwargs, output: self.again(), self._faults.failed)
             self._handle = self._model.register_forward_hook(look, with_kwargs=True)
         return apart
 
@@ -61,9 +61,17 @@ class RankSearch:
         if self.open:
             self._membership.none_found()
 
+    def watch(self, head: Head | None) -> bool:
+        """Watch another head on all ranks. Returns False if they already read the present one together."""
+        if not self._membership.watch(self._model, self._optimizer, head):
+            return False
+        self._head = head
+        return True
+
     def _look(self, model: nn.Module) -> str | None:
         apart = self._membership.find(model, self._optimizer, self._head)
         if self._membership.exchange is not None:
+            self._model = model
             self._schedule.give_up_budget()
         return apart
 

@@ -91,15 +91,30 @@ def _loss_between_readings(seen: Seen) -> bool:
     """Return whether the head's loss is judged, and steps since the reading before were not read."""
     if seen.without_report < PATIENCE or "head_loss" not in seen.reading.values or seen.step_before is None:
         return False
-    signals = seen.signals  # for such losses, the detector does not use the head's
-    return not (signals.broken_by_design or signals.logits_scaled) and (
-        seen.reading.step - seen.step_before > 1
+    return not _other_loss(seen) and seen.reading.step - seen.step_before > 1
+
+
+def _other_loss(seen: Seen) -> bool:
+    """Return whether the loss is no cross-entropy at the head: the detector does not use the head's then."""
+    signals, values = seen.signals, seen.reading.values
+    return signals.broken_by_design or signals.logits_scaled or "mismatch_fraction" in values
+
+
+def _not_cross_entropy_text(seen: Seen) -> str:
+    share = seen.reading.values["mismatch_fraction"]
+    return (
+        f"No loss is reported, and the trained loss is no plain cross-entropy at the head: {share:.0%} of "
+        "the rows that tell have another gradient. Possible reasons: a policy gradient or preferences, soft "
+        "targets, a focal loss, weights of single rows, logits changed after the head. The loss at the head "
+        "is recorded, but not judged: a slingshot itself cannot be seen. Call monitor.observe_loss(loss) "
+        "before optimizer.step()."
     )
 
 
 def _loss_between_readings_text(seen: Seen) -> str:
     return (
-        "No loss is reported. The monitor computes it from the logits, but only in the steps that it reads: "
+        "No loss is reported. The monitor computes it from the logits (the plain mean over rows, without "
+        "weights, penalties and other losses), but only in the steps that it reads: "
         f"after step {seen.step_before:,} it read step {seen.reading.step:,}. A slingshot between two "
         "readings is seen late or not at all. To show the monitor the loss of every step, call "
         "monitor.observe_loss(loss) before optimizer.step()."
@@ -108,6 +123,8 @@ def _loss_between_readings_text(seen: Seen) -> str:
 
 def _no_features(seen: Seen) -> bool:
     probe = seen.probe
+    if probe.head is not None and probe.head.place is not None:
+        return False  # the note about the place says so
     return seen.measured == PATIENCE and probe.delivered > 0 and probe.without_features >= probe.fired
 
 
@@ -213,6 +230,28 @@ REMARKS: tuple[Remark, ...] = (
             "monitor.observe_loss(loss) before optimizer.step()."
         ),
     ),
+    Remark(
+        "not_cross_entropy",
+        lambda seen: (
+            seen.without_report >= PATIENCE
+            and "mismatch_fraction" in seen.reading.values
+            and not (seen.signals.broken_by_design or seen.signals.logits_scaled)
+        ),
+        _not_cross_entropy_text,
+    ),
+    Remark(
+        "rows_weighted",
+        lambda seen: (
+            seen.without_report >= PATIENCE
+            and "uneven_fraction" in seen.reading.values
+            and not _other_loss(seen)
+        ),
+        (
+            "No loss is reported, and the trained loss weighs rows differently (class weights, a focal "
+            "loss). The loss at the head is their plain mean; it is judged in place of the trained one. To "
+            "show the trained loss, call monitor.observe_loss(loss) before optimizer.step()."
+        ),
+    ),
     Remark("loss_between_readings", _loss_between_readings, _loss_between_readings_text),
     Remark(
         "loss_below_zero",
@@ -278,10 +317,10 @@ REMARKS: tuple[Remark, ...] = (
         lambda seen: seen.signals.soft_targets and not seen.signals.broken_by_design,
         (
             "Most rows have more than one negative gradient: targets are soft (label smoothing, "
-            "distillation, mixup), rows are pushed away (preferences, rewards), the logits are interpolated "
-            "after the head (segmentation: tap them with class_axis=1), or the gradient is projected. "
-            "Absorption is defined only for rows with a single correct class. The zero-sum violation is "
-            "defined for all rows and still watched."
+            "distillation, mixup), rows are pushed away (preferences, rewards), the logits are mixed after "
+            "the head (tap them: logits = monitor.tap(logits)), the gradient is projected, or the loss is "
+            "that of an inner step (MAML). Absorption is defined only for rows with a single correct class. "
+            "The zero-sum violation is defined for all rows and still watched."
         ),
     ),
     Remark("half_precision_loss", _half_precision, _half_precision_loss_text),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.engine.loop import StepLoop
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.replay.arm import Arm
@@ -19,6 +20,7 @@ def take_snapshot(loop: StepLoop) -> Snapshot:
     """Return the state of the run after the last step. Raises MonitorError once the monitor is closed."""
     if loop.closed:
         raise MonitorError("A closed monitor does not hold the model. Use Snapshot.take(step, model, ...).")
+    _check_optimizer(loop)
     spike, decay = loop.detector.spike.state_dict(), loop.detector.signals.decay
     return Snapshot.take(
         loop.step, loop.model, loop.optimizer, loop.stateful, spike, second_moment_decay=decay
@@ -41,6 +43,7 @@ def replay_slingshot(
             "with block, or nfi_monitor.replay.replay(snapshot, step_fn, model=..., optimizer=...) with "
             f"one of monitor.snapshots. {RECIPE}"
         )
+    _check_optimizer(loop)
     loop.judge.settle()
     context = loop.detector.context
     start = plan(list(loop.detector.alerts), loop.recent_snapshots, context.tau, snapshot, steps)
@@ -67,3 +70,12 @@ def replay_slingshot(
     loop.replays.append(verdict)
     loop.reports.replay(verdict)
     return verdict
+
+
+def _check_optimizer(loop: StepLoop) -> None:
+    optimizer: object = loop.optimizer
+    if isinstance(optimizer, ForeignOptimizer):
+        raise MonitorError(
+            f"{type(optimizer).__name__} is no torch.optim.Optimizer: its state cannot be put back, so "
+            "there are no snapshots and no replays of this run."
+        )

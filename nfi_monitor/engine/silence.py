@@ -64,7 +64,13 @@ class Silence:
 
     def passed(self) -> None:
         """Count a forward pass of the head, if gradients are enabled in it."""
-        if not self.inside_step and torch.is_grad_enabled():
+        if self.inside_step or not torch.is_grad_enabled():
+            return
+        self._headless = 0
+        self._looks += 1
+        if self._looks >= LOOKS:  # in most trainings a step comes before
+            self._guarded(self._look)
+        if self._arrived:  # since the pass before: a head may run many times in one pass of its model
             self._guarded(self._count_pass)
 
     def arrived(self) -> None:
@@ -73,12 +79,24 @@ class Silence:
 
     def reported(self) -> None:
         """Count a loss that was reported."""
-        if not self.inside_step:
-            self._guarded(self._count_loss)
+        if self.inside_step:
+            return
+        self._losses += 1
+        self._looks += 1
+        if self._looks >= LOOKS:
+            self._guarded(self._look)
+        if self._losses == PASSES:
+            self._guarded(self._say)
 
     def stepped(self, step: int, hooked: Callable[[nn.Module], bool]) -> None:
         """Count an optimizer step. ``hooked`` tells whether a module has a hook of the monitor."""
-        self._guarded(self._count_step, step, hooked)
+        self._step = step
+        self._steps += 1
+        self._headless += 1
+        self._forget()
+        few = self._headless
+        if few >= 4 and not few & (few - 1) and self._head is not None:  # rarely: this walks over the model
+            self._guarded(self._look_for_head, self._head, hooked)
 
     def _guarded(self, count: Callable[..., None], *given: Any) -> None:
         if not self._off:
@@ -89,30 +107,12 @@ class Silence:
                 self._failed("silence", error)
 
     def _count_pass(self) -> None:
-        self._headless = 0
-        self._look()
-        if self._arrived:  # since the pass before: a head may run many times in one pass of its model
-            self._arrived = False
-            self._passes += 1
-            dropped = self._weight is not None and self._weight.grad is None
-            self._dropped += dropped
-            if self._passes == PASSES or (dropped and self._dropped == DROPPED):
-                self._say()
-
-    def _count_loss(self) -> None:
-        self._losses += 1
-        self._look()
-        if self._losses == PASSES:
+        self._arrived = False
+        self._passes += 1
+        dropped = self._weight is not None and self._weight.grad is None
+        self._dropped += dropped
+        if self._passes == PASSES or (dropped and self._dropped == DROPPED):
             self._say()
-
-    def _count_step(self, step: int, hooked: Callable[[nn.Module], bool]) -> None:
-        self._step = step
-        self._steps += 1
-        self._headless += 1
-        self._forget()
-        few = self._headless
-        if few >= 4 and not few & (few - 1) and self._head is not None:  # rarely: this walks over the model
-            self._look_for_head(self._head, hooked)
 
     def _forget(self) -> None:
         self._passes = self._losses = self._dropped = self._changed = 0
@@ -122,8 +122,7 @@ class Silence:
 
     def _look(self) -> None:
         """Look whether the weights have changed since the last pass or loss."""
-        self._looks += 1
-        if self._weight is None or self._looks < LOOKS:  # in most trainings a step comes now
+        if self._weight is None:
             return
         weight = self._weight.detach()
         seen = (weight._version, _sample(weight))

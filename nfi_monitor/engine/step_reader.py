@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.capture import devices
+from nfi_monitor.capture.backward_pass import Pass
 from nfi_monitor.capture.devices import full_precision
 from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.optimizer import OptimizerReader
@@ -33,6 +34,8 @@ from nfi_monitor.ranks.layout import Message
 from nfi_monitor.schema import Between, decode
 
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
+MOST_ASKED = 8
+"""Maximum number of forward passes whose rows wait for the step, because their gradient was asked for."""
 
 
 class Contents(NamedTuple):
@@ -65,6 +68,8 @@ class _Saved(_Needed, total=False):
 
     loss_kind_dtypes: list[str]
     logit_scale: float
+    mismatch: float
+    uneven: float
     single_output: bool | None
     last_step: dict[str, Any] | None
     probe: dict[str, Any] | None
@@ -101,6 +106,8 @@ class StepReader:
         self._probe_batch = probe_batch
         self._before: Any = None
         self._arrived: deque[Rows] = deque()  # their gradients may still grow
+        self._asked: deque[Rows] = deque()  # of autograd.grad
+        self._rows_train = False  # whether a gradient of this step's rows was accumulated in parameters
         self._sketch: tuple[int, Tensor] | None = None  # step and rows of the last one with a sharded head
         self.probe_refused: str | None = None  # why the probe batch cannot be used
         self._loss_dtype: torch.dtype | None = None  # of the last observed loss
@@ -114,15 +121,32 @@ class StepReader:
         """
         self._arrived.append(rows)
         while self._arrived and self._arrived[0].graph() is None:
-            self._measure_rows(self._arrived.popleft())
+            self._settle_rows(self._arrived.popleft())
 
     def finish_rows(self) -> None:
         """Measure all rows that have arrived: the optimizer step is done."""
         try:
             while self._arrived:
-                self._measure_rows(self._arrived.popleft())
+                self._settle_rows(self._arrived.popleft())
+            while self._asked:
+                self._measure_rows(self._asked.popleft())
         except Exception as error:
             self.failed("rows", error)
+
+    def _settle_rows(self, rows: Rows) -> None:
+        """Measure rows to which no gradient is added any more; keep those of ``autograd.grad`` apart.
+
+        A loop may assign what it has asked for.  If other rows of the step train, it has not: it was an inner
+        step, or a penalty.
+        """
+        if rows.kind is Pass.TRAINS:
+            self._rows_train = True
+            self._asked.clear()
+            self._measure_rows(rows)
+        elif not self._rows_train:
+            self._asked.append(rows)
+            if len(self._asked) > MOST_ASKED:
+                self._measure_rows(self._asked.popleft())
 
     def _measure_rows(self, rows: Rows) -> None:
         with torch.no_grad(), full_precision(rows.grad):
@@ -136,7 +160,13 @@ class StepReader:
     def forget(self) -> None:
         """Drop the tensors read before the step."""
         self._before = None
+        self.forget_rows()
+
+    def forget_rows(self) -> None:
+        """Drop the rows that are not measured yet."""
         self._arrived.clear()
+        self._asked.clear()
+        self._rows_train = False
 
     def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
         """Return one packed vector for this step: row sums, row maxima, step quantities, loss."""
@@ -169,7 +199,7 @@ class StepReader:
         if quantities:
             packed.append(torch.stack(quantities))
         contents = Contents(step, has_rows, tuple(values), known, bool(rows.single_output))
-        return contents, torch.cat(packed) if packed else torch.empty(0)
+        return contents, torch.cat(packed) if packed else torch.empty(0, device="cpu")
 
     def _step_quantities(self, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the quantities of the optimizer step: those on the device, and those known on the host."""
@@ -239,6 +269,8 @@ class StepReader:
             "loss_kind": None if kind is None else [float(x) for x in kind[:4]],
             "loss_kind_dtypes": [str(x.dtype).removeprefix("torch.") for x in (kind or ())[:4]],
             "logit_scale": 1.0 if kind is None else float(kind.slope),
+            "mismatch": 0.0 if kind is None else float(kind.mismatch),
+            "uneven": 0.0 if kind is None else float(kind.uneven),
             "single_output": self.rows.single_output,
             # Only the next step is compared with the memory.
             "last_step": None if memory is None or memory.step != step else memory.state_dict(),
@@ -257,7 +289,9 @@ class StepReader:
             numbers = zip(saved["loss_kind"], dtypes, strict=True)
             known = [torch.tensor(x, dtype=dtype, device=device) for x, dtype in numbers]
             slope = torch.full_like(known[-1], saved.get("logit_scale", 1.0))
-            kind = LossKind(*known)._replace(slope=slope)
+            mismatch = torch.full_like(known[-1], saved.get("mismatch", 0.0))
+            uneven = torch.full_like(known[-1], saved.get("uneven", 0.0))
+            kind = LossKind(*known)._replace(slope=slope, mismatch=mismatch, uneven=uneven)
         last, probe = saved.get("last_step"), saved.get("probe")
         return ReaderState(
             classes={int(k): count for k, count in saved["absorbing_classes"]},
@@ -331,4 +365,5 @@ class StepReader:
         """Drop the model, the optimizer and their tensors. The row counts stay."""
         self._before = self.memory = self._probe_batch = self._sketch = None
         self._arrived.clear()
+        self._asked.clear()
         del self.reader

@@ -14,10 +14,13 @@ from nfi_monitor.capture.recomputed import RowRecomputer
 from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.head_check import HeadCheck
 from nfi_monitor.engine.hooks import RunHooks
+from nfi_monitor.engine.loss_sources import LossSources
 from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.rank_search import RankSearch
+from nfi_monitor.engine.row_place import RowPlace
 from nfi_monitor.engine.silence import Silence
+from nfi_monitor.engine.step_reader import StepReader
 from nfi_monitor.measure.accumulator import RowAccumulator
-from nfi_monitor.ranks.membership import Membership
 from nfi_monitor.registry import register, unregister
 
 
@@ -32,11 +35,14 @@ class Run(Protocol):
     rows: RowAccumulator
     notes: NoteTaker
     faults: Faults
-    membership: Membership
+    rank_search: RankSearch
     hooks: RunHooks
     recomputer: RowRecomputer
     silence: Silence
+    loss_sources: LossSources
+    step_reader: StepReader
     step: int
+    wanted_step: int | None
     closed: bool
 
     @property
@@ -45,18 +51,55 @@ class Run(Protocol):
         ...
 
 
-def watch_head(run: Run, *, named: bool) -> None:
-    """Hook the head that was found at attach. ``named``: the user has named it, so it is not checked."""
+def watch_head(run: Run, *, named: bool) -> HeadCheck:
+    """Hook the head that was found at attach, and return its check. ``named``: the user has named it."""
     run.probe.head_changed = partial(_set_head, run)
-    if not named and not (run.head is not None and run.head.sure):
 
-        def note(code: str, message: str) -> None:
-            run.notes.note(code, message, run.step)
+    def note(code: str, message: str) -> None:
+        run.notes.note(code, message, run.step)
 
-        check = HeadCheck(run.head, partial(_change, run), note, run.faults.failed)
+    check = HeadCheck(
+        run.model,
+        run.probe,
+        named,
+        partial(_change, run),
+        note,
+        RowPlace(run.probe, partial(_move, run), note),
+        lambda: run.wanted_step is not None,
+        partial(_ended, run),
+        run.faults.failed,
+    )
+    if not (named and run.head is None):  # else rows come from a tap alone
         run.hooks.add(run.model, check)
+        run.loss_sources.look = check.loss
     if run.head is not None:
         run.hooks.add(run.head.module, run.probe)
+    return check
+
+
+def _ended(run: Run, check: HeadCheck) -> None:
+    """Look at no further losses, and at no output of the model but for rows in it."""
+    run.loss_sources.look = None
+    place = None if run.probe.head is None else run.probe.head.place
+    if not check.traced and (place is None or place.where == "nowhere"):
+        run.hooks.drop(check)
+
+
+def _move(run: Run, head: Head) -> None:
+    """Read the rows of the same head elsewhere from now on, or nowhere."""
+    if not run.closed:
+        run.head = run.reader.head = run.probe.head = run.recomputer.head = head
+        if not run.probe.tapped:
+            _forget_rows(run)
+
+
+def _forget_rows(run: Run) -> None:
+    """Forget the rows of another head, or of other logits."""
+    run.probe.restart()
+    run.step_reader.forget_rows()
+    if run.rows.sums is not None:  # measured already; else the facts are those of a resumed run
+        run.rows.loss_kind = run.rows.absorbed_classes = run.rows.single_output = None
+    run.rows.clear(run.step + 1)
 
 
 def _set_head(run: Run, head: Head) -> None:
@@ -71,9 +114,9 @@ def _change(run: Run, head: Head | None, code: str, message: str) -> None:
     """Watch another head from now on, or none, and say so."""
     if run.closed:
         return
-    if run.membership.exchange is not None:  # the ranks have agreed on the layout of the first one
+    if not run.rank_search.watch(head):  # the ranks have agreed on the layout of the first one
         run.notes.note(
-            "wrong_head", f"{message} With several processes it is not changed by itself.", run.step
+            "wrong_head", f"{message} After the first reading it is not changed any more.", run.step
         )
         return
     unregister(run.owner, run.watched_module)
@@ -82,8 +125,8 @@ def _change(run: Run, head: Head | None, code: str, message: str) -> None:
     run.head = run.reader.head = run.probe.head = run.recomputer.head = head
     run.silence.watch(head)
     register(run.owner, run.watched_module)
+    _forget_rows(run)
     run.probe.restart(retired=before)
-    run.rows.clear(run.step + 1)
     if head is not None and head.module is not before:
         run.hooks.add(head.module, run.probe)
     for earlier in ("no_head", "several_heads"):  # these were about the first one

@@ -34,18 +34,25 @@ def underflow_level(dtype: torch.dtype) -> float:
     return math.log(torch.finfo(dtype).smallest_normal)
 
 
-def underflowed_rows(silent: Tensor, log_rival: Tensor, rows: int, level: Tensor | float) -> Tensor:
+def underflowed_rows(
+    silent: Tensor, log_rival: Tensor, rows: int, level: Tensor | float, scale: Tensor | None = None
+) -> Tensor:
     """Mark the rows that count although their whole gradient vanished. [N] bool, [N] float → [N] bool.
 
     ``silent`` marks rows of zeros.  ``log_rival`` is ln p of the strongest competitor.  ``rows`` is the
     number of rows that a mean reduction divides by.  ``level`` is the underflow level of the loss's
-    precision.
+    precision.  ``scale`` is that of the gradients so far, 0 if unknown: the loss may be divided further, by
+    the number of micro-batches.  A larger one is not believed, because a gradient scaler lowers it later.
 
     A silent row has underflowed if the gradient of its strongest competitor is too small for that precision.
     Otherwise it is padding and does not count.  Without labels, a padded row with so large a margin is
     counted as underflowed.
     """
-    return silent & (log_rival - math.log(max(rows, 1)) < level)
+    factor = -math.log(max(rows, 1))
+    if scale is None:
+        return silent & (log_rival + factor < level)
+    known = torch.where(scale > 0, scale.to(log_rival.dtype).log(), factor)
+    return silent & (log_rival + known.clamp_max(factor) < level)
 
 
 def finite_entries(grad: Tensor) -> Tensor:

@@ -12,7 +12,13 @@ from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
 from nfi_monitor.measure.native_rows import row_statistics
-from nfi_monitor.measure.rows import LossKind, RowStatistics, of_recomputed, single_output_statistics
+from nfi_monitor.measure.rows import (
+    LossKind,
+    RowStatistics,
+    of_recomputed,
+    single_output_statistics,
+    without_mean_logit,
+)
 from nfi_monitor.measure.sharded.rows import ShardRows, shard_rows
 
 LOOK_FIRST = 8
@@ -84,6 +90,8 @@ class RowAccumulator:
             kind = LossKind(*(devices.send(known, device) for known in kind))
         statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
         self.loss_kind = statistics.loss_kind
+        if rows.normalized:
+            statistics = without_mean_logit(statistics)
         if rows.recomputed is not None:
             statistics = of_recomputed(statistics, len(rows.grad), rows.recomputed)
         self._merge(rows, statistics)

@@ -24,18 +24,29 @@ def top_logits(logits: Tensor) -> TopLogits:
     return TopLogits(largest, winner, runner_up, rest + (runner_up - largest))
 
 
-def target_class(lowest: Tensor, argmin: Tensor, of_winner: Tensor, winner: Tensor) -> Tensor:
-    """Find the correct class of each row without labels. All [N] → int64 [N].
+MISCLASSIFIED = 0.005
+"""Smallest gradient of the correct class in a misclassified row, as a share of the scale of the gradients:
+half of the scale, in a row with a hundredth of the weight."""
+
+
+def target_class(lowest: Tensor, argmin: Tensor, of_winner: Tensor, winner: Tensor, scale: Tensor) -> Tensor:
+    """Find the correct class of each row without labels. All but the last [N] → int64 [N].
 
     ``lowest`` and ``argmin``: the smallest gradient and its class.  ``winner`` and ``of_winner``: the class
-    of the largest logit and its gradient.
+    of the largest logit and its gradient.  ``scale``: of the gradients, as far as known; else 0, a scalar.
 
     With hard labels, only g_r is negative.  An absorbed row has no negative entry, but only the largest logit
     can be absorbed.  Under label smoothing, a row that is surer than its label has the signs reversed: only
     the winner's gradient is positive, and it outweighs each other entry.  In a misclassified row it cannot.
     The factor ¾ leaves room for rounding.
+
+    In a misclassified row, p_r ≤ ½, so the gradient is large.  A small negative one at another class than the
+    winner is that of a penalty on the logits, in a row that the loss has fitted or absorbed.
     """
-    return torch.where((lowest < 0) & (-lowest >= 0.75 * of_winner), argmin, winner)
+    size = torch.where(torch.isfinite(lowest), -lowest, torch.zeros_like(lowest))
+    least = MISCLASSIFIED * torch.maximum(size.amax(), scale.to(size.dtype))
+    large = (argmin == winner) | (size >= least)
+    return torch.where((lowest < 0) & (-lowest >= 0.75 * of_winner) & large, argmin, winner)
 
 
 def margin(top: TopLogits, target: Tensor, target_logit: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ def _centred(sketch: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _directions(width: int, dtype: torch.dtype, device: str) -> Tensor:
     """Return WIDTH fixed directions [d, WIDTH], without the random state that the training uses."""
-    places = torch.arange(1, width + 1, dtype=torch.float64).unsqueeze(1)
-    steps = torch.arange(1, WIDTH + 1, dtype=torch.float64) * 2.399963  # golden angle: no two are alike
+    places = torch.arange(1, width + 1, dtype=torch.float64, device="cpu").unsqueeze(1)
+    steps = (
+        torch.arange(1, WIDTH + 1, dtype=torch.float64, device="cpu") * 2.399963
+    )  # golden angle: no two are alike
     return devices.send(torch.cos(places * steps), torch.device(device), dtype)

@@ -16,8 +16,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nfi_monitor.measure import absorption, declared, extremes, margins, shift_invariance, zero_sum
+from nfi_monitor.measure import (
+    absorption,
+    cross_entropy_fit,
+    declared,
+    extremes,
+    margins,
+    shift_invariance,
+    zero_sum,
+)
 from nfi_monitor.measure.logit_scale import logit_scale
+from nfi_monitor.measure.loss_kind import LossKind as LossKind
+from nfi_monitor.measure.loss_kind import shown_precision as shown_precision
 from nfi_monitor.measure.views import RowView, TopLogits
 from nfi_monitor.quantities import PerRow
 
@@ -43,29 +53,15 @@ COUNTED_SUMS = tuple(declared.OVER_COUNTED)
 """Sums over rows that count: live or underflowed."""
 BATCH_SUMS = ("rows", "sampled", "margin_median_rows", "counted", "recomputed")
 """Numbers of the micro-batch; ``margin_median_rows`` is the median margin times ``counted``."""
-MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale")
+MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale", "mismatch", "uneven")
 """Numbers of the micro-batch of which the largest counts."""
 
+MISMATCH = 0.1
+"""Share of rows from which on the gradient is none of a cross-entropy, or the rows weigh differently."""
 ZERO_SUM = 0.05
 """Largest violation of a row that can show a factor between the head's logits and those of the loss."""
 
 SUMS = MASKS + LOOK_SUMS + LIVE_SUMS + COUNTED_SUMS + BATCH_SUMS
-
-
-class LossKind(NamedTuple):
-    """The facts about the loss that the rows have shown so far, scalar tensors.
-
-    ``eps``: machine epsilon of the precision in which the loss is computed.  ``floor``: the violation that
-    rounding may cause in this precision.  ``level``: ln of the size below which its gradients underflow.
-    ``scale``: the largest s in g = s·(p − y) so far, 0 while no unsure row has shown it.  ``slope``: the
-    factor between the head's logits and those of the loss (:mod:`nfi_monitor.measure.logit_scale`).
-    """
-
-    eps: Tensor
-    floor: Tensor
-    level: Tensor
-    scale: Tensor
-    slope: Tensor = torch.ones(())
 
 
 class RowStatistics(NamedTuple):
@@ -133,6 +129,8 @@ def row_statistics(
             torch.where(view.counts, -view.margin, -torch.inf).amax(),
             loss_kind.eps.to(dtype),
             loss_kind.slope.to(dtype),
+            loss_kind.mismatch.to(dtype),
+            loss_kind.uneven.to(dtype),
         ]
     )
     return RowStatistics(sums, maxima, counted, view.top.winner, kinds.absorbed.to(dtype), loss_kind)
@@ -142,7 +140,7 @@ def _view(grad: Tensor, logits: Tensor, rows: int, kind: LossKind) -> tuple[RowV
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     slope = kind.slope.to(dtype)
     top = margins.top_logits(logits.to(dtype) * slope)
-    target = _targets(grad, top.winner)
+    target = _targets(grad, top.winner, kind)
     return row_view(
         zero_sum.row_sums(grad),
         top,
@@ -155,10 +153,10 @@ def _view(grad: Tensor, logits: Tensor, rows: int, kind: LossKind) -> tuple[RowV
     )
 
 
-def _targets(grad: Tensor, winner: Tensor) -> Tensor:
+def _targets(grad: Tensor, winner: Tensor, kind: LossKind) -> Tensor:
     """Return the correct class of each row, from the gradient [N, K] and the largest logit's class [N]."""
     lowest, argmin = extremes.smallest(grad)
-    return margins.target_class(lowest, argmin, extremes.pick(grad, winner), winner)
+    return margins.target_class(lowest, argmin, extremes.pick(grad, winner), winner, kind.scale)
 
 
 def _with_slope(grad: Tensor, logits: Tensor, kind: LossKind) -> LossKind:
@@ -168,7 +166,7 @@ def _with_slope(grad: Tensor, logits: Tensor, kind: LossKind) -> LossKind:
     live = (absolute > 0) & torch.isfinite(absolute + largest)
     live &= zero_sum.row_violation(signed, absolute) < ZERO_SUM
     known = kind.slope.to(absolute.dtype)
-    left_out = torch.stack([_targets(grad, winner), winner], -1)
+    left_out = torch.stack([_targets(grad, winner, kind), winner], -1)
     return kind._replace(slope=logit_scale(grad, logits, left_out, live, kind.eps, known))
 
 
@@ -199,7 +197,9 @@ def row_view(
     live = (absolute > 0) & finite
     silent = (absolute == 0) & finite
     above = live & (violation > kind.floor)
-    underflowed = absorption.underflowed_rows(silent, top.runner_up - top.largest, rows, kind.level)
+    underflowed = absorption.underflowed_rows(
+        silent, top.runner_up - top.largest, rows, kind.level, kind.scale
+    )
     absorbed = absorption.absorbed_rows(own, live)
     loss = margins.row_loss(top, target_logit)
     view = RowView(
@@ -227,7 +227,18 @@ def _look(view: RowView, kind: LossKind, zero: Tensor) -> tuple[LossKind, Tensor
     own = extremes.pick(view.logits, view.target).to(dtype)
     of_head = margins.residual_mass(margins.row_loss(top, own))
     kind, judged = unexplained_rows(view, absolute_live, kind, view.grad.shape[-1], of_head)
-    soft = view.live & (shift_invariance.negatives(view.grad) > 1)
+    other, uneven = cross_entropy_fit.mismatch(
+        view.grad,
+        view.logits.to(dtype) * kind.slope.to(dtype),
+        view.target,
+        view.residual,
+        view.live & (absolute_live > 2.0 * shift_invariance.VISIBLE * kind.scale),
+        kind.level,
+        (kind.mismatch.to(dtype), kind.uneven.to(dtype)),
+    )
+    kind = kind._replace(mismatch=other, uneven=uneven)
+    negative = shift_invariance.negatives(view.grad)
+    soft = view.live & shift_invariance.soft_rows(negative, absolute_live, kind.scale)
     logit_sum, unmasked = shift_invariance.unmasked(view.logits, dtype)
     mean_logit = torch.where(view.counts, logit_sum / unmasked * kind.slope.to(dtype), zero)
     return kind, torch.stack([*(mask.to(dtype) for mask in (*judged, soft)), mean_logit]).sum(-1)
@@ -262,6 +273,13 @@ def of_recomputed(statistics: RowStatistics, rows: int, valid: Tensor) -> RowSta
         maxima=torch.where(valid, statistics.maxima, -torch.inf),
         counts=torch.where(valid, statistics.counts, zero),
     )
+
+
+def without_mean_logit(statistics: RowStatistics) -> RowStatistics:
+    """Return the statistics of log-probabilities, which do not show the mean logit."""
+    sums = statistics.sums.clone()
+    sums[SUMS.index("mean_logit")] = torch.nan
+    return statistics._replace(sums=sums)
 
 
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:
@@ -314,6 +332,9 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         values["loss_epsilon"] = maxima[MAXIMA.index("epsilon")]
         if maxima[MAXIMA.index("logit_scale")] != 1.0:
             values["logit_scale"] = maxima[MAXIMA.index("logit_scale")]
+        for name in ("mismatch", "uneven"):
+            if maxima[MAXIMA.index(name)] > MISMATCH:
+                values[f"{name}_fraction"] = maxima[MAXIMA.index(name)]
         values["margin_min"] = -maxima[MAXIMA.index("negative_margin_min")]
     if s["live"]:
         values["zero_sum_violation"] = s["violation"] / s["live"]
@@ -337,36 +358,6 @@ def _means(sums: dict[str, float], of: dict[str, PerRow], rows: float) -> dict[s
     """Return means of declared functions, without those whose sums are NaN: no rank had whole rows."""
     means = {name: sums[name] / rows for name in of}
     return {name: mean for name, mean in means.items() if of[name].from_shards or not math.isnan(mean)}
-
-
-def shown_precision(grad: Tensor, known: LossKind | None = None) -> LossKind:
-    """Find the precision in which the gradient was computed, which may be below its dtype's. ``grad`` [N, K].
-
-    If all entries of a float32 gradient are bfloat16 (float16) numbers, the loss was computed in that
-    precision. A gradient of zeros shows nothing; then ``known`` is kept.
-    """
-    dtype = zero_sum.accumulation_dtype(grad.dtype)
-    finite = absorption.finite_entries(grad)
-    nonzero = finite.abs().amax() > 0
-    eps = torch.full((), torch.finfo(grad.dtype).eps, device=grad.device)
-    for narrow in _NARROWER.get(grad.dtype, ()):
-        fits = nonzero & ~absorption.wider(finite, narrow)
-        eps = torch.where(fits, torch.finfo(narrow).eps, eps)
-    if known is not None:
-        eps = torch.where(nonzero, eps, known.eps)
-    half = torch.finfo(torch.float16).eps
-    level = torch.where(
-        eps == half, absorption.underflow_level(torch.float16), absorption.underflow_level(grad.dtype)
-    )
-    scale = torch.zeros((), dtype=dtype, device=grad.device) if known is None else known.scale
-    slope = torch.ones((), dtype=dtype, device=grad.device) if known is None else known.slope
-    return LossKind(eps, zero_sum.floor_of(eps, dtype, grad.shape[-1]), level, scale, slope)
-
-
-_NARROWER = {
-    torch.float64: (torch.float32, torch.float16, torch.bfloat16),
-    torch.float32: (torch.float16, torch.bfloat16),
-}
 
 
 def _nothing(dtype: torch.dtype, device: torch.device, loss_kind: LossKind | None) -> RowStatistics:

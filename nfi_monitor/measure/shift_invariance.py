@@ -23,6 +23,8 @@ CLEARLY = 100.0
 """Smallest residual mass of a gradient that can contradict the logits, in ulps of 1, at most RESOLVED."""
 RESOLVED = 0.01
 """Residual mass that any precision resolves: rounding to bfloat16 makes .002."""
+VISIBLE = 1e-5
+"""Smallest residual mass of a gradient that shows soft targets, or another loss than a cross-entropy."""
 MISMATCH = 100.0
 """Ratio of ε from gradients to ε from logits that loss scaling and class weights cannot cause."""
 
@@ -56,7 +58,9 @@ def contradicted(residual: Tensor, absolute: Tensor, scale: Tensor, eps: Tensor 
     a temperature), or it is no softmax cross-entropy.  Then margins and the loss at the head mean nothing.
     """
     of_gradient = absolute / (2.0 * scale)
-    rounded = (CLEARLY * torch.as_tensor(eps)).clamp_max(RESOLVED)
+    if not isinstance(eps, Tensor):
+        eps = torch.tensor(eps, device="cpu")
+    rounded = (CLEARLY * eps).clamp_max(RESOLVED)
     return (scale > 0) & (of_gradient > rounded) & (of_gradient > MISMATCH * residual)
 
 
@@ -73,6 +77,15 @@ def negatives(grad: Tensor) -> Tensor:
     """Count the negative entries of each row; 1 with hard labels. ``grad`` [N, K] → [N], of its dtype."""
     # Not (grad < 0).sum(): a sum of bool takes six times as long on a CPU.
     return -grad.sign().clamp_max_(0).sum(-1)
+
+
+def soft_rows(negative: Tensor, absolute: Tensor, scale: Tensor) -> Tensor:
+    """Mark rows whose gradient shows soft targets, bool [N]: several negative entries, of a visible size.
+
+    ``negative``: number of negative entries [N]; ``absolute`` Σ_k |g_k| [N]; ``scale`` of the gradients, a
+    scalar.  A penalty on the logits has negative entries, too: they show in rows without another gradient.
+    """
+    return (negative > 1) & (absolute > 2.0 * VISIBLE * scale)
 
 
 def unmasked(logits: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -127,6 +127,20 @@ ROWS = (
         reference="tests/measure/test_logit_scale.py::test_the_factor_after_the_head_is_recovered",
     ),
     Quantity(
+        "mismatch_fraction", "fraction", "rows whose gradient is none of a cross-entropy",
+        "share of unsure rows whose gradient is not that of a cross-entropy of these logits with one weight "
+        "for each class; absent up to 0.1",
+        within=SHARE, merge=Merge.ROW_EXTREME,
+        reference="tests/measure/test_cross_entropy_fit.py::test_the_share_is_that_of_the_reference",
+    ),
+    Quantity(
+        "uneven_fraction", "fraction", "rows with a smaller weight",
+        "share of unsure rows whose gradient is that of a cross-entropy with less than 0.9 of the largest "
+        "weight of the batch; absent up to 0.1",
+        within=SHARE, merge=Merge.ROW_EXTREME,
+        reference="tests/measure/test_cross_entropy_fit.py::test_the_share_is_that_of_the_reference",
+    ),
+    Quantity(
         "loss_epsilon", "1", "precision of the gradient at the head",
         "machine epsilon of the narrowest precision that holds all gradients at the head's output",
         within=POSITIVE, merge=Merge.ROW_EXTREME,

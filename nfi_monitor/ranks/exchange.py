@@ -261,10 +261,10 @@ class Exchange:
             arrived.append(self._finish(*self._in_flight.popleft()))
         for label, numbers in self._transfer.take(due=lambda label: label[0] <= step - self._lag):
             at, places, host, head_weight = label
-            vector = torch.zeros(self._layout.size, dtype=torch.float64)
+            vector = torch.zeros(self._layout.size, dtype=torch.float64, device="cpu")
             positions, known = zip(*host, strict=True)
-            vector[list(positions)] = torch.tensor(known, dtype=torch.float64)
-            values, start = torch.tensor(numbers, dtype=torch.float64), 0
+            vector[list(positions)] = torch.tensor(known, dtype=torch.float64, device="cpu")
+            values, start = torch.tensor(numbers, dtype=torch.float64, device="cpu"), 0
             for position, length in places:
                 vector[position : position + length] = values[start : start + length]
                 start += length

@@ -131,11 +131,30 @@ class Membership:
         try:
             ranks = processes.find_ranks(model, self._group)
             if ranks is not None:
-                slots = min(self._every, 256) if isinstance(self._every, int) else 32
-                self.exchange = Exchange.form(model, optimizer, head, ranks, slots=slots)
+                self.exchange = self._form(model, optimizer, head, ranks)
         except Exception as error:
             return f"their store cannot be reached ({type(error).__name__}: {error})"
         return None
+
+    def _form(
+        self, model: nn.Module, optimizer: Optimizer, head: Head | None, ranks: tuple[int, ...]
+    ) -> Exchange:
+        slots = min(self._every, 256) if isinstance(self._every, int) else 32
+        return Exchange.form(model, optimizer, head, ranks, slots=slots)
+
+    def watch(self, model: nn.Module, optimizer: Optimizer, head: Head | None) -> bool:
+        """Register with the ranks anew, for another head. Returns False if they have already met.
+
+        The first output of the model shows the head on every rank, before the first step.
+        """
+        exchange = self.exchange
+        if exchange is None:
+            return True
+        if exchange.team.together is not None:
+            return False
+        self.exchange = self._form(model, optimizer, head, exchange.team.ranks)
+        self.share_head(head, None)
+        return True
 
     def share_head(self, head: Head | None, apart: str | None) -> None:
         """Plan to read this rank's classes of the head if the head is sharded.
@@ -251,9 +270,10 @@ class Membership:
             weight = self._fill(exchange, message, step)
             packed = exchange.finish(message, step, failed=bool(self._failed_parts))
         except Exception as error:
+            exchange.send(exchange.empty(step, failed=True), step, head_weight=weight)
             self._failed("ranks", error)
-            packed = exchange.empty(step, failed=True)
-        exchange.send(packed, step, head_weight=weight)
+        else:
+            exchange.send(packed, step, head_weight=weight)
         return True
 
     # --- receive ---------------------------------------------------------------------------------

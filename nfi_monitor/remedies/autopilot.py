@@ -38,6 +38,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nfi_monitor.alert_handler import AlertHandler
+from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.remedies.action import Action, AutopilotStop
 from nfi_monitor.remedies.cooling import CoolDown, cool_down
@@ -185,7 +186,7 @@ class Autopilot(AlertHandler):
     def attach(self, monitor: Monitor) -> None:
         """Serve ``monitor``, which calls this when it is made. Forget earlier runs unless a state was loaded.
 
-        Raises ValueError while another monitor is open."""
+        Raises ValueError while another monitor is open, TypeError if the optimizer is none of torch's."""
         if self._monitor is not None and not self._monitor.closed:
             raise ValueError("This Autopilot serves an open monitor already: make one for each.")
         if not self._loaded:
@@ -196,7 +197,7 @@ class Autopilot(AlertHandler):
         if self._take_off is not None:
             self._take_off()
         # Add the hooks now, not at the first alert, because alerts come from inside a step.
-        self._take_off = around_steps(monitor.optimizer, self._before_step, self._after_step)
+        self._take_off = around_steps(unwrap(monitor.optimizer), self._before_step, self._after_step)
         self._loaded = False
         self._reapply()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.capture.second_moment import states as parameter_states
 from nfi_monitor.capture.unwrap import unwrap
 from nfi_monitor.replay.snapshots import Snapshot, state_bytes
@@ -33,17 +34,16 @@ class RecentSnapshots:
     """
 
     def __init__(self, model: nn.Module, optimizer: Any, stateful: Sequence[Any], limit: int | str) -> None:
-        self._parts: tuple[nn.Module, Any, tuple[Any, ...]] | None = (
-            model,
-            unwrap(optimizer),
-            tuple(stateful),
-        )
+        foreign = isinstance(optimizer, ForeignOptimizer)
+        self._parts: tuple[nn.Module, Any, tuple[Any, ...]] | None = None
+        if not foreign:
+            self._parts = (model, unwrap(optimizer), tuple(stateful))
         self.limit = limit
         self._kept: deque[tuple[Snapshot, Any]] = deque(maxlen=KEPT)  # with the event that ends its copies
         self._pending: tuple[Snapshot, Any] | None = None
         self._last: int | None = None
         self._size = 0
-        self.refused = ""
+        self.refused = f"{type(optimizer).__name__} is no torch.optim.Optimizer" if foreign else ""
         """Why no snapshot is kept; empty while they are kept."""
 
     @property

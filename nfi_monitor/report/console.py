@@ -132,14 +132,16 @@ class ConsoleSink(SinkBase):
         prefix = Text(" " * _INDENT) if indent else Text("nfi  ", style="bold")
         text = _each(text, lambda part: shown(part.replace("\n", " ")))
         if not console.is_terminal:
-            console.print(prefix + text, soft_wrap=True, highlight=False)
+            with terminal.raising_broken_pipe(console):
+                console.print(prefix + text, soft_wrap=True, highlight=False)
             return
         lines = text.wrap(console, max(console.width - _INDENT, 20))
         whole = Text("\n").join(
             (Text(" " * _INDENT) if number else prefix) + line for number, line in enumerate(lines)
         )
         # Print once: between two prints, another thread or a Live refresh could write.
-        console.print(whole, soft_wrap=True, highlight=False)
+        with terminal.raising_broken_pipe(console):
+            console.print(whole, soft_wrap=True, highlight=False)
 
 
 def start_line(info: Mapping[str, Any]) -> str:

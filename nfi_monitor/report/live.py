@@ -93,7 +93,11 @@ class LivePanel:
         self._progress.start_task(self._task)
         if self.console.is_terminal:
             self._live = Live(self._render(), console=self.console, auto_refresh=False)
-            self._live.start()
+            try:
+                with terminal.raising_broken_pipe(self.console):
+                    self._live.start()
+            except BrokenPipeError:  # nobody looks
+                self._live = None
         return self
 
     def __exit__(
@@ -101,7 +105,9 @@ class LivePanel:
     ) -> None:
         if self._live is not None:
             self._refresh()
-            self._live.stop()
+        if self._live is not None:
+            with contextlib.suppress(BrokenPipeError), terminal.raising_broken_pipe(self.console):
+                self._live.stop()
             self._live = None
 
     def advance(self, n: int = 1) -> None:
@@ -120,12 +126,13 @@ class LivePanel:
                 f"{speed:,.0f} steps/s" if speed and speed >= 10 else f"{speed:.1f} steps/s" if speed else ""
             )
             self._progress.update(self._task, completed=self.done, rate=rate)
-            self._live.update(self._render(), refresh=True)
+            with terminal.raising_broken_pipe(self.console):
+                self._live.update(self._render(), refresh=True)
         except Exception as error:  # a closed terminal must not end the training
             live, self._live = self._live, None
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), terminal.raising_broken_pipe(self.console):
                 live.stop()
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception), terminal.raising_broken_pipe(self.console):
                 self.console.print(
                     f"nfi  the live panel is switched off: {type(error).__name__}", highlight=False
                 )

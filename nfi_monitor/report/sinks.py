@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.sink import Sink
+from nfi_monitor.signal_handlers import raised_by_signal_handler
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
 if TYPE_CHECKING:
@@ -95,12 +96,13 @@ class Sinks:
         for sink, call in self._methods.get("close", ()):
             try:
                 call(info, summary)
-            except Exception as error:
-                self._drop(sink, error)
             except BaseException as raised:
-                interrupt = interrupt or raised
+                if not isinstance(raised, Exception) or raised_by_signal_handler(raised):
+                    interrupt = interrupt or raised
+                else:
+                    self._drop(sink, raised)
             else:
-                self.sinks.remove(sink)
+                self.sinks[:] = [one for one in self.sinks if one is not sink]  # it may be dropped already
         if interrupt is not None:
             raise interrupt
         # A later failure (of an Autopilot whose run goes on) reaches no sink: the files are closed, and
@@ -116,6 +118,8 @@ class Sinks:
             try:
                 call(*arguments)
             except Exception as error:
+                if raised_by_signal_handler(error):
+                    raise
                 self._drop(sink, error)
 
     def _resolve(self) -> None:
@@ -139,8 +143,7 @@ class Sinks:
 
     def _drop(self, sink: Sink, error: BaseException) -> None:
         # Drop the sink first: ``failed`` calls the sinks that are left.
-        if sink in self.sinks:
-            self.sinks.remove(sink)
+        self.sinks[:] = [one for one in self.sinks if one is not sink]
         if self._waiting is None:
             self._failed(type(sink).__name__, error)
         else:

@@ -7,7 +7,9 @@ somebody sent.  Control characters in them must not reach the terminal: it would
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 # C0 without tab and newline, DEL, C1, line and paragraph separators, marks that change the direction of text,
 # and halves of surrogate pairs (from a path that is not UTF-8).
@@ -36,3 +38,24 @@ def to_ascii(text: str) -> str:
 def cleaner(ascii_only: bool) -> Callable[[str], str]:
     """Return the function that makes text safe for a terminal, and spells out symbols if ``ascii_only``."""
     return (lambda text: to_ascii(escape_controls(text))) if ascii_only else escape_controls
+
+
+@contextmanager
+def raising_broken_pipe(console: Any) -> Iterator[None]:
+    """Let a rich Console raise BrokenPipeError inside a block if nobody reads its output any more.
+
+    rich would redirect the stdout of the whole program to nowhere, and end the program.
+    """
+    own = vars(console).get("on_broken_pipe")
+    console.on_broken_pipe = _raise_again
+    try:
+        yield
+    finally:
+        vars(console).pop("on_broken_pipe", None)
+        if own is not None:
+            console.on_broken_pipe = own
+
+
+def _raise_again() -> None:
+    """Raise the BrokenPipeError that is being handled: rich calls this in its ``except`` block."""
+    raise

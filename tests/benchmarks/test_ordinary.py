@@ -11,7 +11,15 @@ import pytest
 
 from nfi_monitor.types import Alert, AlertKind, AlertState, Mechanism, Phase, Severity
 from tests.benchmarks.detection import evaluate, generate, report
-from tests.benchmarks.detection.families import FROZEN, HELD_OUT, TUNING, Family, suite
+from tests.benchmarks.detection.families import (
+    FROZEN,
+    HELD_OUT,
+    HELD_OUT_2,
+    NEWEST_FIRST,
+    TUNING,
+    Family,
+    suite,
+)
 from tests.benchmarks.detection.ordinary import __main__ as command
 from tests.benchmarks.detection.ordinary.judged import comes_true, judge_run
 from tests.benchmarks.detection.replay import readings
@@ -35,7 +43,7 @@ def test_the_suite_is_large_and_its_halves_share_no_module() -> None:
     assert sum(family.steps * len(family.seeds) for family in ORDINARY.values()) >= 600_000
     modules = {
         half: {family.module for family in ORDINARY.values() if family.half == half}
-        for half in (TUNING, FROZEN, HELD_OUT)
+        for half in (TUNING, *NEWEST_FIRST)
     }
     assert all(modules.values()) and sum(map(len, modules.values())) == len(set().union(*modules.values()))
     assert all(name.replace("-", "").isalnum() for name in ORDINARY | SPIKING)
@@ -50,11 +58,12 @@ def test_the_frozen_spiking_families_are_a_suite_of_their_own() -> None:
     assert len(frozen) - len(abrupt) >= 24 and len(abrupt) >= 12
 
 
-def test_the_held_out_half_is_large_and_cheap() -> None:
-    ordinary = [family for family in ORDINARY.values() if family.half == HELD_OUT]
-    spiking = suite(HELD_OUT)
+@pytest.mark.parametrize("half", [HELD_OUT, HELD_OUT_2])
+def test_a_held_out_half_is_large_and_cheap(half: str) -> None:
+    ordinary = [family for family in ORDINARY.values() if family.half == half]
+    spiking = suite(half)
     assert len(ordinary) >= 20 and sum(family.steps for family in ordinary) >= 120_000
-    assert all(family.half == HELD_OUT and family.steps <= 3000 for family in spiking)
+    assert all(family.half == half and family.steps <= 3000 for family in spiking)
     abrupt = [family for family in spiking if family.abrupt]
     assert len(abrupt) >= 8 and len(spiking) - len(abrupt) >= 8
     assert not {family.name for family in (*ordinary, *spiking)} & {family.name for family in suite("full")}
@@ -63,7 +72,9 @@ def test_the_held_out_half_is_large_and_cheap() -> None:
 @pytest.mark.parametrize(
     "name",
     ["h-rare-columns", "h-accumulation", "h-sharpness-aware", "h-own-target", "h-tagging", "h-heat",
-     "h-double-q", "h-opt-by-heart", "x-maxout", "w-teacher-leaky"],
+     "h-double-q", "h-opt-by-heart", "x-maxout", "w-teacher-leaky", "n-ranks", "n-pasted", "n-thawed",
+     "n-naming", "n-numerals", "n-judge", "n-queue", "n-shares", "n-balancing", "n-gemma", "n-neox-autocast",
+     "u-batches-shared", "u-float16", "t-pairs", "t-decayed-universal"],
 )  # fmt: skip
 def test_a_held_out_family_trains_under_the_monitor(name: str) -> None:
     recorded = generate.record((ORDINARY | SPIKING)[name], seed=0, steps=3)
@@ -72,12 +83,13 @@ def test_a_held_out_family_trains_under_the_monitor(name: str) -> None:
 
 
 def test_the_key_of_a_run_depends_on_what_its_set_up_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    held_out, frozen = ORDINARY["h-counts"], ORDINARY["f-wine"]
-    before = [generate.family_key(family) for family in (held_out, frozen)]
+    families = ORDINARY["h-counts"], SPIKING["u-hills"], ORDINARY["f-wine"]
+    before = [generate.family_key(family) for family in families]
     code = generate._code
-    monkeypatch.setattr(generate, "_code", lambda path: code(path) + "x" * (path.name == "shared.py"))
-    after = [generate.family_key(family) for family in (held_out, frozen)]
-    assert after[0] != before[0] and after[1] == before[1]
+    for name, changed in (("shared.py", [True, True, False]), ("networks.py", [False, True, False])):
+        monkeypatch.setattr(generate, "_code", lambda path, name=name: code(path) + "x" * (path.name == name))
+        after = [generate.family_key(family) for family in families]
+        assert [one != other for one, other in zip(before, after, strict=True)] == changed
 
 
 def test_a_look_at_the_whole_loss_changes_nothing_and_the_detector_does_not_see_it() -> None:
@@ -135,7 +147,7 @@ def test_the_command_records_scores_and_writes_its_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(ORDINARY, "short", SHORT)
-    monkeypatch.setattr(report, "HELD_OUT_AFTER", "abc1234")
+    monkeypatch.setitem(report.AFTER, HELD_OUT_2, "abc1234")
     out = tmp_path / "ORDINARY.md"
     options = ["--families", "short", "--cache", str(tmp_path), "--out", str(out)]
     assert command.main([*options, "--record-only"]) == 0 and not out.exists()

@@ -60,6 +60,7 @@ def second_moment_slingshot(silent_from: int, kick: int) -> Iterator[Reading]:
         yield Reading(
             step,
             {
+                "row_match": 1.0,
                 "rms_t_max": 0.0 if silent else kicked,
                 "head_sqrt_exp_avg_sq_mean": root,
                 "weight_norm": 20.0 * math.exp(-1e-4 * (step - silent_from)) if silent else 20.0,

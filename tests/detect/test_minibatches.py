@@ -46,8 +46,10 @@ def test_one_odd_step_does_not_change_what_the_runs_steps_are(usual: float, odd:
     assert signals_after([usual] * 50 + [odd] * 30).other_rows is not before
 
 
-def test_where_the_rows_were_not_compared_they_count_as_the_same() -> None:
-    assert signals_after([math.nan] * 50).other_rows is False
+def test_rows_that_were_not_compared_are_neither_the_same_nor_others() -> None:
+    signals = signals_after([math.nan] * 50)
+    assert signals.other_rows is False and signals.same_rows is False
+    assert signals_after([1.0] * 50).same_rows is True
 
 
 def test_the_mean_rows_movement_between_minibatches_is_no_swing() -> None:
@@ -210,3 +212,29 @@ def test_a_warning_that_would_begin_as_the_slingshot_is_named_goes_first_if_the_
 
 def test_without_a_risk_before_the_slingshot_alone_is_told() -> None:
     assert [alert.kind for alert in named_late(at_risk=False).alerts] == [AlertKind.SLINGSHOT]
+
+
+@pytest.mark.parametrize(("turn", "peak", "sounds"), [(-0.7, 3.0, True), (0.3, 3.0, False), (0.3, 8.0, True)])
+def test_where_rows_are_unseen_a_kick_turns_around_or_is_as_strong_as_between_minibatches(
+    turn: float, peak: float, sounds: bool
+) -> None:
+    """A head that never fires shows no rows.  Gradients of other rows have little in common."""
+
+    def unseen() -> Iterator[Reading]:
+        for reading in kick(match=math.nan, alignment=turn, rise=2.5, sigma=0.1, peak=peak):
+            curvature = 30.0 if reading.step >= KICK else 1.0
+            yield Reading(reading.step, {**reading.values, "secant_curvature": curvature})
+
+    assert bool(imminent(unseen())) is sounds
+
+
+@pytest.mark.parametrize(("floor", "sounds"), [(3e-3, True), (1e-5, False)])
+def test_a_kick_of_a_loss_far_below_that_of_a_slingshot_is_none(floor: float, sounds: bool) -> None:
+    """The loss must have reached a hundredth of a slingshot's; ``kick_loss``."""
+
+    def low() -> Iterator[Reading]:
+        for reading in kick(match=1.0, alignment=0.0, rise=1.0, sigma=0.05):
+            loss = 1.0 if reading.step < 60 else reading.get("loss") * floor / 1e-3
+            yield Reading(reading.step, {**reading.values, "loss": loss, "head_loss": 2.0})
+
+    assert bool(imminent(low())) is sounds

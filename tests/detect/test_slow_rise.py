@@ -134,7 +134,7 @@ def test_a_loss_that_loses_half_of_what_it_had_learned_is_no_collapse(seed: int)
 @pytest.mark.parametrize("nats", [False, None])
 def test_a_loss_that_may_be_no_cross_entropy_cannot_collapse(nats: bool | None, seed: int) -> None:
     """Nothing says that the level at which it began is that of a model that knows nothing."""
-    assert events(collapse(random.Random(seed)), nats=nats) == []
+    assert events(collapse(random.Random(seed), after=0.8), nats=nats) == []
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -169,7 +169,7 @@ def test_a_hinge_loss_that_rises_from_zero_has_one(nats: bool | None) -> None:
     "values, no_classes, broken, nats, of_head",
     [
         ({"loss": 2.3, "head_loss": 2.31}, False, False, True, True),
-        ({"loss": 0.9, "head_loss": 2.3}, False, False, True, False),
+        ({"loss": 0.9, "head_loss": 2.3}, False, False, None, False),
         ({"loss": 2.3}, False, False, True, True),
         ({"head_loss": 2.3}, False, True, None, False),
         ({"loss": 2.3, "head_loss": 2.3}, True, False, False, False),

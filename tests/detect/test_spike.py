@@ -383,3 +383,49 @@ def test_a_state_of_an_earlier_version_loads() -> None:
         detector.update(step, loss, 20.0, LIMITS) for step, loss in enumerate([1e-5, 1e-5, 0.5, 0.5, 0.5])
     ]
     assert seen == [QUIET, QUIET, QUIET, RISEN, RISEN]
+
+
+# --- the same rows ---------------------------------------------------------------------------------
+
+
+def jumping_hinge(rng: random.Random) -> list[float]:
+    """A hinge loss that has been fitted: 0, up to 1e-3, and sometimes .03; then .2 at steps 901 and 903."""
+    fitted = [0.5 * 0.97**step for step in range(300)]
+    jumps = [10.0 ** rng.uniform(-6, -3) if rng.random() < 0.4 else 0.0 for _ in range(600)]
+    jumps[50::60] = [0.03] * len(jumps[50::60])
+    return [*fitted, *jumps, 0.2, 0.0, 0.2, *[0.0] * 300]
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("same", [True, False])
+def test_two_losses_beyond_all_recent_ones_are_a_slingshot_only_if_no_minibatch_can_be_hard(
+    same: bool, seed: int
+) -> None:
+    spike, begun = SpikeDetector(), []
+    spike.baseline.nats, spike.baseline.of_head = None, False
+    for step, loss in enumerate(jumping_hinge(random.Random(seed)), 1):
+        before = spike.state
+        if spike.update(step, loss, 50.0, LIMITS, same_rows=same) == "risen" and before == "quiet":
+            begun.append(step)
+    assert begun == ([903] if same else [])
+
+
+def test_the_unit_is_the_median_of_the_first_twenty_losses() -> None:
+    spike = SpikeDetector()
+    spike.baseline.nats = False
+    losses = [random.Random(0).uniform(0.1, 0.9) for _ in range(20)]
+    for step, loss in enumerate([*losses, *[1e-3] * 100], 1):
+        spike.update(step, loss, 50.0, LIMITS)
+    assert spike.baseline.unit == sorted(losses)[10]
+
+
+def test_an_earlier_versions_state_has_no_highest_loss_so_its_first_losses_are_no_rise() -> None:
+    spike = SpikeDetector()
+    for step in range(1, 200):
+        spike.update(step, 1e-4, 50.0, LIMITS, same_rows=True)
+    state = spike.state_dict()
+    del state["highest"], state["same_rows"]
+    resumed = SpikeDetector()
+    resumed.load_state_dict(state)
+    for step in range(200, 260):
+        assert resumed.update(step, 3e-4, 50.0, LIMITS, same_rows=True) == "quiet"

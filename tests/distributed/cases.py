@@ -536,6 +536,39 @@ def wrapped_later(rank: int, world: int) -> dict[str, Any]:
     return {"seen": seen(monitor), "acts": acts, "hooks": hooks}
 
 
+class InnerLast(nn.Module):
+    """Registers an inner layer after the one that makes the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logits, self.inner = nn.Linear(8, P), nn.Linear(2 * P, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits(torch.relu(self.inner(x)))
+
+
+def head_by_output(rank: int, world: int) -> dict[str, Any]:
+    """The first output shows the head on every rank, before or after DDP wraps the model."""
+    out: dict[str, Any] = {}
+    inputs, targets = (part[rank::world] for part in division_data())
+    for name, named, wrapped in (
+        ("named", "logits", True),
+        ("found", None, True),
+        ("found, wrapped later", None, False),
+    ):
+        torch.manual_seed(0)
+        model = InnerLast()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        wrapper = DDP(model) if wrapped else None
+        monitor = Monitor(wrapper or model, optimizer, console=False, every=1, head=named)
+        wrapper = wrapper or DDP(model)
+        with monitor:
+            learn(wrapper, optimizer, inputs, targets, 6, monitor)
+            head = monitor.head
+        out[name] = {"seen": seen(monitor), "head": None if head is None else head.name}
+    return out
+
+
 def exception_on_rank_1(rank: int, world: int) -> dict[str, Any]:
     """Rank 1's loop leaves the with block by an exception, and trains on without the monitor."""
     model, optimizer, *data = half(rank, world)

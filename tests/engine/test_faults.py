@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from nfi_monitor.engine.faults import RECOVERED, TRIES, Faults
+from nfi_monitor.engine.notes import NoteTaker
 
 Told = list[tuple[str, str, bool]]
 
@@ -54,6 +55,33 @@ def test_failures_in_one_reading_count_once_and_parts_are_apart() -> None:
     assert not found.is_off("optimizer") and found.failed_parts == {"rows", "probe"}
     found.next_reading()
     assert not found.is_off("rows")
+
+
+def test_a_part_that_is_never_switched_off_is_not_said_to_be() -> None:
+    found, told = faults()
+    for _ in range(1000):
+        found.failed("observe_loss", ValueError("no loss"))
+        found.next_reading()
+    assert told == [("observe_loss", "no loss", False)]
+    assert "try again" not in said_of("observe_loss") and "off" not in said_of("observe_loss")
+
+
+def test_of_two_parts_with_one_cause_only_the_one_that_is_off_is_said_to_be() -> None:
+    error = ValueError("one cause")
+    notes = NoteTaker(lambda note: None)
+    notes.failed("rows", error, 1, off=False)
+    notes.failed("step", error, 1, off=False)
+    notes.failed("rows", error, 9, off=True)
+    assert (
+        "rows, step failed; training is not affected. Off from now on: rows."
+        in notes.by_code["failed_rows"].message
+    )
+
+
+def said_of(part: str) -> str:
+    notes = NoteTaker(lambda note: None)
+    notes.failed(part, ValueError("odd"), 3, off=False)
+    return notes.by_code[f"failed_{part}"].message
 
 
 def test_what_is_dropped_is_said_once_as_off() -> None:

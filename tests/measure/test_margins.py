@@ -105,5 +105,27 @@ def test_the_target_is_found_without_labels_when_labels_are_hard(seed, pair, mar
     lowest, argmin = grad.min(-1)
     winner = logits.double().argmax(-1)
     of_winner = grad.gather(-1, winner[:, None])[:, 0]
-    found = margins.target_class(lowest, argmin, of_winner, winner)
+    found = margins.target_class(lowest, argmin, of_winner, winner, torch.zeros(()))
     assert torch.equal(found, y)
+
+
+def test_a_penalty_on_the_logits_does_not_make_another_class_the_target():
+    """Absorbed rows have only the penalty's gradient; a misclassified row with a small weight has its own."""
+    torch.manual_seed(0)
+    z = torch.randn(30, 7)
+    y = z.argmax(-1)
+    z[torch.arange(30), y] += 40.0
+    z[:3] = torch.randn(3, 7)
+    y[:3] = (z[:3].argmax(-1) + 1) % 7
+    weight = torch.ones(30)
+    weight[0] = 0.02
+    z.requires_grad_()
+    loss = (weight * torch.nn.functional.cross_entropy(z, y, reduction="none")).mean()
+    for penalty in (0.0, 1e-9, 1e-6, 1e-5):
+        (grad,) = torch.autograd.grad(loss + penalty * z.square().mean(), z, retain_graph=True)
+        lowest, argmin = grad.min(-1)
+        winner = z.argmax(-1)
+        of_winner = grad.gather(-1, winner[:, None])[:, 0]
+        for scale in (0.0, 1 / 30):
+            found = margins.target_class(lowest, argmin, of_winner, winner, torch.tensor(scale))
+            assert torch.equal(found, y), (penalty, scale)

@@ -6,6 +6,8 @@ CALLED_FROM_OUTSIDE = {
     "torch calls it, and what it does is in its own try block": (
         "capture/head_probe:HeadProbe.__call__",
         "capture/head_probe:HeadProbe._deliver_at_backward.<locals>.on_gradient",
+        "capture/inert_hook:InertInCopies.__call__",
+        "capture/loss:LossProbe._watch.<locals>.on_gradient",
         "capture/loss:LossProbe.__call__",
         "capture/step_hooks:StepHooks.install.<locals>.around.<locals>.hook",
         "remedies/projection:_Project._project",
@@ -18,7 +20,7 @@ CALLED_FROM_OUTSIDE = {
         "engine/detach:close",
         "engine/detach:_run_endings",
         "engine/port:AdapterPort.end_micro_batch",
-        "engine/loop:StepLoop.end_micro_batch",
+        "engine/loss_sources:LossSources.end_micro_batch",
         "remedies/autopilot:Autopilot.loss",
         "remedies/autopilot:Autopilot.should_stop",
     ),
@@ -31,6 +33,7 @@ CALLED_FROM_OUTSIDE = {
             f"integrations/lightning:NFICallback.{name}"
             for name in ("on_before_backward", "on_train_batch_end", "on_train_end", "state_dict")
         ),
+        "integrations/attach:watch_backward.<locals>.backward",
         "integrations/accelerate:watch.<locals>.save",
         "integrations/accelerate:watch.<locals>.load",
     ),
@@ -48,7 +51,6 @@ CALLED_FROM_OUTSIDE = {
         "capture/model_hooks:ModelHook.__deepcopy__",
         "capture/model_hooks:ModelHook.__reduce__",
         "capture/model_hooks:_reducer.<locals>.reduce",
-        "engine/hooks:Pauses.__bool__",
     ),
     "torch calls it around a step, and it lets pass what a remedy raises on purpose (AutopilotStop); what an "
     "Autopilot switches on has a try block of its own": (
@@ -66,6 +68,7 @@ CALLED_FROM_OUTSIDE = {
 }
 OUTSIDE = {function for functions in CALLED_FROM_OUTSIDE.values() for function in functions}
 SILENT = {
+    "capture/model_hooks:_without_entries",
     "engine/faults:Faults.failed",
     "engine/faults:Faults._tell",
     "engine/loop:StepLoop._own_fault",
@@ -75,5 +78,6 @@ SILENT = {
     "monitor:Monitor.notes",
     "leaving capture/step_hooks:StepHooks.remove last",
 }
-"""What says so is itself broken: nothing is said.  In the last, what a closed monitor has left behind for the
-other ranks cannot take itself off: its hooks stay and do nothing."""
+"""What says so is itself broken: nothing is said.  In the first, a copy keeps hooks that do nothing.  In the
+last, what a closed monitor has left behind for the other ranks cannot take itself off: its hooks stay and do
+nothing."""

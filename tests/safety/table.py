@@ -170,6 +170,10 @@ the phase; earlier alerts are in `alerts.jsonl`. The tab lists the last 5,000 al
   after the resume.
 - **Equal readings of two runs.** On accelerators, and with an `overhead_budget`, the clock decides what is
   read. So two runs may read different steps, or samples of different size.
+- **A link that appears between a check and a write.** TensorBoard's own thread opens its file by its name,
+  some milliseconds after the monitor has checked what has that name.
+- **Closing from another thread** while a step runs. The training goes on, and hooks and files are released;
+  what the step was about to write may be missing, with a note.
 - **Windows.** A second process in the same directory is not refused.
 """
 

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
@@ -124,6 +125,18 @@ def test_a_foreign_file_costs_at_most_the_files(name: str, kind: str, tmp_path: 
     asked("report", str(run), "--json")
     asked("tail", str(run))
     assert contents(outside) == before and len(list(outside.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["run.json", "readings.jsonl", "alerts.jsonl", "replays.jsonl"])
+def test_a_huge_file_takes_neither_time_nor_memory_nor_disk(name: str, tmp_path: Path) -> None:
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(1 << 37)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    weights, monitor = trained(tmp_path)
+    assert all(torch.equal(one, two) for one, two in zip(weights, trained(None)[0], strict=True))
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000  # KiB
+    assert sum(path.stat().st_blocks for path in tmp_path.iterdir()) < 100_000
+    assert not [note for note in monitor.notes if note.code.startswith("failed")]
 
 
 def test_a_link_as_the_directory_itself_is_followed_once(tmp_path: Path) -> None:

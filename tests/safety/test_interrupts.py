@@ -194,6 +194,56 @@ def sweep(phase: str, folder: Path, every: int = 1) -> tuple[int, list[str]]:
     return count, wrong
 
 
+class InsideTorch:
+    """Raise KeyboardInterrupt at the ``nth`` event in ``torch.no_grad`` where the package uses it."""
+
+    def __init__(self, nth: int) -> None:
+        self.nth, self.seen = nth, 0
+
+    def __call__(self, frame: types.FrameType, event: str, _: Any) -> Any:
+        inside = frame.f_code.co_filename.endswith("grad_mode.py") and _called_by_package(frame)
+        return self._event if inside else None
+
+    def _event(self, frame: types.FrameType, event: str, _: Any) -> Any:
+        if event in ("line", "return"):
+            self.seen += 1
+            if self.seen == self.nth:
+                raise KeyboardInterrupt
+        return self._event
+
+
+def _called_by_package(frame: types.FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(PACKAGE):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def test_an_interrupt_inside_no_grad_leaves_gradients_enabled(tmp_path: Path) -> None:
+    """Else every later training of the process would fail at ``backward()``."""
+    tried = 0
+    while True:
+        training = Training(tmp_path / str(tried))
+        monitor, trace = training.attach(), InsideTorch(tried + 1)
+        training.train(monitor)
+        training.optimizer.zero_grad()
+        F.cross_entropy(training.model(batch(12)[0]), batch(12)[1]).backward()
+        sys.settrace(trace)
+        try:
+            training.optimizer.step()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.settrace(None)
+        assert torch.is_grad_enabled(), f"event {tried + 1}"
+        monitor.close()
+        if trace.seen < trace.nth:
+            break
+        tried += 1
+    assert tried >= 20
+
+
 @pytest.mark.parametrize("phase", PHASES)
 def test_an_interrupt_at_one_line_of_forty_ends_no_training_and_leaves_nothing(
     phase: str, tmp_path: Path

@@ -181,7 +181,9 @@ def poison(case: Case, where: str, step: int, model: nn.Module, tensor: Any) -> 
 
 LARGE, TINY = 1e12, 1e-15
 """Beyond these a product of a few numbers, or a square, may be Inf or 0 in float32."""
-OF_TWO_STEPS = ("secant_curvature", "gradient_alignment", "feature_displacement", "margin_displacement")
+OF_TWO_STEPS = (
+    "secant_curvature", "gradient_alignment", "feature_displacement", "margin_displacement", "row_match",
+)  # fmt: skip
 
 
 def largest(tensor: Tensor) -> float:
@@ -227,7 +229,10 @@ class Excuses:
         rows = torch.cat(self._features).double()
         # Rows that underflowed count, too: the mean is one of the two, or of something between.
         means = torch.stack([*rows, rows.mean(0), rows[live].mean(0)])
-        if (means.norm(dim=-1) < TINY).any():
+        # Where all rows are alike, there is no correlation over the rows.
+        rounding = 8 * torch.finfo(self._features[0].dtype).eps * largest(rows)
+        alike = largest(rows - rows.mean(0)) <= max(TINY, rounding)
+        if alike or (means.norm(dim=-1) < TINY).any():
             self._steps[-1].add(Undefined.NO_DIRECTION)
         self._before = [parameter.detach().clone() for parameter in parameters]
 

@@ -233,3 +233,23 @@ def test_a_tensor_is_readable_only_in_the_plain_run() -> None:
     with FlopCounterMode(display=False):
         assert devices.is_readable(X)
     vmap(lambda row: row if not devices.is_readable(row) else pytest.fail("inside vmap"))(X)
+
+
+def test_another_default_device_changes_no_number() -> None:
+    """``torch.set_default_device``: what the monitor makes from numbers is on the host all the same."""
+
+    def history(device: str) -> dict[str, list[float]]:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters())
+        with Monitor(model, optimizer, console=False, every=1, overhead_budget=None) as monitor:
+            for _ in range(4):
+                optimizer.zero_grad()
+                with torch.device(device):
+                    loss = loss_of(model)
+                    loss.backward()
+                    monitor.observe_loss(loss.item())
+                    optimizer.step()
+        assert not monitor.notes, monitor.notes
+        return {name: monitor.history[name][1].tolist() for name in monitor.history}
+
+    assert history("meta") == history("cpu")

@@ -40,6 +40,8 @@ class Configuration:
     """Whether rows have several correct classes or changing signs (label smoothing, distillation, RL)."""
     scaled: bool = False
     """Whether the logits are scaled between head and loss."""
+    changed: bool = False
+    """Whether the logits are mixed with others, enlarged or pooled between head and loss."""
     half: bool = False
     """Whether the loss is computed in half precision."""
     tau: float | None = None

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
+
 from nfi_monitor import Monitor
 from nfi_monitor.errors import HeadNotFoundError
 from tests.zoo.configuration import Configuration
@@ -149,14 +151,14 @@ def _values_of_rows(verdict: Verdict, monitor: Monitor, watched: Record) -> None
         if len(calls) == 1 and not math.isclose(value, calls[0], rel_tol=TOLERANCE, abs_tol=TOLERANCE):
             _unless_noted(
                 verdict,
-                ("logits_scaled", "logits_resized", "not_shift_invariant", "several_heads"),
+                ("logits_scaled", "logits_changed", "not_shift_invariant", "several_heads"),
                 f"the rows are not those of the loss: at step {step} cross_entropy of them is {value:.5g}, "
                 f"of the loss's {calls[0]:.5g}",
             )
             return
 
 
-_NO_ROWS = ("head_never_fired", "rows_elsewhere", *_NO_HEAD)
+_NO_ROWS = ("head_never_fired", "rows_elsewhere", "logits_changed", *_NO_HEAD)
 
 
 def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watched: Record) -> None:
@@ -181,7 +183,7 @@ def _loss(verdict: Verdict, configuration: Configuration, monitor: Monitor, watc
             else:
                 _unless_noted(
                     verdict, ("no_loss", "loss_not_trained", "loss_between_readings", "logits_scaled",
-                              "not_shift_invariant"),
+                              "not_shift_invariant", "not_cross_entropy", "rows_weighted", "several_heads"),
                     f"the trained loss is not seen ({text})", allowed=not configuration.loss,
                 )  # fmt: skip
             return
@@ -204,7 +206,7 @@ def _optimizer(verdict: Verdict, configuration: Configuration, monitor: Monitor)
 
 def _alarms(verdict: Verdict, monitor: Monitor) -> None:
     for alert in monitor.alerts:
-        verdict.wrong(f"false alarm: {alert.kind.value} at step {alert.step}")
+        verdict.wrong(f"false alarm: {alert.kind.value} at step {alert.first_step}")
 
 
 def _unless_noted(verdict: Verdict, codes: tuple[str, ...], cause: str, *, allowed: bool = False) -> None:
@@ -229,12 +231,15 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "tied_head": lambda c, r, v: r.tied,
     "head_without_weight": lambda c, r, v: not r.weighty,
     "optimizer_without_head": lambda c, r, v: not r.trained,
+    "optimizer_not_torch": lambda c, r, v: not isinstance(r.session.optimizer, torch.optim.Optimizer),
     "no_second_moment": lambda c, r, v: not r.second_moment or _averages(r, 0),
     "state_unreadable": lambda c, r, v: r.partial,
     "second_moment_in_part": lambda c, r, v: r.partial or _averages(r),
     "single_output": lambda c, r, v: not c.classes,
     "not_shift_invariant": lambda c, r, v: not c.shift_invariant or not c.classes,
     "soft_targets": lambda c, r, v: c.soft or not c.classes,
+    "not_cross_entropy": lambda c, r, v: c.soft or c.scaled or not c.shift_invariant,
+    "rows_weighted": lambda c, r, v: c.soft,
     "logits_scaled": lambda c, r, v: c.scaled,
     "half_precision_loss": lambda c, r, v: c.half,
     "head_never_fired": lambda c, r, v: (
@@ -248,6 +253,8 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "head_parameter": lambda c, r, v: r.parameter,
     "several_heads": lambda c, r, v: len(c.heads) > 1,
     "no_features": lambda c, r, v: r.spatial or not r.weighty,
+    "rows_after_head": lambda c, r, v: c.changed and v.rows == "logits",
+    "logits_changed": lambda c, r, v: c.changed and v.rows == "none",
     "rows_recomputed": lambda c, r, v: v.rows == "recomputed",
     "loss_below_zero": lambda c, r, v: min(r.session.losses.values(), default=0.0) < 0,
 }

@@ -4,7 +4,9 @@ Each update goes further than the one before (Cohen et al. 2022; Bai et al. 2025
 
 - Overshooting: successive gradients oppose each other, and the swing of the logits has grown tenfold.
 - Swinging: in addition the curvature along the update is no longer small, the layers below the head swing
-  the logits by a good part of a nat, and the loss rises."""
+  the logits by a good part of a nat, and the loss rises.
+- Diverging: the curvature along the update is at the stability limit, and the gradient grows so fast that the
+  loss will soon be that of a slingshot.  It needs no logits, so it also holds for a regression."""
 
 from __future__ import annotations
 
@@ -13,7 +15,7 @@ import math
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.rules.base import Level, Rule
 from nfi_monitor.detect.rules.numeric import Absorbing
-from nfi_monitor.detect.rules.second_moment import kick_or_swing
+from nfi_monitor.detect.rules.second_moment import CURVATURE, kick_or_swing
 from nfi_monitor.detect.signals import felt_displacement
 from nfi_monitor.detect.situation import Situation
 from nfi_monitor.types import AlertKind, Evidence, Mechanism, Phase, Severity
@@ -148,3 +150,69 @@ class Swinging(Rule):
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
         return kick_or_swing(causes, 0.9)
+
+
+class Diverging(Rule):
+    """Each update overshoots further, and the loss will be that of a slingshot within a few steps.
+
+    The other rules of this file measure a swing in nats.  This one needs no logits, only gradients and loss.
+    So it also holds for a regression.
+    """
+
+    name = "diverging"
+    mechanism = Mechanism.EDGE_OF_STABILITY
+    holds = {AlertKind.AT_RISK: Severity.INFO, AlertKind.IMMINENT: Severity.WARNING}
+    phase = Phase.IMMINENT
+    labels = dict.fromkeys((AlertKind.AT_RISK, AlertKind.IMMINENT), "an oscillation grows from step to step")
+    advice = "edge_of_stability"
+    charts = ("alignment", "curvature along the update")
+    levels = (CURVATURE,)
+    first_evidence = dict.fromkeys(
+        (AlertKind.AT_RISK, AlertKind.IMMINENT),
+        ("secant_curvature", "gradient_alignment", "loss", "feature_displacement"),
+    )
+
+    def enter(self, now: Situation) -> bool:
+        limits, signals = now.limits, now.signals
+        return (
+            signals.same_rows  # each minibatch has gradients of its own
+            and not now.on(Absorbing.name)
+            and signals.alignment <= -limits.diverging_alignment
+            and signals.curvature_peak >= self._steep(now)
+            and now.loss_above_average >= limits.diverging_rise
+            and now.steps_to_slingshot <= limits.diverging_steps / now.level_of(self.name)
+        )
+
+    def stay(self, now: Situation) -> bool:
+        return not now.on(Absorbing.name) and self._half_way(now)
+
+    def nears(self, now: Situation) -> bool:
+        return now.signals.same_rows and self._half_way(now)
+
+    def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
+        signals, limits, average = now.signals, now.limits, math.exp(now.spike.baseline.average)
+        loss = average * math.exp(now.loss_above_average)
+        return {
+            "secant_curvature": Evidence(signals.curvature_peak, self._steep(now)),
+            "gradient_alignment": Evidence(signals.alignment, -limits.diverging_alignment, 0.0),
+            "loss": Evidence(loss, average * math.exp(limits.diverging_rise), average),
+        }
+
+    def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
+        return kick_or_swing(causes, 0.9)
+
+    def forecast(self, now: Situation) -> tuple[int, int, int] | None:
+        steps = now.steps_to_slingshot
+        if not 1.0 <= steps <= now.limits.diverging_steps:
+            return None
+        return max(round(steps / 2.0), 1), round(steps), round(2.0 * steps)
+
+    @staticmethod
+    def _steep(now: Situation) -> float:
+        return now.limits.diverging_curvature * now.context.stability_limit
+
+    @classmethod
+    def _half_way(cls, now: Situation) -> bool:
+        signals = now.signals
+        opposed = signals.alignment <= -0.5 * now.limits.diverging_alignment
+        return opposed and signals.curvature_peak >= 0.5 * cls._steep(now)

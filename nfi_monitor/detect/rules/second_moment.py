@@ -124,8 +124,9 @@ class Kicking(Rule):
         # RMS_t must have been at most 1 on average: noise around 1 is no kick.
         kicked = signals.rms_t_peak >= level * now.level_of(self.name) and signals.rms_t_mean <= 1.0
         # Minibatches whose gradients agree move together; a single hard one has a gradient of its own.
-        agree = not signals.other_rows or signals.alignment >= limits.kick_agreement
-        return (decayed or turned) and moved and kicked and agree and now.loss_stands_out
+        agree = now.rows_repeat or signals.alignment >= limits.kick_agreement
+        risen = now.loss_stands_out and now.loss_share >= limits.kick_loss
+        return (decayed or turned) and moved and kicked and agree and risen
 
     def stay(self, now: Situation) -> bool:
         return not now.on(Absorbing.name) and now.signals.rms_t_peak >= now.limits.rms_t_exit
@@ -149,7 +150,7 @@ class Kicking(Rule):
             claimed["feature_displacement"] = Evidence(signals.swing, limits.kick_displacement)
         if now.curvature_is_high and signals.turn <= -limits.kick_turn:
             claimed["gradient_alignment"] = Evidence(signals.turn, -limits.kick_turn, 0.0, below=True)
-        elif signals.other_rows:
+        elif not now.rows_repeat:
             agree, level = signals.alignment, limits.kick_agreement
             claimed["gradient_alignment"] = Evidence(agree, level, 0.0, crossed=agree >= level)
         level = self._level(now, now.forgotten) * now.level_of(self.name)
@@ -167,7 +168,7 @@ class Kicking(Rule):
     def _level(now: Situation, decayed: bool) -> float:
         """Return the RMS_t at which a kick begins; ``decayed``: the second moment has decayed."""
         limits = now.limits
-        if now.signals.other_rows:  # between two minibatches, the curvature along the update says little
+        if not now.rows_repeat:  # between two minibatches, the curvature along the update says little
             return limits.rms_t_minibatch
         return limits.rms_t_steep if decayed and now.curvature_is_high else limits.rms_t_imminent
 

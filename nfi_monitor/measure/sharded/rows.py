@@ -209,7 +209,7 @@ def _whole_rows(
 ) -> tuple[Tensor, Tensor, list[int], LossKind]:
     """Measure joined rows. ``numbers`` [shards, len(FIELDS), N], shards in the order of their classes."""
     part = dict(zip(FIELDS, numbers.unbind(1), strict=True))  # [shards, N] each
-    whole, top, target = _joined(part, dtype)
+    whole, top, target = _joined(part, kind.scale, dtype)
     batch = round(header["batch_rows"] / header["batches"])
     view, kinds = row_view(
         (whole["signed"], whole["absolute"]), top, target, whole["target_logit"], whole["own"], batch, kind
@@ -220,7 +220,8 @@ def _whole_rows(
         kind, judged = unexplained_rows(view, of_live, kind, outputs)
         names = ("unexplained", "contradicted", "unsure")
         sums |= {name: float(mask.sum()) for name, mask in zip(names, judged, strict=True)}
-        sums["soft"] = float((view.live & (part["negatives"].sum(0) > 1)).sum())
+        soft = shift_invariance.soft_rows(part["negatives"].sum(0), of_live, kind.scale)
+        sums["soft"] = float((view.live & soft).sum())
         sums["mean_logit"] = _total(part["logit_sum"].sum(0) / part["logit_count"].sum(0), view.counts)
     sums |= {name: float(mask.sum()) for name, mask in zip(MASKS, kinds, strict=True)}
     sums["counted"] = float(view.counts.sum())
@@ -240,6 +241,8 @@ def _whole_rows(
         "negative_margin_min": torch.where(view.counts, -view.margin, -torch.inf).amax(),
         "epsilon": kind.eps,
         "logit_scale": torch.ones(()),  # no rank has the logits from which it is recovered
+        "mismatch": torch.zeros(()),
+        "uneven": torch.zeros(()),
     }
     return (
         torch.tensor([sums[name] for name in SUMS], dtype=torch.float64),
@@ -260,7 +263,9 @@ def _declared(view: RowView, of: dict[str, PerRow], rows: Tensor) -> dict[str, f
     return dict.fromkeys(of, float("nan")) | {name: _total(value, rows) for name, value in values}
 
 
-def _joined(part: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tensor], TopLogits, Tensor]:
+def _joined(
+    part: dict[str, Tensor], scale: Tensor, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], TopLogits, Tensor]:
     """Join rows: [N] sums and the target's gradient and logit, the largest logits, the target's class."""
     owner = part["largest"].argmax(0)
     lowest, where = part["lowest"].min(0)
@@ -280,7 +285,7 @@ def _joined(part: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tens
         (rest.logsumexp(0) - largest).to(dtype),
     )
     lowest_class, winner_grad = of("lowest_class", where).long(), of("winner_grad", owner)
-    target = margins.target_class(lowest, lowest_class, winner_grad, top.winner)
+    target = margins.target_class(lowest, lowest_class, winner_grad, top.winner, scale)
     won = target == top.winner
     whole = {
         "signed": part["signed"].sum(0),
@@ -294,7 +299,7 @@ def _joined(part: dict[str, Tensor], dtype: torch.dtype) -> tuple[dict[str, Tens
 def _shown_precision(
     headers: Sequence[dict[str, float]], known: LossKind | None, outputs: int, dtype: torch.dtype
 ) -> LossKind:
-    """Do what :func:`nfi_monitor.measure.rows.shown_precision` does, from the headers of all ranks."""
+    """Do what :func:`nfi_monitor.measure.loss_kind.shown_precision` does, from the headers of all ranks."""
     own = max(header["eps"] for header in headers)
     eps, half = own, torch.finfo(torch.float16).eps
     nonzero = any(header["nonzero"] for header in headers)

@@ -124,6 +124,7 @@ _BLIND: dict[str, tuple[str, ...]] = {
     "failed_probe": (),
     "failed_observe_loss": ("loss",),
     "no_loss": ("loss",),
+    "not_cross_entropy": ("loss",),
     "loss_below_zero": (),
     "tied_head": (),
     "soft_targets": (),

@@ -244,6 +244,10 @@ class _Info(TypedDict, total=False):
     session: SESSION
 
 
+INFO_BYTES = 32 << 20
+"""Size of the largest ``run.json`` that is read."""
+
+
 def read_info(path: Path, problems: list[str]) -> dict[str, Any]:
     """Return the content of the ``run.json`` in directory ``path``, without its damaged fields and notes.
 
@@ -251,7 +255,10 @@ def read_info(path: Path, problems: list[str]) -> dict[str, Any]:
     """
     try:
         with open_binary(path / RUN) as file:
-            info = parse(file.read())
+            text = file.read(INFO_BYTES + 1)  # more would take the memory that the training needs
+        if len(text) > INFO_BYTES:
+            raise DamagedRecordError(f"it has more than {INFO_BYTES >> 20} MiB")
+        info = parse(text)
     except FileNotFoundError:
         problems.append(f"{RUN}: missing, so the head, the optimizer and the thresholds are unknown")
         return {}

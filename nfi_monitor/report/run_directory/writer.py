@@ -29,7 +29,7 @@ from nfi_monitor.report.run_directory.lock import DirectoryInUseError, Directory
 from nfi_monitor.report.run_directory.records import last_session, read_info
 from nfi_monitor.report.run_directory.thinning import READINGS_BYTES, thin
 from nfi_monitor.report.sink import SinkBase
-from nfi_monitor.safe_open import absolute, open_binary, open_descriptor
+from nfi_monitor.safe_open import absolute, identity, open_binary, open_descriptor
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading, finite_or_none
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 CHECK_SECONDS = 1.0
 """Seconds between two checks that the file still exists: a check makes a network file system flush it."""
+FOREIGN = 16
+"""A file of readings that is so many times its budget when the run begins is of others: never thin it."""
 
 
 class RunDirectory(SinkBase):
@@ -58,18 +60,20 @@ class RunDirectory(SinkBase):
         self.path = absolute(path)
         self._lock = lock or DirectoryLock(self.path)
         self._budget = readings_bytes
-        self._thin_at = readings_bytes
+        self._thin_at: float = readings_bytes
         self._size = 0  # of the readings
         self._linked = False  # True if this file system counts links: 0 then means a deleted file
         self._checked = -math.inf
         self._info: dict[str, Any] = {}
         self._notes: list[dict[str, Any]] = []
         self._files: dict[str, int] = {}
+        self._directory: tuple[int, ...] | None = None  # identity of the directory, once it is made
         self._session: dict[str, int] = {}  # {"session": 2}, added to each line after a resume
 
     def start(self, info: Mapping[str, Any]) -> None:
         with self._with_advice(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self._directory = identity(self.path)
             self._lock.acquire()
             for name in (RUN, READINGS):
                 remove_leftovers(self.path / name)
@@ -84,6 +88,8 @@ class RunDirectory(SinkBase):
                 self._files[name] = _open_for_lines(self.path / name)
         opened = os.fstat(self._files[READINGS])
         self._size, self._linked = opened.st_size, opened.st_nlink > 0
+        if self._size > FOREIGN * self._budget:
+            self._thin_at = math.inf  # a copy would take minutes of the training, and as much of the disk
         self._write_info(info)
 
     def reading(self, reading: Reading, phase: Phase) -> None:
@@ -103,6 +109,7 @@ class RunDirectory(SinkBase):
     def replay(self, verdict: ReplayVerdict) -> None:
         if self._files and REPLAYS not in self._files:
             with self._with_advice(self.path / REPLAYS):
+                self._check_directory()
                 self._files[REPLAYS] = _open_for_lines(self.path / REPLAYS)
         self._append(REPLAYS, json_line({**verdict.to_json(), **self._session}))
 
@@ -148,6 +155,8 @@ class RunDirectory(SinkBase):
 
     def _thin(self) -> None:
         # The copy may not fit on the disk.  Then the file stays as it is, and the run goes on.
+        with self._with_advice(self.path / READINGS):
+            self._check_directory()
         with contextlib.suppress(OSError):
             thin(self.path / READINGS)
         with self._with_advice(self.path / READINGS):
@@ -164,8 +173,15 @@ class RunDirectory(SinkBase):
                 self._notes.append(note)
         self._info = {**as_json(info), **self._session, "notes": self._notes}
         target = self.path / RUN
-        with self._with_advice(target), replacing(target) as file:
-            file.write(json_line(self._info, indent=2))
+        with self._with_advice(target):
+            self._check_directory()
+            with replacing(target) as file:
+                file.write(json_line(self._info, indent=2))
+
+    def _check_directory(self) -> None:
+        """Raise FileNotFoundError if the path leads elsewhere by now, to another run or a link."""
+        if identity(self.path) != self._directory:
+            raise FileNotFoundError(errno.ENOENT, "it was moved or replaced during the run", str(self.path))
 
     @contextlib.contextmanager
     def _with_advice(self, path: Path) -> Iterator[None]:

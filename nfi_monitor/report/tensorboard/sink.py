@@ -16,6 +16,7 @@ stock part has its form:
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import time
@@ -29,7 +30,7 @@ from nfi_monitor.report.run_directory.lock import DirectoryInUseError, Directory
 from nfi_monitor.report.sink import SinkBase
 from nfi_monitor.report.tensorboard.tab_data import TabWriter
 from nfi_monitor.report.tensorboard.texts import alert_markdown, info_markdown, overview_markdown
-from nfi_monitor.safe_open import absolute
+from nfi_monitor.safe_open import absolute, identity
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
 if TYPE_CHECKING:
@@ -51,7 +52,10 @@ _PHASES = {phase: index for index, phase in enumerate(Phase)}
 
 def available() -> bool:
     """Return whether torch and tensorboard are installed, without importing them."""
-    return all(importlib.util.find_spec(name) is not None for name in ("torch", "tensorboard"))
+    try:
+        return all(importlib.util.find_spec(name) is not None for name in ("torch", "tensorboard"))
+    except ValueError:  # somebody has put another object, or None, in the place of the module
+        return False
 
 
 class TensorBoardSink(SinkBase):
@@ -91,6 +95,7 @@ class TensorBoardSink(SinkBase):
         self._step = 0
         self._goes_back = False  # whether the next reading may be of a step that was written before
         self._info: Mapping[str, Any] = {}
+        self._files: dict[str, tuple[int, ...] | None] = {}  # path of the open event file → its identity
 
     def start(self, info: Mapping[str, Any]) -> None:
         try:
@@ -109,7 +114,11 @@ class TensorBoardSink(SinkBase):
                 os.makedirs(self.log_dir, exist_ok=True)
                 self._lock.acquire()
             self._goes_back = self._may_go_back()
+            before = set(_names_in(self.log_dir))
             self._writer = SummaryWriter(self.log_dir, filename_suffix=SUFFIX)
+            for name in set(_names_in(self.log_dir)) - before:
+                path = os.path.join(self.log_dir, name)
+                self._files[path] = identity(path)
         except DirectoryInUseError:
             raise
         except OSError as error:
@@ -224,6 +233,14 @@ class TensorBoardSink(SinkBase):
     def _open(self) -> SummaryWriter:
         if self._writer is None:
             raise RuntimeError("TensorBoardSink is not open: call start() before, and nothing after close().")
+        # TensorBoard opens the file by its name at each write: by now a link could lead out of the directory.
+        for path, opened in self._files.items():
+            if identity(path) != opened:
+                raise OSError(
+                    errno.ENOENT,
+                    f"cannot write {path}: it was deleted or replaced during the run. No TensorBoard files "
+                    "are written from here on; the training goes on.",
+                )
         return self._writer
 
     def _opened_tab(self) -> TabWriter:

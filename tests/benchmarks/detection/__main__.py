@@ -1,8 +1,8 @@
 """Score the warnings on many trainings: ``python -m tests.benchmarks.detection``.
 
     python -m tests.benchmarks.detection                      # the quick suite, minutes; writes QUICK.md
-    python -m tests.benchmarks.detection --suite frozen       # both halves that are not for tuning: FROZEN.md
-    python -m tests.benchmarks.detection --suite held-out     # the newer of them; writes no page
+    python -m tests.benchmarks.detection --suite frozen       # all halves that are not for tuning: FROZEN.md
+    python -m tests.benchmarks.detection --suite "held-out 2" # the newest of them; writes no page
     python -m tests.benchmarks.detection --suite full --jobs 8
     python -m tests.benchmarks.detection --score-only         # after a change of the detector: seconds
     python -m tests.benchmarks.detection --families vit vit-probe
@@ -24,7 +24,7 @@ from rich.progress import Progress
 
 from tests.benchmarks.detection import report
 from tests.benchmarks.detection.evaluate import Scored, evaluate_file
-from tests.benchmarks.detection.families import FROZEN, HELD_OUT, Family, suite
+from tests.benchmarks.detection.families import NEWEST_FIRST, Family, suite
 from tests.benchmarks.detection.generate import CACHE, generate, is_whole, path_of
 
 
@@ -34,7 +34,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=["quick", "full", FROZEN, HELD_OUT], default="quick")
+    parser.add_argument("--suite", choices=["quick", "full", *reversed(NEWEST_FIRST)], default="quick")
     parser.add_argument("--families", nargs="+", metavar="NAME", help="these only, whatever the suite")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s; -1: all cores)")
     parser.add_argument("--backend", default="loky", help='joblib backend, for instance "ray" (default loky)')

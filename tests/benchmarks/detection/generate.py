@@ -141,7 +141,9 @@ def versions() -> dict[str, str]:
 
 
 SUITES = "tests.benchmarks.detection.suites."
-"""A run of these depends on the module of its builder too, and on shared.py beside it."""
+"""A run of these depends on the module of its builder too, and on what lies beside it."""
+BESIDE = ("shared", "networks")
+"""Modules of a half whose parts its builders use."""
 RENAMED = {"LogitChange": "Arm"}
 """Name in the set-ups' code → the one it had when runs were recorded: another name makes no other run."""
 
@@ -153,8 +155,8 @@ def family_key(family: Family) -> str:
     parts = [family.config(), *code, torch.__version__]
     if family.module.startswith(SUITES):
         own = here.joinpath("suites", *family.module.removeprefix(SUITES).split(".")).with_suffix(".py")
-        shared = own.with_name("shared.py")
-        parts += [_code(path) for path in (here / "suites" / "checked.py", own, shared) if path.exists()]
+        beside = [own.with_name(f"{name}.py") for name in BESIDE]
+        parts += [_code(path) for path in (here / "suites" / "checked.py", own, *beside) if path.exists()]
     for name, recorded in RENAMED.items():
         parts = [re.sub(rf"\b{name}\b", recorded, part) for part in parts]
     return _hash(*parts)

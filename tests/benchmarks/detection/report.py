@@ -28,6 +28,8 @@ from tests.benchmarks.detection.families import (
     EXTERNAL,
     FROZEN,
     HELD_OUT,
+    HELD_OUT_2,
+    NEWEST_FIRST,
     NUMERIC,
     SECOND_MOMENT,
     Family,
@@ -63,21 +65,23 @@ CHANGED_SINCE = (
     "minibatches, warnings that led to nothing raise their rule's level, growing oscillations are a risk, "
     "slow rises and collapses are slingshots, an unread corrupt gradient is found in the second moment, and "
     "what a slingshot of a loss in other units is. The frozen halves were looked at since, so they are no "
-    "blind test any more. The held-out half is one."
+    "blind test any more."
 )
-HELD_OUT_AFTER = "7a02bd4"
-"""The commit with all rules and constants that are scored, after which the held-out half was trained."""
+AFTER = {HELD_OUT_2: "523ae21", HELD_OUT: "7a02bd4"}
+"""Half → the commit with the rules and constants that it was to test, after which it was trained."""
 
 
-def held_out() -> str:
-    """Return what a page says of the held-out half."""
-    if not HELD_OUT_AFTER:
-        return "The held-out half is not trained yet."
-    return (
-        "The held-out half has other architectures, tasks and losses than the rest. It was trained after "
-        f"commit {HELD_OUT_AFTER}, in which all rules and constants stand that are scored here. One fault "
-        "was mended since: which losses count as the cross-entropy of the head (c6f824e)."
+def held_out(half: str) -> str:
+    """Return what a page says of a half that was trained after rules had changed."""
+    if not AFTER[half]:
+        return f"The {half} half is not trained yet."
+    trained = (
+        f"The {half} half has other architectures, tasks and losses than the halves before it. It was "
+        f"trained after commit {AFTER[half]}"
     )
+    if half == NEWEST_FIRST[0]:
+        return f"{trained}, in which all rules and constants stand that are scored here."
+    return f"{trained}. Rules were changed after it had been read, so it is no blind test any more."
 
 
 ABOUT = {
@@ -114,7 +118,7 @@ def bind(families: Iterable[Family], scored: Sequence[Scored], suite: str = "") 
 
 def bind_halves(families: Sequence[Family], scored: Sequence[Scored], suite: str = "") -> list[Book]:
     """Return a book for each half that has a recorded run, the newest half first; one if nothing has."""
-    halves = [half for half in (HELD_OUT, FROZEN) if any(family.half == half for family in families)]
+    halves = [half for half in NEWEST_FIRST if any(family.half == half for family in families)]
     if suite != FROZEN or not halves:
         return [bind(families, scored, suite)]
     books = [bind([family for family in families if family.half == half], scored, half) for half in halves]
@@ -353,7 +357,7 @@ def _part(book: Book, *, alone: bool) -> str:
         f"{len(results)} families, {recorded.runs} runs, {recorded.steps:,} optimizer steps{calm}; "
         f"{recorded.seconds:,.0f} s of training on one core in all."
     )
-    if about := held_out() if book.suite == HELD_OUT else ABOUT.get(book.suite):
+    if about := held_out(book.suite) if book.suite in AFTER else ABOUT.get(book.suite):
         lines += ["", about]
     if book.missing:
         lines += ["", f"Not recorded, or not all seeds: {', '.join(book.missing)}."]

@@ -31,7 +31,7 @@ COUNTED = (
 )  # fmt: skip
 OF_WHOLE_ROWS = {
     name for name, quantity in QUANTITIES.items() if quantity.per_row and not quantity.per_row.from_shards
-}
+} | {"mismatch_fraction", "uneven_fraction"}
 """They read all logits or gradients of a row, which no rank has."""
 
 

@@ -133,7 +133,7 @@ def _make() -> list[Configuration]:
 
     assert STEPS == 8
     return [
-        Configuration("fastai: Learner (Adam)", _fastai(mlp), "4"),
+        Configuration("fastai: Learner (Adam)", _fastai(mlp), "4", tau=100.0),
         Configuration("fastai: fit_one_cycle", _fastai(mlp, one_cycle=True), "4"),
         Configuration("fastai: convolutional", _fastai(_fastai_cnn, (3, 16, 16)), "3"),
         Configuration("fastai: xresnet18", _fastai(_xresnet, (3, 32, 32)), "11"),

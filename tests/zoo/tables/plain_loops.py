@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -201,16 +204,71 @@ def _tapped(session: Session) -> nn.Module:
     return model
 
 
-def _unseen_loss(session: Session) -> nn.Module:
-    """The README's two lines alone, without observe_loss."""
-    model = mlp()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
-    session.attach(model, optimizer)
-    for step in range(STEPS):
-        cross_entropy(model, step).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model
+def _not_reported(loss: Callable[[nn.Module, int], Tensor]) -> Callable[[Session], nn.Module]:
+    """Return a loop with the README's two lines alone."""
+
+    def train(session: Session) -> nn.Module:
+        model = mlp()
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        session.attach(model, optimizer)
+        for step in range(STEPS):
+            loss(model, step).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return model
+
+    return train
+
+
+def _policy_gradient(model: nn.Module, step: int) -> Tensor:
+    x, y = batch(step)
+    advantage = torch.randn(len(y), generator=torch.Generator().manual_seed(step))
+    return -(advantage * model(x).log_softmax(-1).gather(1, y[:, None])[:, 0]).mean()
+
+
+def _gradient_penalty(model: nn.Module, step: int) -> Tensor:
+    """Penalise the gradient at the inputs (R1)."""
+    x, y = batch(step)
+    x = x.clone().requires_grad_()
+    logits = model(x)
+    (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+    return F.cross_entropy(logits, y) + 0.1 * slope.square().sum(-1).mean()
+
+
+def _curvature(model: nn.Module, step: int) -> Tensor:
+    """Look at the Hessian, with rows of its own, before the loss is computed."""
+    x, y = batch(step + 1)
+    params = [*model.parameters()]
+    gradients = torch.autograd.grad(F.nll_loss(model(x).log_softmax(-1), y), params, create_graph=True)
+    torch.autograd.grad(gradients, params, [torch.ones_like(one) for one in params])
+    return cross_entropy(model, step)
+
+
+def _first_order_maml(model: nn.Module, step: int) -> Tensor:
+    x, y = batch(step + 1)
+    params = dict(model.named_parameters())
+    inner = F.nll_loss(torch.func.functional_call(model, params, (x,)).log_softmax(-1), y)
+    gradients = torch.autograd.grad(inner, [*params.values()])
+    fast = {name: p - 0.1 * g for (name, p), g in zip(params.items(), gradients, strict=True)}
+    x, y = batch(step)
+    return F.cross_entropy(torch.func.functional_call(model, fast, (x,)), y)
+
+
+class _OwnOptimizer:
+    """A user's own class, not derived from torch's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.param_groups = [{"params": list(model.parameters()), "lr": 0.1}]
+        self.state: defaultdict[Tensor, dict[str, Tensor]] = defaultdict(dict)
+
+    def step(self) -> None:
+        with torch.no_grad():
+            for param in self.param_groups[0]["params"]:  # type: ignore[attr-defined]
+                param -= 0.1 * param.grad
+
+    def zero_grad(self) -> None:
+        for param in self.param_groups[0]["params"]:  # type: ignore[attr-defined]
+            param.grad = None
 
 
 def _convolutions() -> nn.Module:
@@ -220,7 +278,7 @@ def _convolutions() -> nn.Module:
 def _make() -> list[Configuration]:
     return [
         Configuration("MLP", loop(mlp, cross_entropy), "4"),
-        Configuration("MLP, loss not reported", _unseen_loss, "4"),
+        Configuration("MLP, loss not reported", _not_reported(cross_entropy), "4"),
         Configuration("MLP, nll_loss(log_softmax)", loop(mlp, _nll), "4"),
         Configuration("MLP, loss in float64", loop(mlp, _double), "4"),
         Configuration("MLP, label smoothing", loop(mlp, _smoothed), "4", soft=True),
@@ -233,6 +291,18 @@ def _make() -> list[Configuration]:
         Configuration("MLP, bf16 autocast", loop(mlp, _autocast), "4"),
         Configuration("MLP, penalty before the loss", _penalty_first, "4"),
         Configuration("MLP, two optimizers", _two_optimizers, "4"),
+        Configuration("MLP, an optimizer class of one's own", loop(mlp, cross_entropy, _OwnOptimizer), "4"),
+        Configuration(
+            "MLP, policy gradient, loss not reported",
+            _not_reported(_policy_gradient),
+            "4",
+            soft=True,
+            loss=False,
+        ),
+        Configuration("MLP, focal loss, not reported", _not_reported(_focal), "4", soft=True, loss=False),
+        Configuration("MLP, gradient penalty (R1)", loop(mlp, _gradient_penalty), "4"),
+        Configuration("MLP, products with the Hessian", loop(mlp, _curvature), "4"),
+        Configuration("MLP, first-order MAML", loop(mlp, _first_order_maml), "4"),
         Configuration("LSTM language model", loop(_Recurrent, _language), "decoder"),
         Configuration(
             "tied weight without a module",

@@ -69,9 +69,10 @@ def _make() -> list[Configuration]:
         "soft": True,
         "scaled": True,
         "shift_invariant": True,
+        "loss": False,  # it is computed and trained inside of learn()
         "true_notes": ("no_loss", "loss_between_readings"),
     }
-    values: dict[str, Any] = {**policy, "classes": False}
+    values: dict[str, Any] = {**policy, "classes": False, "loss": True}
     late = {"learning_starts": 16, "batch_size": 8}
     return [
         Configuration(

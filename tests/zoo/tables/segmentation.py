@@ -58,13 +58,14 @@ def _make() -> list[Configuration]:
         "atrous_rates": [1, 2, 3],
     }
     return [
-        case("SegformerForSemanticSegmentation", "decode_head.classifier", PIXELS, MIT, true_notes=RESIZED),
+        case("SegformerForSemanticSegmentation", "decode_head.classifier", PIXELS, MIT, **RESIZED),
         case(
             "UperNetForSemanticSegmentation",
             "decode_head.classifier",
             PIXELS,
             upernet,
-            true_notes=(*RESIZED, "several_heads"),
+            true_notes=("several_heads",),
+            **RESIZED,
         ),
         case(
             "UperNetForSemanticSegmentation",
@@ -72,7 +73,7 @@ def _make() -> list[Configuration]:
             PIXELS,
             {**upernet, "use_auxiliary_head": False},
             label="no auxiliary head",
-            true_notes=RESIZED,
+            **RESIZED,
         ),
         case(
             "UperNetForSemanticSegmentation",
@@ -81,28 +82,28 @@ def _make() -> list[Configuration]:
             upernet,
             label="head named",
             arguments={"options": {"head": "decode_head.classifier"}},
-            true_notes=RESIZED,
+            **RESIZED,
         ),
-        case("BeitForSemanticSegmentation", "decode_head.classifier", PIXELS, beit, true_notes=RESIZED),
-        case("DPTForSemanticSegmentation", "head.head.4", PIXELS, dpt, true_notes=RESIZED),
+        case("BeitForSemanticSegmentation", "decode_head.classifier", PIXELS, beit, **RESIZED),
+        case("DPTForSemanticSegmentation", "head.head.4", PIXELS, dpt, **RESIZED),
         case(
             "MobileViTForSemanticSegmentation",
             "segmentation_head.classifier.convolution",
             PIXELS,
             mobile,
-            true_notes=RESIZED,
+            **RESIZED,
         ),
         case(
             "MobileNetV2ForSemanticSegmentation",
             "segmentation_head.classifier.convolution",
             PIXELS,
             {"depth_multiplier": 0.35, "num_labels": 5},
-            true_notes=RESIZED,
+            **RESIZED,
         ),
     ]
 
 
-RESIZED = ("not_shift_invariant", "soft_targets", "logits_scaled", "logits_resized")
+RESIZED: dict[str, Any] = {"changed": True}
 """The logits are enlarged to the picture's size after the head."""
 
 TABLE = Table("transformers: segmentation", PACKAGES, _make)

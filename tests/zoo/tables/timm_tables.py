@@ -105,7 +105,7 @@ def _make() -> list[Configuration]:
             ("head", "head, head_dist"),
             label="two classifiers, averaged",
             loss=_two_classifiers,
-            facts={"scaled": True, "true_notes": ("several_heads",)},
+            facts={"changed": True, "true_notes": ("several_heads",)},
             **VIT,
         ),
         net("beit_base_patch16_224", "head", **VIT),

@@ -103,7 +103,7 @@ def _others() -> list[Configuration]:
             "smp: DeepLabV3+",
             loop(lambda: smp.DeepLabV3Plus("resnet18", encoder_weights=None, classes=3), _dense),
             "segmentation_head.0",
-            true_notes=RESIZED,
+            **RESIZED,
         ),
         Configuration("OpenCLIP", loop(_open_clip, _clip), None, classes=False, soft=True, scaled=True),
         Configuration(
@@ -130,7 +130,7 @@ def _others() -> list[Configuration]:
     ]
 
 
-RESIZED = ("not_shift_invariant", "soft_targets", "logits_scaled", "logits_resized")
+RESIZED: dict[str, Any] = {"changed": True}
 
 
 def _make() -> list[Configuration]:
@@ -157,19 +157,21 @@ def _make() -> list[Configuration]:
             "torchvision: LRASPP",
             loop(lambda: segmentation.lraspp_mobilenet_v3_large(**dense), _dense),
             ("classifier.low_classifier", "classifier.high_classifier"),
-            true_notes=(*RESIZED, "several_heads"),
+            true_notes=("several_heads",),
+            **RESIZED,
         ),
         Configuration(
             "torchvision: DeepLabV3",
             loop(lambda: segmentation.deeplabv3_mobilenet_v3_large(**dense), _dense),
             "classifier.4",
-            true_notes=RESIZED,
+            **RESIZED,
         ),
         Configuration(
             "torchvision: DeepLabV3, auxiliary loss",
             loop(lambda: segmentation.deeplabv3_mobilenet_v3_large(**dense, aux_loss=True), _dense_auxiliary),
             "classifier.4",
-            true_notes=(*RESIZED, "several_heads"),
+            true_notes=("several_heads",),
+            **RESIZED,
         ),
         *_others(),
     ]

@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.detection.ordinary                      # record and score the tuning half
     python -m tests.benchmarks.detection.ordinary --score-only         # after a change of the detector
-    python -m tests.benchmarks.detection.ordinary --half held-out      # once rules and constants are fixed
+    python -m tests.benchmarks.detection.ordinary --half "held-out 2"  # once rules and constants are fixed
     python -m tests.benchmarks.detection.ordinary --families o-dropout o-decay-1 --score-only
 
 Runs are recorded once, with every step read, and kept in ``--cache``.  The detector is then fed with them at
@@ -20,7 +20,7 @@ import torch
 from joblib import Parallel, delayed
 from rich.console import Console
 
-from tests.benchmarks.detection.families import FROZEN, HELD_OUT, TUNING, Family
+from tests.benchmarks.detection.families import NEWEST_FIRST, TUNING, Family
 from tests.benchmarks.detection.generate import CACHE, ensure, is_whole, path_of
 from tests.benchmarks.detection.ordinary import page
 from tests.benchmarks.detection.ordinary.judged import Judged, judge_file
@@ -37,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--half", choices=[TUNING, FROZEN, HELD_OUT, ALL], default=TUNING)
+    parser.add_argument("--half", choices=[TUNING, *reversed(NEWEST_FIRST), ALL], default=TUNING)
     parser.add_argument("--families", nargs="+", metavar="NAME", help="these only, whatever the half")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
     parser.add_argument("--cache", type=Path, default=CACHE, help="recorded runs (default %(default)s)")

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from nfi_monitor.types import Alert
 from tests.benchmarks.detection.generate import detector_key, versions
 from tests.benchmarks.detection.ordinary.judged import Judged, Said
-from tests.benchmarks.detection.report import CHANGED_SINCE, held_out
+from tests.benchmarks.detection.report import AFTER, CHANGED_SINCE, held_out
 from tests.benchmarks.detection.sheet import NOTHING, Sheet
 
 SHOWN = 6
@@ -168,7 +168,7 @@ def text(made: Sequence[Sheet], judged: Sequence[Judged], options: str) -> str:
         "",
         f"The constants were fitted on the tuning half and fixed in commit 8df60af. {CHANGED_SINCE}",
         "",
-        held_out(),
+        " ".join(held_out(half) for half in AFTER),
         "",
     ]
     return "\n".join(head) + "\n" + "\n".join(sheet.markdown() for sheet in made)

@@ -1,4 +1,4 @@
-"""The ordinary suite: how people train. One half is for tuning, one is frozen, one is held out.
+"""The ordinary suite: how people train. One half is for tuning, one is frozen, two are held out.
 
 No slingshot is expected in any of them, so a warning is false unless the recorded loss shows one (truth.py).
 The architecture classes of the halves differ: perceptrons, convolutions, plain transformers, autoencoders and
@@ -23,6 +23,7 @@ from tests.benchmarks.detection.suites import (
     various,
 )
 from tests.benchmarks.detection.suites.held_out.ordinary import ordinary as held_out
+from tests.benchmarks.detection.suites.held_out_2.ordinary import ordinary as held_out_2
 from tests.benchmarks.detection.suites.registry import family_of
 
 
@@ -148,5 +149,7 @@ def _frozen() -> list[Family]:
     ]  # fmt: skip
 
 
-ORDINARY: dict[str, Family] = {family.name: family for family in (*_tuning(), *_frozen(), *held_out())}
+ORDINARY: dict[str, Family] = {
+    family.name: family for family in (*_tuning(), *_frozen(), *held_out(), *held_out_2())
+}
 """Name → family, of all halves."""

@@ -11,6 +11,7 @@ from typing import Any
 from tests.benchmarks.detection.families import EDGE, FLOAT64, FROZEN, NUMERIC, SECOND_MOMENT, Family
 from tests.benchmarks.detection.suites import spiking_setups as made
 from tests.benchmarks.detection.suites.held_out.spiking import spiking as held_out
+from tests.benchmarks.detection.suites.held_out_2.spiking import spiking as held_out_2
 from tests.benchmarks.detection.suites.registry import family_of
 from tests.benchmarks.detection.training import LogitChange, Training
 
@@ -86,5 +87,7 @@ def _abrupt() -> list[Family]:
     ]  # fmt: skip
 
 
-SPIKING: dict[str, Family] = {family.name: family for family in (*_numeric(), *_abrupt(), *held_out())}
-"""Name → family, of the frozen and the held-out half."""
+SPIKING: dict[str, Family] = {
+    family.name: family for family in (*_numeric(), *_abrupt(), *held_out(), *held_out_2())
+}
+"""Name → family, of the frozen half and those held out."""

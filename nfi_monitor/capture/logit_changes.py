@@ -1,0 +1,231 @@
+"""Find what changes the logits between the head's output and the softmax of the loss, in the autograd graph.
+
+A segmentation model enlarges the logits to the size of the picture, a graph network adds up those of the
+neighbours, two heads are averaged.  The gradient at the head's output is then not that of a softmax of this
+output: loss, margin and absorption of its rows would be wrong.  The graph is only read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from nfi_monitor.capture.origin import OF_A_WEIGHT, PRODUCTS, Logits, of_last_axis, operation
+
+_SOFTMAX = {"LogSoftmax", "Softmax", "Logsumexp"}
+_PROBABILITIES = {"Softmax", "Sigmoid", "LogSigmoid", "Exp"}
+"""If a model returns the result of these, its output is no logits."""
+_MIXES = {"Add", "Mul", "Mean", "Sum"}
+_SAME_ROWS = OF_A_WEIGHT | {
+    "Slice", "Select", "Squeeze", "Index", "IndexSelect", "Gather", "MaskedFill", "Where", "Cat", "Split",
+    "SplitWithSizes", "Stack", "DDPSink", "LogSoftmax", "Tanh", "Clamp", "Narrow", "ConstantPadNd", "Unbind",
+}  # fmt: skip
+"""Operations that keep, choose or reorder rows.  Tanh caps logits: other notes tell of that."""
+_OF_TWO = {"Add", "Sub", "Mul", "Div"}
+"""They keep the rows if the other factor or summand is a constant or a parameter."""
+_CHANGES = {
+    "Mean", "Sum", "Cumsum", "Max", "Amax", "Exp", "Log", "Pow", "Sqrt", "Neg", "Relu", "LeakyRelu", "Gelu",
+    "Silu", "Elu", "Sigmoid", "LogSigmoid", "Softplus", "Softmax", "NativeDropout", "Prelu",
+    "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearest2D", "UpsampleTrilinear3D", "UpsampleLinear1D",
+    "UpsampleNearest1D", "UpsampleNearest3D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa",
+    "UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D", "GridSampler2D",
+    "AvgPool2D", "AvgPool3D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "MaxPool2DWithIndices",
+    "AdaptiveMaxPool2D", "ScatterAdd", "ScatterReduce", "Scatter", "IndexAdd", "IndexPut", "IndexReduce",
+    "SegmentReduce", "SparseAddmm", "SparseMm", "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm",
+    "MiopenBatchNorm", "NativeGroupNorm", "LinalgVectorNorm", "Norm",
+}  # fmt: skip
+"""Operations that mix rows or change the differences between the logits of a row."""
+_OF_PARAMETERS = OF_A_WEIGHT | {
+    "Add", "Sub", "Mul", "Div", "Exp", "Log", "Clamp", "ClampMin", "ClampMax", "Sigmoid", "Softplus", "Neg",
+    "Reciprocal", "Pow", "Sqrt", "Tanh",
+}  # fmt: skip
+"""Operations with which a factor or a summand is computed from parameters."""
+LIMIT = 600
+"""Maximum number of steps of a search."""
+DEEP = 20_000
+"""Maximum number of nodes that are searched for the head's output behind other layers."""
+SMALL = 16
+"""Maximum number of nodes between a factor and the parameters that it is computed from."""
+
+
+class Arrival(NamedTuple):
+    """A path from a softmax to a watched tensor.
+
+    ``change``: the first operation on the way that changes the logits, or None.  ``softmax``: its node; None
+    if the search began at logits.
+    """
+
+    change: str | None
+    softmax: Any
+
+
+def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[Arrival]:
+    """Return the paths from the node ``start`` to nodes of ``targets``, from logits on.
+
+    ``at_logits``: whether ``start`` made logits; if not, it made a loss, and logits begin at a softmax.  A
+    path ends at a product with a weight, and from logits on at an operation that is not known.
+    """
+    found: list[Arrival] = []
+    seen: set[tuple[Any, ...]] = set()
+    ahead: list[tuple[Any, Any, str | None, bool]] = [(start, None, None, False)]
+    while ahead and len(seen) < LIMIT:
+        place = ahead.pop()
+        node, softmax, change, in_log = place
+        if node is None or place in seen:
+            continue
+        seen.add(place)
+        logits = at_logits or softmax is not None
+        if node in targets:
+            if logits:
+                found.append(Arrival(change, softmax))
+            continue
+        name = operation(node)
+        if logits:
+            known, changed = _effect(node, name)
+            if not known or (at_logits and name in _PROBABILITIES):
+                continue
+            change = change or changed
+        elif name in PRODUCTS:
+            continue
+        elif name in _SOFTMAX:
+            softmax = node
+        elif in_log and name in _MIXES:  # the loss is the log of a mean of probabilities
+            change = change or (None if of_last_axis(node) else _effect(node, name)[1])
+        in_log = not logits and (in_log or name == "Log")
+        ahead += [(before, softmax, change, in_log) for before, _ in node.next_functions]
+    return found
+
+
+def has_softmax(loss: Any) -> bool:
+    """Return whether the node of a loss depends on a softmax, with no product in between."""
+    seen, ahead = {loss}, [loss]
+    while ahead and len(seen) < LIMIT:
+        node = ahead.pop()
+        name = operation(node)
+        if name in _SOFTMAX:
+            return True
+        if name not in PRODUCTS:
+            following = [before for before, _ in node.next_functions if before is not None]
+            ahead += [before for before in following if before not in seen]
+            seen.update(following)
+    return False
+
+
+def _effect(node: Any, name: str) -> tuple[bool, str | None]:
+    """Return whether an operation on logits is known, and its name if it changes them."""
+    if name in PRODUCTS:
+        return _mixes_rows(node, name), name
+    if name in _OF_TWO:
+        return True, None if _keeps_rows(node, name) else name
+    if name in _CHANGES:
+        return True, None if _does_nothing(node, name) else name
+    return name in _SAME_ROWS, None
+
+
+def first_changed(paths: Iterable[Arrival]) -> Arrival | None:
+    """Return the first path if all change the logits, one with a readable softmax if possible; else None."""
+    paths = list(paths)
+    if not paths or any(path.change is None for path in paths):
+        return None
+    readable = [path for path in paths if softmax_logits(path.softmax) is not None]
+    return (readable or paths)[0]
+
+
+def softmax_logits(softmax: Any) -> Logits | None:
+    """Return the log-probabilities that a node of ``log_softmax`` keeps; None for another node.
+
+    They are the logits minus a number for each row.  Their hook gets the gradient of the logits.
+    """
+    if softmax is None or operation(softmax) != "LogSoftmax":
+        return None
+    before, output = softmax.next_functions[0]
+    try:
+        raw, axis = softmax._raw_saved_result, softmax._saved_dim
+        if before is None or output != 0 or getattr(raw, "unpack_hook", None) is not None:
+            return None
+        values = softmax._saved_result
+    except RuntimeError:  # freed by the backward pass
+        return None
+    axis = axis if axis < values.dim() else axis - 2**64  # a negative one, read as unsigned
+    return Logits(values, None, before, axis if axis < 0 else axis - values.dim(), normalized=True)
+
+
+def reached(start: Any, targets: Collection[Any]) -> set[Any]:
+    """Return those nodes of ``targets`` on which the node ``start`` depends, as far as the search goes."""
+    seen, ahead, found = {start}, [start], set()
+    while ahead and len(seen) < DEEP:
+        for before, _ in ahead.pop().next_functions:
+            if before is not None and before not in seen:
+                seen.add(before)
+                ahead.append(before)
+                if before in targets:
+                    found.add(before)
+    return found
+
+
+def _mixes_rows(node: Any, name: str) -> bool:
+    """Return whether a product multiplies by a constant matrix from the left: an adjacency matrix."""
+    factors = [place for place, saved in enumerate(PRODUCTS[name]) if saved]
+    left, right = (node.next_functions[place][0] for place in factors)
+    return name in ("Mm", "Bmm") and left is None and right is not None
+
+
+def _keeps_rows(node: Any, name: str) -> bool:
+    """Return whether the other input is a constant, a scale, a bias, or a number for each row."""
+    others = [before for before, _ in node.next_functions if before is not None]
+    sizes = [_of_parameters(before) for before in others]
+    known = [size for size in sizes if size is not None]
+    if len(others) < 2 or known:  # a bias of its own leaves the gradient as it is
+        return name in ("Add", "Sub") or max(known, default=1) == 1
+    return name in ("Add", "Sub") and any(_of_each_row(before) for before in others)
+
+
+def _of_each_row(node: Any) -> bool:
+    """Return whether a tensor is one number for each row of logits: no softmax sees it added to the row."""
+    while node is not None and operation(node) in OF_A_WEIGHT:
+        node = node.next_functions[0][0]
+    name = "" if node is None else operation(node)
+    if name in ("Mean", "Sum"):
+        return bool(getattr(node, "_saved_keepdim", False)) and of_last_axis(node)
+    return name in ("Gather", "Max", "Amax", "Logsumexp")
+
+
+def _of_parameters(node: Any) -> int | None:
+    """Return the size of the largest parameter of a tensor that is computed from parameters alone.
+
+    ``scale.exp()`` is one of size 1.  None: it depends on the data.
+    """
+    seen, ahead, size = {node}, [node], 0
+    while ahead:
+        one = ahead.pop()
+        if hasattr(one, "variable"):
+            size = max(size, one.variable.numel())
+            continue
+        if operation(one) not in _OF_PARAMETERS or len(seen) > SMALL:
+            return None
+        inputs = [before for before, _ in one.next_functions if before is not None and before not in seen]
+        ahead += inputs
+        seen.update(inputs)
+    return size
+
+
+def _does_nothing(node: Any, name: str) -> bool:
+    """Return whether an operation returns its input: it enlarges to the same size, or adds up one entry."""
+    sizes = getattr(node, "_saved_self_sym_sizes", None)
+    if name.startswith("Upsample"):
+        wanted = getattr(node, "_saved_output_size", None)
+        return sizes is not None and wanted is not None and tuple(sizes[-len(wanted) :]) == tuple(wanted)
+    if name in ("Mean", "Sum") and sizes is not None:
+        axes = getattr(node, "_saved_dim", None)
+        axes = range(len(sizes)) if not axes else [axis % 2**64 for axis in axes]
+        return all(sizes[axis if axis < len(sizes) else axis - 2**64] == 1 for axis in axes)
+    return False
+
+
+def class_axis(tensor: Tensor, classes: int, *, spatial: int) -> int | None:
+    """Return the axis of ``classes`` logits, below zero: axis 1 of pictures, else the last; None: neither."""
+    axes = (1 - tensor.dim(), -1) if spatial and tensor.dim() > 2 else (-1, 1 - tensor.dim())
+    fits = [axis for axis in axes if tensor.dim() > 1 and tensor.shape[axis] == classes]
+    return fits[0] if fits else None

@@ -1,0 +1,98 @@
+"""A regression at the edge of stability: its outputs are no logits, so no swing in nats can be measured."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+
+import pytest
+
+from nfi_monitor.detect.detector import Detector
+from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.types import Alert, AlertKind, Mechanism, Reading, Thresholds
+
+REGRESSION = RunContext(beta2=0.999, no_classes=True)
+FIRST, LAST, GROWTH, UNIT = 601, 625, 1.35, 0.04
+"""First and last step of the oscillation, growth of its gradient in a step, loss at which the run began."""
+
+
+def regression(
+    *, match: float = 1.0, opposed: float = -1.0, curvature: float = 39.0, hidden: bool = False
+) -> Iterator[Reading]:
+    """Yield a loss that falls to 4e-7, and then an oscillation whose gradient grows by GROWTH at each step.
+
+    The loss has a constant part, and one that grows as the square of the gradient.  ``hidden``: the first
+    part alone.
+    """
+    for step in range(1, LAST + 1):
+        amplitude = GROWTH ** (step - FIRST) if step >= FIRST else 0.0
+        floor = UNIT * math.exp(-step / 60) if step < 600 else 4e-7
+        values = {
+            "loss": floor + (0.0 if hidden else 1e-7 * amplitude**2),
+            "gradient_norm": 1e-5 * max(amplitude, 0.5),
+            "gradient_alignment": opposed if step >= FIRST else 0.5,
+            "secant_curvature": curvature if step >= FIRST else 0.1,
+            "rms_t_max": 0.01 * max(amplitude, 0.5),
+            "feature_displacement": 1e-6 * max(amplitude, 0.5),
+            "row_match": match,
+        }
+        yield Reading(step, values)
+
+
+def imminent(readings: Iterator[Reading]) -> list[tuple[int, Alert]]:
+    """Return (step, alert as it was then) of each *imminent* alert at its beginning."""
+    detector = Detector(None, REGRESSION)
+    found = []
+    for reading in readings:
+        known = len(detector.alerts)
+        detector.update(reading)
+        new = [alert for alert in detector.alerts[known:] if alert.kind is AlertKind.IMMINENT]
+        found += [(reading.step, copy.deepcopy(alert)) for alert in new]
+    return found
+
+
+def test_a_growing_oscillation_of_a_regression_is_imminent_steps_before_the_loss_is_high() -> None:
+    losses = {reading.step: reading.get("loss") for reading in regression()}
+    high = next(step for step in range(FIRST, LAST + 1) if losses[step] > 1e-2 * UNIT)
+    ((step, alert),) = imminent(regression())
+    assert FIRST < step <= high - 4
+    assert alert.mechanism is Mechanism.EDGE_OF_STABILITY
+    crossed = {name for name, item in alert.evidence.items() if item.crossed}
+    assert {"secant_curvature", "gradient_alignment", "loss"} <= crossed
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"match": 0.1}, {"opposed": -0.8}, {"curvature": 30.0}, {"hidden": True}, {"match": math.nan}],
+    ids=["other rows", "many directions", "stable", "loss stays", "rows unseen"],
+)
+def test_it_needs_the_same_rows_one_direction_too_much_curvature_and_a_rising_loss(
+    changed: dict[str, float],
+) -> None:
+    assert imminent(regression(**changed)) == []  # type: ignore[arg-type]
+
+
+def test_its_steps_left_are_those_in_which_the_loss_gets_to_the_level_of_a_slingshot() -> None:
+    ((step, alert),) = imminent(regression())
+    assert alert.steps_to_spike is not None
+    losses = {reading.step: reading.get("loss") for reading in regression()}
+    left = next(at for at in range(step, LAST + 1) if losses[at] > 1e-2 * UNIT) - step
+    low, _, high = alert.steps_to_spike
+    assert low <= left <= high
+
+
+def test_a_warning_that_led_to_nothing_asks_for_a_nearer_slingshot_the_next_time() -> None:
+    once = Detector(None, REGRESSION)
+    once.record.disappoint("diverging", 1, REGRESSION.tau)
+    first = imminent(regression())[0][0]
+    for reading in regression():
+        once.update(reading)
+    later = next(alert for alert in once.alerts if alert.kind is AlertKind.IMMINENT)
+    assert later.first_step > first
+
+
+def test_the_level_is_just_below_adams_limit() -> None:
+    """2(1+β1)/(1−β1) = 38 at β1 = .9 (Cohen et al. 2022)."""
+    assert 0.5 < Thresholds().diverging_curvature < 1.0
+    assert pytest.approx(38.0) == REGRESSION.stability_limit
