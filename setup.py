@@ -20,7 +20,7 @@ except ImportError:  # setuptools before 70.1
 
 NATIVE = "nfi_monitor/native"
 FILE = "_nfi.dll" if os.name == "nt" else "_nfi.so"
-SOURCES = [f"{NATIVE}/{name}" for name in ("kernels.c", "rows.c", "step.c")]
+SOURCES = [f"{NATIVE}/{name}" for name in ("kernels.c", "rows.c", "loss_kind.c", "step.c")]
 OPTIONS = [
     "-std=c11",
     "-O3",
@@ -73,7 +73,7 @@ setup(
         Extension(
             "nfi_monitor.native._nfi",
             SOURCES,
-            depends=[f"{NATIVE}/nfi.h", f"{NATIVE}/kernels.h"],
+            depends=[f"{NATIVE}/{name}.h" for name in ("nfi", "kernels", "rows")],
             extra_compile_args=OPTIONS,
             libraries=["m"],
             optional=True,

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfi_monitor.measure import absorption, logit_scale, shift_invariance, zero_sum
+from nfi_monitor.measure import absorption, cross_entropy_fit, logit_scale, margins, shift_invariance, zero_sum
 from nfi_monitor.measure import rows as eager
-from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, RowStatistics
+from nfi_monitor.measure.loss_kind import LossKind
+from nfi_monitor.measure.rows import MAXIMA, SUMS, RowStatistics
 from nfi_monitor.native import library
 
 _SUMS = (
@@ -26,7 +27,7 @@ _SUMS = (
     "head_loss", "max_probability",
     "rows", "sampled", "margin_median_rows", "counted", "recomputed",
 )  # fmt: skip
-_MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale")
+_MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale", "mismatch", "uneven")
 """The results of rows.c, in its order."""
 _THRESHOLDS = (
     eager.ZERO_SUM,
@@ -42,6 +43,11 @@ _THRESHOLDS = (
     shift_invariance.CLEARLY,
     shift_invariance.RESOLVED,
     shift_invariance.MISMATCH,
+    margins.MISCLASSIFIED,
+    shift_invariance.VISIBLE,
+    cross_entropy_fit.TURNED,
+    cross_entropy_fit.LIGHTER,
+    cross_entropy_fit.RESOLVED,
 )
 _NARROWER = {  # bits that nfi_shown returns, the narrowest last
     torch.float64: ((1, torch.float32), (2, torch.float16), (4, torch.bfloat16)),
@@ -51,7 +57,7 @@ _NONZERO = 8
 
 
 class _Call(ctypes.Structure):
-    """``nfi_rows_call`` of rows.c."""
+    """``nfi_rows_call`` of nfi.h."""
 
     _fields_ = (
         ("grad", c_void_p),
@@ -66,7 +72,7 @@ class _Call(ctypes.Structure):
         ("wide", c_int32),
         ("look", c_int32),
         ("summation_error", c_double),
-        ("facts", c_double * 5),
+        ("facts", c_double * len(LossKind._fields)),
         ("thresholds", c_double * len(_THRESHOLDS)),
         ("sums", c_void_p),
         ("maxima", c_void_p),
@@ -127,7 +133,7 @@ def _measured(
         dtype is torch.float64,
         look,
         zero_sum.summation_error(dtype, classes),
-        (0.0,) * 5,
+        (),
         _THRESHOLDS,
         sums.data_ptr(),
         maxima.data_ptr(),
@@ -142,7 +148,8 @@ def _measured(
     if loaded.nfi_rows(address):
         raise MemoryError(f"no memory for {count} rows of {classes} classes")
     if look:
-        kind = kind._replace(scale=torch.full((), call.facts[3], dtype=dtype))
+        scale, _, mismatch, uneven = (torch.full((), fact, dtype=dtype) for fact in call.facts[3:])
+        kind = kind._replace(scale=scale, mismatch=mismatch, uneven=uneven)
     return RowStatistics(sums, maxima, counts, winner, absorbed, kind)
 
 
@@ -161,6 +168,8 @@ def _shown(loaded: Any, call: _Call, address: int, grad: Tensor, known: LossKind
     scale = torch.zeros((), dtype=dtype) if known is None else known.scale
     slope = torch.ones((), dtype=dtype) if known is None else known.slope.to(dtype)
     kind = LossKind(eps, floor, level, scale, slope)
+    if known is not None:
+        kind = kind._replace(mismatch=known.mismatch, uneven=known.uneven)
     call.facts = tuple(fact.item() for fact in kind)
     found = loaded.nfi_logit_scale(address)
     if found != found:

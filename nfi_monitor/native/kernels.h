@@ -114,80 +114,110 @@ HIGH(double, 64)
 FIRST(float, 32)
 FIRST(double, 64)
 
-/* Sum of e^(x - shift) where no x is above shift or NaN, and one is shift: the sum is at least 1. Terms below
- * e^-87 (e^-708) count as that. The polynomials are Taylor's on |r| <= ln 2 / 2, cut below an ulp. */
-static double NAME(exp_sum32)(const float *x, int64_t n, float shift)
+/* e^(x - shift) of count numbers, at most BLOCK, none of them above shift. Below e^-87 (e^-708) it is that.
+ * The polynomials are Taylor's on |r| <= ln 2 / 2, cut below an ulp. */
+static inline void NAME(exp32)(const float *x, int32_t count, float shift, float *to)
 {
-    double sum = 0.0;
-    for (int64_t from = 0; from < n; from += BLOCK) {
-        const int32_t count = n - from < BLOCK ? (int32_t)(n - from) : BLOCK;
-        float value[BLOCK], power[BLOCK];
-        int32_t bits[BLOCK];
-        /* A loop of its own: merged with the next one, compilers make a branch of it, and no vectors. */
+    float value[BLOCK], power[BLOCK];
+    int32_t bits[BLOCK];
+    /* A loop of its own: merged with the next one, compilers make a branch of it, and no vectors. */
 #pragma omp simd
-        for (int32_t i = 0; i < count; i++) {
-            const float d = x[from + i] - shift;
-            power[i] = d < -87.0f ? -87.0f : d;
-        }
-#pragma omp simd
-        for (int32_t i = 0; i < count; i++) {
-            const float t = power[i];
-            const int32_t e = (int32_t)(t * 1.44269504f - 0.5f);
-            const float r = (t - (float)e * 0.693145752f) - (float)e * 1.42860677e-6f;
-            float p = 1.98412698e-4f;
-            p = p * r + 1.38888889e-3f;
-            p = p * r + 8.33333333e-3f;
-            p = p * r + 4.16666667e-2f;
-            p = p * r + 1.66666667e-1f;
-            p = p * r + 0.5f;
-            value[i] = (p * r) * r + r + 1.0f;
-            bits[i] = (e + 127) << 23; /* the float 2^e */
-        }
-        memcpy(power, bits, (size_t)count * sizeof(float));
-#pragma omp simd reduction(+ : sum)
-        for (int32_t i = 0; i < count; i++) sum += (double)(value[i] * power[i]);
+    for (int32_t i = 0; i < count; i++) {
+        const float d = x[i] - shift;
+        power[i] = d < -87.0f ? -87.0f : d;
     }
-    return sum;
+#pragma omp simd
+    for (int32_t i = 0; i < count; i++) {
+        const float t = power[i];
+        const int32_t e = (int32_t)(t * 1.44269504f - 0.5f);
+        const float r = (t - (float)e * 0.693145752f) - (float)e * 1.42860677e-6f;
+        float p = 1.98412698e-4f;
+        p = p * r + 1.38888889e-3f;
+        p = p * r + 8.33333333e-3f;
+        p = p * r + 4.16666667e-2f;
+        p = p * r + 1.66666667e-1f;
+        p = p * r + 0.5f;
+        value[i] = (p * r) * r + r + 1.0f;
+        bits[i] = (e + 127) << 23; /* the float 2^e */
+    }
+    memcpy(power, bits, (size_t)count * sizeof(float));
+#pragma omp simd
+    for (int32_t i = 0; i < count; i++) to[i] = value[i] * power[i];
 }
 
-static double NAME(exp_sum64)(const double *x, int64_t n, double shift)
+static inline void NAME(exp64)(const double *x, int32_t count, double shift, double *to)
 {
-    double sum = 0.0;
-    for (int64_t from = 0; from < n; from += BLOCK) {
-        const int32_t count = n - from < BLOCK ? (int32_t)(n - from) : BLOCK;
-        double value[BLOCK], power[BLOCK];
-        int64_t bits[BLOCK];
+    double value[BLOCK], power[BLOCK];
+    int64_t bits[BLOCK];
 #pragma omp simd
-        for (int32_t i = 0; i < count; i++) {
-            const double d = x[from + i] - shift;
-            power[i] = d < -708.0 ? -708.0 : d;
-        }
-#pragma omp simd
-        for (int32_t i = 0; i < count; i++) {
-            const double t = power[i];
-            const int32_t e = (int32_t)(t * 1.4426950408889634 - 0.5);
-            const double r = (t - (double)e * 0.693147180369123816490) - (double)e * 1.90821492927058770002e-10;
-            double p = 1.0 / 6227020800.0;
-            p = p * r + 1.0 / 479001600.0;
-            p = p * r + 1.0 / 39916800.0;
-            p = p * r + 1.0 / 3628800.0;
-            p = p * r + 1.0 / 362880.0;
-            p = p * r + 1.0 / 40320.0;
-            p = p * r + 1.0 / 5040.0;
-            p = p * r + 1.0 / 720.0;
-            p = p * r + 1.0 / 120.0;
-            p = p * r + 1.0 / 24.0;
-            p = p * r + 1.0 / 6.0;
-            p = p * r + 0.5;
-            value[i] = (p * r) * r + r + 1.0;
-            bits[i] = ((int64_t)e + 1023) << 52; /* the double 2^e */
-        }
-        memcpy(power, bits, (size_t)count * sizeof(double));
-#pragma omp simd reduction(+ : sum)
-        for (int32_t i = 0; i < count; i++) sum += value[i] * power[i];
+    for (int32_t i = 0; i < count; i++) {
+        const double d = x[i] - shift;
+        power[i] = d < -708.0 ? -708.0 : d;
     }
-    return sum;
+#pragma omp simd
+    for (int32_t i = 0; i < count; i++) {
+        const double t = power[i];
+        const int32_t e = (int32_t)(t * 1.4426950408889634 - 0.5);
+        const double r = (t - (double)e * 0.693147180369123816490) - (double)e * 1.90821492927058770002e-10;
+        double p = 1.0 / 6227020800.0;
+        p = p * r + 1.0 / 479001600.0;
+        p = p * r + 1.0 / 39916800.0;
+        p = p * r + 1.0 / 3628800.0;
+        p = p * r + 1.0 / 362880.0;
+        p = p * r + 1.0 / 40320.0;
+        p = p * r + 1.0 / 5040.0;
+        p = p * r + 1.0 / 720.0;
+        p = p * r + 1.0 / 120.0;
+        p = p * r + 1.0 / 24.0;
+        p = p * r + 1.0 / 6.0;
+        p = p * r + 0.5;
+        value[i] = (p * r) * r + r + 1.0;
+        bits[i] = ((int64_t)e + 1023) << 52; /* the double 2^e */
+    }
+    memcpy(power, bits, (size_t)count * sizeof(double));
+#pragma omp simd
+    for (int32_t i = 0; i < count; i++) to[i] = value[i] * power[i];
 }
+
+/* exp_sum: the sum of e^(x - shift), where no x is NaN. fit: the sums of u e, e^2 and u^2, where e = e^(z - shift)
+ * and u = factor g. */
+#define EXPONENTIALS(REAL, BITS)                                                                            \
+    static double NAME(exp_sum##BITS)(const REAL *x, int64_t n, REAL shift)                                 \
+    {                                                                                                       \
+        double sum = 0.0;                                                                                   \
+        REAL e[BLOCK];                                                                                      \
+        for (int64_t from = 0; from < n; from += BLOCK) {                                                   \
+            const int32_t count = n - from < BLOCK ? (int32_t)(n - from) : BLOCK;                           \
+            NAME(exp##BITS)(x + from, count, shift, e);                                                     \
+            _Pragma("omp simd reduction(+:sum)")                                                            \
+            for (int32_t i = 0; i < count; i++) sum += (double)e[i];                                        \
+        }                                                                                                   \
+        return sum;                                                                                         \
+    }                                                                                                       \
+                                                                                                            \
+    static void NAME(fit##BITS)(                                                                            \
+        const REAL *z, const REAL *g, int64_t n, REAL shift, REAL factor, double *sums)                     \
+    {                                                                                                       \
+        double both = 0.0, e2 = 0.0, u2 = 0.0;                                                              \
+        REAL e[BLOCK];                                                                                      \
+        for (int64_t from = 0; from < n; from += BLOCK) {                                                   \
+            const int32_t count = n - from < BLOCK ? (int32_t)(n - from) : BLOCK;                           \
+            NAME(exp##BITS)(z + from, count, shift, e);                                                     \
+            _Pragma("omp simd reduction(+:both, e2, u2)")                                                   \
+            for (int32_t i = 0; i < count; i++) {                                                           \
+                const double u = (double)(factor * g[from + i]), v = (double)e[i];                          \
+                both += u * v;                                                                              \
+                e2 += v * v;                                                                                \
+                u2 += u * u;                                                                                \
+            }                                                                                               \
+        }                                                                                                   \
+        sums[0] = both;                                                                                     \
+        sums[1] = e2;                                                                                       \
+        sums[2] = u2;                                                                                       \
+    }
+
+EXPONENTIALS(float, 32)
+EXPONENTIALS(double, 64)
 
 /* --- one optimizer step ------------------------------------------------------------------------------------ */
 
@@ -282,7 +312,7 @@ COLUMNS(double, 64)
 
 static const nfi_kernels NAME(kernels) = {
     NAME(load32), NAME(load64), NAME(scan32), NAME(scan64), NAME(high32), NAME(high64),
-    NAME(first32), NAME(first64), NAME(exp_sum32), NAME(exp_sum64),
+    NAME(first32), NAME(first64), NAME(exp_sum32), NAME(exp_sum64), NAME(fit32), NAME(fit64),
     NAME(step32), NAME(step64), NAME(moment32), NAME(moment64), NAME(pair32), NAME(pair64),
     NAME(columns32), NAME(columns64), NAME(dot32), NAME(dot64),
 };
@@ -291,5 +321,6 @@ static const nfi_kernels NAME(kernels) = {
 #undef SCAN
 #undef HIGH
 #undef FIRST
+#undef EXPONENTIALS
 #undef STEP
 #undef COLUMNS

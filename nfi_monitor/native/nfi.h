@@ -12,7 +12,7 @@
 #endif
 
 /* Version of the functions' arguments: library.py refuses a library of another version. */
-#define NFI_VERSION 1
+#define NFI_VERSION 2
 
 enum nfi_dtype { NFI_FLOAT32, NFI_FLOAT64, NFI_BFLOAT16, NFI_FLOAT16 };
 
@@ -85,6 +85,8 @@ typedef struct {
     int64_t (*first64)(const double *x, int64_t n, double value, int nan);
     double (*exp_sum32)(const float *x, int64_t n, float shift);
     double (*exp_sum64)(const double *x, int64_t n, double shift);
+    void (*fit32)(const float *z, const float *g, int64_t n, float shift, float factor, double *sums);
+    void (*fit64)(const double *z, const double *g, int64_t n, double shift, double factor, double *sums);
     void (*step32)(const nfi_step_call *call, int64_t from, int64_t end, nfi_step_sums *sums);
     void (*step64)(const nfi_step_call *call, int64_t from, int64_t end, nfi_step_sums *sums);
     void (*moment32)(const nfi_step_call *call, int64_t from, int64_t end, float correction, float eps,
@@ -104,14 +106,16 @@ typedef struct {
 /* The kernels in use. Set when the library is loaded, and by nfi_select. */
 extern const nfi_kernels *nfi_in_use;
 
-/* The thresholds of measure/logit_scale.py, measure/shift_invariance.py and measure/rows.py. */
+/* The thresholds of logit_scale.py, shift_invariance.py, rows.py, margins.py and cross_entropy_fit.py in
+ * measure/. CLEAR is RESOLVED of the last one. */
 enum {
     ZERO_SUM, SURE, FEWEST, SAME, STRAIGHT, NEAR, SPREAD, STEEP,
-    SAFETY, UNSURE, CLEARLY, RESOLVED, MISMATCH, THRESHOLDS
+    SAFETY, UNSURE, CLEARLY, RESOLVED, MISMATCH,
+    MISCLASSIFIED, VISIBLE, TURNED, LIGHTER, CLEAR, THRESHOLDS
 };
 
-/* The facts about the loss, measure/rows.py: LossKind. */
-enum { EPS, FLOOR, LEVEL, SCALE, SLOPE, FACTS };
+/* The facts about the loss: LossKind of measure/loss_kind.py. OTHER is its mismatch. */
+enum { EPS, FLOOR, LEVEL, SCALE, SLOPE, OTHER, UNEVEN, FACTS };
 
 enum {
     LIVE, ABSORBED, ABOVE_FLOOR, UNDERFLOWED, SILENT, FINITE,
@@ -120,7 +124,7 @@ enum {
     HEAD_LOSS, MAX_PROBABILITY,
     ROWS, SAMPLED, MEDIAN_ROWS, COUNTED, RECOMPUTED, SUMS
 };
-enum { VIOLATION_MAX, NEGATIVE_MARGIN, EPSILON, LOGIT_SCALE, MAXIMA };
+enum { VIOLATION_MAX, NEGATIVE_MARGIN, EPSILON, LOGIT_SCALE, OTHER_MAX, UNEVEN_MAX, MAXIMA };
 
 typedef struct {
     const void *grad, *logits;
@@ -131,7 +135,7 @@ typedef struct {
     int32_t wide;    /* sums are float64: one of both tensors is */
     int32_t look;    /* look at the kind of loss */
     double summation_error; /* measure/zero_sum.py, of the sums' dtype and this number of classes */
-    double facts[FACTS];    /* in; with look, SCALE is also out */
+    double facts[FACTS];    /* in; with look, SCALE, OTHER and UNEVEN are also out */
     double thresholds[THRESHOLDS];
     void *sums, *maxima;        /* [SUMS], [MAXIMA] of the sums' dtype */
     void *counts, *absorbed;    /* [rows] of the sums' dtype */

@@ -61,9 +61,10 @@ static void fuzz_rows(void)
     call.wide = call.grad_dtype == NFI_FLOAT64 || call.logit_dtype == NFI_FLOAT64;
     call.look = (int32_t)draw(2);
     call.summation_error = 1e-8;
-    const double thresholds[] = { .05, .8, .25, .1, .01, 1.25, .3, 4., 4., .1, 100., .01, 100. };
+    const double thresholds[] = { .05, .8, .25, .1, .01, 1.25, .3, 4., 4., .1, 100., .01, 100.,
+                                  .005, 1e-5, .03, .9, 100. };
     memcpy(call.thresholds, thresholds, sizeof thresholds);
-    const double facts[] = { 1.2e-7, 3e-7, -87.0, draw(2) ? 0.0 : 0.01, draw(2) ? 1.0 : 3.0 };
+    const double facts[] = { 1.2e-7, 3e-7, -87.0, draw(2) ? 0.0 : 0.01, draw(2) ? 1.0 : 3.0, 0.0, 0.0 };
     memcpy(call.facts, facts, sizeof facts);
     strides_of(call.rows, call.classes, call.grad_strides);
     strides_of(call.rows, call.classes, call.logit_strides);
