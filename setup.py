@@ -73,7 +73,7 @@ setup(
         Extension(
             "nfi_monitor.native._nfi",
             SOURCES,
-            depends=[f"{NATIVE}/{name}.h" for name in ("nfi", "kernels", "rows")],
+            depends=[f"{NATIVE}/{name}" for name in ("nfi.h", "kernels.h", "rows.h")],
             extra_compile_args=OPTIONS,
             libraries=["m"],
             optional=True,

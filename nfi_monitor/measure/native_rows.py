@@ -14,7 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nfi_monitor.measure import absorption, cross_entropy_fit, logit_scale, margins, shift_invariance, zero_sum
+from nfi_monitor.measure import (
+    absorption,
+    cross_entropy_fit,
+    logit_scale,
+    margins,
+    shift_invariance,
+    zero_sum,
+)
 from nfi_monitor.measure import rows as eager
 from nfi_monitor.measure.loss_kind import LossKind
 from nfi_monitor.measure.rows import MAXIMA, SUMS, RowStatistics

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -22,7 +23,8 @@ pytestmark = pytest.mark.skipif(library.library() is None, reason=f"no C library
 FAST = settings(deadline=None, derandomize=True, max_examples=150)
 EXACT = ("live", "absorbed", "underflowed", "silent", "finite", "rows", "sampled", "counted", "recomputed")
 JUDGED = ("unexplained", "contradicted", "unsure", "soft")
-"""Counts of rows whose sums are above a level: equal unless rounding of the sums decides."""
+SHARES = ("mismatch", "uneven")
+"""Counts and shares of rows whose sums are above a level: equal unless rounding of the sums decides."""
 LAYOUTS = {
     "contiguous": lambda x: x.clone(),
     "classes first": lambda x: x.t().contiguous().t(),
@@ -30,6 +32,25 @@ LAYOUTS = {
     "every other class": lambda x: torch.stack([x, x * 3 + 1], -1)[..., 0],
     "inside another": lambda x: torch.nn.functional.pad(x, (1, 2, 3, 1))[3:-1, 1:-2],
 }
+
+
+def penalty(z: Tensor, y: Tensor) -> Tensor:
+    """All logits of all rows have a gradient, also where the cross-entropy's is gone."""
+    return ref.cross_entropy(z, y) + 1e-6 * z.square().mean()
+
+
+def row_weights(z: Tensor, y: Tensor) -> Tensor:
+    return (torch.linspace(0.01, 3, len(z), dtype=z.dtype) * F.cross_entropy(z, y, reduction="none")).mean()
+
+
+def policy_gradient(z: Tensor, y: Tensor) -> Tensor:
+    return (torch.linspace(-2, 2, len(z), dtype=z.dtype) * F.cross_entropy(z, y, reduction="none")).mean()
+
+
+LOSSES = (
+    *(ref.cross_entropy, ref.class_weights, ref.label_smoothing, ref.focal, ref.z_loss, ref.soft_targets),
+    *(ref.squared_error, ref.one_against_rest, ref.soft_capped, penalty, row_weights, policy_gradient),
+)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -66,7 +87,8 @@ def compare(
     assert torch.equal(found.absorbed, known.absorbed)
     assert found.sums.dtype is known.sums.dtype and found.maxima.dtype is known.maxima.dtype
     one, two = named(found), named(known)
-    exact = named(eager.row_statistics(grad.double(), logits.double(), rows, kind, look=look))
+    double = eager.row_statistics(grad.double(), logits.double(), rows, kind, look=look)
+    exact, shares = named(double), dict(zip(LossKind._fields, double.loss_kind, strict=True))
     unit = 2.0**-53 if known.sums.dtype is torch.float64 else 2.0**-24
     size = logits.double()[logits.isfinite()].abs().max().item() if logits.isfinite().any() else 1.0
     relative = unit * (
@@ -87,9 +109,13 @@ def compare(
             near = relative * two["absolute"] if name == "signed" else 4 * len(grad) * unit * (1 + size)
             assert one[name] == pytest.approx(two[name], rel=relative, abs=near, nan_ok=True), name
     for name, a, b in zip(MAXIMA, found.maxima.tolist(), known.maxima.tolist(), strict=True):
+        if name in SHARES and b != pytest.approx(shares[name].item(), rel=1e-6):
+            continue  # rounding of a row's numbers decides
         assert a == (b if name == "epsilon" else pytest.approx(b, rel=relative, abs=relative)), name
     for name, a, b in zip(LossKind._fields, found.loss_kind, known.loss_kind, strict=True):
         assert a.dtype is b.dtype and a.shape == b.shape == (), name
+        if name in SHARES and b.item() != pytest.approx(shares[name].item(), rel=1e-6):
+            continue
         assert a.item() == pytest.approx(b.item(), rel=relative, abs=0), name
 
 
@@ -99,7 +125,7 @@ def compare(
     rows=st.integers(1, 40),
     classes=st.sampled_from([2, 3, 10, 63, 64, 65, 97, 1000]),
     pair=st.sampled_from(ref.PAIRS),
-    loss=st.sampled_from([ref.cross_entropy, ref.class_weights, ref.label_smoothing, ref.focal, ref.z_loss]),
+    loss=st.sampled_from(LOSSES),
     margins=st.tuples(st.floats(-30, 118), st.floats(0, 60)),
     spread=st.sampled_from([0.0, 0.5, 3.0]),
     ignored=st.sampled_from([0, 2, 3]),
@@ -164,6 +190,50 @@ def test_the_factor_after_the_head_is_that_of_torch(temperature, dtype):
     known = eager.row_statistics(grad, z.detach(), 64).loss_kind
     compare(grad, z.detach(), 64, known, look=False)
     compare(2.0 * grad, z.detach(), 64, known)
+
+
+@pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [2, 3, 10, 300])
+def test_the_loss_is_told_as_torch_tells_it(loss, dtype, classes):
+    """Rows from misclassified to fitted have the shares of torch, at the first look and the second."""
+    z, y = ref.make_logits(7, 61, classes, spread=1.0, margins=(-3, 11))
+    grad, logits = ref.gradients(z, y, (dtype, dtype), loss, ref.loss_scale((dtype, dtype), 61))
+    compare(grad, logits, 61)
+    first = eager.row_statistics(grad, logits, 61).loss_kind
+    compare(0.25 * grad, logits, 61, first)
+    compare(grad[:5], logits[:5], 61, first, look=False)
+    found = by_library(grad, logits, 61).loss_kind
+    assert (found.mismatch, found.uneven) == (first.mismatch, first.uneven)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_that_have_only_a_penalty_keep_their_target(dtype):
+    """The gradient of the correct class in a misclassified row is not below a share of the largest one."""
+    generator = torch.Generator().manual_seed(2)
+    logits = torch.randn(40, 6, generator=generator)
+    winner = logits.argmax(-1)
+    for size in (1e-3, 4.9e-3, 5e-3, 5.1e-3, 0.1):
+        grad = torch.zeros(40, 6)
+        grad[0, 0], grad[0, 1] = -1.0, 1.0
+        grad[1:].scatter_(-1, ((winner[1:] + 1) % 6)[:, None], -size)
+        grad[1:].scatter_(-1, winner[1:, None], size)
+        for scale in (0.0, 0.5, 3.0):
+            first = eager.row_statistics(grad.to(dtype), logits.to(dtype), 40).loss_kind
+            kind = first._replace(scale=torch.full_like(first.scale, scale))
+            compare(grad.to(dtype), logits.to(dtype), 40, kind)
+            compare(grad.to(dtype), logits.to(dtype), 40, kind, look=False)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-3, 1.0, 1e6])
+def test_the_scale_of_the_gradients_decides_which_rows_have_underflowed(scale):
+    logits = torch.zeros(60, 3)
+    logits[:, 0] = torch.arange(60) * 2.0
+    grad = torch.zeros(60, 3)
+    kind = eager.row_statistics(torch.randn(4, 3), torch.randn(4, 3), 4).loss_kind
+    kind = kind._replace(scale=torch.tensor(scale))
+    compare(grad, logits, 60, kind, look=False)
+    assert 0 < named(by_library(grad, logits, 60, kind))["underflowed"] < 60
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])
