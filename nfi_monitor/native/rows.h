@@ -38,7 +38,12 @@ typedef struct {
     void *memory[2];   /* where a row of logits, of the gradient is converted */
 } scratch;
 
-static inline double rounded(double x, int wide) { return wide ? x : (double)(float)x; }
+static inline double rounded(double x, int wide)
+{
+    /* Volatile: GCC 12 leaves the conversions away where it rounds two numbers side by side in one vector. */
+    volatile float narrow = (float)x;
+    return wide ? x : (double)narrow;
+}
 
 static inline double element(const void *row, int wide, int64_t at)
 {
