@@ -115,7 +115,8 @@ def test_what_a_stirring_loss_has_read_counts_against_the_budget():
 def test_readings_that_only_the_loss_called_for_are_told_from_those_of_the_cadence(every, unplanned):
     with small(every=every) as monitor:
         for step in range(120):
-            monitor.observe_loss(0.05 if step % 40 == 39 else 0.01)
+            low = 0.005 if step % 40 == 39 else 0.001
+            monitor.observe_loss(1.0 if step < 25 else low)  # a loss of its own: its unit is its first level
             F.cross_entropy(
                 monitor._loop.model(torch.ones(2, 8)), torch.zeros(2, dtype=torch.long)
             ).backward()

@@ -169,7 +169,7 @@ class Diverging(Rule):
     levels = (CURVATURE,)
     first_evidence = dict.fromkeys(
         (AlertKind.AT_RISK, AlertKind.IMMINENT),
-        ("secant_curvature", "gradient_alignment", "loss", "feature_displacement"),
+        ("secant_curvature", "gradient_alignment", "feature_displacement"),
     )
 
     def enter(self, now: Situation) -> bool:
