@@ -19,6 +19,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.nfi-monitor-installed
 DEMO_STAMP := $(VENV)/.nfi-monitor-demo-installed
 CHECKED := nfi_monitor integrations examples tests
+# What an installation depends on: the C library is compiled then.
+INSTALLED := pyproject.toml constraints.txt setup.py $(wildcard nfi_monitor/native/*.[ch])
 
 # Install pinned versions only into the .venv that this file makes, never into your own environment.
 ifeq ($(VENV),.venv)
@@ -36,12 +38,12 @@ endif
 .DEFAULT_GOAL := demo
 
 # The demo installs only its own packages, a fifth of those for the tests.
-$(DEMO_STAMP): pyproject.toml constraints.txt
+$(DEMO_STAMP): $(INSTALLED)
 	$(HAVE_VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[tensorboard,plots]"
 	touch $@
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): $(INSTALLED)
 	$(HAVE_VENV)
 	$(BIN)/python -m pip install --disable-pip-version-check $(PINS) -e ".[dev]"
 	touch $@ $(DEMO_STAMP)
@@ -70,7 +72,7 @@ all-tests: $(STAMP)
 ZOO := .venv-zoo
 ZOO_STAMP := $(ZOO)/.nfi-monitor-installed
 
-$(ZOO_STAMP): pyproject.toml constraints.txt tests/zoo/requirements.txt
+$(ZOO_STAMP): $(INSTALLED) tests/zoo/requirements.txt
 	$(ZOO)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(ZOO)
 	$(ZOO)/bin/python -m pip install --disable-pip-version-check -c constraints.txt -r tests/zoo/requirements.txt -e .
 	touch $@
@@ -100,5 +102,5 @@ figure: $(STAMP)
 
 # Delete only what this file and the tools made, never runs/ and never your own environment.
 clean:
-	rm -rf .venv .venv-zoo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-zoo build dist nfi_monitor/native/_nfi.* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find $(CHECKED) -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from nfi_monitor.native import library
 from tests.spiking import Recorded, record
 
 pytest_plugins = ["tests.compatibility", "tests.safety.table"]
@@ -40,3 +41,16 @@ def _same_start() -> Iterator[None]:
     yield
     torch.set_default_dtype(dtype)
     torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.fixture(scope="module", params=["library", "torch"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Use the library, then torch operations; one module at a time."""
+    if request.param == "torch":
+        with library.disabled():
+            yield
+        return
+    if library.library() is None:
+        pytest.skip(f"no C library: {library.missing()}")
+    yield
+    assert not library.fault()

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from nfi_monitor import Monitor
 from tests.runs import batch, differences, snapshot
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 STEPS = 100
 """A bit that differs once differs to the end; at ``every="auto"`` some of them are read."""
 

@@ -11,7 +11,8 @@ import nfi_monitor
 
 PACKAGE = Path(nfi_monitor.__file__).parent
 ROOMS = (
-    "capture", "measure", "detect", "ranks", "replay", "remedies", "report", "engine", "monitor", "cli",
+    "native", "capture", "measure", "detect", "ranks", "replay", "remedies", "report", "engine", "monitor",
+    "cli",
 )  # fmt: skip
 """From tensors to people. Modules at the top that are not named here know none of them."""
 ALLOWED = {"capture/probe_batch.py imports measure.displacement"}  # keeps margins, not a batch of logits

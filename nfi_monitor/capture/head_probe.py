@@ -246,7 +246,8 @@ class HeadProbe(ModelHook):
         first = offset(step, stride)
 
         def sample(tensor: Tensor) -> Tensor:
-            return rows_of(tensor.detach().movedim(axis, -1), first, stride)
+            tensor = tensor.detach()
+            return rows_of(tensor if axis == -1 else tensor.movedim(axis, -1), first, stride)
 
         features = features if features is not None and same_rows(features, shown, axis) else None
         kept = self._copies(shown, features, sample, whole=stride == 1)

@@ -53,6 +53,21 @@ class Earlier(NamedTuple):
     fresh: frozenset[int]  # positions without a second moment
 
 
+def _plain_moment(state: Any, param: Tensor) -> Tensor | None:
+    """Return the second moment of the usual kind: torch's names, a plain tensor of the parameter's shape.
+
+    Each reading asks for each parameter; this spares it the search for other kinds.
+    """
+    if type(state) is not dict or "exp_avg_diff" in state or "state2" in state:
+        return None
+    moment = state.get("max_exp_avg_sq")
+    if moment is None:
+        moment = state.get("exp_avg_sq")
+    if type(moment) is not Tensor or not moment.is_floating_point():
+        return None
+    return moment if moment.shape == param.shape and moment.device == param.device else None
+
+
 class MomentCheck:
     """Know which parameters' second moments are understood.
 
@@ -79,6 +94,9 @@ class MomentCheck:
 
     def readable(self, param: nn.Parameter) -> Tensor | Quantized | None:
         """Return what is named like the second moment of a parameter, if it has the parameter's shape."""
+        plain = _plain_moment(self.optimizer.state.get(param), param)
+        if plain is not None:
+            return plain
         moment = self._named(param)
         if moment is None:
             return None

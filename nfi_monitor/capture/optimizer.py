@@ -300,8 +300,10 @@ class OptimizerReader:
             return None, None
         weight = head.classes_first(head.weight.detach())
         stride = -(-weight.numel() // HEAD_ELEMENTS)
-        bias = None if head.bias is None else local(head.bias.detach())[::stride]
-        return weight[::stride], bias
+        bias = None if head.bias is None else local(head.bias.detach())
+        if stride > 1:
+            weight, bias = weight[::stride], None if bias is None else bias[::stride]
+        return weight, bias
 
     def _whole_head(self, step: int) -> Tensor | None:
         head = self._readable_head()

@@ -35,7 +35,8 @@ def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
     """
     classes = tensor.shape[-1]
     try:
-        return tensor.view(-1, classes)[first::stride]
+        rows = tensor.view(-1, classes)
+        return rows if stride == 1 else rows[first::stride]
     except RuntimeError:
         # Not torch.unravel_index, which would wait for the device.
         at = torch.arange(first, tensor.numel() // classes, stride, device=tensor.device)

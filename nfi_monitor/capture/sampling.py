@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nfi_monitor._moved import left
 from nfi_monitor.capture import devices
+from nfi_monitor.native.gather import Gather
 
 ROW_ELEMENTS = 1 << 18
 """Smallest budget of logits read per backward pass (256 Ki elements, 1 MiB in float32)."""
@@ -138,6 +139,7 @@ class CoordinateSample:
         self.matrices = devices.send([local(tensor).ndim > 1 for tensor in tensors], device)
         self.total = float(sum(sizes))
         self._starts = np.cumsum([0, *counts[:-1]])
+        self._gather = Gather(self.strides, counts)
         self.spans = []
         start = 0
         for count in counts:
@@ -167,6 +169,7 @@ class CoordinateSample:
             part.segments = self.segments[:end]
             part.weights = None if self.weights is None else self.weights[:end]
             part.total, part._leading = float(sum(part._sizes)), None
+            part._gather = Gather(part.strides, [count for (count,) in part._shapes])
             self._leading = part
         return self._leading
 
@@ -175,20 +178,25 @@ class CoordinateSample:
 
         No view is kept: it would keep a tensor's memory that the training moves elsewhere to save memory.
         """
-        with torch.no_grad():
-            return self.pack(self._views([local(tensor) for tensor in tensors]))
-
-    def _views(self, tensors: list[Tensor]) -> list[Tensor]:
         if (
             _PLAIN.issuperset(map(type, tensors))
             and [*map(Tensor.numel, tensors)] == self._sizes
             and all(map(Tensor.is_contiguous, tensors))
         ):
-            # One call for each tensor instead of three: large models have hundreds of tensors.
-            return [*map(Tensor.as_strided, tensors, self._shapes, self._steps)]
-        return [
-            tensor.detach().reshape(-1)[::step] for tensor, step in zip(tensors, self.strides, strict=True)
-        ]
+            copied = self._gather.copy(tensors)
+            if copied is not None:
+                return copied
+            with torch.no_grad():
+                # One call for each tensor instead of three: large models have hundreds of tensors.
+                return self.pack([*map(Tensor.as_strided, tensors, self._shapes, self._steps)])
+        with torch.no_grad():
+            whole = [local(tensor) for tensor in tensors]
+            return self.pack(
+                [
+                    tensor.detach().reshape(-1)[::step]
+                    for tensor, step in zip(whole, self.strides, strict=True)
+                ]
+            )
 
     def per_tensor(self, values: Tensor) -> Tensor:
         """Return sums over the sampled coordinates of each tensor. ``values`` [..., C] → [..., T]."""

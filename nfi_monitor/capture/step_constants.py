@@ -26,18 +26,26 @@ def constants(
 ) -> tuple[Tensor | float, Tensor | float]:
     """Return (1 − β2^t, ε_A) of these tensors: scalars if all agree, else one value per coordinate [C]."""
     pairs: list[tuple[float, float]] = []
+    of_group: dict[tuple[int, int], tuple[float, float]] = {}  # β2 and ε_A
     for param in params:
         group, kind = group_of(param), check.kind(param)
-        # Without betas, torch's default for Adam. ASSUMED_BETAS would be wrong: it is a time scale, and
-        # this undoes the bias correction of a second moment that the optimizer does keep.
-        beta2 = value_at(group, kind.slot if kind is not None else ("betas", 1))
-        beta2 = 0.999 if beta2 is None else beta2
+        found = of_group.get((id(group), id(kind)))
+        if found is None:
+            # Without betas, torch's default for Adam. ASSUMED_BETAS would be wrong: it is a time scale, and
+            # this undoes the bias correction of a second moment that the optimizer does keep.
+            decay = value_at(group, kind.slot if kind is not None else ("betas", 1))
+            given = group.get("eps", 1e-8)
+            found = (
+                0.999 if decay is None else decay,
+                float(given) if isinstance(given, (int, float)) else 0.0,
+            )
+            of_group[id(group), id(kind)] = found
+        beta2, eps = found
         unbiased = kind is not None and kind.unbiased
         taken = host(None if unbiased else check.steps_averaged(param, group, step))
-        eps = group.get("eps", 1e-8)
         unknown = isinstance(taken, float) and math.isnan(taken)
         correction = 1.0 if unknown else 1.0 - beta2**taken
-        pairs.append((correction, float(eps) if isinstance(eps, (int, float)) else 0.0))
+        pairs.append((correction, eps))
         if isinstance(correction, Tensor):
             # Capturable and fused optimizers count steps on the device.  Use one value for all tensors:
             # single values would cost kernels for each, and late in training the correction is 1.

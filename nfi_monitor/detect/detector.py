@@ -295,8 +295,7 @@ class Detector:
         signals, now = self.signals, self._now
         context = now.context
         # A leap of the loss is an event itself, and no sign of one to come.
-        before = self.outside.before(signals.last_step + 1, context.tau)
-        now.outside = replace(before, leap=math.nan)
+        now.outside = self.outside.before(signals.last_step + 1, context.tau, leap=False)
         return Causes(
             step=signals.last_step,
             violation=signals.violation,

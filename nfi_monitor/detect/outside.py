@@ -230,8 +230,11 @@ class OutsideWatch(Stateful):
         flat = self.second_moments
         return list(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
-    def before(self, start: int, tau: float) -> Outside:
-        """Return what came before an event that starts at step ``start``. ``tau``: in optimizer steps."""
+    def before(self, start: int, tau: float, *, leap: bool = True) -> Outside:
+        """Return what came before an event that starts at step ``start``. ``tau``: in optimizer steps.
+
+        ``leap``: False leaves ``Outside.leap`` NaN: a leap of the loss is an event itself.
+        """
         lasts = min(max(tau, LASTS[0]), LASTS[1])
         jumped = self.jump >= JUMP and self.jump_at < start <= self.jump_until + lasts
         leapt = self.leap >= LEAP and 0 <= start - self.leap_at <= AFTERWARDS
@@ -239,7 +242,7 @@ class OutsideWatch(Stateful):
         burst = self.burst >= BURST and 0 < start - self.burst_at <= lasts
         return Outside(
             rate_jump=self.jump if jumped else NAN,
-            leap=self.leap if leapt else NAN,
+            leap=self.leap if leap and leapt else NAN,
             rise=self.rise if leapt else NAN,
             moved=self.quiet * min(gap, UNREAD) if leapt else NAN,
             read_before=leapt and gap == 1,

@@ -78,10 +78,14 @@ class Ema(Stateful):
         if math.isnan(self.value):
             self.value = x
         else:
-            gap: float = max(step - self.step, 1)
-            if limit_gap:
+            gap: float = step - self.step
+            if gap < 1:
+                gap = 1
+            if limit_gap and gap > 1:
                 gap = min(gap, max(time_constant, 1.0))
-            self.value += (1.0 - math.exp(-gap / max(time_constant, 1e-9))) * (x - self.value)
+            # Comparisons and not max(): this runs two dozen times in a reading.
+            per = time_constant if time_constant > 1e-9 else 1e-9
+            self.value += (1.0 - math.exp(-gap / per)) * (x - self.value)
         self.step = step
         return self.value
 

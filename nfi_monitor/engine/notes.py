@@ -13,6 +13,7 @@ from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, RO
 from nfi_monitor.engine.faults import SWITCHED, TRIES
 from nfi_monitor.engine.head_notes import at_attach
 from nfi_monitor.engine.remarks import HALF, REMARKS, Seen
+from nfi_monitor.native import library
 from nfi_monitor.types import Note
 
 if TYPE_CHECKING:
@@ -176,6 +177,8 @@ class NoteTaker:
             f"a step {1e3 * schedule.step_seconds():.1f} ms. "
         )
         otherwise = "overhead_budget=None or every=... changes this."
+        if library.missing():
+            otherwise += f" Readings also take longer than with the C library: {library.missing()}."
         if schedule.healthy_interval is not None:
             self.note(
                 "overhead_budget",

@@ -18,6 +18,7 @@ from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.engine.head_notes import no_rows_text
 from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.native import library
 from nfi_monitor.types import Reading
 
 FLOAT32_MARGIN = 10.0
@@ -276,6 +277,14 @@ REMARKS: tuple[Remark, ...] = (
             "The loss makes no logits (it is fused or chunked), so rows are recomputed: in each reading the "
             "logits of up to 64 rows, from their hidden states and labels, and the gradient there as the "
             "loss computes it. They are held against the gradient that arrives at the hidden states."
+        ),
+    ),
+    Remark(
+        "library_failed",
+        lambda seen: bool(library.fault()),
+        lambda seen: (
+            f"The C library failed ({library.fault()}). Readings are computed with torch operations from now "
+            f"on: they take longer, and say the same. To try without it from the start: {library.SWITCH}=0."
         ),
     ),
     Remark("rows_elsewhere", lambda seen: len(seen.rows.devices) > 1, _rows_elsewhere_text),

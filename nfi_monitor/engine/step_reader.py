@@ -25,9 +25,10 @@ from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.memory import Memory
+from nfi_monitor.measure.native_step import step_statistics
 from nfi_monitor.measure.row_match import row_match, row_sketch
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
-from nfi_monitor.measure.step import SKIPPED, step_statistics
+from nfi_monitor.measure.step import SKIPPED
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.ranks.layout import Message
 from nfi_monitor.schema import Between, decode
@@ -206,12 +207,18 @@ class StepReader:
         if update is None:
             self.memory = None
             return {}, {}
-        values = self.statistics(update, self.rows.feature_mean, step)
+        values: dict[str, Tensor] = {}
+        known: dict[str, float] = {}
+        for name, value in self.statistics(update, self.rows.feature_mean, step).items():
+            if isinstance(value, Tensor):
+                values[name] = value
+            else:
+                known[name] = value
         if isinstance(update.lr, Tensor):
             values["learning_rate"] = update.lr
         elif math.isfinite(update.lr):
-            return values, {"learning_rate": update.lr}
-        return values, {}
+            known["learning_rate"] = update.lr
+        return values, known
 
     def _look_at(self, losses: LossQueue) -> None:
         dtypes = {
@@ -225,8 +232,8 @@ class StepReader:
         """Return the tensors around the optimizer step; None if none were read."""
         return None if self._before is None else self.reader.after(self._before, step)
 
-    def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor]:
-        """Return the step's quantities, 0-d each, and keep the step for the comparison with the next."""
+    def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor | float]:
+        """Return the step's quantities, 0-d or numbers; keep the step for the comparison with the next."""
         features, device = self.rows.features, update.grad.device
         if features is not None and features.device != device:
             if devices.on_host(update.grad):  # copying the features to the host would wait for the device

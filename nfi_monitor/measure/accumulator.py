@@ -11,11 +11,11 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
+from nfi_monitor.measure.native_rows import row_statistics
 from nfi_monitor.measure.rows import (
     LossKind,
     RowStatistics,
     of_recomputed,
-    row_statistics,
     single_output_statistics,
     without_mean_logit,
 )
@@ -124,7 +124,9 @@ class RowAccumulator:
                 if counts is not None:
                     wider[: len(counts)] = counts
                 counts = self.absorbed_classes = wider
-            counts.index_add_(0, statistics.winner, statistics.absorbed.long())
+            absorbed = statistics.absorbed
+            if not devices.on_host(absorbed) or absorbed.any():  # usually none is, and the host knows that
+                counts.index_add_(0, statistics.winner, absorbed.long())
         self._add_features(rows, statistics.counts)
 
     def _add_features(self, rows: Rows, counts: Tensor) -> None:

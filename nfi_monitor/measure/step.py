@@ -66,6 +66,23 @@ def step_statistics(
         memory = Memory(step, known.before, known.grad, preconditioner, feature_mean, layout, rows)
         if consecutive and rows is not None and previous is not None and previous.rows is not None:
             values["row_match"] = row_match.row_match(rows, previous.rows)
+    previous_mean = previous.feature_mean if previous is not None and consecutive else None
+    values |= head_statistics(update, features, feature_mean, previous_mean)
+    values |= declared.step_values(view)
+    if update.found_inf is not None:
+        values[SKIPPED] = update.found_inf.reshape(())
+    return values, memory
+
+
+def head_statistics(
+    update: Update, features: Tensor | None, feature_mean: Tensor | None, previous_mean: Tensor | None
+) -> dict[str, Tensor]:
+    """Measure the head around the step, as scalar tensors by name.
+
+    ``features`` [n, d] or None, ``feature_mean`` μ_G [d] or None, ``previous_mean`` μ_G of the step before,
+    or None.
+    """
+    values: dict[str, Tensor] = {}
     if update.head_weight_update is not None and features is not None and len(features):
         moved = update.head_weight_update
         values["logit_displacement"], values["logit_displacement_rms"] = displacement.logit_displacement(
@@ -75,12 +92,7 @@ def step_statistics(
         values["head_weight_norm"] = torch.linalg.vector_norm(
             update.head_weight, dtype=zero_sum.accumulation_dtype(update.head_weight.dtype)
         )
-    previous_mean = previous.feature_mean if previous is not None and consecutive else None
-    values |= mean_statistics(update.head_weight, feature_mean, previous_mean)
-    values |= declared.step_values(view)
-    if update.found_inf is not None:
-        values[SKIPPED] = update.found_inf.reshape(())
-    return values, memory
+    return values | mean_statistics(update.head_weight, feature_mean, previous_mean)
 
 
 def _of_second_moment(update: Update, root: Tensor) -> dict[str, Tensor]:

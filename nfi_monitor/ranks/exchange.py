@@ -169,7 +169,7 @@ class Exchange:
                 message.add("means", value, MEANS.index(name))
                 message.add("mean_counts", 1.0, MEANS.index(name))
 
-    def whole(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+    def whole(self, values: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
         """Return the quantities that this rank can compute alone; with sharded layers, those of the head."""
         if not self.shape.sharded:
             return values

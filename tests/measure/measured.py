@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from nfi_monitor.measure.rows import finish, row_statistics
+from nfi_monitor.measure.native_rows import row_statistics
+from nfi_monitor.measure.rows import finish
 
 
 def quantities(grad: Tensor, logits: Tensor, rows: int | None = None) -> dict[str, float]:

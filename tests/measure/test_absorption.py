@@ -15,6 +15,8 @@ from nfi_monitor.measure.rows import shown_precision
 from tests.measure import reference as ref
 from tests.measure.measured import absorbed_rows, quantities
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 FAST = settings(deadline=None, derandomize=True, max_examples=50)
 
 ONSET = {torch.float16: 11, torch.bfloat16: 8, torch.float32: 24, torch.float64: 53}

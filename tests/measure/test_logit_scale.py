@@ -16,6 +16,8 @@ from nfi_monitor.measure.step import with_non_finite
 from tests.measure import reference as ref
 from tests.measure.measured import quantities
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 
 def at_head(
     z: Tensor, y: Tensor, scale: float, dtype: torch.dtype = torch.float32, loss: ref.Loss = F.cross_entropy

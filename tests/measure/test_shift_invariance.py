@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 
 from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.measure.accumulator import RowAccumulator
-from nfi_monitor.measure.rows import SUMS, finish, row_statistics, shown_precision
+from nfi_monitor.measure.native_rows import row_statistics
+from nfi_monitor.measure.rows import SUMS, finish, shown_precision
 from tests.measure import reference as ref
 from tests.measure.measured import quantities
+
+pytestmark = pytest.mark.usefixtures("both_ways")
 
 FAST = settings(deadline=None, derandomize=True, max_examples=60)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from nfi_monitor.capture.sampling import CoordinateSample
 from nfi_monitor.capture.update import Update
 from nfi_monitor.measure.memory import Memory
+from nfi_monitor.measure.native_step import step_statistics
 from nfi_monitor.measure.sharded.step import (
     HEAD_SUMS,
     HeadParts,
@@ -22,7 +23,6 @@ from nfi_monitor.measure.sharded.step import (
     head_parts,
     step_parts,
 )
-from nfi_monitor.measure.step import step_statistics
 
 K, D, ROWS = 7, 5, 4
 SHAPES = [(6, D), (6,), (K, D), (K,)]  # a hidden layer and the head, with biases

@@ -1,0 +1,218 @@
+/* Call the library with random sizes, dtypes, strides and bits, in memory of exactly the size that it may read.
+ * Built with the sanitizers by test_sanitized.py. Arguments: number of calls, seed. */
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "nfi.h"
+
+static uint64_t state;
+
+static uint32_t draw(uint32_t below)
+{
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (uint32_t)(state >> 33) % below;
+}
+
+static double number(void)
+{
+    static const double odd[] = { 0.0, -0.0, INFINITY, -INFINITY, NAN, 1e-45, 1e-310, 3e38, 1e308, 65504.0 };
+    if (!draw(8)) return odd[draw(10)];
+    return ((double)draw(2000001) - 1e6) * ldexp(1.0, (int)draw(60) - 50);
+}
+
+/* Memory of a matrix with these strides, and nothing behind its last number. */
+static void *matrix(int dtype, int64_t rows, int64_t classes, const int64_t *strides)
+{
+    static const size_t size[] = { 4, 8, 2, 2 };
+    const size_t count = (size_t)((rows - 1) * strides[0] + (classes - 1) * strides[1] + 1);
+    char *memory = malloc(count * size[dtype]);
+    for (size_t i = 0; i < count; i++) {
+        double value = number();
+        float narrow = (float)value;
+        uint16_t bits = (uint16_t)draw(65536);
+        if (dtype == NFI_FLOAT64) memcpy(memory + 8 * i, &value, 8);
+        else if (dtype == NFI_FLOAT32) memcpy(memory + 4 * i, &narrow, 4);
+        else memcpy(memory + 2 * i, &bits, 2);
+    }
+    return memory;
+}
+
+static void strides_of(int64_t rows, int64_t classes, int64_t *strides)
+{
+    const int64_t gap = 1 + (int64_t)draw(3);
+    strides[0] = classes * gap + (int64_t)draw(3);
+    strides[1] = gap;
+    if (!draw(4)) strides[0] = 1, strides[1] = rows + (int64_t)draw(2);
+    if (!draw(8)) strides[0] = 0;
+    if (!draw(16)) strides[1] = 0;
+}
+
+static void fuzz_rows(void)
+{
+    nfi_rows_call call;
+    memset(&call, 0, sizeof call);
+    call.rows = 1 + (int64_t)draw(12);
+    call.classes = 2 + (int64_t)(draw(4) ? draw(30) : draw(700));
+    call.total = call.rows * (1 + (int64_t)draw(5));
+    call.grad_dtype = (int32_t)draw(4);
+    call.logit_dtype = (int32_t)draw(4);
+    call.wide = call.grad_dtype == NFI_FLOAT64 || call.logit_dtype == NFI_FLOAT64;
+    call.look = (int32_t)draw(2);
+    call.summation_error = 1e-8;
+    const double thresholds[] = { .05, .8, .25, .1, .01, 1.25, .3, 4., 4., .1, 100., .01, 100.,
+                                  .005, 1e-5, .03, .9, 100. };
+    memcpy(call.thresholds, thresholds, sizeof thresholds);
+    const double facts[] = { 1.2e-7, 3e-7, -87.0, draw(2) ? 0.0 : 0.01, draw(2) ? 1.0 : 3.0, 0.0, 0.0 };
+    memcpy(call.facts, facts, sizeof facts);
+    strides_of(call.rows, call.classes, call.grad_strides);
+    strides_of(call.rows, call.classes, call.logit_strides);
+    void *grad = matrix(call.grad_dtype, call.rows, call.classes, call.grad_strides);
+    void *logits = matrix(call.logit_dtype, call.rows, call.classes, call.logit_strides);
+    const size_t size = call.wide ? 8 : 4, rows = (size_t)call.rows;
+    call.grad = grad;
+    call.logits = logits;
+    call.sums = malloc(SUMS * size);
+    call.maxima = malloc(MAXIMA * size);
+    call.counts = malloc(rows * size);
+    call.absorbed = malloc(rows * size);
+    call.winner = malloc(rows * sizeof(int64_t));
+    const double slope = nfi_logit_scale(&call);
+    const int fits = nfi_shown(&call), failed = nfi_rows(&call);
+    for (size_t i = 0; i < rows; i++)
+        if (call.winner[i] < 0 || call.winner[i] >= call.classes) abort();
+    if (failed || slope != slope || fits < 0 || fits > 15) abort();
+    free(grad);
+    free(logits);
+    free(call.sums);
+    free(call.maxima);
+    free(call.counts);
+    free(call.absorbed);
+    free(call.winner);
+}
+
+/* Numbers of the step's dtype, and nothing behind the last one. */
+static void *vector(int wide, int64_t n)
+{
+    const int64_t strides[] = { n, 1 };
+    return matrix(wide ? NFI_FLOAT64 : NFI_FLOAT32, 1, n, strides);
+}
+
+static void fuzz_step(void)
+{
+    nfi_step_call call;
+    int64_t ends[6];
+    double rates[6], numbers[6];
+    unsigned char matrices[6];
+    memset(&call, 0, sizeof call);
+    call.wide = (int32_t)draw(2);
+    call.tensors = 1 + (int64_t)draw(6);
+    const int moment = (int)draw(4) > 0, pair = moment && draw(2);
+    call.moment_tensors = moment ? 1 + (int64_t)draw((uint32_t)call.tensors) : 0;
+    for (int64_t i = 0, end = 0; i < call.tensors; i++) {
+        ends[i] = end += 1 + (int64_t)(draw(5) ? draw(40) : draw(6000));
+        rates[i] = 1.0 + draw(3);
+        numbers[i] = draw(4) ? 0.01 : 0.0;
+        matrices[i] = (unsigned char)draw(2);
+        if (i + 1 == call.moment_tensors) call.moments = end;
+    }
+    const int64_t n = ends[call.tensors - 1];
+    void *all[8] = { NULL };
+    for (int i = 0; i < 3; i++) all[i] = vector(call.wide, n);
+    for (int i = 3; i < 8; i++)
+        if (i < 5 ? moment : pair) all[i] = vector(call.wide, call.moments);
+    call.grad = all[0];
+    call.before = all[1];
+    call.after = all[2];
+    call.exp_avg_sq = all[3];
+    call.preconditioner = all[4];
+    call.old_grad = all[5];
+    call.old_before = all[6];
+    call.old_preconditioner = all[7];
+    call.ends = ends;
+    call.rates = rates;
+    call.matrices = matrices;
+    if (draw(2)) call.corrections = call.epsilons = numbers;
+    if (draw(2)) call.lrs = numbers;
+    call.head = (int64_t)draw((uint32_t)call.tensors + 1) - 1;
+    call.total = call.moment_total = (double)n;
+    call.correction = 0.1;
+    call.eps = call.mean_eps = 1e-8;
+    call.lr = 1e-3;
+    if (nfi_step(&call)) abort();
+    for (int i = 0; i < 8; i++) free(all[i]);
+}
+
+static void *some(int wide, int64_t rows, int64_t stride, int64_t width)
+{
+    const int64_t strides[] = { stride, 1 };
+    return draw(5) ? matrix(wide ? NFI_FLOAT64 : NFI_FLOAT32, rows, width, strides) : NULL;
+}
+
+static void fuzz_head(void)
+{
+    nfi_head_call call;
+    memset(&call, 0, sizeof call);
+    const int wide = call.wide = (int32_t)draw(2);
+    call.classes = 1 + (int64_t)draw(20);
+    call.width = 1 + (int64_t)draw(70);
+    call.columns = 1 + (int64_t)draw((uint32_t)call.width);
+    call.kept = 1 + (int64_t)draw((uint32_t)call.classes);
+    call.rows = 1 + (int64_t)draw(9);
+    call.sketched = 1 + (int64_t)draw(9);
+    call.weight_stride = call.width + (int64_t)draw(2);
+    call.grad_stride = call.columns + (int64_t)draw(2);
+    call.update_stride = call.width + (int64_t)draw(2);
+    call.feature_stride = call.width + (int64_t)draw(2);
+    call.weight = some(wide, call.classes, call.weight_stride, call.width);
+    call.grad = some(wide, call.classes, call.grad_stride, call.columns);
+    call.bias_grad = some(wide, 1, 1, call.classes);
+    call.features = some(wide, call.rows, call.feature_stride, call.width);
+    call.update = call.features ? some(wide, call.kept, call.update_stride, call.width) : NULL;
+    call.bias_update = some(wide, 1, 1, call.kept);
+    call.mean = some(wide, 1, 1, call.width);
+    call.old_mean = some(wide, 1, 1, call.width);
+    call.sketch = some(wide, 1, 1, 4 * call.sketched);
+    call.old_sketch = some(wide, 1, 1, 4 * call.sketched);
+    if (nfi_head(&call)) abort();
+    const void *all[] = { call.weight, call.grad, call.bias_grad, call.features, call.update,
+                          call.bias_update, call.mean, call.old_mean, call.sketch, call.old_sketch };
+    for (int i = 0; i < 10; i++) free((void *)all[i]);
+}
+
+static void fuzz_gather(void)
+{
+    void *from[5];
+    int64_t steps[5], counts[5], total = 0;
+    const int64_t tensors = 1 + (int64_t)draw(5);
+    const int dtype = (int)draw(4);
+    for (int64_t i = 0; i < tensors; i++) {
+        steps[i] = 1 + (int64_t)draw(4);
+        counts[i] = 1 + (int64_t)draw(300);
+        total += counts[i];
+        const int64_t strides[] = { 0, steps[i] };
+        from[i] = matrix(dtype, 1, counts[i], strides);
+    }
+    void *to = malloc((size_t)total * (dtype == NFI_FLOAT64 ? 8 : 4));
+    nfi_gather((const void *const *)from, steps, counts, tensors, dtype, to);
+    for (int64_t i = 0; i < tensors; i++) free(from[i]);
+    free(to);
+}
+
+int main(int count, char **given)
+{
+    const long calls = count > 1 ? atol(given[1]) : 1000;
+    state = count > 2 ? strtoull(given[2], NULL, 10) : 1;
+    for (long i = 0; i < calls; i++) {
+        nfi_select((int)draw(3));
+        switch (draw(5)) {
+        case 0: fuzz_step(); break;
+        case 1: fuzz_head(); break;
+        case 2: fuzz_gather(); break;
+        default: fuzz_rows();
+        }
+    }
+    printf("%ld calls\n", calls);
+    return 0;
+}
