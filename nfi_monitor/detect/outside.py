@@ -37,8 +37,8 @@ MEMORY = 16
 """Number of losses before the last one that show what an ordinary loss is."""
 ROUNDED = 1e-6
 """Reported losses up to this may be off by rounding."""
-HALF_BITS = 11
-"""Bits of float16; bfloat16 has 8. There a loss is 0 up to half a unit of its last place beside 1."""
+ROUNDED_HALF = 2.0**-8
+"""The same of a loss in half precision: a unit of bfloat16's last place beside 1."""
 LEAP = 1.5
 """Smallest rise of log loss in one step, in nats, that is compared with what the update moved."""
 AT_ONCE = 0.7
@@ -50,6 +50,9 @@ A margin moves by at most twice the displacement of a logit. Twice that, because
 unsampled, and the movement of the features is known for the mean row only."""
 AFTERWARDS = 12
 """Steps after a leap, or a corrupt gradient, in which its update may still raise the loss."""
+OUTWEIGHS = 10.0
+"""Ratio of two rises from which a leap is no result of one shortly before it: minibatches that fit differ by
+factors, and a bad one may follow at once."""
 UNREAD = 3
 """Largest number of updates, between the last reading and a leap, whose movements are added.
 
@@ -181,24 +184,24 @@ class OutsideWatch(Stateful):
             return
         log_loss = math.log(max(loss, FLOOR))
         leap = log_loss - self.losses[-1] if follows and len(self.losses) > MEMORY // 2 else 0.0
-        new = leap >= LEAP and step - self.leap_at > AFTERWARDS
+        rise = loss - math.exp(self.losses[-1]) if leap >= LEAP else NAN
+        new = leap >= LEAP and (step - self.leap_at > AFTERWARDS or rise > OUTWEIGHS * self.rise)
         if new and leap >= AT_ONCE * (log_loss - _median(self.losses)):
-            self.leap, self.leap_at = leap, step
-            self.rise = loss - math.exp(self.losses[-1])
+            self.leap, self.leap_at, self.rise = leap, step, rise
             self.quiet, self.quiet_at = self.moved, self.moved_at
         self.losses = [*self.losses[-MEMORY:], log_loss]
 
     def update(self, reading: Reading, moved: float, *, per_loss: bool, loss_bits: int = 0) -> None:
         """Add a full reading. ``moved``: nats by which its update moved the logits.
 
-        ``per_loss``: the gradient vanishes with the loss, as under cross-entropy.  ``loss_bits``: bits of the
-        precision of the loss; 0: unknown.  A loss within rounding says nothing about its gradient.
+        ``per_loss``: the gradient vanishes with the loss, as under cross-entropy.  ``loss_bits``: size of the
+        loss's dtype, as in ``RunContext``.  A loss within rounding says nothing about its gradient.
         """
         if math.isfinite(moved):
             self.moved, self.moved_at = moved, reading.step
         norm, by_head = reading.get("gradient_norm"), reading.get("head_loss")
         loss = reading.get("loss", by_head)
-        if per_loss and 0 < loss_bits <= HALF_BITS and loss <= 2.0**-loss_bits:
+        if per_loss and 0 < loss_bits <= 16 and loss <= ROUNDED_HALF:
             loss = NAN
         elif per_loss and loss <= ROUNDED:  # the loss at the head is not rounded, but may be another one
             loss = by_head if by_head <= 10.0 * ROUNDED else NAN

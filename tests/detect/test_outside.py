@@ -178,3 +178,42 @@ def test_without_a_reading_before_and_one_in_the_event_nothing_is_remembered(ste
 
 def test_what_an_earlier_version_saved_of_an_event_is_read() -> None:
     assert Outside.from_state({"rate_jump": 5.0, "rms_t": 0.1}) == Outside(rate_jump=5.0)
+
+
+def test_a_bad_batch_right_after_a_somewhat_harder_one_is_seen() -> None:
+    """In a run that fits its data, the losses of minibatches differ by factors from step to step."""
+    watch = quiet_run(60, loss=1e-3)
+    for step, loss in enumerate([6e-3, 1e-3, 1e-3, 18.0], start=61):
+        watch.update_loss(step, loss)
+        watch.update(Reading(step, {"gradient_norm": 1e-6, "head_loss": loss}), 0.004, per_loss=True)
+    seen = watch.before(64, 100.0)
+    assert seen.unexplained_leap and seen.leap == pytest.approx(math.log(18.0 / 1e-3))
+
+
+def test_what_a_bad_batch_leaves_behind_is_no_leap_of_its_own() -> None:
+    watch = quiet_run(60, loss=1e-3)
+    for step, loss in enumerate([18.0, 1e-3, 1e-3, 0.5], start=61):
+        watch.update_loss(step, loss)
+    assert watch.before(64, 100.0).leap == pytest.approx(math.log(18.0 / 1e-3))
+
+
+@pytest.mark.parametrize(("moved", "external"), [(0.004, True), (2.0, False)])
+def test_an_update_that_has_grown_excuses_no_more_than_it_can_have_moved(
+    moved: float, external: bool
+) -> None:
+    watch = quiet_run(60, loss=1e-3, moved=moved)
+    watch.update_loss(61, 44.0)
+    grown = replace(ABSORBING, update_jump=3.0, outside=watch.before(61, 100.0))
+    assert watch.before(61, 100.0).unexplained_leap
+    assert (name_mechanism(grown)[0] is Mechanism.EXTERNAL) is external
+
+
+@pytest.mark.parametrize(("bits", "external"), [(16, False), (32, True), (0, True)])
+def test_a_loss_within_the_rounding_of_half_precision_shows_no_corrupt_gradient(
+    bits: int, external: bool
+) -> None:
+    """A bfloat16 loss is 0 for hundreds of steps while its gradient comes back."""
+    watch = quiet_run(60, loss=1e-5)
+    reading = Reading(61, {"gradient_norm": 0.04, "loss": 1e-4, "head_loss": 1e-4})
+    watch.update(reading, 0.004, per_loss=True, loss_bits=bits)
+    assert watch.before(62, 100.0).corrupt_gradient is external
