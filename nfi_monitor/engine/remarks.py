@@ -283,8 +283,9 @@ REMARKS: tuple[Remark, ...] = (
         "library_failed",
         lambda seen: bool(library.fault()),
         lambda seen: (
-            f"The C library failed ({library.fault()}). Readings are computed with torch operations from now "
-            f"on: they take longer, and say the same. To try without it from the start: {library.SWITCH}=0."
+            f"The C library failed ({library.fault()}). Torch operations computed this reading: they take "
+            f"longer and say the same. After {library.MOST_FAILURES} failures they compute all. To try "
+            f"without the library from the start: {library.SWITCH}=0."
         ),
     ),
     Remark("rows_elsewhere", lambda seen: len(seen.rows.devices) > 1, _rows_elsewhere_text),

@@ -24,6 +24,9 @@ VERSION = 2
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Numbers of the dtypes in nfi.h."""
 
+MOST_FAILURES = 3
+"""Errors in this process after which the library is no longer used. One odd event costs one reading."""
+
 _PLAIN = frozenset((Tensor, nn.Parameter))
 _FILE = Path(__file__).with_name("_nfi.dll" if os.name == "nt" else "_nfi.so")
 
@@ -35,6 +38,7 @@ class _State:
         self.library: Any = None
         self.missing = ""
         self.fault = ""
+        self.failures = 0
         self.off = 0
         self.level = -1
 
@@ -70,7 +74,7 @@ _load()
 
 def library() -> Any:
     """Return the loaded library, or None where torch operations must serve."""
-    return None if _state.off or _state.fault else _state.library
+    return None if _state.off or _state.failures >= MOST_FAILURES else _state.library
 
 
 def missing() -> str:
@@ -79,12 +83,13 @@ def missing() -> str:
 
 
 def fault() -> str:
-    """Return the error after which the library is no longer used, in words; empty if there was none."""
+    """Return the last error of the library, in words; empty if there was none."""
     return _state.fault
 
 
 def failed(error: Exception) -> None:
-    """Use torch operations from now on, because of this error."""
+    """Note an error, after which torch measures this reading. After MOST_FAILURES it measures all."""
+    _state.failures += 1
     _state.fault = f"{type(error).__name__}: {error}"
 
 

@@ -111,3 +111,15 @@ def test_a_tensor_without_memory_is_not_gathered() -> None:
     assert library.library() is None or torch.equal(gather.copy([tensor]), tensor)
     tensor.untyped_storage().resize_(0)
     assert gather.copy([tensor]) is None
+
+
+@pytest.mark.skipif(library.library() is None, reason="no library")
+def test_one_error_costs_one_reading_and_the_third_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("fault", "failures"):
+        monkeypatch.setattr(library._state, name, type(getattr(library._state, name))())
+    served = []
+    for _ in range(library.MOST_FAILURES):
+        served.append(library.library() is not None)
+        library.failed(MemoryError("no memory"))
+    assert served == [True] * library.MOST_FAILURES and library.library() is None
+    assert library.fault() == "MemoryError: no memory"

@@ -83,7 +83,10 @@ class Theatre:
             # What fails while the other ranks are looked for is said as that: this one goes on alone.
             codes = [note.code for note in outcome.monitor.notes]
             failures = [code for code in codes if code.startswith("failed_") or code in SAID_OTHERWISE]
-            library._state.fault = ""  # the library is switched off for the process, not for one monitor
+            library._state.fault, library._state.failures = (
+                "",
+                0,
+            )  # the library is switched off for the process, not for one monitor
             # Code of the detector runs when a state is loaded, too: both parts are said, each once.
             others = [code for code in failures if code != "failed_load_state"]
             if len(others) > 1 or len(failures) > 2 or (not failures and function not in SILENT):
