@@ -124,9 +124,15 @@ def _measured(
 ) -> RowStatistics:
     dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
     count, classes = grad.shape
-    sums, maxima = torch.empty(len(SUMS), dtype=dtype), torch.empty(len(MAXIMA), dtype=dtype)
-    counts, absorbed = torch.empty(count, dtype=dtype), torch.empty(count, dtype=dtype)
-    winner = torch.empty(count, dtype=torch.int64)
+    sums, maxima = (
+        torch.empty(len(SUMS), dtype=dtype, device="cpu"),
+        torch.empty(len(MAXIMA), dtype=dtype, device="cpu"),
+    )
+    counts, absorbed = (
+        torch.empty(count, dtype=dtype, device="cpu"),
+        torch.empty(count, dtype=dtype, device="cpu"),
+    )
+    winner = torch.empty(count, dtype=torch.int64, device="cpu")
     call = _Call(
         grad.data_ptr(),
         logits.data_ptr(),
@@ -155,7 +161,9 @@ def _measured(
     if loaded.nfi_rows(address):
         raise MemoryError(f"no memory for {count} rows of {classes} classes")
     if look:
-        scale, _, mismatch, uneven = (torch.full((), fact, dtype=dtype) for fact in call.facts[3:])
+        scale, _, mismatch, uneven = (
+            torch.full((), fact, dtype=dtype, device="cpu") for fact in call.facts[3:]
+        )
         kind = kind._replace(scale=scale, mismatch=mismatch, uneven=uneven)
     return RowStatistics(sums, maxima, counts, winner, absorbed, kind)
 
@@ -166,14 +174,14 @@ def _shown(loaded: Any, call: _Call, address: int, grad: Tensor, known: LossKind
     fits = loaded.nfi_shown(address)
     narrow = [narrower for bit, narrower in _NARROWER.get(grad.dtype, ()) if fits & bit and fits & _NONZERO]
     number = torch.finfo(narrow[-1] if narrow else grad.dtype).eps
-    eps = torch.full((), number)
+    eps = torch.full((), number, device="cpu")
     if known is not None and not fits & _NONZERO:
         eps, number = known.eps, known.eps.item()
     half = number == torch.finfo(torch.float16).eps
-    level = torch.full((), absorption.underflow_level(torch.float16 if half else grad.dtype))
+    level = torch.full((), absorption.underflow_level(torch.float16 if half else grad.dtype), device="cpu")
     floor = zero_sum.floor_of(eps, dtype, grad.shape[-1])
-    scale = torch.zeros((), dtype=dtype) if known is None else known.scale
-    slope = torch.ones((), dtype=dtype) if known is None else known.slope.to(dtype)
+    scale = torch.zeros((), dtype=dtype, device="cpu") if known is None else known.scale
+    slope = torch.ones((), dtype=dtype, device="cpu") if known is None else known.slope.to(dtype)
     kind = LossKind(eps, floor, level, scale, slope)
     if known is not None:
         kind = kind._replace(mismatch=known.mismatch, uneven=known.uneven)
@@ -181,7 +189,7 @@ def _shown(loaded: Any, call: _Call, address: int, grad: Tensor, known: LossKind
     found = loaded.nfi_logit_scale(address)
     if found != found:
         raise MemoryError(f"no memory for {len(grad)} rows")
-    return kind._replace(slope=torch.full((), found, dtype=dtype))
+    return kind._replace(slope=torch.full((), found, dtype=dtype, device="cpu"))
 
 
 _last: tuple[LossKind | None, tuple[float, ...]] = (None, ())

@@ -35,7 +35,8 @@ class Gather:
         addresses = [*map(Tensor.data_ptr, tensors)]
         if 0 in addresses:  # the storage was freed
             return None
-        numbers = torch.empty(self._total, dtype=torch.float64 if first is torch.float64 else torch.float32)
+        dtype = torch.float64 if first is torch.float64 else torch.float32
+        numbers = torch.empty(self._total, dtype=dtype, device="cpu")  # whatever the default device is
         loaded.nfi_gather(
             (c_void_p * self._tensors)(*addresses),
             ctypes.addressof(self._strides),
