@@ -105,6 +105,26 @@ def changed_text(head: Head, change: str) -> str:
     )
 
 
+def no_features_text(head: Head | None) -> str:
+    """Return the note that no features come with the watched logits, and why."""
+    if head is not None and head.bare:
+        return (
+            f"No features come with the logits of {head.describe()}: they are no plain product with this "
+            "matrix (a normalised one makes them?), or the autograd graph does not keep the other factor. "
+            f"{_WITHOUT_FEATURES} Rows and optimizer are watched as usual. Nothing has to be done."
+        )
+    if head is not None and head.spatial:
+        return (
+            f"A row of {head.describe()} is made of a patch of features (a large kernel, or groups). "
+            f"{_WITHOUT_FEATURES} Rows and optimizer are watched as usual. Nothing has to be done."
+        )
+    return (
+        "No features of the same rows come with the watched logits (another layer feeds them, or features "
+        f"and logits are on two devices). {_WITHOUT_FEATURES} If another linear layer makes the logits, name "
+        f"it: {call_with('head=...')}."
+    )
+
+
 def no_rows_text(probe: HeadProbe, model: nn.Module | None, *, weight_read: bool) -> str:
     """Return the note that says why no rows came in the first readings, and what brings them.
 
