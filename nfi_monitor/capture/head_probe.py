@@ -84,6 +84,7 @@ class HeadProbe(ModelHook):
         self.recomputed = 0  # number of backward passes whose rows were recomputed
         self.fired_without_gradient = 0
         self.in_evaluation = 0  # how many of these were in eval mode, with gradients enabled
+        self.frozen = 0  # how many of these were in training mode, of a frozen module
         self.not_in_output = 0  # outputs that hold no logits made by the bare parameter that is the head
         self.without_features = 0
         self.returned: str | None = None  # type of an output that is no tensor
@@ -156,6 +157,7 @@ class HeadProbe(ModelHook):
                 return
         if not output.requires_grad:
             self.fired_without_gradient += 1
+            self.frozen += 1
             return
         if self.tapped:
             # The tapped tensor comes later. This input may be its features.

@@ -82,6 +82,12 @@ _WITHOUT_FEATURES = (
 )
 
 
+_TAP = "tap them: logits = monitor.tap(logits)"
+_TAP_FEATURES = (
+    "pass the loss's hidden states and targets through hidden = monitor.tap_features(hidden, targets)"
+)
+
+
 def elsewhere_text(head: Head, place: Place, change: str) -> str:
     """Return the note that rows are read behind the operation ``change``, which changes the logits."""
     keys = "".join(f"[{key!r}]" for key in place.path)
@@ -200,8 +206,14 @@ def _never_trained(probe: HeadProbe, head: Head) -> tuple[str, str]:
     used = weight is not None and weight.grad is not None
     fused = (
         "The loss must use the head's weight itself, as fused and chunked cross-entropies do. For rows, "
-        "switch that off, so that the model returns logits."
+        f"{_TAP_FEATURES}, or switch the fused loss off, so that the model returns logits."
     )
+    if probe.frozen:
+        return (
+            f"no gradient comes back to {head.describe()}: neither it nor its input needs one (a frozen "
+            "teacher?)",
+            f"Name the head that is trained: {call_with('head=...')}.",
+        )
     if probe.in_evaluation:
         return "the head fired only in eval mode", "Call model.train() for training steps."
     if probe.fired_without_gradient:
@@ -214,10 +226,12 @@ def _never_trained(probe: HeadProbe, head: Head) -> tuple[str, str]:
         return (
             "the head never fired, although its weight gets a gradient (a fused loss that reads the weight, "
             "another module that computes the logits, or a model compiled before the monitor was attached)",
-            "Use monitor.tap(logits), attach before compiling, or switch the fused loss off.",
+            f"For a fused loss, {_TAP_FEATURES}. Where logits are computed elsewhere, {_TAP}. Or attach "
+            "before compiling.",
         )
     return (
         "the head never fired (a fused loss that reads its weight, another module that computes the logits, "
         "or a model compiled before the monitor was attached)",
-        "Name the right head with head=..., use monitor.tap(logits), or attach before compiling.",
+        f"For a fused loss, {_TAP_FEATURES}. Where logits are computed elsewhere, {_TAP}. Or name the right "
+        f"head ({call_with('head=...')}), or attach before compiling.",
     )
