@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 _DIRECT = "Monitor(model, optimizer, {})"
+_CALLBACK = "NFICallback("
+_METHOD = re.compile(r"(?<![\w.])monitor\.(?=[a-z_]+\()")
 _CALL: ContextVar[str] = ContextVar("nfi_monitor_call", default=_DIRECT)
 
 
@@ -28,3 +31,14 @@ def call_with(argument: str) -> str:
 def by_adapter() -> bool:
     """Return whether a framework's adapter makes the monitor: then no error may end the training."""
     return _CALL.get() != _DIRECT
+
+
+def by_callback() -> bool:
+    """Return whether the user holds a callback of a framework's Trainer, and not the monitor itself."""
+    return _CALL.get().startswith(_CALLBACK)
+
+
+def for_callback(message: str) -> str:
+    """Return a message with ``callback.monitor.tap(...)`` for ``monitor.tap(...)``, and what callback is."""
+    worded, count = _METHOD.subn("callback.monitor.", message)
+    return f"{worded} (callback is your NFICallback.)" if count else message

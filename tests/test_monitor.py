@@ -386,6 +386,7 @@ def test_a_head_that_never_fires_falls_back_to_its_weight_gradient() -> None:
     monitor = watched(Fused())
     assert codes(monitor) == ["head_never_fired", "no_loss"]
     assert "never fired" in monitor.notes[0].message and "monitor.tap(logits)" in monitor.notes[0].message
+    assert "hidden = monitor.tap_features(hidden, targets)" in monitor.notes[0].message
     assert "*at risk* stays at *info* and *imminent* cannot be reached" in monitor.notes[0].message
     assert monitor.history["zero_sum_violation_weight"][1].max() < 1e-5
     assert monitor.summary()["run"]["level"] == "weight_gradient"
@@ -430,6 +431,20 @@ def test_losses_between_readings_that_nobody_reports_are_said_once(
         assert note.step - before > 1 and steps.index(note.step) >= 4
         assert f"after step {before:,} it read step {note.step:,}" in note.message
         assert "monitor.observe_loss(loss) before optimizer.step()" in note.message
+
+
+def test_a_frozen_head_that_is_named_is_said_to_be_frozen() -> None:
+    model = nn.ModuleDict({"student": mlp(), "teacher": mlp().requires_grad_(False)})
+    optimizer = adamw(model["student"])
+    inputs, targets = batch()
+    head = list(model["teacher"].modules())[-1]
+    with Monitor(model, optimizer, head=head, console=False, every=1) as monitor:
+        for _ in range(6):
+            model["teacher"](inputs)
+            F.cross_entropy(model["student"](inputs), targets).backward()
+            optimizer.step()
+    [text] = [note.message for note in monitor.notes if note.code == "head_never_fired"]
+    assert "frozen" in text and "eval mode" not in text
 
 
 def test_a_head_that_fires_only_in_eval_mode_is_said() -> None:

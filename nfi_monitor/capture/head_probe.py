@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
-from nfi_monitor.capture.head_layer import Head, Place, own_parameter
+from nfi_monitor.capture.head_layer import Head, Place, is_layer, own_parameter
 from nfi_monitor.capture.model_hooks import ModelHook
-from nfi_monitor.capture.origin import Logits, logits_of
+from nfi_monitor.capture.origin import Logits, logits_of, takes
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.row_samples import classes_of as classes_of
 from nfi_monitor.capture.row_samples import features_of, same_rows
@@ -84,6 +84,7 @@ class HeadProbe(ModelHook):
         self.recomputed = 0  # number of backward passes whose rows were recomputed
         self.fired_without_gradient = 0
         self.in_evaluation = 0  # how many of these were in eval mode, with gradients enabled
+        self.frozen = 0  # how many of these were in training mode, of a frozen module
         self.not_in_output = 0  # outputs that hold no logits made by the bare parameter that is the head
         self.without_features = 0
         self.returned: str | None = None  # type of an output that is no tensor
@@ -147,8 +148,7 @@ class HeadProbe(ModelHook):
                 if classes != head.outputs:  # the classes are the weight's other axis
                     head = self.head = replace(head, class_axis=1 - head.class_axis, classes=classes)
                     self.head_changed(head)
-                fits = features is not None and features.dim() and features.shape[-1] == head.width
-                given = features if fits and module is head.owner else None
+                given = features if takes(found.values, head.weight, features) else None
                 features = given if found.features is None else found.features
                 self._watch(found.values, features, step, tapped=False, made=found)
                 return
@@ -157,6 +157,7 @@ class HeadProbe(ModelHook):
                 return
         if not output.requires_grad:
             self.fired_without_gradient += 1
+            self.frozen += 1
             return
         if self.tapped:
             # The tapped tensor comes later. This input may be its features.
@@ -166,7 +167,9 @@ class HeadProbe(ModelHook):
         if axis is None:
             self.misshapen = tuple(output.shape)
             return
-        features = features_of(module, features, axis)
+        plain = head is None or head.weight is None or is_layer(head.module)
+        known = plain or (head is not None and takes(output, head.weight, features))
+        features = features_of(module, features, axis) if known else None
         self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
 
     def _pass_by(self, place: Place, output: Any, step: int | None) -> None:

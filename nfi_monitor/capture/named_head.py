@@ -103,7 +103,8 @@ def _of_parameter(model: nn.Module, modules: Mapping[str, nn.Module], name: str)
         shape = None if parameter is None else tuple(parameter.shape)
         raise HeadNotFoundError(
             f"No classifier head: the parameter {name!r} has shape {shape}. A head is a matrix [features, "
-            f"classes] or [classes, features]; {call_with('head=...')} also takes a module."
+            f"classes] or [classes, features]; {call_with('head=...')} also takes a module. Of logits that "
+            "another shape makes, as an ensemble's, tap rows: head=False and logits = monitor.tap(logits)."
         )
     if own == "weight" and is_layer(owner):
         return _of_module(model, modules, path, owner)

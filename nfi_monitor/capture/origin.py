@@ -243,6 +243,28 @@ def logits_of(output: Any, weight: Tensor) -> Logits | None:
     return None
 
 
+def takes(output: Tensor, weight: Tensor | None, features: Tensor | None) -> bool:
+    """Return whether one operation makes an output [..., K] of just this weight and these features.
+
+    It may be one that this module does not know, as a function of the user's own.  Features without a
+    gradient are in no graph: then False.
+    """
+    node: Any = output.grad_fn
+    while node is not None and weight is not None and features is not None:
+        factors = [before for before, _ in node.next_functions]
+        if any(_parameter(factor) is weight for factor in factors):
+            return any(_is_of(factor, features) for factor in factors)
+        node = factors[0] if factors and operation(node) in _SAME_ROWS | _POINTWISE else None
+    return False
+
+
+def _is_of(node: Any, tensor: Tensor) -> bool:
+    """Return whether the node, or one before it that only changes shape or type, made the tensor."""
+    while node is not None and node is not tensor.grad_fn and operation(node) in _SAME_ROWS:
+        node = node.next_functions[0][0]
+    return node is not None and (node is tensor.grad_fn or getattr(node, "variable", None) is tensor)
+
+
 def _in_order(node: Any, product: Any) -> bool:
     """Return whether the rows of a product are in the order of those of the tensor that ``node`` made."""
     while node is not None and node is not product:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nfi_monitor.caller import call_with
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import describe, find_head, most_classes
-from nfi_monitor.capture.head_layer import Head
+from nfi_monitor.capture.head_layer import Head, is_layer
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.logit_changes import arrivals, has_softmax, reached
 from nfi_monitor.capture.model_hooks import ModelHook
@@ -173,15 +173,18 @@ class HeadCheck(ModelHook):
         inside = [weight for weight in weights if id(weight) in ours]
         changed = next((product.changed for product in known if product.changed is not None), None)
         self._guessed = False
-        if inside:
-            self._other(model, head, inside, shown_by)
+        heads = [one for weight in inside if (one := _head_of(model, weight)) is not None]
+        if heads:
+            self._other(head, heads, shown_by)
+        elif inside:
+            self._no_matrix(head, inside[-1])
         elif weights:
             self._outside(head, weights[-1])
         else:
             self._no_layer(head, changed)
 
-    def _other(self, model: nn.Module, head: Head | None, weights: list[nn.Parameter], shown_by: str) -> None:
-        true = most_classes([_head_of(model, weight) for weight in weights])
+    def _other(self, head: Head | None, heads: list[Head], shown_by: str) -> None:
+        true = most_classes(heads)
         if (true.classes or 0) < 2:
             return
         self._open = False
@@ -207,6 +210,14 @@ class HeadCheck(ModelHook):
         self._without(
             f"{why}{watched} The optimizer, the norms and the observed loss are. For rows, tap the logits: "
             f"logits = monitor.tap(logits). To watch a layer all the same: {self._naming}."
+        )
+
+    def _no_matrix(self, head: Head | None, weight: nn.Parameter) -> None:
+        watched = "" if head is None else f" {head.describe()} makes features, and is not watched."
+        self._without(
+            f"The logits are made with a parameter {list(weight.shape)}, which is no single matrix (an "
+            f"ensemble of heads?): no layer is the head.{watched} {WITHOUT_HEAD} For rows, tap the logits: "
+            "logits = monitor.tap(logits)."
         )
 
     def _is_indirect(self, loss: Tensor) -> bool:
@@ -287,9 +298,9 @@ def _last(products: list[Product]) -> list[Product]:
     return [product for product in products if product.node not in inner]
 
 
-def _head_of(model: nn.Module, weight: nn.Parameter) -> Head:
-    """Return the head whose weight this is: a layer, or the bare parameter."""
+def _head_of(model: nn.Module, weight: nn.Parameter) -> Head | None:
+    """Return the head whose weight this is: a layer, or the bare matrix; None if it is no matrix."""
     for name, module in inner_names(model).items():
-        if module._parameters.get("weight") is weight and not isinstance(module, nn.Embedding):
+        if module._parameters.get("weight") is weight and is_layer(module):
             return describe(model, name, module)
-    return replace(find_head(model, weight), sure=True)
+    return replace(find_head(model, weight), sure=True) if weight.dim() == 2 else None

@@ -82,6 +82,12 @@ _WITHOUT_FEATURES = (
 )
 
 
+_TAP = "tap them: logits = monitor.tap(logits)"
+_TAP_FEATURES = (
+    "pass the loss's hidden states and targets through hidden = monitor.tap_features(hidden, targets)"
+)
+
+
 def elsewhere_text(head: Head, place: Place, change: str) -> str:
     """Return the note that rows are read behind the operation ``change``, which changes the logits."""
     keys = "".join(f"[{key!r}]" for key in place.path)
@@ -102,6 +108,26 @@ def changed_text(head: Head, change: str) -> str:
         "are not read: their loss, margins and absorption would not be those of the run. The head's weight "
         f"gradient is read instead, for the zero-sum violation of the whole batch. {_WITHOUT_FEATURES} For "
         f"rows, tap the changed logits: logits = monitor.tap(logits{axis})."
+    )
+
+
+def no_features_text(head: Head | None) -> str:
+    """Return the note that no features come with the watched logits, and why."""
+    if head is not None and head.bare:
+        return (
+            f"No features come with the logits of {head.describe()}: they are no plain product with this "
+            "matrix (a normalised one makes them?), or the autograd graph does not keep the other factor. "
+            f"{_WITHOUT_FEATURES} Rows and optimizer are watched as usual. Nothing has to be done."
+        )
+    if head is not None and head.spatial:
+        return (
+            f"A row of {head.describe()} is made of a patch of features (a large kernel, or groups). "
+            f"{_WITHOUT_FEATURES} Rows and optimizer are watched as usual. Nothing has to be done."
+        )
+    return (
+        "No features of the same rows come with the watched logits (another layer feeds them, or features "
+        f"and logits are on two devices). {_WITHOUT_FEATURES} If another linear layer makes the logits, name "
+        f"it: {call_with('head=...')}."
     )
 
 
@@ -180,8 +206,14 @@ def _never_trained(probe: HeadProbe, head: Head) -> tuple[str, str]:
     used = weight is not None and weight.grad is not None
     fused = (
         "The loss must use the head's weight itself, as fused and chunked cross-entropies do. For rows, "
-        "switch that off, so that the model returns logits."
+        f"{_TAP_FEATURES}, or switch the fused loss off, so that the model returns logits."
     )
+    if probe.frozen:
+        return (
+            f"no gradient comes back to {head.describe()}: neither it nor its input needs one (a frozen "
+            "teacher?)",
+            f"Name the head that is trained: {call_with('head=...')}.",
+        )
     if probe.in_evaluation:
         return "the head fired only in eval mode", "Call model.train() for training steps."
     if probe.fired_without_gradient:
@@ -194,10 +226,12 @@ def _never_trained(probe: HeadProbe, head: Head) -> tuple[str, str]:
         return (
             "the head never fired, although its weight gets a gradient (a fused loss that reads the weight, "
             "another module that computes the logits, or a model compiled before the monitor was attached)",
-            "Use monitor.tap(logits), attach before compiling, or switch the fused loss off.",
+            f"For a fused loss, {_TAP_FEATURES}. Where logits are computed elsewhere, {_TAP}. Or attach "
+            "before compiling.",
         )
     return (
         "the head never fired (a fused loss that reads its weight, another module that computes the logits, "
         "or a model compiled before the monitor was attached)",
-        "Name the right head with head=..., use monitor.tap(logits), or attach before compiling.",
+        f"For a fused loss, {_TAP_FEATURES}. Where logits are computed elsewhere, {_TAP}. Or name the right "
+        f"head ({call_with('head=...')}), or attach before compiling.",
     )

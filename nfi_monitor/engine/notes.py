@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from nfi_monitor.caller import by_callback, for_callback
 from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.capture.sampling import COORDINATES, FEWEST_ROWS, REDUCTION, ROW_ELEMENTS, auto_interval
 from nfi_monitor.engine.faults import SWITCHED, TRIES
@@ -37,6 +38,7 @@ class NoteTaker:
 
     def __init__(self, say: Callable[[Note], None]) -> None:
         self._say = say
+        self._by_callback = by_callback()
         self.by_code: dict[str, Note] = {}
         self.texts: dict[str, str] = {}
         """Texts of notes for the framework that trains, by their code."""
@@ -55,6 +57,7 @@ class NoteTaker:
     def note(self, code: str, message: str, step: int) -> None:
         """Make a note, unless there is one with this code."""
         if code not in self.by_code:
+            message = for_callback(message) if self._by_callback else message
             self.by_code[code] = Note(code, message, step)
             self._say(self.by_code[code])
 

@@ -16,7 +16,7 @@ from torch import nn
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.detect.signals import Signals
-from nfi_monitor.engine.head_notes import no_rows_text
+from nfi_monitor.engine.head_notes import no_features_text, no_rows_text
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.native import library
 from nfi_monitor.types import Reading
@@ -336,12 +336,7 @@ REMARKS: tuple[Remark, ...] = (
     Remark(
         "no_features",
         _no_features,
-        (
-            "No features of the same rows come with the watched logits (another layer feeds them, or "
-            "features and logits are on two devices). The feature mean, its growth and the logit "
-            "displacement are not measured: *inflating* and *imminent* cannot be reached by rounding. Name "
-            "the linear layer that makes the logits: head=...."
-        ),
+        lambda seen: no_features_text(seen.probe.head),
     ),
     Remark("state_unreadable", lambda seen: bool(seen.reader.unreadable), _state_unreadable_text),
 )

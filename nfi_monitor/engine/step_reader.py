@@ -235,6 +235,11 @@ class StepReader:
     def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor | float]:
         """Return the step's quantities, 0-d or numbers; keep the step for the comparison with the next."""
         features, device = self.rows.features, update.grad.device
+        moved = update.head_weight_update
+        if features is not None and moved is not None and features.shape[-1] != moved.shape[-1]:
+            wide = f"features of width {features.shape[-1]}, with a head of width {moved.shape[-1]}"
+            self.reader.unreadable.add(wide)
+            features = feature_mean = None
         if features is not None and features.device != device:
             if devices.on_host(update.grad):  # copying the features to the host would wait for the device
                 self.reader.unreadable.add(f"features on {features.device}, with the head on {device}")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nfi_monitor import Monitor
+from nfi_monitor.errors import HeadNotFoundError
 
 
 class Tied(nn.Module):
@@ -157,3 +158,57 @@ def test_other_hooks_of_the_model_still_get_their_arguments_while_the_head_chang
             model(torch.randint(0, 11, (4, 5)))["loss"].backward()
             optimizer.step()
     assert len(monitor.history["loss"][1]) == 3
+
+
+class Ensemble(nn.Module):
+    """Four heads in one parameter [4, 16, 11]."""
+
+    def __init__(self, write: str) -> None:
+        super().__init__()
+        self.embed, self.inner = nn.Embedding(11, 16), nn.Linear(16, 16)
+        self.heads, self.write = nn.Parameter(torch.randn(4, 16, 11) / 4), write
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.inner(self.embed(tokens.flatten())).tanh()
+        if self.write == "einsum":
+            return torch.einsum("nd,edk->enk", h, self.heads)
+        return h.expand(4, *h.shape) @ self.heads
+
+
+@pytest.mark.parametrize("write", ["einsum", "matmul"])
+@pytest.mark.parametrize("tapped", [False, True], ids=["plain", "tapped"])
+def test_logits_of_a_parameter_with_three_axes_have_no_head_and_can_be_tapped(
+    write: str, tapped: bool
+) -> None:
+    torch.manual_seed(0)
+    watched = Ensemble(write)
+    alone, tokens = copy.deepcopy(watched), torch.randint(0, 11, (4, 5))
+    notes: dict[str, str] = {}
+    for model in (watched, alone):
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        monitor = Monitor(model, optimizer, console=False, every=1) if model is watched else None
+        for _ in range(8):
+            optimizer.zero_grad()
+            logits = model(tokens)
+            logits = monitor.tap(logits) if monitor is not None and tapped else logits
+            loss = cross_entropy(logits, tokens.flatten().repeat(4))
+            loss.backward()
+            if monitor is not None:
+                monitor.observe_loss(loss)
+            optimizer.step()
+        if monitor is not None:
+            monitor.close()
+            notes = {note.code: note.message for note in monitor.notes}
+            assert len(monitor.history["rms_t_max"][1]) == 8
+            if tapped:
+                assert monitor.history["head_loss"][1] == pytest.approx(monitor.history["loss"][1], rel=1e-5)
+    assert not {"failed_head_check", "not_shift_invariant"} & set(notes)
+    assert "[4, 16, 11]" in notes["no_head"] and "monitor.tap(logits)" in notes["no_head"]
+    for one, other in zip(watched.parameters(), alone.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_named_parameter_with_three_axes_is_refused_with_the_way_to_rows() -> None:
+    model = Ensemble("einsum")
+    with pytest.raises(HeadNotFoundError, match=r"shape \(4, 16, 11\).*monitor\.tap\(logits\)"):
+        Monitor(model, torch.optim.Adam(model.parameters()), head="heads", console=False)
