@@ -18,6 +18,7 @@ from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.detect.signals import Signals
 from nfi_monitor.engine.head_notes import no_features_text, no_rows_text
 from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.measure.rows import OTHER_LOSS
 from nfi_monitor.native import library
 from nfi_monitor.types import Reading
 
@@ -98,6 +99,31 @@ def _other_loss(seen: Seen) -> bool:
     """Return whether the loss is no cross-entropy at the head: the detector does not use the head's then."""
     signals, values = seen.signals, seen.reading.values
     return signals.broken_by_design or signals.logits_scaled or "mismatch_fraction" in values
+
+
+def _not_cross_entropy(seen: Seen) -> bool:
+    if seen.without_report < PATIENCE or "mismatch_fraction" not in seen.reading.values:
+        return False
+    return not (seen.signals.broken_by_design or seen.signals.logits_scaled)
+
+
+def _no_absorption(seen: Seen) -> bool:
+    """Return whether most rows are those of another loss than a cross-entropy, and no other note says so."""
+    signals = seen.signals
+    said = signals.broken_by_design or signals.logits_scaled or signals.soft_targets
+    reported = seen.without_report == 0 and seen.measured >= PATIENCE
+    return reported and not said and seen.reading.values.get("mismatch_fraction", 0.0) > OTHER_LOSS
+
+
+def _no_absorption_text(seen: Seen) -> str:
+    share = seen.reading.values["mismatch_fraction"]
+    return (
+        f"The trained loss is no plain cross-entropy at the head: {share:.0%} of the rows that tell have "
+        "another gradient. Possible reasons: preferences, a policy gradient, a focal loss, weights of single "
+        "rows, logits changed after the head. Absorption is not defined there and is left out. Margins and "
+        "the loss at the head are those of the head's own logits. The reported loss is judged. If the logits "
+        "are changed after the head, watch the changed ones: logits = monitor.tap(logits)."
+    )
 
 
 def _not_cross_entropy_text(seen: Seen) -> str:
@@ -232,13 +258,10 @@ REMARKS: tuple[Remark, ...] = (
     ),
     Remark(
         "not_cross_entropy",
-        lambda seen: (
-            seen.without_report >= PATIENCE
-            and "mismatch_fraction" in seen.reading.values
-            and not (seen.signals.broken_by_design or seen.signals.logits_scaled)
-        ),
+        _not_cross_entropy,
         _not_cross_entropy_text,
     ),
+    Remark("absorption_left_out", _no_absorption, _no_absorption_text),
     Remark(
         "rows_weighted",
         lambda seen: (

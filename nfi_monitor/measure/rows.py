@@ -58,6 +58,8 @@ MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale", "mis
 
 MISMATCH = 0.1
 """Share of rows from which on the gradient is none of a cross-entropy, or the rows weigh differently."""
+OTHER_LOSS = 0.5
+"""Share of such rows from which on the rows have no correct class that could be absorbed (preferences)."""
 ZERO_SUM = 0.05
 """Largest violation of a row that can show a factor between the head's logits and those of the loss."""
 
@@ -343,8 +345,9 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         values["zero_sum_violation_batch"] = (
             min(abs(s["signed"]) / s["absolute"], 1.0) if s["absolute"] > 0 else math.nan
         )
-        values["absorbed_fraction"] = s["absorbed"] / s["live"]
-        values["partially_absorbed_fraction"] = (s["above_floor"] - s["absorbed"]) / s["live"]
+        if maxima[MAXIMA.index("mismatch")] <= OTHER_LOSS:  # a row of a preference has no correct class
+            values["absorbed_fraction"] = s["absorbed"] / s["live"]
+            values["partially_absorbed_fraction"] = max(s["above_floor"] - s["absorbed"], 0.0) / s["live"]
         if not math.isnan(s["unexplained"]):
             values["unexplained_violation_fraction"] = s["unexplained"] / s["live"]
             values["unsure_fraction"] = s["unsure"] / s["live"]

@@ -181,3 +181,34 @@ def test_the_loss_at_the_head_of_a_cross_entropy_is_judged(name: str) -> None:
     assert "not_cross_entropy" not in codes and ("rows_weighted" in codes) is (name == "class weights")
     assert "mismatch_fraction" not in monitor.history or not len(monitor.history["mismatch_fraction"][0])
     assert monitor._loop.detector.spike.baseline.readings == 8
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_rows_of_preferences_have_no_absorption_and_a_note_says_so(observed: bool) -> None:
+    x, y = batch()
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    monitor = Monitor(model, optimizer, console=False, every=1)
+    for _ in range(12):
+        z = model(x)
+        loss = -F.logsigmoid(log_chance(z, y) - log_chance(z, (y + 1) % z.shape[-1])).mean()
+        loss.backward()
+        if observed:
+            monitor.observe_loss(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    monitor.close()
+    assert "live_fraction" in monitor.history
+    assert not {"absorbed_fraction", "partially_absorbed_fraction"} & set(monitor.history)
+    code = "absorption_left_out" if observed else "not_cross_entropy"
+    assert code in [note.code for note in monitor.notes]
+
+
+def test_no_share_of_partially_absorbed_rows_is_negative() -> None:
+    logits, target = scene()
+    other = (target + 1) % CLASSES
+    grad = torch.zeros_like(logits).scatter(1, target[:, None], 1.0).scatter(1, other[:, None], -1.0)
+    grad[:40] = gradient(F.cross_entropy, logits, target)[:40]
+    statistics = row_statistics(grad, logits, ROWS)
+    values = finish(statistics.sums.tolist(), statistics.maxima.tolist(), single_output=False)
+    assert values.get("partially_absorbed_fraction", 0.0) >= 0
