@@ -21,6 +21,7 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.foreign_optimizer import original_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.names import HeadLike
+from nfi_monitor.capture.recomputed import unusable
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.engine import checkpoint, detach
 from nfi_monitor.engine.checks import Options, find_watched
@@ -187,7 +188,11 @@ class Monitor:
         loop = self._loop
         if not loop.closed:
             try:
-                loop.recomputer.tap(hidden, targets)
+                why = unusable(hidden, targets)
+                if why is None:
+                    loop.recomputer.tap(hidden, targets)
+                else:
+                    loop.notes.features_unusable(why, loop.step)
             except Exception as error:
                 loop.faults.failed("rows", error)
         return hidden

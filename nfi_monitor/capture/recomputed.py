@@ -374,6 +374,18 @@ def _readable(head: Head, hidden: Tensor, targets: Tensor) -> bool:
     )
 
 
+def unusable(hidden: object, targets: object) -> str | None:
+    """Return why no rows can come from what a user taps; None if they can."""
+    if not (isinstance(hidden, Tensor) and isinstance(targets, Tensor)):
+        return f"it takes two tensors, and got {type(hidden).__name__} and {type(targets).__name__}"
+    if targets.is_floating_point() or targets.is_complex():
+        return f"targets must be the numbers of classes (int64), and are {targets.dtype}"
+    if hidden.shape[:-1] != targets.shape:
+        needed = f"hidden states {list(hidden.shape)} need targets {list(hidden.shape[:-1])}"
+        return f"{needed}, and got {list(targets.shape)}"
+    return None
+
+
 def autocast_of(device: str) -> Autocast:
     """Return a function that restores the present state of autocast."""
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nfi_monitor.types import Reading
 
 
-_WHY_NO_ROWS = {"head_replaced", "logits_changed"}
+_WHY_NO_ROWS = {"head_replaced", "logits_changed", "features_unusable"}
 """Notes that say why no rows come from the head."""
 
 
@@ -159,6 +159,15 @@ class NoteTaker:
                 "out, or pass the module inside as the model.",
                 step,
             )
+
+    def features_unusable(self, why: str, step: int) -> None:
+        """Note that a call of ``tap_features`` brings no rows."""
+        self.note(
+            "features_unusable",
+            f"No rows come from this call of monitor.tap_features(hidden, targets): {why}. The training gets "
+            "the hidden states unchanged. Pass those of the loss, [..., d], with the class of each row.",
+            step,
+        )
 
     def cuda_graph(self, step: int) -> None:
         """Note that a CUDA graph is being captured."""

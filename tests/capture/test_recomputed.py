@@ -153,6 +153,31 @@ def test_rows_that_are_not_the_runs_are_refused_and_a_note_says_so(loss_of: Loss
     assert not differences(trained, train(loss_of, far=8.0, watched=False)[1])
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda targets: targets[:2], "and got [2"),
+        (lambda targets: targets.float(), "torch.float32"),
+        (lambda targets: None, "NoneType"),
+    ],
+)
+def test_targets_that_cannot_be_used_are_said_and_end_no_part(change: Any, said: str) -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 8), "head": nn.Linear(8, 7)})
+    optimizer = torch.optim.Adam(model.parameters())
+    x, targets = torch.randn(12, 4), torch.arange(12) % 7
+    with Monitor(model, optimizer, head="head", console=False, every=1) as monitor:
+        for step in range(16):
+            hidden = model["body"](x)
+            assert monitor.tap_features(hidden, change(targets) if step < 8 else targets) is hidden
+            chunked(hidden, model["head"], targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    notes = {note.code: note.message for note in monitor.notes}
+    assert said in notes["features_unusable"]
+    assert not notes.keys() & {"failed_rows", "head_never_fired"}
+    assert len(monitor.history["live_fraction"][1]) == 8, "the later ones are read"
+
+
 def test_a_loss_that_is_never_trained_shows_no_rows() -> None:
     def other(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
         torch.autograd.grad(chunked(hidden, head, targets), hidden, retain_graph=True)
