@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from nfi_monitor.native import library
 from nfi_monitor.ranks.exchange import LAG
 from tests.compatibility import Recorder
 from tests.runs import differences
@@ -41,8 +42,12 @@ Outcome = list[Any]
 """What a case returned, by rank; None for a rank that was killed."""
 
 
-def launched(folder: Path, cases: dict[str, int], timeout: float = 900.0) -> Callable[[str], Outcome]:
+def launched(
+    folder: Path, cases: dict[str, int], timeout: float = 900.0, *, native: bool = True
+) -> Callable[[str], Outcome]:
+    """``native``: the C library may measure. It sums in another order than several ranks together."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment |= {} if native else {library.SWITCH: "0"}
     wanted = [f"{name}:{world}" for name, world in cases.items()]
     done = subprocess.run(
         [sys.executable, "-m", "tests.distributed.launch", str(folder), *wanted],
@@ -68,7 +73,7 @@ def launched(folder: Path, cases: dict[str, int], timeout: float = 900.0) -> Cal
 
 @pytest.fixture(scope="module")
 def fast(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
-    return launched(tmp_path_factory.mktemp("fast"), FAST)
+    return launched(tmp_path_factory.mktemp("fast"), FAST, native=False)
 
 
 @pytest.fixture(scope="module")
