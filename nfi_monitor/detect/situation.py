@@ -122,13 +122,18 @@ class Situation:
             # From the mean absolute difference of two losses to σ of one, and of the average of a few.
             rise = max(rise, BATCH_SIGMAS * FEW * spike.baseline.noise / 1.128)
         else:
-            loss = self.reading.get("loss", self.reading.get("head_loss"))
+            loss = self.loss
             if not loss >= 0:
                 return {}
             recent = math.log(max(loss, LOWEST_LOSS))
         crossed = recent - spike.baseline.average >= rise
         floor, level = math.exp(spike.baseline.average), math.exp(spike.baseline.average + rise)
         return {"loss": Evidence(math.exp(recent), level, floor, crossed=crossed)}
+
+    @property
+    def loss(self) -> float:
+        """The loss of the reading that is judged, or else the cross-entropy of the head; NaN if unknown."""
+        return self.reading.get("loss", self.reading.get("head_loss"))
 
     @property
     def rows_repeat(self) -> bool:
@@ -145,7 +150,7 @@ class Situation:
     @property
     def loss_share(self) -> float:
         """The loss of this reading over the least loss of a slingshot; ∞ where no loss is known."""
-        loss = self.reading.get("loss", self.reading.get("head_loss"))
+        loss = self.loss
         if not loss >= 0:
             return math.inf
         return loss / min(self.spike.least_of_each(self.limits))
@@ -153,7 +158,7 @@ class Situation:
     @property
     def loss_above_average(self) -> float:
         """Rise of this reading's loss above the running average, in nats of log loss; NaN if unknown."""
-        loss = self.reading.get("loss", self.reading.get("head_loss"))
+        loss = self.loss
         return math.log(max(loss, LOWEST_LOSS)) - self.spike.baseline.average if loss >= 0 else math.nan
 
     @property
@@ -163,7 +168,7 @@ class Situation:
         ∞ where it does not grow, NaN where no loss is known.  Near a minimum, the loss grows as the square of
         the gradient.
         """
-        loss = self.reading.get("loss", self.reading.get("head_loss"))
+        loss = self.loss
         rate = self.signals.gradient_growth
         if not loss > 0 or math.isnan(rate):
             return math.nan

@@ -167,10 +167,7 @@ class Diverging(Rule):
     advice = "edge_of_stability"
     charts = ("alignment", "curvature along the update")
     levels = (CURVATURE,)
-    first_evidence = dict.fromkeys(
-        (AlertKind.AT_RISK, AlertKind.IMMINENT),
-        ("secant_curvature", "gradient_alignment", "feature_displacement"),
-    )
+    first_evidence = {AlertKind.IMMINENT: ("secant_curvature", "gradient_alignment", "feature_displacement")}
 
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
@@ -191,11 +188,10 @@ class Diverging(Rule):
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
         signals, limits, average = now.signals, now.limits, math.exp(now.spike.baseline.average)
-        loss = average * math.exp(now.loss_above_average)
         return {
             "secant_curvature": Evidence(signals.curvature_peak, self._steep(now)),
             "gradient_alignment": Evidence(signals.alignment, -limits.diverging_alignment, 0.0),
-            "loss": Evidence(loss, average * math.exp(limits.diverging_rise), average),
+            "loss": Evidence(now.loss, average * math.exp(limits.diverging_rise), average),
         }
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
