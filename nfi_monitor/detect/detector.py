@@ -137,6 +137,7 @@ class Detector:
             self.outside.remember(reading)
         judgement = Judgement(self.phase, derived=derived)
         self._now.reading = reading
+        self._now.raised_from_outside = self.outside.raised(reading.step, tau)
         for rule in ANYTIME_RULES:
             self._update_anytime(rule, judgement)
         if state != QUIET:
@@ -263,7 +264,8 @@ class Detector:
                 self._book.end(kind, step, judgement, outcome=outcome)
             # A rule with two kinds is judged by the more severe one.
             names = [rule.name for rule in holding if max(rule.holds, key=_WARNINGS.index) is kind]
-            self.record.update(kind, names, step, tau, burst=outcome[0] is Outcome.BURST)
+            burst = outcome[0] is Outcome.BURST
+            self.record.update(kind, names, step, tau, loss=now.loss, burst=burst)
         return causes
 
     def _outcome(self, kind: AlertKind) -> tuple[Outcome, int | None]:
