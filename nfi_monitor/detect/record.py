@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any, TypedDict
 
 from nfi_monitor.schema import Between, decode
 from nfi_monitor.types import AlertKind
@@ -25,7 +25,6 @@ class _Saved(TypedDict):
     came_true: dict[str, int]
     led_to_nothing: dict[str, int]
     raised: dict[str, tuple[Annotated[float, Between(1, HIGHEST)], int]]
-    passed: NotRequired[dict[str, tuple[Annotated[float, Between(0, math.inf)], int]]]
 
 
 class Record:
@@ -37,8 +36,8 @@ class Record:
         self._raised: dict[str, tuple[float, int]] = {}  # rule → (factor, step at which it was so high)
         self._held: dict[AlertKind, set[str]] = {}  # kind of a firing warning → rules that have held it
         self._highest: dict[AlertKind, float] = {}  # kind of a firing warning → highest loss since it began
-        self._passed: dict[str, tuple[float, int]] = {}  # rule → (highest loss of its alarms that no
-        # slingshot followed, step at which the last of them ended)
+        # Rule → (highest loss of its alarms that no slingshot followed, step at which the last one ended).
+        self._passed: dict[str, tuple[float, int]] = {}
 
     def factor(self, rule: str, step: int, tau: float) -> float:
         """Return the present factor of the rule's levels, from 1 to HIGHEST."""
@@ -111,6 +110,8 @@ class Record:
         """Restore what :meth:`state_dict` returned. Raises ValueError for another state."""
         saved = decode(_Saved, state)
         self.came_true, self.led_to_nothing = saved["came_true"], saved["led_to_nothing"]
-        self._raised, self._passed = saved["raised"], saved.get("passed", {})
+        self._raised = saved["raised"]
+        passed = state.get("passed", {})  # earlier versions had none
+        self._passed = decode(dict[str, tuple[Annotated[float, Between(0, math.inf)], int]], passed)
         held = decode(dict[str, list[str]], state.get("held", {}))
         self._held = {AlertKind(kind): set(rules) for kind, rules in held.items()}
