@@ -180,7 +180,7 @@ class Thresholds:
     diverging_alignment: float = 0.9
     """Minus the averaged cosine of successive gradients at which an oscillation counts as diverging: the
     update has one direction left. Lower: oscillations of many directions, which die down."""
-    diverging_curvature: float = 0.9
+    diverging_curvature: float = 1.03
     """Secant curvature of a diverging oscillation, as a share of the stability limit. Above 1 every step is
     larger than the one before; the estimate is a little low. Lower: twice the alarms that lead to nothing."""
     diverging_rise: float = 0.7

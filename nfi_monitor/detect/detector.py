@@ -19,7 +19,7 @@ from nfi_monitor.detect.attention import Attention, attention_of
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
 from nfi_monitor.detect.loss_watch import LossWatch
-from nfi_monitor.detect.mechanism import name_mechanism, outside_cause, with_outside
+from nfi_monitor.detect.mechanism import name_mechanism, outside_cause, raised_by_data, with_outside
 from nfi_monitor.detect.outside import Outside, OutsideWatch, moved_by
 from nfi_monitor.detect.record import Record
 from nfi_monitor.detect.rules import ANYTIME_RULES, PROVEN, RULES, WARNING_RULES, Rule
@@ -137,6 +137,7 @@ class Detector:
             self.outside.remember(reading)
         judgement = Judgement(self.phase, derived=derived)
         self._now.reading = reading
+        self._now.raised_from_outside = self.outside.raised(reading.step, tau)
         for rule in ANYTIME_RULES:
             self._update_anytime(rule, judgement)
         if state != QUIET:
@@ -219,7 +220,9 @@ class Detector:
                 mechanism, confidence = warning.mechanism, warning.confidence
             self._book.end(kind, step, judgement, outcome=(Outcome.SLINGSHOT, spike.start))
         # Begin the alert before the rules are switched off, because their levels are its evidence.
-        claim = Claim(AlertKind.SLINGSHOT, Severity.CRITICAL, mechanism, confidence)
+        by_data = from_outside and raised_by_data(causes)
+        severity = Severity.WARNING if by_data else Severity.CRITICAL
+        claim = Claim(AlertKind.SLINGSHOT, severity, mechanism, confidence)
         self._book.begin(claim, spike.start, judgement)
         for rule in WARNING_RULES:
             self._switches[rule.name].on = False
@@ -263,7 +266,8 @@ class Detector:
                 self._book.end(kind, step, judgement, outcome=outcome)
             # A rule with two kinds is judged by the more severe one.
             names = [rule.name for rule in holding if max(rule.holds, key=_WARNINGS.index) is kind]
-            self.record.update(kind, names, step, tau, burst=outcome[0] is Outcome.BURST)
+            burst = outcome[0] is Outcome.BURST
+            self.record.update(kind, names, step, tau, loss=now.loss, burst=burst)
         return causes
 
     def _outcome(self, kind: AlertKind) -> tuple[Outcome, int | None]:

@@ -68,6 +68,16 @@ def outside_cause(causes: Causes) -> float:
     return 0.7 if outside.leaps_beyond(causes.update_jump) else 0.0
 
 
+def raised_by_data(causes: Causes) -> bool:
+    """Return whether the rows of a step raised the loss, and neither its update nor a corrupt gradient.
+
+    The weights are as good as before.  It happens by design, too: at the next part of a curriculum.
+    """
+    outside = causes.outside
+    jumped = outside.rate_jump >= JUMP or causes.learning_rate_jump >= JUMP
+    return outside_cause(causes) > 0 and not (jumped or outside.corrupt_gradient)
+
+
 def with_outside(
     causes: Causes, watch: OutsideWatch, switches: Mapping[str, Hysteresis], start: int, tau: float
 ) -> Causes:

@@ -253,6 +253,11 @@ class OutsideWatch(Stateful):
             remembered=self._remembered(start, tau),
         )
 
+    def raised(self, step: int, tau: float) -> bool:
+        """Return whether the batch, not an update, has raised the loss in the last steps before ``step``."""
+        recent = 0 <= step - self.leap_at <= AFTERWARDS
+        return recent and self.before(step, tau).unexplained_leap
+
     def _remembered(self, start: int, tau: float) -> float:
         """Return ``Outside.remembered`` of an event that starts at step ``start``."""
         known = self._second_moments()

@@ -6,6 +6,7 @@ nothing doubles the level of the rule that raised it.  The factor fades slowly, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, TypedDict
 
@@ -34,6 +35,9 @@ class Record:
         self.led_to_nothing: dict[str, int] = {}
         self._raised: dict[str, tuple[float, int]] = {}  # rule → (factor, step at which it was so high)
         self._held: dict[AlertKind, set[str]] = {}  # kind of a firing warning → rules that have held it
+        self._highest: dict[AlertKind, float] = {}  # kind of a firing warning → highest loss since it began
+        # Rule → (highest loss of its alarms that no slingshot followed, step at which the last one ended).
+        self._passed: dict[str, tuple[float, int]] = {}
 
     def factor(self, rule: str, step: int, tau: float) -> float:
         """Return the present factor of the rule's levels, from 1 to HIGHEST."""
@@ -44,23 +48,34 @@ class Record:
         half_lives = max(step - since, 0) / max(FADES * tau, FADES_STEPS)
         return float(max(factor * 0.5**half_lives, 1.0))
 
+    def passed(self, rule: str, step: int, tau: float) -> float:
+        """Return the highest loss of the rule's alarms that no slingshot followed; 0: no recent ones."""
+        highest, since = self._passed.get(rule, (0.0, step))
+        return highest if step - since <= max(FADES * tau, FADES_STEPS) else 0.0
+
     def disappoint(self, rule: str, step: int, tau: float) -> None:
         """Count an alarm that ended without a slingshot."""
         self.led_to_nothing[rule] = self.led_to_nothing.get(rule, 0) + 1
         self._raised[rule] = (min(2.0 * self.factor(rule, step, tau), HIGHEST), step)
 
     def update(
-        self, kind: AlertKind, holding: Collection[str], step: int, tau: float, *, burst: bool
+        self, kind: AlertKind, holding: Collection[str], step: int, tau: float, *, loss: float, burst: bool
     ) -> None:
         """Add the rules that hold the warning of ``kind`` now; if it has ended, count that it led to nothing.
 
-        ``burst``: a burst of the loss has followed the warning. That is neither a slingshot nor nothing.
+        ``loss``: of this step.  ``burst``: a burst of the loss has followed the warning. That is neither a
+        slingshot nor nothing.
         """
         held = self._held.setdefault(kind, set())
         held.update(holding)
-        if not holding:
-            for rule in () if burst else held:
-                self.disappoint(rule, step, tau)
+        if held and loss > self._highest.get(kind, 0.0):
+            self._highest[kind] = loss
+        if not holding and held:
+            highest = self._highest.pop(kind, 0.0)
+            for rule in held:
+                self._passed[rule] = max(highest, self.passed(rule, step, tau)), step
+                if not burst:
+                    self.disappoint(rule, step, tau)
             held.clear()
 
     def slingshot(self, step: int, tau: float) -> None:
@@ -69,10 +84,13 @@ class Record:
             for rule in held:
                 self.came_true[rule] = self.came_true.get(rule, 0) + 1
                 self._raised.pop(rule, None)
+                self._passed.pop(rule, None)
             held.clear()
-        for rule, (_, since) in list(self._raised.items()):
-            if step - since <= tau:
-                del self._raised[rule]
+        self._highest.clear()
+        for ended in (self._raised, self._passed):
+            for rule, (_, since) in list(ended.items()):
+                if step - since <= tau:
+                    del ended[rule]
 
     def is_doubtful(self, rule: str) -> bool:
         """Return whether more alarms of the rule led to nothing than came true."""
@@ -84,6 +102,7 @@ class Record:
             "came_true": dict(self.came_true),
             "led_to_nothing": dict(self.led_to_nothing),
             "raised": {rule: list(raised) for rule, raised in self._raised.items()},
+            "passed": {rule: list(passed) for rule, passed in self._passed.items()},
             "held": {kind.value: sorted(held) for kind, held in self._held.items()},
         }
 
@@ -92,5 +111,7 @@ class Record:
         saved = decode(_Saved, state)
         self.came_true, self.led_to_nothing = saved["came_true"], saved["led_to_nothing"]
         self._raised = saved["raised"]
+        passed = state.get("passed", {})  # earlier versions had none
+        self._passed = decode(dict[str, tuple[Annotated[float, Between(0, math.inf)], int]], passed)
         held = decode(dict[str, list[str]], state.get("held", {}))
         self._held = {AlertKind(kind): set(rules) for kind, rules in held.items()}

@@ -20,6 +20,8 @@ FEW = 0.41
 """Standard deviation of ``Signals.loss_recent`` over that of one loss: an average over about 3 readings."""
 BATCH_SIGMAS = 6.0
 """Standard deviations by which ``Signals.loss_recent`` must be high where each step has other rows."""
+FALLS = 0.4
+"""Nats of log loss below the running average at which the loss falls: a third less than over 50 readings."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Situation:
     reading: Reading = field(default_factory=lambda: Reading(0, {}))
     outside: Outside = field(default_factory=Outside)
     """What came from outside in the last steps."""
+    raised_from_outside: bool = False
+    """Whether the batch, not an update, has raised the loss in the last steps: no sign of what updates do."""
 
     @property
     def step(self) -> int:
@@ -105,10 +109,11 @@ class Situation:
     def loss_stands_out(self) -> bool:
         """Whether the loss of this reading is above its own recent range; True where no loss is known.
 
+        A loss that the batch has raised does not count.
         With the same rows at each step, any clear rise counts.  Minibatches differ, so there a few losses in
-        a row must be far above the noise of the loss.
+        a row must be far above the noise of the loss; the same holds where the rows are not seen.
         """
-        return all(item.crossed for item in self.loss_evidence.values())
+        return not self.raised_from_outside and all(item.crossed for item in self.loss_evidence.values())
 
     @property
     def loss_evidence(self) -> dict[str, Evidence]:
@@ -117,7 +122,7 @@ class Situation:
         if math.isnan(spike.baseline.average) or math.isnan(signals.loss_recent):
             return {}
         rise = self.limits.loss_stands_out
-        if signals.other_rows:
+        if not signals.same_rows:
             recent = signals.loss_recent
             # From the mean absolute difference of two losses to σ of one, and of the average of a few.
             rise = max(rise, BATCH_SIGMAS * FEW * spike.baseline.noise / 1.128)
@@ -162,6 +167,15 @@ class Situation:
         return math.log(max(loss, LOWEST_LOSS)) - self.spike.baseline.average if loss >= 0 else math.nan
 
     @property
+    def loss_falls(self) -> bool:
+        """Whether the last few losses are far below the running average, as while a run first learns.
+
+        Its updates move the logits because there is still something to learn.  In half precision, rounding
+        absorbs the confident rows even then.
+        """
+        return self.signals.loss_recent - self.spike.baseline.average < -FALLS
+
+    @property
     def steps_to_slingshot(self) -> float:
         """Steps until the loss is that of a slingshot, if the gradient goes on growing as in the last steps.
 
@@ -183,6 +197,13 @@ class Situation:
     def level_of(self, rule: str) -> float:
         """Return the factor by which the levels of a rule are higher because its alarms led to nothing."""
         return self.record.factor(rule, self.signals.last_step, self.context.tau)
+
+    def outgrows(self, rule: str) -> bool:
+        """Return whether the loss is above that of the rule's alarms that no slingshot followed.
+
+        A run that lives at the edge of stability oscillates again and again, by about the same amount.
+        """
+        return not self.loss <= self.record.passed(rule, self.step, self.context.tau)
 
     def weight_decay_pulls(self, step: int, *, coupled: bool = False) -> bool:
         """Return whether weight decay moves the weights and the second moment has had time to settle.

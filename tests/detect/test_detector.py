@@ -132,6 +132,7 @@ def test_a_loss_that_leaps_after_an_ordinary_update_has_an_external_mechanism() 
     detector, _, _ = run(readings(), NUMERIC)
     assert [alert.kind for alert in detector.alerts] == [AlertKind.SLINGSHOT]
     assert detector.alerts[0].mechanism is Mechanism.EXTERNAL
+    assert detector.alerts[0].severity is Severity.WARNING, "the weights are as good as before"
     assert "Look at the data of this step" in detector.alerts[0].advice[0]
 
 

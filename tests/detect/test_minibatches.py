@@ -81,7 +81,8 @@ def kick(
 ) -> Iterator[Reading]:
     """Yield a second moment that decays, then a gradient that comes back for eight steps.
 
-    The logarithm of the loss has the noise ``sigma``, and is higher by ``rise`` in the kick.
+    The logarithm of the loss has the noise ``sigma``, and is higher by ``rise`` from the third step of the
+    kick on.
     ``peak``: RMS_t in the kick.
     """
     rng, root = random.Random(0), 1.0
@@ -97,7 +98,7 @@ def kick(
             "secant_curvature": 1.0,
             "gradient_alignment": alignment if kicked else 0.0,
             "row_match": match,
-            "loss": 1e-3 * math.exp((rise if kicked else 0.0) + rng.gauss(0.0, sigma)),
+            "loss": 1e-3 * math.exp(rise * min(max(step - KICK + 1, 0) / 3, 1.0) + rng.gauss(0.0, sigma)),
         }
         yield Reading(step, values)
 
@@ -226,6 +227,30 @@ def test_where_rows_are_unseen_a_kick_turns_around_or_is_as_strong_as_between_mi
             yield Reading(reading.step, {**reading.values, "secant_curvature": curvature})
 
     assert bool(imminent(unseen())) is sounds
+
+
+@pytest.mark.parametrize(("sigma", "sounds"), [(0.05, True), (0.4, False)])
+def test_where_rows_are_unseen_the_loss_of_a_kick_is_outside_of_its_noise(sigma: float, sounds: bool) -> None:
+    """The unseen rows may be those of minibatches, whose losses differ by factors."""
+    assert bool(imminent(kick(match=math.nan, alignment=0.3, rise=0.5, sigma=sigma))) is sounds
+
+
+@pytest.mark.parametrize(("moved", "sounds"), [(0.003, False), (0.4, True)])
+def test_a_loss_that_rises_in_one_step_by_more_than_the_update_before_moved_is_no_kick(
+    moved: float, sounds: bool
+) -> None:
+    """Each new part of a curriculum raises the loss, and the gradient with it."""
+
+    def next_part() -> Iterator[Reading]:
+        for reading in kick(match=1.0, alignment=0.0, rise=0.0, sigma=0.05):
+            values = dict(reading.values)
+            if reading.step >= KICK:
+                values["loss"] = 8.0 * values["loss"]
+            if reading.step == KICK - 1:
+                values["feature_displacement"] = moved
+            yield Reading(reading.step, values)
+
+    assert bool(imminent(next_part())) is sounds
 
 
 @pytest.mark.parametrize(("floor", "sounds"), [(3e-3, True), (1e-5, False)])

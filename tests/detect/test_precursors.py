@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -260,6 +261,22 @@ def test_a_mean_that_grows_or_shrinks_by_two_percent_per_tau_is_imminent_without
         )
 
 
+@pytest.mark.parametrize("halves", [20, 100, math.inf])
+def test_while_the_loss_falls_updates_that_move_the_logits_are_no_sign(halves: float) -> None:
+    """In half precision, rounding absorbs confident rows while a run still learns from the others.
+
+    The running average of log loss lags behind by about 50 readings, loss_recent by 3.  So a loss that
+    halves within 80 readings is .4 nat below its average.
+    """
+    detector = Detector(None, replace(ADAM, loss_bits=16))
+    for step in range(1, 301):
+        learning = absorbing(step, 0.8 if step > 60 else 0.01)
+        loss = max(2.0 * 0.5 ** (step / halves), 1e-6)
+        detector.update(Reading(step, {**learning.values, "loss": loss}))
+    found = [alert for alert in detector.alerts if alert.kind is AlertKind.IMMINENT]
+    assert bool(found) is (halves > 80)
+
+
 def test_a_displacement_that_has_not_risen_is_imminent_at_its_full_level_only() -> None:
     """Soft-capped logits move by a tenth of a nat between minibatches for ever."""
     for delta, sounds in ((0.2, False), (0.5, False), (0.8, True)):
@@ -343,6 +360,7 @@ def test_under_strong_weight_decay_a_kick_is_a_gradient_that_turns_at_high_curva
                     "feature_displacement": 0.2 if kicked else 0.003,
                     "secant_curvature": 30.0 if kicked else 2.0,
                     "gradient_alignment": turn if kicked else 0.0,
+                    "row_match": 1.0,
                     "loss": loss if kicked else 1e-5,
                 },
             )

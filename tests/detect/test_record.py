@@ -62,7 +62,7 @@ def test_a_slingshot_resets_the_factor() -> None:
     record = Record()
     for _ in range(3):
         record.disappoint("imminent", 100, 20.0)
-    record.update(AlertKind.IMMINENT, ["imminent"], 140, 20.0, burst=False)
+    record.update(AlertKind.IMMINENT, ["imminent"], 140, 20.0, loss=1.0, burst=False)
     record.slingshot(150, 20.0)
     assert record.factor("imminent", 150, 20.0) == 1.0
 
@@ -72,8 +72,8 @@ def test_a_slingshot_resets_the_factors_of_warnings_that_ended_at_most_a_tau_bef
     ended: int, factor: float
 ) -> None:
     record = Record()
-    record.update(AlertKind.AT_RISK, ["coasting"], 100, 20.0, burst=False)
-    record.update(AlertKind.AT_RISK, [], ended, 20.0, burst=False)
+    record.update(AlertKind.AT_RISK, ["coasting"], 100, 20.0, loss=1.0, burst=False)
+    record.update(AlertKind.AT_RISK, [], ended, 20.0, loss=1.0, burst=False)
     record.slingshot(150, 20.0)
     assert record.factor("coasting", 150, 20.0) == pytest.approx(factor, rel=0.01)
     assert record.came_true == {}
@@ -85,7 +85,7 @@ def test_each_rule_that_has_held_a_warning_is_judged_once_when_the_warning_ends(
 ) -> None:
     record = Record()
     for step, holding in enumerate([["inflating"], ["absorbing"], [], [], []], 100):
-        record.update(AlertKind.AT_RISK, holding, step, 20.0, burst=burst)
+        record.update(AlertKind.AT_RISK, holding, step, 20.0, loss=1.0, burst=burst)
     assert record.factor("inflating", 102, 20.0) == record.factor("absorbing", 102, 20.0) == factor
 
 
@@ -94,7 +94,7 @@ def test_a_rule_is_doubtful_while_more_of_its_alarms_led_to_nothing_than_came_tr
     assert not record.is_doubtful("imminent")
     record.disappoint("imminent", 100, 20.0)
     assert record.is_doubtful("imminent") and not record.is_doubtful("kicking")
-    record.update(AlertKind.IMMINENT, ["imminent"], 200, 20.0, burst=False)
+    record.update(AlertKind.IMMINENT, ["imminent"], 200, 20.0, loss=1.0, burst=False)
     record.slingshot(210, 20.0)
     assert not record.is_doubtful("imminent")
 
@@ -103,10 +103,49 @@ def test_a_record_survives_a_checkpoint() -> None:
     record, restored = Record(), Record()
     for step in (100, 900):
         record.disappoint("imminent", step, 20.0)
-    record.update(AlertKind.IMMINENT, ["kicking"], 950, 20.0, burst=False)
+    record.update(AlertKind.IMMINENT, ["kicking"], 950, 20.0, loss=1.0, burst=False)
     restored.load_state_dict(json.loads(json.dumps(record.state_dict())))
     assert restored.state_dict() == record.state_dict()
     assert restored.factor("imminent", 3000, 20.0) == record.factor("imminent", 3000, 20.0)
+
+
+def passed_alarm(record: Record, loss: float, step: int, *, burst: bool = False) -> None:
+    record.update(AlertKind.IMMINENT, ["diverging"], step, 20.0, loss=loss, burst=burst)
+    record.update(AlertKind.IMMINENT, [], step + 1, 20.0, loss=loss / 2, burst=burst)
+
+
+@pytest.mark.parametrize("burst", [False, True])
+def test_the_highest_loss_of_alarms_that_passed_is_kept_for_a_hundred_tau_but_at_least_five_thousand_steps(
+    burst: bool,
+) -> None:
+    record = Record()
+    assert record.passed("diverging", 10, 20.0) == 0.0
+    passed_alarm(record, 0.3, 100, burst=burst)
+    passed_alarm(record, 0.1, 200, burst=burst)
+    assert record.passed("diverging", 5201, 20.0) == 0.3
+    assert record.passed("diverging", 5202, 20.0) == 0.0
+    assert record.passed("diverging", 5202, 100.0) == 0.3
+    assert record.passed("kicking", 201, 20.0) == 0.0, "each rule has one of its own"
+
+
+def test_a_slingshot_forgets_the_highest_loss_of_alarms_that_ended_at_most_a_tau_before() -> None:
+    record = Record()
+    passed_alarm(record, 0.3, 100)
+    record.slingshot(122, 20.0)
+    assert record.passed("diverging", 123, 20.0) == 0.3
+    record.slingshot(121, 20.0)
+    assert record.passed("diverging", 123, 20.0) == 0.0
+
+
+def test_the_highest_loss_survives_a_checkpoint_and_an_earlier_one_has_none() -> None:
+    record, restored, earlier = Record(), Record(), Record()
+    passed_alarm(record, 0.3, 100)
+    state = json.loads(json.dumps(record.state_dict()))
+    restored.load_state_dict(state)
+    assert restored.passed("diverging", 102, 20.0) == 0.3
+    del state["passed"]
+    earlier.load_state_dict(state)
+    assert earlier.passed("diverging", 102, 20.0) == 0.0
 
 
 # --- the factor in the detector ------------------------------------------------------------------------

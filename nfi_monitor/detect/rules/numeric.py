@@ -149,7 +149,7 @@ class Imminent(_Numeric):
     }  # fmt: skip
 
     def enter(self, now: Situation) -> bool:
-        if not now.on(Absorbing.name):
+        if not now.on(Absorbing.name) or now.loss_falls:
             return False
         if swelling(now):
             return True

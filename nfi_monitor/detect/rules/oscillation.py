@@ -44,6 +44,8 @@ SWING = Level(
     may_be_lower=True,
     show="nat",
 )
+AT_LAST = 0.9
+"""Share of ``diverging_curvature`` that is enough where the next step is that of a slingshot."""
 
 
 class Overshooting(Rule):
@@ -177,7 +179,8 @@ class Diverging(Rule):
             and signals.alignment <= -limits.diverging_alignment
             and signals.curvature_peak >= self._steep(now)
             and now.loss_above_average >= limits.diverging_rise
-            and now.steps_to_slingshot <= limits.diverging_steps / now.level_of(self.name)
+            and now.steps_to_slingshot <= limits.diverging_steps
+            and now.outgrows(self.name)
         )
 
     def stay(self, now: Situation) -> bool:
@@ -205,7 +208,13 @@ class Diverging(Rule):
 
     @staticmethod
     def _steep(now: Situation) -> float:
-        return now.limits.diverging_curvature * now.context.stability_limit
+        """Return the curvature at which an oscillation diverges.
+
+        Beside the stability limit, an oscillation grows and then ends by itself, because it moves the weights
+        to where the curvature is lower (Damian et al. 2023, arXiv 2209.15594).
+        """
+        share = AT_LAST if now.steps_to_slingshot <= 1.0 else 1.0
+        return share * now.limits.diverging_curvature * now.context.stability_limit
 
     @classmethod
     def _half_way(cls, now: Situation) -> bool:
