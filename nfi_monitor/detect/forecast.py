@@ -12,6 +12,14 @@ So
 
     steps ≈ ln(1/δ) / (−½ ln β2 · violation + 0.3 · slope).
 
+Once a slingshot is *imminent*, this formula no longer holds: the rise of δ slows down near one nat.  There
+the time left is read from the rise itself, by a law that was measured:
+
+    steps ≈ 8.2 τ / sqrt(rise of δ above its recent minimum)
+
+Fitted on 26 runs of the quick and the full suite, where it is right within a factor of two in 74% of the
+readings from 12 τ to 1 τ before a slingshot, and in 75% on the three halves that nothing was fitted on.
+
 Rejected: the slope alone, because the last τ says little about the next ten.  Its forecasts were three times
 too short at 10 τ.  Rejected: the decay alone, because it is right at β2 = .95, but up to three times too long
 at .99 and .999.
@@ -33,6 +41,27 @@ FARTHEST = 15.0
 """Longest forecast, in τ. In a longer time the run changes too much."""
 LEAVING = 0.5
 """Rise of log loss, in nats, from which on no forecast is given: the loss is already leaving its floor."""
+
+NEAR_SPREAD = 3.0
+"""Factor between the median and the ends of the interval of a slingshot that is *imminent*. Measured: 85% of
+the slingshots are inside."""
+LEAST_RISE = 3.0
+"""Smallest rise of δ that tells the time left. Four in five of the readings below belong to runs in which no
+slingshot follows."""
+AT_NO_RISE = 8.2
+"""Time left in τ, extrapolated to a δ that has not risen."""
+
+
+def steps_when_imminent(rise: float, loss_rise: float, tau: float) -> tuple[int, int, int] | None:
+    """Return (low, median, high) in steps once a slingshot is *imminent*, or None where it would be a guess.
+
+    ``rise``: ratio of δ to its recent minimum.  ``loss_rise``: nats of log loss above its recent minimum; NaN
+    if it was not measured.
+    """
+    if not LEAST_RISE <= rise < math.inf or loss_rise >= LEAVING:
+        return None
+    median = AT_NO_RISE * tau / math.sqrt(rise)
+    return max(round(median / NEAR_SPREAD), 1), max(round(median), 1), max(round(median * NEAR_SPREAD), 1)
 
 
 def steps_to_spike(

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nfi_monitor.detect.forecast import FARTHEST, NEAREST, steps_to_spike
+from nfi_monitor.detect.forecast import FARTHEST, NEAREST, steps_to_spike, steps_when_imminent
 
 
 @given(st.floats(1e-5, 0.5), st.floats(0.05, 1.0), st.sampled_from([0.9, 0.95, 0.99, 0.999]))
@@ -84,3 +84,25 @@ def test_a_second_moment_as_large_as_epsilon_doubles_the_time() -> None:
 
 def test_there_is_no_forecast_where_only_epsilon_is_left_of_the_denominator() -> None:
     assert steps_to_spike(0.12, 0.8, 0.0, 0.0, 0.95, 20.0, clock=0.0) is None
+
+
+# --- once a slingshot is imminent -----------------------------------------------------------------------
+
+
+@given(st.floats(3.0, 1e6), st.sampled_from([10.0, 20.0, 100.0, 1000.0]))
+def test_the_time_left_falls_with_the_root_of_the_rise(rise: float, tau: float) -> None:
+    found = steps_when_imminent(rise, 0.0, tau)
+    assert found is not None
+    low, median, high = found
+    assert median == max(round(8.2 * tau * rise**-0.5), 1)
+    assert 1 <= low <= median <= high <= 3 * median + 2
+
+
+@pytest.mark.parametrize(
+    ("rise", "loss_rise", "given"),
+    [(2.9, 0.0, False), (3.0, 0.0, True), (9.0, 0.6, False), (9.0, math.nan, True), (math.nan, 0.0, False)],
+)
+def test_no_number_is_given_without_a_rise_or_once_the_loss_has_left_its_floor(
+    rise: float, loss_rise: float, given: bool
+) -> None:
+    assert (steps_when_imminent(rise, loss_rise, 20.0) is not None) is given

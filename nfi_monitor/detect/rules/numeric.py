@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from nfi_monitor.detect.causes import Causes
-from nfi_monitor.detect.forecast import steps_to_spike
+from nfi_monitor.detect.forecast import steps_to_spike, steps_when_imminent
 from nfi_monitor.detect.rules.base import Level, Rule
 from nfi_monitor.detect.situation import Situation
 from nfi_monitor.types import AlertKind, Evidence, Mechanism, Phase, Severity
@@ -119,7 +119,8 @@ class Inflating(_Numeric):
         # No forecast where the layers below the head move the logits more than the head does: their movement
         # makes the slingshot. No forecast under weight decay either: it reduces margins, which the formula
         # does not include.
-        if signals.swing > signals.head_displacement or context.decoupled_decay:
+        # The rule "imminent" has a forecast of its own.
+        if signals.swing > signals.head_displacement or context.decoupled_decay or now.on(Imminent.name):
             return None
         return steps_to_spike(
             signals.displacement_rms * now.displacement_steps,
@@ -161,6 +162,11 @@ class Imminent(_Numeric):
 
     def stay(self, now: Situation) -> bool:
         return now.on(Absorbing.name) and (displacing(now) or swelling(now))
+
+    def forecast(self, now: Situation) -> tuple[int, int, int] | None:
+        """Return the forecast of :func:`steps_when_imminent`."""
+        signals = now.signals
+        return steps_when_imminent(signals.displacement_rise, signals.loss_rise, now.context.tau)
 
     def evidence(self, now: Situation) -> dict[str, Evidence]:
         signals = now.signals
