@@ -69,7 +69,7 @@ CHANGED_SINCE = (
     "blind test any more."
 )
 AFTER = {HELD_OUT_3: "", HELD_OUT_2: "523ae21", HELD_OUT: "7a02bd4"}
-"""Half → the commit with the rules and constants that it was to test, after which it was trained; "" before that."""
+"""Half → the commit with the rules and constants that it was to test; trained after it. "": not yet."""
 
 
 def held_out(half: str) -> str:

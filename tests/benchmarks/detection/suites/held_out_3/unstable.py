@@ -153,7 +153,7 @@ def token_rows(task: str, rows: int) -> tuple[Tensor, Tensor, int, int]:
 
 def number_rows(task: str, rows: int) -> tuple[Tensor, Tensor, int]:
     """(numbers [N, D], class [N] or target [N, K], outputs)."""
-    if task == "graphs":  # how many links close a triangle, of random graphs with seven nodes
+    if task == "graphs":  # how many triangles a random graph of seven nodes has
         links = (torch.rand(rows, 7, 7) < 0.3).float().triu(1)
         links = links + links.transpose(1, 2)
         closed = ((links @ links) * links).sum((1, 2)) / 6
