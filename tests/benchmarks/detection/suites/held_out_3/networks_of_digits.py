@@ -154,7 +154,7 @@ def hinted(seed: int, arm: LogitChange, *, batch: int = 32, **how: Any) -> Check
 
 
 class Reversed(torch.autograd.Function):
-    """The gradient's sign is turned."""
+    """A tenth of the gradient, its sign turned."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -162,7 +162,7 @@ class Reversed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
-        return -0.3 * grad
+        return -0.1 * grad
 
 
 class TwoDomains(nn.Module):
@@ -179,9 +179,9 @@ class TwoDomains(nn.Module):
 
 
 def domains(seed: int, arm: LogitChange, *, batch: int = 32, **how: Any) -> CheckedTraining:
-    """Digits, and digits in negative that have no labels; the two heads pull apart."""
+    """Digits, and noisy digits that have no labels; the two heads pull apart."""
     x, y = _digits(seed)
-    known, others = x[:800], 1 - x[800:1500]
+    known, others = x[:800], (x[800:1500] + 0.3 * torch.randn(700, 64)).clamp(0, 1)
     one, two = epochs(known, y[:800], size=batch, seed=seed), epochs(others, size=batch, seed=seed + 1)
 
     def loss(training: Any, given: Any, monitor: Any) -> Tensor:

@@ -64,7 +64,7 @@ def _rows() -> list[Family]:
         family("k-bounded", table, 5000, nats=False, task="noisy", loss="bounded"),
         family("k-many-labels", table, 5000, task="labels", loss="lopsided_labels", lr=2e-3,
                schedule=("one_cycle", 5000)),
-        family("k-amounts", table, 5000, nats=False, task="amounts", loss="squares", lr=1e-2),
+        family("k-amounts", table, 5000, nats=False, task="amounts", loss="squares", lr=4e-3),
         family("k-worst-group", rows.worst_group, 5000, kind="momentum", lr=1e-2, decay=1e-3),
         family("k-exercises", rows.exercises, 5000, nats=False, lr=3e-3),
     ]  # fmt: skip
@@ -74,7 +74,8 @@ def _digits() -> list[Family]:
     family, drawn, net = partial(family_of, HELD_OUT_3), rows.drawn, networks_of_digits
     return [
         family("k-half-sorted", drawn, 5000, order=("half_sorted", {"size": 32, "share": 0.5})),
-        family("k-class-by-class", drawn, 5000, order=("class_by_class", {"size": 32, "every": 1000})),
+        family("k-class-by-class", drawn, 5000, loss="smoothed",
+               order=("class_by_class", {"size": 32, "every": 1000})),
         family("k-larger-batches", drawn, 4000, net="gated",
                order=("larger_batches", {"size": 8, "every": 800})),
         family("k-private", drawn, 5000, noise=0.02, kind="momentum", lr=0.02, decay=0.0),
@@ -82,17 +83,17 @@ def _digits() -> list[Family]:
                schedule=("triangles", 500)),
         family("k-muon", drawn, 4000, net="no_bias", kind="muon", lr=2e-3, decay=0.1),
         family("k-averaged", drawn, 4000, net="gated", kind="asgd", lr=0.1, decay=1e-4),
-        family("k-centred", drawn, 4000, kind="centred", lr=2e-4, decay=0.0, batch=64,
+        family("k-centred", drawn, 4000, net="gated", kind="centred", lr=1e-4, decay=0.0,
                schedule=("milestones", 2500, 3500)),
         family("k-full-batch", rows.at_the_edge, 4000, nats=False, kind="momentum", lr=0.1, decay=0.0),
         family("k-full-batch-adam", rows.at_the_edge, 4000, nats=False, lr=3e-3),
-        family("k-high-rate", rows.at_the_edge, 4000, nats=False, batch=32, lr=1e-2),
+        family("k-high-rate", rows.at_the_edge, 4000, nats=False, batch=32, lr=5e-3),
         family("k-spiking", net.recognised, 3000, net="spiking", lr=2e-3),
         family("k-settled", net.recognised, 3000, net="settled"),
         family("k-capsules", net.recognised, 2500, nats=False, net="capsules"),
         family("k-attacked", net.attacked, 4000),
         family("k-hinted", net.hinted, 4000, nats=False),
-        family("k-domains", net.domains, 4000, floor=False),
+        family("k-domains", net.domains, 4000, lr=5e-4),
     ]  # fmt: skip
 
 

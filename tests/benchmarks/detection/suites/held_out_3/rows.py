@@ -101,7 +101,8 @@ def lopsided_labels(z: Tensor, y: Tensor) -> Tensor:
 
 LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "earth_movers": earth_movers, "doubting": doubting, "bounded": bounded,
-    "lopsided_labels": lopsided_labels, "cross_entropy": F.cross_entropy, "squares": F.mse_loss,
+    "lopsided_labels": lopsided_labels, "cross_entropy": F.cross_entropy,
+    "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1), "squares": F.mse_loss,
 }  # fmt: skip
 
 
@@ -126,7 +127,7 @@ def made(task: str, rows: int = 2000) -> tuple[Tensor, Tensor, int]:
         y = (x @ torch.randn(10, 6)).argmax(1)
         return x, torch.where(torch.rand(rows) < 0.3, torch.randint(0, 6, (rows,)), y), 6
     if task == "amounts":
-        return x, torch.stack([score, score.square(), x[:, 4].exp().clamp_max(5)], 1), 3
+        return x, torch.stack([score, score.square().clamp_max(4), x[:, 4].exp().clamp_max(4)], 1), 3
     raise ValueError(f"task {task!r}")
 
 
