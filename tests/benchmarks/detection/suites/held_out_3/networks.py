@@ -276,23 +276,6 @@ class Attending(nn.Module):
         return x + self.out((odds @ v).transpose(1, 2).flatten(2))
 
 
-class Routed(nn.Module):
-    """Each token goes to the one of three perceptrons that suits it best (Fedus et al. 2022)."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.router = nn.Linear(width, 3)
-        self.experts = nn.ModuleList(
-            nn.Sequential(nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width))
-            for _ in range(3)
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        share, chosen = self.router(x).softmax(-1).max(-1, keepdim=True)
-        each = torch.stack([expert(x) for expert in self.experts], -2)
-        return x + share * each.gather(-2, chosen[..., None].expand(*chosen.shape, x.shape[-1])).squeeze(-2)
-
-
 class Related(nn.Module):
     """The sum over all pairs of tokens of a perceptron of both (Santoro et al. 2017)."""
 
@@ -378,7 +361,6 @@ def of_tokens(net: str, tokens: int, length: int, width: int, outputs: int) -> n
         "slopes": lambda: [Attending(width, length, "slopes"), feed, last],
         "near": lambda: [Attending(width, length, "near"), feed, Attending(width, length, "near"), whole],
         "difference": lambda: [Attending(width, length, "difference"), feed, last],
-        "routed": lambda: [whole, Routed(width)],
         "related": lambda: [Related(width)],
         "remembered": lambda: [whole, Remembered(width), nn.Linear(width, width), nn.ReLU()],
         "two_ways": lambda: [TwoWays(width)],
