@@ -144,6 +144,11 @@ SUITES = "tests.benchmarks.detection.suites."
 """A run of these depends on the module of its builder too, and on what lies beside it."""
 BESIDE = ("shared", "networks")
 """Modules of a half whose parts its builders use."""
+COMMON = "common"
+"""Module whose parts the builders of all halves with a directory of their own use."""
+SAME_RUNS = Path(__file__).with_name("suites") / "same_runs.json"
+"""Key of a family → the one under which its runs were recorded. Their set-ups' code moved to another module
+since, and trains the same, bit for bit."""
 RENAMED = {"LogitChange": "Arm"}
 """Name in the set-ups' code → the one it had when runs were recorded: another name makes no other run."""
 
@@ -156,10 +161,19 @@ def family_key(family: Family) -> str:
     if family.module.startswith(SUITES):
         own = here.joinpath("suites", *family.module.removeprefix(SUITES).split(".")).with_suffix(".py")
         beside = [own.with_name(f"{name}.py") for name in BESIDE]
+        if own.parent.name != "suites":
+            beside.append(own.parent.with_name(f"{COMMON}.py"))
         parts += [_code(path) for path in (here / "suites" / "checked.py", own, *beside) if path.exists()]
     for name, recorded in RENAMED.items():
         parts = [re.sub(rf"\b{name}\b", recorded, part) for part in parts]
-    return _hash(*parts)
+    key = _hash(*parts)
+    return _same_runs().get(key, key)
+
+
+@cache
+def _same_runs() -> dict[str, str]:
+    found: dict[str, str] = json.loads(SAME_RUNS.read_text(encoding="utf-8"))
+    return found
 
 
 @cache

@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs, part_of
-from tests.benchmarks.detection.suites.held_out.shared import generator_of, trained
+from tests.benchmarks.detection.suites.common import trained
+from tests.benchmarks.detection.suites.held_out.shared import generator_of
 from tests.benchmarks.detection.training import LogitChange
 
 SIDE, MOVES = 5, torch.tensor([[0, 1], [0, -1], [1, 0], [-1, 0]])

@@ -5,34 +5,29 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.benchmarks.detection import data
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs
-from tests.benchmarks.detection.suites.held_out.shared import code_windows, generator_of, trained
+from tests.benchmarks.detection.suites.common import ENDS, USUAL, VOCABULARY, of_transformers, trained
+from tests.benchmarks.detection.suites.held_out.shared import code_windows, generator_of
 from tests.benchmarks.detection.training import LogitChange
 
-VOCABULARY = 128
-_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_USUAL = {
-    "vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 48, "max_position_embeddings": 64,
-}  # fmt: skip
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5ForConditionalGeneration", {
         "vocab_size": VOCABULARY, "d_model": 24, "d_kv": 12, "d_ff": 48, "num_layers": 1, "num_heads": 2,
-        "decoder_start_token_id": 0, **_ENDS}),
+        "decoder_start_token_id": 0, **ENDS}),
     "whisper": ("WhisperForConditionalGeneration", {
         "vocab_size": VOCABULARY, "num_mel_bins": 8, "d_model": 24, "encoder_layers": 1, "decoder_layers": 1,
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48,
         "decoder_ffn_dim": 48, "max_source_positions": 16, "max_target_positions": 16,
-        "decoder_start_token_id": 1, **_ENDS}),
+        "decoder_start_token_id": 1, **ENDS}),
     "convnext": ("ConvNextForImageClassification", {
         "num_channels": 1, "patch_size": 2, "image_size": 8, "num_stages": 2, "hidden_sizes": [12, 24],
         "depths": [1, 1], "num_labels": 10, "drop_path_rate": 0.1}),
     "mamba": ("MambaForCausalLM", {
         "vocab_size": VOCABULARY, "hidden_size": 24, "state_size": 4, "num_hidden_layers": 1, "expand": 2,
-        "conv_kernel": 3, **_ENDS}),
+        "conv_kernel": 3, **ENDS}),
     "wav2vec": ("Wav2Vec2ForCTC", {
         "vocab_size": 9, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
         "intermediate_size": 48, "conv_dim": [16, 16], "conv_stride": [4, 2], "conv_kernel": [8, 4],
@@ -43,24 +38,15 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "max_position_embeddings": 32, "num_labels": 3}),
     "opt": ("OPTForCausalLM", {
         "vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "ffn_dim": 48, "max_position_embeddings": 32, "word_embed_proj_dim": 24, **_ENDS}),
+        "ffn_dim": 48, "max_position_embeddings": 32, "word_embed_proj_dim": 24, **ENDS}),
     "mixtral": ("MixtralForCausalLM", {
-        **_USUAL, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2,
-        "output_router_logits": True, **_ENDS}),
-    "qwen": ("Qwen2ForCausalLM", {**_USUAL, "num_key_value_heads": 1, "tie_word_embeddings": True, **_ENDS}),
-    "electra": ("ElectraForPreTraining", {**_USUAL, "embedding_size": 16}),
-    "roberta": ("RobertaForMultipleChoice", {**_USUAL, "pad_token_id": 0}),
+        **USUAL, "num_key_value_heads": 1, "num_local_experts": 3, "num_experts_per_tok": 2,
+        "output_router_logits": True, **ENDS}),
+    "qwen": ("Qwen2ForCausalLM", {**USUAL, "num_key_value_heads": 1, "tie_word_embeddings": True, **ENDS}),
+    "electra": ("ElectraForPreTraining", {**USUAL, "embedding_size": 16}),
+    "roberta": ("RobertaForMultipleChoice", {**USUAL, "pad_token_id": 0}),
 }  # fmt: skip
 """Short name → class of ``transformers`` and its configuration."""
-
-
-def make(name: str) -> nn.Module:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    kind, options = CONFIGS[name]
-    model = getattr(transformers, kind)
-    return model(model.config_class(**options))  # type: ignore[no-any-return]
 
 
 # --- data ------------------------------------------------------------------------------------------------
@@ -124,7 +110,7 @@ def library(
 ) -> CheckedTraining:
     """Train a model of :data:`CONFIGS`, the gradients clipped at 1."""
     torch.manual_seed(seed)
-    network = make(model).train()
+    network = of_transformers(*CONFIGS[model]).train()
     columns = columns_of(model, rows, seed)
     plain = epochs(*columns.values(), size=batch * accumulate, seed=seed)
 

@@ -11,14 +11,13 @@ from torch import Tensor, nn
 
 from tests.benchmarks.detection import data
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs, part_of
+from tests.benchmarks.detection.suites.common import of_output, trained
 from tests.benchmarks.detection.suites.held_out.shared import (
     code_windows,
     cross_entropy,
     everywhere,
     generator_of,
-    of_output,
     pinball,
-    trained,
 )
 from tests.benchmarks.detection.training import LogitChange
 

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 
 from tests.benchmarks.detection import losses
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs, part_of
-from tests.benchmarks.detection.suites.held_out.shared import (
-    cross_entropy,
-    generator_of,
-    of_output,
-    squares,
-    trained,
-)
+from tests.benchmarks.detection.suites.common import of_output, trained
+from tests.benchmarks.detection.suites.held_out.shared import cross_entropy, generator_of, squares
 from tests.benchmarks.detection.training import LogitChange
 
 

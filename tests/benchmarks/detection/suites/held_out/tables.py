@@ -11,13 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs, part_of
-from tests.benchmarks.detection.suites.held_out.shared import (
-    moving_average,
-    of_output,
-    pinball,
-    standardised,
-    trained,
-)
+from tests.benchmarks.detection.suites.common import of_output, standardised, trained
+from tests.benchmarks.detection.suites.held_out.shared import moving_average, pinball
 from tests.benchmarks.detection.training import LogitChange
 
 # --- networks ------------------------------------------------------------------------------------------

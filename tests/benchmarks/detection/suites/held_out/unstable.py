@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.benchmarks.detection import data, losses
 from tests.benchmarks.detection.suites.checked import CheckedTraining
-from tests.benchmarks.detection.suites.held_out.shared import of_output, trained
+from tests.benchmarks.detection.suites.common import of_output, trained
 from tests.benchmarks.detection.training import LogitChange, full_batch
 
 # --- networks of rows ------------------------------------------------------------------------------------

@@ -5,36 +5,31 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.benchmarks.detection import data
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs
-from tests.benchmarks.detection.suites.held_out_2.shared import trained
+from tests.benchmarks.detection.suites.common import ENDS, USUAL, VOCABULARY, of_transformers, trained
 from tests.benchmarks.detection.training import LogitChange
 
-VOCABULARY, LENGTH = 128, 16
-_ENDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-_USUAL = {
-    "vocab_size": VOCABULARY, "hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2,
-    "intermediate_size": 48, "max_position_embeddings": 64,
-}  # fmt: skip
-_ONE_KEY = {**_USUAL, "num_key_value_heads": 1, "head_dim": 12, **_ENDS}
+LENGTH = 16
+_ONE_KEY = {**USUAL, "num_key_value_heads": 1, "head_dim": 12, **ENDS}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("MistralForCausalLM", {**_ONE_KEY, "sliding_window": 8}),
     "gemma": ("Gemma2ForCausalLM", {**_ONE_KEY, "sliding_window": 8}),
-    "neox": ("GPTNeoXForCausalLM", {**_USUAL, **_ENDS}),
+    "neox": ("GPTNeoXForCausalLM", {**USUAL, **ENDS}),
     "bloom": ("BloomForCausalLM", {
-        "vocab_size": VOCABULARY, "hidden_size": 24, "n_layer": 1, "n_head": 2, **_ENDS}),
-    "phi": ("PhiForSequenceClassification", {**_USUAL, **_ENDS, "num_labels": 4}),
+        "vocab_size": VOCABULARY, "hidden_size": 24, "n_layer": 1, "n_head": 2, **ENDS}),
+    "phi": ("PhiForSequenceClassification", {**USUAL, **ENDS, "num_labels": 4}),
     "swin": ("SwinForImageClassification", {
         "image_size": 8, "patch_size": 1, "num_channels": 1, "embed_dim": 12, "depths": [1, 1],
         "num_heads": [2, 2], "window_size": 4, "num_labels": 10}),
     "albert": ("AlbertForSequenceClassification", {
-        **_USUAL, "embedding_size": 16, "num_hidden_layers": 2, "num_labels": 4, **_ENDS}),
+        **USUAL, "embedding_size": 16, "num_hidden_layers": 2, "num_labels": 4, **ENDS}),
     "bart": ("BartForConditionalGeneration", {
         "vocab_size": VOCABULARY, "d_model": 24, "encoder_layers": 1, "decoder_layers": 1,
         "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 48,
-        "decoder_ffn_dim": 48, "max_position_embeddings": 32, "decoder_start_token_id": 2, **_ENDS}),
+        "decoder_ffn_dim": 48, "max_position_embeddings": 32, "decoder_start_token_id": 2, **ENDS}),
     "resnet": ("ResNetForImageClassification", {
         "num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1],
         "layer_type": "basic", "num_labels": 10}),
@@ -43,15 +38,6 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
         "d_inner": 48, "num_decoder_layers": 1, "num_labels": 3}),
 }  # fmt: skip
 """Short name → class of ``transformers`` and its configuration."""
-
-
-def make(name: str) -> nn.Module:
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    kind, options = CONFIGS[name]
-    model = getattr(transformers, kind)
-    return model(model.config_class(**options))  # type: ignore[no-any-return]
 
 
 def columns_of(name: str, rows: int, seed: int) -> dict[str, Tensor]:
@@ -87,7 +73,7 @@ def hub(
     ``low``: under autocast in bfloat16.
     """
     torch.manual_seed(seed)
-    network = make(model).train()
+    network = of_transformers(*CONFIGS[model]).train()
     columns = columns_of(model, rows, seed)
     plain = epochs(*columns.values(), size=batch * accumulate, seed=seed)
 

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs, part_of
-from tests.benchmarks.detection.suites.held_out_2.shared import each_place, generator_of, of_output, trained
+from tests.benchmarks.detection.suites.common import each_place, of_output, trained
+from tests.benchmarks.detection.suites.held_out_2.shared import generator_of
 from tests.benchmarks.detection.training import LogitChange
 
 LETTERS = " -ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from tests.benchmarks.detection import data
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs
+from tests.benchmarks.detection.suites.common import of_output, trained
 from tests.benchmarks.detection.suites.held_out_2.networks import of_pictures, of_rows, of_tokens
-from tests.benchmarks.detection.suites.held_out_2.shared import of_output, trained
 from tests.benchmarks.detection.training import LogitChange, full_batch
 
 # --- losses ----------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from tests.benchmarks.detection import data
 from tests.benchmarks.detection.suites.checked import CheckedTraining, epochs
-from tests.benchmarks.detection.suites.held_out_2.shared import Draw, generator_of, of_output, trained
+from tests.benchmarks.detection.suites.common import Draw, of_output, trained
+from tests.benchmarks.detection.suites.held_out_2.shared import generator_of
 from tests.benchmarks.detection.training import LogitChange
 
 
