@@ -7,7 +7,8 @@ reading begins one if all of these hold:
    or of the last 200 if that is lower: the first follows a descent, the second does not follow a slow rise).
    The rise is more than 6 σ, where σ comes from the differences of neighbouring readings.
 2. **The run has not just come from there.**  Nine in ten of the last 150 quiet readings are lower.  A blip on
-   the way down, which goes back to where the loss was some steps ago, is none.
+   the way down, which goes back to where the loss was some steps ago, is none.  After an event, the loss must
+   double from its lowest value since: a loss that goes on falling does not begin another one.
 3. **It is large**, in one of these ways:
    - a *leap*: at least three decades, to more than 1e-3, where losses below 1e-7 count as 1e-7.  Only a
      cross-entropy has a tail in which decades mean something.  Another loss must get above 1e-2, below which
@@ -52,6 +53,8 @@ FIRST = 20
 """First steps, the median of whose losses is the early level: the unit of a loss that is no cross-entropy."""
 LEAST_SIGMA = 0.02
 """Smallest noise assumed of a logarithm of the loss."""
+AGAIN = 2.0
+"""Ratio to the lowest loss since the last event that begins another one."""
 SLOW = 400
 """Quiet readings within which the lowest level of a slow rise is looked for: the lowest median of 50."""
 SOME, MANY = (11, 20), (120, 200)
@@ -143,6 +146,8 @@ class _Labeller:
         self.patience = max(5.0 * tau, 500.0)
         self.quiet: list[int] = []
         """Indices of the readings outside events, since the last change of level."""
+        self.left_at = -math.inf
+        """Lowest log loss since the end of the last event: a loss that only falls from there does not rise."""
 
     def run(self) -> list[Event]:
         events: list[Event] = []
@@ -152,9 +157,11 @@ class _Labeller:
             if level is None:
                 if math.isfinite(self.loss[index]):
                     self.quiet.append(index)
+                    self.left_at = min(self.left_at, float(self.log[index]))
                 index += 1
                 continue
             end, index = self._end(index, level)
+            self.left_at = float(self.log[end[1]])
             events.append(Event(int(self.steps[end[0]]), int(self.steps[end[1]])))
         return events
 
@@ -186,6 +193,8 @@ class _Labeller:
         """Level of an event that a few readings show."""
         past = self.log[self.quiet[-LONG:]]
         base = min(float(np.median(past)), float(np.median(past[-SHORT:])))
+        if self.log[index] - self.left_at < math.log(AGAIN):
+            return None
         # Cheap and necessary; what follows costs more.
         if self.log[index] - base < math.log(1.1):
             return None
