@@ -69,7 +69,7 @@ def test_a_slow_rise_is_compared_with_what_was_long_before() -> None:
     assert 950 <= start <= 1001
 
 
-@pytest.mark.parametrize(("again", "events"), [(1.0, 1), (1.5, 1), (30.0, 2)])
+@pytest.mark.parametrize(("again", "events"), [(1.0, 1), (1.5, 1), (300.0, 2)])
 def test_after_a_slingshot_a_loss_that_goes_on_falling_begins_no_other_one(again: float, events: int) -> None:
     """It is far above the level before the slingshot for hundreds of steps; only a new rise counts."""
     loss = noisy(1e-7, 2500, sigma=0.01)

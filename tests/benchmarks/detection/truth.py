@@ -147,7 +147,7 @@ class _Labeller:
         self.quiet: list[int] = []
         """Indices of the readings outside events, since the last change of level."""
         self.left_at = -math.inf
-        """Lowest log loss since the end of the last event: a loss that only falls from there does not rise."""
+        """Lowest log loss since the last event: a loss that only falls from there does not rise."""
 
     def run(self) -> list[Event]:
         events: list[Event] = []
