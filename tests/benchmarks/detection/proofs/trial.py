@@ -23,8 +23,9 @@ from itertools import pairwise
 from typing import Any, cast
 
 from nfi_monitor import Alert, AlertKind, Mechanism, Monitor
+from nfi_monitor.detect.causes import LEARNED
 from nfi_monitor.replay.run import AS_IT_WAS, FLOAT64_LOSS, NUDGED
-from nfi_monitor.replay.verdict import margin
+from nfi_monitor.replay.verdict import FLOAT64_NEEDS, margin
 from tests.benchmarks.detection import generate
 from tests.benchmarks.detection.experiments.plan import Stretch
 from tests.benchmarks.detection.experiments.trials import GROWS_LESS, NoMonitor, Rerun
@@ -204,7 +205,7 @@ class _Continued:
         found, tried = None, set()
         for ahead in BEFORE:
             latest = event.start - max(ahead * self.heard.tau, 10 * ahead)
-            steps = [step for step in self.heard.snapshots if since < step < event.start - 1]
+            steps = self._beginnings(since, event.start)
             begin = max((step for step in steps if step <= latest), default=min(steps, default=None))
             if begin is None or begin in tried:
                 continue
@@ -215,6 +216,16 @@ class _Continued:
             if found["mechanism"] != Mechanism.UNKNOWN:
                 break
         return found
+
+    def _beginnings(self, since: int, start: int) -> list[int]:
+        """The snapshots between two slingshots; those of the first τ only where there is no other.
+
+        There the second moment has not learned the gradients that it forgets later.
+        """
+        tau = self.heard.tau
+        steps = [step for step in self.heard.snapshots if since < step < start - 1]
+        settled = [step for step in steps if LEARNED * tau <= step <= start - FLOAT64_NEEDS * tau]
+        return settled or steps
 
     def _replay(self, stretch: Stretch) -> Record:
         verdict = self.rerun().replay(stretch)
