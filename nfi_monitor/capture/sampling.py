@@ -58,13 +58,16 @@ def offset(step: int, stride: int) -> int:
 
 
 def auto_interval(tau: float, *, at_risk: bool = False) -> int:
-    """Return the steps between readings of a healthy run: τ/5, from 1 to 16; at risk τ/50, from 1 to 8.
+    """Return the steps between readings of a healthy run: τ/5, from 8 to 16; at risk τ/50, from 1 to 8.
 
     A numeric slingshot builds up over some 20 τ, and its last stages over 2–5 τ.  So readings every τ/5 show
-    it in time, and readings every τ/50 show ‖μ_G‖ begin to grow.  The caps are for β2 = .999, where
-    second-moment slingshots take only a few steps.
+    it in time, and readings every τ/50 show ‖μ_G‖ begin to grow.  With a short τ, a healthy run is read every
+    8 steps, but at least every τ/2.  The caps are for β2 = .999, where second-moment slingshots take only a
+    few steps.
     """
-    return max(1, min(8, round(tau / 50)) if at_risk else min(16, round(tau / 5)))
+    if at_risk:
+        return max(1, min(8, round(tau / 50)))
+    return max(1, min(16, round(max(tau / 5, min(8.0, tau / 2)))))
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ _LOSS = (
     "Replace the loss by nfi_monitor.remedies.zero_sum_cross_entropy(logits, target), or compute it in "
     "float64: criterion(logits.double(), target). The parameters keep their dtype."
 )
+_LOSS_AND_EPSILON = (
+    "Replace the loss by nfi_monitor.remedies.zero_sum_cross_entropy(logits, target), and raise Adam's eps: "
+    "nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5). The new loss removes the cause. Its gradients come "
+    "back on a second moment that has decayed: with the old eps, one slingshot in ten is only delayed."
+)
 _PROJECT = "If you cannot change the loss: nfi_monitor.remedies.project_zero_sum(head)."
 _EPSILON = "Or raise Adam's eps: nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5)."
 _HALF = (
@@ -27,10 +32,13 @@ _IN_FLOAT64 = (
     "float64 already, so its logits or its gradient are rounded elsewhere."
 )
 _CLIP = "Clip the gradients before optimizer.step(): torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)."
+_IN_DOUBLE = (
+    "Or compute the loss in float64: criterion(logits.double(), target). The parameters keep their dtype."
+)
 _LAST_MOMENT = (
-    "With less than 1.25 τ ({last_steps} steps) left, replacing the loss alone comes too late. Then also "
-    "call nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5). A smaller learning rate for a few τ only "
-    "delays the slingshot."
+    "With less than 1.25 τ ({last_steps} steps) left, the new loss alone comes too late, but with the larger "
+    "eps it does not. If you can do one thing only: nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5). A "
+    "smaller learning rate for a few τ only delays the slingshot."
 )
 _COOL = (
     "Multiply the learning rate by 0.1 for about {steps} steps now: "
@@ -103,9 +111,7 @@ _NO_SIGN = (
 ADVICE: dict[str, _Table] = {
     "numerical_feature_inflation": {
         AlertKind.AT_RISK: (_LOSS, _EPSILON),
-        AlertKind.IMMINENT: (
-            _LOSS.replace("Replace the loss", "Replace the loss now"), _LAST_MOMENT, _SAVE,
-        ),
+        AlertKind.IMMINENT: (_LOSS_AND_EPSILON.replace("loss by", "loss now by"), _LAST_MOMENT, _SAVE),
         AlertKind.SLINGSHOT: (_LOSS + " This prevents the next slingshot.", _PROJECT, _EPSILON),
     },
     "second_moment": {
@@ -136,6 +142,7 @@ ADVICE: dict[str, _Table] = {
     "outside, rate": dict.fromkeys(_FOREWARNED, _BY_RATE),
     "outside, gradient": dict.fromkeys(_FOREWARNED, _BY_GRADIENT),
     "outside, batch": dict.fromkeys(_FOREWARNED, _BY_BATCH),
+    "numeric, growing": {AlertKind.AT_RISK: (_LOSS_AND_EPSILON, _IN_DOUBLE, _PROJECT)},
     "numeric, half precision": {
         AlertKind.AT_RISK: (_HALF,),
         AlertKind.IMMINENT: (_HALF, _COOL, _SAVE),

@@ -11,6 +11,7 @@ from nfi_monitor.detect.advice import advice_for
 from nfi_monitor.detect.outside import BURST, JUMP
 from nfi_monitor.detect.rules import ANYTIME_RULES, LEVELS, RULES, WARNING_RULES, Rule
 from nfi_monitor.detect.rules.base import compared, finite
+from nfi_monitor.detect.rules.numeric import Inflating
 from nfi_monitor.detect.situation import Situation
 from nfi_monitor.types import AlertKind, Evidence, Mechanism, Severity
 
@@ -150,7 +151,8 @@ class AlertWriter:
             return ["non_finite_update"] if spoilt else []
         if mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION:
             by_bits = {16: "numeric, half precision", 64: "numeric, float64"}
-            return [key for bits, key in by_bits.items() if bits == now.context.loss_bits]
+            found = [key for bits, key in by_bits.items() if bits == now.context.loss_bits]
+            return found or ["numeric, growing"] * now.on(Inflating.name)
         if mechanism is Mechanism.UNKNOWN and now.context.every_step:
             return ["unknown, every step read"]
         if mechanism is Mechanism.EXTERNAL:

@@ -23,6 +23,13 @@ FORGOTTEN = -0.3
 
 Rejected: a larger decay, because sqrt(v̂) has fallen only 2 to 20 times before hinge-loss slingshots, and
 "fell a hundredfold" is a wrong alarm."""
+FALLEN_FAR = -1.5
+"""Decay of sqrt(v̂) in decades that shows by itself that the gradient had vanished.
+
+Without a gradient, sqrt(v̂) falls by 0.22 decades per τ at most.  Measured: down to −1.43 before slingshots
+that come although the second moment is held."""
+STAYS_GONE = 4.0
+"""Time in τ for which a vanished gradient counts. It may come back over some τ before the loss rises."""
 LEARNED = 2.0
 """Time, in τ, before the second moment can have forgotten a gradient.
 
@@ -46,7 +53,7 @@ class Causes:
     violation: float  # zero-sum violation, smoothed; NaN also if the loss breaks the zero-sum by design
     no_classes: bool  # the head has one output: no correct class, so no absorption
     on: tuple[str, ...]  # names of the rules that were on
-    gone: bool  # in the last τ the gradient had nearly vanished, after the second moment had LEARNED it
+    gone: bool  # the gradient had nearly vanished not long ago, after the second moment had LEARNED it
     decay: float  # log10 of sqrt(v̂) over its maximum: decades, ≤ 0
     curvature: float  # largest secant curvature × lr just before
     stability_limit: float  # 2(1+β1)/(1−β1)

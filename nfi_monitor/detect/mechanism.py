@@ -36,7 +36,7 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
         if cause is not None:
             mechanism, confidence = cause
             return mechanism, confidence - doubt
-    if causes.curvature >= causes.stability_limit:
+    if causes.curvature >= causes.stability_limit or _gradient_builds_up(causes):
         return Mechanism.EDGE_OF_STABILITY, 0.6 - doubt
     if causes.update_jump <= UNMOVED and causes.rms_t <= UNMOVED:
         return Mechanism.EXTERNAL, 0.6 - doubt
@@ -60,6 +60,8 @@ def outside_cause(causes: Causes) -> float:
         return 0.85
     if not outside.unexplained_leap or not set(causes.on).isdisjoint(_BUILD_UPS):
         return 0.0
+    if _gradient_builds_up(causes):
+        return 0.0
     if not outside.read_before:  # updates may have grown since the last reading
         return 0.6
     if not causes.update_jump > UNMOVED:
@@ -76,6 +78,15 @@ def raised_by_data(causes: Causes) -> bool:
     outside = causes.outside
     jumped = outside.rate_jump >= JUMP or causes.learning_rate_jump >= JUMP
     return outside_cause(causes) > 0 and not (jumped or outside.corrupt_gradient)
+
+
+def _gradient_builds_up(causes: Causes) -> bool:
+    """Return whether the gradient grew before the loss did, and the second moment does not know it yet.
+
+    An oscillation may build up between two readings.  A bad batch leaves the gradients before it as they
+    were, and a corrupt gradient fills the second moment.
+    """
+    return causes.outside.gradient_grew and causes.rms_t > UNMOVED
 
 
 def with_outside(

@@ -59,11 +59,11 @@ UNREAD = 3
 Many updates that move the logits one way raise the loss step by step, and so make no leap."""
 BURST = 3.0
 """Ratio of the gradient norm to its own average, at an ordinary loss, that counts as a burst."""
-CORRUPT = 100.0
+CORRUPT = 500.0
 """Ratio from which no data of the run made the gradient.
 
 Rounding reaches 60: when a first row is no longer absorbed, its gradient comes back while the loss, made of
-absorbed rows, hardly moves."""
+absorbed rows, hardly moves.  An oscillation reaches 156 before the loss rises, a corrupt gradient 12,000."""
 REMEMBERED = 5.5
 """Ratio from which the second moment keeps a gradient that no loss explains (see ``Outside.remembered``).
 
@@ -87,6 +87,8 @@ class Outside:
     """Nats by which the updates since the last reading before the leap can have moved the logits."""
     read_before: bool = False
     """Whether the step right before the leap was read."""
+    per_nat: bool = False
+    """Whether the loss rises by at most twice what a logit moves, as a cross-entropy does."""
     burst: float = NAN
     """Largest ratio of the gradient norm to its own average, at a loss that had not risen likewise."""
     remembered: float = NAN
@@ -105,7 +107,8 @@ class Outside:
     @property
     def unexplained_leap(self) -> bool:
         """Whether one step raised the loss by far more than its update can have done."""
-        return self.leaps_beyond(1.0)
+        by_nats = self.per_nat and self.leap > LEAP and self.rise > REACH * self.moved
+        return by_nats or self.leaps_beyond(1.0)
 
     def leaps_beyond(self, factor: float) -> bool:
         """Return whether the update cannot have raised the loss, even if it moved ``factor`` times as far."""
@@ -117,6 +120,11 @@ class Outside:
     def corrupt_gradient(self) -> bool:
         """Whether a gradient came that no data of the run makes."""
         return self.burst >= CORRUPT
+
+    @property
+    def gradient_grew(self) -> bool:
+        """Whether the gradient had grown far before the loss rose, but as the run's data can make it."""
+        return OUTWEIGHS <= self.burst < CORRUPT
 
     def state_dict(self) -> dict[str, Any]:
         """Return the fields as plain types."""
@@ -134,7 +142,7 @@ class OutsideWatch(Stateful):
 
     __slots__ = (
         "_norm", "_per_loss", "burst", "burst_at", "jump", "jump_at", "jump_until", "leap", "leap_at",
-        "losses", "moved", "moved_at", "quiet", "quiet_at", "rates", "references", "rise",
+        "losses", "moved", "moved_at", "per_nat", "quiet", "quiet_at", "rates", "references", "rise",
         "second_moments", "step",
     )  # fmt: skip
 
@@ -150,6 +158,7 @@ class OutsideWatch(Stateful):
         self.moved, self.moved_at = NAN, 0  # nats that the last reading's update moved, and its step
         self.quiet, self.quiet_at = NAN, 0  # the same of the last reading before the leap
         self.burst, self.burst_at = NAN, 0  # ratio and step of the last burst of the gradient
+        self.per_nat = False  # whether the last reading's loss is a cross-entropy
         self.second_moments: list[float] = []  # step, RMS_t and mean sqrt(v̂) of each of the last readings
         self._norm, self._per_loss = Ema(), Ema()
 
@@ -199,6 +208,7 @@ class OutsideWatch(Stateful):
         """
         if math.isfinite(moved):
             self.moved, self.moved_at = moved, reading.step
+        self.per_nat = per_loss
         norm, by_head = reading.get("gradient_norm"), reading.get("head_loss")
         loss = reading.get("loss", by_head)
         if per_loss and 0 < loss_bits <= 16 and loss <= ROUNDED_HALF:
@@ -249,6 +259,7 @@ class OutsideWatch(Stateful):
             rise=self.rise if leapt else NAN,
             moved=self.quiet * min(gap, UNREAD) if leapt else NAN,
             read_before=leapt and gap == 1,
+            per_nat=self.per_nat,
             burst=self.burst if burst else NAN,
             remembered=self._remembered(start, tau),
         )

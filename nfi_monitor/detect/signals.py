@@ -294,12 +294,13 @@ class Signals(Stateful):
         return {"second_moment_decay": self.decay}
 
     def restart(self) -> None:
-        """Reset the decay when a slingshot begins.
+        """Reset the decay, and the vanished gradient before it, when a slingshot begins.
 
         From then on, the maximum of sqrt(v̂) is that of the slingshot's gradients.
         """
         self.root_max = 0.0
         self.decay = self.decay_lowest = NAN
+        self.gone_at = -math.inf
 
     def calm(self) -> None:
         """Reset the peaks when a slingshot is over, because they say nothing about the next one."""

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from nfi_monitor.detect.causes import FORGOTTEN, LEARNED
+from nfi_monitor.detect.causes import FALLEN_FAR, FORGOTTEN, LEARNED, STAYS_GONE
 from nfi_monitor.detect.loss_baseline import MEMORY
 from nfi_monitor.detect.movement import Movement
 from nfi_monitor.detect.outside import Outside
@@ -88,9 +88,13 @@ class Situation:
 
     @property
     def gradient_vanished(self) -> bool:
-        """Whether the gradient nearly vanished in the last τ, after the second moment had learned it."""
-        step, tau = self.signals.last_step, self.context.tau
-        return step >= LEARNED * tau and step - self.signals.gone_at <= tau
+        """Whether the gradient had nearly vanished not long ago, after the second moment had learned it.
+
+        If sqrt(v̂) has fallen very far, it had, even if it came back too slowly for RMS_t to show that.
+        """
+        signals, tau = self.signals, self.context.tau
+        recently = signals.last_step - signals.gone_at <= STAYS_GONE * tau
+        return signals.last_step >= LEARNED * tau and (recently or signals.decay_lowest <= FALLEN_FAR)
 
     @property
     def displacement_steps(self) -> float:

@@ -41,7 +41,7 @@ def next_read(
         often = auto_interval(tau, at_risk=True)
         return -(-following // often) * often
     # Read two neighbouring steps, then pause longer: curvature, alignment and swing need the step before.
-    pair = (4 if attention is Attention.SELDOM else 2) * (healthy or auto_interval(tau))
+    pair = attention.units * (healthy or auto_interval(tau))
     return following if following % pair <= 1 else -(-following // pair) * pair
 
 

@@ -39,6 +39,9 @@ class Arm:
     what: str
     """Description in one line, for people."""
     change: Callable[[ArmContext], AbstractContextManager[Any]]
+    may_sag: bool = False
+    """Whether the arm shortens the updates, but not the weight decay. Then a slow rise of the loss is its own
+    (:mod:`nfi_monitor.replay.sag`)."""
 
 
 def combined(*arms: Arm) -> Arm:

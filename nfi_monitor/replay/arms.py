@@ -66,6 +66,7 @@ SECOND_MOMENT_HELD = Arm(
     "second_moment_held",
     "exp_avg_sq set to its value before it decayed, and kept from decaying",
     second_moment_held,
+    may_sag=True,
 )
 SMALLER_LR = smaller_lr()
 LR_HELD = Arm("lr_held", "the learning rate held at that of the snapshot", lr_held)

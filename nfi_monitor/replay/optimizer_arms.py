@@ -6,8 +6,9 @@ and write them between steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,13 +18,22 @@ from nfi_monitor.capture.second_moment import SECOND_MOMENTS, states
 from nfi_monitor.replay.arm import Arm, ArmContext
 
 
-def _second_moments(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+def _second_moments(optimizer: torch.optim.Optimizer) -> list[tuple[Tensor, Callable[[], float]]]:
+    """Return each second moment v, and a function that returns the present ratio of v to v̂."""
+    groups = [group for group in optimizer.param_groups if "betas" in group]
+    beta2 = {param: group["betas"][1] for group in groups for param in group["params"]}
     return [
-        state[name]
-        for _, state in states(optimizer)
+        (state[name], partial(_correction, state, beta2.get(param)))
+        for param, state in states(optimizer)
         for name in SECOND_MOMENTS
         if isinstance(state.get(name), Tensor) and state[name].is_floating_point()
     ]
+
+
+def _correction(state: Mapping[str, Any], beta2: Any) -> float:
+    """Return 1 − β2^t, by which Adam divides v in its step t; 1 where it is not known."""
+    step = float(state.get("step", 0.0)) if beta2 is not None else 0.0
+    return 1.0 - float(beta2) ** step if step > 0 else 1.0
 
 
 @contextmanager
@@ -53,15 +63,19 @@ def second_moment_held(context: ArmContext) -> Iterator[None]:
             f"the second moment was set to {given_back:.3g} times its value in the snapshot, which shortens "
             f"the next steps like a learning rate {given_back**0.5:.3g} times smaller"
         )
+    # The step divides by v̂, the bias-corrected moment. In the first steps v̂ falls while v rises.
     with torch.no_grad():
-        floors = [(moment, moment * given_back) for moment in _second_moments(context.optimizer)]
+        floors = [
+            (moment, moment * (given_back / ratio()), ratio)
+            for moment, ratio in _second_moments(context.optimizer)
+        ]
     context.applied = bool(floors)
 
     def hold(*_: Any) -> None:
         with torch.no_grad():
-            for moment, floor in floors:
-                torch.maximum(moment, floor, out=floor)
-                moment.copy_(floor)
+            for moment, floor, ratio in floors:
+                torch.maximum(moment / ratio(), floor, out=floor)
+                moment.copy_(floor * ratio())
 
     hold()
     # Restore it after each step, which is before the next: the step divides by β2 times the floor or more.

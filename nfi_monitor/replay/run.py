@@ -59,11 +59,14 @@ from nfi_monitor.replay.arms import (
 )
 from nfi_monitor.replay.optimizer_arms import larger_eps, smaller_lr
 from nfi_monitor.replay.replayed_step import OBJECTIONS, replaying
+from nfi_monitor.replay.sag import jumps
 from nfi_monitor.replay.snapshots import Snapshot
 from nfi_monitor.replay.verdict import BASELINE, Outcome, ReplayVerdict, arm_in_words, judge, margin
 from nfi_monitor.types import Thresholds
 
 StepFunction = Callable[[int], Any]
+LAST = 24
+"""Last losses of the unchanged run in which its slingshot is looked for: it may be seen in a mean of 20."""
 
 
 __all__ = [
@@ -184,7 +187,9 @@ def _outcomes(
         for param in parameters:
             param.grad = None
         context = ArmContext(run.model, run.optimizer, run.head, snapshot, wait)
-        outcome = _try(arm, context, run)
+        # Only a slingshot that jumps can be told from a sag.
+        sags = arm.may_sag and bool(outcomes) and jumps(outcomes[BASELINE].losses[-LAST:])
+        outcome = _try(arm, context, run, sags=sags)
         if outcomes and outcome.losses == outcomes[BASELINE].losses:
             outcome = replaced(outcome, applied=False)  # nothing changed: a constant rate, or the same batch
         outcomes[arm.name] = outcome
@@ -228,15 +233,18 @@ class _Steps:
             handle.remove()
 
 
-def _try(arm: Arm, context: ArmContext, run: _Run) -> Outcome:
-    """Train under one arm until the loss spikes, or for ``context.steps`` steps."""
+def _try(arm: Arm, context: ArmContext, run: _Run, *, sags: bool) -> Outcome:
+    """Train under one arm until the loss spikes, or for ``context.steps`` steps.
+
+    ``sags``: a slow rise of the loss is the arm's own, and no slingshot.
+    """
     start = context.snapshot.step
     detector = _detector(context.snapshot, run.tau, run.limits, run.recorded)
     losses: list[float] = []
     steps = _Steps(context.optimizer)
     try:
         with arm.change(context):
-            spiked_at = _train(context, run, detector, steps, losses)
+            spiked_at = _train(context, run, detector, steps, losses, sags=sags)
     except MonitorError:
         raise
     except Exception as error:
@@ -265,10 +273,16 @@ def _try(arm: Arm, context: ArmContext, run: _Run) -> Outcome:
 
 
 def _train(
-    context: ArmContext, run: _Run, detector: SpikeDetector, steps: _Steps, losses: list[float]
+    context: ArmContext,
+    run: _Run,
+    detector: SpikeDetector,
+    steps: _Steps,
+    losses: list[float],
+    *,
+    sags: bool,
 ) -> int | None:
     """Add each step's loss to ``losses``; return the first step of the slingshot, None if there is none."""
-    start = context.snapshot.step
+    start, sagging = context.snapshot.step, False
     for step in range(start + 1, start + context.steps + 1):
         before = steps.taken
         with replaying(step):
@@ -279,8 +293,11 @@ def _train(
         was = detector.state
         if not math.isfinite(loss):
             return step
-        if detector.update(step, loss, run.tau, run.limits) != QUIET and was == QUIET:
-            return detector.start
+        if detector.update(step, loss, run.tau, run.limits) != QUIET and (was == QUIET or sagging):
+            since = max(detector.start - start - 2, 0) if was == QUIET else len(losses) - 2
+            if not sags or jumps(losses[since:]):
+                return detector.start if was == QUIET else step
+            sagging = True
         # A gradient scaler may skip some steps, but not this many in a row.
         if steps.taken == 0 and len(losses) >= 20:
             break

@@ -18,7 +18,7 @@ from tests.benchmarks.detection.experiments.trials import NoMonitor
 from tests.benchmarks.detection.families import EXTERNAL, NUMERIC, SECOND_MOMENT, Family
 from tests.benchmarks.detection.proofs import __main__ as command
 from tests.benchmarks.detection.proofs import page, trial
-from tests.benchmarks.detection.proofs.actions import Action, first_action
+from tests.benchmarks.detection.proofs.actions import FLOAT32, Action, first_actions
 from tests.benchmarks.detection.proofs.kept import Kept
 from tests.benchmarks.detection.proofs.kicks import BOTH, GARBAGE, INPUTS, KINDS, LABELS, RATE, Kick, kicked
 from tests.benchmarks.detection.proofs.subjects import Subject, net_of, subjects, unkicked
@@ -76,23 +76,24 @@ def test_the_first_advice_of_every_alarm_of_a_mechanism_is_an_action(key: str, k
     if kind not in ADVICE[key]:
         pytest.skip("no such advice")
     lines = advice_for(kind, Mechanism.UNKNOWN, 20.0, keys=[key])
-    action = first_action(lines)
-    if key == EXTERNAL or key.startswith("outside"):  # look at the data: nothing to switch on
-        assert action is None or action.known
-    else:
-        assert action is not None and action.known
+    actions = first_actions(lines)
+    # Where something came from outside, the first advice may be to look at the data: nothing to switch on.
+    assert actions or key == EXTERNAL or key.startswith("outside")
 
 
 def test_an_action_has_the_numbers_of_the_line() -> None:
     line = "Multiply it by 0.1: nfi_monitor.remedies.cool_down(optimizer, 0.1, None). Or raise_epsilon."
-    assert first_action((line,)) == Action("cool_down", (0.1, None))
-    assert first_action(("nfi_monitor.remedies.cool_down(optimizer, 0.1, 40)",)) == Action(
-        "cool_down", (0.1, 40)
-    )
+    assert first_actions((line,)) == (Action("cool_down", (0.1, None)),)
+    line = "nfi_monitor.remedies.cool_down(optimizer, 0.1, 40)"
+    assert first_actions((line,)) == (Action("cool_down", (0.1, 40)),)
+    both = f"{line} and nfi_monitor.remedies.raise_epsilon(optimizer, 1e-5)"
+    assert first_actions((both,)) == (Action("cool_down", (0.1, 40)), Action("raise_epsilon", (1e-5,)))
+    half = "nfi_monitor.remedies.zero_sum_cross_entropy(logits.float(), target)"
+    assert first_actions((half,)) == (Action("zero_sum_cross_entropy", (FLOAT32,)),)
     clip = "torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)"
-    assert first_action((f"Clip: {clip}.",)) == Action("clip_grad_norm_", (1.0,))
-    assert first_action(("criterion(logits.double(), target)",)) == Action("float64_cross_entropy")
-    assert first_action(("Look at the batch.",)) is None and first_action(()) is None
+    assert first_actions((f"Clip: {clip}.",)) == (Action("clip_grad_norm_", (1.0,)),)
+    assert first_actions(("criterion(logits.double(), target)",)) == (Action("float64_cross_entropy"),)
+    assert first_actions(("Look at the batch.",)) == () == first_actions(())
 
 
 @pytest.mark.parametrize(
@@ -156,7 +157,8 @@ def test_a_slingshot_is_replayed_and_averted_by_the_first_advice_and_its_warning
     [event] = record["events"]
     assert event["named"] == NUMERIC and page.truth_of(event) == NUMERIC and event["replay"]["reproduced"]
     alarm = event["imminent"] or event["first"]
-    assert alarm["action"] == "zero_sum_cross_entropy()" and alarm["spiked_at"] is None and alarm["averted"]
+    assert alarm["action"] == "zero_sum_cross_entropy() + raise_epsilon(1e-05)"
+    assert alarm["spiked_at"] is None and alarm["averted"] and alarm["in_reach"]
     assert record["twins"] and all(twin["confirmed"] for twin in record["twins"])
     assert page.in_a_line(record).startswith("read ")
 
@@ -190,13 +192,23 @@ def test_there_are_enough_kicks_of_every_kind_and_names_are_unique() -> None:
     assert GARBAGE in {subject.kick.what for subject in kicks if subject.kick is not None}
 
 
-def event(named: str, truth: str, *, averted: bool = True) -> dict[str, Any]:
+def test_a_loss_in_float32_is_one_without_the_cast() -> None:
+    training = setups.modular_mlp(0, LogitChange("float16"), p=7, width=16, depth=1)
+    Action("zero_sum_cross_entropy").apply(training)
+    assert training.arm.loss_dtype == "float16"
+    Action("zero_sum_cross_entropy", (FLOAT32,)).apply(training)
+    assert training.arm.loss_dtype is None
+    assert all(math.isfinite(loss) for loss in losses(training, 3))
+
+
+def event(named: str, truth: str, *, averted: bool = True, in_reach: bool = True) -> dict[str, Any]:
     alarm = {
         "step": 90,
         "lead": 0.5,
         "action": "x()",
         "spiked_at": None if averted else 100,
         "averted": averted,
+        "in_reach": in_reach,
     }
     replay = {"mechanism": truth, "reproduced": True, "reasons": ["unchanged", "an arm averts it"]}
     return {"start": 100, "named": named, "replay": replay, "first": alarm, "imminent": None}
@@ -218,6 +230,17 @@ def test_the_page_counts_agreement_by_replay_and_lists_what_disagrees() -> None:
     said = [row[1] for row in made[-1].rows]
     assert said == ["named unknown", "not averted (first)", "named none", "warning not confirmed"]
     assert "f-3 at 100" in page.page(made, 1, 2) and "1 of 2 runs" in page.page(made, 1, 2)
+
+
+def test_the_page_says_how_many_slingshots_no_advice_can_avert_any_more() -> None:
+    run = {"kind": NUMERIC, "family": "f", "seed": 3, "tau": 20.0, "steps": 200, "read": 50, "warned": []}
+    events = [event(NUMERIC, NUMERIC), event(NUMERIC, NUMERIC, averted=False, in_reach=False)]
+    made = page.sheets([{**run, "events": events}])
+    rows = {row[0]: row[2:] for row in made[0].rows}
+    said, reached = rows["averted from the first alarm on, numeric"]
+    assert said.startswith("0.500: 1/2") and "1 come even if training stops at the alarm" in said
+    assert "of the others 1/1" in said and reached == "**no**", "the target counts all of them"
+    assert "as if training had stopped" in made[-1].rows[0][2]
 
 
 def test_the_command_makes_so_many_runs_and_writes_the_page(

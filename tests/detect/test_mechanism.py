@@ -7,7 +7,10 @@ import pytest
 
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.mechanism import name_mechanism
-from nfi_monitor.types import Mechanism
+from nfi_monitor.detect.signals import Signals
+from nfi_monitor.detect.situation import RunContext, Situation
+from nfi_monitor.detect.spike import SpikeDetector
+from nfi_monitor.types import Mechanism, Thresholds
 
 QUIET = Causes(
     step=1,
@@ -97,3 +100,29 @@ def test_causes_saved_by_version_0_1_are_read() -> None:
 def test_causes_survive_a_checkpoint() -> None:
     causes = replace(QUIET, on=("coasting",), decay=-0.4)
     assert Causes.from_state(causes.state_dict()) == causes
+
+
+@pytest.mark.parametrize(
+    ("step", "gone_at", "decay", "expected"),
+    [
+        (1000, 930, -0.5, True),
+        (1000, 910, -0.5, False),  # 4.5 τ ago
+        (1000, -math.inf, -1.6, True),  # only a vanished gradient lets sqrt(v̂) fall so far
+        (1000, -math.inf, -1.4, False),
+        (30, 20, -1.6, False),  # the second moment has not learned anything to forget
+    ],
+)
+def test_a_gradient_has_vanished_for_four_tau_or_if_the_second_moment_has_fallen_far(
+    step: int, gone_at: float, decay: float, expected: bool
+) -> None:
+    signals = Signals()
+    signals.last_step, signals.gone_at, signals.decay_lowest = step, gone_at, decay
+    now = Situation(Thresholds(), RunContext(beta2=0.95), signals, SpikeDetector(), {})
+    assert now.gradient_vanished is expected
+
+
+def test_a_slingshot_ends_what_the_gradient_did_before() -> None:
+    signals = Signals()
+    signals.gone_at = 100
+    signals.restart()
+    assert signals.gone_at == -math.inf

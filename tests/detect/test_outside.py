@@ -190,6 +190,32 @@ def test_a_bad_batch_right_after_a_somewhat_harder_one_is_seen() -> None:
     assert seen.unexplained_leap and seen.leap == pytest.approx(math.log(18.0 / 1e-3))
 
 
+@pytest.mark.parametrize(("burst", "rms_t", "named"), [
+    (156.0, 5.8, Mechanism.EDGE_OF_STABILITY),  # an oscillation that built up between two readings
+    (156.0, 0.02, Mechanism.EXTERNAL),  # the second moment holds a larger gradient already
+    (4.0, 5.8, Mechanism.EXTERNAL),  # minibatches differ by factors
+    (12_000.0, 5.8, Mechanism.EXTERNAL),  # no data of the run made this gradient
+])  # fmt: skip
+def test_a_gradient_that_grew_before_the_loss_leapt_is_no_bad_batch(
+    burst: float, rms_t: float, named: Mechanism
+) -> None:
+    outside = Outside(leap=4.8, rise=1.6, moved=0.03, read_before=True, burst=burst)
+    assert outside.unexplained_leap
+    causes = replace(QUIET, update_jump=1.4, rms_t=rms_t, outside=outside)
+    assert name_mechanism(causes)[0] is named
+
+
+@pytest.mark.parametrize(("per_nat", "rise", "expected"), [
+    (True, 10.8, True), (True, 4.0, False),
+    (False, 10.8, False),  # the loss of a regression may rise by any number
+])  # fmt: skip
+def test_a_cross_entropy_rises_by_no_more_than_the_logits_move(
+    per_nat: bool, rise: float, expected: bool
+) -> None:
+    """From a loss of .05 nat, a bad batch cannot leap far in its logarithm."""
+    assert Outside(leap=5.2, rise=rise, moved=1.14, per_nat=per_nat).unexplained_leap is expected
+
+
 def test_what_a_bad_batch_leaves_behind_is_no_leap_of_its_own() -> None:
     watch = quiet_run(60, loss=1e-3)
     for step, loss in enumerate([18.0, 1e-3, 1e-3, 0.5], start=61):

@@ -140,10 +140,10 @@ def test_time_left_out_belongs_to_nobody():
 
 
 @pytest.mark.parametrize("healthy", [None, 64])
-@pytest.mark.parametrize(("attention", "times"), [(Attention.RARELY, 2), (Attention.SELDOM, 4)])
-def test_a_healthy_run_is_read_in_pairs_of_neighbours_and_one_that_rests_half_as_often(
-    healthy, attention, times
-):
+@pytest.mark.parametrize(
+    ("attention", "times"), [(Attention.SOON, 1), (Attention.RARELY, 2), (Attention.SELDOM, 4)]
+)
+def test_a_run_is_read_in_pairs_of_neighbours_with_a_pause_between(healthy, attention, times):
     pause = times * (healthy or auto_interval(1000))
     read = [step for step in range(9, 4000) if next_read(step - 1, "auto", attention, 1000, healthy) == step]
     assert [step for step in read if step + 1 in read] == list(range(pause, 4000, pause))
@@ -230,7 +230,7 @@ def test_a_lowered_reading_holds_a_quarter_of_the_rows_and_coordinates_and_says_
     assert found[7] == full and full[0] == 1_000
     assert 250 <= less[0] <= 290 and 2_000 < less[1] < 0.6 * full[1] < 6_000
     (note,) = [note for note in monitor.notes if note.code == "overhead_samples"]
-    assert note.step == 64 and "one in 4 of its rows and coordinates" in note.message
+    assert 64 <= note.step <= 80 and "one in 4 of its rows and coordinates" in note.message
 
 
 def test_a_model_that_is_read_whole_anyway_is_told_nothing_of_fewer_rows():

@@ -63,9 +63,15 @@ def test_no_row_is_preferred(stride):
 
 @FAST
 @given(tau=st.floats(0.1, 1e6))
-def test_the_cadence_is_a_fifth_of_tau_between_1_and_16(tau):
-    assert 1 <= auto_interval(tau) <= 16
-    assert auto_interval(tau) == min(16, max(1, round(tau / 5)))
+def test_the_cadence_is_a_fifth_of_tau_between_8_and_16_and_at_most_half_of_a_short_one(tau):
+    interval = auto_interval(tau)
+    assert 1 <= interval <= max(1, min(16, math.ceil(tau / 2)))
+    if tau >= 40:
+        assert interval == min(16, round(tau / 5))
+    elif tau >= 16:
+        assert interval == 8
+    else:
+        assert interval == max(1, round(tau / 2))
 
 
 @pytest.mark.parametrize("pair", [(torch.float32, torch.float32), (torch.bfloat16, torch.float32)], ids=str)

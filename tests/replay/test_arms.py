@@ -136,6 +136,24 @@ def test_the_second_moment_is_given_back_what_it_forgot_and_falls_in_no_coordina
     assert not all((m >= f).all() for m, f in zip(moments, floors, strict=True)), "without the arm it falls"
 
 
+def test_what_is_held_early_in_a_run_is_the_moment_that_the_step_divides_by() -> None:
+    """In the first steps v rises while v̂ = v/(1 − β2^t), by which Adam divides, falls."""
+    run = Run(beta2=0.99)
+    run.go(5)
+    context = ArmContext(run.model, run.optimizer, None, run.take(), 10)
+
+    def corrected() -> list[Tensor]:
+        states = run.optimizer.state.values()
+        return [state["exp_avg_sq"] / (1 - 0.99 ** float(state["step"])) for state in states]
+
+    with SECOND_MOMENT_HELD.change(context):
+        floors = corrected()
+        for number in range(20):
+            run.step(number)
+            for moment, floor in zip(corrected(), floors, strict=True):
+                assert (moment >= floor * (1 - 1e-5)).all()
+
+
 def test_a_second_moment_forgotten_beyond_all_measure_gives_back_no_nan() -> None:
     run = Run()
     run.go(10)

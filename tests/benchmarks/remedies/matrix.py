@@ -57,7 +57,10 @@ def _cases() -> list[Case]:
     here it stands for the edge of stability.  (The two families that are registered as such do not slingshot
     by W. Wu's rule.)
     """
-    losses = ("zero_sum_cross_entropy", "project_zero_sum", "zero_sum_cross_entropy + cool_down")
+    losses = (
+        "zero_sum_cross_entropy", "project_zero_sum", "zero_sum_cross_entropy + cool_down",
+        "zero_sum_cross_entropy + raise_epsilon (1e-5)",
+    )  # fmt: skip
     rates = ("zero_sum_cross_entropy", "cool_down (for good)", "clip_update_rms")
     decayed = replace(FAMILIES["survives-float64-quick"], steps=450)
     hinge = replace(FAMILIES["parity-hinge-95"], steps=1500)  # a slingshot every hundred steps
@@ -185,6 +188,11 @@ def _zero_sum_and_cool(training: Training, tau: float) -> None:
     remedies.cool_down(training.optimizer, 0.1, _briefly(tau))
 
 
+def _zero_sum_and_epsilon(training: Training, tau: float) -> None:
+    exchange_loss(training, remedies.zero_sum_cross_entropy)
+    remedies.raise_epsilon(training.optimizer, 1e-5)
+
+
 REMEDIES = {
     remedy.name: remedy
     for remedy in (
@@ -192,6 +200,7 @@ REMEDIES = {
         Remedy("float64_cross_entropy", _loss(remedies.float64_cross_entropy)),
         Remedy("project_zero_sum", lambda t, tau: remedies.project_zero_sum(_head(t))),
         Remedy("zero_sum_cross_entropy + cool_down", _zero_sum_and_cool, from_start=False),
+        Remedy("zero_sum_cross_entropy + raise_epsilon (1e-5)", _zero_sum_and_epsilon, from_start=False),
         Remedy("cool_down", lambda t, tau: remedies.cool_down(t.optimizer, 0.1, _briefly(tau)),
                needs_classes=False, from_start=False),
         Remedy("cool_down (for good)", lambda t, tau: remedies.cool_down(t.optimizer, 0.1, None),

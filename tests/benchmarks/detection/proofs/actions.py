@@ -1,14 +1,14 @@
-"""The first line of an alert's advice as an action on a training.
+"""The first line of an alert's advice as actions on a training.
 
-The line is read, not guessed: the first function of ``nfi_monitor.remedies`` or ``torch.nn.utils`` that it
-names, with the numbers that stand in its brackets.
+The line is read, not guessed: the functions of ``nfi_monitor.remedies`` or ``torch.nn.utils`` that it names,
+with the numbers that stand in their brackets.  What one line names is done together.
 """
 
 from __future__ import annotations
 
 import ast
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ _CALL = re.compile(
     r"\b(?:nfi_monitor\.remedies|torch\.nn\.utils)\.(?:experimental\.)?(\w+)\(([^()]*(?:\(\))?[^()]*)\)"
 )
 _FLOAT64 = re.compile(r"\.double\(\)")
+FLOAT32 = "logits.float()"
 LOSSES = ("zero_sum_cross_entropy", "float64_cross_entropy")
 
 
@@ -38,6 +39,8 @@ class Action:
     def apply(self, training: Training) -> None:
         """Switch it on, from the next optimizer step on. Raises KeyError if it is not known here."""
         if self.name in LOSSES:
+            if FLOAT32 in self.arguments:  # computed in float32 again
+                training.arm = replace(training.arm, loss_dtype=None)
             exchange_loss(training, getattr(remedies, self.name))
         elif self.name in ("cool_down", "raise_epsilon"):
             getattr(remedies, self.name)(training.optimizer, *self.arguments)
@@ -53,20 +56,24 @@ class Action:
         return self.name in (*LOSSES, "cool_down", "raise_epsilon", "project_zero_sum", "clip_grad_norm_")
 
 
-def first_action(advice: tuple[str, ...]) -> Action | None:
-    """What the first line says to do; None where it names no function that is known here."""
+def first_actions(advice: tuple[str, ...]) -> tuple[Action, ...]:
+    """What the first line says to do; empty where it names no function that is known here."""
     if not advice:
-        return None
-    for found in _CALL.finditer(advice[0]):
-        action = Action(found[1], _plain(found[2]))
-        if action.known:
-            return action
-    return Action("float64_cross_entropy") if _FLOAT64.search(advice[0]) else None
+        return ()
+    named = (Action(found[1], _plain(found[2])) for found in _CALL.finditer(advice[0]))
+    known = tuple(action for action in named if action.known)
+    if known or not _FLOAT64.search(advice[0]):
+        return known
+    return (Action("float64_cross_entropy"),)
+
+
+def in_words(actions: tuple[Action, ...]) -> str:
+    return " + ".join(map(str, actions))
 
 
 def _plain(arguments: str) -> tuple[Any, ...]:
-    """The arguments that are literals: ``optimizer, 0.1, None`` → (0.1, None)."""
-    values = []
+    """The arguments that are literals: ``optimizer, 0.1, None`` → (0.1, None); and FLOAT32."""
+    values: list[Any] = [FLOAT32] if FLOAT32 in arguments else []
     for text in arguments.split(","):
         try:
             values.append(ast.literal_eval(text.rpartition("=")[2].strip()))

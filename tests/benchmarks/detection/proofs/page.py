@@ -102,13 +102,22 @@ def targets(records: Sequence[Record]) -> Sheet:
             tried = [event[moment] for event in held if event[moment] is not None]
             hits = sum(item["averted"] for item in tried)
             when = "the first alarm" if moment == "first" else "imminent"
-            silent = f"; {len(held) - len(tried)} without an alarm"
+            silent = f"; {len(held) - len(tried)} without an alarm{_out_of_reach(tried)}"
             rows.append(_row(f"averted from {when} on, {name}", AVERTED, hits, len(tried), 0, silent))
     twins = [twin for record in records for twin in record.get("twins", ())]
     confirmed = sum(twin["confirmed"] for twin in twins)
     rows.append(_row("at risk confirmed by the float64 twin", TWINS, confirmed, len(twins)))
     rows += _reading_rows(records)
     return Sheet("Targets", "", ["", "target", "measured", "reached"], rows)
+
+
+def _out_of_reach(tried: Sequence[Record]) -> str:
+    """How many slingshots come although nothing is updated any more after the alarm."""
+    reached = [item for item in tried if item["in_reach"]]
+    if len(reached) == len(tried):
+        return ""
+    rest = share(sum(item["averted"] for item in reached), len(reached))
+    return f"; {len(tried) - len(reached)} come even if training stops at the alarm, of the others {rest}"
 
 
 def _external_row(records: Sequence[Record]) -> list[str]:
@@ -278,7 +287,9 @@ def _disagreements(records: Sequence[Record]) -> Sheet:
             tried = event[moment]
             if truth not in ("", UNKNOWN) and tried is not None and not tried["averted"]:
                 found = f"{tried['action']} at {tried['step']:,}, {tried['lead']:.1f} τ ahead"
-                rows.append([where, f"not averted ({moment})", f"{found}; spiked at {tried['spiked_at']}"])
+                reach = "" if tried["in_reach"] else ", as if training had stopped"
+                said = f"{found}; spiked at {tried['spiked_at']}{reach}"
+                rows.append([where, f"not averted ({moment})", said])
     for record in records:
         run = f"{record['family']}-{record['seed']}"
         for twin in record.get("twins", ()):

@@ -17,19 +17,21 @@ see :data:`CONFIRMED`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, cast
 
 from nfi_monitor import Alert, AlertKind, Mechanism, Monitor
-from nfi_monitor.replay.run import AS_IT_WAS, FLOAT64_LOSS, NUDGED
-from nfi_monitor.replay.verdict import margin
+from nfi_monitor.detect.causes import LEARNED
+from nfi_monitor.replay.run import AS_IT_WAS, FLOAT64_LOSS, NUDGED, Arm, smaller_lr
+from nfi_monitor.replay.verdict import FLOAT64_NEEDS, margin
 from tests.benchmarks.detection import generate
 from tests.benchmarks.detection.experiments.plan import Stretch
 from tests.benchmarks.detection.experiments.trials import GROWS_LESS, NoMonitor, Rerun
 from tests.benchmarks.detection.proofs import kept as keys
-from tests.benchmarks.detection.proofs.actions import Action, first_action
+from tests.benchmarks.detection.proofs.actions import Action, first_actions, in_words
 from tests.benchmarks.detection.proofs.hear import Heard, hear, is_alarm
 from tests.benchmarks.detection.proofs.kept import Kept
 from tests.benchmarks.detection.proofs.subjects import (
@@ -204,7 +206,7 @@ class _Continued:
         found, tried = None, set()
         for ahead in BEFORE:
             latest = event.start - max(ahead * self.heard.tau, 10 * ahead)
-            steps = [step for step in self.heard.snapshots if since < step < event.start - 1]
+            steps = self._beginnings(since, event.start)
             begin = max((step for step in steps if step <= latest), default=min(steps, default=None))
             if begin is None or begin in tried:
                 continue
@@ -215,6 +217,16 @@ class _Continued:
             if found["mechanism"] != Mechanism.UNKNOWN:
                 break
         return found
+
+    def _beginnings(self, since: int, start: int) -> list[int]:
+        """The snapshots between two slingshots; those of the first τ only where there is no other.
+
+        There the second moment has not learned the gradients that it forgets later.
+        """
+        tau = self.heard.tau
+        steps = [step for step in self.heard.snapshots if since < step < start - 1]
+        settled = [step for step in steps if LEARNED * tau <= step <= start - FLOAT64_NEEDS * tau]
+        return settled or steps
 
     def _replay(self, stretch: Stretch) -> Record:
         verdict = self.rerun().replay(stretch)
@@ -228,29 +240,42 @@ class _Continued:
 
     def averted(self, step: int, alert: Alert, start: int) -> Record:
         """What the first advice of an alarm comes to."""
-        action = first_action(alert.advice)
+        actions = first_actions(alert.advice)
         stretch = Stretch(step, start + round(AVERTED_FOR * self.heard.tau) - step)
         spiked_at = start
-        if action is not None:
-            make = partial(self._with, action, stretch)
-            found = self._of("action", make, stretch, str(action), generate._package("remedies"))
+        if actions:
+            make = partial(self._with, actions, stretch)
+            found = self._of("action", make, stretch, in_words(actions), generate._package("remedies"))
             spiked_at = found["spiked_at"]
+        # What comes even if nothing is updated any more is out of reach of every advice.
+        reach = True
+        if spiked_at is not None:
+            reach = self._of("stopped", partial(self._stopped, stretch), stretch)["spiked_at"] is None
         return {
             "step": step,
             "lead": (start - step) / self.heard.tau,
             "kind": str(alert.kind),
             "mechanism": str(alert.mechanism),
             "advice": alert.advice[0] if alert.advice else "",
-            "action": None if action is None else str(action),
+            "action": in_words(actions) or None,
             "spiked_at": spiked_at,
-            "averted": action is not None and spiked_at is None,
+            "averted": bool(actions) and spiked_at is None,
+            "in_reach": reach,
         }
 
-    def _with(self, action: Action, stretch: Stretch) -> Record:
+    def _with(self, actions: tuple[Action, ...], stretch: Stretch) -> Record:
         rerun = self.rerun()
-        rerun.snapshots[stretch.step].restore(rerun.training.model, rerun.training.optimizer, rerun.extras)
-        action.apply(rerun.training)
-        return {"spiked_at": rerun.follow(stretch, AS_IT_WAS)}
+
+        @contextmanager
+        def change(_: Any) -> Iterator[None]:  # after the snapshot has been restored, which holds eps
+            for action in actions:
+                action.apply(rerun.training)
+            yield
+
+        return {"spiked_at": rerun.follow(stretch, Arm("advice", in_words(actions), change))}
+
+    def _stopped(self, stretch: Stretch) -> Record:
+        return {"spiked_at": self.rerun().follow(stretch, smaller_lr(0.0))}
 
     def twin(self, step: int, events: Sequence[Event]) -> Record:
         """A warning held against its float64 twin: see CONFIRMED."""
