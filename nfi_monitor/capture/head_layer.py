@@ -16,11 +16,13 @@ class Place(NamedTuple):
 
     ``where``: "output", the tensor at the keys ``path`` of the model's output; "loss", the softmax of the
     loss that the model returns; "nowhere", if no tensor holds the changed logits.  ``axis``: of the classes.
+    ``same_rows``: whether its rows are those of the head's output, with the head's features.
     """
 
     where: str
     path: tuple[Any, ...] = ()
     axis: int = -1
+    same_rows: bool = False
 
 
 @dataclass(frozen=True)

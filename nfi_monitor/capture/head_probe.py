@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
-from nfi_monitor.capture.head_layer import Head, Place, is_layer, own_parameter
+from nfi_monitor.capture.head_layer import Head, is_layer, own_parameter
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import Logits, logits_of, takes
 from nfi_monitor.capture.reading_plan import ReadingPlan
@@ -88,6 +88,7 @@ class HeadProbe(ModelHook):
         self.not_in_output = 0  # outputs that hold no logits made by the bare parameter that is the head
         self.without_features = 0
         self.returned: str | None = None  # type of an output that is no tensor
+        self.added: str | None = None  # the operation of the loss that adds to the logits before its softmax
         self.misshapen: tuple[int, ...] | None = None  # shape of an output without the head's classes
 
     @property
@@ -112,7 +113,7 @@ class HeadProbe(ModelHook):
             if module is self._retired:
                 return
             if head is not None and head.place is not None and not self.tapped:
-                self._pass_by(head.place, output, step)
+                self._pass_by(module, args, output, step)
                 return
             bare = head is not None and head.bare
             if not (bare or isinstance(output, Tensor)):
@@ -170,13 +171,20 @@ class HeadProbe(ModelHook):
         plain = head is None or head.weight is None or is_layer(head.module)
         known = plain or (head is not None and takes(output, head.weight, features))
         features = features_of(module, features, axis) if known else None
+        if self.nodes is not None:  # the rows may be read elsewhere, from this pass on
+            self._features = None if features is None else features.detach()
         self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
 
-    def _pass_by(self, place: Place, output: Any, step: int | None) -> None:
-        """Keep the node of the head's output if its rows are read at the softmax of the loss."""
-        known = isinstance(output, Tensor) and output.grad_fn is not None
-        if place.where == "loss" and step is not None and known:
+    def _pass_by(self, module: nn.Module, args: tuple[Any, ...], output: Any, step: int | None) -> None:
+        """Keep what a reading elsewhere needs: the node of the head's output, or the features of its rows."""
+        place = None if self.head is None else self.head.place
+        if place is None or step is None or not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        if place.where == "loss":
             self.nodes = [*(self.nodes or ())[: NODES - 1], output.grad_fn]
+        elif place.same_rows:
+            features = features_of(module, args[0] if args else None, place.axis)
+            self._features = None if features is None else features.detach()
 
     def read_at(self, logits: Logits) -> None:
         """Watch these logits, where they are changed after the head (:attr:`Head.place`)."""
@@ -186,7 +194,8 @@ class HeadProbe(ModelHook):
         started = time.perf_counter()
         try:
             made = None if logits.node is None else logits
-            self._watch(logits.values, None, step, tapped=False, axis=logits.axis, made=made)
+            features, self._features = self._features, None
+            self._watch(logits.values, features, step, tapped=False, axis=logits.axis, made=made)
         finally:
             self._spent(time.perf_counter() - started)
 

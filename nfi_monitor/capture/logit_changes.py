@@ -54,11 +54,15 @@ class Arrival(NamedTuple):
     """A path from a softmax to a watched tensor.
 
     ``change``: the first operation on the way that changes the logits, or None.  ``softmax``: its node; None
-    if the search began at logits.
+    if the search began at logits.  ``added``: the first operation that adds a constant or a parameter, fills
+    entries, or leaves out classes.  It keeps the rows and their gradient, but not margins and loss.
+    ``trained``: whether all that is added are parameters, as a bias.
     """
 
     change: str | None
     softmax: Any
+    added: str | None = None
+    trained: bool = True
 
 
 def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[Arrival]:
@@ -69,17 +73,19 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[A
     """
     found: list[Arrival] = []
     seen: set[tuple[Any, ...]] = set()
-    ahead: list[tuple[Any, Any, str | None, bool]] = [(start, None, None, False)]
+    ahead: list[tuple[Any, Any, str | None, bool, str | None, bool]] = [
+        (start, None, None, False, None, True)
+    ]
     while ahead and len(seen) < LIMIT:
         place = ahead.pop()
-        node, softmax, change, in_log = place
+        node, softmax, change, in_log, added, trained = place
         if node is None or place in seen:
             continue
         seen.add(place)
         logits = at_logits or softmax is not None
         if node in targets:
             if logits:
-                found.append(Arrival(change, softmax))
+                found.append(Arrival(change, softmax, added, trained))
             continue
         name = operation(node)
         if logits:
@@ -87,6 +93,8 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[A
             if not known or (at_logits and name in _PROBABILITIES):
                 continue
             change = change or changed
+            now, of_parameter = _addition(node, name)
+            added, trained = added or now, trained and (now is None or of_parameter)
         elif name in PRODUCTS:
             continue
         elif name in _SOFTMAX:
@@ -94,7 +102,7 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[A
         elif in_log and name in _MIXES:  # the loss is the log of a mean of probabilities
             change = change or (None if of_last_axis(node) else _effect(node, name)[1])
         in_log = not logits and (in_log or name == "Log")
-        ahead += [(before, softmax, change, in_log) for before, _ in node.next_functions]
+        ahead += [(before, softmax, change, in_log, added, trained) for before, _ in node.next_functions]
     return found
 
 
@@ -131,6 +139,14 @@ def first_changed(paths: Iterable[Arrival]) -> Arrival | None:
         return None
     readable = [path for path in paths if softmax_logits(path.softmax) is not None]
     return (readable or paths)[0]
+
+
+def first_added(paths: Iterable[Arrival]) -> Arrival | None:
+    """Return the first path if something is added on all of them, and nothing else changes the logits."""
+    paths = list(paths)
+    if not paths or any(path.change is not None or path.added is None for path in paths):
+        return None
+    return paths[0]
 
 
 def softmax_logits(softmax: Any) -> Logits | None:
@@ -180,6 +196,24 @@ def _keeps_rows(node: Any, name: str) -> bool:
     if len(others) < 2 or known:  # a bias of its own leaves the gradient as it is
         return name in ("Add", "Sub") or max(known, default=1) == 1
     return name in ("Add", "Sub") and any(_of_each_row(before) for before in others)
+
+
+def _addition(node: Any, name: str) -> tuple[str | None, bool]:
+    """Return the name of an operation that adds to logits or leaves out classes; whether it adds a bias."""
+    inputs = [before for before, _ in node.next_functions if before is not None]
+    if name in ("Add", "Sub"):
+        sizes = [size for before in inputs if (size := _of_parameters(before)) is not None]
+        if len(inputs) < 2 or max(sizes, default=1) > 1:
+            return name, len(inputs) > 1
+    elif name == "MaskedFill" or (name == "Where" and len(inputs) < 2):
+        return name, False
+    elif name == "Slice":
+        sizes = node._saved_self_sym_sizes
+        last = node._saved_dim in (len(sizes) - 1, 2**64 - 1)  # numbers below zero are read as unsigned
+        ends = (x - 2**64 if x >= 2**63 else x for x in (node._saved_start, node._saved_end))
+        if last and len(range(sizes[-1])[slice(*ends)]) < sizes[-1]:
+            return name, False
+    return None, False
 
 
 def _of_each_row(node: Any) -> bool:

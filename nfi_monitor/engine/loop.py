@@ -265,7 +265,7 @@ class StepLoop:
         contents, packed = self.step_reader.read(self.step, self.losses)
         self.judge.judge_deferred()
         self.losses.flush(self.transfer)
-        self.transfer.put(contents, packed)
+        self.transfer.put(contents._replace(added=self.probe.added is not None), packed)
 
     def _loss_only(self) -> None:
         """Judge the loss of a step that is not read: now on a CPU, later on an accelerator."""

@@ -111,6 +111,7 @@ def _no_absorption(seen: Seen) -> bool:
     """Return whether most rows are those of another loss than a cross-entropy, and no other note says so."""
     signals = seen.signals
     said = signals.broken_by_design or signals.logits_scaled or signals.soft_targets
+    said |= seen.probe.added is not None  # "logits_added" says so
     reported = seen.without_report == 0 and seen.measured >= PATIENCE
     return reported and not said and seen.reading.values.get("mismatch_fraction", 0.0) > OTHER_LOSS
 
@@ -134,6 +135,22 @@ def _not_cross_entropy_text(seen: Seen) -> str:
         "targets, a focal loss, weights of single rows, logits changed after the head. The loss at the head "
         "is recorded, but not judged: a slingshot itself cannot be seen. Call monitor.observe_loss(loss) "
         "before optimizer.step()."
+    )
+
+
+def _logits_added(seen: Seen) -> bool:
+    values = seen.reading.values
+    left_out = "head_loss" not in values and not seen.rows.single_output
+    return seen.probe.added is not None and "zero_sum_violation" in values and "loss" in values and left_out
+
+
+def _logits_added_text(seen: Seen) -> str:
+    return (
+        f"The loss changes the logits before its softmax ({seen.probe.added}: a margin, a prior, a mask "
+        f"or a slice of the classes). The reported loss is {seen.reading.values['loss']:.3g}, and the "
+        "cross-entropy of the head's own logits differs from it by more than 10%. Margins and loss at the "
+        "head are left out where it does. The reported loss is judged; the zero-sum is still watched. For "
+        "margins, watch the changed logits: logits = monitor.tap(logits)."
     )
 
 
@@ -170,9 +187,9 @@ def _logits_scaled_text(seen: Seen) -> str:
             "logits. Nothing has to be done."
         )
     return (
-        "The logits are scaled after the head: most gradients are far larger than these logits can "
-        "cause. Margins, the loss at the head and displacements are not in nats of the loss, and raise "
-        "no alert alone. Watch the scaled logits: logits = monitor.tap(logits)."
+        "The logits are scaled after the head, or a margin or a bias is added: most gradients are far larger "
+        "than these logits can cause. Margins, the loss at the head and displacements are not those of the "
+        "loss, and raise no alert alone. Watch the changed logits: logits = monitor.tap(logits)."
     )
 
 
@@ -260,6 +277,11 @@ REMARKS: tuple[Remark, ...] = (
         "not_cross_entropy",
         _not_cross_entropy,
         _not_cross_entropy_text,
+    ),
+    Remark(
+        "logits_added",
+        _logits_added,
+        _logits_added_text,
     ),
     Remark("absorption_left_out", _no_absorption, _no_absorption_text),
     Remark(

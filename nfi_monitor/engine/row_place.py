@@ -19,6 +19,7 @@ from nfi_monitor.capture.logit_changes import (
     Arrival,
     arrivals,
     class_axis,
+    first_added,
     first_changed,
     has_softmax,
     softmax_logits,
@@ -58,22 +59,49 @@ class RowPlace:
         returned = list(paths_of(output))
         losses = [tensor for _, tensor in returned if tensor.dim() == 0]
         if losses:
-            changed = first_changed(arrivals(losses[0].grad_fn, nodes, at_logits=False))
+            paths = arrivals(losses[0].grad_fn, nodes, at_logits=False)
+            changed = first_changed(paths)
             if changed is not None:
                 place = self._at_softmax(head, changed) or Place("nowhere")
                 self._settle(head, place, changed, output)
+            elif (added := first_added(paths)) is not None:
+                self._find_candidates(head, returned)
+                self._read_sum(head, added, losses[0], output)
             return
+        found = self._find_candidates(head, returned)
+        changed, added = first_changed(found), first_added(found)
+        if sure and changed is not None and self._candidates:
+            self._settle(head, self._candidates[0][0], changed, output)
+        elif sure and added is not None:
+            self._read_sum(head, added, None, output)
+
+    def _find_candidates(self, head: Head, returned: list[tuple[Any, Tensor]]) -> list[Arrival]:
+        """Find the tensors that may be the changed logits. Returns the paths from all tensors to the head."""
         returned.sort(key=lambda one: not any(part in str(one[0]) for part in LOGITS))
+        nodes = self._probe.nodes or ()
         paths = [arrivals(tensor.grad_fn, nodes, at_logits=True) for _, tensor in returned]
         classes = head.outputs or head.classes or 0
         self._candidates = [
             (Place("output", keys, axis), tensor.grad_fn)
             for (keys, tensor), found in zip(returned, paths, strict=True)
-            if found and (axis := class_axis(tensor, classes, spatial=head.spatial)) is not None
+            if found and (axis := _axis(head, tensor, found, classes)) is not None
         ]
-        changed = first_changed(path for found in paths for path in found)
-        if sure and changed is not None and self._candidates:
-            self._settle(head, self._candidates[0][0], changed, output)
+        return [path for found in paths for path in found]
+
+    def _read_sum(self, head: Head, added: Arrival, loss: Tensor | None, output: Any) -> bool:
+        """Read the rows in the model's output, after a sum that keeps rows and features. Returns whether.
+
+        ``loss``: takes these logits as they are; None: not known yet.
+        """
+        fits = [
+            place
+            for place, node in self._candidates
+            if loss is None or _as_it_is(arrivals(loss.grad_fn, (node,), at_logits=False))
+        ]
+        if not fits or head.bare or (loss is None and added.added == "Slice" and len(fits) > 1):
+            return False
+        self._settle(head, fits[0]._replace(same_rows=True), added, output)
+        return True
 
     def look_at_loss(self, head: Head | None, loss: Tensor) -> bool:
         """Find out whether the loss takes the logits that are read, or changed ones. Returns whether either.
@@ -94,6 +122,8 @@ class RowPlace:
                 if any(path.change is None for path in arrivals(loss.grad_fn, (node,), at_logits=False))
             )
             self._settle(head, next(there, Place("nowhere")), changed, None)
+        elif (added := first_added(paths)) is not None and not self._read_sum(head, added, loss, None):
+            self._probe.added = added.added
         return bool(paths)
 
     def end_step(self) -> None:
@@ -130,16 +160,29 @@ class RowPlace:
 
     def _settle(self, head: Head, place: Place, changed: Arrival, output: Any) -> None:
         """Read rows at ``place`` from now on. ``output``: of the pass that is running, or None."""
-        change = changed.change or ""
+        change = changed.change or changed.added or ""
         if place.where == "nowhere":
             self._moved = self._at_returned = None
             self._move(replace(head, place=place))
             self._note("logits_changed", changed_text(head, change))
             return
         nodes = list(self._probe.nodes or ())
-        self._moved = elsewhere_text(head, place, change)
+        quiet = place.same_rows and changed.trained  # a bias, as a layer has one of its own
+        self._moved = None if quiet else elsewhere_text(head, place, change)
         self._move(replace(head, place=place))
         self._at_returned = changed if place.where == "loss" else None
         if output is not None:
             self._probe.nodes = nodes
             self.read(place, output)
+
+
+def _axis(head: Head, tensor: Tensor, paths: list[Arrival], classes: int) -> int | None:
+    """Return the axis of the classes; also of a tensor that holds a slice of the head's classes."""
+    axis = class_axis(tensor, classes, spatial=head.spatial)
+    sliced = first_added(paths) is not None and any(path.added == "Slice" for path in paths)
+    fewer = sliced and tensor.dim() > 1 and 2 <= tensor.shape[-1] < classes
+    return -1 if axis is None and fewer and not head.spatial else axis
+
+
+def _as_it_is(paths: list[Arrival]) -> bool:
+    return any(path.change is None and path.added is None for path in paths)

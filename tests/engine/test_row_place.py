@@ -344,7 +344,6 @@ ORDINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1),
     "two targets": lambda z, y: 0.6 * F.cross_entropy(z, y) + 0.4 * F.cross_entropy(z, y.flip(0)),
     "soft": lambda z, y: F.cross_entropy(z, torch.full_like(z, 1 / K)),
-    "masked": lambda z, y: F.cross_entropy(z.masked_fill(torch.eye(12, K) * y[:, None] > 0, -9.0), y),
     "prior": lambda z, y: F.cross_entropy(z + torch.arange(K) / K, y),
     "some rows": lambda z, y: F.cross_entropy(z[::2], y[::2]),
     "distilled": _distilled,
@@ -414,3 +413,92 @@ def test_a_model_that_returns_its_heads_logits_gets_no_note(kind: str) -> None:
     assert not _codes(monitor) & {ELSEWHERE, CHANGED, "no_head", "head_by_output", "failed_head_check"}
     assert len(monitor.history["head_loss"][1]) == 6
     assert monitor.summary()["run"]["head"].startswith("head")
+
+
+# --- something is added to the logits, or classes are left out -------------------------------------------
+
+
+PRIOR = torch.linspace(-4, 4, K)
+ADDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a prior": lambda m, h: m.head(h) + PRIOR,
+    "a trained bias": lambda m, h: m.head(h) + m.more.bias,
+    "less a prior, scaled": lambda m, h: 3 * (m.head(h) - PRIOR),
+    "a mask": lambda m, h: m.head(h).masked_fill(torch.arange(7) >= K, -torch.inf),
+    "a mask of zeros and infinities": lambda m, h: m.head(h) + torch.tensor([0.0] * K + [-torch.inf] * 2),
+    "a slice": lambda m, h: m.head(h)[:, :K],
+    "a slice up to the end": lambda m, h: m.head(h)[..., :-2],
+}
+
+
+def _added(kind: str) -> Net:
+    model = Net(ADDED[kind], more=nn.Linear(1, K))
+    with torch.no_grad():
+        model.more.bias.copy_(PRIOR)  # type: ignore[union-attr,operator]
+    if "mask" in kind or "slice" in kind:
+        model.head = nn.Linear(D, K + 2)
+    return model
+
+
+def _of_sum(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(x)
+    return F.cross_entropy(logits, y), logits
+
+
+@pytest.mark.parametrize("observe", [True, False])
+@pytest.mark.parametrize("kind", ADDED)
+def test_logits_to_which_something_is_added_are_read_with_their_features(kind: str, observe: bool) -> None:
+    torch.manual_seed(2)
+    monitor, entropies = _train(_added(kind), _of_sum, observe=observe)
+    assert monitor is not None
+    assert monitor.history["head_loss"][1] == pytest.approx(entropies, rel=1e-4)
+    assert len(monitor.history["feature_mean_norm"][1]) == 6
+    assert (ELSEWHERE in _codes(monitor)) is (kind != "a trained bias")
+    assert not _codes(monitor) & {CHANGED, "logits_scaled", "no_features", "failed_rows"}
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_a_training_whose_sums_are_read_has_the_same_bits(kind: str) -> None:
+    states = []
+    for watch in (False, True):
+        torch.manual_seed(2)
+        model = _added(kind)
+        _train(model, _of_sum, watch=watch)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+IN_THE_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a margin": lambda z, y: z - 8 * F.one_hot(y, K),
+    "a help": lambda z, y: z + 8 * F.one_hot(y, K),
+    "a large prior": lambda z, y: z + 20 * PRIOR,
+    "a mask of targets": lambda z, y: z.masked_fill(F.one_hot(y, K) > 0, -9.0),
+}
+
+
+@pytest.mark.parametrize("kind", IN_THE_LOSS)
+def test_logits_changed_in_the_loss_are_said_and_the_heads_margins_are_left_out(kind: str) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        return F.cross_entropy(IN_THE_LOSS[kind](model(x), y), y), None
+
+    torch.manual_seed(2)
+    monitor, _ = _train(Net(_plain), loss, steps=12)
+    assert monitor is not None
+    assert not {"head_loss", "margin_median", "margin_min"} & set(monitor.history)
+    assert "logits_added" in _codes(monitor) and "logits_scaled" not in _codes(monitor)
+    assert len(monitor.history["zero_sum_violation"][1]) == 12
+
+
+def test_an_added_parameter_that_is_zero_needs_no_note() -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        return model(x, y)["loss"], None
+
+    class Returns(Net):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+            z = self.head(self.trunk(x).relu()) + self.own
+            return {"loss": F.cross_entropy(z, y), "logits": z}  # type: ignore[arg-type]
+
+    model = Returns(_plain)
+    model.own = nn.Parameter(torch.zeros(K))
+    monitor, _ = _train(model, loss)
+    assert monitor is not None and not _codes(monitor)
+    assert monitor.history["head_loss"][1] == pytest.approx(monitor.history["loss"][1], rel=1e-5)
