@@ -194,7 +194,9 @@ class HeadProbe(ModelHook):
         started = time.perf_counter()
         try:
             made = None if logits.node is None else logits
-            features, self._features = self._features, None
+            place = None if self.head is None else self.head.place
+            features = self._features if place is not None and place.same_rows else None
+            self._features = None
             self._watch(logits.values, features, step, tapped=False, axis=logits.axis, made=made)
         finally:
             self._spent(time.perf_counter() - started)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nfi_monitor.capture.origin import OF_A_WEIGHT, PRODUCTS, Logits, of_last_axis, operation
+from nfi_monitor.capture.origin import OF_A_WEIGHT, PRODUCTS, Logits, of_last_axis, operation, saved
 
 _SOFTMAX = {"LogSoftmax", "Softmax", "Logsumexp"}
 _PROBABILITIES = {"Softmax", "Sigmoid", "LogSigmoid", "Exp"}
@@ -20,14 +20,18 @@ _PROBABILITIES = {"Softmax", "Sigmoid", "LogSigmoid", "Exp"}
 _MIXES = {"Add", "Mul", "Mean", "Sum"}
 _SAME_ROWS = OF_A_WEIGHT | {
     "Slice", "Select", "Squeeze", "Index", "IndexSelect", "Gather", "MaskedFill", "Where", "Cat", "Split",
-    "SplitWithSizes", "Stack", "DDPSink", "LogSoftmax", "Tanh", "Clamp", "Narrow", "ConstantPadNd", "Unbind",
+    "SplitWithSizes", "Stack", "DDPSink", "LogSoftmax", "Clamp", "Narrow", "ConstantPadNd", "Unbind",
+    "CopySlices",
 }  # fmt: skip
-"""Operations that keep, choose or reorder rows.  Tanh caps logits: other notes tell of that."""
+"""Operations that keep, choose or reorder rows, if :func:`_resized` and :func:`_overwrites` do not object."""
+CHOOSE = {"Slice", "Index", "IndexSelect", "Gather", "Narrow", "Split", "SplitWithSizes"}
+"""Operations that may leave out classes."""
 _OF_TWO = {"Add", "Sub", "Mul", "Div"}
 """They keep the rows if the other factor or summand is a constant or a parameter."""
 _CHANGES = {
     "Mean", "Sum", "Cumsum", "Max", "Amax", "Exp", "Log", "Pow", "Sqrt", "Neg", "Relu", "LeakyRelu", "Gelu",
-    "Silu", "Elu", "Sigmoid", "LogSigmoid", "Softplus", "Softmax", "NativeDropout", "Prelu",
+    "Silu", "Elu", "Sigmoid", "LogSigmoid", "Softplus", "Softmax", "NativeDropout", "Prelu", "Tanh", "Abs",
+    "Hardtanh", "Acos", "Cos", "Asin", "Sin", "Rsqrt", "Reciprocal", "Maximum", "Minimum", "Rsub",
     "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearest2D", "UpsampleTrilinear3D", "UpsampleLinear1D",
     "UpsampleNearest1D", "UpsampleNearest3D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa",
     "UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D", "GridSampler2D",
@@ -56,13 +60,28 @@ class Arrival(NamedTuple):
     ``change``: the first operation on the way that changes the logits, or None.  ``softmax``: its node; None
     if the search began at logits.  ``added``: the first operation that adds a constant or a parameter, fills
     entries, or leaves out classes.  It keeps the rows and their gradient, but not margins and loss.
-    ``trained``: whether all that is added are parameters, as a bias.
+    ``trained``: whether all that is added are parameters, as a bias.  ``scaled``: whether the logits are
+    multiplied besides.
     """
 
-    change: str | None
-    softmax: Any
+    change: str | None = None
+    softmax: Any = None
     added: str | None = None
     trained: bool = True
+    scaled: bool = False
+
+    def after(self, node: Any, name: str) -> Arrival | None:
+        """Return the path with one more operation on logits; None if that is not known."""
+        known, changed = _effect(node, name)
+        if not known:
+            return None
+        added, of_parameter = _addition(node, name)
+        return self._replace(
+            change=self.change or changed,
+            added=self.added or added,
+            trained=self.trained and (added is None or of_parameter),
+            scaled=self.scaled or name in ("Mul", "Div"),
+        )
 
 
 def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[Arrival]:
@@ -73,36 +92,34 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[A
     """
     found: list[Arrival] = []
     seen: set[tuple[Any, ...]] = set()
-    ahead: list[tuple[Any, Any, str | None, bool, str | None, bool]] = [
-        (start, None, None, False, None, True)
-    ]
+    ahead: list[tuple[Any, Arrival, bool]] = [(start, Arrival(), False)]
     while ahead and len(seen) < LIMIT:
         place = ahead.pop()
-        node, softmax, change, in_log, added, trained = place
+        node, path, in_log = place
         if node is None or place in seen:
             continue
         seen.add(place)
-        logits = at_logits or softmax is not None
+        logits = at_logits or path.softmax is not None
         if node in targets:
             if logits:
-                found.append(Arrival(change, softmax, added, trained))
+                found.append(path)
             continue
         name = operation(node)
         if logits:
-            known, changed = _effect(node, name)
-            if not known or (at_logits and name in _PROBABILITIES):
+            longer = None if at_logits and name in _PROBABILITIES else path.after(node, name)
+            if longer is None:
                 continue
-            change = change or changed
-            now, of_parameter = _addition(node, name)
-            added, trained = added or now, trained and (now is None or of_parameter)
+            path = longer
         elif name in PRODUCTS:
             continue
         elif name in _SOFTMAX:
-            softmax = node
+            path = path._replace(softmax=node)
         elif in_log and name in _MIXES:  # the loss is the log of a mean of probabilities
-            change = change or (None if of_last_axis(node) else _effect(node, name)[1])
+            path = path._replace(
+                change=path.change or (None if of_last_axis(node) else _effect(node, name)[1])
+            )
         in_log = not logits and (in_log or name == "Log")
-        ahead += [(before, softmax, change, in_log, added, trained) for before, _ in node.next_functions]
+        ahead += [(before, path, in_log) for before, _ in node.next_functions]
     return found
 
 
@@ -129,6 +146,10 @@ def _effect(node: Any, name: str) -> tuple[bool, str | None]:
         return True, None if _keeps_rows(node, name) else name
     if name in _CHANGES:
         return True, None if _does_nothing(node, name) else name
+    if (name in ("Cat", "ConstantPadNd") and _resized(node) > 0) or (
+        name == "CopySlices" and _overwrites(node)
+    ):
+        return True, name
     return name in _SAME_ROWS, None
 
 
@@ -157,13 +178,10 @@ def softmax_logits(softmax: Any) -> Logits | None:
     if softmax is None or operation(softmax) != "LogSoftmax":
         return None
     before, output = softmax.next_functions[0]
-    try:
-        raw, axis = softmax._raw_saved_result, softmax._saved_dim
-        if before is None or output != 0 or getattr(raw, "unpack_hook", None) is not None:
-            return None
-        values = softmax._saved_result
-    except RuntimeError:  # freed by the backward pass
+    values = saved(softmax, "result")
+    if before is None or output != 0 or values is None:
         return None
+    axis = softmax._saved_dim
     axis = axis if axis < values.dim() else axis - 2**64  # a negative one, read as unsigned
     return Logits(values, None, before, axis if axis < 0 else axis - values.dim(), normalized=True)
 
@@ -189,13 +207,22 @@ def _mixes_rows(node: Any, name: str) -> bool:
 
 
 def _keeps_rows(node: Any, name: str) -> bool:
-    """Return whether the other input is a constant, a scale, a bias, or a number for each row."""
+    """Return whether the other input is one number, a scale, a bias, or a summand for each row."""
     others = [before for before, _ in node.next_functions if before is not None]
     sizes = [_of_parameters(before) for before in others]
     known = [size for size in sizes if size is not None]
-    if len(others) < 2 or known:  # a bias of its own leaves the gradient as it is
-        return name in ("Add", "Sub") or max(known, default=1) == 1
+    if len(others) < 2:
+        return name in ("Add", "Sub") or _constants(node) == 1
+    if known:  # a bias of its own leaves the gradient as it is
+        return name in ("Add", "Sub") or max(known) == 1
     return name in ("Add", "Sub") and any(_of_each_row(before) for before in others)
+
+
+def _constants(node: Any) -> int:
+    """Return how many constants a product multiplies logits by; 1 if its node does not keep them."""
+    first = node.next_functions[0][0] is not None
+    constant = saved(node, "other" if first else "self")
+    return 1 if constant is None else constant.numel()
 
 
 def _addition(node: Any, name: str) -> tuple[str | None, bool]:
@@ -205,15 +232,31 @@ def _addition(node: Any, name: str) -> tuple[str | None, bool]:
         sizes = [size for before in inputs if (size := _of_parameters(before)) is not None]
         if len(inputs) < 2 or max(sizes, default=1) > 1:
             return name, len(inputs) > 1
-    elif name == "MaskedFill" or (name == "Where" and len(inputs) < 2):
+    elif name in ("MaskedFill", "Where"):
+        mask = saved(node, "mask" if name == "MaskedFill" else "condition")
+        whole_rows = mask is not None and (mask.dim() == 0 or mask.shape[-1] == 1)
+        return (None if whole_rows else name), False
+    elif name in CHOOSE and _resized(node) < 0:
         return name, False
-    elif name == "Slice":
-        sizes = node._saved_self_sym_sizes
-        last = node._saved_dim in (len(sizes) - 1, 2**64 - 1)  # numbers below zero are read as unsigned
-        ends = (x - 2**64 if x >= 2**63 else x for x in (node._saved_start, node._saved_end))
-        if last and len(range(sizes[-1])[slice(*ends)]) < sizes[-1]:
-            return name, False
     return None, False
+
+
+def _resized(node: Any) -> int:
+    """Return −1 (1) if an operation leaves out (adds) entries of the last axis; 0 for pictures."""
+    try:
+        before, output = node.next_functions[0]
+        old, new = before._input_metadata[output].shape, node._input_metadata[0].shape
+    except (AttributeError, IndexError):  # an older torch, or no gradient goes there
+        return 0
+    if len(old) != len(new) or len(new) > 3 or not len(new) or new[-1] < 2:
+        return 0
+    return int(new[-1] > old[-1]) - int(new[-1] < old[-1])
+
+
+def _overwrites(node: Any) -> bool:
+    """Return whether a part of other logits is written over, and not only a buffer filled part by part."""
+    base = node.next_functions[0][0]
+    return base is not None and operation(base) != "CopySlices"
 
 
 def _of_each_row(node: Any) -> bool:

@@ -40,6 +40,7 @@ from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.loss_sources import LossSources
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.rank_search import RankSearch
+from nfi_monitor.engine.row_values import RowValues
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.silence import Silence
@@ -128,6 +129,7 @@ class StepLoop:
             on_alert=options.on_alert,
             read_context=self._read_context,
             note_reading=self._note_reading,
+            row_values=RowValues(self.probe, self.notes.note),
         )
 
     def attach(self, options: Options) -> None:
@@ -265,7 +267,7 @@ class StepLoop:
         contents, packed = self.step_reader.read(self.step, self.losses)
         self.judge.judge_deferred()
         self.losses.flush(self.transfer)
-        self.transfer.put(contents._replace(added=self.probe.added is not None), packed)
+        self.transfer.put(contents, packed)
 
     def _loss_only(self) -> None:
         """Judge the loss of a step that is not read: now on a CPU, later on an accelerator."""

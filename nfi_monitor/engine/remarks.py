@@ -138,22 +138,6 @@ def _not_cross_entropy_text(seen: Seen) -> str:
     )
 
 
-def _logits_added(seen: Seen) -> bool:
-    values = seen.reading.values
-    left_out = "head_loss" not in values and not seen.rows.single_output
-    return seen.probe.added is not None and "zero_sum_violation" in values and "loss" in values and left_out
-
-
-def _logits_added_text(seen: Seen) -> str:
-    return (
-        f"The loss changes the logits before its softmax ({seen.probe.added}: a margin, a prior, a mask "
-        f"or a slice of the classes). The reported loss is {seen.reading.values['loss']:.3g}, and the "
-        "cross-entropy of the head's own logits differs from it by more than 10%. Margins and loss at the "
-        "head are left out where it does. The reported loss is judged; the zero-sum is still watched. For "
-        "margins, watch the changed logits: logits = monitor.tap(logits)."
-    )
-
-
 def _loss_between_readings_text(seen: Seen) -> str:
     return (
         "No loss is reported. The monitor computes it from the logits (the plain mean over rows, without "
@@ -277,11 +261,6 @@ REMARKS: tuple[Remark, ...] = (
         "not_cross_entropy",
         _not_cross_entropy,
         _not_cross_entropy_text,
-    ),
-    Remark(
-        "logits_added",
-        _logits_added,
-        _logits_added_text,
     ),
     Remark("absorption_left_out", _no_absorption, _no_absorption_text),
     Remark(

@@ -16,6 +16,7 @@ from torch import Tensor
 from nfi_monitor.capture.head_layer import Head, Place
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.logit_changes import (
+    CHOOSE,
     Arrival,
     arrivals,
     class_axis,
@@ -88,8 +89,8 @@ class RowPlace:
         ]
         return [path for found in paths for path in found]
 
-    def _read_sum(self, head: Head, added: Arrival, loss: Tensor | None, output: Any) -> bool:
-        """Read the rows in the model's output, after a sum that keeps rows and features. Returns whether.
+    def _read_sum(self, head: Head, added: Arrival, loss: Tensor | None, output: Any) -> None:
+        """Read the rows in the model's output, after a sum that keeps rows and features.
 
         ``loss``: takes these logits as they are; None: not known yet.
         """
@@ -98,10 +99,10 @@ class RowPlace:
             for place, node in self._candidates
             if loss is None or _as_it_is(arrivals(loss.grad_fn, (node,), at_logits=False))
         ]
-        if not fits or head.bare or (loss is None and added.added == "Slice" and len(fits) > 1):
-            return False
-        self._settle(head, fits[0]._replace(same_rows=True), added, output)
-        return True
+        if fits and not head.bare and (loss is not None or added.added not in CHOOSE or len(fits) == 1):
+            self._settle(head, fits[0]._replace(same_rows=not added.scaled), added, output)
+        elif loss is not None:
+            self._probe.added = added.added
 
     def look_at_loss(self, head: Head | None, loss: Tensor) -> bool:
         """Find out whether the loss takes the logits that are read, or changed ones. Returns whether either.
@@ -122,8 +123,8 @@ class RowPlace:
                 if any(path.change is None for path in arrivals(loss.grad_fn, (node,), at_logits=False))
             )
             self._settle(head, next(there, Place("nowhere")), changed, None)
-        elif (added := first_added(paths)) is not None and not self._read_sum(head, added, loss, None):
-            self._probe.added = added.added
+        elif (added := first_added(paths)) is not None:
+            self._read_sum(head, added, loss, None)
         return bool(paths)
 
     def end_step(self) -> None:
@@ -179,7 +180,7 @@ class RowPlace:
 def _axis(head: Head, tensor: Tensor, paths: list[Arrival], classes: int) -> int | None:
     """Return the axis of the classes; also of a tensor that holds a slice of the head's classes."""
     axis = class_axis(tensor, classes, spatial=head.spatial)
-    sliced = first_added(paths) is not None and any(path.added == "Slice" for path in paths)
+    sliced = first_added(paths) is not None and any(path.added in CHOOSE for path in paths)
     fewer = sliced and tensor.dim() > 1 and 2 <= tensor.shape[-1] < classes
     return -1 if axis is None and fewer and not head.spatial else axis
 

@@ -33,13 +33,6 @@ from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.ranks.layout import Message
 from nfi_monitor.schema import Between, decode
 
-OF_THE_LOSS = {
-    "margin_min", "margin_median", "head_loss", "residual_mass", "max_probability", "logit_scale",
-    "contradicted_fraction", "unsure_fraction",
-}  # fmt: skip
-"""Quantities of rows that hold only if the loss takes the logits that were read."""
-OTHER = 0.1
-"""Relative difference of the reported loss from that of the rows, from which on these do not hold."""
 _ROW_WIDTH = len(SUMS) + len(MAXIMA)
 MOST_ASKED = 8
 """Maximum number of forward passes whose rows wait for the step, because their gradient was asked for."""
@@ -54,8 +47,6 @@ class Contents(NamedTuple):
     known: dict[str, float]
     """Quantities that are not in the vector, because the host knows them already."""
     single_output: bool
-    added: bool = False
-    """Whether the loss adds something to the logits before its softmax: a margin, a prior, a mask."""
 
     def unpack(self, numbers: Sequence[float]) -> dict[str, float]:
         """Return the quantities by name."""
@@ -64,11 +55,7 @@ class Contents(NamedTuple):
             sums, maxima = numbers[: len(SUMS)], numbers[len(SUMS) : _ROW_WIDTH]
             values |= finish(sums, maxima, single_output=self.single_output)
             numbers = numbers[_ROW_WIDTH:]
-        values |= dict(zip(self.names, numbers, strict=True))
-        of_head, loss = values.get("head_loss", math.nan), values.get("loss", math.nan)
-        if self.added and abs(of_head - loss) > OTHER * max(of_head, abs(loss)):
-            values = {name: value for name, value in values.items() if name not in OF_THE_LOSS}
-        return values
+        return values | dict(zip(self.names, numbers, strict=True))
 
 
 class _Needed(TypedDict):

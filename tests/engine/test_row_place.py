@@ -344,7 +344,8 @@ ORDINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1),
     "two targets": lambda z, y: 0.6 * F.cross_entropy(z, y) + 0.4 * F.cross_entropy(z, y.flip(0)),
     "soft": lambda z, y: F.cross_entropy(z, torch.full_like(z, 1 / K)),
-    "prior": lambda z, y: F.cross_entropy(z + torch.arange(K) / K, y),
+    "less the largest, detached": lambda z, y: F.cross_entropy(z - z.detach().amax(-1, keepdim=True), y),
+    "other rows filled": lambda z, y: F.cross_entropy(z.masked_fill(torch.zeros(12, 1) > 0, 0.0), y),
     "some rows": lambda z, y: F.cross_entropy(z[::2], y[::2]),
     "distilled": _distilled,
     "focal": _focal,
@@ -422,7 +423,6 @@ PRIOR = torch.linspace(-4, 4, K)
 ADDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a prior": lambda m, h: m.head(h) + PRIOR,
     "a trained bias": lambda m, h: m.head(h) + m.more.bias,
-    "less a prior, scaled": lambda m, h: 3 * (m.head(h) - PRIOR),
     "a mask": lambda m, h: m.head(h).masked_fill(torch.arange(7) >= K, -torch.inf),
     "a mask of zeros and infinities": lambda m, h: m.head(h) + torch.tensor([0.0] * K + [-torch.inf] * 2),
     "a slice": lambda m, h: m.head(h)[:, :K],
@@ -456,6 +456,64 @@ def test_logits_to_which_something_is_added_are_read_with_their_features(kind: s
     assert not _codes(monitor) & {CHANGED, "logits_scaled", "no_features", "failed_rows"}
 
 
+def test_a_sum_that_is_multiplied_is_read_without_features() -> None:
+    """Features and the update of the head's weight give the displacement before the multiplication."""
+    torch.manual_seed(2)
+    monitor, entropies = _train(Net(lambda m, h: 30 * (m.head(F.normalize(h, dim=-1)) - PRIOR / 30)), _of_sum)
+    assert monitor is not None and ELSEWHERE in _codes(monitor)
+    assert monitor.history["head_loss"][1] == pytest.approx(entropies, rel=1e-4)
+    assert not {"logit_displacement", "feature_mean_norm"} & set(monitor.history)
+
+
+CHANGED_IN_THE_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a constant scale for each class": lambda z, y: z * torch.linspace(0.2, 3, K),
+    "a temperature for each row": lambda z, y: z / torch.linspace(0.2, 3, 12)[:, None],
+    "capped": lambda z, y: 5 * torch.tanh(z / 5),
+    "an angular margin": lambda z, y: 9 * torch.cos(
+        torch.acos((z / 9).clamp(-0.99, 0.99)) + 0.3 * F.one_hot(y, K)
+    ),
+    "a class besides": lambda z, y: F.pad(z, (0, 1)),
+    "the target first": lambda z, y: torch.cat([z.gather(1, y[:, None]), z], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGED_IN_THE_LOSS)
+def test_rows_of_logits_that_the_loss_multiplies_are_not_read(kind: str) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        return F.cross_entropy(CHANGED_IN_THE_LOSS[kind](model(x), y), y), None
+
+    torch.manual_seed(2)
+    states = []
+    for watch in (False, True):
+        torch.manual_seed(2)
+        model = Net(_plain)
+        monitor, _ = _train_observed_first(model, loss, watch=watch)
+        states.append(model.state_dict())
+    assert monitor is not None and CHANGED in _codes(monitor)
+    assert not set(OF_ROWS) & set(monitor.history) - {"zero_sum_violation"}
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def _train_observed_first(
+    model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, None]], *, watch: bool
+) -> tuple[Monitor | None, None]:
+    """Train with a loss that is reported before its backward pass, which frees the graph's constants."""
+    random = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    monitor = Monitor(model, optimizer, console=False, every=1) if watch else None
+    for _ in range(6):
+        x, y = torch.randn(12, 6, generator=random), torch.randint(0, K, (12,), generator=random)
+        found, _ = loss(model, x, y)
+        if monitor is not None:
+            monitor.observe_loss(found)
+        found.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if monitor is not None:
+        monitor.close()
+    return monitor, None
+
+
 @pytest.mark.parametrize("kind", ADDED)
 def test_a_training_whose_sums_are_read_has_the_same_bits(kind: str) -> None:
     states = []
@@ -471,14 +529,19 @@ IN_THE_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a margin": lambda z, y: z - 8 * F.one_hot(y, K),
     "a help": lambda z, y: z + 8 * F.one_hot(y, K),
     "a large prior": lambda z, y: z + 20 * PRIOR,
+    "a small prior": lambda z, y: z + torch.arange(K) / K,
+    "a scaled margin": lambda z, y: 30 * (z - 0.35 * F.one_hot(y, K)),
+    "a margin by where": lambda z, y: torch.where(F.one_hot(y, K) > 0, z - 4, z),
     "a mask of targets": lambda z, y: z.masked_fill(F.one_hot(y, K) > 0, -9.0),
+    "some classes": lambda z, y: z[:, :3].index_select(1, torch.tensor([2, 1, 0])),
 }
 
 
 @pytest.mark.parametrize("kind", IN_THE_LOSS)
 def test_logits_changed_in_the_loss_are_said_and_the_heads_margins_are_left_out(kind: str) -> None:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
-        return F.cross_entropy(IN_THE_LOSS[kind](model(x), y), y), None
+        logits = IN_THE_LOSS[kind](model(x), y)
+        return F.cross_entropy(logits, y % logits.shape[-1]), None
 
     torch.manual_seed(2)
     monitor, _ = _train(Net(_plain), loss, steps=12)
