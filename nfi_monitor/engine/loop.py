@@ -90,7 +90,7 @@ class StepLoop:
         self.faults = Faults(self._report_fault, self._own_fault)
         failed = self.faults.failed
         self.reader = OptimizerReader(optimizer, head, failed)
-        self.rows = RowAccumulator()
+        self.rows, self.transfer = RowAccumulator(), HostTransfer()
         probe_batch = None if options.probe is None else ProbeBatch(model, *options.probe)
         self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.is_off, failed)
         self.schedule = Schedule(options.overhead_budget)
@@ -117,7 +117,6 @@ class StepLoop:
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
         self.loss_sources = LossSources(self.losses, failed, self._ignores, self.silence.reported)
-        self.transfer = HostTransfer()
         self.recent_snapshots = RecentSnapshots(model, optimizer, self.stateful, options.snapshot_limit)
         self.judge = Judge(
             self.detector,

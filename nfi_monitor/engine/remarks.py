@@ -179,10 +179,10 @@ def _logits_scaled_text(seen: Seen) -> str:
 
 def _not_recomputed_text(seen: Seen) -> str:
     return (
-        "No rows seen: the loss makes no logits. Rows recomputed from hidden states and labels do not give "
-        "the gradient that arrives at the hidden states, so they are left out. Possible reasons: logits that "
-        "are scaled or capped, a penalty besides the cross-entropy, other labels. The rest is watched. For "
-        "rows, use a loss of logits and monitor.tap(logits)."
+        f"The loss makes no logits. In the last {PATIENCE} readings, rows recomputed from hidden states and "
+        "labels do not give the gradient that arrives at the hidden states, so they are left out. Possible "
+        "reasons: logits that are scaled or capped, smoothed labels, a penalty besides the cross-entropy, "
+        "other labels. The rest is watched. For rows, use a loss of logits and monitor.tap(logits)."
     )
 
 
@@ -300,7 +300,8 @@ REMARKS: tuple[Remark, ...] = (
         (
             "The loss makes no logits (it is fused or chunked), so rows are recomputed: in each reading the "
             "logits of up to 64 rows, from their hidden states and labels, and the gradient there as the "
-            "loss computes it. They are held against the gradient that arrives at the hidden states."
+            "loss computes it. Rows that do not give the gradient that arrives at the hidden states are left "
+            "out."
         ),
     ),
     Remark(
