@@ -54,8 +54,8 @@ class Seen(NamedTuple):
     """Step of the reading before this one; None: this is the first."""
     needed_float32: bool = False
     """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
-    untrained_loss: bool = False
-    """Whether the model returns a loss at which no gradient arrives, and no other loss is known."""
+    untrained_loss: str = ""
+    """The loss at which no gradient arrives: "reported" by the loop, "returned" by the model, or ""."""
     model: nn.Module | None = None
 
 
@@ -145,6 +145,20 @@ def _loss_between_readings_text(seen: Seen) -> str:
         f"after step {seen.step_before:,} it read step {seen.reading.step:,}. A slingshot between two "
         "readings is seen late or not at all. To show the monitor the loss of every step, call "
         "monitor.observe_loss(loss) before optimizer.step()."
+    )
+
+
+def _loss_not_trained_text(seen: Seen) -> str:
+    cure = "Report the loss that trains: monitor.observe_loss(loss) before optimizer.step()."
+    if seen.untrained_loss == "returned":
+        return (
+            "The model returns a loss, but no gradient arrives at it: another loss trains. The returned loss "
+            f"is not watched. {cure}"
+        )
+    return (
+        f"The loss that monitor.observe_loss gets ({seen.reading.get('loss'):.3g}) is not trained: no "
+        "gradient arrives at it, another loss trains. It is recorded and judged as reported, so a slingshot "
+        f"of the trained loss may be missed. {cure}"
     )
 
 
@@ -243,11 +257,8 @@ REMARKS: tuple[Remark, ...] = (
     ),
     Remark(
         "loss_not_trained",
-        lambda seen: seen.untrained_loss,
-        (
-            "The model returns a loss, but no gradient arrives at it: another loss trains. The returned loss "
-            "is not watched. Report the loss that trains: monitor.observe_loss(loss) before optimizer.step()."
-        ),
+        lambda seen: bool(seen.untrained_loss),
+        _loss_not_trained_text,
     ),
     Remark(
         "no_loss",
