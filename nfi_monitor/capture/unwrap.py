@@ -59,8 +59,8 @@ def watchable(optimizer: Any) -> list[Optimizer]:
         if callable(getattr(optimizer, "step", None)) and not hasattr(optimizer, "__dict__"):
             raise TypeError(
                 f"The steps of {got} cannot be watched: its class has __slots__, so the monitor cannot put "
-                f"its hooks around step(). Add '__dict__' to __slots__, or pass an object of a derived class: "
-                f"class Watched({got}): pass."
+                f"its hooks around step(). Add '__dict__' to __slots__, or pass an object of a derived "
+                f"class: class Watched({got}): pass."
             )
         raise TypeError(
             f"Monitor needs a torch.optim.Optimizer, got {got}, with none inside; nor is it another object "
