@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
 from nfi_monitor.capture.head_layer import Head, is_layer, own_parameter
+from nfi_monitor.capture.logit_changes import arrivals, first_changed
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import Logits, logits_of, takes
 from nfi_monitor.capture.reading_plan import ReadingPlan
@@ -76,6 +77,7 @@ class HeadProbe(ModelHook):
         self.nodes: list[Any] | None = None
         self._backward_ran = False  # since the last forward pass of the head
         self._features: Tensor | None = None
+        self._untapped: Any = None  # node of the head's output, whose logits are tapped later
 
     def restart(self, retired: nn.Module | None = None) -> None:
         """Count from zero: another head is watched now. The module ``retired`` was the head until now."""
@@ -151,6 +153,11 @@ class HeadProbe(ModelHook):
                     self.head_changed(head)
                 given = features if takes(found.values, head.weight, features) else None
                 features = given if found.features is None else found.features
+                paths = arrivals(found.values.grad_fn, (found.product,), at_logits=True)
+                if first_changed(paths) is not None and not head.changed:
+                    head = self.head = replace(head, changed=True)
+                    self.head_changed(head)
+                features = None if any(path.scaled or path.change for path in paths) else features
                 self._watch(found.values, features, step, tapped=False, made=found)
                 return
             if not isinstance(output, Tensor):
@@ -163,6 +170,7 @@ class HeadProbe(ModelHook):
         if self.tapped:
             # The tapped tensor comes later. This input may be its features.
             self._features = None if features is None else features.detach()
+            self._untapped = output.grad_fn
             return
         axis = -1 if head is None else head.class_axis_of(output)
         if axis is None:
@@ -173,6 +181,7 @@ class HeadProbe(ModelHook):
         features = features_of(module, features, axis) if known else None
         if self.nodes is not None:  # the rows may be read elsewhere, from this pass on
             self._features = None if features is None else features.detach()
+            self._untapped = output.grad_fn
         self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
 
     def _pass_by(self, module: nn.Module, args: tuple[Any, ...], output: Any, step: int | None) -> None:
@@ -205,6 +214,12 @@ class HeadProbe(ModelHook):
         """Watch this tensor from now on, instead of the head's output. ``axis``: that of the classes."""
         self.tapped = True
         features, self._features = self._features, None
+        made, self._untapped = self._untapped, None
+        paths = [] if made is None else arrivals(logits.grad_fn, (made,), at_logits=True)
+        if any(
+            path.scaled or path.change for path in paths
+        ):  # the head's update moves these by other amounts
+            features = None
         step = self._wanted()
         if step is None or not devices.is_readable(logits, meta=True):
             return
@@ -357,7 +372,7 @@ class HeadProbe(ModelHook):
 
     def forget(self) -> None:
         """Drop features whose logits were never tapped, and nodes of this step."""
-        self._features = None
+        self._features = self._untapped = None
         if self.nodes:
             self.nodes.clear()
 

@@ -70,12 +70,12 @@ class Arrival(NamedTuple):
     trained: bool = True
     scaled: bool = False
 
-    def after(self, node: Any, name: str) -> Arrival | None:
-        """Return the path with one more operation on logits; None if that is not known."""
-        known, changed = _effect(node, name)
+    def after(self, node: Any, name: str, classes: int) -> Arrival | None:
+        """Return the path with one more operation on logits of K classes; None if that is not known."""
+        known, changed = _effect(node, name, classes)
         if not known:
             return None
-        added, of_parameter = _addition(node, name)
+        added, of_parameter = _addition(node, name, classes)
         return self._replace(
             change=self.change or changed,
             added=self.added or added,
@@ -84,12 +84,14 @@ class Arrival(NamedTuple):
         )
 
 
-def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[Arrival]:
+def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool, axis: int = -1) -> list[Arrival]:
     """Return the paths from the node ``start`` to nodes of ``targets``, from logits on.
 
     ``at_logits``: whether ``start`` made logits; if not, it made a loss, and logits begin at a softmax.  A
-    path ends at a product with a weight, and from logits on at an operation that is not known.
+    path ends at a product with a weight, and from logits on at an operation that is not known.  ``axis``: of
+    the classes in what the targets made.
     """
+    classes = next((_shape(target)[axis] for target in targets if len(_shape(target)) >= -axis), 0)
     found: list[Arrival] = []
     seen: set[tuple[Any, ...]] = set()
     ahead: list[tuple[Any, Arrival, bool]] = [(start, Arrival(), False)]
@@ -106,7 +108,7 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[A
             continue
         name = operation(node)
         if logits:
-            longer = None if at_logits and name in _PROBABILITIES else path.after(node, name)
+            longer = None if at_logits and name in _PROBABILITIES else path.after(node, name, classes)
             if longer is None:
                 continue
             path = longer
@@ -116,7 +118,7 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[A
             path = path._replace(softmax=node)
         elif in_log and name in _MIXES:  # the loss is the log of a mean of probabilities
             path = path._replace(
-                change=path.change or (None if of_last_axis(node) else _effect(node, name)[1])
+                change=path.change or (None if of_last_axis(node) else _effect(node, name, classes)[1])
             )
         in_log = not logits and (in_log or name == "Log")
         ahead += [(before, path, in_log) for before, _ in node.next_functions]
@@ -138,7 +140,7 @@ def has_softmax(loss: Any) -> bool:
     return False
 
 
-def _effect(node: Any, name: str) -> tuple[bool, str | None]:
+def _effect(node: Any, name: str, classes: int) -> tuple[bool, str | None]:
     """Return whether an operation on logits is known, and its name if it changes them."""
     if name in PRODUCTS:
         return _mixes_rows(node, name), name
@@ -146,7 +148,7 @@ def _effect(node: Any, name: str) -> tuple[bool, str | None]:
         return True, None if _keeps_rows(node, name) else name
     if name in _CHANGES:
         return True, None if _does_nothing(node, name) else name
-    if (name in ("Cat", "ConstantPadNd") and _resized(node) > 0) or (
+    if (name in ("Cat", "ConstantPadNd") and _adds_classes(node, name, classes)) or (
         name == "CopySlices" and _overwrites(node)
     ):
         return True, name
@@ -225,7 +227,7 @@ def _constants(node: Any) -> int:
     return 1 if constant is None else constant.numel()
 
 
-def _addition(node: Any, name: str) -> tuple[str | None, bool]:
+def _addition(node: Any, name: str, classes: int) -> tuple[str | None, bool]:
     """Return the name of an operation that adds to logits or leaves out classes; whether it adds a bias."""
     inputs = [before for before, _ in node.next_functions if before is not None]
     if name in ("Add", "Sub"):
@@ -234,23 +236,41 @@ def _addition(node: Any, name: str) -> tuple[str | None, bool]:
             return name, len(inputs) > 1
     elif name in ("MaskedFill", "Where"):
         mask = saved(node, "mask" if name == "MaskedFill" else "condition")
-        whole_rows = mask is not None and (mask.dim() == 0 or mask.shape[-1] == 1)
+        axis = _axis_of(_shape(node), classes)
+        whole_rows = mask is not None and (mask.dim() < -axis or mask.shape[axis] == 1)
         return (None if whole_rows else name), False
-    elif name in CHOOSE and _resized(node) < 0:
+    elif name in CHOOSE and _resized(node, classes) < 0:
         return name, False
     return None, False
 
 
-def _resized(node: Any) -> int:
-    """Return −1 (1) if an operation leaves out (adds) entries of the last axis; 0 for pictures."""
+def _resized(node: Any, classes: int) -> int:
+    """Return −1 (1) if an operation leaves out (adds) classes, else 0."""
+    before, output = node.next_functions[0]
+    old, new = _shape(before, output), _shape(node)
+    axis = _axis_of(old, classes)
+    if not axis or len(old) != len(new) or new[axis] < 2:
+        return 0
+    return int(new[axis] > old[axis]) - int(new[axis] < old[axis])
+
+
+def _adds_classes(node: Any, name: str, classes: int) -> bool:
+    """Return whether an operation joins classes, or pads them."""
+    last = name == "Cat" and node._saved_dim in (len(_shape(node)) - 1, 2**64 - 1)
+    return last or _resized(node, classes) > 0
+
+
+def _shape(node: Any, output: int = 0) -> tuple[int, ...]:
+    """Return the shape of what a node made; () if that is not known."""
     try:
-        before, output = node.next_functions[0]
-        old, new = before._input_metadata[output].shape, node._input_metadata[0].shape
+        return tuple(node._input_metadata[output].shape)
     except (AttributeError, IndexError):  # an older torch, or no gradient goes there
-        return 0
-    if len(old) != len(new) or len(new) > 3 or not len(new) or new[-1] < 2:
-        return 0
-    return int(new[-1] > old[-1]) - int(new[-1] < old[-1])
+        return ()
+
+
+def _axis_of(shape: tuple[int, ...], classes: int) -> int:
+    """Return the axis of K classes, below zero, the last one if several fit; 0 if none does."""
+    return next((axis - len(shape) for axis in reversed(range(len(shape))) if shape[axis] == classes), 0)
 
 
 def _overwrites(node: Any) -> bool:

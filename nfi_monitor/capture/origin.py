@@ -73,11 +73,13 @@ class Origin(NamedTuple):
     """The products that an output comes from.
 
     ``complete``: the search met no unknown node.  ``reached``: it met one of the nodes that it looks for.
+    ``start``: the node of the output.
     """
 
     products: tuple[Product, ...]
     complete: bool
     reached: bool = False
+    start: Any = None
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Logits:
     node: Any
     axis: int = -1  # that of the classes
     normalized: bool = False  # log-probabilities: the logits minus a number for each row
+    product: Any = None  # the node of the product that made them
 
     def hook(self, on_gradient: Callable[[Tensor | None], None]) -> None:
         """Call ``on_gradient`` with the gradient of the logits in the backward pass."""
@@ -170,7 +173,7 @@ def origin(tensor: Tensor, targets: Collection[Any] = ()) -> Origin:
             ahead += [before for before, _ in node.next_functions]
         elif not name.endswith("AccumulateGrad"):
             complete = False
-    return Origin(tuple(found.values()), complete, reached)
+    return Origin(tuple(found.values()), complete, reached, tensor.grad_fn)
 
 
 def of_last_axis(node: Any) -> bool:
@@ -255,7 +258,7 @@ def logits_of(output: Any, weight: Tensor) -> Logits | None:
                     node = node.next_functions[0][0]
                 width = weight.numel() // classes
                 features = _features(product, width) if _in_order(tensor.grad_fn, product.node) else None
-                return Logits(tensor, features, node)
+                return Logits(tensor, features, node, product=product.node)
     return None
 
 

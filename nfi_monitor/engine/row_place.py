@@ -60,7 +60,7 @@ class RowPlace:
         returned = list(paths_of(output))
         losses = [tensor for _, tensor in returned if tensor.dim() == 0]
         if losses:
-            paths = arrivals(losses[0].grad_fn, nodes, at_logits=False)
+            paths = self._to_head(losses[0], head)
             changed = first_changed(paths)
             if changed is not None:
                 place = self._at_softmax(head, changed) or Place("nowhere")
@@ -76,11 +76,15 @@ class RowPlace:
         elif sure and added is not None:
             self._read_sum(head, added, None, output)
 
+    def _to_head(self, tensor: Tensor, head: Head | None, *, at_logits: bool = False) -> list[Arrival]:
+        """Return the paths from a loss, or from logits, to the outputs of the head in this pass."""
+        axis = -1 if head is None or head.bare else -1 - head.spatial
+        return arrivals(tensor.grad_fn, self._probe.nodes or (), at_logits=at_logits, axis=axis)
+
     def _find_candidates(self, head: Head, returned: list[tuple[Any, Tensor]]) -> list[Arrival]:
         """Find the tensors that may be the changed logits. Returns the paths from all tensors to the head."""
         returned.sort(key=lambda one: not any(part in str(one[0]) for part in LOGITS))
-        nodes = self._probe.nodes or ()
-        paths = [arrivals(tensor.grad_fn, nodes, at_logits=True) for _, tensor in returned]
+        paths = [self._to_head(tensor, head, at_logits=True) for _, tensor in returned]
         classes = head.outputs or head.classes or 0
         self._candidates = [
             (Place("output", keys, axis), tensor.grad_fn)
@@ -97,7 +101,7 @@ class RowPlace:
         fits = [
             place
             for place, node in self._candidates
-            if loss is None or _as_it_is(arrivals(loss.grad_fn, (node,), at_logits=False))
+            if loss is None or _as_it_is(arrivals(loss.grad_fn, (node,), at_logits=False, axis=place.axis))
         ]
         if fits and not head.bare and (loss is not None or added.added not in CHOOSE or len(fits) == 1):
             self._settle(head, fits[0]._replace(same_rows=not added.scaled), added, output)
@@ -112,7 +116,7 @@ class RowPlace:
         nodes = self._probe.nodes or ()
         if head is None or not nodes or (head.place is not None and head.place.where == "nowhere"):
             return False
-        paths = arrivals(loss.grad_fn, nodes, at_logits=False)
+        paths = self._to_head(loss, head)
         changed = first_changed(paths)
         if not paths and self._at_returned is not None and has_softmax(loss.grad_fn):
             changed = self._at_returned  # another loss than the returned one is trained
@@ -179,10 +183,10 @@ class RowPlace:
 
 def _axis(head: Head, tensor: Tensor, paths: list[Arrival], classes: int) -> int | None:
     """Return the axis of the classes; also of a tensor that holds a slice of the head's classes."""
-    axis = class_axis(tensor, classes, spatial=head.spatial)
+    axis, own = class_axis(tensor, classes, spatial=head.spatial), -1 - head.spatial
     sliced = first_added(paths) is not None and any(path.added in CHOOSE for path in paths)
-    fewer = sliced and tensor.dim() > 1 and 2 <= tensor.shape[-1] < classes
-    return -1 if axis is None and fewer and not head.spatial else axis
+    fewer = sliced and tensor.dim() > -own and 2 <= tensor.shape[own] < classes
+    return own if axis is None and fewer else axis
 
 
 def _as_it_is(paths: list[Arrival]) -> bool:

@@ -551,6 +551,48 @@ def test_logits_changed_in_the_loss_are_said_and_the_heads_margins_are_left_out(
     assert len(monitor.history["zero_sum_violation"][1]) == 12
 
 
+class Bare(nn.Module):
+    """Logits are the product with a bare matrix, changed by ``write``."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.trunk, self.unembed, self.write = nn.Linear(6, D), nn.Parameter(torch.randn(K, D)), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(self.trunk(x).relu() @ self.unembed.T)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda z: 4 * z, lambda z: 2 * torch.tanh(z / 2), lambda z: z * torch.linspace(0.2, 3, K)],
+    ids=["multiplied", "capped", "a scale for each class"],
+)
+def test_a_changed_product_with_a_bare_matrix_has_rows_and_no_displacement(write: Any) -> None:
+    torch.manual_seed(0)
+    monitor, entropies = _train(Bare(write), _of_sum, head="unembed")
+    assert monitor is not None
+    assert monitor.history["head_loss"][1] == pytest.approx(entropies, rel=1e-4)
+    assert monitor.history["zero_sum_violation"][1].max() < 1e-5
+    assert not {"logit_displacement", "feature_mean_norm"} & set(monitor.history)
+    assert "not_shift_invariant" not in _codes(monitor) and not monitor.alerts
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+def test_features_do_not_come_with_tapped_logits_that_are_multiplied_after_the_head(scale: float) -> None:
+    torch.manual_seed(0)
+    model = Net(_plain)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(6):
+            logits = model(torch.randn(12, 6))
+            logits = monitor.tap(scale * logits + PRIOR if scale > 1 else logits + PRIOR)
+            F.cross_entropy(logits, torch.randint(0, K, (12,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ("logit_displacement" in monitor.history) is (scale == 1)
+    assert len(monitor.history["margin_median"][1]) >= 5
+
+
 def test_an_added_parameter_that_is_zero_needs_no_note() -> None:
     def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
         return model(x, y)["loss"], None
