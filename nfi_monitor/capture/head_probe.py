@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
 from nfi_monitor.capture.head_layer import Head, is_layer, own_parameter
-from nfi_monitor.capture.logit_changes import arrivals, first_changed
+from nfi_monitor.capture.logit_changes import Arrival, arrivals, first_changed
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import Logits, logits_of, takes
 from nfi_monitor.capture.reading_plan import ReadingPlan
@@ -91,6 +91,7 @@ class HeadProbe(ModelHook):
         self.without_features = 0
         self.returned: str | None = None  # type of an output that is no tensor
         self.added: str | None = None  # the operation of the loss that adds to the logits before its softmax
+        self.multiplied = False  # whether the logits that are read are multiples of the head's, or capped
         self.misshapen: tuple[int, ...] | None = None  # shape of an output without the head's classes
 
     @property
@@ -157,7 +158,7 @@ class HeadProbe(ModelHook):
                 if first_changed(paths) is not None and not head.changed:
                     head = self.head = replace(head, changed=True)
                     self.head_changed(head)
-                features = None if any(path.scaled or path.change for path in paths) else features
+                self.multiplied = _multiplies(paths)
                 self._watch(found.values, features, step, tapped=False, made=found)
                 return
             if not isinstance(output, Tensor):
@@ -215,11 +216,6 @@ class HeadProbe(ModelHook):
         self.tapped = True
         features, self._features = self._features, None
         made, self._untapped = self._untapped, None
-        paths = [] if made is None else arrivals(logits.grad_fn, (made,), at_logits=True)
-        if any(
-            path.scaled or path.change for path in paths
-        ):  # the head's update moves these by other amounts
-            features = None
         step = self._wanted()
         if step is None or not devices.is_readable(logits, meta=True):
             return
@@ -227,6 +223,8 @@ class HeadProbe(ModelHook):
             started = time.perf_counter()
             try:
                 axis = axis if axis < 0 else axis - logits.dim()
+                paths = [] if made is None else arrivals(logits.grad_fn, (made,), at_logits=True)
+                self.multiplied = _multiplies(paths)
                 self._watch(logits, features if axis == -1 else None, step, tapped=True, axis=axis)
             finally:
                 self._spent(time.perf_counter() - started)
@@ -375,6 +373,11 @@ class HeadProbe(ModelHook):
         self._features = self._untapped = None
         if self.nodes:
             self.nodes.clear()
+
+
+def _multiplies(paths: list[Arrival]) -> bool:
+    """Return whether logits are moved by other amounts than the head's output that they are made of."""
+    return any(path.scaled or path.change is not None for path in paths)
 
 
 class _Given(list["weakref.ref[Rows]"]):

@@ -133,9 +133,8 @@ def no_features_text(head: Head | None) -> str:
     if head is not None and head.bare:
         return (
             f"No features come with the logits of {head.describe()}: they are no plain product with this "
-            "matrix (it is normalised, or the product is multiplied?), or the autograd graph does not keep "
-            f"the other factor. {_WITHOUT_FEATURES} Rows and optimizer are watched as usual. Nothing has to "
-            "be done."
+            "matrix (a normalised one makes them?), or the autograd graph does not keep the other factor. "
+            f"{_WITHOUT_FEATURES} Rows and optimizer are watched as usual. Nothing has to be done."
         )
     if head is not None and head.spatial:
         return (
@@ -143,9 +142,9 @@ def no_features_text(head: Head | None) -> str:
             f"{_WITHOUT_FEATURES} Rows and optimizer are watched as usual. Nothing has to be done."
         )
     return (
-        "No features of the same rows come with the watched logits (another layer feeds them, they are "
-        f"multiplied after the head, or features and logits are on two devices). {_WITHOUT_FEATURES} If "
-        f"another linear layer makes the logits, name it: {call_with('head=...')}."
+        "No features of the same rows come with the watched logits (another layer feeds them, or features "
+        f"and logits are on two devices). {_WITHOUT_FEATURES} If another linear layer makes the logits, name "
+        f"it: {call_with('head=...')}."
     )
 
 

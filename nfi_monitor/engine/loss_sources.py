@@ -99,7 +99,7 @@ class LossSources:
         try:
             if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
                 self.look(loss)
-            self._replace(before, loss, shares=shares)
+            self._take_instead(before, loss, shares=shares)
         except Exception as error:
             self._failed("loss", error)
 
@@ -110,11 +110,11 @@ class LossSources:
         yield returned
         try:
             if returned and self._passes == passes:
-                self._replace(before, returned[0], shares=shares)
+                self._take_instead(before, returned[0], shares=shares)
         except Exception as error:
             self._failed("loss", error)
 
-    def _replace(self, before: int, loss: Any, *, shares: bool) -> None:
+    def _take_instead(self, before: int, loss: Any, *, shares: bool) -> None:
         """Take ``loss`` in place of all but the first ``before`` losses of this step."""
         losses = self._losses
         if isinstance(loss, Tensor) and not self._reported:

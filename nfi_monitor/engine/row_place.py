@@ -104,7 +104,7 @@ class RowPlace:
             if loss is None or _as_it_is(arrivals(loss.grad_fn, (node,), at_logits=False, axis=place.axis))
         ]
         if fits and not head.bare and (loss is not None or added.added not in CHOOSE or len(fits) == 1):
-            self._settle(head, fits[0]._replace(same_rows=not added.scaled), added, output)
+            self._settle(head, fits[0]._replace(same_rows=True), added, output)
         elif loss is not None:
             self._probe.added = added.added
 
@@ -175,6 +175,7 @@ class RowPlace:
         quiet = place.same_rows and changed.trained  # a bias, as a layer has one of its own
         self._moved = None if quiet else elsewhere_text(head, place, change)
         self._move(replace(head, place=place))
+        self._probe.multiplied = changed.scaled
         self._at_returned = changed if place.where == "loss" else None
         if output is not None:
             self._probe.nodes = nodes

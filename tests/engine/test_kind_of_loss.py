@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -68,3 +70,44 @@ def test_a_weight_gradient_rounded_to_half_precision_shows_no_design() -> None:
             optimizer.zero_grad()
     assert monitor.history["zero_sum_violation_weight"][1].max() > 1e-5
     assert _codes(monitor) == {"head_never_fired"}
+
+
+class MarginInside(torch.autograd.Function):
+    """The cross-entropy of z − 4 at the target, in one operation that no graph shows."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, y: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        chances = (z - 4 * F.one_hot(y, z.shape[1])).softmax(-1)
+        ctx.save_for_backward(chances - F.one_hot(y, z.shape[1]))
+        return -chances.gather(1, y[:, None]).log().mean()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
+        (difference,) = ctx.saved_tensors
+        return grad * difference / len(difference), None
+
+
+@pytest.mark.parametrize(
+    ("loss_of", "said"),
+    [
+        (F.cross_entropy, set()),
+        (lambda z, y: F.cross_entropy(z, y, label_smoothing=0.05), set()),
+        (lambda z, y: F.cross_entropy(z, y) + 0.5 * z.softmax(-1).square().sum(-1).mean() + 1, {"apart"}),
+        (MarginInside.apply, {"apart"}),
+        (lambda z, y: F.cross_entropy(z, y, reduction="sum"), {"apart"}),
+    ],
+    ids=["plain", "smoothed", "with another part", "a margin inside", "a sum"],
+)
+def test_a_reported_loss_that_is_not_the_one_at_the_head_is_said(loss_of: Any, said: set[str]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 40))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    x, y = torch.randn(64, 16), torch.randint(0, 40, (64,))
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(12):
+            loss = loss_of(model(x), y)
+            loss.backward()
+            monitor.observe_loss(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ("loss_not_at_head" in _codes(monitor)) is bool(said)
