@@ -60,27 +60,25 @@ class Arrival(NamedTuple):
     ``change``: the first operation on the way that changes the logits, or None.  ``softmax``: its node; None
     if the search began at logits.  ``added``: the first operation that adds a constant or a parameter, fills
     entries, or leaves out classes.  It keeps the rows and their gradient, but not margins and loss.
-    ``trained``: whether all that is added are parameters, as a bias.  ``scaled``: whether the logits are
-    multiplied besides.
+    ``scaled``: whether the logits are multiplied besides.  ``turned``: whether axes change places.
     """
 
     change: str | None = None
     softmax: Any = None
     added: str | None = None
-    trained: bool = True
     scaled: bool = False
+    turned: bool = False
 
     def after(self, node: Any, name: str, classes: int) -> Arrival | None:
         """Return the path with one more operation on logits of K classes; None if that is not known."""
         known, changed = _effect(node, name, classes)
         if not known:
             return None
-        added, of_parameter = _addition(node, name, classes)
         return self._replace(
             change=self.change or changed,
-            added=self.added or added,
-            trained=self.trained and (added is None or of_parameter),
+            added=self.added or (name if _adds(node, name, classes) else None),
             scaled=self.scaled or name in ("Mul", "Div"),
+            turned=self.turned or name in ("Transpose", "Permute", "T"),
         )
 
 
@@ -227,21 +225,19 @@ def _constants(node: Any) -> int:
     return 1 if constant is None else constant.numel()
 
 
-def _addition(node: Any, name: str, classes: int) -> tuple[str | None, bool]:
-    """Return the name of an operation that adds to logits or leaves out classes; whether it adds a bias."""
+def _adds(node: Any, name: str, classes: int) -> bool:
+    """Return whether an operation adds a constant or a bias, fills entries of rows, or leaves out classes."""
     inputs = [before for before, _ in node.next_functions if before is not None]
     if name in ("Add", "Sub"):
         sizes = [size for before in inputs if (size := _of_parameters(before)) is not None]
-        if len(inputs) < 2 or max(sizes, default=1) > 1:
-            return name, len(inputs) > 1
-    elif name in ("MaskedFill", "Where"):
-        mask = saved(node, "mask" if name == "MaskedFill" else "condition")
-        axis = _axis_of(_shape(node), classes)
-        whole_rows = mask is not None and (mask.dim() < -axis or mask.shape[axis] == 1)
-        return (None if whole_rows else name), False
-    elif name in CHOOSE and _resized(node, classes) < 0:
-        return name, False
-    return None, False
+        return len(inputs) < 2 or max(sizes, default=1) > 1
+    if name in ("MaskedFill", "Where"):
+        mask, axis = (
+            saved(node, "mask" if name == "MaskedFill" else "condition"),
+            _axis_of(_shape(node), classes),
+        )
+        return mask is None or (mask.dim() >= -axis and mask.shape[axis] > 1)  # else it fills whole rows
+    return name in CHOOSE and _resized(node, classes) < 0
 
 
 def _resized(node: Any, classes: int) -> int:

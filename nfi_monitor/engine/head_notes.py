@@ -105,12 +105,6 @@ def elsewhere_text(head: Head, place: Place, change: str) -> str:
     where = (
         f"in the model's output{keys}" if place.where == "output" else "at the softmax of the model's loss"
     )
-    if place.same_rows:
-        return (
-            f"The logits of {head.describe()} are changed after it ({change}: a constant or a mask is added, "
-            f"or classes are left out). Rows are read from the changed logits, {where}, with the features of "
-            "the head. Nothing has to be done."
-        )
     return (
         f"The logits of {head.describe()} are changed after it ({change}). Rows are read from the changed "
         f"logits, {where}. They have no features of their own. {_WITHOUT_FEATURES} Nothing has to be done."

@@ -172,8 +172,7 @@ class RowPlace:
             self._note("logits_changed", changed_text(head, change))
             return
         nodes = list(self._probe.nodes or ())
-        quiet = place.same_rows and changed.trained  # a bias, as a layer has one of its own
-        self._moved = None if quiet else elsewhere_text(head, place, change)
+        self._moved = None if place.same_rows else elsewhere_text(head, place, change)  # else nothing lacks
         self._move(replace(head, place=place))
         self._probe.multiplied = changed.scaled
         self._at_returned = changed if place.where == "loss" else None
@@ -185,7 +184,9 @@ class RowPlace:
 def _axis(head: Head, tensor: Tensor, paths: list[Arrival], classes: int) -> int | None:
     """Return the axis of the classes; also of a tensor that holds a slice of the head's classes."""
     axis, own = class_axis(tensor, classes, spatial=head.spatial), -1 - head.spatial
-    sliced = first_added(paths) is not None and any(path.added in CHOOSE for path in paths)
+    sliced = first_added(paths) is not None and all(
+        path.added in CHOOSE and not path.turned for path in paths
+    )
     fewer = sliced and tensor.dim() > -own and 2 <= tensor.shape[own] < classes
     return own if axis is None and fewer else axis
 

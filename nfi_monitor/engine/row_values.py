@@ -81,9 +81,9 @@ _MULTIPLIED = (
 def _text_apart(of_head: float, loss: float) -> str:
     return (
         f"The reported loss ({loss:.3g}) is not the mean cross-entropy at the head ({of_head:.3g}). It may "
-        "have other parts (penalties, auxiliary losses, other heads), weights or a margin inside, or be a sum "
-        "or a share. Margins and the loss at the head are those of the head's own logits, unweighted. The "
-        "reported loss is judged. If the loss changes the logits, watch the changed ones: "
+        "have other parts (penalties, auxiliary losses, other heads), weights or a margin inside, or be a "
+        "sum or a share. Margins and the loss at the head are those of the head's own logits, unweighted. "
+        "The reported loss is judged. If the loss changes the logits, watch the changed ones: "
         "logits = monitor.tap(logits)."
     )
 
