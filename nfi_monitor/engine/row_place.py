@@ -61,6 +61,7 @@ class RowPlace:
         losses = [tensor for _, tensor in returned if tensor.dim() == 0]
         if losses:
             paths = self._to_head(losses[0], head)
+            self._probe.shown |= bool(paths)
             changed = first_changed(paths)
             if changed is not None:
                 place = self._at_softmax(head, changed) or Place("nowhere")
@@ -117,6 +118,7 @@ class RowPlace:
         if head is None or not nodes or (head.place is not None and head.place.where == "nowhere"):
             return False
         paths = self._to_head(loss, head)
+        self._probe.shown |= bool(paths)
         changed = first_changed(paths)
         if not paths and self._at_returned is not None and has_softmax(loss.grad_fn):
             changed = self._at_returned  # another loss than the returned one is trained

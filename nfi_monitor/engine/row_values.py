@@ -49,16 +49,18 @@ class RowValues:
             self._left_out = True
             self._note("logits_added", _text(added, of_head, loss), step)
         if not self._left_out:
-            self._compare(step, of_head, loss)
+            if "recomputed_fraction" not in values:  # the gradient shows that the loss takes their logits
+                self._compare(step, of_head, loss)
             return values
         return {name: value for name, value in values.items() if name not in OF_THE_LOSS}
 
     def _compare(self, step: int, of_head: float | None, loss: float | None) -> None:
-        """Note that the reported loss is another one than the loss at the head, from the first readings.
+        """Note that the reported loss is another one than the loss at the head, by the first readings.
 
+        Only if no graph has shown that the loss takes the head's logits: else it has other parts or weights.
         Later the loss is small, and a few rows make it: a sample of the rows may then have another mean.
         """
-        if of_head is None or loss is None or self._readings >= READINGS:
+        if of_head is None or loss is None or self._probe.shown or self._readings >= READINGS:
             return
         self._readings += 1
         self._apart += abs(of_head - loss) > OTHER * max(of_head, abs(loss))
@@ -80,9 +82,9 @@ _MULTIPLIED = (
 
 def _text_apart(of_head: float, loss: float) -> str:
     return (
-        f"The reported loss ({loss:.3g}) is not the mean cross-entropy at the head ({of_head:.3g}). It may "
-        "have other parts (penalties, auxiliary losses, other heads), weights or a margin inside, or be a "
-        "sum or a share. Margins and the loss at the head are those of the head's own logits, unweighted. "
+        f"The reported loss ({loss:.3g}) is not the mean cross-entropy at the head ({of_head:.3g}), and no "
+        "autograd graph shows how it takes the logits. It may have other parts or weights, or change the "
+        "logits (a margin, a scale). Margins and the loss at the head are those of the head's own logits. "
         "The reported loss is judged. If the loss changes the logits, watch the changed ones: "
         "logits = monitor.tap(logits)."
     )
