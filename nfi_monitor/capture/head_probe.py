@@ -117,7 +117,7 @@ class HeadProbe(ModelHook):
             if module is self._retired:
                 return
             if head is not None and head.place is not None and not self.tapped:
-                self._pass_by(module, args, output, step)
+                self._pass_by(module, (*args, *kwargs.values()), output, step)
                 return
             bare = head is not None and head.bare
             if not (bare or isinstance(output, Tensor)):
@@ -186,7 +186,7 @@ class HeadProbe(ModelHook):
             self._untapped = output.grad_fn
         self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
 
-    def _pass_by(self, module: nn.Module, args: tuple[Any, ...], output: Any, step: int | None) -> None:
+    def _pass_by(self, module: nn.Module, given: tuple[Any, ...], output: Any, step: int | None) -> None:
         """Keep what a reading elsewhere needs: the node of the head's output, or the features of its rows."""
         place = None if self.head is None else self.head.place
         if place is None or step is None or not isinstance(output, Tensor) or output.grad_fn is None:
@@ -194,7 +194,8 @@ class HeadProbe(ModelHook):
         if place.where == "loss":
             self.nodes = [*(self.nodes or ())[: NODES - 1], output.grad_fn]
         elif place.same_rows:
-            features = features_of(module, args[0] if args else None, place.axis)
+            inputs = (value for value in given if isinstance(value, Tensor))
+            features = features_of(module, next(inputs, None), place.axis)
             self._features = None if features is None else features.detach()
 
     def read_at(self, logits: Logits) -> None:

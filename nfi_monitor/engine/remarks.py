@@ -164,7 +164,8 @@ def _loss_not_trained_text(seen: Seen) -> str:
 
 def _no_features(seen: Seen) -> bool:
     probe = seen.probe
-    if probe.head is not None and probe.head.place is not None:
+    place = None if probe.head is None else probe.head.place
+    if place is not None and not place.same_rows:
         return False  # the note about the place says so
     return seen.measured == PATIENCE and probe.delivered > 0 and probe.without_features >= probe.fired
 

@@ -423,6 +423,7 @@ PRIOR = torch.linspace(-4, 4, K)
 ADDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a prior": lambda m, h: m.head(h) + PRIOR,
     "a trained bias": lambda m, h: m.head(h) + m.more.bias,
+    "a prior, features by keyword": lambda m, h: m.head(input=h) + PRIOR,
     "a mask": lambda m, h: m.head(h).masked_fill(torch.arange(7) >= K, -torch.inf),
     "a mask of zeros and infinities": lambda m, h: m.head(h) + torch.tensor([0.0] * K + [-torch.inf] * 2),
     "a slice": lambda m, h: m.head(h)[:, :K],
