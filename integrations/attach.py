@@ -255,29 +255,54 @@ def watch_backward(
         shares: the losses of a step's micro-batches are added; else their mean is taken.
         several_models: the accelerator may train other models, too: take only losses of the watched one.
     """
-    original, replaced = accelerator.backward, vars(accelerator).get("backward")
-    watching = weakref.ref(monitor)  # a monitor that is never closed must not live as long as the accelerator
 
-    @functools.wraps(original)
-    def backward(loss: Any, *args: Any, **kwargs: Any) -> Any:
-        here = watching()
+    def backward(here: Monitor, original: Any, loss: Any, *args: Any, **kwargs: Any) -> Any:
         block: AbstractContextManager[None] = nullcontext()
-        if here is not None and not here.closed:
-            with here.port.guarded("loss"):
-                if not several_models or here.port.trained_by(loss):
-                    block = here.port.backward_of(loss, shares=shares)
+        with here.port.guarded("loss"):
+            if not several_models or here.port.trained_by(loss):
+                block = here.port.backward_of(loss, shares=shares)
         with block:
             return original(loss, *args, **kwargs)
 
+    _wrap(accelerator, "backward", backward, monitor)
+
+
+def watch_training_step(trainer: Any, monitor: Monitor) -> None:
+    """Let the monitor see the loss that ``trainer.training_step`` returns, until the monitor closes.
+
+    A training step of the user's own may call ``loss.backward()`` itself, on another loss than the model's.
+    """
+
+    def training_step(here: Monitor, original: Any, *args: Any, **kwargs: Any) -> Any:
+        with here.port.micro_batch(shares=True) as returned:
+            loss = original(*args, **kwargs)
+            returned.append(loss)
+        return loss
+
+    _wrap(trainer, "training_step", training_step, monitor)
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any], monitor: Monitor) -> None:
+    """Replace a method of one object by ``around(monitor, method, ...)`` until the monitor closes."""
+    original, replaced = getattr(owner, name), vars(owner).get(name)
+    watching = weakref.ref(monitor)  # a monitor that is never closed must not live as long as the owner
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        here = watching()
+        if here is None or here.closed:
+            return original(*args, **kwargs)
+        return around(here, original, *args, **kwargs)
+
     def restore() -> None:
-        if vars(accelerator).get("backward") is not backward:  # somebody has wrapped it again
+        if vars(owner).get(name) is not wrapped:  # somebody has wrapped it again
             return
         if replaced is None:
-            del accelerator.backward
+            delattr(owner, name)
         else:
-            accelerator.backward = replaced
+            setattr(owner, name, replaced)
 
-    accelerator.backward = backward
+    setattr(owner, name, wrapped)
     monitor.port.at_close(restore)
 
 

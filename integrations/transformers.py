@@ -15,7 +15,7 @@ from nfi_monitor.report.json_values import from_strict_json, strict_json
 from nfi_monitor.report.loggers import AlertLog, notifiers
 from nfi_monitor.types import Alert, Change
 
-from .attach import Attachment, caller_of, watch_backward
+from .attach import Attachment, caller_of, watch_backward, watch_training_step
 
 try:
     from transformers import TrainerCallback
@@ -128,6 +128,8 @@ class NFICallback(TrainerCallback, ExportableState):
             accelerator = getattr(trainer, "accelerator", None)  # SetFit's trainer has none
             if accelerator is not None:  # it divides a loss by the micro-batches, or by the step's items
                 watch_backward(accelerator, monitor, shares=True)
+            if hasattr(trainer, "training_step"):
+                watch_training_step(trainer, monitor)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         with self._attachment.guarded():

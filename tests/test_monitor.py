@@ -115,7 +115,8 @@ def test_tap_returns_the_tensor_itself_and_replaces_the_heads_rows() -> None:
             optimizer.step()
     assert monitor.history["zero_sum_violation"][1].max() < 1e-6
     assert "not_shift_invariant" not in codes(monitor)
-    assert monitor.history["feature_mean_norm"][0].tolist() == list(range(2, 31))
+    assert monitor.history["feature_mean_norm"][0].tolist() == list(range(1, 31))
+    assert "logit_displacement" not in monitor.history and "displacement_left_out" in codes(monitor)
 
 
 def test_every_counts_optimizer_steps_not_micro_batches() -> None:

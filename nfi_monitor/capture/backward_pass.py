@@ -40,6 +40,25 @@ def nearest_parameter(tensor: Tensor) -> Any:
     return None
 
 
+def is_freed(node: Any) -> bool | None:
+    """Return whether a backward pass has freed the tensors that a graph node kept; None if it kept none."""
+    kept = None
+    for name in dir(node):
+        if not name.startswith("_raw_saved_"):
+            continue
+        try:
+            # Unpacking a tensor that hooks have packed would run them.
+            if getattr(getattr(node, name), "unpack_hook", None) is None:
+                getattr(node, name.removeprefix("_raw"))
+                kept = False
+        except RuntimeError as error:
+            if "freed" in str(error):
+                return True
+        except AttributeError:  # a function of the user's own, not yet freed
+            kept = False
+    return kept
+
+
 class Pass(Enum):
     """The kind of a backward pass through the logits."""
 

@@ -42,7 +42,7 @@ class ForeignOptimizer:
         groups = _groups(self.original)
         if groups is not None:
             return groups
-        held = getattr(self.original, "__dict__", {})
+        held = _attributes(self.original)
         if self._params is None:
             self._params = list(_trained_in([*held.values()]))
         return [{**{name: held[name] for name in _SETTINGS if name in held}, "params": self._params}]
@@ -138,6 +138,16 @@ def adapt(original: Any) -> ForeignOptimizer | None:
     kind = type(type(original).__name__, (ForeignOptimizer,), {})
     adapted: ForeignOptimizer = kind(original)
     return adapted if any(group["params"] for group in adapted.param_groups) else None
+
+
+def _attributes(held: Any) -> dict[str, Any]:
+    """Return an object's attributes, those in slots included."""
+    slots: list[str] = []
+    for kind in type(held).__mro__:
+        own = vars(kind).get("__slots__", ())
+        slots += [own] if isinstance(own, str) else own
+    in_slots = {name: getattr(held, name) for name in slots if name != "__dict__" and hasattr(held, name)}
+    return {**in_slots, **getattr(held, "__dict__", {})}
 
 
 def _groups(optimizer: Any) -> Sequence[Mapping[str, Any]] | None:

@@ -87,8 +87,14 @@ def describe(model: nn.Module, name: str, module: nn.Module) -> Head:
 
 
 def _layers(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    """Return the layers that could make logits; layers inside an adapter (LoRA and similar) count as one."""
+    """Return the layers that could make logits; layers inside an adapter (LoRA and similar) count as one.
+
+    Of an adaptive softmax it is the first layer, which all rows go through.
+    """
     single: list[str] = []
+    rest = tuple(
+        f"{name}.tail." for name, one in modules.items() if isinstance(one, nn.AdaptiveLogSoftmaxWithLoss)
+    )
     copied: dict[str, str] = {}  # wrapper → the prefix of the layers in its active copy
     for name, module in modules.items():
         path, layer = looked_through(module)
@@ -100,6 +106,7 @@ def _layers(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
         name: module
         for name, module in modules.items()
         if (name in single or is_layer(module))
+        and not name.startswith(rest)
         and not any(name.startswith(f"{one}.") for one in single)
         and not any(name.startswith(outer) and not name.startswith(inner) for outer, inner in copied.items())
     }

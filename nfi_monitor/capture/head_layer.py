@@ -16,11 +16,13 @@ class Place(NamedTuple):
 
     ``where``: "output", the tensor at the keys ``path`` of the model's output; "loss", the softmax of the
     loss that the model returns; "nowhere", if no tensor holds the changed logits.  ``axis``: of the classes.
+    ``same_rows``: whether its rows are those of the head's output, with the head's features.
     """
 
     where: str
     path: tuple[Any, ...] = ()
     axis: int = -1
+    same_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Head:
     others: tuple[str, ...] = field(default=(), compare=False)  # further heads that are not watched
     sure: bool = field(default=True, compare=False)  # False: check it against the first output
     place: Place | None = field(default=None, compare=False)  # None: at the head's own output
+    changed: bool = field(default=False, compare=False)  # the product of a bare parameter, before the output
 
     @property
     def weight(self) -> nn.Parameter | None:
@@ -98,7 +101,7 @@ class Head:
         Not so if an embedding shares the weight, or if the logits are changed after the head in a way that
         may depend on them, as the attention of a graph network.  Then the rows alone show it.
         """
-        return not self.tied and (self.place is None or self.place.where == "nowhere")
+        return not (self.tied or self.changed) and (self.place is None or self.place.where == "nowhere")
 
     def describe(self) -> str:
         name = f"layer {self.name}" if self.name.rpartition(".")[2].isdigit() else self.name

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
-from nfi_monitor.capture.head_layer import Head, Place, is_layer, own_parameter
+from nfi_monitor.capture.head_layer import Head, is_layer, own_parameter
+from nfi_monitor.capture.logit_changes import Arrival, arrivals, first_changed
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import Logits, logits_of, takes
 from nfi_monitor.capture.reading_plan import ReadingPlan
@@ -76,6 +77,7 @@ class HeadProbe(ModelHook):
         self.nodes: list[Any] | None = None
         self._backward_ran = False  # since the last forward pass of the head
         self._features: Tensor | None = None
+        self._untapped: Any = None  # node of the head's output, whose logits are tapped later
 
     def restart(self, retired: nn.Module | None = None) -> None:
         """Count from zero: another head is watched now. The module ``retired`` was the head until now."""
@@ -88,6 +90,9 @@ class HeadProbe(ModelHook):
         self.not_in_output = 0  # outputs that hold no logits made by the bare parameter that is the head
         self.without_features = 0
         self.returned: str | None = None  # type of an output that is no tensor
+        self.added: str | None = None  # the operation of the loss that adds to the logits before its softmax
+        self.shown = False  # whether the graph of a loss has shown how it takes the head's logits
+        self.multiplied = False  # whether the logits that are read are multiples of the head's, or capped
         self.misshapen: tuple[int, ...] | None = None  # shape of an output without the head's classes
 
     @property
@@ -112,7 +117,7 @@ class HeadProbe(ModelHook):
             if module is self._retired:
                 return
             if head is not None and head.place is not None and not self.tapped:
-                self._pass_by(head.place, output, step)
+                self._pass_by(module, (*args, *kwargs.values()), output, step)
                 return
             bare = head is not None and head.bare
             if not (bare or isinstance(output, Tensor)):
@@ -150,6 +155,11 @@ class HeadProbe(ModelHook):
                     self.head_changed(head)
                 given = features if takes(found.values, head.weight, features) else None
                 features = given if found.features is None else found.features
+                paths = arrivals(found.values.grad_fn, (found.product,), at_logits=True)
+                if first_changed(paths) is not None and not head.changed:
+                    head = self.head = replace(head, changed=True)
+                    self.head_changed(head)
+                self.multiplied = _multiplies(paths)
                 self._watch(found.values, features, step, tapped=False, made=found)
                 return
             if not isinstance(output, Tensor):
@@ -162,6 +172,7 @@ class HeadProbe(ModelHook):
         if self.tapped:
             # The tapped tensor comes later. This input may be its features.
             self._features = None if features is None else features.detach()
+            self._untapped = output.grad_fn
             return
         axis = -1 if head is None else head.class_axis_of(output)
         if axis is None:
@@ -170,13 +181,22 @@ class HeadProbe(ModelHook):
         plain = head is None or head.weight is None or is_layer(head.module)
         known = plain or (head is not None and takes(output, head.weight, features))
         features = features_of(module, features, axis) if known else None
+        if self.nodes is not None:  # the rows may be read elsewhere, from this pass on
+            self._features = None if features is None else features.detach()
+            self._untapped = output.grad_fn
         self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
 
-    def _pass_by(self, place: Place, output: Any, step: int | None) -> None:
-        """Keep the node of the head's output if its rows are read at the softmax of the loss."""
-        known = isinstance(output, Tensor) and output.grad_fn is not None
-        if place.where == "loss" and step is not None and known:
+    def _pass_by(self, module: nn.Module, given: tuple[Any, ...], output: Any, step: int | None) -> None:
+        """Keep what a reading elsewhere needs: the node of the head's output, or the features of its rows."""
+        place = None if self.head is None else self.head.place
+        if place is None or step is None or not isinstance(output, Tensor) or output.grad_fn is None:
+            return
+        if place.where == "loss":
             self.nodes = [*(self.nodes or ())[: NODES - 1], output.grad_fn]
+        elif place.same_rows:
+            inputs = (value for value in given if isinstance(value, Tensor))
+            features = features_of(module, next(inputs, None), place.axis)
+            self._features = None if features is None else features.detach()
 
     def read_at(self, logits: Logits) -> None:
         """Watch these logits, where they are changed after the head (:attr:`Head.place`)."""
@@ -186,7 +206,10 @@ class HeadProbe(ModelHook):
         started = time.perf_counter()
         try:
             made = None if logits.node is None else logits
-            self._watch(logits.values, None, step, tapped=False, axis=logits.axis, made=made)
+            place = None if self.head is None else self.head.place
+            features = self._features if place is not None and place.same_rows else None
+            self._features = None
+            self._watch(logits.values, features, step, tapped=False, axis=logits.axis, made=made)
         finally:
             self._spent(time.perf_counter() - started)
 
@@ -194,6 +217,7 @@ class HeadProbe(ModelHook):
         """Watch this tensor from now on, instead of the head's output. ``axis``: that of the classes."""
         self.tapped = True
         features, self._features = self._features, None
+        made, self._untapped = self._untapped, None
         step = self._wanted()
         if step is None or not devices.is_readable(logits, meta=True):
             return
@@ -201,6 +225,8 @@ class HeadProbe(ModelHook):
             started = time.perf_counter()
             try:
                 axis = axis if axis < 0 else axis - logits.dim()
+                paths = [] if made is None else arrivals(logits.grad_fn, (made,), at_logits=True)
+                self.multiplied = _multiplies(paths)
                 self._watch(logits, features if axis == -1 else None, step, tapped=True, axis=axis)
             finally:
                 self._spent(time.perf_counter() - started)
@@ -346,9 +372,14 @@ class HeadProbe(ModelHook):
 
     def forget(self) -> None:
         """Drop features whose logits were never tapped, and nodes of this step."""
-        self._features = None
+        self._features = self._untapped = None
         if self.nodes:
             self.nodes.clear()
+
+
+def _multiplies(paths: list[Arrival]) -> bool:
+    """Return whether logits are moved by other amounts than the head's output that they are made of."""
+    return any(path.scaled or path.change is not None for path in paths)
 
 
 class _Given(list["weakref.ref[Rows]"]):

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from nfi_monitor.capture.origin import OF_A_WEIGHT, PRODUCTS, Logits, of_last_axis, operation
+from nfi_monitor.capture.origin import OF_A_WEIGHT, PRODUCTS, Logits, of_last_axis, operation, saved
 
 _SOFTMAX = {"LogSoftmax", "Softmax", "Logsumexp"}
 _PROBABILITIES = {"Softmax", "Sigmoid", "LogSigmoid", "Exp"}
@@ -20,14 +20,18 @@ _PROBABILITIES = {"Softmax", "Sigmoid", "LogSigmoid", "Exp"}
 _MIXES = {"Add", "Mul", "Mean", "Sum"}
 _SAME_ROWS = OF_A_WEIGHT | {
     "Slice", "Select", "Squeeze", "Index", "IndexSelect", "Gather", "MaskedFill", "Where", "Cat", "Split",
-    "SplitWithSizes", "Stack", "DDPSink", "LogSoftmax", "Tanh", "Clamp", "Narrow", "ConstantPadNd", "Unbind",
+    "SplitWithSizes", "Stack", "DDPSink", "LogSoftmax", "Clamp", "Narrow", "ConstantPadNd", "Unbind",
+    "CopySlices",
 }  # fmt: skip
-"""Operations that keep, choose or reorder rows.  Tanh caps logits: other notes tell of that."""
+"""Operations that keep, choose or reorder rows, if :func:`_resized` and :func:`_overwrites` do not object."""
+CHOOSE = {"Slice", "Index", "IndexSelect", "Gather", "Narrow", "Split", "SplitWithSizes"}
+"""Operations that may leave out classes."""
 _OF_TWO = {"Add", "Sub", "Mul", "Div"}
 """They keep the rows if the other factor or summand is a constant or a parameter."""
 _CHANGES = {
     "Mean", "Sum", "Cumsum", "Max", "Amax", "Exp", "Log", "Pow", "Sqrt", "Neg", "Relu", "LeakyRelu", "Gelu",
-    "Silu", "Elu", "Sigmoid", "LogSigmoid", "Softplus", "Softmax", "NativeDropout", "Prelu",
+    "Silu", "Elu", "Sigmoid", "LogSigmoid", "Softplus", "Softmax", "NativeDropout", "Prelu", "Tanh", "Abs",
+    "Hardtanh", "Acos", "Cos", "Asin", "Sin", "Rsqrt", "Reciprocal", "Maximum", "Minimum", "Rsub",
     "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearest2D", "UpsampleTrilinear3D", "UpsampleLinear1D",
     "UpsampleNearest1D", "UpsampleNearest3D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa",
     "UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D", "GridSampler2D",
@@ -54,47 +58,68 @@ class Arrival(NamedTuple):
     """A path from a softmax to a watched tensor.
 
     ``change``: the first operation on the way that changes the logits, or None.  ``softmax``: its node; None
-    if the search began at logits.
+    if the search began at logits.  ``added``: the first operation that adds a constant or a parameter, fills
+    entries, or leaves out classes.  It keeps the rows and their gradient, but not margins and loss.
+    ``scaled``: whether the logits are multiplied besides.  ``turned``: whether axes change places.
     """
 
-    change: str | None
-    softmax: Any
+    change: str | None = None
+    softmax: Any = None
+    added: str | None = None
+    scaled: bool = False
+    turned: bool = False
+
+    def after(self, node: Any, name: str, classes: int) -> Arrival | None:
+        """Return the path with one more operation on logits of K classes; None if that is not known."""
+        known, changed = _effect(node, name, classes)
+        if not known:
+            return None
+        return self._replace(
+            change=self.change or changed,
+            added=self.added or (name if _adds(node, name, classes) else None),
+            scaled=self.scaled or name in ("Mul", "Div"),
+            turned=self.turned or name in ("Transpose", "Permute", "T"),
+        )
 
 
-def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool) -> list[Arrival]:
+def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool, axis: int = -1) -> list[Arrival]:
     """Return the paths from the node ``start`` to nodes of ``targets``, from logits on.
 
     ``at_logits``: whether ``start`` made logits; if not, it made a loss, and logits begin at a softmax.  A
-    path ends at a product with a weight, and from logits on at an operation that is not known.
+    path ends at a product with a weight, and from logits on at an operation that is not known.  ``axis``: of
+    the classes in what the targets made.
     """
+    classes = next((_shape(target)[axis] for target in targets if len(_shape(target)) >= -axis), 0)
     found: list[Arrival] = []
     seen: set[tuple[Any, ...]] = set()
-    ahead: list[tuple[Any, Any, str | None, bool]] = [(start, None, None, False)]
+    ahead: list[tuple[Any, Arrival, bool]] = [(start, Arrival(), False)]
     while ahead and len(seen) < LIMIT:
         place = ahead.pop()
-        node, softmax, change, in_log = place
+        node, path, in_log = place
         if node is None or place in seen:
             continue
         seen.add(place)
-        logits = at_logits or softmax is not None
+        logits = at_logits or path.softmax is not None
         if node in targets:
             if logits:
-                found.append(Arrival(change, softmax))
+                found.append(path)
             continue
         name = operation(node)
         if logits:
-            known, changed = _effect(node, name)
-            if not known or (at_logits and name in _PROBABILITIES):
+            longer = None if at_logits and name in _PROBABILITIES else path.after(node, name, classes)
+            if longer is None:
                 continue
-            change = change or changed
+            path = longer
         elif name in PRODUCTS:
             continue
         elif name in _SOFTMAX:
-            softmax = node
+            path = path._replace(softmax=node)
         elif in_log and name in _MIXES:  # the loss is the log of a mean of probabilities
-            change = change or (None if of_last_axis(node) else _effect(node, name)[1])
+            path = path._replace(
+                change=path.change or (None if of_last_axis(node) else _effect(node, name, classes)[1])
+            )
         in_log = not logits and (in_log or name == "Log")
-        ahead += [(before, softmax, change, in_log) for before, _ in node.next_functions]
+        ahead += [(before, path, in_log) for before, _ in node.next_functions]
     return found
 
 
@@ -113,7 +138,7 @@ def has_softmax(loss: Any) -> bool:
     return False
 
 
-def _effect(node: Any, name: str) -> tuple[bool, str | None]:
+def _effect(node: Any, name: str, classes: int) -> tuple[bool, str | None]:
     """Return whether an operation on logits is known, and its name if it changes them."""
     if name in PRODUCTS:
         return _mixes_rows(node, name), name
@@ -121,6 +146,10 @@ def _effect(node: Any, name: str) -> tuple[bool, str | None]:
         return True, None if _keeps_rows(node, name) else name
     if name in _CHANGES:
         return True, None if _does_nothing(node, name) else name
+    if (name in ("Cat", "ConstantPadNd") and _adds_classes(node, name, classes)) or (
+        name == "CopySlices" and _overwrites(node)
+    ):
+        return True, name
     return name in _SAME_ROWS, None
 
 
@@ -133,6 +162,14 @@ def first_changed(paths: Iterable[Arrival]) -> Arrival | None:
     return (readable or paths)[0]
 
 
+def first_added(paths: Iterable[Arrival]) -> Arrival | None:
+    """Return the first path if something is added on all of them, and nothing else changes the logits."""
+    paths = list(paths)
+    if not paths or any(path.change is not None or path.added is None for path in paths):
+        return None
+    return paths[0]
+
+
 def softmax_logits(softmax: Any) -> Logits | None:
     """Return the log-probabilities that a node of ``log_softmax`` keeps; None for another node.
 
@@ -141,13 +178,10 @@ def softmax_logits(softmax: Any) -> Logits | None:
     if softmax is None or operation(softmax) != "LogSoftmax":
         return None
     before, output = softmax.next_functions[0]
-    try:
-        raw, axis = softmax._raw_saved_result, softmax._saved_dim
-        if before is None or output != 0 or getattr(raw, "unpack_hook", None) is not None:
-            return None
-        values = softmax._saved_result
-    except RuntimeError:  # freed by the backward pass
+    values = saved(softmax, "result")
+    if before is None or output != 0 or values is None:
         return None
+    axis = softmax._saved_dim
     axis = axis if axis < values.dim() else axis - 2**64  # a negative one, read as unsigned
     return Logits(values, None, before, axis if axis < 0 else axis - values.dim(), normalized=True)
 
@@ -173,13 +207,72 @@ def _mixes_rows(node: Any, name: str) -> bool:
 
 
 def _keeps_rows(node: Any, name: str) -> bool:
-    """Return whether the other input is a constant, a scale, a bias, or a number for each row."""
+    """Return whether the other input is one number, a scale, a bias, or a summand for each row."""
     others = [before for before, _ in node.next_functions if before is not None]
     sizes = [_of_parameters(before) for before in others]
     known = [size for size in sizes if size is not None]
-    if len(others) < 2 or known:  # a bias of its own leaves the gradient as it is
-        return name in ("Add", "Sub") or max(known, default=1) == 1
+    if len(others) < 2:
+        return name in ("Add", "Sub") or _constants(node) == 1
+    if known:  # a bias of its own leaves the gradient as it is
+        return name in ("Add", "Sub") or max(known) == 1
     return name in ("Add", "Sub") and any(_of_each_row(before) for before in others)
+
+
+def _constants(node: Any) -> int:
+    """Return how many constants a product multiplies logits by; 1 if its node does not keep them."""
+    first = node.next_functions[0][0] is not None
+    constant = saved(node, "other" if first else "self")
+    return 1 if constant is None else constant.numel()
+
+
+def _adds(node: Any, name: str, classes: int) -> bool:
+    """Return whether an operation adds a constant or a bias, fills entries of rows, or leaves out classes."""
+    inputs = [before for before, _ in node.next_functions if before is not None]
+    if name in ("Add", "Sub"):
+        sizes = [size for before in inputs if (size := _of_parameters(before)) is not None]
+        return len(inputs) < 2 or max(sizes, default=1) > 1
+    if name in ("MaskedFill", "Where"):
+        mask, axis = (
+            saved(node, "mask" if name == "MaskedFill" else "condition"),
+            _axis_of(_shape(node), classes),
+        )
+        return mask is None or (mask.dim() >= -axis and mask.shape[axis] > 1)  # else it fills whole rows
+    return name in CHOOSE and _resized(node, classes) < 0
+
+
+def _resized(node: Any, classes: int) -> int:
+    """Return −1 (1) if an operation leaves out (adds) classes, else 0."""
+    before, output = node.next_functions[0]
+    old, new = _shape(before, output), _shape(node)
+    axis = _axis_of(old, classes)
+    if not axis or len(old) != len(new) or new[axis] < 2:
+        return 0
+    return int(new[axis] > old[axis]) - int(new[axis] < old[axis])
+
+
+def _adds_classes(node: Any, name: str, classes: int) -> bool:
+    """Return whether an operation joins classes, or pads them."""
+    last = name == "Cat" and node._saved_dim in (len(_shape(node)) - 1, 2**64 - 1)
+    return last or _resized(node, classes) > 0
+
+
+def _shape(node: Any, output: int = 0) -> tuple[int, ...]:
+    """Return the shape of what a node made; () if that is not known."""
+    try:
+        return tuple(node._input_metadata[output].shape)
+    except (AttributeError, IndexError):  # an older torch, or no gradient goes there
+        return ()
+
+
+def _axis_of(shape: tuple[int, ...], classes: int) -> int:
+    """Return the axis of K classes, below zero, the last one if several fit; 0 if none does."""
+    return next((axis - len(shape) for axis in reversed(range(len(shape))) if shape[axis] == classes), 0)
+
+
+def _overwrites(node: Any) -> bool:
+    """Return whether a part of other logits is written over, and not only a buffer filled part by part."""
+    base = node.next_functions[0][0]
+    return base is not None and operation(base) != "CopySlices"
 
 
 def _of_each_row(node: Any) -> bool:

@@ -26,6 +26,9 @@ _OF_LOGITS = (
         "Where", "Cat", "Split", "Stack", "Mean", "Sum", "Neg", "Exp", "Log", "Pow", "Clamp", "Diagonal",
         "UpsampleBilinear2D", "UpsampleNearest2D", "AdaptiveAvgPool2D", "AvgPool2D", "DDPSink",
         "Softmax", "LogSoftmax", "Logsumexp", "Sigmoid", "LogSigmoid", "Softplus",
+        "Acos", "Cos", "Asin", "Sin", "Abs", "Reciprocal", "Rsqrt", "Sqrt", "ClampMin",
+        "Hardtanh", "Maximum", "Minimum", "Rsub", "Scatter",
+        "IndexPut", "CopySlices", "ConstantPadNd", "SplitWithSizes",
         "NllLoss", "NllLoss2D", "NllLossNd", "CrossEntropyLoss", "BinaryCrossEntropyWithLogits", "KlDiv",
         "MseLoss", "L1Loss", "SmoothL1Loss",
     }
@@ -70,11 +73,13 @@ class Origin(NamedTuple):
     """The products that an output comes from.
 
     ``complete``: the search met no unknown node.  ``reached``: it met one of the nodes that it looks for.
+    ``start``: the node of the output.
     """
 
     products: tuple[Product, ...]
     complete: bool
     reached: bool = False
+    start: Any = None
 
 
 @dataclass(frozen=True)
@@ -86,6 +91,7 @@ class Logits:
     node: Any
     axis: int = -1  # that of the classes
     normalized: bool = False  # log-probabilities: the logits minus a number for each row
+    product: Any = None  # the node of the product that made them
 
     def hook(self, on_gradient: Callable[[Tensor | None], None]) -> None:
         """Call ``on_gradient`` with the gradient of the logits in the backward pass."""
@@ -100,7 +106,20 @@ class Logits:
 
 def operation(node: Any) -> str:
     """Return the operation of a node: "Mm" for ``MmBackward0``."""
-    return re.sub(r"Backward\d*$", "", str(node.name()).removeprefix("_"))
+    return re.sub(r"Backward\d*$", "", str(node.name()).rpartition("::")[2].removeprefix("_"))
+
+
+def saved(node: Any, name: str) -> Tensor | None:
+    """Return a tensor that a node keeps for its backward pass; None if it does not have it as it is."""
+    try:
+        raw = getattr(node, f"_raw_saved_{name}", None)
+        # Unpacking a tensor that hooks have packed runs them: checkpointing would compute the model anew.
+        if raw is None or getattr(raw, "unpack_hook", raw) is not None:
+            return None
+        tensor = getattr(node, f"_saved_{name}")
+    except RuntimeError:  # freed by the backward pass
+        return None
+    return tensor if isinstance(tensor, Tensor) else None
 
 
 def tensors_of(output: Any) -> Iterator[tuple[str, Tensor]]:
@@ -154,7 +173,7 @@ def origin(tensor: Tensor, targets: Collection[Any] = ()) -> Origin:
             ahead += [before for before, _ in node.next_functions]
         elif not name.endswith("AccumulateGrad"):
             complete = False
-    return Origin(tuple(found.values()), complete, reached)
+    return Origin(tuple(found.values()), complete, reached, tensor.grad_fn)
 
 
 def of_last_axis(node: Any) -> bool:
@@ -239,7 +258,7 @@ def logits_of(output: Any, weight: Tensor) -> Logits | None:
                     node = node.next_functions[0][0]
                 width = weight.numel() // classes
                 features = _features(product, width) if _in_order(tensor.grad_fn, product.node) else None
-                return Logits(tensor, features, node)
+                return Logits(tensor, features, node, product=product.node)
     return None
 
 
@@ -280,14 +299,10 @@ def _features(product: Product, width: int) -> Tensor | None:
     """Return the other factor of a product, [n, ``width``]; None if the graph does not keep it as it is."""
     names = PRODUCTS[operation(product.node)]
     other = next(name for place, name in enumerate(names) if name and place != product.place)
-    raw = getattr(product.node, f"_raw_saved_{other}", None)
-    # Unpacking a tensor that hooks have packed would run them: checkpointing would compute the model anew.
-    if raw is None or getattr(raw, "unpack_hook", raw) is not None:
+    kept = saved(product.node, other)
+    if kept is None:
         return None
-    saved = getattr(product.node, f"_saved_{other}")
-    if not isinstance(saved, Tensor):
-        return None
-    saved = saved.detach()
-    if saved.shape[-1] != width and saved.dim() > 1:
-        saved = saved.mT
-    return saved.reshape(-1, width) if saved.shape[-1] == width else None
+    kept = kept.detach()
+    if kept.shape[-1] != width and kept.dim() > 1:
+        kept = kept.mT
+    return kept.reshape(-1, width) if kept.shape[-1] == width else None

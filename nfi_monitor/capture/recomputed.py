@@ -12,8 +12,8 @@ import time
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,15 @@ from nfi_monitor.capture.after_head import AfterHead
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.head_probe import HeadProbe, Rows, rows_of
+from nfi_monitor.capture.recomputed_rows import (
+    GRADIENTS,
+    Gradient,
+    Known,
+    RecomputedRows,
+    accumulator,
+    precision,
+    scale_gradient,
+)
 from nfi_monitor.capture.sampling import REDUCTION, offset
 
 ROWS = 64
@@ -32,18 +41,6 @@ ELEMENTS = 1 << 22
 """Maximum number of logits that are recomputed in one backward pass (16 MiB in float32)."""
 CLASSES = 1 << 14
 """Number of classes of which logits are computed at once: a copy of the whole weight may be large."""
-NEAR_POWER = 0.02
-"""Where a row's gradient times the number of rows is this near to a power of two, in log2, it is that power:
-the loss is a mean over rows, times a scaler's factor."""
-SAME_WEIGHT = 0.005
-"""Share of the squared gradient that one factor for all rows may leave unexplained."""
-EXPLAINED = 0.02
-"""Share of the squared gradient that recomputed rows may leave unexplained. Beyond it they are refused."""
-ROUNDINGS = 4.0
-"""Roundings of the correct class's gradient that are allowed besides: in rows near absorption it is no more
-than that, and each fused loss rounds it in its own way."""
-
-
 Autocast = Callable[[], AbstractContextManager[Any]]
 """Returns a context with the state of autocast that it was made from."""
 
@@ -154,14 +151,6 @@ class RowRecomputer:
         hidden.register_hook(on_gradient)
 
 
-@dataclass
-class Known:
-    """What earlier readings have shown of the loss."""
-
-    factor: Tensor | None = None  # the gradient of a row, times the number of rows
-    dtype: torch.dtype | None = None  # of the loss
-
-
 class _Given(list["weakref.ref[RecomputedRows]"]):
     """The rows given away by one hook. Unlike a list, it can be referenced weakly."""
 
@@ -193,8 +182,11 @@ class _Pending:
             ]
             output = parts[0] if len(parts) == 1 else torch.cat(parts, -1)
             logits = self.after_head.logits(output)
-            dtype = _precision(logits, known.dtype)
-            pulls = [self._pull(gradient, logits, weight, dtype, output.dtype) for gradient in GRADIENTS]
+            dtype = precision(logits, known.dtype)
+            pulls, by_scale = [
+                [self._pull(gradient, logits, weight, dtype, output.dtype) for gradient in gradients]
+                for gradients in (GRADIENTS, (scale_gradient,))
+            ]
             own = weight[self.targets.clamp(min=0)].to(pulls[0].dtype).square().sum(-1)
         return RecomputedRows(
             grad=grad,
@@ -205,6 +197,8 @@ class _Pending:
             targets=self.targets,
             counted=self.counted,
             pulls=pulls,
+            by_scale=by_scale[0],
+            eps=torch.finfo(output.dtype).eps,
             rounding=own.sqrt() * torch.finfo(dtype).eps * logits.amax(-1).to(own.dtype).abs().clamp(min=1),
             known=known,
         )
@@ -224,7 +218,7 @@ class _Pending:
         """
         with torch.autocast(logits.device.type, enabled=False):
             ones = torch.ones(len(logits), device=logits.device)
-            unit = gradient(logits, self.targets, ones, dtype).to(_accumulator(logits))
+            unit = gradient(logits, self.targets, ones, dtype).to(accumulator(logits))
             unit = self.after_head.chain(unit, logits)
             largest = unit.abs().amax(-1, keepdim=True)
             # Each row is scaled to 1, because float16 would round a small gradient to zero.
@@ -233,129 +227,6 @@ class _Pending:
             for at in range(0, len(weight), CLASSES):
                 pull += unit[:, at : at + CLASSES] @ weight[at : at + CLASSES].to(unit.dtype)
             return pull * largest
-
-
-@dataclass
-class RecomputedRows(Rows):
-    """Rows whose gradient at the logits is computed from that at the hidden states, [n, d] in ``grad``.
-
-    ``targets`` [n], negative where a row does not count; ``counted``: number of rows of the batch that count,
-    0-d.  ``pulls``, [n, d] each: gradient at the hidden states if each row had weight 1, by each of
-    :data:`GRADIENTS`.  ``rounding`` [n]: size of one rounding of it.
-    """
-
-    targets: Tensor = None  # type: ignore[assignment]
-    counted: Tensor = None  # type: ignore[assignment]
-    pulls: list[Tensor] = field(default_factory=list)
-    rounding: Tensor = None  # type: ignore[assignment]
-    known: Known = field(default_factory=lambda: Known())
-
-    def _sum_up(self, grad: Tensor) -> None:
-        self.grad.add_(grad)  # [n, d]: of the hidden states
-
-    def finished(self, loss_dtype: torch.dtype | None = None) -> Rows:
-        """Return the rows with the gradient at the logits, in the precision of the loss."""
-        with torch.no_grad(), torch.autocast(self.grad.device.type, enabled=False):
-            fits = [self._fit(pull) for pull in self.pulls]
-            first, second = fits
-            # PyTorch's arithmetic, unless the other one leaves far less unexplained.
-            other = (second.left < first.left / 2) & (first.left > 1e-4 * first.square)
-            self.known.factor, self.known.dtype = torch.where(other, second.factor, first.factor), loss_dtype
-            explained = torch.where(other, second.explained, first.explained)
-            dtype = _precision(self.logits, loss_dtype)
-            grad, otherwise = (
-                gradient(self.logits, self.targets, fit.weights, dtype)
-                for gradient, fit in zip(GRADIENTS, fits, strict=True)
-            )
-            grad = torch.where(other, otherwise, grad)
-            nothing = torch.zeros((), dtype=self.logits.dtype, device=grad.device)
-            return Rows(
-                torch.where(explained, grad.to(self.logits.dtype), nothing),
-                torch.where(explained, self.logits, nothing),
-                self.features,
-                self.total,
-                graph=self.graph,
-                recomputed=explained,
-            )
-
-    def _fit(self, pull: Tensor) -> _Fit:
-        """Find the weights with which ``pull`` gives the gradient that arrived."""
-        # Squares of small gradients underflow in float32, and Apple's devices have nothing wider.
-        wide = torch.float32 if pull.device.type == "mps" else torch.float64
-        pull, counted, arrived = pull.to(wide), self.counted.clamp(min=1), self.grad.to(wide)
-        present = (arrived != 0).any(-1)
-        size, common = pull.square().sum(-1), (arrived * pull).sum(-1)
-        factor = common.sum() / torch.where(present, size, torch.zeros_like(size)).sum() * counted
-        before = torch.ones_like(factor) if self.known.factor is None else self.known.factor.to(factor.dtype)
-        # Of rows that all underflowed, or do not count, there is no factor.
-        factor = torch.where(torch.isfinite(factor) & (factor != 0), factor, before)
-        exponent = factor.abs().log2()
-        whole = (exponent - exponent.round()).abs() < NEAR_POWER
-        factor = torch.where(whole & (factor > 0), exponent.round().exp2(), factor)
-        weight = (factor / counted).expand(len(size))
-        # A row without any gradient, where underflow is no reason for it, is not a part of the loss.
-        tiny = torch.finfo(self.grad.dtype).tiny
-        left_out = ~present & ((weight[:, None] * pull).abs().amax(-1) > 100 * tiny)
-        weight = torch.where(left_out, torch.zeros_like(weight), weight)
-        own = torch.where(size > 0, common / size, torch.zeros_like(size))
-        square = arrived.square().sum()
-        left, left_by_own = ((arrived - w[:, None] * pull).square().sum() for w in (weight, own))
-        noise = (ROUNDINGS * weight * self.rounding).square().sum()
-        same = left <= SAME_WEIGHT * square + noise
-        explained = same | (left_by_own <= EXPLAINED * square + noise) | ~torch.isfinite(square)
-        weights = torch.where(same, weight, own)
-        return _Fit(weights, factor, explained, torch.where(same, left, left_by_own), square)
-
-
-class _Fit(NamedTuple):
-    """Weights [n] of the rows, their common factor times the number of rows, and how well they fit."""
-
-    weights: Tensor
-    factor: Tensor
-    explained: Tensor
-    left: Tensor
-    square: Tensor
-
-
-def cross_entropy_gradient(logits: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of Σ_i w_i·CE_i at the logits, [n, K] in ``dtype``, as PyTorch's loss computes it.
-
-    ``logits`` [n, K]; ``targets`` [n], negative where a row does not count; ``weights`` [n].
-    """
-    logs = torch.log_softmax(logits, -1, dtype=dtype)
-    of_log = _at_targets(targets, -weights.to(dtype), logs)
-    return torch.ops.aten._log_softmax_backward_data(of_log, logs, -1, dtype)  # type: ignore[no-any-return]
-
-
-def normalized_gradient(logits: Tensor, targets: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the gradient as losses compute it that store log Σ_k e^{z_k}. As :func:`cross_entropy_gradient`.
-
-    The log is rounded beside a large logit, so such losses absorb rows at a smaller margin.
-    """
-    wide = logits.to(dtype)
-    chances = torch.exp(wide - torch.logsumexp(wide, -1, keepdim=True))
-    weights = torch.where(targets >= 0, weights.to(dtype), torch.zeros_like(weights, dtype=dtype))
-    return weights[:, None] * (chances - _at_targets(targets, torch.ones_like(weights), chances))
-
-
-Gradient = Callable[[Tensor, Tensor, Tensor, torch.dtype], Tensor]
-GRADIENTS: tuple[Gradient, Gradient] = (cross_entropy_gradient, normalized_gradient)
-"""The ways in which losses compute their gradient, which differ where rows are absorbed."""
-
-
-def _at_targets(targets: Tensor, values: Tensor, like: Tensor) -> Tensor:
-    """Return zeros [n, K], with ``values`` [n] at the targets of rows that count."""
-    values = torch.where(targets >= 0, values, torch.zeros_like(values))
-    return torch.zeros_like(like).scatter_(-1, targets.clamp(min=0)[:, None], values[:, None])
-
-
-def _precision(logits: Tensor, loss_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the precision of the loss: that of the logits, where the loss itself has no wider one."""
-    return logits.dtype if loss_dtype is logits.dtype else _accumulator(logits)
-
-
-def _accumulator(logits: Tensor) -> torch.dtype:
-    return torch.float64 if logits.dtype is torch.float64 else torch.float32
 
 
 def _readable(head: Head, hidden: Tensor, targets: Tensor) -> bool:

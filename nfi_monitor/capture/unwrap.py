@@ -56,6 +56,12 @@ def watchable(optimizer: Any) -> list[Optimizer]:
     found = [inner for one in given for inner in (_search(one, {}) or _foreign(one, {}))]
     if not found:
         got = "an empty list" if optimizer == [] else type(optimizer).__name__
+        if callable(getattr(optimizer, "step", None)) and not hasattr(optimizer, "__dict__"):
+            raise TypeError(
+                f"The steps of {got} cannot be watched: its class has __slots__, so the monitor cannot put "
+                f"its hooks around step(). Add '__dict__' to __slots__, or pass an object of a derived "
+                f"class: class Watched({got}): pass."
+            )
         raise TypeError(
             f"Monitor needs a torch.optim.Optimizer, got {got}, with none inside; nor is it another object "
             "with parameters and a method step(). Pass the optimizer whose step() updates the model."

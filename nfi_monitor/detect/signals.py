@@ -197,7 +197,7 @@ class Signals(Stateful):
             return False
         self.unseen += 1
         first = self.unseen <= FIRST and weights >= NUMERIC_ABOVE
-        return first or weights * reading.get("loss") > ROUNDED
+        return first or (weights > ROUNDED_HALF and weights * reading.get("loss") > ROUNDED)
 
     def _update_growth(self, reading: Reading, times: _Times) -> dict[str, float]:
         step, get = reading.step, reading.get
@@ -335,8 +335,9 @@ CLEAR = 0.05
 """Share of unsure rows that shows whether the loss has a zero-sum."""
 FIRST = 8
 """Number of readings without rows in which the head's weight gradient must have a zero-sum."""
-ROUNDED = 1e-3
-"""Share of the violation times loss, in nats, that rounding can reach: it silences rows of tiny loss only."""
+ROUNDED, ROUNDED_HALF = 1e-3, 2.0**-8
+"""Share of the violation times loss, in nats, that rounding can reach: it silences rows of tiny loss only;
+violation that rounding to half precision can cause at any loss."""
 NUMERIC_ABOVE = 0.05
 """Zero-sum violation at and above which rounding is the cause."""
 SWINGS = 3.0

@@ -55,7 +55,7 @@ class CopiedLoop:
 class _NoLosses:
     """Take a loss from any source, and do nothing with it."""
 
-    untrained = False
+    untrained = ""
 
     def report(self, loss: Any) -> None:
         pass

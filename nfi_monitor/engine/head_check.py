@@ -21,7 +21,7 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import describe, find_head, most_classes
 from nfi_monitor.capture.head_layer import Head, is_layer
 from nfi_monitor.capture.head_probe import HeadProbe
-from nfi_monitor.capture.logit_changes import arrivals, has_softmax, reached
+from nfi_monitor.capture.logit_changes import Arrival, arrivals, first_changed, has_softmax, reached
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.names import inner_names
 from nfi_monitor.capture.origin import Origin, Product, origin, tensors_of
@@ -175,7 +175,9 @@ class HeadCheck(ModelHook):
         self._guessed = False
         heads = [one for weight in inside if (one := _head_of(model, weight)) is not None]
         if heads:
-            self._other(head, heads, shown_by)
+            paths = [path for one in found for path in _paths(one, at_logits=loss is None)]
+            mixed = first_changed(paths) is not None
+            self._other(head, [replace(one, changed=one.bare and mixed) for one in heads], shown_by)
         elif inside:
             self._no_matrix(head, inside[-1])
         elif weights:
@@ -273,6 +275,12 @@ class HeadCheck(ModelHook):
                 f"If a layer makes logits, name it: {self._naming}. If none does: "
                 "logits = monitor.tap(logits)."
             )
+
+
+def _paths(found: Origin, *, at_logits: bool) -> list[Arrival]:
+    """Return the paths from an output or a loss to the products that it comes from."""
+    nodes = [product.node for product in found.products]
+    return arrivals(found.start, nodes, at_logits=at_logits)
 
 
 def _sharded() -> bool:

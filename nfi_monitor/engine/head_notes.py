@@ -31,6 +31,10 @@ def at_attach(model: nn.Module, head: Head | None, reader: OptimizerReader) -> I
         yield "head_parameter", _parameter_text(head)
     if head.others:
         yield "several_heads", several_text(head)
+    if any(
+        isinstance(one, nn.AdaptiveLogSoftmaxWithLoss) and one.head is head.module for one in model.modules()
+    ):
+        yield "adaptive_softmax", _ADAPTIVE.format(head.describe())
     if head.weight is None:
         yield (
             "head_without_weight",
@@ -53,6 +57,13 @@ def at_attach(model: nn.Module, head: Head | None, reader: OptimizerReader) -> I
             f"The head {head.name!r} shares its weight with an input embedding. The gradient of that "
             "weight has no zero-sum, so it is not read. Rows are watched as usual.",
         )
+
+
+_ADAPTIVE = (
+    "The head {} is the first layer of an adaptive softmax: each cluster of rare classes is one class here. "
+    "Margins and the loss at the head are those of this layer, not of the whole loss. To show the whole "
+    "loss, call monitor.observe_loss(loss) before optimizer.step(): it is judged then."
+)
 
 
 def several_text(head: Head) -> str:

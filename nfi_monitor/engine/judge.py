@@ -16,6 +16,7 @@ from nfi_monitor.detect.situation import RunContext
 from nfi_monitor.engine.faults import Faults
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.engine.notes import NoteTaker
+from nfi_monitor.engine.row_values import RowValues
 from nfi_monitor.history import History
 from nfi_monitor.measure.step import SKIPPED, with_non_finite
 from nfi_monitor.report.sinks import Sinks
@@ -37,6 +38,7 @@ class Judge:
         faults: gets errors of the detector and of ``on_alert``.
         read_context: returns the present settings of the optimizer for the head.
         note_reading: called after each full reading.
+        row_values: leaves out what the rows do not show.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Judge:
         on_alert: Callable[[Alert], None] | None,
         read_context: Callable[[], RunContext],
         note_reading: Callable[[Reading], None],
+        row_values: RowValues,
     ) -> None:
         self.detector = detector
         self.recorded = History()
@@ -62,6 +65,7 @@ class Judge:
         self._reports, self._notes, self._faults = reports, notes, faults
         self._on_alert = on_alert
         self._read_context, self._note_reading = read_context, note_reading
+        self._row_values = row_values
 
     def release(self) -> None:
         """Stop judging: the monitor is closed and has released the model."""
@@ -126,6 +130,8 @@ class Judge:
         """Judge one reading and report it. ``full``: False for a loss alone, between two readings."""
         if self.released():
             return
+        if full:
+            reading = Reading(reading.step, self._row_values.known(reading.step, reading.values))
         judgement = Judgement(self.detector.phase)
         if not self._faults.is_off("detector"):
             try:

@@ -40,6 +40,7 @@ from nfi_monitor.engine.loss_queue import TOGETHER, LossQueue
 from nfi_monitor.engine.loss_sources import LossSources
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.rank_search import RankSearch
+from nfi_monitor.engine.row_values import RowValues
 from nfi_monitor.engine.run_info import notes_json, read_context, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.silence import Silence
@@ -89,7 +90,7 @@ class StepLoop:
         self.faults = Faults(self._report_fault, self._own_fault)
         failed = self.faults.failed
         self.reader = OptimizerReader(optimizer, head, failed)
-        self.rows = RowAccumulator()
+        self.rows, self.transfer = RowAccumulator(), HostTransfer()
         probe_batch = None if options.probe is None else ProbeBatch(model, *options.probe)
         self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.is_off, failed)
         self.schedule = Schedule(options.overhead_budget)
@@ -116,7 +117,6 @@ class StepLoop:
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
         self.loss_sources = LossSources(self.losses, failed, self._ignores, self.silence.reported)
-        self.transfer = HostTransfer()
         self.recent_snapshots = RecentSnapshots(model, optimizer, self.stateful, options.snapshot_limit)
         self.judge = Judge(
             self.detector,
@@ -128,6 +128,7 @@ class StepLoop:
             on_alert=options.on_alert,
             read_context=self._read_context,
             note_reading=self._note_reading,
+            row_values=RowValues(self.probe, self.notes.note, self.notes.by_code),
         )
 
     def attach(self, options: Options) -> None:

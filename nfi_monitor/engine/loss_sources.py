@@ -17,6 +17,7 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.loss import LossProbe
 from nfi_monitor.capture.sampling import local
 from nfi_monitor.engine.loss_queue import LossQueue
+from nfi_monitor.engine.reported_loss import ReportedLoss
 
 UNTRAINED = 3
 """Optimizer steps without a gradient at the model's loss, before a note says that another loss trains."""
@@ -45,12 +46,15 @@ class LossSources:
         self._losses, self._failed, self._ignored = losses, failed, ignored
         self._reported = False  # whether the loop reports losses: then no other source counts
         self._probe: LossProbe | None = None
-        self._steps_untrained = 0
+        self._steps_untrained = self._passes = 0
+        self._check = ReportedLoss()
 
     @property
-    def untrained(self) -> bool:
-        """Whether the model returns a loss at which no gradient arrives."""
-        return self._steps_untrained >= UNTRAINED
+    def untrained(self) -> str:
+        """The loss at which no gradient arrives: "reported" by the loop, "returned" by the model, or ""."""
+        if self._reported:
+            return "reported" if self._check.untrained else ""
+        return "returned" if self._steps_untrained >= UNTRAINED else ""
 
     def report(self, loss: Tensor | float) -> None:
         """Take a loss that the training loop reports."""
@@ -58,6 +62,8 @@ class LossSources:
             return
         if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
             self.look(loss)
+        if isinstance(loss, Tensor):
+            self._check.watch(loss)
         if not self._reported:
             self._reported = True
             self._losses.forget()  # losses of this step from other sources
@@ -87,19 +93,35 @@ class LossSources:
 
         ``shares``: the losses of a step's micro-batches are added; else their mean is taken.
         """
-        losses = self._losses
-        before = len(losses.observed)
+        before = len(self._losses.observed)
+        self._passes += 1
         yield
         try:
             if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
                 self.look(loss)
-            if isinstance(loss, Tensor) and not self._reported:
-                self.end_micro_batch()  # a compiled model stores its loss
-                del losses.observed[before:]  # the loss in the model's output is a part of this one
-                losses.share = None
-                self._take(loss.detach().mean(), 1.0 if shares and before else None)
+            self._take_instead(before, loss, shares=shares)
         except Exception as error:
             self._failed("loss", error)
+
+    @contextmanager
+    def micro_batch(self, *, shares: bool) -> Iterator[list[Any]]:
+        """Take the loss that is added to the yielded list, unless :meth:`backward` ran inside the block."""
+        before, passes, returned = len(self._losses.observed), self._passes, list[Any]()
+        yield returned
+        try:
+            if returned and self._passes == passes:
+                self._take_instead(before, returned[0], shares=shares)
+        except Exception as error:
+            self._failed("loss", error)
+
+    def _take_instead(self, before: int, loss: Any, *, shares: bool) -> None:
+        """Take ``loss`` in place of all but the first ``before`` losses of this step."""
+        losses = self._losses
+        if isinstance(loss, Tensor) and not self._reported:
+            self.end_micro_batch()  # a compiled model stores its loss
+            del losses.observed[before:]  # the loss in the model's output is a part of this one
+            losses.share = None
+            self._take(loss.detach().mean(), 1.0 if shares and before else None)
 
     def end_micro_batch(self) -> None:
         """Collect the loss that a compiled forward pass has stored."""
@@ -112,6 +134,7 @@ class LossSources:
 
     def end_step(self) -> None:
         """Collect the last micro-batch's loss, before the optimizer step."""
+        self._check.end_step()
         if self._probe is None:
             return
         self.end_micro_batch()

@@ -99,12 +99,12 @@ class NoteTaker:
         probe: HeadProbe,
         measured: int,
         *,
-        untrained: bool = False,
+        untrained: str = "",
     ) -> None:
         """Make the notes that a reading is a reason for (:data:`~nfi_monitor.engine.remarks.REMARKS`).
 
-        ``measured``: number of readings before this one.  ``untrained``: whether the model returns a loss at
-        which no gradient arrives.
+        ``measured``: number of readings before this one.  ``untrained``: the loss at which no gradient
+        arrives, as ``LossSources.untrained``.
         """
         values = reading.values
         known = "live_fraction" in values or "rows" in self._failures  # a failure has a note of its own
@@ -128,7 +128,7 @@ class NoteTaker:
             self._without_report,
             self._step_before,
             self._needed_float32,
-            untrained and not self._reported,
+            "" if untrained == "returned" and self._reported else untrained,
             None if self._model is None else self._model(),
         )
         self._step_before = reading.step

@@ -35,7 +35,8 @@ class AdapterPort:
     - :meth:`end_micro_batch` after each backward pass, if losses are read from the model's output
       (``monitor.observe_outputs()``) and the framework has an event for it;
     - :meth:`backward_of` around each backward pass, if the framework lets the adapter see it, and
-      :meth:`trained_by` if it may train several models;
+      :meth:`trained_by` if it may train several models; :meth:`micro_batch` around a training step that may
+      run its backward pass unseen;
     - :meth:`recompute_rows` if its models get labels and may compute a loss without logits;
     - :meth:`guarded` around all its code in the framework's events: an error must not stop the training;
     - :meth:`explain_note` for what the user can do in this framework;
@@ -73,6 +74,13 @@ class AdapterPort:
         model's output no longer counts then.  A loss that the user reports goes first.
         """
         return self._loop.loss_sources.backward(loss, shares=shares)
+
+    def micro_batch(self, *, shares: bool = False) -> AbstractContextManager[list[Any]]:
+        """Take the loss that a training step returns, which the block adds to the yielded list.
+
+        For a step whose backward pass :meth:`backward_of` cannot see.  Where it was seen, that loss counts.
+        """
+        return self._loop.loss_sources.micro_batch(shares=shares)
 
     def at_close(self, *callbacks: Callable[[], object]) -> None:
         """Register functions to call, in this order, when the monitor closes. Their errors are reported."""

@@ -54,8 +54,8 @@ class Seen(NamedTuple):
     """Step of the reading before this one; None: this is the first."""
     needed_float32: bool = False
     """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
-    untrained_loss: bool = False
-    """Whether the model returns a loss at which no gradient arrives, and no other loss is known."""
+    untrained_loss: str = ""
+    """The loss at which no gradient arrives: "reported" by the loop, "returned" by the model, or ""."""
     model: nn.Module | None = None
 
 
@@ -111,6 +111,7 @@ def _no_absorption(seen: Seen) -> bool:
     """Return whether most rows are those of another loss than a cross-entropy, and no other note says so."""
     signals = seen.signals
     said = signals.broken_by_design or signals.logits_scaled or signals.soft_targets
+    said |= seen.probe.added is not None  # "logits_added" says so
     reported = seen.without_report == 0 and seen.measured >= PATIENCE
     return reported and not said and seen.reading.values.get("mismatch_fraction", 0.0) > OTHER_LOSS
 
@@ -147,9 +148,24 @@ def _loss_between_readings_text(seen: Seen) -> str:
     )
 
 
+def _loss_not_trained_text(seen: Seen) -> str:
+    cure = "Report the loss that trains: monitor.observe_loss(loss) before optimizer.step()."
+    if seen.untrained_loss == "returned":
+        return (
+            "The model returns a loss, but no gradient arrives at it: another loss trains. The returned loss "
+            f"is not watched. {cure}"
+        )
+    return (
+        f"The loss that monitor.observe_loss gets ({seen.reading.get('loss'):.3g}) is not trained: no "
+        "gradient arrives at it, another loss trains. It is recorded and judged as reported, so a slingshot "
+        f"of the trained loss may be missed. {cure}"
+    )
+
+
 def _no_features(seen: Seen) -> bool:
     probe = seen.probe
-    if probe.head is not None and probe.head.place is not None:
+    place = None if probe.head is None else probe.head.place
+    if place is not None and not place.same_rows:
         return False  # the note about the place says so
     return seen.measured == PATIENCE and probe.delivered > 0 and probe.without_features >= probe.fired
 
@@ -170,18 +186,18 @@ def _logits_scaled_text(seen: Seen) -> str:
             "logits. Nothing has to be done."
         )
     return (
-        "The logits are scaled after the head: most gradients are far larger than these logits can "
-        "cause. Margins, the loss at the head and displacements are not in nats of the loss, and raise "
-        "no alert alone. Watch the scaled logits: logits = monitor.tap(logits)."
+        "The logits are scaled after the head, or a margin or a bias is added: most gradients are far larger "
+        "than these logits can cause. Margins, the loss at the head and displacements are not those of the "
+        "loss, and raise no alert alone. Watch the changed logits: logits = monitor.tap(logits)."
     )
 
 
 def _not_recomputed_text(seen: Seen) -> str:
     return (
-        "No rows seen: the loss makes no logits. Rows recomputed from hidden states and labels do not give "
-        "the gradient that arrives at the hidden states, so they are left out. Possible reasons: logits that "
-        "are scaled or capped, a penalty besides the cross-entropy, other labels. The rest is watched. For "
-        "rows, use a loss of logits and monitor.tap(logits)."
+        f"The loss makes no logits. In the last {PATIENCE} readings, rows recomputed from hidden states and "
+        "labels do not give the gradient that arrives at the hidden states, so they are left out. Possible "
+        "reasons: logits that are scaled or capped, smoothed labels, a penalty besides the cross-entropy, "
+        "other labels. The rest is watched. For rows, use a loss of logits and monitor.tap(logits)."
     )
 
 
@@ -242,11 +258,8 @@ REMARKS: tuple[Remark, ...] = (
     ),
     Remark(
         "loss_not_trained",
-        lambda seen: seen.untrained_loss,
-        (
-            "The model returns a loss, but no gradient arrives at it: another loss trains. The returned loss "
-            "is not watched. Report the loss that trains: monitor.observe_loss(loss) before optimizer.step()."
-        ),
+        lambda seen: bool(seen.untrained_loss),
+        _loss_not_trained_text,
     ),
     Remark(
         "no_loss",
@@ -299,7 +312,8 @@ REMARKS: tuple[Remark, ...] = (
         (
             "The loss makes no logits (it is fused or chunked), so rows are recomputed: in each reading the "
             "logits of up to 64 rows, from their hidden states and labels, and the gradient there as the "
-            "loss computes it. They are held against the gradient that arrives at the hidden states."
+            "loss computes it. Rows that do not give the gradient that arrives at the hidden states are left "
+            "out."
         ),
     ),
     Remark(

@@ -16,9 +16,11 @@ from torch import Tensor
 from nfi_monitor.capture.head_layer import Head, Place
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.logit_changes import (
+    CHOOSE,
     Arrival,
     arrivals,
     class_axis,
+    first_added,
     first_changed,
     has_softmax,
     softmax_logits,
@@ -58,22 +60,54 @@ class RowPlace:
         returned = list(paths_of(output))
         losses = [tensor for _, tensor in returned if tensor.dim() == 0]
         if losses:
-            changed = first_changed(arrivals(losses[0].grad_fn, nodes, at_logits=False))
+            paths = self._to_head(losses[0], head)
+            self._probe.shown |= bool(paths)
+            changed = first_changed(paths)
             if changed is not None:
                 place = self._at_softmax(head, changed) or Place("nowhere")
                 self._settle(head, place, changed, output)
+            elif (added := first_added(paths)) is not None:
+                self._find_candidates(head, returned)
+                self._read_sum(head, added, losses[0], output)
             return
+        found = self._find_candidates(head, returned)
+        changed, added = first_changed(found), first_added(found)
+        if sure and changed is not None and self._candidates:
+            self._settle(head, self._candidates[0][0], changed, output)
+        elif sure and added is not None:
+            self._read_sum(head, added, None, output)
+
+    def _to_head(self, tensor: Tensor, head: Head | None, *, at_logits: bool = False) -> list[Arrival]:
+        """Return the paths from a loss, or from logits, to the outputs of the head in this pass."""
+        axis = -1 if head is None or head.bare else -1 - head.spatial
+        return arrivals(tensor.grad_fn, self._probe.nodes or (), at_logits=at_logits, axis=axis)
+
+    def _find_candidates(self, head: Head, returned: list[tuple[Any, Tensor]]) -> list[Arrival]:
+        """Find the tensors that may be the changed logits. Returns the paths from all tensors to the head."""
         returned.sort(key=lambda one: not any(part in str(one[0]) for part in LOGITS))
-        paths = [arrivals(tensor.grad_fn, nodes, at_logits=True) for _, tensor in returned]
+        paths = [self._to_head(tensor, head, at_logits=True) for _, tensor in returned]
         classes = head.outputs or head.classes or 0
         self._candidates = [
             (Place("output", keys, axis), tensor.grad_fn)
             for (keys, tensor), found in zip(returned, paths, strict=True)
-            if found and (axis := class_axis(tensor, classes, spatial=head.spatial)) is not None
+            if found and (axis := _axis(head, tensor, found, classes)) is not None
         ]
-        changed = first_changed(path for found in paths for path in found)
-        if sure and changed is not None and self._candidates:
-            self._settle(head, self._candidates[0][0], changed, output)
+        return [path for found in paths for path in found]
+
+    def _read_sum(self, head: Head, added: Arrival, loss: Tensor | None, output: Any) -> None:
+        """Read the rows in the model's output, after a sum that keeps rows and features.
+
+        ``loss``: takes these logits as they are; None: not known yet.
+        """
+        fits = [
+            place
+            for place, node in self._candidates
+            if loss is None or _as_it_is(arrivals(loss.grad_fn, (node,), at_logits=False, axis=place.axis))
+        ]
+        if fits and not head.bare and (loss is not None or added.added not in CHOOSE or len(fits) == 1):
+            self._settle(head, fits[0]._replace(same_rows=True), added, output)
+        elif loss is not None:
+            self._probe.added = added.added
 
     def look_at_loss(self, head: Head | None, loss: Tensor) -> bool:
         """Find out whether the loss takes the logits that are read, or changed ones. Returns whether either.
@@ -83,7 +117,8 @@ class RowPlace:
         nodes = self._probe.nodes or ()
         if head is None or not nodes or (head.place is not None and head.place.where == "nowhere"):
             return False
-        paths = arrivals(loss.grad_fn, nodes, at_logits=False)
+        paths = self._to_head(loss, head)
+        self._probe.shown |= bool(paths)
         changed = first_changed(paths)
         if not paths and self._at_returned is not None and has_softmax(loss.grad_fn):
             changed = self._at_returned  # another loss than the returned one is trained
@@ -94,6 +129,8 @@ class RowPlace:
                 if any(path.change is None for path in arrivals(loss.grad_fn, (node,), at_logits=False))
             )
             self._settle(head, next(there, Place("nowhere")), changed, None)
+        elif (added := first_added(paths)) is not None:
+            self._read_sum(head, added, loss, None)
         return bool(paths)
 
     def end_step(self) -> None:
@@ -130,16 +167,31 @@ class RowPlace:
 
     def _settle(self, head: Head, place: Place, changed: Arrival, output: Any) -> None:
         """Read rows at ``place`` from now on. ``output``: of the pass that is running, or None."""
-        change = changed.change or ""
+        change = changed.change or changed.added or ""
         if place.where == "nowhere":
             self._moved = self._at_returned = None
             self._move(replace(head, place=place))
             self._note("logits_changed", changed_text(head, change))
             return
         nodes = list(self._probe.nodes or ())
-        self._moved = elsewhere_text(head, place, change)
+        self._moved = None if place.same_rows else elsewhere_text(head, place, change)  # else nothing lacks
         self._move(replace(head, place=place))
+        self._probe.multiplied = changed.scaled
         self._at_returned = changed if place.where == "loss" else None
         if output is not None:
             self._probe.nodes = nodes
             self.read(place, output)
+
+
+def _axis(head: Head, tensor: Tensor, paths: list[Arrival], classes: int) -> int | None:
+    """Return the axis of the classes; also of a tensor that holds a slice of the head's classes."""
+    axis, own = class_axis(tensor, classes, spatial=head.spatial), -1 - head.spatial
+    sliced = first_added(paths) is not None and all(
+        path.added in CHOOSE and not path.turned for path in paths
+    )
+    fewer = sliced and tensor.dim() > -own and 2 <= tensor.shape[own] < classes
+    return own if axis is None and fewer else axis
+
+
+def _as_it_is(paths: list[Arrival]) -> bool:
+    return any(path.change is None and path.added is None for path in paths)

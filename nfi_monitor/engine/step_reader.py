@@ -126,6 +126,9 @@ class StepReader:
     def finish_rows(self) -> None:
         """Measure all rows that have arrived: the optimizer step is done."""
         try:
+            if self.rows.loss_kind is None and len(self._arrived) > 1:
+                with torch.no_grad():
+                    self.rows.look_ahead([rows for rows in self._arrived if type(rows) is Rows])
             while self._arrived:
                 self._settle_rows(self._arrived.popleft())
             while self._asked:

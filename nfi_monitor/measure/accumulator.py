@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -68,6 +68,21 @@ class RowAccumulator:
         self.features: Tensor | None = None
         self._feature_sum: Tensor | None = None
         self._feature_count: Tensor | None = None
+
+    def look_ahead(self, waiting: Sequence[Rows]) -> None:
+        """Learn the kind of loss from all passes of the first step, before the first of them is measured.
+
+        The gradient of one pass may be nothing but rounding, which only the size of the others shows.
+        """
+        kind = None
+        for rows in waiting:
+            if (
+                rows.shard is None
+                and rows.logits.shape[-1] > 1
+                and rows.grad.device == waiting[0].grad.device
+            ):
+                kind = row_statistics(rows.grad, rows.logits, rows.total, kind).loss_kind
+        self.loss_kind = kind
 
     def add(self, rows: Rows) -> None:
         device = rows.grad.device

@@ -241,6 +241,26 @@ def test_of_heads_under_usual_names_the_auxiliary_one_is_not_taken() -> None:
     assert head.others == ("auxiliary_head.classifier (Conv2d 4→5)",)
 
 
+def test_of_an_adaptive_softmax_the_first_layer_is_the_head_and_a_note_says_so() -> None:
+    torch.manual_seed(0)
+    body, adaptive = nn.Linear(6, 16), nn.AdaptiveLogSoftmaxWithLoss(16, 40, [10, 20])
+    model = nn.Sequential(body, adaptive)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    entropies = []
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(4):
+            h, y = body(torch.randn(32, 6)).relu(), torch.randint(0, 40, (32,))
+            first = torch.where(y < 10, y, torch.where(y < 20, 10, 11))
+            entropies.append(F.cross_entropy(adaptive.head(h.detach()), first).item())
+            loss = adaptive(h, y).loss
+            loss.backward()
+            monitor.observe_loss(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert monitor.history["head_loss"][1] == pytest.approx(entropies, rel=1e-5)
+    assert [note.code for note in monitor.notes] == ["adaptive_softmax"]
+
+
 def test_classes_are_preferred_to_boxes() -> None:
     box = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
     model = Body(class_labels_classifier=nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), bbox_predictor=box)

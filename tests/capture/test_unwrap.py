@@ -91,6 +91,27 @@ def test_of_a_container_the_optimizer_that_trains_the_head_is_chosen() -> None:
         assert choose(container, None) is body
 
 
+class Slots:
+    __slots__ = ("params",)
+
+    def __init__(self, params: Any) -> None:
+        self.params = list(params)
+
+    def step(self) -> None:
+        for param in self.params:
+            param.data -= 0.1 * param.grad
+
+
+def test_why_an_optimizer_with_slots_cannot_be_watched_is_said_and_a_derived_class_can() -> None:
+    with pytest.raises(TypeError, match=r"Slots cannot be watched.*__slots__.*class Watched\(Slots\): pass"):
+        choose(Slots(mlp().parameters()), None)
+
+    class Watched(Slots):
+        pass
+
+    assert choose(Watched(mlp().parameters()), None).param_groups[0]["params"]
+
+
 def test_something_that_is_no_optimizer_is_named() -> None:
     with pytest.raises(TypeError, match="got Linear"):
         unwrap(nn.Linear(1, 1))

@@ -22,7 +22,7 @@ def monitor():
 
 def test_every_part_of_the_port_says_what_it_is_for():
     parts = {name: part for name, part in vars(AdapterPort).items() if not name.startswith("_")}
-    newer = {"backward_of", "explain_note", "recompute_rows", "trained_by", "wrapped_by"}
+    newer = {"backward_of", "explain_note", "micro_batch", "recompute_rows", "trained_by", "wrapped_by"}
     assert set(parts) == set(MOVED_TO_PORT.values()) | newer
     assert all(inspect.getdoc(part) for part in parts.values())
     assert all(name in AdapterPort.__doc__ for name in ("at_close", "begin_step", "guarded", "may_act"))

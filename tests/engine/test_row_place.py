@@ -344,8 +344,8 @@ ORDINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "smoothed": lambda z, y: F.cross_entropy(z, y, label_smoothing=0.1),
     "two targets": lambda z, y: 0.6 * F.cross_entropy(z, y) + 0.4 * F.cross_entropy(z, y.flip(0)),
     "soft": lambda z, y: F.cross_entropy(z, torch.full_like(z, 1 / K)),
-    "masked": lambda z, y: F.cross_entropy(z.masked_fill(torch.eye(12, K) * y[:, None] > 0, -9.0), y),
-    "prior": lambda z, y: F.cross_entropy(z + torch.arange(K) / K, y),
+    "less the largest, detached": lambda z, y: F.cross_entropy(z - z.detach().amax(-1, keepdim=True), y),
+    "other rows filled": lambda z, y: F.cross_entropy(z.masked_fill(torch.zeros(12, 1) > 0, 0.0), y),
     "some rows": lambda z, y: F.cross_entropy(z[::2], y[::2]),
     "distilled": _distilled,
     "focal": _focal,
@@ -414,3 +414,209 @@ def test_a_model_that_returns_its_heads_logits_gets_no_note(kind: str) -> None:
     assert not _codes(monitor) & {ELSEWHERE, CHANGED, "no_head", "head_by_output", "failed_head_check"}
     assert len(monitor.history["head_loss"][1]) == 6
     assert monitor.summary()["run"]["head"].startswith("head")
+
+
+# --- something is added to the logits, or classes are left out -------------------------------------------
+
+
+PRIOR = torch.linspace(-4, 4, K)
+ADDED: dict[str, Callable[[Any, Tensor], Tensor]] = {
+    "a prior": lambda m, h: m.head(h) + PRIOR,
+    "a trained bias": lambda m, h: m.head(h) + m.more.bias,
+    "a prior, features by keyword": lambda m, h: m.head(input=h) + PRIOR,
+    "a mask": lambda m, h: m.head(h).masked_fill(torch.arange(7) >= K, -torch.inf),
+    "a mask of zeros and infinities": lambda m, h: m.head(h) + torch.tensor([0.0] * K + [-torch.inf] * 2),
+    "a slice": lambda m, h: m.head(h)[:, :K],
+    "a slice up to the end": lambda m, h: m.head(h)[..., :-2],
+}
+
+
+def _added(kind: str) -> Net:
+    model = Net(ADDED[kind], more=nn.Linear(1, K))
+    with torch.no_grad():
+        model.more.bias.copy_(PRIOR)  # type: ignore[union-attr,operator]
+    if "mask" in kind or "slice" in kind:
+        model.head = nn.Linear(D, K + 2)
+    return model
+
+
+def _of_sum(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    logits = model(x)
+    return F.cross_entropy(logits, y), logits
+
+
+@pytest.mark.parametrize("observe", [True, False])
+@pytest.mark.parametrize("kind", ADDED)
+def test_logits_to_which_something_is_added_are_read_with_their_features(kind: str, observe: bool) -> None:
+    torch.manual_seed(2)
+    monitor, entropies = _train(_added(kind), _of_sum, observe=observe)
+    assert monitor is not None
+    assert monitor.history["head_loss"][1] == pytest.approx(entropies, rel=1e-4)
+    assert len(monitor.history["feature_mean_norm"][1]) == 6
+    assert not _codes(monitor) - {"loss_between_readings"}
+
+
+def test_a_slice_whose_axes_are_changed_is_not_read_along_another_axis() -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        return F.cross_entropy(model(x), (y % 3).reshape(4, 3)), None
+
+    torch.manual_seed(2)
+    write: Callable[[Any, Tensor], Tensor] = lambda m, h: m.head(h).reshape(4, 3, K).transpose(1, 2)[:, :4]  # noqa: E731
+    monitor, _ = _train(Net(write), loss)
+    assert monitor is not None and _codes(monitor) == {"logits_added"}
+    assert not {"head_loss", "margin_median"} & set(monitor.history)
+    assert monitor.history["zero_sum_violation"][1].max() < 1e-5
+
+
+def test_a_sum_that_is_multiplied_is_read_without_displacement() -> None:
+    """Features and the update of the head's weight give the displacement before the multiplication."""
+    torch.manual_seed(2)
+    monitor, entropies = _train(Net(lambda m, h: 30 * (m.head(F.normalize(h, dim=-1)) - PRIOR / 30)), _of_sum)
+    assert monitor is not None
+    assert monitor.history["head_loss"][1] == pytest.approx(entropies, rel=1e-4)
+    assert "logit_displacement" not in monitor.history and "displacement_left_out" in _codes(monitor)
+    assert len(monitor.history["feature_mean_norm"][1]) == 6
+
+
+CHANGED_IN_THE_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a constant scale for each class": lambda z, y: z * torch.linspace(0.2, 3, K),
+    "a temperature for each row": lambda z, y: z / torch.linspace(0.2, 3, 12)[:, None],
+    "capped": lambda z, y: 5 * torch.tanh(z / 5),
+    "an angular margin": lambda z, y: 9 * torch.cos(
+        torch.acos((z / 9).clamp(-0.99, 0.99)) + 0.3 * F.one_hot(y, K)
+    ),
+    "a class besides": lambda z, y: F.pad(z, (0, 1)),
+    "the target first": lambda z, y: torch.cat([z.gather(1, y[:, None]), z], 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CHANGED_IN_THE_LOSS)
+def test_rows_of_logits_that_the_loss_multiplies_are_not_read(kind: str) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        return F.cross_entropy(CHANGED_IN_THE_LOSS[kind](model(x), y), y), None
+
+    torch.manual_seed(2)
+    states = []
+    for watch in (False, True):
+        torch.manual_seed(2)
+        model = Net(_plain)
+        monitor, _ = _train_observed_first(model, loss, watch=watch)
+        states.append(model.state_dict())
+    assert monitor is not None and CHANGED in _codes(monitor)
+    assert not set(OF_ROWS) & set(monitor.history) - {"zero_sum_violation"}
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def _train_observed_first(
+    model: nn.Module, loss: Callable[[nn.Module, Tensor, Tensor], tuple[Tensor, None]], *, watch: bool
+) -> tuple[Monitor | None, None]:
+    """Train with a loss that is reported before its backward pass, which frees the graph's constants."""
+    random = torch.Generator().manual_seed(1)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    monitor = Monitor(model, optimizer, console=False, every=1) if watch else None
+    for _ in range(6):
+        x, y = torch.randn(12, 6, generator=random), torch.randint(0, K, (12,), generator=random)
+        found, _ = loss(model, x, y)
+        if monitor is not None:
+            monitor.observe_loss(found)
+        found.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    if monitor is not None:
+        monitor.close()
+    return monitor, None
+
+
+@pytest.mark.parametrize("kind", ADDED)
+def test_a_training_whose_sums_are_read_has_the_same_bits(kind: str) -> None:
+    states = []
+    for watch in (False, True):
+        torch.manual_seed(2)
+        model = _added(kind)
+        _train(model, _of_sum, watch=watch)
+        states.append(model.state_dict())
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+IN_THE_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "a margin": lambda z, y: z - 8 * F.one_hot(y, K),
+    "a help": lambda z, y: z + 8 * F.one_hot(y, K),
+    "a large prior": lambda z, y: z + 20 * PRIOR,
+    "a small prior": lambda z, y: z + torch.arange(K) / K,
+    "a scaled margin": lambda z, y: 30 * (z - 0.35 * F.one_hot(y, K)),
+    "a margin by where": lambda z, y: torch.where(F.one_hot(y, K) > 0, z - 4, z),
+    "a mask of targets": lambda z, y: z.masked_fill(F.one_hot(y, K) > 0, -9.0),
+    "some classes": lambda z, y: z[:, :3].index_select(1, torch.tensor([2, 1, 0])),
+}
+
+
+@pytest.mark.parametrize("kind", IN_THE_LOSS)
+def test_logits_changed_in_the_loss_are_said_and_the_heads_margins_are_left_out(kind: str) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        logits = IN_THE_LOSS[kind](model(x), y)
+        return F.cross_entropy(logits, y % logits.shape[-1]), None
+
+    torch.manual_seed(2)
+    monitor, _ = _train(Net(_plain), loss, steps=12)
+    assert monitor is not None
+    assert not {"head_loss", "margin_median", "margin_min"} & set(monitor.history)
+    assert "logits_added" in _codes(monitor) and "logits_scaled" not in _codes(monitor)
+    assert len(monitor.history["zero_sum_violation"][1]) == 12
+
+
+class Bare(nn.Module):
+    """Logits are the product with a bare matrix, changed by ``write``."""
+
+    def __init__(self, write: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.trunk, self.unembed, self.write = nn.Linear(6, D), nn.Parameter(torch.randn(K, D)), write
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.write(self.trunk(x).relu() @ self.unembed.T)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda z: 4 * z, lambda z: 2 * torch.tanh(z / 2), lambda z: z * torch.linspace(0.2, 3, K)],
+    ids=["multiplied", "capped", "a scale for each class"],
+)
+def test_a_changed_product_with_a_bare_matrix_has_rows_and_no_displacement(write: Any) -> None:
+    torch.manual_seed(0)
+    monitor, entropies = _train(Bare(write), _of_sum, head="unembed")
+    assert monitor is not None
+    assert monitor.history["head_loss"][1] == pytest.approx(entropies, rel=1e-4)
+    assert monitor.history["zero_sum_violation"][1].max() < 1e-5
+    assert "logit_displacement" not in monitor.history and "displacement_left_out" in _codes(monitor)
+    assert "not_shift_invariant" not in _codes(monitor) and not monitor.alerts
+
+
+@pytest.mark.parametrize("scale", [1, 30])
+def test_no_displacement_comes_with_tapped_logits_that_are_multiplied_after_the_head(scale: float) -> None:
+    torch.manual_seed(0)
+    model = Net(_plain)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(6):
+            logits = model(torch.randn(12, 6))
+            logits = monitor.tap(scale * logits + PRIOR if scale > 1 else logits + PRIOR)
+            F.cross_entropy(logits, torch.randint(0, K, (12,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert ("logit_displacement" in monitor.history) is (scale == 1)
+    assert len(monitor.history["margin_median"][1]) >= 5
+
+
+def test_an_added_parameter_that_is_zero_needs_no_note() -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        return model(x, y)["loss"], None
+
+    class Returns(Net):
+        def forward(self, x: Tensor, y: Tensor | None = None) -> Any:
+            z = self.head(self.trunk(x).relu()) + self.own
+            return {"loss": F.cross_entropy(z, y), "logits": z}  # type: ignore[arg-type]
+
+    model = Returns(_plain)
+    model.own = nn.Parameter(torch.zeros(K))
+    monitor, _ = _train(model, loss)
+    assert monitor is not None and not _codes(monitor)
+    assert monitor.history["head_loss"][1] == pytest.approx(monitor.history["loss"][1], rel=1e-5)

@@ -184,15 +184,34 @@ class Mirrored(transformers.Trainer):
         return (loss, outputs) if return_outputs else loss
 
 
+class Twice(transformers.Trainer):
+    """Runs the backward pass in a training step of its own, where no accelerator sees it."""
+
+    def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
+        model.train()
+        loss = 2 * model(**self._prepare_inputs(inputs)).loss / self.args.gradient_accumulation_steps
+        loss.backward()
+        return loss.detach()
+
+
 @pytest.mark.parametrize(
     "options",
     [
         {"kind": Mirrored},
+        {"kind": Twice},
+        {"kind": Twice, "gradient_accumulation_steps": 2},
         {"kind": Mirrored, "gradient_accumulation_steps": 3},
         {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
         {"options": {"compute_loss_func": smoothed}, "gradient_accumulation_steps": 2},
     ],
-    ids=["own loss", "own loss, accumulation", "label smoothing", "compute_loss_func"],
+    ids=[
+        "own loss",
+        "own step",
+        "own step, accumulation",
+        "own loss, accumulation",
+        "label smoothing",
+        "compute_loss_func",
+    ],
 )
 def test_the_loss_is_the_one_that_trains_wherever_it_is_computed(
     options: dict[str, Any], tmp_path: Path
@@ -205,6 +224,7 @@ def test_the_loss_is_the_one_that_trains_wherever_it_is_computed(
     assert watched(callback).history["loss"][1] == pytest.approx(logged, rel=1e-5)
     assert not {"no_loss", "loss_not_trained"} & {note.code for note in watched(callback).notes}
     assert vars(trainer.accelerator).get("backward") is backward, "restored"
+    assert "training_step" not in vars(trainer)
 
 
 def test_rows_of_a_fused_loss_are_recomputed_and_named_so(tmp_path: Path) -> None:

@@ -35,13 +35,13 @@ class Configuration:
     """Whether the loss is computed from logits that exist. If not (fused and chunked losses), the rows can
     only be recomputed."""
     shift_invariant: bool = True
-    """Whether adding a number to all logits of a row leaves the loss as it is (not so: BCE, soft-capping)."""
+    """Whether adding a number to all logits of a row leaves the loss as it is (not so: BCE)."""
     soft: bool = False
     """Whether rows have several correct classes or changing signs (label smoothing, distillation, RL)."""
     scaled: bool = False
     """Whether the logits are scaled between head and loss."""
     changed: bool = False
-    """Whether the logits are mixed with others, enlarged or pooled between head and loss."""
+    """Whether the logits are mixed with others, enlarged, pooled or capped between head and loss."""
     half: bool = False
     """Whether the loss is computed in half precision."""
     tau: float | None = None

@@ -227,6 +227,12 @@ def _averages(record: Record, most: int | None = None) -> bool:
     return follow <= (tensors - 1 if most is None else most)
 
 
+def _at_head(record: Record) -> bool:
+    """Return whether the trained losses are plain results of F.cross_entropy."""
+    session = record.session
+    return all(session.cross_entropies.get(step) == [loss] for step, loss in session.losses.items())
+
+
 _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "tied_head": lambda c, r, v: r.tied,
     "head_without_weight": lambda c, r, v: not r.weighty,
@@ -256,6 +262,11 @@ _TRUE: dict[str, Callable[[Configuration, Record, Verdict], bool]] = {
     "rows_after_head": lambda c, r, v: c.changed and v.rows == "logits",
     "logits_changed": lambda c, r, v: c.changed and v.rows == "none",
     "rows_recomputed": lambda c, r, v: v.rows == "recomputed",
+    "absorption_left_out": lambda c, r, v: c.soft or not c.shift_invariant,
+    "displacement_left_out": lambda c, r, v: c.changed or c.scaled or "tapped" in c.name,
+    "logits_added": lambda c, r, v: c.changed,
+    "loss_not_at_head": lambda c, r, v: not _at_head(r),
+    "adaptive_softmax": lambda c, r, v: "adaptive" in c.name,
     "loss_below_zero": lambda c, r, v: min(r.session.losses.values(), default=0.0) < 0,
 }
 """Code of a note → whether it is true of a training."""

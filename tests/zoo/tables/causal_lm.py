@@ -58,9 +58,7 @@ def _make() -> list[Configuration]:
         lm("MistralForCausalLM", GROUPED),
         lm("MixtralForCausalLM", EXPERTS),
         lm("GemmaForCausalLM", GROUPED),
-        lm(
-            "Gemma2ForCausalLM", GROUPED, shift_invariant=False, true_notes=("logits_scaled", "logits_capped")
-        ),
+        lm("Gemma2ForCausalLM", GROUPED, changed=True),
         lm("Gemma3ForCausalLM", GROUPED),
         lm("Qwen2ForCausalLM", GROUPED),
         lm("Qwen3ForCausalLM", GROUPED),
@@ -100,8 +98,7 @@ def _make() -> list[Configuration]:
         lm(
             "RecurrentGemmaForCausalLM",
             {**GROUPED, "lru_width": 32, "attention_window_size": 16, "num_hidden_layers": 3},
-            shift_invariant=False,
-            true_notes=("logits_scaled", "logits_capped"),
+            changed=True,
         ),
     ]
 

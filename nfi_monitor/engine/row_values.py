@@ -1,0 +1,100 @@
+"""Leave out what the head's rows do not show of the trained loss, because the loss adds to the logits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+
+from nfi_monitor.capture.head_probe import HeadProbe
+from nfi_monitor.measure.logit_scale import IN_NATS
+
+OF_THE_LOSS = {
+    "margin_min", "margin_median", "head_loss", "residual_mass", "max_probability", "logit_scale",
+    "contradicted_fraction", "unsure_fraction",
+}  # fmt: skip
+"""Quantities of rows that hold only if the loss takes the logits that were read."""
+SAME = 0.01
+"""Largest relative difference of the reported loss from the cross-entropy of the rows, at which they hold."""
+OTHER, READINGS = 0.1, 5
+"""Relative difference of the two losses in each of so many first readings, from which on a note says so."""
+
+
+class RowValues:
+    """Decide which quantities of rows are recorded.
+
+    ``probe.added`` names an operation of the loss that adds to the head's logits.  It may change nothing, as
+    the largest logit of each row does, subtracted as a constant.  Once the loss is another one than the
+    cross-entropy of the head's logits, margins and loss at the head are left out, for the rest of the run.
+    ``probe.multiplied``: displacements, which the head's update gives, are not those of the logits.
+    """
+
+    def __init__(
+        self, probe: HeadProbe, note: Callable[[str, str, int], None], said: Collection[str]
+    ) -> None:
+        """``note(code, message, step)`` makes a note; ``said``: the codes of the notes so far."""
+        self._probe, self._note, self._said = probe, note, said
+        self._left_out = False
+        self._readings = self._apart = 0
+
+    def known(self, step: int, values: Mapping[str, float]) -> Mapping[str, float]:
+        """Return those of the values that the rows of the head show."""
+        if self._probe.multiplied and not values.keys().isdisjoint(IN_NATS):
+            values = {name: value for name, value in values.items() if name not in IN_NATS}
+            self._note("displacement_left_out", _MULTIPLIED, step)
+        added, of_head, loss = self._probe.added, values.get("head_loss"), values.get("loss")
+        if added is None:
+            self._left_out = False  # another head
+        elif of_head is not None and not self._left_out:
+            if loss is not None and abs(of_head - loss) <= SAME * max(of_head, abs(loss)):
+                return values
+            self._left_out = True
+            self._note("logits_added", _text(added, of_head, loss), step)
+        if not self._left_out:
+            if "recomputed_fraction" not in values:  # the gradient shows that the loss takes their logits
+                self._compare(step, of_head, loss)
+            return values
+        return {name: value for name, value in values.items() if name not in OF_THE_LOSS}
+
+    def _compare(self, step: int, of_head: float | None, loss: float | None) -> None:
+        """Note that the reported loss is another one than the loss at the head, by the first readings.
+
+        Only if no graph has shown that the loss takes the head's logits: else it has other parts or weights.
+        Later the loss is small, and a few rows make it: a sample of the rows may then have another mean.
+        """
+        if of_head is None or loss is None or self._probe.shown or self._readings >= READINGS:
+            return
+        self._readings += 1
+        self._apart += abs(of_head - loss) > OTHER * max(of_head, abs(loss))
+        if self._apart == READINGS and _SAID.isdisjoint(self._said):
+            self._note("loss_not_at_head", _text_apart(of_head, loss), step)
+
+
+_SAID = {
+    "absorption_left_out", "adaptive_softmax", "logits_changed", "logits_scaled", "loss_below_zero",
+    "loss_not_trained", "not_shift_invariant", "several_heads", "single_output", "soft_targets",
+}  # fmt: skip
+"""Notes that say what the trained loss has beside the cross-entropy at the head."""
+_MULTIPLIED = (
+    "The logits that are read are multiplied or capped after the head. The logit displacement is computed "
+    "from the update of the head's weight, so it would not be theirs, and is left out: *imminent* cannot be "
+    "reached by rounding without probe=. Rows and feature mean are measured as usual. Nothing has to be done."
+)
+
+
+def _text_apart(of_head: float, loss: float) -> str:
+    return (
+        f"The reported loss ({loss:.3g}) is not the mean cross-entropy at the head ({of_head:.3g}), and no "
+        "autograd graph shows how it takes the logits. It may have other parts or weights, or change the "
+        "logits (a margin, a scale). Margins and the loss at the head are those of the head's own logits. "
+        "The reported loss is judged. If the loss changes the logits, watch the changed ones: "
+        "logits = monitor.tap(logits)."
+    )
+
+
+def _text(added: str, of_head: float, loss: float | None) -> str:
+    reported = "" if loss is None else f", the reported loss {loss:.3g}"
+    return (
+        f"The loss changes the logits before its softmax ({added}: a margin, a prior, a mask or a slice of "
+        f"the classes). The cross-entropy of the head's own logits is {of_head:.3g}{reported}. Margins and "
+        "loss at the head are left out. The zero-sum is still watched, and so is a reported loss. For "
+        "margins, watch the changed logits: logits = monitor.tap(logits)."
+    )
