@@ -97,6 +97,7 @@ class StepLoop:
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
         capture = (self._captured_step, self._rows_arrived, failed, self.schedule.spend)
         self.probe = HeadProbe(*capture, head)
+        self.probe.discarded = self.step_reader.discard_rows
         self.recomputer = RowRecomputer(head, self.probe, *capture)
         self.reports = Sinks([], self.faults.dropped)
         self.notes = NoteTaker(self.reports.note)
@@ -294,6 +295,7 @@ class StepLoop:
         return replace(context, loss_bits=bits, every_step=self.every == 1)
 
     def _note_reading(self, reading: Reading) -> None:
+        self.rows.learn_reading(reading.values)
         untrained = self.loss_sources.untrained
         self.notes.read(
             reading, self.detector, self.step_reader, self.probe, self.schedule.readings, untrained=untrained
