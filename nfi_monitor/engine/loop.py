@@ -184,7 +184,7 @@ class StepLoop:
         self._counts = not self._ignores()
         if not self._counts:
             return
-        self.silence.inside_step = True
+        self.silence.begin_step()
         if self.step == 0 and not has_closure(given):  # in a closure, the model is yet to run
             self.rank_search.end()
         if self.recent_snapshots.pending:
