@@ -46,7 +46,7 @@ _ALERT_ROWS = {
 }
 _ARMS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito
 _INK, _GREY, _GRID = "#1B2733", "#66727F", "#DDE2E7"
-_DRAWN = 1e200  # the largest size that is drawn: margins of an axis beyond it overflow
+_DRAWN = 1e100  # the largest size that is drawn: axes and their ticks overflow long before the numbers
 _LABELLED = 24  # alerts that get their id as a label; more labels would overlap
 
 Array = np.ndarray[Any, Any]
