@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nfi_monitor.caller import call_with
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import describe, find_head, most_classes
-from nfi_monitor.capture.head_layer import Head, is_layer
+from nfi_monitor.capture.head_layer import Head, is_layer, own_parameter
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.logit_changes import arrivals, has_softmax, reached
 from nfi_monitor.capture.model_hooks import ModelHook
@@ -301,6 +301,6 @@ def _last(products: list[Product]) -> list[Product]:
 def _head_of(model: nn.Module, weight: nn.Parameter) -> Head | None:
     """Return the head whose weight this is: a layer, or the bare matrix; None if it is no matrix."""
     for name, module in inner_names(model).items():
-        if module._parameters.get("weight") is weight and is_layer(module):
+        if own_parameter(module, "weight") is weight and is_layer(module):
             return describe(model, name, module)
     return replace(find_head(model, weight), sure=True) if weight.dim() == 2 else None

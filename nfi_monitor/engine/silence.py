@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.model_hooks import is_torchscript
 
 CHANGED = 8
 """Passes before which the weights have changed without an optimizer step, until a note says so."""
@@ -174,6 +175,8 @@ class Silence:
         )
 
     def _look_for_head(self, head: Head, hooked: Callable[[nn.Module], bool]) -> None:
+        if is_torchscript(head.module):  # another note says that its rows are not seen
+            return
         if all(module is not head.module for module in self._model.modules()):
             what = "is no longer a part of the model: it was replaced after the monitor was attached"
         elif not hooked(head.module):
