@@ -54,12 +54,15 @@ class HeadProbe(ModelHook):
         failed: Callable[[str, BaseException], None],
         spent: Callable[[float], None] = lambda seconds: None,
         head: Head | None = None,
+        discarded: Callable[[], object] = lambda: None,
     ) -> None:
-        """``wanted`` returns the step to capture, or None.  ``spent`` gets the seconds of each hook."""
+        """``wanted`` returns the step to capture, or None.  ``spent`` gets the seconds of each hook.
+
+        ``discarded`` is called when the gradients of the rows delivered so far in this step are gone.
+        """
         self.head = head
         self.head_changed: Callable[[Head], object] = lambda head: None
-        self.discarded: Callable[[], object] = lambda: None
-        """Called when the gradients of the rows delivered so far in this step are gone."""
+        self._discarded = discarded
         self._wanted = wanted
         self._deliver = deliver
         self._failed = failed
@@ -351,11 +354,11 @@ class HeadProbe(ModelHook):
         hook(on_gradient)
 
     def _find_discarded(self) -> None:
-        """Call :attr:`discarded` if the gradients of earlier backward passes of this step are gone."""
+        """Call ``discarded`` if the gradients of earlier backward passes of this step are gone."""
         before, self._trained = self._trained, graph_task()
         gone = before not in (None, self._trained) and self.head is not None
         if gone and self.head is not None and is_discarded(self.head.weight):
-            self.discarded()
+            self._discarded()
 
     def forget(self) -> None:
         """Drop features whose logits were never tapped, and nodes of this step."""

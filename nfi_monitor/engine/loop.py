@@ -96,8 +96,7 @@ class StepLoop:
         self.paused = Pauses(self.schedule.leave_out)
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
         capture = (self._captured_step, self._rows_arrived, failed, self.schedule.spend)
-        self.probe = HeadProbe(*capture, head)
-        self.probe.discarded = self.step_reader.discard_rows
+        self.probe = HeadProbe(*capture, head, self.step_reader.discard_rows)
         self.recomputer = RowRecomputer(head, self.probe, *capture)
         self.reports = Sinks([], self.faults.dropped)
         self.notes = NoteTaker(self.reports.note)
