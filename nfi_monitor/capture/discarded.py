@@ -6,8 +6,28 @@ that runs through the critic, the first pass of SAM, a trial pass.  Rows of such
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+
+class Discards:
+    """Call ``discarded`` when the gradients of earlier backward passes of a step are gone."""
+
+    def __init__(self, discarded: Callable[[], object]) -> None:
+        self._discarded = discarded
+        self._last: int | None = None  # number of the last backward pass of this step
+
+    def arrived(self, weight: Tensor | None) -> None:
+        """Look at the ``weight`` of the head, whose gradient this backward pass is about to accumulate."""
+        before, self._last = self._last, graph_task()
+        if before not in (None, self._last) and is_discarded(weight):
+            self._discarded()
+
+    def end_step(self) -> None:
+        """Begin another optimizer step."""
+        self._last = None
 
 
 def graph_task() -> int:

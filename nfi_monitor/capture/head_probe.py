@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
-from nfi_monitor.capture.discarded import graph_task, is_discarded
+from nfi_monitor.capture.discarded import Discards
 from nfi_monitor.capture.head_layer import Head, Place, is_layer, own_parameter
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import Logits, logits_of, takes
@@ -62,7 +62,7 @@ class HeadProbe(ModelHook):
         """
         self.head = head
         self.head_changed: Callable[[Head], object] = lambda head: None
-        self._discarded = discarded
+        self._discards = Discards(discarded)
         self._wanted = wanted
         self._deliver = deliver
         self._failed = failed
@@ -81,7 +81,6 @@ class HeadProbe(ModelHook):
         # While the head is checked: the nodes that made the logits of the last pass.
         self.nodes: list[Any] | None = None
         self._backward_ran = False  # since the last forward pass of the head
-        self._trained: int | None = None  # the last backward pass of this step that trains
         self._features: Tensor | None = None
 
     def restart(self, retired: nn.Module | None = None) -> None:
@@ -342,8 +341,8 @@ class HeadProbe(ModelHook):
                 if rows is not None:
                     rows.add(sample(grad), kind)
                 return
-            if kind is Pass.TRAINS:
-                self._find_discarded()
+            if kind is Pass.TRAINS and self.head is not None:
+                self._discards.arrived(self.head.weight)
             # A copy: a view would keep the whole gradient until the step, and autograd may write to it.
             features = kept[1] if len(kept) > 1 else None
             rows = make(sample(grad).clone(), kept[0], features, graph=weakref.ref(given), kind=kind)
@@ -353,16 +352,10 @@ class HeadProbe(ModelHook):
 
         hook(on_gradient)
 
-    def _find_discarded(self) -> None:
-        """Call ``discarded`` if the gradients of earlier backward passes of this step are gone."""
-        before, self._trained = self._trained, graph_task()
-        gone = before not in (None, self._trained) and self.head is not None
-        if gone and self.head is not None and is_discarded(self.head.weight):
-            self._discarded()
-
     def forget(self) -> None:
         """Drop features whose logits were never tapped, and nodes of this step."""
-        self._features = self._trained = None
+        self._features = None
+        self._discards.end_step()
         if self.nodes:
             self.nodes.clear()
 
