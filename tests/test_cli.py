@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -265,3 +266,13 @@ def test_a_followed_tail_goes_on_where_it_was_when_readings_are_thinned(tmp_path
         file.writelines(lines[95:])
     assert [record["step"] for record in tail.more()] == list(range(1090, 1100))
     assert tail.more() == []
+
+
+def test_tail_of_fifty_thousand_notes_ends(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    info = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    info["notes"] = [{"code": f"c{n}", "message": "x", "step": n} for n in range(50_000)]
+    (run / "run.json").write_text(json.dumps(info), encoding="utf-8")
+    started = time.process_time()
+    assert main(["tail", str(run), "-n", "1"]) == 0
+    assert capsys.readouterr().out.count(" note ") == 50_000
+    assert time.process_time() - started < 20

@@ -112,12 +112,12 @@ class Head:
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Return a registered parameter; None if there is none of this name.
+    """Return a registered parameter; None if there is none of this name. TorchScript's table has no ``get``.
 
     Rejected: reading the attribute.  For a parametrized module (spectral norm), that runs code of the model,
     which changes its buffers or draws random numbers.
     """
-    return module._parameters.get(name)
+    return next((one for own, one in module._parameters.items() if own == name), None)
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -138,12 +138,17 @@ def is_layer(module: nn.Module) -> bool:
     return is_linear(module) or is_convolution(module)
 
 
+def child(module: nn.Module, name: str) -> nn.Module | None:
+    """Return the module's own submodule of this name, or None. TorchScript's table has no ``get``."""
+    return next((one for own, one in module._modules.items() if own == name), None)
+
+
 def looked_through(module: nn.Module) -> tuple[str, nn.Module]:
     """Return the layer that a wrapper calls, with its path in the wrapper ("" if it is no wrapper).
 
     peft's ``ModulesToSaveWrapper`` trains a copy of the layer for each adapter, and calls the active one.
     """
-    saved = module._modules.get("modules_to_save")
+    saved = child(module, "modules_to_save")
     if isinstance(saved, nn.ModuleDict) and len(saved):
         active = getattr(module, "active_adapters", None) or getattr(module, "active_adapter", None)
         active = [active] if isinstance(active, str) else list(active or ())
@@ -158,7 +163,7 @@ def layout(module: nn.Module) -> dict[str, Any]:
 
     Of a container it is the last layer with a weight.
     """
-    base = module._modules.get("base_layer")  # LoRA and similar
+    base = child(module, "base_layer")  # LoRA and similar
     layer = base if base is not None else module
     if not is_layer(layer):
         inner = [one for one in layer.modules() if is_layer(one)]

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
+from nfi_monitor.capture.discarded import Discards
 from nfi_monitor.capture.head_layer import Head, is_layer, own_parameter
 from nfi_monitor.capture.logit_changes import Arrival, arrivals, first_changed
 from nfi_monitor.capture.model_hooks import ModelHook
@@ -54,10 +55,15 @@ class HeadProbe(ModelHook):
         failed: Callable[[str, BaseException], None],
         spent: Callable[[float], None] = lambda seconds: None,
         head: Head | None = None,
+        discarded: Callable[[], object] = lambda: None,
     ) -> None:
-        """``wanted`` returns the step to capture, or None.  ``spent`` gets the seconds of each hook."""
+        """``wanted`` returns the step to capture, or None.  ``spent`` gets the seconds of each hook.
+
+        ``discarded`` is called when the gradients of the rows delivered so far in this step are gone.
+        """
         self.head = head
         self.head_changed: Callable[[Head], object] = lambda head: None
+        self._discards = Discards(discarded)
         self._wanted = wanted
         self._deliver = deliver
         self._failed = failed
@@ -361,6 +367,8 @@ class HeadProbe(ModelHook):
                 if rows is not None:
                     rows.add(sample(grad), kind)
                 return
+            if kind is Pass.TRAINS and self.head is not None:
+                self._discards.arrived(self.head.weight)
             # A copy: a view would keep the whole gradient until the step, and autograd may write to it.
             features = kept[1] if len(kept) > 1 else None
             rows = make(sample(grad).clone(), kept[0], features, graph=weakref.ref(given), kind=kind)
@@ -373,6 +381,7 @@ class HeadProbe(ModelHook):
     def forget(self) -> None:
         """Drop features whose logits were never tapped, and nodes of this step."""
         self._features = self._untapped = None
+        self._discards.end_step()
         if self.nodes:
             self.nodes.clear()
 

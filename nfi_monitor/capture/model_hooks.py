@@ -17,6 +17,7 @@ from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
+import torch
 import torch.jit._recursive as scripting
 from torch import nn
 
@@ -28,6 +29,11 @@ _TABLES = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_alway
 """Attributes of a module that hold entries of a forward hook, the hooks themselves first."""
 _SCRIPTING = ("infer_concrete_type_builder", "get_hook_stubs")
 """Functions of torch that compile the hooks of a module, for ``torch.jit.script`` and ``torch.jit.trace``."""
+
+
+def is_torchscript(module: nn.Module) -> bool:
+    """Return whether ``torch.jit`` has compiled or traced the module: such a one calls no hook of a layer."""
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 class ModelHook:
@@ -61,9 +67,13 @@ class ForwardHook:
 
     def is_on(self, module: nn.Module) -> bool:
         """Return whether the hook is among the forward hooks of ``module``."""
-        return any(hook is self.hook for hook in module._forward_hooks.values())
+        hooks = getattr(module, "_forward_hooks", None) or {}
+        return any(hook is self.hook for hook in hooks.values())
 
     def register(self) -> None:
+        """Register the hook. TorchScript takes none, or never calls it: do nothing then."""
+        if is_torchscript(self._module):
+            return
         _REGISTERED.add(self)
         _hide()
         self._module.register_forward_hook(self.hook, with_kwargs=True)

@@ -109,8 +109,9 @@ def _of_parameter(model: nn.Module, modules: Mapping[str, nn.Module], name: str)
     if own == "weight" and is_layer(owner):
         return _of_module(model, modules, path, owner)
     axis = 0 if isinstance(owner, nn.Embedding) else _class_axis(model, owner, parameter)
-    called = type(owner).forward is not nn.Module.forward and not isinstance(owner, nn.Embedding)
-    called = called and not isinstance(owner, (nn.ParameterList, nn.ParameterDict))
+    # In TorchScript, the class itself has no forward.
+    called = getattr(type(owner), "forward", None) is not nn.Module.forward
+    called = called and not isinstance(owner, (nn.Embedding, nn.ParameterList, nn.ParameterDict))
     return Head(
         name,
         owner if called else model,

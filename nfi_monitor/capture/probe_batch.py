@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nfi_monitor.capture.head_layer import child
 from nfi_monitor.capture.tensor_text import from_text, to_text
 from nfi_monitor.measure.displacement import margin_displacement, probe_margins
 from nfi_monitor.schema import decode
@@ -165,7 +166,7 @@ def _inside(model: nn.Module) -> nn.Module:
     """
     while True:
         parallel = type(model).__name__ in ("DistributedDataParallel", "DataParallel")
-        inner = model._modules.get("module" if parallel else "_orig_mod")
+        inner = child(model, "module" if parallel else "_orig_mod")
         if inner is None:
             return model
         model = inner

@@ -101,7 +101,7 @@ class _Notes:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._seen: list[dict[str, Any]] = []
+        self._seen: set[str] = set()
         self.problems: list[str] = []
 
     def show_new(self, as_json: bool) -> None:
@@ -111,8 +111,9 @@ class _Notes:
         info = read_info(self._path, problems)
         self.problems = [problem for problem in problems if ": missing" not in problem]
         for note in info.get("notes") or []:
-            if note not in self._seen:
-                self._seen.append(note)
+            text = json.dumps(note, sort_keys=True)
+            if text not in self._seen:
+                self._seen.add(text)
                 _show("note", note, as_json)
 
 

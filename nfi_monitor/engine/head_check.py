@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from nfi_monitor.caller import call_with
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import describe, find_head, most_classes
-from nfi_monitor.capture.head_layer import Head, is_layer
+from nfi_monitor.capture.head_layer import Head, is_layer, own_parameter
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.logit_changes import Arrival, arrivals, first_changed, has_softmax, reached
 from nfi_monitor.capture.model_hooks import ModelHook
@@ -84,11 +84,11 @@ class HeadCheck(ModelHook):
         if torch.compiler.is_compiling():
             self.traced = 1  # set, not counted: it is a constant to the tracer
             return
-        if devices.is_traced():
-            return
-        if not (module.training and torch.is_grad_enabled() and self._captured()):
-            return
         try:
+            if devices.is_traced():
+                return
+            if not (module.training and torch.is_grad_enabled() and self._captured()):
+                return
             head = self._probe.head
             if head is not None and head.place is not None:
                 self._place.read(head.place, output)
@@ -99,9 +99,9 @@ class HeadCheck(ModelHook):
 
     def loss(self, loss: Tensor) -> None:
         """Look at the graph of a loss that is trained, before or after its backward pass."""
-        if self.done or loss.grad_fn is None or not self._captured():
-            return
         try:
+            if self.done or loss.grad_fn is None or not self._captured():
+                return
             head, nodes = self._probe.head, self._probe.nodes or ()
             if self._open and (head is None or nodes):
                 self._identify(self._model, [origin(loss, nodes)], "the graph of the loss", loss)
@@ -113,9 +113,9 @@ class HeadCheck(ModelHook):
 
     def before_step(self) -> None:
         """Look at what has arrived until the optimizer's step; end the check after some of them."""
-        if self.done or not self._captured():
-            return
         try:
+            if self.done or not self._captured():
+                return
             self._steps += 1
             self._look_at_gradient()
             if self._probe.nodes:
@@ -309,6 +309,6 @@ def _last(products: list[Product]) -> list[Product]:
 def _head_of(model: nn.Module, weight: nn.Parameter) -> Head | None:
     """Return the head whose weight this is: a layer, or the bare matrix; None if it is no matrix."""
     for name, module in inner_names(model).items():
-        if module._parameters.get("weight") is weight and is_layer(module):
+        if own_parameter(module, "weight") is weight and is_layer(module):
             return describe(model, name, module)
     return replace(find_head(model, weight), sure=True) if weight.dim() == 2 else None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from nfi_monitor.caller import call_with
+from nfi_monitor.capture.model_hooks import is_torchscript
 from nfi_monitor.capture.names import inner_names, no_head_text
 
 if TYPE_CHECKING:
@@ -171,6 +172,11 @@ def _cause(probe: HeadProbe, model: nn.Module | None) -> tuple[str, str]:
         return (
             "the head runs inside torch.compile, where a hook would break the graph",
             "For rows, tap the compiled model's output: logits = monitor.tap(model(x)).",
+        )
+    if is_torchscript(head.module):
+        return (
+            f"{head.name!r} is TorchScript, which calls no hook of a layer",
+            "For rows, tap the model's output: logits = monitor.tap(model(x)).",
         )
     if probe.traced_backward:
         return (

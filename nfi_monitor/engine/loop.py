@@ -97,7 +97,7 @@ class StepLoop:
         self.paused = Pauses(self.schedule.leave_out)
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)
         capture = (self._captured_step, self._rows_arrived, failed, self.schedule.spend)
-        self.probe = HeadProbe(*capture, head)
+        self.probe = HeadProbe(*capture, head, self.step_reader.discard_rows)
         self.recomputer = RowRecomputer(head, self.probe, *capture)
         self.reports = Sinks([], self.faults.dropped)
         self.notes = NoteTaker(self.reports.note)
@@ -184,7 +184,7 @@ class StepLoop:
         self._counts = not self._ignores()
         if not self._counts:
             return
-        self.silence.inside_step = True
+        self.silence.begin_step()
         if self.step == 0 and not has_closure(given):  # in a closure, the model is yet to run
             self.rank_search.end()
         if self.recent_snapshots.pending:
@@ -295,6 +295,7 @@ class StepLoop:
         return replace(context, loss_bits=bits, every_step=self.every == 1)
 
     def _note_reading(self, reading: Reading) -> None:
+        self.rows.learn_reading(reading.values)
         untrained = self.loss_sources.untrained
         self.notes.read(
             reading, self.detector, self.step_reader, self.probe, self.schedule.readings, untrained=untrained

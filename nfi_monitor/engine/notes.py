@@ -45,6 +45,7 @@ class NoteTaker:
         self._without_rows = 0
         self._without_loss = 0
         self._without_report = 0
+        self._other_loss = 0
         self._reported = False
         self._step_before: int | None = None
         self._needed_float32 = False
@@ -110,6 +111,8 @@ class NoteTaker:
         known = "live_fraction" in values or "rows" in self._failures  # a failure has a note of its own
         self._without_rows = 0 if known else self._without_rows + 1
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
+        if "loss_epsilon" in values:  # else no row tells
+            self._other_loss = self._other_loss + 1 if "mismatch_fraction" in values else 0
         self._reported |= "loss" in values
         self._without_report = 0 if self._reported else self._without_report + 1
         if values.get("live_fraction", 0.0) > 0:  # a gradient of zeros shows no precision
@@ -128,6 +131,7 @@ class NoteTaker:
             self._without_report,
             self._step_before,
             self._needed_float32,
+            self._other_loss,
             "" if untrained == "returned" and self._reported else untrained,
             None if self._model is None else self._model(),
         )

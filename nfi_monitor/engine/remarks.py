@@ -54,6 +54,8 @@ class Seen(NamedTuple):
     """Step of the reading before this one; None: this is the first."""
     needed_float32: bool = False
     """Whether a gradient at the head, in this reading or before it, fitted into no half precision."""
+    other_loss: int = 0
+    """Number of readings in a row whose rows are not a cross-entropy's, this one included."""
     untrained_loss: str = ""
     """The loss at which no gradient arrives: "reported" by the loop, "returned" by the model, or ""."""
     model: nn.Module | None = None
@@ -102,7 +104,9 @@ def _other_loss(seen: Seen) -> bool:
 
 
 def _not_cross_entropy(seen: Seen) -> bool:
-    if seen.without_report < PATIENCE or "mismatch_fraction" not in seen.reading.values:
+    if seen.without_report < PATIENCE or seen.other_loss < PATIENCE:
+        return False
+    if "mismatch_fraction" not in seen.reading.values:
         return False
     return not (seen.signals.broken_by_design or seen.signals.logits_scaled)
 
@@ -112,7 +116,7 @@ def _no_absorption(seen: Seen) -> bool:
     signals = seen.signals
     said = signals.broken_by_design or signals.logits_scaled or signals.soft_targets
     said |= seen.probe.added is not None  # "logits_added" says so
-    reported = seen.without_report == 0 and seen.measured >= PATIENCE
+    reported = seen.without_report == 0 and seen.measured >= PATIENCE and seen.other_loss >= PATIENCE
     return reported and not said and seen.reading.values.get("mismatch_fraction", 0.0) > OTHER_LOSS
 
 

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.model_hooks import is_torchscript
 
 CHANGED = 8
 """Passes before which the weights have changed without an optimizer step, until a note says so."""
@@ -47,7 +48,7 @@ class Silence:
         self._model, self._optimizer, self._head, self._note = model, optimizer, head, note
         self._failed, self._off = failed, False
         self._weight = _reference(optimizer, head)
-        self._step = self._steps = self._headless = 0
+        self._step = self._steps = self._headless = self._unfinished = 0
         self._arrived = self.inside_step = False
         self._forget()
 
@@ -88,6 +89,21 @@ class Silence:
         if self._losses == PASSES:
             self._guarded(self._say)
 
+    def begin_step(self) -> None:
+        """Count the begin of an optimizer step."""
+        if self.inside_step:  # the one before has not ended; of a nested step, the outer one will
+            self._unfinished += 1
+            if self._unfinished == CHANGED:
+                self._note(
+                    "no_steps",
+                    f"The last {CHANGED} calls of {type(self._optimizer).__name__}.step() have begun and not "
+                    "ended: each has raised an error, or something has removed the hook that the monitor has "
+                    "after the step. Without it nothing is measured. Close this monitor, and attach a new "
+                    "one to the optimizer.",
+                    self._step,
+                )
+        self.inside_step = True
+
     def stepped(self, step: int, hooked: Callable[[nn.Module], bool]) -> None:
         """Count an optimizer step. ``hooked`` tells whether a module has a hook of the monitor."""
         self._step = step
@@ -115,7 +131,7 @@ class Silence:
             self._say()
 
     def _forget(self) -> None:
-        self._passes = self._losses = self._dropped = self._changed = 0
+        self._passes = self._losses = self._dropped = self._changed = self._unfinished = 0
         self._arrived = self.inside_step = False
         self._looks = 0
         self._seen: tuple[int, float] | None = None
@@ -159,6 +175,8 @@ class Silence:
         )
 
     def _look_for_head(self, head: Head, hooked: Callable[[nn.Module], bool]) -> None:
+        if is_torchscript(head.module):  # another note says that its rows are not seen
+            return
         if all(module is not head.module for module in self._model.modules()):
             what = "is no longer a part of the model: it was replaced after the monitor was attached"
         elif not hooked(head.module):

@@ -23,7 +23,7 @@ from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.step_hooks import has_closure
 from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.loss_queue import LossQueue
-from nfi_monitor.measure.accumulator import RowAccumulator
+from nfi_monitor.measure.accumulator import Facts, RowAccumulator
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.native_step import step_statistics
 from nfi_monitor.measure.row_match import row_match, row_sketch
@@ -70,6 +70,8 @@ class _Saved(_Needed, total=False):
     logit_scale: float
     mismatch: float
     uneven: float
+    loss_facts: tuple[float, float, int] | None
+    look_again: bool
     single_output: bool | None
     last_step: dict[str, Any] | None
     probe: dict[str, Any] | None
@@ -80,6 +82,8 @@ class ReaderState(NamedTuple):
 
     classes: dict[int, float]
     loss_kind: LossKind | None
+    facts: Facts | None
+    look_again: bool
     single_output: bool | None
     memory: Memory | None
     probe: tuple[int, Tensor | None] | None
@@ -170,6 +174,11 @@ class StepReader:
         self._arrived.clear()
         self._asked.clear()
         self._rows_train = False
+
+    def discard_rows(self) -> None:
+        """Drop all rows of this step so far: their gradients are gone before the step."""
+        self.forget_rows()
+        self.rows.discard()
 
     def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
         """Return one packed vector for this step: row sums, row maxima, step quantities, loss."""
@@ -279,6 +288,8 @@ class StepReader:
             "logit_scale": 1.0 if kind is None else float(kind.slope),
             "mismatch": 0.0 if kind is None else float(kind.mismatch),
             "uneven": 0.0 if kind is None else float(kind.uneven),
+            "loss_facts": None if self.rows.facts is None else list(self.rows.facts),
+            "look_again": self.rows.look_again,
             "single_output": self.rows.single_output,
             # Only the next step is compared with the memory.
             "last_step": None if memory is None or memory.step != step else memory.state_dict(),
@@ -300,10 +311,12 @@ class StepReader:
             mismatch = torch.full_like(known[-1], saved.get("mismatch", 0.0))
             uneven = torch.full_like(known[-1], saved.get("uneven", 0.0))
             kind = LossKind(*known)._replace(slope=slope, mismatch=mismatch, uneven=uneven)
-        last, probe = saved.get("last_step"), saved.get("probe")
+        last, probe, facts = saved.get("last_step"), saved.get("probe"), saved.get("loss_facts")
         return ReaderState(
             classes={int(k): count for k, count in saved["absorbing_classes"]},
             loss_kind=kind,
+            facts=None if facts is None else Facts(*facts),
+            look_again=saved.get("look_again", False),
             single_output=saved.get("single_output"),
             memory=None if last is None else Memory.from_state(last, device),
             probe=None if self._probe_batch is None or probe is None else self._probe_batch.read_state(probe),
@@ -315,6 +328,7 @@ class StepReader:
         rows.earlier_classes = state.classes
         rows.absorbed_classes = None  # if the run went back, earlier_classes already contains them
         rows.loss_kind, rows.single_output, self.memory = state.loss_kind, state.single_output, state.memory
+        rows.facts, rows.look_again = state.facts, state.look_again
         if self._probe_batch is not None and state.probe is not None:
             self._probe_batch.apply_state(*state.probe)
 

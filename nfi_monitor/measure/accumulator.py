@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,6 +14,8 @@ from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
 from nfi_monitor.measure.native_rows import row_statistics
 from nfi_monitor.measure.rows import (
+    MISMATCH,
+    OTHER_LOSS,
     LossKind,
     RowStatistics,
     of_recomputed,
@@ -26,6 +29,8 @@ LOOK_FIRST = 8
 LOOK_EVERY = 64
 """Later, the kind of loss is checked in one of so many steps: it rarely changes, and the check doubles the
 work."""
+SAME_SLOPE = 0.1
+"""Relative change of the factor between the head's logits and those of the loss that needs no second look."""
 FEATURE_ROWS = 64
 """Number of rows of features kept until the optimizer step, for the logit displacement."""
 
@@ -33,6 +38,26 @@ FEATURE_ROWS = 64
 def looks(step: int) -> bool:
     """Return whether the kind of loss is checked in optimizer step ``step``."""
     return step <= LOOK_FIRST or step % LOOK_EVERY == 0
+
+
+class Facts(NamedTuple):
+    """What the last reading said of the loss, see :class:`~nfi_monitor.measure.loss_kind.LossKind`."""
+
+    eps: float
+    slope: float
+    other_loss: int
+    """0: a cross-entropy; 1: some rows are none of it; 2: most."""
+
+    @classmethod
+    def of(cls, values: Mapping[str, float]) -> Facts:
+        share = values.get("mismatch_fraction", 0.0)
+        slope = values.get("logit_scale", 1.0)
+        return cls(values["loss_epsilon"], slope, (share > MISMATCH) + (share > OTHER_LOSS))
+
+    def differ(self, before: Facts) -> bool:
+        """Return whether the loss looks like another one than before."""
+        near = abs(self.slope - before.slope) <= SAME_SLOPE * abs(before.slope)
+        return self._replace(slope=before.slope) != before or not near
 
 
 class RowAccumulator:
@@ -50,6 +75,8 @@ class RowAccumulator:
         self.loss_kind: LossKind | None = None
         self.sums: Tensor | None = None
         self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
+        self.facts: Facts | None = None
+        self.look_again = False
         self._elsewhere: torch.device | None = None  # where this step had rows that were not merged
         self.clear(1)
 
@@ -60,7 +87,7 @@ class RowAccumulator:
             if self.absorbed_classes is not None:
                 self.absorbed_classes = devices.send(self.absorbed_classes, self._elsewhere)
         self._elsewhere = None
-        self._step = step
+        self._step, self._kind_before = step, self.loss_kind
         self.sums = None
         self.maxima: Tensor | None = None
         self.shards = []
@@ -84,6 +111,21 @@ class RowAccumulator:
                 kind = row_statistics(rows.grad, rows.logits, rows.total, kind).loss_kind
         self.loss_kind = kind
 
+    def discard(self) -> None:
+        """Forget the rows of this step so far, and what they have shown of the loss."""
+        self.loss_kind = self._kind_before
+        self.clear(self._step)
+
+    def learn_reading(self, values: Mapping[str, float]) -> None:
+        """Look again in the next reading if this one shows another loss than the one before.
+
+        One odd pass must not decide what the rows are held against until the next regular look.
+        """
+        if "loss_epsilon" in values:
+            facts = Facts.of(values)
+            self.look_again = self.facts is not None and facts.differ(self.facts)
+            self.facts = facts
+
     def add(self, rows: Rows) -> None:
         device = rows.grad.device
         if device not in self.devices:
@@ -100,7 +142,7 @@ class RowAccumulator:
         if rows.shard is not None:
             self._add_shard(rows, rows.shard)
             return
-        look, kind = looks(self._step), self.loss_kind
+        look, kind = looks(self._step) or self.look_again, self.loss_kind
         if kind is not None and any(known.device != device for known in kind):  # from a resumed run
             kind = LossKind(*(devices.send(known, device) for known in kind))
         statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)

@@ -19,7 +19,7 @@ class Undefined(Enum):
     """Reason why a reading may be NaN."""
 
     INPUT = "an input of the quantity is NaN, Inf, or too large to be squared"
-    NO_ROWS = "no row of the step counts"
+    NO_ROWS = "no row of the step counts, or none of those that were sampled"
     NO_DIRECTION = "a vector whose direction or growth is measured is zero, or too small to be squared"
     STILL = "no parameter moved, or the movement is too small to be squared"
 

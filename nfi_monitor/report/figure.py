@@ -46,6 +46,7 @@ _ALERT_ROWS = {
 }
 _ARMS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")  # Okabe & Ito
 _INK, _GREY, _GRID = "#1B2733", "#66727F", "#DDE2E7"
+_DRAWN = 1e100  # the largest size that is drawn: axes and their ticks overflow long before the numbers
 _LABELLED = 24  # alerts that get their id as a label; more labels would overlap
 
 Array = np.ndarray[Any, Any]
@@ -296,16 +297,18 @@ def _curve(axis: Any, panel: _Panel, history: History, colour: str, name: str, z
         return f"{name}: not measured" if name else "not measured"
     said = []
     bad = int(np.count_nonzero(~np.isfinite(values)))
+    values = np.where(np.isfinite(values), np.clip(values, -_DRAWN, _DRAWN), values)
     if bad:
         said.append(f"{bad:,} not finite (gaps)")
     zeros = 0
     if panel.log:
         positive = values[np.isfinite(values) & (values > 0)]
         zeros = int(np.count_nonzero(values == 0))
-        floor = float(positive.min()) / 3 if len(positive) else 1e-12
+        floor = max(float(positive.min()) / 3, 1 / _DRAWN) if len(positive) else 1e-12
         values = np.where(np.isfinite(values) & (values <= 0), np.nan if not zeros else floor, values)
         if zeros:
             said.append(f"exactly 0 in {zeros:,} of {len(values):,} readings, shown at the floor")
+        values = np.where((values > 0) & (values < floor), floor, values)
     steps, values = thin(steps, values)
     marker = "o" if len(steps) < 3 else None
     axis.plot(

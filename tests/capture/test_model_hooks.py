@@ -7,6 +7,7 @@ import copyreg
 import io
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from torch.jit import _recursive as scripting
 
 from nfi_monitor import Monitor
 from nfi_monitor.capture.model_hooks import ForwardHook, ModelHook
-from tests.runs import batch, mlp
+from tests.runs import batch, differences, mlp
 
 
 class Counter(ModelHook):
@@ -197,3 +198,43 @@ def test_a_copy_of_the_hook_alone_does_nothing() -> None:
         assert other(nn.Identity(), (), {}, None) is None
     assert isinstance(counter, ModelHook) and counter.calls == 0
     assert copy.deepcopy(OrderedDict(a=counter))["a"] is not counter
+
+
+SCRIPTS = {
+    "traced": lambda model: torch.jit.trace(model, batch()[0]),
+    "scripted": torch.jit.script,
+    "scripted head": lambda model: nn.Sequential(*model[:4], torch.jit.script(model[4])),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("tapped", [False, True])
+@pytest.mark.parametrize("make", SCRIPTS.values(), ids=SCRIPTS)
+def test_a_model_of_torchscript_trains_under_a_monitor_that_says_how_to_see_rows(
+    make: Callable[[nn.Module], nn.Module], tapped: bool
+) -> None:
+    inputs, targets = batch()
+
+    def train(*, watch: bool) -> tuple[dict[str, Any], Monitor | None]:
+        model = make(mlp())
+        optimizer = torch.optim.AdamW(model.parameters())
+        monitor = Monitor(model, optimizer, console=False, every=1) if watch else None
+        for _ in range(8):
+            optimizer.zero_grad()
+            logits = model(inputs)
+            if monitor is not None and tapped:
+                monitor.tap(logits)
+            F.cross_entropy(logits, targets).backward()
+            optimizer.step()
+        if monitor is not None:
+            monitor.close()
+        return {name: value.clone() for name, value in model.state_dict().items()}, monitor
+
+    state, monitor = train(watch=True)
+    assert monitor is not None and not differences(train(watch=False)[0], state)
+    said = {note.code: note.message for note in monitor.notes}
+    assert not [code for code in said if code.startswith("failed")]
+    assert ("head_never_fired" in said) is not tapped
+    assert tapped or "TorchScript, which calls no hook" in said["head_never_fired"]
+    rows = monitor.history["live_fraction"][0] if "live_fraction" in monitor.history else ()
+    assert len(rows) == (8 if tapped else 0)

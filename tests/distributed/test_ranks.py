@@ -78,7 +78,7 @@ def fast(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Outcome]:
-    return launched(tmp_path_factory.mktemp("slow"), SLOW)
+    return launched(tmp_path_factory.mktemp("slow"), SLOW, native=False)
 
 
 def column(outcome: dict[str, Any], name: str) -> dict[int, float]:

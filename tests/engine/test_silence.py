@@ -289,3 +289,20 @@ def test_the_mean_of_very_many_losses_is_that_of_all(kind: str, share: float | N
     assert float(long.mean()) == pytest.approx(float(short.mean()), rel=1e-12)
     long.forget()
     assert long.mean() is None
+
+
+@pytest.mark.parametrize("before", [0, 5])
+def test_steps_that_begin_and_do_not_end_are_said(before: int) -> None:
+    """Something has removed the hook after the step alone, or each step raises."""
+    model = mlp()
+    optimizer = torch.optim.AdamW(model.parameters())
+    monitor = Monitor(model, optimizer, console=False)
+    for step in range(before + CHANGED + 2):
+        if step == before:
+            optimizer._optimizer_step_post_hooks.clear()
+        backward(model, monitor)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert codes(monitor) == ["no_steps"] and "have begun and not ended" in said(monitor)
+    assert monitor.step == before
+    monitor.close()

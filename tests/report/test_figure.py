@@ -80,7 +80,14 @@ def negative() -> History:
     return history
 
 
-@pytest.mark.parametrize("make", [nothing, one_reading, only_zeros, only_nan, negative])
+def near_overflow() -> History:
+    history = History()
+    for step, value in enumerate((1.7e308, 5e-324, 1.0, 0.0, 1e300)):
+        history.append(step, dict.fromkeys(("loss", "rms_t_max", "feature_mean_norm", "row_match"), value))
+    return history
+
+
+@pytest.mark.parametrize("make", [nothing, one_reading, only_zeros, only_nan, negative, near_overflow])
 def test_awkward_histories_are_drawn_without_a_warning(
     make: Any, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:

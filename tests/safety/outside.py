@@ -9,6 +9,7 @@ CALLED_FROM_OUTSIDE = {
         "capture/inert_hook:InertInCopies.__call__",
         "capture/loss:LossProbe._watch.<locals>.on_gradient",
         "capture/loss:LossProbe.__call__",
+        "engine/head_check:HeadCheck.__call__",
         "capture/step_hooks:StepHooks.install.<locals>.around.<locals>.hook",
         "remedies/projection:_Project._project",
     ),

@@ -1,8 +1,11 @@
 """docs/safety.md: what is shown of the monitor's safety, by which command, and how often it was tried.
 
-    python -m tests.safety.table            # run all of tests/safety, slow ones too, and write the page
-    python -m tests.safety.table --print    # print it instead
-    python -m tests.safety.table --found FILE ...   # of what `pytest --safety FILE` has counted before
+    python -m tests.safety.table            # run what was not counted with today's code, and write the page
+    python -m tests.safety.table --print    # only print the page of what is counted
+    python -m tests.safety.table --only safety/test_faults.py ...   # run these files alone
+
+All files together take hours.  Each file is a part: what it counted is kept in ``counts.json`` with its
+commit, so that a command that was stopped goes on with the next file.  The page names the commit of each row.
 
 A test adds its count to a row with the ``shown`` fixture, after it has passed.  In an ordinary test run the
 fixture holds what it is given against the page: a page that claims more than was counted fails.
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -23,6 +27,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "safety.md"
+COUNTS = Path(__file__).with_name("counts.json")
 PROPERTY = "nfi_safety"
 
 
@@ -111,28 +116,46 @@ ROWS = {
 SHORT = "its short form only"
 Shown = Callable[[str, int, str], None]
 """``shown(row, count, unit)``."""
+Found = list[tuple[str, int, str]]
 
 
-def line(name: str, counts: list[tuple[int, str]]) -> str:
+class Part(NamedTuple):
+    """What one file of tests has counted when all of its tests passed."""
+
+    commit: str
+    code: str
+    """Git's names of the package and the file as they were: equal names are equal code."""
+    found: Found
+
+
+def line(name: str, parts: dict[str, Part]) -> str:
     row = ROWS[name]
-    told = "; ".join(f"{count:,} {unit}" for count, unit in counts) or SHORT
+    counts: dict[str, dict[str, int]] = {}
+    for part in parts.values():
+        for other, count, unit in part.found:
+            if other == name:
+                units = counts.setdefault(part.commit, {})
+                units[unit] = units.get(unit, 0) + count
+    told = "; ".join(
+        "; ".join(f"{count:,} {unit}" for unit, count in units.items()) + f" (at {commit})"
+        for commit, units in counts.items()
+    )
     files = " ".join(f"tests/{file}" for file in row.tests)
-    return f'| {name} | {row.shown} | `pytest -m "slow or not slow" {files}` | {told} |'
+    return f'| {name} | {row.shown} | `pytest -m "slow or not slow" {files}` | {told or SHORT} |'
 
 
-def render(found: list[tuple[str, int, str]]) -> str:
+def render(parts: dict[str, Part]) -> str:
     """The page; a row that no test has counted says so."""
-    counts = {name: [(count, unit) for row, count, unit in found if row == name] for name in ROWS}
     return "\n".join(
         [
             "# What is shown of the monitor's safety",
             "",
-            "Made from the tests that passed (`python -m tests.safety.table`), with what they counted. A",
-            "short form of each runs in `make test`.",
+            "Made from the tests that passed (`python -m tests.safety.table`), with what they counted and at",
+            "which commit. A short form of each runs in `make test`.",
             "",
             "| | what is shown | command | tried |",
             "|---|---|---|---|",
-            *(line(name, its) for name, its in counts.items()),
+            *(line(name, parts) for name in ROWS),
             "",
             LIMITS,
         ]
@@ -225,26 +248,74 @@ class _Collector:
         self._path.write_text(json.dumps(self._found), encoding="utf-8")
 
 
+def files() -> list[str]:
+    """All files of tests that show a row, and the other ones of tests/safety."""
+    named = [file for row in ROWS.values() for file in row.tests]
+    others = [f"safety/{path.name}" for path in sorted((ROOT / "tests" / "safety").glob("test_*.py"))]
+    return list(dict.fromkeys(named + others))
+
+
+def git(*command: str) -> str:
+    return subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+
+
+def code_of(file: str) -> str:
+    """Equal for equal code; not equal to any that is kept while something is not committed."""
+    watched = ("nfi_monitor", "integrations", f"tests/{file}")
+    if git("status", "--porcelain", "--", *watched):
+        return "changed"
+    return " ".join(git("rev-parse", *(f"HEAD:{path}" for path in watched)).split())
+
+
+def kept() -> dict[str, Part]:
+    if not COUNTS.exists():
+        return {}
+    parts = json.loads(COUNTS.read_text(encoding="utf-8"))
+    return {
+        file: Part(part["commit"], part["code"], [(row, count, unit) for row, count, unit in part["found"]])
+        for file, part in parts.items()
+    }
+
+
+def keep(parts: dict[str, Part]) -> None:
+    told = {file: parts[file]._asdict() for file in files() if file in parts}
+    COUNTS.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+
+
+def count(file: str) -> Part | None:
+    """Run all tests of the file in a process of its own; None if one fails."""
+    code, commit = code_of(file), git("rev-parse", "--short", "HEAD").strip()
+    commit += " with changes" if code == "changed" else ""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "shown.json"
+        marks = ["-q", "-m", "slow or not slow", "--safety", str(out), f"tests/{file}"]
+        if subprocess.run([sys.executable, "-m", "pytest", *marks], cwd=ROOT, check=False).returncode:
+            return None
+        return Part(commit, code, json.loads(out.read_text(encoding="utf-8")))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--print", action="store_true", help="print the page, write nothing")
-    parser.add_argument("--found", nargs="+", type=Path, help="files of earlier runs, instead of a new one")
+    parser.add_argument("--print", action="store_true", help="print the page, run and write nothing")
+    parser.add_argument("--only", nargs="+", choices=files(), metavar="FILE", help="run these, in any case")
     arguments = parser.parse_args(argv)
-    with tempfile.TemporaryDirectory() as folder:
-        file, failed = Path(folder) / "shown.json", 0
-        if not arguments.found:
-            marks = ["-q", "-m", "slow or not slow", "--safety", str(file)]
-            failed = pytest.main([*marks, str(ROOT / "tests" / "safety")])
-        files = [one for one in arguments.found or [file] if one.exists()]
-        found = [item for one in files for item in json.loads(one.read_text(encoding="utf-8"))]
-    if failed or not found:
-        print("The page is left as it was: not all tests passed.", file=sys.stderr)
-        return 1
-    page = render([(row, count, unit) for row, count, unit in found])
+    parts, failed = kept(), []
     if arguments.print:
-        print(page)
-    else:
-        PAGE.write_text(page, encoding="utf-8")
+        print(render(parts))
+        return 0
+    for file in arguments.only or files():
+        if not arguments.only and file in parts and parts[file].code == code_of(file) != "changed":
+            continue
+        part = count(file)
+        if part is None:
+            failed.append(file)
+        else:
+            parts[file] = part
+            keep(parts)
+    if failed:
+        print(f"The page is left as it was. Tests failed in: {', '.join(failed)}.", file=sys.stderr)
+        return 1
+    PAGE.write_text(render(parts), encoding="utf-8")
     return 0
 
 

@@ -131,6 +131,13 @@ def missing(name: str) -> None:
         pytest.skip(f"not installed: {', '.join(ALONE[name].missing)}")
 
 
+@pytest.mark.parametrize("function", ["capture/devices:is_traced"])
+def test_a_fault_in_what_the_hooks_ask_first_changes_no_training_and_is_said(
+    function: str, theatre: Theatre
+) -> None:
+    assert theatre.check("plain", {function: theatre.functions("plain")[function]}) == 1
+
+
 @pytest.mark.parametrize(
     ("broken_one", "quantity"),
     [

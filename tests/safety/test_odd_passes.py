@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +19,7 @@ from nfi_monitor import Monitor
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.head_probe import HeadProbe
 from tests.runs import batch, differences, mlp, snapshot
+from tests.safety.table import Shown
 
 STEPS, AT = 12, 4
 X, Y = batch(24)
@@ -140,13 +142,15 @@ def second_order(model: nn.Module) -> None:
     torch.stack([gradient.pow(2).sum() for gradient in gradients]).sum().backward()
 
 
-ODD: tuple[Callable[[nn.Module], None], ...] = (
+Odd = Callable[[nn.Module], None]
+ODD: tuple[Odd, ...] = (
     meta, fake, fake_step, ensemble, derivatives, exported, symbolic, proxies, torchscript, no_gradients,
     autocast, float64, counted, shapes, nested, compiled, second_order,
 )  # fmt: skip
 
 
-def train(odd: Callable[[nn.Module], None] | None, *, watch: bool) -> tuple[Any, Monitor | None]:
+def train(odd: dict[int, Odd], *, watch: bool) -> tuple[Any, Monitor | None]:
+    """``odd``: passes by the number of steps before them."""
     model = mlp()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     monitor = Monitor(model, optimizer, console=False, every=1) if watch else None
@@ -154,8 +158,8 @@ def train(odd: Callable[[nn.Module], None] | None, *, watch: bool) -> tuple[Any,
     if monitor is not None:
         monitor.observe_outputs()
     for number in range(STEPS):
-        if number == AT and odd is not None:
-            odd(model)
+        if number in odd:
+            odd[number](model)
             optimizer.zero_grad()
         loss = loss_of(model)
         if monitor is not None:
@@ -170,14 +174,31 @@ def train(odd: Callable[[nn.Module], None] | None, *, watch: bool) -> tuple[Any,
 
 @pytest.mark.parametrize("odd", ODD, ids=lambda odd: odd.__name__)
 @pytest.mark.filterwarnings("ignore")
-def test_an_odd_pass_costs_at_most_one_reading_and_changes_no_bit(odd: Callable[[nn.Module], None]) -> None:
-    result, monitor = train(odd, watch=True)
+def test_an_odd_pass_costs_at_most_one_reading_and_changes_no_bit(odd: Odd) -> None:
+    result, monitor = train({AT: odd}, watch=True)
     assert monitor is not None
-    assert not differences(train(odd, watch=False)[0], result)
+    assert not differences(train({AT: odd}, watch=False)[0], result)
     assert not monitor.notes
     steps = monitor.history["live_fraction"][0].tolist()
     assert len(steps) >= STEPS - 1 and steps[AT + 1 :] == list(range(AT + 2, STEPS + 1))
     assert monitor.history["loss"][0].tolist() == list(range(1, STEPS + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_several_odd_passes_of_a_run_cost_one_reading_each(shown: Shown) -> None:
+    chance = random.Random(0)
+    for number in range(300):
+        odd = {at: chance.choice(ODD) for at in chance.sample(range(STEPS), 4)}
+        told = {at: one.__name__ for at, one in sorted(odd.items())}
+        result, monitor = train(odd, watch=True)
+        assert monitor is not None
+        assert not differences(train(odd, watch=False)[0], result), (number, told)
+        assert not monitor.notes, (number, told, monitor.notes)
+        missed = set(range(1, STEPS + 1)) - set(monitor.history["live_fraction"][0].astype(int).tolist())
+        assert missed <= {at + 1 for at in odd}, (number, told, missed)
+        assert monitor.history["loss"][0].tolist() == list(range(1, STEPS + 1)), (number, told)
+    shown("odd passes", 4 * 300, "odd passes in 300 trainings")
 
 
 def test_an_error_in_one_pass_costs_one_reading_and_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,7 +211,7 @@ def test_an_error_in_one_pass_costs_one_reading_and_is_said_once(monkeypatch: py
         watch(self, *args, **kwargs)
 
     monkeypatch.setattr(HeadProbe, "_watch", broken)
-    _, monitor = train(None, watch=True)
+    _, monitor = train({}, watch=True)
     assert monitor is not None
     assert monitor.history["live_fraction"][0].tolist() == [n for n in range(1, STEPS + 1) if n != AT]
     (note,) = monitor.notes
