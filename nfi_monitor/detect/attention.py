@@ -25,6 +25,7 @@ class Attention(Enum):
 
     SELDOM = "seldom"
     RARELY = "rarely"
+    SOMETIMES = "sometimes"
     SOON = "soon"
     OFTEN = "often"
     ALWAYS = "always"
@@ -40,8 +41,9 @@ class Attention(Enum):
         return self.units >= 2
 
 
-_UNITS = {Attention.SELDOM: 4, Attention.RARELY: 2, Attention.SOON: 1}
-"""Longest pause first."""
+_UNITS = {Attention.SELDOM: 4, Attention.RARELY: 2, Attention.SOMETIMES: 2, Attention.SOON: 1}
+_ABSORBING = (Attention.SELDOM, Attention.SOMETIMES, Attention.SOON)
+"""Pauses of a run that absorbs, the longest first."""
 
 
 def attention_of(phase: Phase, book: AlertBook, now: Situation) -> Attention:
@@ -56,7 +58,7 @@ def attention_of(phase: Phase, book: AlertBook, now: Situation) -> Attention:
     if now.on(Absorbing.name):
         # Rows may absorb for good.  Nothing but growth of the updates leads to a slingshot then.
         left = growth_to_imminent(now) / NATS
-        return next((item for item, units in _UNITS.items() if units <= left), Attention.ALWAYS)
+        return next((item for item in _ABSORBING if item.units <= left), Attention.ALWAYS)
     if now.still:  # a kick after a vanished gradient builds up in a few steps
         return Attention.OFTEN if now.on(Coasting.name) else Attention.SELDOM
     return Attention.ALWAYS

@@ -41,7 +41,8 @@ def next_read(
         often = auto_interval(tau, at_risk=True)
         return -(-following // often) * often
     # Read two neighbouring steps, then pause longer: curvature, alignment and swing need the step before.
-    pair = attention.units * (healthy or auto_interval(tau))
+    unit = auto_interval(tau) if attention in (Attention.SOMETIMES, Attention.SOON) else None
+    pair = attention.units * (unit or healthy or auto_interval(tau))
     return following if following % pair <= 1 else -(-following // pair) * pair
 
 
