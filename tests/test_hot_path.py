@@ -454,16 +454,6 @@ def test_a_copy_to_the_device_that_waits_would_be_seen(device, copy: Any) -> Non
     assert operations.sent
 
 
-def test_a_copy_to_cuda_is_made_from_pinned_memory_and_not_waited_for(monkeypatch) -> None:
-    pinned, asked = torch.ones(2), {}
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned)
-    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, **how: asked.update(how) or tensor)
-    assert devices.send([1.0, 1.0], torch.device("cuda")) is pinned and asked == {"non_blocking": True}
-    there = torch.ones(2, device="meta")
-    assert devices.send(there, torch.device("cuda", 1)) is there
-    assert devices.send([1.0], torch.device("cpu")) is not pinned and asked == {"non_blocking": False}
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("own", [{}, {"lr": 1e-2}, {"lr": 1e-2, "eps": 1e-6}], ids=str)
 def test_on_an_accelerator_torch_itself_finds_no_synchronisation(own: dict[str, float]) -> None:
