@@ -39,8 +39,8 @@ class HostTransfer:
 
     def take(
         self, *, everything: bool = False, due: Callable[[Any], bool] | None = None
-    ) -> list[tuple[Any, list[float]]]:
-        """Return the vectors that have arrived, oldest first; with ``everything``, wait for all.
+    ) -> list[tuple[Any, Tensor]]:
+        """Return the vectors that have arrived on the host, oldest first; with ``everything``, wait for all.
 
         ``due(label)``: if given, return exactly the vectors for which it is true, and wait for them.
         """
@@ -54,5 +54,5 @@ class HostTransfer:
                     break
                 event.synchronize()
             self._pending.popleft()
-            arrived.append((label, host.tolist()))
+            arrived.append((label, host.cpu()))
         return arrived

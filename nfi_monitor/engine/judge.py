@@ -101,7 +101,7 @@ class Judge:
         """Judge the readings of this process alone that have arrived on the host."""
         for label, numbers in self._transfer.take(everything=everything):
             if isinstance(label, list):
-                for step, loss in zip(label, numbers, strict=True):
+                for step, loss in zip(label, numbers.tolist(), strict=True):
                     self.judge(Reading(step, {"loss": loss}), full=False)
                 continue
             values = label.unpack(numbers)

@@ -11,6 +11,8 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
+from nfi_monitor.measure.late.packing import Late
+from nfi_monitor.measure.late.rows import LateKind, from_sums, late_rows
 from nfi_monitor.measure.native_rows import row_statistics
 from nfi_monitor.measure.rows import (
     LossKind,
@@ -50,12 +52,14 @@ class RowAccumulator:
         self.loss_kind: LossKind | None = None
         self.sums: Tensor | None = None
         self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
+        self.late: list[Late[RowStatistics]] = []  # rows whose statistics the host makes later
+        self._late_kind: LateKind | None = None
         self._elsewhere: torch.device | None = None  # where this step had rows that were not merged
         self.clear(1)
 
     def clear(self, step: int) -> None:
         """Start optimizer step ``step`` (counted from 1)."""
-        if self._elsewhere is not None and self.sums is None and not self.shards:
+        if self._elsewhere is not None and not self.measured and not self.shards:
             self.devices = [self._elsewhere]  # the model was moved, or the first pass was a foreign one
             if self.absorbed_classes is not None:
                 self.absorbed_classes = devices.send(self.absorbed_classes, self._elsewhere)
@@ -63,11 +67,16 @@ class RowAccumulator:
         self._step = step
         self.sums = None
         self.maxima: Tensor | None = None
-        self.shards = []
+        self.shards, self.late = [], []
         self.shard: ClassShard | None = None
         self.features: Tensor | None = None
         self._feature_sum: Tensor | None = None
         self._feature_count: Tensor | None = None
+
+    @property
+    def measured(self) -> bool:
+        """Whether rows of this step were measured whole."""
+        return self.sums is not None or bool(self.late)
 
     def add(self, rows: Rows) -> None:
         device = rows.grad.device
@@ -87,7 +96,9 @@ class RowAccumulator:
             return
         look, kind = looks(self._step), self.loss_kind
         if kind is not None and any(known.device != device for known in kind):  # from a resumed run
-            kind = LossKind(*(devices.send(known, device) for known in kind))
+            self.loss_kind = kind = LossKind(*(devices.send(known, device) for known in kind))
+        if kind is not None and not look and rows.recomputed is None and self._add_late(rows, kind):
+            return
         statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
         self.loss_kind = statistics.loss_kind
         if rows.normalized:
@@ -95,6 +106,17 @@ class RowAccumulator:
         if rows.recomputed is not None:
             statistics = of_recomputed(statistics, len(rows.grad), rows.recomputed)
         self._merge(rows, statistics)
+
+    def _add_late(self, rows: Rows, kind: LossKind) -> bool:
+        """Let an accelerator reduce the rows in few kernels. Returns False where it cannot, or on a CPU."""
+        if devices.on_host(rows.grad) or not len(rows.grad) or not from_sums():
+            return False
+        if self._late_kind is None or self._late_kind.kind is not kind:
+            self._late_kind = LateKind(kind)
+        late, counts = late_rows(rows.grad, rows.logits, rows.total, self._late_kind)
+        self.late.append(late)
+        self._add_features(rows, counts)
+        return True
 
     def _add_shard(self, rows: Rows, shard: ClassShard) -> None:
         look = looks(self._step) or self.loss_kind is None
@@ -107,6 +129,10 @@ class RowAccumulator:
     def learn(self, loss_kind: LossKind, absorbed: Mapping[int, int]) -> None:
         """Keep the facts from the joined rows of all ranks: kind of loss, absorbed rows by class."""
         self.loss_kind = loss_kind
+        self.count_absorbed(absorbed)
+
+    def count_absorbed(self, absorbed: Mapping[int, int]) -> None:
+        """Add absorbed rows by class."""
         for index, count in absorbed.items():
             self.earlier_classes[index] = self.earlier_classes.get(index, 0.0) + count
 

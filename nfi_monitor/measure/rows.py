@@ -102,20 +102,31 @@ def row_statistics(
     if look:
         loss_kind = _with_slope(grad, logits, loss_kind)
     view, kinds = _view(grad, logits, rows, loss_kind)
-
-    # A row with NaN must not turn the means of all others into NaN: ``where`` drops it. It is counted apart.
-    zero = torch.zeros((), dtype=dtype, device=grad.device)
-    masks = torch.stack(kinds)
+    seldom = None
     if look:
-        loss_kind, seldom = _look(view, loss_kind, zero)
-    else:
-        seldom = torch.full((len(LOOK_SUMS),), torch.nan, dtype=dtype, device=grad.device)
+        loss_kind, seldom = _look(view, loss_kind, torch.zeros((), dtype=dtype, device=grad.device))
+    return sum_rows(view, kinds, loss_kind, seldom, rows)
+
+
+def sum_rows(
+    view: RowView, kinds: RowKinds, loss_kind: LossKind, seldom: Tensor | None, rows: int
+) -> RowStatistics:
+    """Return the statistics of rows whose kinds are known. ``seldom``: the ``LOOK_SUMS``; None: did not look.
+
+    ``rows``: of the whole batch.
+    """
+    dtype, device = view.absolute.dtype, view.absolute.device
+    # A row with NaN must not turn the means of all others into NaN: ``where`` drops it. It is counted apart.
+    zero = torch.zeros((), dtype=dtype, device=device)
+    masks = torch.stack(kinds)
+    if seldom is None:
+        seldom = torch.full((len(LOOK_SUMS),), torch.nan, dtype=dtype, device=device)
     of_live = [view.violation, view.signed, view.absolute, *declared.row_values(view, declared.OVER_LIVE)]
     of_counted = declared.row_values(view, declared.OVER_COUNTED)
     counted = view.counts.to(dtype)
     total = counted.sum()
     median = torch.where(view.counts, view.margin, torch.nan).nanmedian().nan_to_num(0.0)
-    of_batch = [torch.full_like(total, float(n)) for n in (rows, len(grad))]
+    of_batch = [torch.full_like(total, float(n)) for n in (rows, len(view.absolute))]
     sums = torch.cat(
         [
             masks.sum(-1, dtype=dtype),

@@ -1,0 +1,42 @@
+"""Pack what the device has made for the host, and take it apart there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Late(Generic[T]):
+    """Tensors on the device, by name, and the function that makes a result of them on the host."""
+
+    def __init__(self, parts: Mapping[str, Tensor], finish: Callable[[Mapping[str, Tensor]], T]) -> None:
+        self.parts, self.finish = parts, finish
+
+    @property
+    def flat(self) -> list[Tensor]:
+        """The tensors as vectors, in order."""
+        return [part.reshape(-1) for part in self.parts.values()]
+
+    def outline(self) -> Outline[T]:
+        """Return what :class:`Outline` needs, without the tensors."""
+        return Outline({name: (part.shape, part.dtype) for name, part in self.parts.items()}, self.finish)
+
+
+class Outline(NamedTuple, Generic[T]):
+    """Shapes and dtypes of the tensors of a :class:`Late`, and the function that makes a result of them."""
+
+    shapes: dict[str, tuple[torch.Size, torch.dtype]]
+    finish: Callable[[Mapping[str, Tensor]], T]
+
+    def read(self, numbers: Tensor) -> tuple[T, Tensor]:
+        """Return the result, and the numbers that are left. ``numbers``: on the host, the tensors first."""
+        parts = {}
+        for name, (shape, dtype) in self.shapes.items():
+            size = shape.numel()
+            parts[name], numbers = numbers[:size].view(shape).to(dtype), numbers[size:]
+        return self.finish(parts), numbers
