@@ -289,14 +289,14 @@ class StepReader:
     def read_state(self, state: Mapping[str, Any], device: torch.device) -> ReaderState:
         """Return what :meth:`state_dict` returned, for :meth:`apply_state`; change nothing.
 
-        ``device``: where the head's rows are.  Raises ValueError, and other errors, for a wrong state.
+        ``device``: where the sampled coordinates are.  Raises ValueError, and others, for a wrong state.
         """
         saved = decode(_Saved, dict(state))
         kind = None
         if saved["loss_kind"] is not None:
             dtypes = [getattr(torch, name) for name in saved.get("loss_kind_dtypes") or ["float32"] * 4]
             numbers = zip(saved["loss_kind"], dtypes, strict=True)
-            known = [torch.tensor(x, dtype=dtype, device=device) for x, dtype in numbers]
+            known = [torch.tensor(x, dtype=dtype, device="cpu") for x, dtype in numbers]
             slope = torch.full_like(known[-1], saved.get("logit_scale", 1.0))
             mismatch = torch.full_like(known[-1], saved.get("mismatch", 0.0))
             uneven = torch.full_like(known[-1], saved.get("uneven", 0.0))
@@ -313,8 +313,7 @@ class StepReader:
     def apply_state(self, state: ReaderState) -> None:
         """Continue from a state that :meth:`read_state` returned."""
         rows = self.rows
-        rows.earlier_classes = state.classes
-        rows.absorbed_classes = None  # if the run went back, earlier_classes already contains them
+        rows.absorbed = dict(state.classes)
         rows.loss_kind, rows.single_output, self.memory = state.loss_kind, state.single_output, state.memory
         if self._probe_batch is not None and state.probe is not None:
             self._probe_batch.apply_state(*state.probe)

@@ -12,14 +12,13 @@ from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
 from nfi_monitor.measure.late.packing import Late
-from nfi_monitor.measure.late.rows import LateKind, from_sums, late_rows
+from nfi_monitor.measure.late.rows import Facts, absorbed_classes, late_rows
 from nfi_monitor.measure.native_rows import row_statistics
 from nfi_monitor.measure.rows import (
     LossKind,
     RowStatistics,
-    of_recomputed,
+    corrected,
     single_output_statistics,
-    without_mean_logit,
 )
 from nfi_monitor.measure.sharded.rows import ShardRows, shard_rows
 
@@ -40,20 +39,18 @@ def looks(step: int) -> bool:
 class RowAccumulator:
     """Merge the row statistics of micro-batches.
 
-    ``absorbed_classes`` [K] counts absorbed rows by class over the whole run.  ``devices`` are those on which
-    rows were seen.  Only rows on the first of them are merged, until a step has rows on another one alone.
+    ``absorbed`` counts absorbed rows by class over the whole run.  ``devices`` are those on which rows were
+    seen.  Only rows on the first of them are merged, until a step has rows on another one alone.
     """
 
     def __init__(self) -> None:
         self.devices: list[torch.device] = []
-        self.absorbed_classes: Tensor | None = None
-        self.earlier_classes: dict[int, float] = {}  # counts from before a resume
+        self.absorbed: dict[int, float] = {}
         self.single_output: bool | None = None
-        self.loss_kind: LossKind | None = None
+        self._facts = Facts()
         self.sums: Tensor | None = None
         self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
         self.late: list[Late[RowStatistics]] = []  # rows whose statistics the host makes later
-        self._late_kind: LateKind | None = None
         self._elsewhere: torch.device | None = None  # where this step had rows that were not merged
         self.clear(1)
 
@@ -61,8 +58,6 @@ class RowAccumulator:
         """Start optimizer step ``step`` (counted from 1)."""
         if self._elsewhere is not None and not self.measured and not self.shards:
             self.devices = [self._elsewhere]  # the model was moved, or the first pass was a foreign one
-            if self.absorbed_classes is not None:
-                self.absorbed_classes = devices.send(self.absorbed_classes, self._elsewhere)
         self._elsewhere = None
         self._step = step
         self.sums = None
@@ -72,6 +67,16 @@ class RowAccumulator:
         self.features: Tensor | None = None
         self._feature_sum: Tensor | None = None
         self._feature_count: Tensor | None = None
+
+    @property
+    def loss_kind(self) -> LossKind | None:
+        """The facts about the loss, on the host; on an accelerator, up to the last look that has arrived."""
+        return self._facts.kind
+
+    @loss_kind.setter
+    def loss_kind(self, kind: LossKind | None) -> None:
+        self._facts = Facts()  # rows on their way add what they show to the old ones
+        self._facts.kind = kind
 
     @property
     def measured(self) -> bool:
@@ -94,29 +99,15 @@ class RowAccumulator:
         if rows.shard is not None:
             self._add_shard(rows, rows.shard)
             return
-        look, kind = looks(self._step), self.loss_kind
-        if kind is not None and any(known.device != device for known in kind):  # from a resumed run
-            self.loss_kind = kind = LossKind(*(devices.send(known, device) for known in kind))
-        if kind is not None and not look and rows.recomputed is None and self._add_late(rows, kind):
+        look = looks(self._step)
+        if not devices.on_host(rows.grad) and len(rows.grad):
+            late, counts = late_rows(rows, self._facts, look=look)
+            self.late.append(late)
+            self._add_features(rows, counts)
             return
-        statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
+        statistics = row_statistics(rows.grad, rows.logits, rows.total, self.loss_kind, look=look)
         self.loss_kind = statistics.loss_kind
-        if rows.normalized:
-            statistics = without_mean_logit(statistics)
-        if rows.recomputed is not None:
-            statistics = of_recomputed(statistics, len(rows.grad), rows.recomputed)
-        self._merge(rows, statistics)
-
-    def _add_late(self, rows: Rows, kind: LossKind) -> bool:
-        """Let an accelerator reduce the rows in few kernels. Returns False where it cannot, or on a CPU."""
-        if devices.on_host(rows.grad) or not len(rows.grad) or not from_sums():
-            return False
-        if self._late_kind is None or self._late_kind.kind is not kind:
-            self._late_kind = LateKind(kind)
-        late, counts = late_rows(rows.grad, rows.logits, rows.total, self._late_kind)
-        self.late.append(late)
-        self._add_features(rows, counts)
-        return True
+        self._merge(rows, corrected(statistics, rows.normalized, len(rows.grad), rows.recomputed))
 
     def _add_shard(self, rows: Rows, shard: ClassShard) -> None:
         look = looks(self._step) or self.loss_kind is None
@@ -134,7 +125,7 @@ class RowAccumulator:
     def count_absorbed(self, absorbed: Mapping[int, int]) -> None:
         """Add absorbed rows by class."""
         for index, count in absorbed.items():
-            self.earlier_classes[index] = self.earlier_classes.get(index, 0.0) + count
+            self.absorbed[index] = self.absorbed.get(index, 0.0) + count
 
     def _merge(self, rows: Rows, statistics: RowStatistics) -> None:
         if self.sums is None or self.maxima is None:
@@ -142,17 +133,7 @@ class RowAccumulator:
         else:
             self.sums = self.sums + statistics.sums
             self.maxima = torch.maximum(self.maxima, statistics.maxima)
-        if statistics.winner is not None and statistics.absorbed is not None:
-            counts, classes = self.absorbed_classes, rows.logits.shape[-1]
-            if counts is None or len(counts) < classes:
-                # On an accelerator, an index beyond the end kills the training; no try block can stop that.
-                wider = torch.zeros(classes, dtype=torch.int64, device=rows.logits.device)
-                if counts is not None:
-                    wider[: len(counts)] = counts
-                counts = self.absorbed_classes = wider
-            absorbed = statistics.absorbed
-            if not devices.on_host(absorbed) or absorbed.any():  # usually none is, and the host knows that
-                counts.index_add_(0, statistics.winner, absorbed.long())
+        self.count_absorbed(absorbed_classes(statistics))
         self._add_features(rows, statistics.counts)
 
     def _add_features(self, rows: Rows, counts: Tensor) -> None:
@@ -184,10 +165,5 @@ class RowAccumulator:
         return None if total is None else total[0] / total[1]
 
     def most_absorbed(self, limit: int | None) -> list[tuple[int, float]]:
-        """Return (class, absorbed rows), largest count first. Reads from the device: not for a hot path."""
-        counts = dict(self.earlier_classes)
-        if self.absorbed_classes is not None:
-            for index, count in enumerate(self.absorbed_classes.tolist()):
-                if count > 0:
-                    counts[index] = counts.get(index, 0.0) + count
-        return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
+        """Return (class, absorbed rows), largest count first."""
+        return sorted(self.absorbed.items(), key=lambda item: (-item[1], item[0]))[:limit]

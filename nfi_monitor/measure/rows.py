@@ -277,22 +277,30 @@ def unexplained_rows(
     return kind, (view.live & strange, view.live & contradicted, view.live & unsure)
 
 
-def of_recomputed(statistics: RowStatistics, rows: int, valid: Tensor) -> RowStatistics:
-    """Return the statistics of ``rows`` recomputed rows; of none if not ``valid``, bool, 0-d."""
+def corrected(
+    statistics: RowStatistics, normalized: bool, rows: int, recomputed: Tensor | None
+) -> RowStatistics:
+    """Return the statistics without what the rows do not show.
+
+    Args:
+        statistics: of the rows as they were given.
+        normalized: whether the logits are log-probabilities, which do not show the mean logit.
+        rows: number of these rows.
+        recomputed: for recomputed rows, whether they are the run's, bool, 0-d. If not, none of them counts.
+    """
+    if not normalized and recomputed is None:
+        return statistics
     sums, zero = statistics.sums.clone(), torch.zeros_like(statistics.sums[0])
+    if normalized:
+        sums[SUMS.index("mean_logit")] = torch.nan
+    if recomputed is None:
+        return statistics._replace(sums=sums)
     sums[SUMS.index("recomputed")] = rows
     return statistics._replace(
-        sums=torch.where(valid, sums, zero),
-        maxima=torch.where(valid, statistics.maxima, -torch.inf),
-        counts=torch.where(valid, statistics.counts, zero),
+        sums=torch.where(recomputed, sums, zero),
+        maxima=torch.where(recomputed, statistics.maxima, -torch.inf),
+        counts=torch.where(recomputed, statistics.counts, zero),
     )
-
-
-def without_mean_logit(statistics: RowStatistics) -> RowStatistics:
-    """Return the statistics of log-probabilities, which do not show the mean logit."""
-    sums = statistics.sums.clone()
-    sums[SUMS.index("mean_logit")] = torch.nan
-    return statistics._replace(sums=sums)
 
 
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:

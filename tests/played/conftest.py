@@ -32,9 +32,9 @@ if INSIDE:
 
 
 @cache
-def results(file: str) -> dict[str, tuple[str, str]]:
-    """Return outcome and report of each test of a file, by the test's name."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "slow or not slow", file]
+def results(file: str, marks: str) -> dict[str, tuple[str, str]]:
+    """Return outcome and report of each test of a file with these marks, by the test's name."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, file]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "results.json"
         done = subprocess.run(
@@ -56,7 +56,8 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
         return None
     if played.MISSING:
         pytest.skip(played.MISSING)
-    outcome, report = results(str(pyfuncitem.path)).get(pyfuncitem.name, ("failed", "it did not run"))
+    done = results(str(pyfuncitem.path), pyfuncitem.config.getoption("markexpr"))
+    outcome, report = done.get(pyfuncitem.name, ("failed", "it did not run"))
     if outcome == "skipped":
         pytest.skip(report)
     assert outcome == "passed", report

@@ -115,23 +115,7 @@ def _add_up(
         "moved": (moved.weights, moved.weights),
         "weight": (update.after, update.after),
     }
-    of_moments: dict[str, tuple[Tensor, Tensor]] = {}
-    if root is not None:
-        ratio = known.grad / root.clamp_min(known.eps)
-        of_moments["ratio"] = (ratio, ratio)
-    if previous is not None and moved.stepped is not None and moved.gradient is not None:
-        stepped, scaled = moved.stepped, previous.preconditioner * moved.stepped
-        if known.lrs is not None:
-            still = known.lrs == 0
-            stepped = stepped.masked_fill(still, 0.0)
-            scaled = (scaled / known.lrs).masked_fill(still, 0.0)
-        of_moments |= {
-            "step_change": (stepped, moved.gradient),
-            "step_metric": (stepped, scaled),
-            "gradient_now": (known.grad, known.grad),
-            "gradient_both": (known.grad, previous.grad),
-            "gradient_before": (previous.grad, previous.grad),
-        }
+    of_moments = _pairs_of_moments(known, moved, root, previous)
     if known is update:
         of_moments.pop("gradient_now", None)  # it is "gradient"
     every = {**pairs, **of_moments}
@@ -149,21 +133,44 @@ def _add_up(
         parts["lr"] = update.lr
     lr = math.nan if isinstance(update.lr, Tensor) else update.lr
     own_rates, head = known.lrs is not None, known.head_position
+    whole, leading = update.sample, known.sample
 
     def finish(on: Arrived) -> dict[str, float]:
         found: dict[str, Any] = {}
-        rates: dict[str, CoordinateSample] = {}
+        total: dict[str, Any] = {}
         for name, (of, sample, names) in bins.items():
-            found |= zip(names, of.per_tensor(on[name]), strict=True)
-            rates |= dict.fromkeys(names, sample)
-        found.setdefault("gradient_now", found["gradient"])
-        rates.setdefault("gradient_now", update_sample)
-        total = {name: np.dot(sums, rates[name].rates) for name, sums in found.items()}
+            sums = of.per_tensor(on[name])
+            found |= zip(names, sums, strict=True)
+            total |= zip(names, sums @ np.array(sample.rates), strict=True)
+        total.setdefault("gradient_now", total["gradient"])
         rate = 1.0 if own_rates else float(on["lr"]) if "lr" in on else lr
-        return _finish_sums(found, total, update_sample, known_sample, rate, head)
+        return _finish_sums(found, total, whole, leading, rate, head)
 
-    update_sample, known_sample = update.sample, known.sample
     return finish
+
+
+def _pairs_of_moments(
+    known: Update, moved: _Moved, root: Tensor | None, previous: Memory | None
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return the factors of what is added up over the coordinates that have a second moment."""
+    of_moments: dict[str, tuple[Tensor, Tensor]] = {}
+    if root is not None:
+        ratio = known.grad / root.clamp_min(known.eps)
+        of_moments["ratio"] = (ratio, ratio)
+    if previous is not None and moved.stepped is not None and moved.gradient is not None:
+        stepped, scaled = moved.stepped, previous.preconditioner * moved.stepped
+        if known.lrs is not None:
+            still = known.lrs == 0
+            stepped = stepped.masked_fill(still, 0.0)
+            scaled = (scaled / known.lrs).masked_fill(still, 0.0)
+        of_moments |= {
+            "step_change": (stepped, moved.gradient),
+            "step_metric": (stepped, scaled),
+            "gradient_now": (known.grad, known.grad),
+            "gradient_both": (known.grad, previous.grad),
+            "gradient_before": (previous.grad, previous.grad),
+        }
+    return of_moments
 
 
 def _finish_sums(
