@@ -28,6 +28,7 @@ from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.update import Update
 from nfi_monitor.measure.accumulator import RowAccumulator, looks
+from nfi_monitor.measure.late.head import late_head
 from nfi_monitor.measure.late.packing import Late
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.rows import MAXIMA, LossKind, finish
@@ -201,15 +202,12 @@ class Exchange:
             for name in HEAD_RANKS:
                 message.add("head", 1.0, HEAD_SUMS.index(name))
             return
-        if not self.shape.head_sharded:  # every rank has the rest of the head whole
-            update = replace(update, head_weight_grad=None, head_bias_grad=None, head_weight_update=None)
         moved, known = self._moved_mean(), self._probe_rows
         widths = (self.shape.features, self.shape.columns, self.shape.probe_rows)
-        parts = head_parts(update, self._shares.head, widths, known, moved)
-        for name in ("classifier", "columns", "displaced"):
-            message.add(name, getattr(parts, name))
-        message.add("head", parts.sums)
-        message.own(len(LINE), parts.extremes)
+        if not self.shape.head_sharded:  # every rank has the rest of the head whole
+            message.defer(late_head(update.head_weight, self._shares.head, widths, moved), _add_head)
+        else:
+            _add_head(message, head_parts(update, self._shares.head, widths, known, moved))
 
     def _keep_mean(self, step: int, mean: Tensor | None) -> None:
         if mean is None:
@@ -387,3 +385,10 @@ class Exchange:
         )
         outputs, world = self.shape.outputs, self.team.world
         return finish_head(parts, outputs, world, mean, probed, moved=moved, tied=self.shape.tied)
+
+
+def _add_head(message: Message, parts: HeadParts) -> None:
+    for name in ("classifier", "columns", "displaced"):
+        message.add(name, getattr(parts, name))
+    message.add("head", parts.sums)
+    message.own(len(LINE), parts.extremes)
