@@ -282,7 +282,7 @@ def train_on(device: torch.device, own: dict[str, float], operations: Operations
                 optimizer.step()
         assert not [note for note in monitor.notes if note.code.startswith("failed")]
         contents, packed = monitor._loop.transfer._pending[-1][:2]
-        assert contents.rows and "secant_curvature" in names_in(contents, packed) and packed.device == device
+        assert contents.late_rows and "secant_curvature" in names_in(contents, packed) and packed.device == device
 
 
 @pytest.mark.parametrize("own", [{}, {"lr": 1e-2}, {"lr": 1e-2, "eps": 1e-6, "betas": (0.9, 0.99)}], ids=str)
@@ -326,9 +326,9 @@ def test_rows_are_recomputed_without_waiting_for_the_device(elsewhere) -> None:
         with looked_at(monitor, operations):
             step()
         assert not [note for note in monitor.notes if note.code.startswith("failed")]
-        assert monitor._loop.transfer._pending[-1][0].rows and monitor._loop.probe.recomputed == 4
+        assert monitor._loop.transfer._pending[-1][0].late_rows and monitor._loop.probe.recomputed == 4
     assert elsewhere and not operations.waited
-    assert 64 * CLASSES <= operations.largest <= max(64 * CLASSES, ROWS * 16), "never all logits"
+    assert 64 * CLASSES <= operations.largest <= 3 * 64 * CLASSES < ROWS * CLASSES, "never all logits"
 
 
 @pytest.mark.parametrize("passes", [1, 3])
@@ -349,9 +349,10 @@ def test_backward_passes_are_added_up_without_waiting_for_the_device(elsewhere, 
         with looked_at(monitor, operations):
             step()
         assert not [note for note in monitor.notes if note.code.startswith("failed")]
-        assert monitor._loop.transfer._pending[-1][0].rows
+        assert monitor._loop.transfer._pending[-1][0].late_rows
     assert elsewhere and not operations.waited
-    assert operations.largest <= ROWS * CLASSES // 4, "of the sampled rows only"
+    # Of the sampled rows only, an eighth: gradient and logits go to the host in one vector.
+    assert operations.largest <= ROWS * CLASSES // 3
 
 
 def test_a_part_of_a_step_is_made_ready_for_other_ranks_without_waiting_for_the_device(device) -> None:
@@ -430,7 +431,7 @@ def test_parts_of_a_reading_that_lie_on_two_devices_come_in_one_vector(device, s
                 logits.logsumexp(-1).mean().backward()
                 optimizer.step()
         contents, packed, _ = monitor._loop.transfer._pending[-1]
-        assert packed.device == device and contents.rows
+        assert packed.device == device and (contents.rows or contents.late_rows)
         assert "secant_curvature" in names_in(contents, packed)
         assert ("loss" in contents.names) == (stray == "loss")
         assert not operations.sent
