@@ -27,6 +27,7 @@ from nfi_monitor.engine import step_reader
 from nfi_monitor.engine.contents import Contents
 from nfi_monitor.measure.sharded.step import head_parts, step_parts
 from nfi_monitor.native import library
+from tests.measure.late import unexpected
 from tests.measure.sharded.test_step import SHAPES, D, update_of
 from tests.own_optimizers import Nested, Own
 
@@ -262,7 +263,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
 
 def names_in(contents: Contents, packed: torch.Tensor) -> set[str]:
     """The quantities that a packed vector becomes on the host."""
-    return set(contents.unpack(torch.zeros(len(packed))))
+    return set(contents.unpack(torch.zeros(len(packed)), unexpected))
 
 
 def train_on(device: torch.device, own: dict[str, float], operations: Operations) -> None:
@@ -282,7 +283,11 @@ def train_on(device: torch.device, own: dict[str, float], operations: Operations
                 optimizer.step()
         assert not [note for note in monitor.notes if note.code.startswith("failed")]
         contents, packed = monitor._loop.transfer._pending[-1][:2]
-        assert contents.late_rows and "secant_curvature" in names_in(contents, packed) and packed.device == device
+        assert (
+            contents.late_rows
+            and "secant_curvature" in names_in(contents, packed)
+            and packed.device == device
+        )
 
 
 @pytest.mark.parametrize("own", [{}, {"lr": 1e-2}, {"lr": 1e-2, "eps": 1e-6, "betas": (0.9, 0.99)}], ids=str)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from nfi_monitor.measure.late.packing import Outline
+from nfi_monitor.measure.late.packing import Failed, Outline
 from nfi_monitor.measure.late.rows import RowTotals, add_late
 from nfi_monitor.measure.rows import MAXIMA, SUMS, RowStatistics, finish
 
@@ -27,21 +27,21 @@ class Contents:
     absorbed: Callable[[Mapping[int, int]], None] = lambda counts: None
     """Called with the absorbed rows of ``late_rows`` by class."""
 
-    def unpack(self, numbers: Tensor) -> dict[str, float]:
-        """Return the quantities by name. ``numbers``: the vector, on the host."""
+    def unpack(self, numbers: Tensor, failed: Failed) -> dict[str, float]:
+        """Return the quantities by name. ``numbers``: the vector, on the host. ``failed`` gets errors."""
         values = dict(self.known)
         totals = None
         if self.rows:
             end = len(SUMS) + len(MAXIMA)
             totals = RowTotals(numbers[: len(SUMS)], numbers[len(SUMS) : end])
             numbers = numbers[end:]
-        totals, counts, numbers = add_late(totals, self.late_rows, numbers)
+        totals, counts, numbers = add_late(totals, self.late_rows, numbers, failed)
         if totals is not None:
             sums, maxima = totals.sums.tolist(), totals.maxima.tolist()
             values |= finish(sums, maxima, single_output=self.single_output)
         if counts:
             self.absorbed(counts)
         if self.late_step is not None:
-            measured, numbers = self.late_step.read(numbers)
-            values |= measured
+            measured, numbers = self.late_step.read(numbers, failed)
+            values |= measured or {}
         return values | dict(zip(self.names, numbers.tolist(), strict=True))

@@ -104,7 +104,7 @@ class Judge:
                 for step, loss in zip(label, numbers.tolist(), strict=True):
                     self.judge(Reading(step, {"loss": loss}), full=False)
                 continue
-            values = label.unpack(numbers)
+            values = label.unpack(numbers, self._faults.failed)
             if values.pop(SKIPPED, 0.0) > 0:
                 self._notes.skipped_step(label.step)
             else:

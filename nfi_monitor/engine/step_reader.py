@@ -324,6 +324,7 @@ class StepReader:
         Returns the head's weight if this process holds all of it, else None."""
         self._look_at(losses)
         self.finish_rows()
+        message.failed = self.failed
         exchange.add_rows(message, self.rows)
         values: dict[str, Tensor] = {}
         weight = None

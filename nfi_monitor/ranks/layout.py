@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.capture import devices
-from nfi_monitor.measure.late.packing import Late, Outline
+from nfi_monitor.measure.late.packing import Failed, Late, Outline
 from nfi_monitor.measure.rows import MAXIMA, SUMS
 from nfi_monitor.measure.sharded.rows import FIELDS, HEADER
 from nfi_monitor.measure.sharded.step import HEAD_SUMS, STEP_SUMS, TENSOR_SUMS
@@ -84,6 +84,7 @@ class Message:
         self._layout = layout
         self._own = layout.at("lines") + index * layout.line
         self.tensors: list[tuple[int, Tensor]] = []
+        self.failed: Failed = lambda part, error: None  # gets errors on the host
         self.late: list[tuple[Late[Any], Callable[[Message, Any], None]]] = []
         self.numbers: list[tuple[int, float]] = [
             (self._own + place, -math.inf) for place in range(len(FLAGS), layout.line)
@@ -124,7 +125,7 @@ class Message:
         parts += [part for late, _ in self.late for part in late.flat]
         parts = devices.together(parts)
         rest = [(late.outline(), add) for late, add in self.late]
-        return Packed(torch.cat(parts) if parts else torch.empty(0), places, self.numbers, rest)
+        return Packed(torch.cat(parts) if parts else torch.empty(0), places, self.numbers, rest, self.failed)
 
 
 class Packed(NamedTuple):
@@ -138,6 +139,7 @@ class Packed(NamedTuple):
     places: list[tuple[int, int]]
     numbers: list[tuple[int, float]]
     late: list[tuple[Outline[Any], Callable[[Message, Any], None]]]
+    failed: Failed
 
     def unpack(self, layout: Layout, index: int, arrived: Tensor) -> Tensor:
         """Return the whole vector, float64, of the rank ``index``. ``arrived``: ``tensor``, on the host."""
@@ -147,6 +149,9 @@ class Packed(NamedTuple):
             message.tensors.append((position, arrived[:length].double()))
             arrived = arrived[length:]
         for outline, add in self.late:
-            found, arrived = outline.read(arrived)
-            add(message, found)
+            found, arrived = outline.read(arrived, self.failed)
+            if found is None:
+                message.own(FLAGS.index("failed"), 1.0)
+            else:
+                add(message, found)
         return message.vector()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from functools import cache
 from typing import Any
@@ -193,6 +194,35 @@ def test_the_autopilot_acts_without_waiting(device, accelerator: Accelerator) ->
         training.run(begun + 30, monitor, loss_of=pilot.loss)
         assert not accelerator.waits
     assert pilot.swapped and "slingshot" not in {alert.kind.value for alert in monitor.alerts}
+
+
+@pytest.mark.parametrize(
+    ("function", "lost", "kept"),
+    [
+        ("nfi_monitor.measure.late.rows.sum_rows", "live_fraction", "weight_norm"),
+        ("nfi_monitor.measure.late.step._finish_sums", "weight_norm", "live_fraction"),
+    ],
+)
+def test_an_error_on_the_host_costs_one_reading_of_one_part(
+    device, accelerator: Accelerator, monkeypatch, function: str, lost: str, kept: str
+) -> None:
+    module, _, name = function.rpartition(".")
+    whole = getattr(importlib.import_module(module), name)
+    calls: list[int] = []
+
+    def once(*args: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 5:
+            raise MemoryError("short once")
+        return whole(*args)
+
+    monkeypatch.setattr(function, once)
+    training = Training(device, accelerator)
+    with training.monitored(every=1) as monitor:
+        training.run(30, monitor)
+    assert len(monitor.history[kept][0]) == 30 and 27 <= len(monitor.history[lost][0]) < 30
+    [note] = monitor.notes
+    assert note.code.startswith("failed") and "MemoryError: short once" in note.message
 
 
 def test_a_head_with_one_output_is_read(device, accelerator: Accelerator) -> None:

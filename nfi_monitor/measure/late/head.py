@@ -47,4 +47,4 @@ def late_head(
         nothing = torch.zeros(columns, dtype=torch.float64, device="cpu")
         return HeadParts(packed, classifier, nothing, nothing.new_zeros(2, rows), extremes)
 
-    return Late(parts, finish)
+    return Late("optimizer", parts, finish)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nfi_monitor.capture.rows import Rows
 from nfi_monitor.measure import absorption, declared, extremes, margins, zero_sum
-from nfi_monitor.measure.late.packing import Late, Outline
+from nfi_monitor.measure.late.packing import Failed, Late, Outline
 from nfi_monitor.measure.loss_kind import LossKind
 from nfi_monitor.measure.native_rows import row_statistics
 from nfi_monitor.measure.rows import (
@@ -78,7 +78,7 @@ def late_rows(rows: Rows, facts: Facts, *, look: bool) -> tuple[Late[RowStatisti
             found = _finish(numbers, total, known, found)
         return corrected(found, normalized, numbers.shape[1], arrived.get("recomputed"))
 
-    return Late(parts, finish), counts
+    return Late("rows", parts, finish), counts
 
 
 def silenced_below(kind: LossKind | None, dtype: torch.dtype, rows: int) -> float:
@@ -172,15 +172,17 @@ class RowTotals(NamedTuple):
 
 
 def add_late(
-    totals: RowTotals | None, late: Sequence[Outline[RowStatistics]], numbers: Tensor
+    totals: RowTotals | None, late: Sequence[Outline[RowStatistics]], numbers: Tensor, failed: Failed
 ) -> tuple[RowTotals | None, Counter[int], Tensor]:
-    """Add rows that have arrived to ``totals``.
+    """Add rows that have arrived to ``totals``. ``failed`` gets errors.
 
     Returns the totals, the absorbed rows by class, and what is left of ``numbers`` after the rows.
     """
     absorbed: Counter[int] = Counter()
     for outline in late:
-        found, numbers = outline.read(numbers)
+        found, numbers = outline.read(numbers, failed)
+        if found is None:
+            continue
         totals = RowTotals(
             found.sums if totals is None else totals.sums + found.sums,
             found.maxima if totals is None else torch.maximum(totals.maxima, found.maxima),

@@ -70,7 +70,7 @@ def late_step(
         with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
             return {name: value for make in finishers for name, value in make(arrived).items()}
 
-    return Late(parts, finish), memory
+    return Late("optimizer", parts, finish), memory
 
 
 class _Moved(NamedTuple):

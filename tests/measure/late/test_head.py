@@ -9,6 +9,7 @@ import torch
 
 from nfi_monitor.measure.late.head import late_head
 from nfi_monitor.measure.sharded.step import head_parts
+from tests.measure.late import unexpected
 from tests.measure.sharded.test_step import D, update_of
 
 
@@ -27,7 +28,7 @@ def test_a_head_that_arrives_late_is_that_measured_at_once(dtype, read: bool, mo
     )
     mean = torch.randn(D, dtype=torch.float64) if moved else None
     late = late_head(update.head_weight, 0.5, (D, D, 3), mean)
-    found, rest = late.outline().read(torch.cat([*late.flat, torch.ones(1)]))
+    found, rest = late.outline().read(torch.cat([*late.flat, torch.ones(1)]), unexpected)
     assert rest.tolist() == [1.0]
     known = head_parts(update, 0.5, (D, D, 3), None, mean)
     for name in known._fields:

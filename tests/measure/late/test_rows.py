@@ -17,6 +17,7 @@ from nfi_monitor.measure import rows as eager
 from nfi_monitor.measure.late import rows as late
 from nfi_monitor.measure.late.rows import Facts, RowTotals, absorbed_classes, add_late, late_rows
 from nfi_monitor.measure.rows import LOOK_SUMS, MASKS, MAXIMA, SUMS, RowStatistics
+from tests.measure.late import unexpected
 
 FAST = settings(deadline=None, derandomize=True, max_examples=100)
 
@@ -39,7 +40,7 @@ def both(grad: Tensor, logits: Tensor, rows: int) -> tuple[RowStatistics, Tensor
     facts = Facts()
     facts.kind = eager.row_statistics(grad, logits, rows).loss_kind
     packed, counts = late_rows(Rows(grad, logits, None, rows), facts, look=False)
-    found, rest = packed.outline().read(torch.cat(packed.flat))
+    found, rest = packed.outline().read(torch.cat(packed.flat), unexpected)
     assert not len(rest)
     return found, counts, eager.row_statistics(grad, logits, rows, facts.kind, look=False)
 
@@ -98,7 +99,7 @@ def test_micro_batches_are_added_on_the_host() -> None:
     packed = [late_rows(Rows(*part, None, 8), facts, look=False)[0] for part in parts[1:]]
     first = RowTotals(known[0].sums, known[0].maxima)
     numbers = torch.cat([*(flat for one in packed for flat in one.flat), torch.ones(2)])
-    totals, absorbed, rest = add_late(first, [one.outline() for one in packed], numbers)
+    totals, absorbed, rest = add_late(first, [one.outline() for one in packed], numbers, unexpected)
     assert totals is not None and rest.tolist() == [1.0, 1.0]
     torch.testing.assert_close(totals.sums, sum(one.sums for one in known), equal_nan=True)
     torch.testing.assert_close(totals.maxima, torch.stack([one.maxima for one in known]).amax(0))
@@ -108,7 +109,7 @@ def test_micro_batches_are_added_on_the_host() -> None:
 
 def arrived(rows: Rows, facts: Facts, *, look: bool = True) -> RowStatistics:
     packed, _ = late_rows(rows, facts, look=look)
-    return packed.outline().read(torch.cat(packed.flat).double())[0]
+    return packed.outline().read(torch.cat(packed.flat).double(), unexpected)[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -150,7 +151,7 @@ def test_recomputed_rows_that_are_not_the_run_s_do_not_count() -> None:
     for valid in (True, False):
         rows = Rows(grad, logits, None, 8, recomputed=torch.tensor(valid))
         packed, counts = late_rows(rows, Facts(), look=True)
-        found, _ = packed.outline().read(torch.cat(packed.flat))
+        found, _ = packed.outline().read(torch.cat(packed.flat), unexpected)
         assert counts.any() == found.sums.any() == valid
         assert found.sums[SUMS.index("recomputed")] == (8 if valid else 0)
 

@@ -11,6 +11,7 @@ from nfi_monitor.capture.update import Update
 from nfi_monitor.measure import step as eager
 from nfi_monitor.measure.late.step import late_step
 from nfi_monitor.measure.memory import Memory
+from tests.measure.late import unexpected
 from tests.measure.test_native_step import OPTIMIZERS, same, updates
 from tests.own_optimizers import Own
 
@@ -22,7 +23,7 @@ def arrived(
 ) -> tuple[dict[str, float], Memory | None]:
     late, memory = late_step(update, features, mean, memory, step)
     numbers = torch.cat([*late.flat, torch.ones(1)])
-    found, rest = late.outline().read(numbers)
+    found, rest = late.outline().read(numbers, unexpected)
     assert rest.tolist() == [1.0]
     return found, memory
 
