@@ -37,11 +37,11 @@ def kernels(device: torch.device, accelerator: Accelerator, layers: int, step: i
     return launched.total()
 
 
-@pytest.mark.parametrize("layers", [0, 20, 72])
+@pytest.mark.parametrize("layers", [0, 20, 72, 126])
 def test_a_reading_launches_few_kernels_at_any_number_of_parameters(
     device, accelerator: Accelerator, layers: int
 ) -> None:
-    """72 layers have 148 tensors, as GPT-2 has."""
+    """72 layers have 148 tensors, as GPT-2 has; 126 have 256. From there on, each 32 tensors add a launch."""
     assert not looks(READ) and looks(LOOKED)
     assert kernels(device, accelerator, layers, READ) <= MOST
 
