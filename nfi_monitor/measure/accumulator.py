@@ -12,7 +12,7 @@ from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
 from nfi_monitor.measure.late.packing import Late
-from nfi_monitor.measure.late.rows import Facts, absorbed_classes, late_rows
+from nfi_monitor.measure.late.rows import KnownLoss, absorbed_classes, late_rows
 from nfi_monitor.measure.native_rows import row_statistics
 from nfi_monitor.measure.rows import (
     LossKind,
@@ -47,7 +47,7 @@ class RowAccumulator:
         self.devices: list[torch.device] = []
         self.absorbed: dict[int, float] = {}
         self.single_output: bool | None = None
-        self._facts = Facts()
+        self._known = KnownLoss()
         self.sums: Tensor | None = None
         self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
         self.late: list[Late[RowStatistics]] = []  # rows whose statistics the host makes later
@@ -71,12 +71,13 @@ class RowAccumulator:
     @property
     def loss_kind(self) -> LossKind | None:
         """The facts about the loss, on the host; on an accelerator, up to the last look that has arrived."""
-        return self._facts.kind
+        return self._known.kind
 
     @loss_kind.setter
     def loss_kind(self, kind: LossKind | None) -> None:
-        self._facts = Facts()  # rows on their way add what they show to the old ones
-        self._facts.kind = kind
+        if kind is not self._known.kind:
+            self._known = KnownLoss()  # rows on their way add what they show to the old one
+            self._known.kind = kind
 
     @property
     def measured(self) -> bool:
@@ -101,7 +102,7 @@ class RowAccumulator:
             return
         look = looks(self._step)
         if not devices.on_host(rows.grad) and len(rows.grad):
-            late, counts = late_rows(rows, self._facts, look=look)
+            late, counts = late_rows(rows, self._known, look=look)
             self.late.append(late)
             self._add_features(rows, counts)
             return

@@ -44,13 +44,13 @@ LOOKED_AT = 1 << 21
 """Maximum number of logits that a pass sends to the host (8 MiB in float32, and as much for the gradient)."""
 
 
-class Facts:
-    """The facts about the loss, on the host. ``kind``: None until the first pass has arrived."""
+class KnownLoss:
+    """Holder of the facts about the loss, on the host. ``kind``: None until the first pass has arrived."""
 
     kind: LossKind | None = None
 
 
-def late_rows(rows: Rows, facts: Facts, *, look: bool) -> tuple[Late[RowStatistics], Tensor]:
+def late_rows(rows: Rows, facts: KnownLoss, *, look: bool) -> tuple[Late[RowStatistics], Tensor]:
     """Reduce rows with at least two classes. Returns their numbers, and which rows count, bool [N].
 
     ``facts``: the facts about the loss so far; the rows add theirs when they arrive.  ``look``: look at the

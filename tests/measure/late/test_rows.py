@@ -15,7 +15,7 @@ from nfi_monitor.capture.rows import Rows
 from nfi_monitor.measure import native_rows
 from nfi_monitor.measure import rows as eager
 from nfi_monitor.measure.late import rows as late
-from nfi_monitor.measure.late.rows import Facts, RowTotals, absorbed_classes, add_late, late_rows
+from nfi_monitor.measure.late.rows import KnownLoss, RowTotals, absorbed_classes, add_late, late_rows
 from nfi_monitor.measure.rows import LOOK_SUMS, MASKS, MAXIMA, SUMS, RowStatistics
 from tests.measure.late import unexpected
 
@@ -37,7 +37,7 @@ def rows_of(
 
 def both(grad: Tensor, logits: Tensor, rows: int) -> tuple[RowStatistics, Tensor, RowStatistics]:
     """As they arrive, with the mask of the device, and as measured at once."""
-    facts = Facts()
+    facts = KnownLoss()
     facts.kind = eager.row_statistics(grad, logits, rows).loss_kind
     packed, counts = late_rows(Rows(grad, logits, None, rows), facts, look=False)
     found, rest = packed.outline().read(torch.cat(packed.flat), unexpected)
@@ -93,7 +93,7 @@ def test_a_factor_after_the_head_is_that_of_the_last_look() -> None:
 
 def test_micro_batches_are_added_on_the_host() -> None:
     parts = [rows_of(torch.float32, 8, 5, 40.0, seed=seed) for seed in range(3)]
-    facts = Facts()
+    facts = KnownLoss()
     facts.kind = eager.row_statistics(*parts[0], 8).loss_kind
     known = [eager.row_statistics(*part, 8, facts.kind, look=False) for part in parts]
     packed = [late_rows(Rows(*part, None, 8), facts, look=False)[0] for part in parts[1:]]
@@ -107,7 +107,7 @@ def test_micro_batches_are_added_on_the_host() -> None:
     assert sum(one.sums[SUMS.index("absorbed")] for one in known[1:]) == absorbed.total()
 
 
-def arrived(rows: Rows, facts: Facts, *, look: bool = True) -> RowStatistics:
+def arrived(rows: Rows, facts: KnownLoss, *, look: bool = True) -> RowStatistics:
     packed, _ = late_rows(rows, facts, look=look)
     return packed.outline().read(torch.cat(packed.flat).double(), unexpected)[0]
 
@@ -115,7 +115,7 @@ def arrived(rows: Rows, facts: Facts, *, look: bool = True) -> RowStatistics:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_pass_that_looks_brings_its_rows_and_its_facts_to_the_host(dtype: torch.dtype) -> None:
     grad, logits = rows_of(dtype, 40, 5, 3.0)
-    facts = Facts()
+    facts = KnownLoss()
     found = arrived(Rows(grad, logits, None, 40), facts)
     known = native_rows.row_statistics(grad, logits, 40)
     torch.testing.assert_close(found.sums, known.sums)
@@ -126,7 +126,7 @@ def test_a_pass_that_looks_brings_its_rows_and_its_facts_to_the_host(dtype: torc
 
 def test_the_first_pass_looks_though_none_is_due_and_those_before_it_arrives_as_well() -> None:
     grad, logits = rows_of(torch.float32, 8, 5, 3.0)
-    facts = Facts()
+    facts = KnownLoss()
     waiting = [late_rows(Rows(grad, logits, None, 8), facts, look=False)[0] for _ in range(2)]
     assert all("grad" in one.parts for one in waiting)
     waiting[0].finish(waiting[0].parts)
@@ -136,7 +136,7 @@ def test_the_first_pass_looks_though_none_is_due_and_those_before_it_arrives_as_
 def test_of_many_logits_some_rows_are_looked_at_and_all_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     grad, logits = rows_of(torch.float32, 60, 5, 3.0)
     monkeypatch.setattr(late, "LOOKED_AT", 100)
-    facts = Facts()
+    facts = KnownLoss()
     found = arrived(Rows(grad, logits, None, 60), facts)
     some = eager.row_statistics(grad[::3], logits[::3], 60)
     known = eager.row_statistics(grad, logits, 60)
@@ -150,7 +150,7 @@ def test_recomputed_rows_that_are_not_the_run_s_do_not_count() -> None:
     grad, logits = rows_of(torch.float32, 8, 5, 3.0)
     for valid in (True, False):
         rows = Rows(grad, logits, None, 8, recomputed=torch.tensor(valid))
-        packed, counts = late_rows(rows, Facts(), look=True)
+        packed, counts = late_rows(rows, KnownLoss(), look=True)
         found, _ = packed.outline().read(torch.cat(packed.flat), unexpected)
         assert counts.any() == found.sums.any() == valid
         assert found.sums[SUMS.index("recomputed")] == (8 if valid else 0)
@@ -158,5 +158,5 @@ def test_recomputed_rows_that_are_not_the_run_s_do_not_count() -> None:
 
 def test_log_probabilities_show_no_mean_logit() -> None:
     grad, logits = rows_of(torch.float32, 8, 5, 3.0)
-    found = arrived(Rows(grad, logits, None, 8, normalized=True), Facts())
+    found = arrived(Rows(grad, logits, None, 8, normalized=True), KnownLoss())
     assert math.isnan(found.sums[SUMS.index("mean_logit")])
