@@ -75,7 +75,7 @@ class RowAccumulator:
 
     @loss_kind.setter
     def loss_kind(self, kind: LossKind | None) -> None:
-        if kind is not self._known.kind:
+        if kind is None or kind is not self._known.kind:
             self._known = KnownLoss()  # rows on their way add what they show to the old one
             self._known.kind = kind
 
