@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,15 +24,54 @@ def on_host(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
+@cache
+def _late_module(kind: str) -> Any | None:
+    module = getattr(torch, kind, None)
+    if kind in ("cpu", "meta") or not (hasattr(module, "Event") and hasattr(module, "current_stream")):
+        return None
+    try:
+        torch.empty(1, device="cpu", pin_memory=True)
+    except (RuntimeError, NotImplementedError):  # this torch pins no memory for such a device
+        return None
+    return module
+
+
+def late_module(device: torch.device) -> Any | None:
+    """Return torch's module of a device that copies while the host goes on, as ``torch.cuda`` is; else None.
+
+    Such a device has streams and events, and the host can pin memory for it.
+    """
+    return _late_module(device.type)
+
+
+def copy_late(tensor: Tensor) -> tuple[Tensor, torch.device | None]:
+    """Begin to copy a tensor to the host.
+
+    Returns the host's tensor, and the device for :func:`event` if the copy is complete only after that event.
+    """
+    if late_module(tensor.device) is None:
+        return tensor.cpu(), None
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return host.copy_(tensor, non_blocking=True), tensor.device
+
+
+def event(device: torch.device) -> Any:
+    """Return an event (``query()``, ``synchronize()``) that follows all that was given to the device."""
+    module: Any = late_module(device)
+    event = module.Event()
+    event.record(module.current_stream(device))
+    return event
+
+
 def send(numbers: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """Return numbers, or a tensor on any device, as a tensor on ``device``.
 
-    The copy to CUDA is from pinned memory. From other memory, the host would wait until the device has done
-    all earlier work.
+    The copy is from pinned memory. From other memory, the host would wait until the device has done all
+    earlier work.
     """
     # Numbers to the host first: torch.set_default_device may name another device.
     tensor = torch.as_tensor(numbers, dtype=dtype, device=None if isinstance(numbers, Tensor) else "cpu")
-    late = device.type == "cuda"  # other devices may not keep the source until it is copied
+    late = late_module(device) is not None  # other devices may not keep the source until it is copied
     if late and on_host(tensor):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=late)

@@ -11,7 +11,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from nfi_monitor.capture import devices
@@ -32,22 +31,16 @@ class HostTransfer:
         return bool(self._pending)
 
     def put(self, label: Any, packed: Tensor) -> None:
-        if devices.on_host(packed):
-            self._pending.append((label, packed, None))
+        if devices.late_module(packed.device) is None:
+            self._pending.append((label, packed, None))  # on the host, or read when it is taken
             return
-        if packed.device.type == "cuda":
-            host = torch.empty(packed.shape, dtype=packed.dtype, device="cpu", pin_memory=True)
-            host.copy_(packed, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(packed.device))
-            self._pending.append((label, host, event))
-            return
-        self._pending.append((label, packed, None))  # this device has no events: read when it is taken
+        host, device = devices.copy_late(packed)
+        self._pending.append((label, host, None if device is None else devices.event(device)))
 
     def take(
         self, *, everything: bool = False, due: Callable[[Any], bool] | None = None
-    ) -> list[tuple[Any, list[float]]]:
-        """Return the vectors that have arrived, oldest first; with ``everything``, wait for all.
+    ) -> list[tuple[Any, Tensor]]:
+        """Return the vectors that have arrived on the host, oldest first; with ``everything``, wait for all.
 
         ``due(label)``: if given, return exactly the vectors for which it is true, and wait for them.
         """
@@ -61,5 +54,5 @@ class HostTransfer:
                     break
                 event.synchronize()
             self._pending.popleft()
-            arrived.append((label, host.tolist()))
+            arrived.append((label, host.cpu()))
         return arrived

@@ -312,7 +312,8 @@ class MomentCheck:
         """Take in the checks that have arrived on the host."""
         if not self._transfer.waiting:
             return
-        for (checked, assumed, tensors), numbers in self._transfer.take():
+        for (checked, assumed, tensors), vector in self._transfer.take():
+            numbers = vector.tolist()
             for at, param in checked:
                 places = range(0, len(numbers), 2 * tensors)
                 counts = [(numbers[place + at], numbers[place + tensors + at]) for place in places]

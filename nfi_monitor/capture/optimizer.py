@@ -19,7 +19,7 @@ from nfi_monitor.capture.betas import ASSUMED_BETAS, betas_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.moment_check import Failed, MomentCheck, ignore
 from nfi_monitor.capture.reading_plan import ReadingPlan
-from nfi_monitor.capture.sampling import CoordinateSample, local
+from nfi_monitor.capture.sampling import CoordinateSample, copies, differences, local
 from nfi_monitor.capture.second_moment import entries, sample_moments, states
 from nfi_monitor.capture.step_constants import constants, host, host_rate, rates
 from nfi_monitor.capture.update import BeforeStep, Update
@@ -131,8 +131,11 @@ class OptimizerReader:
             return None
         sample, params = layout.sample, layout.params
         grad = None
-        if not closure:
-            grad = sample.gather([param.grad for param in params if param.grad is not None])
+        if closure:
+            before = sample.gather(params)
+        else:
+            gradients = [param.grad for param in params if param.grad is not None]
+            grad, before = sample.gather_both(gradients, params)
             grad_scale = getattr(self.optimizer, "grad_scale", None)
             if isinstance(grad_scale, Tensor):
                 grad = grad / devices.send(grad_scale, grad.device, grad.dtype)
@@ -140,16 +143,17 @@ class OptimizerReader:
         weight, bias = self._head_rows()
         weight_grad, bias_grad = (None, None) if closure else self._head_gradients(step)
         # Copies: some optimizers make their update in the gradient's memory.
+        weight, bias, weight_grad, bias_grad = copies(weight, bias, weight_grad, bias_grad)
         return BeforeStep(
             sample=sample,
             params=params,
             grad=grad,
-            before=sample.gather(params),
+            before=before,
             found_inf=found_inf if isinstance(found_inf, Tensor) else None,
-            head_weight=None if weight is None else weight.clone(),
-            head_bias=None if bias is None else bias.clone(),
-            head_weight_grad=None if weight_grad is None else weight_grad.clone(),
-            head_bias_grad=None if bias_grad is None else bias_grad.clone(),
+            head_weight=weight,
+            head_bias=bias,
+            head_weight_grad=weight_grad,
+            head_bias_grad=bias_grad,
             moments=layout.understood,
             earlier=self.check.before(sample, params, layout.undecided, closure=closure),
         )
@@ -168,7 +172,7 @@ class OptimizerReader:
             self.check.after(start.earlier, start.sample, start.params, groups, grad, start.before, step)
         if start.grad is None and self._leaves_gradients(start):
             weight_grad, bias_grad = self._head_gradients(step)
-        count, exp_avg_sq = self._second_moments(start)
+        after, count, exp_avg_sq = self._read_after(start)
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
         lrs = None
@@ -177,7 +181,7 @@ class OptimizerReader:
             leading = start.params[:count]
             correction, eps = constants(self.check, leading, self._group, sample, start.before, step)
             lrs = rates(self.optimizer.param_groups, start.params, start.sample, start.before)
-        weight, bias = self._head_rows()
+        moved, bias_moved = differences(self._head_rows(), (start.head_weight, start.head_bias))
         full = self.head.weight if self.head is not None else None
         position = next((i for i, param in enumerate(start.params) if param is full), None)
         return Update(
@@ -185,7 +189,7 @@ class OptimizerReader:
             params=start.params,
             grad=grad,
             before=start.before,
-            after=start.sample.gather(start.params),
+            after=after,
             exp_avg_sq=exp_avg_sq,
             correction=correction,
             eps=eps,
@@ -193,24 +197,29 @@ class OptimizerReader:
             lrs=lrs,
             found_inf=start.found_inf,
             head_position=position,
-            head_weight_update=_difference(weight, start.head_weight),
-            head_bias_update=_difference(bias, start.head_bias),
+            head_weight_update=moved,
+            head_bias_update=bias_moved,
             head_weight=self._whole_head(step),
             head_weight_grad=weight_grad,
             head_bias_grad=bias_grad,
             moments=count,
         )
 
-    def _second_moments(self, start: BeforeStep) -> tuple[int, Tensor | None]:
-        """Return how many of the parameters, the first ones, have a second moment, and it, [M] or None."""
+    def _read_after(self, start: BeforeStep) -> tuple[Tensor, int, Tensor | None]:
+        """Return weights [C], the number of parameters, the first ones, with a second moment, and it, [M]."""
         count = start.moments
         if not count and all(map(self.check.understood, start.params)):  # this step has made the state
             count = len(start.params)
         moments = [self.check.readable(param) for param in start.params[:count]]
         read = [moment for moment in moments if moment is not None]
         if not read or len(read) < count or (start.grad is None and not self._leaves_gradients(start)):
-            return 0, None
-        return count, sample_moments(start.sample.leading(count), read)
+            return start.sample.gather(start.params), 0, None
+        tensors = [moment for moment in read if isinstance(moment, Tensor)]
+        if len(tensors) == len(start.params):
+            after, exp_avg_sq = start.sample.gather_both(start.params, tensors)
+            return after, count, exp_avg_sq
+        exp_avg_sq = sample_moments(start.sample.leading(count), read)
+        return start.sample.gather(start.params), count, exp_avg_sq
 
     def _leaves_gradients(self, start: BeforeStep) -> bool:
         """Return whether the gradients that ``step(closure)`` has made are still in ``.grad`` after it.
@@ -332,10 +341,6 @@ class OptimizerReader:
 def gradient_columns(features: int, outputs: int) -> int:
     """Return how many columns of the head's gradient [K, d] are read per step."""
     return max(1, min(features, MEAN_ELEMENTS // 4 // outputs))
-
-
-def _difference(after: Tensor | None, before: Tensor | None) -> Tensor | None:
-    return None if after is None or before is None else after - before
 
 
 if not TYPE_CHECKING:  # for a type checker, any name would exist

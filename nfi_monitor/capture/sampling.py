@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,9 @@ COORDINATES_PER_TENSOR = 64
 REDUCTION = 4
 """Factor by which a reduced sample divides the budget of rows and coordinates.  This saves a fifth to a third
 of a reading's time.  A factor of 8 saves hardly more, because the remaining time starts kernels."""
+BIN = 64
+"""Number of coordinates that a device adds up; the host adds up these sums. With more of them, a sum would be
+less precise, and its additions would wait for each other."""
 FEWEST_ROWS = 64
 """Minimum number of rows in a reduced sample, if the full budget has that many."""
 
@@ -100,6 +103,17 @@ def _strides(tensors: Sequence[Tensor], *, reduced: bool) -> list[int]:
     ]
 
 
+class Bins(NamedTuple):
+    """Which of the sums that a device made are of which tensor: ``number`` of them, first index of each."""
+
+    number: int
+    starts: Any
+
+    def per_tensor(self, sums: Tensor) -> Any:
+        """Return the sums of each tensor, float64 [r, T] of NumPy. ``sums`` [r, B] on the host."""
+        return np.add.reduceat(sums.double().numpy(), self.starts, axis=-1)
+
+
 class CoordinateSample:
     """A fixed stratified sample of coordinates over a list of tensors, packed into one vector.
 
@@ -115,6 +129,8 @@ class CoordinateSample:
         can_reduce: whether a reduced sample would be smaller.
         spans: (start, end) of each tensor's coordinates in [C].
         layout: (place, stride) of each tensor. Samples with equal layouts have the same coordinates.
+        are_matrices: the same, on the host.
+        rates: number of coordinates that each sampled one represents, for each tensor, as a number.
     """
 
     def __init__(
@@ -128,6 +144,8 @@ class CoordinateSample:
         counts = [-(-size // step) for size, step in zip(sizes, self.strides, strict=True)]
         self._sizes, self._shapes = sizes, [(count,) for count in counts]
         self._steps = [(step,) for step in self.strides]
+        self.rates = [size / count for size, count in zip(sizes, counts, strict=True)]
+        self._bins: tuple[Tensor, Bins] | None = None
         device = tensors[0].device
         self.counts = devices.send(counts, device, torch.float32)
         self.segments = torch.repeat_interleave(
@@ -137,9 +155,9 @@ class CoordinateSample:
         )
         self.weights: Tensor | None = None
         if any(step > 1 for step in self.strides):
-            rates = [size / count for size, count in zip(sizes, counts, strict=True)]
-            self.weights = devices.send(rates, device)[self.segments]
-        self.matrices = devices.send([local(tensor).ndim > 1 for tensor in tensors], device)
+            self.weights = devices.send(self.rates, device)[self.segments]
+        self.are_matrices = [local(tensor).ndim > 1 for tensor in tensors]
+        self.matrices = devices.send(self.are_matrices, device)
         self.total = float(sum(sizes))
         self._starts = np.cumsum([0, *counts[:-1]])
         self._gather = Gather(self.strides, counts)
@@ -149,6 +167,27 @@ class CoordinateSample:
             self.spans.append((start, start + count))
             start += count
         self._leading: CoordinateSample | None = None
+
+    def in_bins(self, values: Tensor) -> tuple[Tensor, Bins]:
+        """Return sums over a few sampled coordinates each, [r, C] → [r, B], and of which tensor they are."""
+        if self._bins is None:
+            counts = [count for (count,) in self._shapes]
+            sizes = [min(BIN, count - start) for count in counts for start in range(0, count, BIN)]
+            at = torch.from_numpy(np.repeat(np.arange(len(sizes)), sizes))
+            starts = np.cumsum([0, *(-(-count // BIN) for count in counts[:-1])])
+            self._bins = devices.send(at, values.device), Bins(len(sizes), starts)
+        places, bins = self._bins
+        return values.new_zeros(len(values), bins.number).index_add_(-1, places, values), bins
+
+    def gather_both(self, one: Sequence[Tensor], two: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Return what :meth:`gather` does of two lists, on an accelerator in one call for both."""
+        tensors = (*one, *two)
+        if devices.on_host(tensors[0]) or len({tensor.dtype for tensor in tensors}) > 1:
+            return self.gather(one), self.gather(two)
+        with torch.no_grad():
+            packed = self.pack([*self._views(one), *self._views(two)])
+        end = len(self.segments)
+        return packed[:end], packed[end:]
 
     def leading(self, tensors: int) -> CoordinateSample:
         """Return the sample of the first ``tensors`` tensors alone: the first coordinates of this one."""
@@ -167,11 +206,13 @@ class CoordinateSample:
                 "spans",
                 "counts",
                 "matrices",
+                "are_matrices",
+                "rates",
             ):
                 setattr(part, name, getattr(self, name)[:tensors])
             part.segments = self.segments[:end]
             part.weights = None if self.weights is None else self.weights[:end]
-            part.total, part._leading = float(sum(part._sizes)), None
+            part.total, part._leading, part._bins = float(sum(part._sizes)), None, None
             part._gather = Gather(part.strides, [count for (count,) in part._shapes])
             self._leading = part
         return self._leading
@@ -181,25 +222,26 @@ class CoordinateSample:
 
         No view is kept: it would keep a tensor's memory that the training moves elsewhere to save memory.
         """
-        if (
+        copied = self._gather.copy(tensors) if self._can_stride(tensors) else None
+        if copied is not None:
+            return copied
+        with torch.no_grad():
+            return self.pack(self._views(tensors))
+
+    def _views(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the sampled coordinates of each tensor."""
+        if self._can_stride(tensors):
+            # One call for each tensor instead of three: large models have hundreds of tensors.
+            return [*map(Tensor.as_strided, tensors, self._shapes, self._steps)]
+        whole = [local(tensor).detach().reshape(-1) for tensor in tensors]
+        return [tensor[::step] for tensor, step in zip(whole, self.strides, strict=True)]
+
+    def _can_stride(self, tensors: Sequence[Tensor]) -> bool:
+        return (
             _PLAIN.issuperset(map(type, tensors))
             and [*map(Tensor.numel, tensors)] == self._sizes
             and all(map(Tensor.is_contiguous, tensors))
-        ):
-            copied = self._gather.copy(tensors)
-            if copied is not None:
-                return copied
-            with torch.no_grad():
-                # One call for each tensor instead of three: large models have hundreds of tensors.
-                return self.pack([*map(Tensor.as_strided, tensors, self._shapes, self._steps)])
-        with torch.no_grad():
-            whole = [local(tensor) for tensor in tensors]
-            return self.pack(
-                [
-                    tensor.detach().reshape(-1)[::step]
-                    for tensor, step in zip(whole, self.strides, strict=True)
-                ]
-            )
+        )
 
     def per_tensor(self, values: Tensor) -> Tensor:
         """Return sums over the sampled coordinates of each tensor. ``values`` [..., C] → [..., T]."""
@@ -214,6 +256,29 @@ class CoordinateSample:
         """Return one contiguous copy of the views, float32 or float64 [C]."""
         packed = torch.cat(list(views))
         return packed if packed.dtype in (torch.float32, torch.float64) else packed.float()
+
+
+def copies(*tensors: Tensor | None) -> list[Tensor | None]:
+    """Return copies, on an accelerator in one launch."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if _in_one_launch(present):
+        made = iter(torch._foreach_mul(present, 1.0))
+        return [None if tensor is None else next(made) for tensor in tensors]
+    return [None if tensor is None else tensor.clone() for tensor in tensors]
+
+
+def differences(after: Sequence[Tensor | None], before: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Return ``after − before``, on an accelerator in one launch; None where either is None."""
+    pairs = [None if a is None or b is None else (a, b) for a, b in zip(after, before, strict=True)]
+    present = [pair for pair in pairs if pair is not None]
+    if _in_one_launch([new for new, _ in present]):
+        made = iter(torch._foreach_sub([new for new, _ in present], [old for _, old in present]))
+        return [None if pair is None else next(made) for pair in pairs]
+    return [None if pair is None else pair[0] - pair[1] for pair in pairs]
+
+
+def _in_one_launch(tensors: Sequence[Tensor]) -> bool:
+    return len(tensors) > 1 and not devices.on_host(tensors[0]) and _PLAIN.issuperset(map(type, tensors))
 
 
 if not TYPE_CHECKING:  # for a type checker, any name would exist

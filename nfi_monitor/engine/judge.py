@@ -105,10 +105,10 @@ class Judge:
         """Judge the readings of this process alone that have arrived on the host."""
         for label, numbers in self._transfer.take(everything=everything):
             if isinstance(label, list):
-                for step, loss in zip(label, numbers, strict=True):
+                for step, loss in zip(label, numbers.tolist(), strict=True):
                     self.judge(Reading(step, {"loss": loss}), full=False)
                 continue
-            values = label.unpack(numbers)
+            values = label.unpack(numbers, self._faults.failed)
             if values.pop(SKIPPED, 0.0) > 0:
                 self._notes.skipped_step(label.step)
             else:

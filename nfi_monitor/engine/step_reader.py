@@ -22,40 +22,22 @@ from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.probe_batch import ProbeBatch
 from nfi_monitor.capture.step_hooks import has_closure
 from nfi_monitor.capture.update import Update
+from nfi_monitor.engine.contents import Contents
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import Facts, RowAccumulator
+from nfi_monitor.measure.late.packing import Late
+from nfi_monitor.measure.late.step import late_step
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.native_step import step_statistics
 from nfi_monitor.measure.row_match import row_match, row_sketch
-from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
+from nfi_monitor.measure.rows import LossKind
 from nfi_monitor.measure.step import SKIPPED
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.ranks.layout import Message
 from nfi_monitor.schema import Between, decode
 
-_ROW_WIDTH = len(SUMS) + len(MAXIMA)
 MOST_ASKED = 8
 """Maximum number of forward passes whose rows wait for the step, because their gradient was asked for."""
-
-
-class Contents(NamedTuple):
-    """Describe a packed vector: row sums and maxima if ``rows``, then the quantities in ``names``."""
-
-    step: int
-    rows: bool
-    names: tuple[str, ...]
-    known: dict[str, float]
-    """Quantities that are not in the vector, because the host knows them already."""
-    single_output: bool
-
-    def unpack(self, numbers: Sequence[float]) -> dict[str, float]:
-        """Return the quantities by name."""
-        values = dict(self.known)
-        if self.rows:
-            sums, maxima = numbers[: len(SUMS)], numbers[len(SUMS) : _ROW_WIDTH]
-            values |= finish(sums, maxima, single_output=self.single_output)
-            numbers = numbers[_ROW_WIDTH:]
-        return values | dict(zip(self.names, numbers, strict=True))
 
 
 class _Needed(TypedDict):
@@ -189,14 +171,17 @@ class StepReader:
         if rows.sums is not None and rows.maxima is not None:
             packed += [rows.sums, rows.maxima]
         has_rows = bool(packed)
+        packed += [part for block in rows.late for part in block.flat]
         values: dict[str, Tensor] = {}
         known: dict[str, float] = {}
+        late = None
         if self._before is not None and not self.is_off("optimizer"):
             try:
-                values, known = self._step_quantities(step)
+                values, known, late = self._step_quantities(step)
             except Exception as error:
                 self.memory = None  # the next step must not be compared with what may be the cause
                 self.failed("optimizer", error)
+        packed += [] if late is None else late.flat
         self.add_probe(values, step)
         loss = losses.mean()
         parts = [*packed, *values.values()]
@@ -206,22 +191,33 @@ class StepReader:
             values["loss"] = loss
         elif loss is not None:
             known["loss"] = loss
-        parts = devices.together([*packed, *values.values()])
-        packed, quantities = parts[: len(packed)], parts[len(packed) :]
-        if quantities:
-            packed.append(torch.stack(quantities))
-        contents = Contents(step, has_rows, tuple(values), known, bool(rows.single_output))
-        return contents, torch.cat(packed) if packed else torch.empty(0, device="cpu")
+        parts = devices.together([*packed, *(value.reshape(1) for value in values.values())])
+        contents = Contents(
+            step,
+            has_rows,
+            tuple(values),
+            known,
+            bool(rows.single_output),
+            [block.outline() for block in rows.late],
+            None if late is None else late.outline(),
+            rows.count_absorbed,
+        )
+        return contents, torch.cat(parts) if parts else torch.empty(0, device="cpu")
 
-    def _step_quantities(self, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
-        """Return the quantities of the optimizer step: those on the device, and those known on the host."""
+    def _step_quantities(
+        self, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, float], Late[dict[str, float]] | None]:
+        """Return the quantities of the optimizer step: those on the device, those known on the host, and
+        those that the host will know.
+        """
         update = self.update(step)
         if update is None:
             self.memory = None
-            return {}, {}
+            return {}, {}, None
         values: dict[str, Tensor] = {}
         known: dict[str, float] = {}
-        for name, value in self.statistics(update, self.rows.feature_mean, step).items():
+        measured, late = self.statistics(update, self.rows.feature_mean, step)
+        for name, value in measured.items():
             if isinstance(value, Tensor):
                 values[name] = value
             else:
@@ -230,7 +226,7 @@ class StepReader:
             values["learning_rate"] = update.lr
         elif math.isfinite(update.lr):
             known["learning_rate"] = update.lr
-        return values, known
+        return values, known, late
 
     def _look_at(self, losses: LossQueue) -> None:
         dtypes = {
@@ -244,8 +240,13 @@ class StepReader:
         """Return the tensors around the optimizer step; None if none were read."""
         return None if self._before is None else self.reader.after(self._before, step)
 
-    def statistics(self, update: Update, feature_mean: Tensor | None, step: int) -> dict[str, Tensor | float]:
-        """Return the step's quantities, 0-d or numbers; keep the step for the comparison with the next."""
+    def statistics(
+        self, update: Update, feature_mean: Tensor | None, step: int
+    ) -> tuple[dict[str, Tensor | float], Late[dict[str, float]] | None]:
+        """Return the step's quantities, 0-d or numbers, or on an accelerator what the host makes them of.
+
+        Keeps the step for the comparison with the next.
+        """
         features, device = self.rows.features, update.grad.device
         moved = update.head_weight_update
         if features is not None and moved is not None and features.shape[-1] != moved.shape[-1]:
@@ -260,8 +261,11 @@ class StepReader:
                 features = devices.send(features, device)
                 feature_mean = None if feature_mean is None else devices.send(feature_mean, device)
         with full_precision(update.grad):
-            values, self.memory = step_statistics(update, features, feature_mean, self.memory, step)
-        return values
+            if devices.on_host(update.grad):
+                values, self.memory = step_statistics(update, features, feature_mean, self.memory, step)
+                return values, None
+            late, self.memory = late_step(update, features, feature_mean, self.memory, step)
+            return {}, late
 
     def add_probe(self, values: dict[str, Tensor], step: int) -> None:
         """Add the displacement of the probe batch's margins to ``values``, if there is a probe batch."""
@@ -299,14 +303,14 @@ class StepReader:
     def read_state(self, state: Mapping[str, Any], device: torch.device) -> ReaderState:
         """Return what :meth:`state_dict` returned, for :meth:`apply_state`; change nothing.
 
-        ``device``: where the head's rows are.  Raises ValueError, and other errors, for a wrong state.
+        ``device``: where the sampled coordinates are.  Raises ValueError, and others, for a wrong state.
         """
         saved = decode(_Saved, dict(state))
         kind = None
         if saved["loss_kind"] is not None:
             dtypes = [getattr(torch, name) for name in saved.get("loss_kind_dtypes") or ["float32"] * 4]
             numbers = zip(saved["loss_kind"], dtypes, strict=True)
-            known = [torch.tensor(x, dtype=dtype, device=device) for x, dtype in numbers]
+            known = [torch.tensor(x, dtype=dtype, device="cpu") for x, dtype in numbers]
             slope = torch.full_like(known[-1], saved.get("logit_scale", 1.0))
             mismatch = torch.full_like(known[-1], saved.get("mismatch", 0.0))
             uneven = torch.full_like(known[-1], saved.get("uneven", 0.0))
@@ -325,8 +329,7 @@ class StepReader:
     def apply_state(self, state: ReaderState) -> None:
         """Continue from a state that :meth:`read_state` returned."""
         rows = self.rows
-        rows.earlier_classes = state.classes
-        rows.absorbed_classes = None  # if the run went back, earlier_classes already contains them
+        rows.absorbed = dict(state.classes)
         rows.loss_kind, rows.single_output, self.memory = state.loss_kind, state.single_output, state.memory
         rows.facts, rows.look_again = state.facts, state.look_again
         if self._probe_batch is not None and state.probe is not None:
@@ -338,6 +341,7 @@ class StepReader:
         Returns the head's weight if this process holds all of it, else None."""
         self._look_at(losses)
         self.finish_rows()
+        message.failed = self.failed
         exchange.add_rows(message, self.rows)
         values: dict[str, Tensor] = {}
         weight = None
@@ -365,7 +369,10 @@ class StepReader:
                 with full_precision(update.grad):
                     values |= self._row_match(step)
             else:
-                values |= exchange.whole(self.statistics(update, None, step))
+                measured, late = self.statistics(update, None, step)
+                values |= exchange.whole(measured)
+                if late is not None:
+                    exchange.add_late_step(message, late)
         exchange.add_values(message, values)
         with full_precision(None if update is None else update.grad):
             exchange.add_step(message, update, step)

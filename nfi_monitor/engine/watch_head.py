@@ -97,8 +97,9 @@ def _forget_rows(run: Run) -> None:
     """Forget the rows of another head, or of other logits."""
     run.probe.restart()
     run.step_reader.forget_rows()
-    if run.rows.sums is not None:  # measured already; else the facts are those of a resumed run
-        run.rows.loss_kind = run.rows.absorbed_classes = run.rows.single_output = None
+    if run.rows.measured:  # already; else the facts are those of a resumed run
+        run.rows.loss_kind = run.rows.single_output = None
+        run.rows.absorbed = {}
     run.rows.clear(run.step + 1)
 
 

@@ -12,15 +12,16 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.head_probe import Rows
 from nfi_monitor.capture.sharding import ClassShard
 from nfi_monitor.measure import global_means
+from nfi_monitor.measure.late.packing import Late
+from nfi_monitor.measure.late.rows import KnownLoss, absorbed_classes, late_rows
 from nfi_monitor.measure.native_rows import row_statistics
 from nfi_monitor.measure.rows import (
     MISMATCH,
     OTHER_LOSS,
     LossKind,
     RowStatistics,
-    of_recomputed,
+    corrected,
     single_output_statistics,
-    without_mean_logit,
 )
 from nfi_monitor.measure.sharded.rows import ShardRows, shard_rows
 
@@ -63,38 +64,52 @@ class Facts(NamedTuple):
 class RowAccumulator:
     """Merge the row statistics of micro-batches.
 
-    ``absorbed_classes`` [K] counts absorbed rows by class over the whole run.  ``devices`` are those on which
-    rows were seen.  Only rows on the first of them are merged, until a step has rows on another one alone.
+    ``absorbed`` counts absorbed rows by class over the whole run.  ``devices`` are those on which rows were
+    seen.  Only rows on the first of them are merged, until a step has rows on another one alone.
     """
 
     def __init__(self) -> None:
         self.devices: list[torch.device] = []
-        self.absorbed_classes: Tensor | None = None
-        self.earlier_classes: dict[int, float] = {}  # counts from before a resume
+        self.absorbed: dict[int, float] = {}
         self.single_output: bool | None = None
-        self.loss_kind: LossKind | None = None
+        self._known = KnownLoss()
         self.sums: Tensor | None = None
         self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
         self.facts: Facts | None = None
         self.look_again = False
+        self.late: list[Late[RowStatistics]] = []  # rows whose statistics the host makes later
         self._elsewhere: torch.device | None = None  # where this step had rows that were not merged
         self.clear(1)
 
     def clear(self, step: int) -> None:
         """Start optimizer step ``step`` (counted from 1)."""
-        if self._elsewhere is not None and self.sums is None and not self.shards:
+        if self._elsewhere is not None and not self.measured and not self.shards:
             self.devices = [self._elsewhere]  # the model was moved, or the first pass was a foreign one
-            if self.absorbed_classes is not None:
-                self.absorbed_classes = devices.send(self.absorbed_classes, self._elsewhere)
         self._elsewhere = None
         self._step, self._kind_before = step, self.loss_kind
         self.sums = None
         self.maxima: Tensor | None = None
-        self.shards = []
+        self.shards, self.late = [], []
         self.shard: ClassShard | None = None
         self.features: Tensor | None = None
         self._feature_sum: Tensor | None = None
         self._feature_count: Tensor | None = None
+
+    @property
+    def loss_kind(self) -> LossKind | None:
+        """The facts about the loss, on the host; on an accelerator, up to the last look that has arrived."""
+        return self._known.kind
+
+    @loss_kind.setter
+    def loss_kind(self, kind: LossKind | None) -> None:
+        if kind is None or kind is not self._known.kind:
+            self._known = KnownLoss()  # rows on their way add what they show to the old one
+            self._known.kind = kind
+
+    @property
+    def measured(self) -> bool:
+        """Whether rows of this step were measured whole."""
+        return self.sums is not None or bool(self.late)
 
     def look_ahead(self, waiting: Sequence[Rows]) -> None:
         """Learn the kind of loss from all passes of the first step, before the first of them is measured.
@@ -103,11 +118,8 @@ class RowAccumulator:
         """
         kind = None
         for rows in waiting:
-            if (
-                rows.shard is None
-                and rows.logits.shape[-1] > 1
-                and rows.grad.device == waiting[0].grad.device
-            ):
+            # On an accelerator, the kind of loss is known some steps later in any case.
+            if rows.shard is None and rows.logits.shape[-1] > 1 and devices.on_host(rows.grad):
                 kind = row_statistics(rows.grad, rows.logits, rows.total, kind).loss_kind
         self.loss_kind = kind
 
@@ -142,16 +154,15 @@ class RowAccumulator:
         if rows.shard is not None:
             self._add_shard(rows, rows.shard)
             return
-        look, kind = looks(self._step) or self.look_again, self.loss_kind
-        if kind is not None and any(known.device != device for known in kind):  # from a resumed run
-            kind = LossKind(*(devices.send(known, device) for known in kind))
-        statistics = row_statistics(rows.grad, rows.logits, rows.total, kind, look=look)
+        look = looks(self._step) or self.look_again
+        if not devices.on_host(rows.grad) and len(rows.grad):
+            late, counts = late_rows(rows, self._known, look=look)
+            self.late.append(late)
+            self._add_features(rows, counts)
+            return
+        statistics = row_statistics(rows.grad, rows.logits, rows.total, self.loss_kind, look=look)
         self.loss_kind = statistics.loss_kind
-        if rows.normalized:
-            statistics = without_mean_logit(statistics)
-        if rows.recomputed is not None:
-            statistics = of_recomputed(statistics, len(rows.grad), rows.recomputed)
-        self._merge(rows, statistics)
+        self._merge(rows, corrected(statistics, rows.normalized, len(rows.grad), rows.recomputed))
 
     def _add_shard(self, rows: Rows, shard: ClassShard) -> None:
         look = looks(self._step) or self.loss_kind is None
@@ -164,8 +175,12 @@ class RowAccumulator:
     def learn(self, loss_kind: LossKind, absorbed: Mapping[int, int]) -> None:
         """Keep the facts from the joined rows of all ranks: kind of loss, absorbed rows by class."""
         self.loss_kind = loss_kind
+        self.count_absorbed(absorbed)
+
+    def count_absorbed(self, absorbed: Mapping[int, int]) -> None:
+        """Add absorbed rows by class."""
         for index, count in absorbed.items():
-            self.earlier_classes[index] = self.earlier_classes.get(index, 0.0) + count
+            self.absorbed[index] = self.absorbed.get(index, 0.0) + count
 
     def _merge(self, rows: Rows, statistics: RowStatistics) -> None:
         if self.sums is None or self.maxima is None:
@@ -173,17 +188,7 @@ class RowAccumulator:
         else:
             self.sums = self.sums + statistics.sums
             self.maxima = torch.maximum(self.maxima, statistics.maxima)
-        if statistics.winner is not None and statistics.absorbed is not None:
-            counts, classes = self.absorbed_classes, rows.logits.shape[-1]
-            if counts is None or len(counts) < classes:
-                # On an accelerator, an index beyond the end kills the training; no try block can stop that.
-                wider = torch.zeros(classes, dtype=torch.int64, device=rows.logits.device)
-                if counts is not None:
-                    wider[: len(counts)] = counts
-                counts = self.absorbed_classes = wider
-            absorbed = statistics.absorbed
-            if not devices.on_host(absorbed) or absorbed.any():  # usually none is, and the host knows that
-                counts.index_add_(0, statistics.winner, absorbed.long())
+        self.count_absorbed(absorbed_classes(statistics))
         self._add_features(rows, statistics.counts)
 
     def _add_features(self, rows: Rows, counts: Tensor) -> None:
@@ -215,10 +220,5 @@ class RowAccumulator:
         return None if total is None else total[0] / total[1]
 
     def most_absorbed(self, limit: int | None) -> list[tuple[int, float]]:
-        """Return (class, absorbed rows), largest count first. Reads from the device: not for a hot path."""
-        counts = dict(self.earlier_classes)
-        if self.absorbed_classes is not None:
-            for index, count in enumerate(self.absorbed_classes.tolist()):
-                if count > 0:
-                    counts[index] = counts.get(index, 0.0) + count
-        return sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:limit]
+        """Return (class, absorbed rows), largest count first."""
+        return sorted(self.absorbed.items(), key=lambda item: (-item[1], item[0]))[:limit]

@@ -39,7 +39,7 @@ def row_values(rows: RowView, declared: dict[str, PerRow]) -> list[Tensor]:
     return [value if value.dtype is dtype else value.to(dtype) for value in values]
 
 
-def step_values(step: StepView) -> dict[str, Tensor]:
-    """Evaluate each per-step declaration → scalar tensors by name, without what cannot be measured."""
-    values = {name: function(path)(step) for name, path in OF_STEP.items()}
+def step_values(step: StepView, of: dict[str, str] = OF_STEP) -> dict[str, Tensor]:
+    """Evaluate per-step declarations → scalar tensors by name, without what cannot be measured."""
+    values = {name: function(path)(step) for name, path in of.items()}
     return {name: value for name, value in values.items() if value is not None}

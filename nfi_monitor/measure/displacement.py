@@ -6,6 +6,8 @@ does not depend on it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,38 @@ def logit_displacement(
         delta += (bias_update - bias_update.mean() if several else bias_update).unsqueeze(-1)
     lowest, highest = delta.aminmax()
     return torch.maximum(highest, -lowest), torch.linalg.vector_norm(delta) / max(delta.numel(), 1) ** 0.5
+
+
+def logit_moments(weight_update: Tensor, bias_update: Tensor | None, features: Tensor) -> dict[str, Tensor]:
+    """Return moments over the classes of each row, [n] each, for :func:`of_logit_moments`.
+
+    Three kernels. The arguments are those of :func:`logit_displacement`.
+    """
+    if bias_update is None:
+        delta = weight_update @ features.mT
+    else:
+        delta = torch.addmm(bias_update.unsqueeze(-1), weight_update, features.mT)
+    delta = delta if delta.dtype is torch.float64 else delta.float()
+    variances, means = torch.var_mean(delta, 0, correction=0)
+    lowest, highest = delta.aminmax(dim=0)
+    return {
+        "logit_variances": variances,
+        "logit_means": means,
+        "lowest_logits": lowest,
+        "highest_logits": highest,
+    }
+
+
+def of_logit_moments(moments: Mapping[str, Tensor], *, several: bool) -> dict[str, Tensor]:
+    """Return logit_displacement and logit_displacement_rms from :func:`logit_moments`.
+
+    ``several``: whether the head has several outputs, and so a common shift.
+    """
+    means, squares = moments["logit_means"], moments["logit_variances"]
+    if not several:
+        means, squares = torch.zeros_like(means), squares + means.square()
+    largest = torch.maximum(moments["highest_logits"] - means, means - moments["lowest_logits"]).amax()
+    return {"logit_displacement": largest, "logit_displacement_rms": squares.mean().sqrt()}
 
 
 def probe_margins(logits: Tensor, targets: Tensor) -> Tensor:

@@ -19,14 +19,15 @@ def classifier_mean(weight: Tensor) -> Tensor:
 
 
 def feature_sum(features: Tensor, counts: Tensor) -> Tensor:
-    """Sum the features of the rows that count. ``features`` [N, d], ``counts`` [N] of 0/1 → [d].
+    """Sum the features of the rows that count. ``features`` [N, d], ``counts`` [N] of 0/1 or bool → [d].
 
     A sum and not a mean, because sums of micro-batches can be added.  Reads ``counts`` on the host where they
     are there already.
     """
     if devices.on_host(counts) and counts.all():
         return features.sum(0)  # the usual case: no copy is needed
-    kept = torch.where(counts.unsqueeze(-1) > 0, features, 0.0)
+    counted = counts if counts.dtype is torch.bool else counts > 0
+    kept = torch.where(counted.unsqueeze(-1), features, 0.0)
     return kept.sum(0)  # not counts @ features: 0 · NaN is NaN
 
 

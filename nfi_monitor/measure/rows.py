@@ -102,20 +102,31 @@ def row_statistics(
     if look:
         loss_kind = _with_slope(grad, logits, loss_kind)
     view, kinds = _view(grad, logits, rows, loss_kind)
-
-    # A row with NaN must not turn the means of all others into NaN: ``where`` drops it. It is counted apart.
-    zero = torch.zeros((), dtype=dtype, device=grad.device)
-    masks = torch.stack(kinds)
+    seldom = None
     if look:
-        loss_kind, seldom = _look(view, loss_kind, zero)
-    else:
-        seldom = torch.full((len(LOOK_SUMS),), torch.nan, dtype=dtype, device=grad.device)
+        loss_kind, seldom = _look(view, loss_kind, torch.zeros((), dtype=dtype, device=grad.device))
+    return sum_rows(view, kinds, loss_kind, seldom, rows)
+
+
+def sum_rows(
+    view: RowView, kinds: RowKinds, loss_kind: LossKind, seldom: Tensor | None, rows: int
+) -> RowStatistics:
+    """Return the statistics of rows whose kinds are known. ``seldom``: the ``LOOK_SUMS``; None: did not look.
+
+    ``rows``: of the whole batch.
+    """
+    dtype, device = view.absolute.dtype, view.absolute.device
+    # A row with NaN must not turn the means of all others into NaN: ``where`` drops it. It is counted apart.
+    zero = torch.zeros((), dtype=dtype, device=device)
+    masks = torch.stack(kinds)
+    if seldom is None:
+        seldom = torch.full((len(LOOK_SUMS),), torch.nan, dtype=dtype, device=device)
     of_live = [view.violation, view.signed, view.absolute, *declared.row_values(view, declared.OVER_LIVE)]
     of_counted = declared.row_values(view, declared.OVER_COUNTED)
     counted = view.counts.to(dtype)
     total = counted.sum()
     median = torch.where(view.counts, view.margin, torch.nan).nanmedian().nan_to_num(0.0)
-    of_batch = [torch.full_like(total, float(n)) for n in (rows, len(grad))]
+    of_batch = [torch.full_like(total, float(n)) for n in (rows, len(view.absolute))]
     sums = torch.cat(
         [
             masks.sum(-1, dtype=dtype),
@@ -266,22 +277,30 @@ def unexplained_rows(
     return kind, (view.live & strange, view.live & contradicted, view.live & unsure)
 
 
-def of_recomputed(statistics: RowStatistics, rows: int, valid: Tensor) -> RowStatistics:
-    """Return the statistics of ``rows`` recomputed rows; of none if not ``valid``, bool, 0-d."""
+def corrected(
+    statistics: RowStatistics, normalized: bool, rows: int, recomputed: Tensor | None
+) -> RowStatistics:
+    """Return the statistics without what the rows do not show.
+
+    Args:
+        statistics: of the rows as they were given.
+        normalized: whether the logits are log-probabilities, which do not show the mean logit.
+        rows: number of these rows.
+        recomputed: for recomputed rows, whether they are the run's, bool, 0-d. If not, none of them counts.
+    """
+    if not normalized and recomputed is None:
+        return statistics
     sums, zero = statistics.sums.clone(), torch.zeros_like(statistics.sums[0])
+    if normalized:
+        sums[SUMS.index("mean_logit")] = torch.nan
+    if recomputed is None:
+        return statistics._replace(sums=sums)
     sums[SUMS.index("recomputed")] = rows
     return statistics._replace(
-        sums=torch.where(valid, sums, zero),
-        maxima=torch.where(valid, statistics.maxima, -torch.inf),
-        counts=torch.where(valid, statistics.counts, zero),
+        sums=torch.where(recomputed, sums, zero),
+        maxima=torch.where(recomputed, statistics.maxima, -torch.inf),
+        counts=torch.where(recomputed, statistics.counts, zero),
     )
-
-
-def without_mean_logit(statistics: RowStatistics) -> RowStatistics:
-    """Return the statistics of log-probabilities, which do not show the mean logit."""
-    sums = statistics.sums.clone()
-    sums[SUMS.index("mean_logit")] = torch.nan
-    return statistics._replace(sums=sums)
 
 
 def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStatistics:

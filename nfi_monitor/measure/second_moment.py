@@ -27,9 +27,14 @@ def rms_t(grad: Tensor, root_exp_avg_sq: Tensor, eps: Tensor | float, sample: Co
     return (sample.per_tensor(ratio * ratio) / sample.counts).sqrt()
 
 
-def median(values: Tensor, most: int = 4096) -> Tensor:
-    """Return the median of at most ``most`` evenly spaced entries, [C] → scalar; of all, it would be slow."""
-    return values[:: -(-len(values) // most)].median() if len(values) > most else values.median()
+def few(values: Tensor, most: int = 4096) -> Tensor:
+    """Return a view of at most ``most`` evenly spaced entries of [C]."""
+    return values[:: -(-len(values) // most)] if len(values) > most else values
+
+
+def median(values: Tensor) -> Tensor:
+    """Return the median of a few entries (:func:`few`), [C] → scalar; of all, it would be slow."""
+    return few(values).median()
 
 
 def effective_learning_rate(lr: Tensor | float, median_root: Tensor, eps: Tensor | float) -> Tensor:

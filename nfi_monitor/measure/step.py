@@ -136,22 +136,33 @@ def mean_statistics(
     before, or None.
     """
     values: dict[str, Tensor] = {}
+    classifier_mean = None
     if head_weight is not None:
         several = head_weight.shape[0] > 1
         classifier_mean = global_means.classifier_mean(head_weight) if several else None
-        if classifier_mean is not None:
-            values["classifier_mean_norm"] = torch.linalg.vector_norm(classifier_mean)
-        if feature_mean is not None and len(feature_mean) == head_weight.shape[1]:
-            if classifier_mean is not None:
-                values["mean_alignment"] = global_means.cosine(
-                    classifier_mean, feature_mean.to(classifier_mean.dtype)
-                )
-            if previous_mean is not None and previous_mean.shape == feature_mean.shape:
-                values["feature_displacement"] = displacement.feature_displacement(
-                    head_weight, classifier_mean, feature_mean - previous_mean
-                )
+        shape = head_weight.shape[1:]
+        if (
+            feature_mean is not None
+            and previous_mean is not None
+            and previous_mean.shape == feature_mean.shape == shape
+        ):
+            values["feature_displacement"] = displacement.feature_displacement(
+                head_weight, classifier_mean, feature_mean - previous_mean
+            )
+    return values | norms_of_means(classifier_mean, feature_mean)
+
+
+def norms_of_means(classifier_mean: Tensor | None, feature_mean: Tensor | None) -> dict[str, Tensor]:
+    """Measure W_G [d] and μ_G [d] alone, as scalar tensors by name; None: not known."""
+    values: dict[str, Tensor] = {}
+    if classifier_mean is not None:
+        values["classifier_mean_norm"] = torch.linalg.vector_norm(classifier_mean)
     if feature_mean is not None:
         values["feature_mean_norm"] = torch.linalg.vector_norm(feature_mean)
+    if classifier_mean is not None and feature_mean is not None and len(feature_mean) == len(classifier_mean):
+        values["mean_alignment"] = global_means.cosine(
+            classifier_mean, feature_mean.to(classifier_mean.dtype)
+        )
     return values
 
 

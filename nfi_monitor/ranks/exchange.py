@@ -28,6 +28,8 @@ from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.update import Update
 from nfi_monitor.measure.accumulator import RowAccumulator, looks
+from nfi_monitor.measure.late.head import late_head
+from nfi_monitor.measure.late.packing import Late
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.rows import MAXIMA, LossKind, finish
 from nfi_monitor.measure.sharded.rows import HEADER, SHOWN, JoinedRows, join_shards, pack_shards
@@ -56,6 +58,7 @@ from nfi_monitor.ranks.layout import (
     Packed,
 )
 from nfi_monitor.ranks.reduced import Reduced, finish_losses, finish_values, indices
+from nfi_monitor.ranks.row_totals import add_rows
 from nfi_monitor.ranks.shape import Shape, Shares, survey
 from nfi_monitor.ranks.team import Team
 
@@ -132,11 +135,7 @@ class Exchange:
     def add_rows(self, message: Message, rows: RowAccumulator) -> None:
         """Add row statistics and features of this rank's micro-batches, if it has seen any."""
         share = self._shares.rows
-        if rows.sums is not None and rows.maxima is not None:
-            message.add("rows", rows.sums if share == 1 else rows.sums * share)
-            message.own(len(FLAGS), rows.maxima)
-            message.own(FLAGS.index("wide_rows"), float(rows.sums.dtype is torch.float64))
-            message.own(FLAGS.index("single_output"), float(bool(rows.single_output)))
+        add_rows(message, rows, share)
         if rows.shards and rows.shard is not None:
             shard = rows.shard
             sent = pack_shards(rows.shards, shard.first, shard.classes, shard.group, self.shape.row_slots)
@@ -160,6 +159,10 @@ class Exchange:
         elif self.shape.probe_rows and self.team.index == 0:
             message.add("probe_rows", features[: self.shape.probe_rows])
 
+    def add_late_step(self, message: Message, late: Late[dict[str, float]]) -> None:
+        """Add the step quantities that the host makes of a few tensors, once it has them."""
+        message.defer(late, lambda message, values: self.add_values(message, self.whole(values)))
+
     def add_values(self, message: Message, values: Mapping[str, Tensor | float]) -> None:
         """Add quantities that every rank can compute alone."""
         for name, value in values.items():
@@ -169,7 +172,7 @@ class Exchange:
                 message.add("means", value, MEANS.index(name))
                 message.add("mean_counts", 1.0, MEANS.index(name))
 
-    def whole(self, values: dict[str, Tensor | float]) -> dict[str, Tensor | float]:
+    def whole(self, values: Mapping[str, Tensor | float]) -> Mapping[str, Tensor | float]:
         """Return the quantities that this rank can compute alone; with sharded layers, those of the head."""
         if not self.shape.sharded:
             return values
@@ -199,15 +202,12 @@ class Exchange:
             for name in HEAD_RANKS:
                 message.add("head", 1.0, HEAD_SUMS.index(name))
             return
-        if not self.shape.head_sharded:  # every rank has the rest of the head whole
-            update = replace(update, head_weight_grad=None, head_bias_grad=None, head_weight_update=None)
         moved, known = self._moved_mean(), self._probe_rows
         widths = (self.shape.features, self.shape.columns, self.shape.probe_rows)
-        parts = head_parts(update, self._shares.head, widths, known, moved)
-        for name in ("classifier", "columns", "displaced"):
-            message.add(name, getattr(parts, name))
-        message.add("head", parts.sums)
-        message.own(len(LINE), parts.extremes)
+        if not self.shape.head_sharded:  # every rank has the rest of the head whole
+            message.defer(late_head(update.head_weight, self._shares.head, widths, moved), _add_head)
+        else:
+            _add_head(message, head_parts(update, self._shares.head, widths, known, moved))
 
     def _keep_mean(self, step: int, mean: Tensor | None) -> None:
         if mean is None:
@@ -249,8 +249,8 @@ class Exchange:
         self._probed.append((step, rows, self._moved_mean() is not None))
         if head_weight is not None:
             packed.numbers.append((self._layout.at("whole_heads"), 1.0))
-        label = (step, packed.places, packed.numbers, None if self.shape.late else head_weight)
-        self._transfer.put(label, packed.tensor)
+        without_tensor = packed._replace(tensor=torch.empty(0, device="cpu"))
+        self._transfer.put((step, without_tensor, None if self.shape.late else head_weight), packed.tensor)
 
     # --- receive -----------------------------------------------------------------------------------
 
@@ -260,14 +260,8 @@ class Exchange:
         while self._in_flight and self._in_flight[0][0] < step:
             arrived.append(self._finish(*self._in_flight.popleft()))
         for label, numbers in self._transfer.take(due=lambda label: label[0] <= step - self._lag):
-            at, places, host, head_weight = label
-            vector = torch.zeros(self._layout.size, dtype=torch.float64, device="cpu")
-            positions, known = zip(*host, strict=True)
-            vector[list(positions)] = torch.tensor(known, dtype=torch.float64, device="cpu")
-            values, start = torch.tensor(numbers, dtype=torch.float64, device="cpu"), 0
-            for position, length in places:
-                vector[position : position + length] = values[start : start + length]
-                start += length
+            at, packed, head_weight = label
+            vector = packed.unpack(self._layout, self.team.index, numbers)
             self._in_flight.append((at, self.team.add_up(vector), head_weight))
         if not self._lag:
             while self._in_flight:
@@ -391,3 +385,10 @@ class Exchange:
         )
         outputs, world = self.shape.outputs, self.team.world
         return finish_head(parts, outputs, world, mean, probed, moved=moved, tied=self.shape.tied)
+
+
+def _add_head(message: Message, parts: HeadParts) -> None:
+    for name in ("classifier", "columns", "displaced"):
+        message.add(name, getattr(parts, name))
+    message.add("head", parts.sums)
+    message.own(len(LINE), parts.extremes)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from nfi_monitor.capture import devices
+from nfi_monitor.measure.late.packing import Failed, Late, Outline
 from nfi_monitor.measure.rows import MAXIMA, SUMS
 from nfi_monitor.measure.sharded.rows import FIELDS, HEADER
 from nfi_monitor.measure.sharded.step import HEAD_SUMS, STEP_SUMS, TENSOR_SUMS
@@ -16,6 +18,7 @@ from nfi_monitor.measure.step import SKIPPED
 from nfi_monitor.quantities import QUANTITIES, Merge, merged_by
 from nfi_monitor.ranks.shape import Shape
 
+T = TypeVar("T")
 FLAGS = ("step", "left", "failed", "single_output", "wide_rows", "wide_loss")
 """Numbers in a rank's line: the step; then flags (1 or 0): the monitor leaves, a part of it failed, the head
 has one output, rows are float64, losses are float64."""
@@ -81,6 +84,8 @@ class Message:
         self._layout = layout
         self._own = layout.at("lines") + index * layout.line
         self.tensors: list[tuple[int, Tensor]] = []
+        self.failed: Failed = lambda part, error: None  # gets errors on the host
+        self.late: list[tuple[Late[Any], Callable[[Message, Any], None]]] = []
         self.numbers: list[tuple[int, float]] = [
             (self._own + place, -math.inf) for place in range(len(FLAGS), layout.line)
         ]
@@ -94,20 +99,59 @@ class Message:
 
     def _put(self, position: int, value: Tensor | float) -> None:
         if isinstance(value, Tensor):
-            self.tensors.append((position, value.detach().reshape(-1).double()))
+            self.tensors.append((position, value.detach().reshape(-1)))
         else:
             self.numbers.append((position, float(value)))
+
+    def vector(self) -> Tensor:
+        """Return the whole vector, float64. Everything is on the host by now."""
+        whole = torch.zeros(self._layout.size, dtype=torch.float64, device="cpu")
+        positions, known = zip(*self.numbers, strict=True)
+        whole[list(positions)] = torch.tensor(known, dtype=torch.float64, device="cpu")
+        lines = self._layout.at("lines")
+        for position, tensor in self.tensors:
+            part = whole[position : position + len(tensor)]
+            part.copy_(torch.maximum(part, tensor) if position >= lines else part + tensor)
+        return whole
+
+    def defer(self, late: Late[T], add: Callable[[Message, T], None]) -> None:
+        """Send tensors; once they are on the host, call ``add`` with a message and what they become."""
+        self.late.append((late, add))
 
     def pack(self) -> Packed:
         """Return all tensors in one vector, with the position of each."""
         places = [(position, tensor.numel()) for position, tensor in self.tensors]
-        parts = devices.together([tensor for _, tensor in self.tensors])
-        return Packed(torch.cat(parts) if parts else torch.empty(0), places, self.numbers)
+        parts = [tensor for _, tensor in self.tensors]
+        parts += [part for late, _ in self.late for part in late.flat]
+        parts = devices.together(parts)
+        rest = [(late.outline(), add) for late, add in self.late]
+        return Packed(torch.cat(parts) if parts else torch.empty(0), places, self.numbers, rest, self.failed)
 
 
 class Packed(NamedTuple):
-    """``tensor`` [Σ lengths], ``places`` (position, length) of its parts, ``numbers`` (position, value)."""
+    """One rank's part of the vector, to be copied to the host.
+
+    ``tensor`` [Σ lengths], ``places`` (position, length) of its parts, ``numbers`` (position, value).
+    ``late``: what the end of ``tensor`` becomes on the host, and how that is added to a message.
+    """
 
     tensor: Tensor
     places: list[tuple[int, int]]
     numbers: list[tuple[int, float]]
+    late: list[tuple[Outline[Any], Callable[[Message, Any], None]]]
+    failed: Failed
+
+    def unpack(self, layout: Layout, index: int, arrived: Tensor) -> Tensor:
+        """Return the whole vector, float64, of the rank ``index``. ``arrived``: ``tensor``, on the host."""
+        message = Message(layout, index)
+        message.numbers += self.numbers
+        for position, length in self.places:
+            message.tensors.append((position, arrived[:length].double()))
+            arrived = arrived[length:]
+        for outline, add in self.late:
+            found, arrived = outline.read(arrived, self.failed)
+            if found is None:
+                message.own(FLAGS.index("failed"), 1.0)
+            else:
+                add(message, found)
+        return message.vector()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nfi_monitor.capture import devices
 from nfi_monitor.capture.foreign_optimizer import ForeignOptimizer
 from nfi_monitor.capture.second_moment import states as parameter_states
 from nfi_monitor.capture.unwrap import unwrap
@@ -139,15 +140,9 @@ class _Pinned:
         tensor = tensor.detach()
         if tensor.device.type == "cpu":
             return tensor.clone()
-        if tensor.device.type != "cuda":
-            return tensor.cpu()
-        self._device = tensor.device
-        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
+        host, device = devices.copy_late(tensor)
+        self._device = device or self._device
+        return host
 
     def event(self) -> Any:
-        if self._device is None:
-            return None
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(self._device))
-        return event
+        return None if self._device is None else devices.event(self._device)

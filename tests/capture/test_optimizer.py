@@ -127,7 +127,8 @@ def test_the_outbox_keeps_the_order_of_what_was_put() -> None:
     outbox = HostTransfer()
     for label in range(3):
         outbox.put(label, torch.full((2,), float(label)))
-    assert outbox.take() == [(0, [0.0, 0.0]), (1, [1.0, 1.0]), (2, [2.0, 2.0])]
+    taken = [(label, numbers.tolist()) for label, numbers in outbox.take()]
+    assert taken == [(0, [0.0, 0.0]), (1, [1.0, 1.0]), (2, [2.0, 2.0])]
     assert outbox.take(everything=True) == []
 
 

@@ -64,6 +64,10 @@ def test_the_outbox_leaves_what_is_not_due_where_it_is() -> None:
     outbox = HostTransfer()
     for step in range(4):
         outbox.put(step, torch.tensor([float(step)]))
-    assert outbox.take(due=lambda step: step <= 1) == [(0, [0.0]), (1, [1.0])]
-    assert outbox.take(due=lambda step: step <= 1) == []
-    assert outbox.take() == [(2, [2.0]), (3, [3.0])]
+
+    def taken(**how: Any) -> list[tuple[int, list[float]]]:
+        return [(label, numbers.tolist()) for label, numbers in outbox.take(**how)]
+
+    assert taken(due=lambda step: step <= 1) == [(0, [0.0]), (1, [1.0])]
+    assert taken(due=lambda step: step <= 1) == []
+    assert taken() == [(2, [2.0]), (3, [3.0])]

@@ -184,8 +184,9 @@ the phase; earlier alerts are in `alerts.jsonl`. The tab lists the last 5,000 al
   remedies that a user applies: these raise where they are called.
 - **Waiting.** A rank whose part in an exchange fails costs the others one wait, of 120 seconds at most. Where
   numbers come late, on accelerators, it is half an hour at most.
-- **Accelerators.** No row of the table ran on one. A CPU only imitates late numbers, and DataParallel's
-  replicas on several devices, of which the monitor reads those on one device.
+- **Accelerators.** No row of the table ran on one. `tests/played/` plays one on the host's memory: kernels
+  are counted, waiting is recorded, copies arrive late. DataParallel's replicas on several devices, of which
+  the monitor reads those on one device, are only imitated.
 - **The build.** The packages that pip downloads to build this package (setuptools) are not pinned by hash.
   torch is pinned by version, not by hash: its build depends on the machine.
 - **Checkpoints of many processes.** Such a checkpoint does not hold the values that the next step of *all*
