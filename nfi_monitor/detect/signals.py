@@ -294,10 +294,7 @@ class Signals(Stateful):
         return {"second_moment_decay": self.decay}
 
     def restart(self) -> None:
-        """Reset the decay, and the vanished gradient before it, when a slingshot begins.
-
-        From then on, the maximum of sqrt(v̂) is that of the slingshot's gradients.
-        """
+        """Reset decay and vanished gradient when a slingshot begins; its gradients make the new maximum."""
         self.root_max = 0.0
         self.decay = self.decay_lowest = NAN
         self.gone_at = -math.inf
