@@ -8,21 +8,23 @@ from nfi_monitor.detect.rules.numeric import Imminent
 from nfi_monitor.detect.situation import Situation
 
 
-def growth_to_imminent(now: Situation) -> float:
+def growth_to_imminent(now: Situation, *, usual: bool = False) -> float:
     """Return the nats by which δ, or the movement of the layers below, must grow to reach *imminent*.
 
     0 where it is there; ∞ where neither was measured.  If δ grows, so does its rise, and the level falls with
     the square of the rise (``displacement_level``).  So a factor g of growth counts three times there.
+    ``usual``: to the usual levels, not to those that earlier alarms have raised.
     """
-    return max(min(_of_displacement(now), _of_swing(now)), 0.0)
+    height = 1.0 if usual else now.level_of(Imminent.name)
+    return max(min(_of_displacement(now, height), _of_swing(now, height)), 0.0)
 
 
-def _of_displacement(now: Situation) -> float:
+def _of_displacement(now: Situation, height: float) -> float:
     signals, limits = now.signals, now.limits
     delta, rise = signals.displacement, signals.displacement_rise
     if not (delta > 0 and rise > 0):
         return math.inf
-    height = signals.rate_rise * now.level_of(Imminent.name)
+    height *= signals.rate_rise
     added_up = delta * now.displacement_steps ** (0.5 if signals.other_rows else 1.0)
     risen = max(
         math.log(limits.imminent_rise / rise),
@@ -32,8 +34,8 @@ def _of_displacement(now: Situation) -> float:
     return min(math.log(limits.imminent_displacement * height / delta), risen)
 
 
-def _of_swing(now: Situation) -> float:
-    signals, limits, height = now.signals, now.limits, now.level_of(Imminent.name)
+def _of_swing(now: Situation, height: float) -> float:
+    signals, limits = now.signals, now.limits
     if not (signals.swing > 0 and signals.swell > 0):
         return math.inf
     swing, swell = height * limits.imminent_exit, height * limits.imminent_swell

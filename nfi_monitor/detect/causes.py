@@ -8,6 +8,7 @@ decides alone.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -36,13 +37,16 @@ LEARNED = 2.0
 Until then bias correction makes it an average over all gradients so far.  Holding it there averted no
 slingshot (0 of 3 replayed)."""
 __all__ = [
-    "FORGOTTEN", "JUMP", "LEARNED", "NUMERIC_ABOVE", "NUMERIC_BELOW", "UNMOVED", "Causes", "Outside",
+    "FAR", "FORGOTTEN", "JUMP", "LEARNED", "NUMERIC_ABOVE", "NUMERIC_BELOW", "UNMOVED", "Causes", "Outside",
 ]  # fmt: skip
 
 UNMOVED = 1.5
 """Largest ratio of an ordinary update's RMS to its own average.
 
 If the loss rises after such an update, the weights did not cause the rise."""
+
+FAR = 0.8
+"""Least growth of the updates to *imminent*, in nats, from which no numeric slingshot comes at once."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Causes:
     learning_rate_jump: float  # ratio of the learning rate to its own average
     update_jump: float  # ratio of the RMS of the last update before the event to its own average
     rms_t: float  # largest RMS_t of the last few steps before the event
+    approach: float = math.nan  # nats by which updates must grow to reach *imminent* of rounding
     outside: Outside = field(default_factory=Outside)  # what came from outside before the event
 
     @property

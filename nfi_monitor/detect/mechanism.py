@@ -12,8 +12,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor._moved import left
-from nfi_monitor.detect.causes import NUMERIC_ABOVE, NUMERIC_BELOW, UNMOVED, Causes
-from nfi_monitor.detect.outside import BURST, JUMP, OutsideWatch
+from nfi_monitor.detect.causes import FAR, NUMERIC_ABOVE, NUMERIC_BELOW, UNMOVED, Causes
+from nfi_monitor.detect.outside import BURST, JUMP, LEAP, OutsideWatch
 from nfi_monitor.detect.rules import RULES
 from nfi_monitor.detect.smoothing import Hysteresis
 from nfi_monitor.types import Mechanism
@@ -58,6 +58,8 @@ def outside_cause(causes: Causes) -> float:
         return 0.85
     if outside.corrupt_gradient:
         return 0.85
+    if _comes_from_afar(causes):
+        return 0.6
     if not outside.unexplained_leap or not set(causes.on).isdisjoint(_BUILD_UPS):
         return 0.0
     if _gradient_builds_up(causes):
@@ -78,6 +80,17 @@ def raised_by_data(causes: Causes) -> bool:
     outside = causes.outside
     jumped = outside.rate_jump >= JUMP or causes.learning_rate_jump >= JUMP
     return outside_cause(causes) > 0 and not (jumped or outside.corrupt_gradient)
+
+
+def _comes_from_afar(causes: Causes) -> bool:
+    """Return whether the loss leapt in a run that absorbs, although the updates hardly moved the logits.
+
+    Before a numeric slingshot they do, and then every step is read.  So something unread came between: a
+    corrupt gradient, for example.
+    """
+    leapt = causes.outside.leap >= LEAP and set(causes.on).isdisjoint(_BUILD_UPS)
+    absorbs = causes.violation >= NUMERIC_ABOVE
+    return leapt and absorbs and FAR <= causes.approach < math.inf  # infinite: not measured
 
 
 def _gradient_builds_up(causes: Causes) -> bool:

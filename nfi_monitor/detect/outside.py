@@ -59,11 +59,12 @@ UNREAD = 3
 Many updates that move the logits one way raise the loss step by step, and so make no leap."""
 BURST = 3.0
 """Ratio of the gradient norm to its own average, at an ordinary loss, that counts as a burst."""
-CORRUPT = 500.0
+CORRUPT = 2000.0
 """Ratio from which no data of the run made the gradient.
 
-Rounding reaches 60: when a first row is no longer absorbed, its gradient comes back while the loss, made of
-absorbed rows, hardly moves.  An oscillation reaches 156 before the loss rises, a corrupt gradient 12,000."""
+Rounding reaches 60, and 516 in half precision: when a first row is no longer absorbed, its gradient comes
+back while the loss, made of absorbed rows, hardly moves.  An oscillation reaches 156 before the loss rises.
+The smallest corrupt gradient that was read had 12,700."""
 REMEMBERED = 5.5
 """Ratio from which the second moment keeps a gradient that no loss explains (see ``Outside.remembered``).
 

@@ -205,6 +205,21 @@ def test_a_gradient_that_grew_before_the_loss_leapt_is_no_bad_batch(
     assert name_mechanism(causes)[0] is named
 
 
+@pytest.mark.parametrize(("approach", "leap", "on", "named"), [
+    (1.6, 8.7, ("absorbing",), Mechanism.EXTERNAL),  # a corrupt gradient between two readings
+    (0.1, 8.7, ("absorbing",), Mechanism.NUMERICAL_FEATURE_INFLATION),
+    (1.6, 8.7, ("absorbing", "imminent"), Mechanism.NUMERICAL_FEATURE_INFLATION),
+    (1.6, math.nan, ("absorbing",), Mechanism.NUMERICAL_FEATURE_INFLATION),  # a state, and no event
+    (math.nan, 8.7, ("absorbing",), Mechanism.NUMERICAL_FEATURE_INFLATION),
+])  # fmt: skip
+def test_no_numeric_slingshot_comes_at_once_while_updates_hardly_move_the_logits(
+    approach: float, leap: float, on: tuple[str, ...], named: Mechanism
+) -> None:
+    outside = Outside(leap=leap, rise=0.01, moved=0.12)
+    causes = replace(ABSORBING, on=on, approach=approach, outside=outside)
+    assert name_mechanism(causes)[0] is named
+
+
 @pytest.mark.parametrize(("per_nat", "rise", "expected"), [
     (True, 10.8, True), (True, 4.0, False),
     (False, 10.8, False),  # the loss of a regression may rise by any number
