@@ -1,4 +1,4 @@
-"""Keep functions of the monitor out of what ``torch.compile`` traces, at no cost where nothing is compiled."""
+"""Keep functions of the monitor out of what ``torch.compile`` traces, at no cost without it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ R = TypeVar("R")
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
-    """Return ``function``, of which ``torch.compile`` traces nothing: in a compiled function, one graph break.
+    """Return ``function``, which ``torch.compile`` does not trace: a compiled function has one graph break.
 
     ``torch.compiler.disable`` does the same, but its wrapper costs some microseconds in every call.  So its
     wrapper is called only while something is traced, or code runs that torch would compile when it is called.
@@ -25,11 +25,10 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     if callback is None or skip is None:  # another version of torch
         return hidden
 
-    @wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         if torch.compiler.is_compiling() or callback() is not None:
             return hidden(*args, **kwargs)
         return function(*args, **kwargs)
 
     skip(call.__code__)
-    return call
+    return wraps(function)(call)

@@ -195,7 +195,8 @@ class StepLoop:
             return
         started = time.perf_counter()
         try:
-            self.step_reader.begin(self.wanted_step, given)
+            alone = self.membership.exchange is None
+            self.step_reader.begin(self.wanted_step, given, alone=alone)
         except Exception as error:
             self.faults.failed("optimizer", error)
         self.schedule.own_seconds += time.perf_counter() - started

@@ -26,6 +26,7 @@ from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.accumulator import RowAccumulator
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.native_step import step_statistics
+from nfi_monitor.measure.planned_steps import PlannedSteps
 from nfi_monitor.measure.row_match import row_match, row_sketch
 from nfi_monitor.measure.rows import MAXIMA, SUMS, LossKind, finish
 from nfi_monitor.measure.step import SKIPPED
@@ -104,6 +105,7 @@ class StepReader:
         self.is_off, self.failed = is_off, failed
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
+        self._planned = PlannedSteps()
         self._before: Any = None
         self._arrived: deque[Rows] = deque()  # their gradients may still grow
         self._asked: deque[Rows] = deque()  # of autograd.grad
@@ -152,10 +154,17 @@ class StepReader:
         with torch.no_grad(), full_precision(rows.grad):
             self.rows.add(rows.finished(self._loss_dtype))
 
-    def begin(self, step: int, given: Sequence[Any]) -> None:
-        """Read gradients and weights before the step. ``given``: the arguments of ``optimizer.step()``."""
+    def begin(self, step: int, given: Sequence[Any], *, alone: bool = False) -> None:
+        """Read gradients and weights before the step.
+
+        ``given``: the arguments of ``optimizer.step()``.  ``alone``: this process is read alone.
+        """
+        closure = has_closure(given)
+        if alone and not closure and self._planned.before(self.reader):
+            self._before = self._planned
+            return
         with torch.no_grad():
-            self._before = self.reader.before(step, closure=has_closure(given))
+            self._before = self.reader.before(step, closure=closure)
 
     def forget(self) -> None:
         """Drop the tensors read before the step."""
@@ -203,12 +212,18 @@ class StepReader:
 
     def _step_quantities(self, step: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         """Return the quantities of the optimizer step: those on the device, and those known on the host."""
+        if self._before is self._planned:
+            read = self._planned.after(self.rows.features, self.rows.feature_mean, self.memory, step)
+            if read is not None:
+                known, self.memory = read
+                return {}, known
+            self._before = self._planned.before_step()
         update = self.update(step)
         if update is None:
             self.memory = None
             return {}, {}
         values: dict[str, Tensor] = {}
-        known: dict[str, float] = {}
+        known = {}
         for name, value in self.statistics(update, self.rows.feature_mean, step).items():
             if isinstance(value, Tensor):
                 values[name] = value
@@ -369,6 +384,7 @@ class StepReader:
     def release(self) -> None:
         """Drop the model, the optimizer and their tensors. The row counts stay."""
         self._before = self.memory = self._probe_batch = self._sketch = None
+        self._planned.release()
         self._arrived.clear()
         self._asked.clear()
         del self.reader
