@@ -105,10 +105,10 @@ class ContextReader:
         self._context = RunContext()
 
     def read(self, head: Head | None, reader: OptimizerReader, **rest: Any) -> RunContext:
-        """Return the present settings of the optimizer for the head. ``rest``: other fields of the context."""
+        """Return the settings of the optimizer for the head. ``rest``: other fields of the context."""
         key = _settings(head, reader, rest)
         if key is None or key != self._key:
-            self._context, self._key = _context(head, reader, **rest), key
+            self._context, self._key = read_context(head, reader, **rest), key
         return self._context
 
 
@@ -128,7 +128,7 @@ def _settings(head: Head | None, reader: OptimizerReader, rest: dict[str, Any]) 
     return (betas, decay, decoupled, id(head), id(group), len(state), *rest.values())
 
 
-def _context(head: Head | None, reader: OptimizerReader, **rest: Any) -> RunContext:
+def read_context(head: Head | None, reader: OptimizerReader, **rest: Any) -> RunContext:
     beta1, beta2 = reader.betas_or_assumed()
     group = reader.group_of(head.weight if head is not None else None)
     decoupled = group.get(
