@@ -26,6 +26,9 @@ def plan_for(reader: OptimizerReader) -> StepPlan | None:
     head, loaded = reader.head, library.library()
     if loaded is None or not reader.check.trusted or declared.OF_STEP != native_step.OF_GRADIENT:
         return None
+    scaled = (getattr(reader.optimizer, name, None) for name in ("grad_scale", "found_inf"))
+    if any(value is not None for value in scaled):  # a gradient scaler's, for a fused step
+        return None
     layout = reader.layout(needs_gradient=True)
     if layout is None or layout.understood < len(layout.params) or head is None:
         return None

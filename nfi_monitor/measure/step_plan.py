@@ -36,7 +36,7 @@ class StepPlan:
         self._reader, self._layout, self._head, self._weight = reader, layout, head, weight
         self._params, self._sample = layout.params, layout.sample
         self._ids = [*map(id, layout.params)]
-        self._key = self._settings()
+        self._reduced, self._version = reader.plan.reduced_sample, reader.check.version
         self._dtype = weight.dtype
         count, total = len(layout.params), layout.sample.spans[-1][1]
         self._addresses: dict[str, Any] = {
@@ -68,15 +68,16 @@ class StepPlan:
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device="cpu")
 
-    def _settings(self) -> tuple[Any, ...]:
+    def _holds(self) -> bool:
+        """Return whether the reader and the optimizer are as they were."""
         reader = self._reader
         optimizer = reader.optimizer
         return (
-            reader.plan.reduced_sample,
-            reader.check.version,
-            reader.head,
-            getattr(optimizer, "grad_scale", None),
-            getattr(optimizer, "found_inf", None),
+            reader.plan.reduced_sample is self._reduced
+            and reader.check.version == self._version
+            and reader.head is self._head
+            and getattr(optimizer, "grad_scale", None) is None
+            and getattr(optimizer, "found_inf", None) is None
         )
 
     def _prepared(self) -> PlanCall:
@@ -129,7 +130,7 @@ class StepPlan:
         grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
         given = [param for group in optimizer.param_groups for param in group["params"]]
         ids = [id(param) for param, grad in zip(given, grads, strict=True) if grad is not None]
-        if loaded is None or ids != self._ids or self._settings() != self._key:
+        if loaded is None or ids != self._ids or not self._holds():
             return False
         found = [grad for grad in grads if grad is not None]
         for grad in found:
