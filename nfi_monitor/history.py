@@ -20,6 +20,9 @@ import numpy as np
 
 from nfi_monitor.quantities import QUANTITIES
 
+TOGETHER = 16
+"""Number of readings that are added to the columns together."""
+
 
 class History:
     """Readings by quantity: ``history[name] -> (steps int64 [T], values float64 [T])``.
@@ -32,25 +35,44 @@ class History:
         if max_rows < 4:
             raise ValueError(f"History(max_rows={max_rows}): at least 4 rows are needed to thin a history.")
         self._max_rows = max_rows
-        self._columns: dict[str, tuple[array[int], array[float]]] = {}
+        self._filled: dict[str, tuple[array[int], array[float]]] = {}
+        self._waiting: list[tuple[int, Mapping[str, float]]] = []
         self._readings = 0
         self.full_readings = 0
         """Number of readings with more than the loss that were added, removed ones included."""
 
     def append(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the reading of one step. Raises KeyError for a name that is not a quantity."""
+        """Add the reading of one step. Raises KeyError for a name that is not a quantity.
+
+        ``values`` must not be changed afterwards: several readings are added to the columns together, which
+        takes a third of the time.
+        """
+        if not values.keys() <= QUANTITIES.keys():
+            raise KeyError(self._unknown(next(name for name in values if name not in QUANTITIES)))
         self._readings += 1
-        self.full_readings += values.keys() != {"loss"}
-        for name, value in values.items():
-            column = self._columns.get(name)
-            if column is None:
-                if name not in QUANTITIES:
-                    raise KeyError(self._unknown(name))
-                column = self._columns[name] = (array("q"), array("d"))
-            elif len(column[0]) >= self._max_rows:
-                column = self._columns[name] = _thinned(*column)
-            column[0].append(step)
-            column[1].append(value)
+        self.full_readings += len(values) != 1 or "loss" not in values
+        self._waiting.append((step, values))
+        if len(self._waiting) >= TOGETHER:
+            self._fill()
+
+    def _fill(self) -> None:
+        """Add the readings that wait to the columns."""
+        waiting, self._waiting, columns = self._waiting, [], self._filled
+        for step, values in waiting:
+            for name, value in values.items():
+                column = columns.get(name)
+                if column is None:
+                    column = columns[name] = (array("q"), array("d"))
+                elif len(column[0]) >= self._max_rows:
+                    column = columns[name] = _thinned(*column)
+                column[0].append(step)
+                column[1].append(value)
+
+    @property
+    def _columns(self) -> dict[str, tuple[array[int], array[float]]]:
+        if self._waiting:
+            self._fill()
+        return self._filled
 
     def cut(self, last: int) -> None:
         """Remove all entries after step ``last``."""

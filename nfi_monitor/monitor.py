@@ -22,6 +22,7 @@ from nfi_monitor.capture.foreign_optimizer import original_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.names import HeadLike
 from nfi_monitor.capture.recomputed import unusable
+from nfi_monitor.capture.untraced import untraced
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.engine import checkpoint, detach
 from nfi_monitor.engine.checks import Options, find_watched
@@ -138,7 +139,7 @@ class Monitor:
 
     # --- capture ---------------------------------------------------------------------------------
 
-    @torch.compiler.disable  # inside a compiled function one graph break; nothing in here is traced
+    @untraced  # inside a compiled function one graph break
     def observe_loss(self, loss: Tensor | float) -> None:
         """Record the loss of this micro-batch. Call this before ``optimizer.step()``.
 

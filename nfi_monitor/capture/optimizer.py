@@ -31,7 +31,7 @@ MEAN_ELEMENTS = 1 << 20
 """Maximum number of head weights read per step for W_G and the batch's zero-sum. Larger heads: less often."""
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """The coordinates that are read, of these parameters.
 
     ``understood``: number of parameters, which come first, whose second moment is understood.  ``undecided``:
@@ -54,7 +54,7 @@ class OptimizerReader:
         self.plan = ReadingPlan()
         self.unreadable: set[str] = set()  # descriptions of what cannot be read, for a note
         self.check = MomentCheck(optimizer, failed)
-        self._layouts: dict[tuple[int, ...], _Layout] = {}
+        self._layouts: dict[tuple[int, ...], Layout] = {}
         self._groups: dict[int, dict[str, Any]] = {}
         self._found: tuple[Tensor | None, dict[str, Any]] | None = None
         self._found_moments: tuple[Any, tuple[bool | None, list[str]]] | None = None
@@ -126,7 +126,7 @@ class OptimizerReader:
         so :meth:`after` reads them.
         """
         self.check.receive()
-        layout = self._layout(needs_gradient=not closure)
+        layout = self.layout(needs_gradient=not closure)
         if layout is None:
             return None
         sample, params = layout.sample, layout.params
@@ -238,7 +238,7 @@ class OptimizerReader:
 
     # --- coordinates ---------------------------------------------------------------------------
 
-    def _layout(self, *, needs_gradient: bool) -> _Layout | None:
+    def layout(self, *, needs_gradient: bool) -> Layout | None:
         params = [
             param
             for group in self.optimizer.param_groups
@@ -265,7 +265,7 @@ class OptimizerReader:
                 ordered, places=[place[id(param)] for param in ordered], reduced=reduced
             )
             undecided = tuple(at for at, param in enumerate(ordered) if self.check.undecided(param))
-            found = self._layouts[key] = _Layout(sample, ordered, len(known), undecided)
+            found = self._layouts[key] = Layout(sample, ordered, len(known), undecided)
         return found
 
     def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from nfi_monitor.capture.untraced import untraced
+
 
 def has_closure(given: Sequence[Any]) -> bool:
     """Return whether there is a closure among the arguments of ``optimizer.step()``."""
@@ -56,7 +58,7 @@ class StepHooks:
                     if torch.is_grad_enabled() is not enabled:  # Ctrl-C has interrupted torch.no_grad itself
                         torch.set_grad_enabled(enabled)
 
-            return torch.compiler.disable(hook)  # a compiled step must not trace the monitor
+            return untraced(hook)
 
         def pre(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self._begun = True

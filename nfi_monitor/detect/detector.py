@@ -252,8 +252,11 @@ class Detector:
             judgement.phase = max((rule.phase for rule in on), key=_PHASES.index)
         else:
             judgement.phase = Phase.HEALTHY
-        at_risk = [rule for rule in on if AlertKind.AT_RISK in rule.holds]
         signals, movement, tau = self.signals, self._now.movement, self.context.tau
+        if not (on or self._book):  # nothing begins, and nothing can end
+            movement.update(step, (), tau, at_risk=False)
+            return causes
+        at_risk = [rule for rule in on if AlertKind.AT_RISK in rule.holds]
         moved = (signals.displacement_per_rate, signals.swing)
         movement.update(step, moved, tau, at_risk=bool(at_risk))
         for kind in _WARNINGS:

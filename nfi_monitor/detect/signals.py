@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from nfi_monitor.detect.smoothing import (
     Ema,
     Growth,
     Hysteresis,
     Stateful,
+    Times,
     fading_max,
     log_or_nan,
     of_its_kind,
@@ -20,35 +21,6 @@ from nfi_monitor.types import Reading, Thresholds
 
 NAN = math.nan
 _PARTS = (Ema, Growth, Hysteresis)
-
-
-class _Times(NamedTuple):
-    """Time constants of one reading, in steps (``keep``: a factor)."""
-
-    tau: float
-    gap: int  # steps since the last reading
-    window: float  # time constant of violation and RMS_t
-    long: float  # time constant of growth, a small difference of noisy numbers: no cap, also at β2 = .999
-    short: float  # time constant of displacements
-    keep: float
-    """Factor by which a peak fades until this reading.
-
-    Peaks fade within a few steps.  They keep an alert firing through the gaps of a chattering gradient, but
-    not through a calm one.
-    """
-
-    @classmethod
-    def of(cls, step: int, last_step: int, tau: float, limits: Thresholds) -> _Times:
-        gap = step - last_step if step >= last_step else 1  # the step counter may be set back
-        short = min(limits.displacement_smoothing * tau, limits.displacement_cap)
-        return cls(
-            tau=tau,
-            gap=gap,
-            window=min(limits.absorbing_smoothing * tau, limits.smoothing_cap),
-            long=max(limits.absorbing_smoothing * tau, 10.0),
-            short=short,
-            keep=math.exp(-gap / max(short, 1.0)),
-        )
 
 
 class Signals(Stateful):
@@ -140,38 +112,42 @@ class Signals(Stateful):
 
     def update(self, reading: Reading, tau: float, limits: Thresholds) -> dict[str, float]:
         """Add a reading; return the quantities that are derived from it (growth rates, decay)."""
-        times = _Times.of(reading.step, self.last_step, tau, limits)
-        self._update_violation(reading, times, limits)
+        times = Times.of(reading.step, self.last_step, tau, limits)
+        found = _violation(reading)
+        self._update_violation(reading, found, times, limits)
         if self.logits_scaled:
             reading = Reading(
                 reading.step, {name: x for name, x in reading.values.items() if name not in IN_NATS}
             )
         derived = self._update_growth(reading, times)
-        if not math.isnan(_violation(reading)) and not math.isnan(self.violation):
+        if not math.isnan(found) and not math.isnan(self.violation):
             derived["zero_sum_violation_smoothed"] = self.violation
-        self._update_displacement(reading, times)
+        log_rate = log_or_nan(reading.values.get("learning_rate", NAN))
+        self._update_displacement(reading, log_rate, times)
         self._update_swing(reading, times)
-        self._update_optimizer(reading, times)
+        self._update_optimizer(reading, log_rate, times)
         derived |= self._update_decay(reading, times)
         self.last_step = reading.step
         return derived
 
-    def _update_violation(self, reading: Reading, times: _Times, limits: Thresholds) -> None:
-        step, get = reading.step, reading.get
-        share = self._unexplained.update(step, get("unexplained_violation_fraction"), times.window)
+    def _update_violation(self, reading: Reading, found: float, times: Times, limits: Thresholds) -> None:
+        step, get = reading.step, reading.values.get
+        unsure = get("unsure_fraction", NAN)
+        share = self._unexplained.update(step, get("unexplained_violation_fraction", NAN), times.window)
         # Only unsure rows can prove that the zero-sum holds. Of confident rows, any violation may be
         # rounding: a loss that breaks the zero-sum by design must not lapse there.
-        cleared = share < limits.unexplained_exit and get("unsure_fraction") >= CLEAR
+        cleared = share < limits.unexplained_exit and unsure >= CLEAR
         self._unexplained_switch.update(
             step, share >= limits.unexplained_enter or self._broken_from_the_start(reading), not cleared
         )
         if "logit_scale" in reading.values:  # what is in nats has been multiplied by it
             self.logits_scaled = False
         else:
-            self._update_scaled(get("contradicted_fraction"), get("unsure_fraction"))
-        if "soft_target_fraction" in reading.values:
-            self.soft_targets = get("soft_target_fraction") > 0.5
-        smoothed = self._violation.update(step, _violation(reading), times.window)
+            self._update_scaled(get("contradicted_fraction", NAN), unsure)
+        soft = get("soft_target_fraction")
+        if soft is not None:
+            self.soft_targets = soft > 0.5
+        smoothed = self._violation.update(step, found, times.window)
         self.violation = NAN if self.broken_by_design else smoothed
 
     def _update_scaled(self, contradicted: float, unsure: float) -> None:
@@ -199,46 +175,46 @@ class Signals(Stateful):
         first = self.unseen <= FIRST and weights >= NUMERIC_ABOVE
         return first or (weights > ROUNDED_HALF and weights * reading.get("loss") > ROUNDED)
 
-    def _update_growth(self, reading: Reading, times: _Times) -> dict[str, float]:
-        step, get = reading.step, reading.get
+    def _update_growth(self, reading: Reading, times: Times) -> dict[str, float]:
+        step, get = reading.step, reading.values.get
         derived: dict[str, float] = {}
-        if "feature_mean_norm" in reading.values:
-            self.growth = self._growth.update(step, log_or_nan(get("feature_mean_norm")), times.long)
+        features, classifier = get("feature_mean_norm"), get("classifier_mean_norm")
+        if features is not None:
+            self.growth = self._growth.update(step, log_or_nan(features), times.long)
             derived["feature_mean_growth"] = self.growth
-        if "classifier_mean_norm" in reading.values:
-            self.classifier_growth = self._classifier_growth.update(
-                step, log_or_nan(get("classifier_mean_norm")), times.long
-            )
+        if classifier is not None:
+            self.classifier_growth = self._classifier_growth.update(step, log_or_nan(classifier), times.long)
             derived["classifier_mean_growth"] = self.classifier_growth
         return derived
 
-    def _update_displacement(self, reading: Reading, times: _Times) -> None:
-        step, get = reading.step, reading.get
-        delta = get("margin_displacement", get("logit_displacement"))
-        average = self._displacement.update(step, log_or_nan(delta), times.short, limit_gap=True)
+    def _update_displacement(self, reading: Reading, log_rate: float, times: Times) -> None:
+        step, get = reading.step, reading.values.get
+        log_by_head = log_or_nan(get("logit_displacement", NAN))
+        by_probe = get("margin_displacement")
+        log_delta = log_by_head if by_probe is None else log_or_nan(by_probe)
+        average = self._displacement.update(step, log_delta, times.short, limit_gap=True)
         self.displacement = math.exp(average)
         # A schedule that raises the rate raises δ with it; that is no rise of the run's own.
-        log_rate = log_or_nan(get("learning_rate"))
         usual = self._rate.update(step, log_rate, times.tau, limit_gap=True)
         known = math.isfinite(log_rate)
         self.rate_rise = math.exp(max(log_rate - usual, 0.0)) if known else 1.0
         # Averaged after the division: the average of δ alone would lag behind a step of the rate.
         per_rate = self._per_rate.update(
-            step, log_or_nan(delta) - (log_rate if known else 0.0), times.short, limit_gap=True
+            step, log_delta - (log_rate if known else 0.0), times.short, limit_gap=True
         )
         fade = times.gap / (10.0 * times.tau)
         self._displacement_lowest = recent_lowest(self._displacement_lowest, per_rate, fade)
-        by_head = self._head_displacement.update(step, log_or_nan(get("logit_displacement")), times.short)
+        by_head = self._head_displacement.update(step, log_by_head, times.short)
         self.head_displacement = math.exp(by_head)
         self.displacement_rise = math.exp(per_rate - self._displacement_lowest)
         self.displacement_per_rate = math.exp(per_rate)
-        log_rms = log_or_nan(get("logit_displacement_rms"))
+        log_rms = log_or_nan(get("logit_displacement_rms", NAN))
         self.displacement_rms = math.exp(self._displacement_rms.update(step, log_rms, times.short))
         self.displacement_slope = self._slope.update(step, log_rms, times.long)
 
-    def _update_swing(self, reading: Reading, times: _Times) -> None:
-        step, get = reading.step, reading.get
-        match = self._row_match.update(step, get("row_match"), ROWS, limit_gap=True)
+    def _update_swing(self, reading: Reading, times: Times) -> None:
+        step, get = reading.step, reading.values.get
+        match = self._row_match.update(step, get("row_match", NAN), ROWS, limit_gap=True)
         self.other_rows = match < SAME_ROWS
         self.same_rows = match >= SAME_ROWS
         # Another minibatch has another mean row: only a movement of the same rows is one of the layers.
@@ -249,43 +225,47 @@ class Signals(Stateful):
             average = self._swing.update(step, log_or_nan(moved), times.short)
             self._swing_lowest = recent_lowest(self._swing_lowest, average, 0.0)
             self.swell = self.swing / math.exp(self._swing_lowest)
-        self.gradient_growth = self._gradient.update(step, log_or_nan(get("gradient_norm")), SWINGS)
-        self.turn = get("gradient_alignment")
-        self.alignment = self._alignment.update(step, get("gradient_alignment"), SWINGS)
+        self.gradient_growth = self._gradient.update(step, log_or_nan(get("gradient_norm", NAN)), SWINGS)
+        self.turn = get("gradient_alignment", NAN)
+        self.alignment = self._alignment.update(step, self.turn, SWINGS)
 
-    def _update_optimizer(self, reading: Reading, times: _Times) -> None:
-        step, get = reading.step, reading.get
-        rate = get("learning_rate")
+    def _update_optimizer(self, reading: Reading, log_rate: float, times: Times) -> None:
+        step, get = reading.step, reading.values.get
+        rate = get("learning_rate", NAN)
         jump = rate / math.exp(self._learning_rate.value) if rate > 0 else NAN
         self.learning_rate_jump = fading_max(self.learning_rate_jump, jump, times.keep)
-        self._learning_rate.update(step, log_or_nan(rate), times.window)
-        if "rms_t_max" in reading.values:
-            self.rms_t = get("rms_t_max")
-            self.rms_t_mean = self._rms_t.update(step, self.rms_t, times.window)
+        self._learning_rate.update(step, log_rate, times.window)
+        rms_t = get("rms_t_max")
+        if rms_t is not None:
+            self.rms_t = rms_t
+            self.rms_t_mean = self._rms_t.update(step, rms_t, times.window)
             if self.rms_t_mean <= GONE:
                 self.gone_at = step
-            self.rms_t_peak = fading_max(self.rms_t_peak, self.rms_t, times.keep)
-            self.curvature_peak = fading_max(self.curvature_peak, get("secant_curvature"), times.keep)
-            self.shrinkage = self._shrinkage.update(step, log_or_nan(get("weight_norm")), times.window)
-        if get("update_rms") > 0:
-            self.update_jump = get("update_rms") / math.exp(self._update_rms.value)
-            self._update_rms.update(step, log_or_nan(get("update_rms")), times.window)
-        loss = get("loss", get("head_loss"))
+            self.rms_t_peak = fading_max(self.rms_t_peak, rms_t, times.keep)
+            self.curvature_peak = fading_max(self.curvature_peak, get("secant_curvature", NAN), times.keep)
+            self.shrinkage = self._shrinkage.update(step, log_or_nan(get("weight_norm", NAN)), times.window)
+        moved = get("update_rms", NAN)
+        if moved > 0:
+            self.update_jump = moved / math.exp(self._update_rms.value)
+            self._update_rms.update(step, log_or_nan(moved), times.window)
+        reported = get("loss", NAN)
+        loss = reported if "loss" in reading.values else get("head_loss", NAN)
         if loss >= 0:
             floored = max(loss, LOWEST_LOSS)
             self.loss_recent = self._loss_recent.update(step, log_or_nan(floored), SWINGS, limit_gap=True)
-        if get("loss") > 0:
-            average = self._loss.update(step, log_or_nan(get("loss")), times.short)
+        if reported > 0:
+            average = self._loss.update(step, log_or_nan(reported), times.short)
             fade = times.gap / (3.0 * times.tau)
             self._loss_lowest = recent_lowest(self._loss_lowest, average, fade)
             self.loss_rise = average - self._loss_lowest
 
-    def _update_decay(self, reading: Reading, times: _Times) -> dict[str, float]:
+    def _update_decay(self, reading: Reading, times: Times) -> dict[str, float]:
         # The effective rate is lr / (median sqrt(v̂) + ε_A).
-        median, rate = reading.get("head_sqrt_exp_avg_sq_median"), reading.get("learning_rate")
-        clock = median * reading.get("effective_learning_rate") / rate if rate > 0 else NAN
+        get = reading.values.get
+        median, rate = get("head_sqrt_exp_avg_sq_median", NAN), get("learning_rate", NAN)
+        clock = median * get("effective_learning_rate", NAN) / rate if rate > 0 else NAN
         self.clock = min(clock, 1.0) if math.isfinite(clock) else 1.0
-        root = reading.get("head_sqrt_exp_avg_sq_mean", reading.get("sqrt_exp_avg_sq_mean"))
+        root = get("head_sqrt_exp_avg_sq_mean", get("sqrt_exp_avg_sq_mean", NAN))
         if not (math.isfinite(root) and root > 0):
             return {}
         self.root_max = max(self.root_max * math.exp(-times.gap / (REMEMBERED * times.tau)), root)
@@ -372,8 +352,9 @@ def _violation(reading: Reading) -> float:
     Also, a gradient that is projected after the monitor's hook has no violation where it reaches the weights.
     The limit covers both cases.
     """
-    rows = reading.get("zero_sum_violation")
-    weights = reading.get("zero_sum_violation_weight", reading.get("zero_sum_violation_batch"))
+    get = reading.values.get
+    rows = get("zero_sum_violation", NAN)
+    weights = get("zero_sum_violation_weight", get("zero_sum_violation_batch", NAN))
     if math.isnan(rows) or math.isnan(weights):
         return weights if math.isnan(rows) else rows
     return min(rows, REACH * weights)
@@ -391,8 +372,9 @@ def felt_displacement(reading: Reading) -> float:
 
     Each minibatch has another mean row.  That row differs by nats, while the weights hardly move.
     """
-    moved, update = reading.get("feature_displacement"), reading.get("relative_update")
-    margin = reading.get("margin_median")  # size of the logits, as it matters for the loss
+    get = reading.values.get
+    moved, update = get("feature_displacement", NAN), get("relative_update", NAN)
+    margin = get("margin_median", NAN)  # size of the logits, as it matters for the loss
     if math.isnan(update) or math.isnan(margin):
         return moved
     return min(moved, LAYERS * update * max(abs(margin), 1.0))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from math import exp as _exp
+from math import isfinite as _isfinite
+from math import log as _log
+from typing import Any, NamedTuple
 
 from nfi_monitor.schema import LARGEST_INT
+from nfi_monitor.types import Thresholds
 
 
 class Stateful:
@@ -73,10 +77,11 @@ class Ema(Stateful):
         ``limit_gap``: count a gap as one time constant at most.  Then a single reading after a long pause
         does not replace the average.
         """
-        if not math.isfinite(x):
+        if not _isfinite(x):
             return self.value
-        if math.isnan(self.value):
-            self.value = x
+        value = self.value
+        if value != value:
+            value = x
         else:
             gap: float = step - self.step
             if gap < 1:
@@ -85,9 +90,10 @@ class Ema(Stateful):
                 gap = min(gap, max(time_constant, 1.0))
             # Comparisons and not max(): this runs two dozen times in a reading.
             per = time_constant if time_constant > 1e-9 else 1e-9
-            self.value += (1.0 - math.exp(-gap / per)) * (x - self.value)
+            value += (1.0 - _exp(-gap / per)) * (x - value)
         self.step = step
-        return self.value
+        self.value = value
+        return value
 
 
 class Growth:
@@ -148,7 +154,7 @@ class Hysteresis(Stateful):
 
 def log_or_nan(x: float) -> float:
     """Return ln x, or NaN where x is not positive or not finite."""
-    return math.log(x) if math.isfinite(x) and x > 0 else math.nan
+    return _log(x) if _isfinite(x) and x > 0 else math.nan
 
 
 def recent_lowest(previous: float, x: float, fade: float) -> float:
@@ -158,6 +164,38 @@ def recent_lowest(previous: float, x: float, fade: float) -> float:
 
 def fading_max(previous: float, x: float, keep: float) -> float:
     """Return the recent maximum: the previous one shrinks by the factor ``keep``. NaN and Inf are skipped."""
-    if not math.isfinite(x):
+    if not _isfinite(x):
         return previous
-    return x if math.isnan(previous) else max(x, previous * keep)
+    if previous != previous:
+        return x
+    kept = previous * keep
+    return kept if kept > x else x
+
+
+class Times(NamedTuple):
+    """Time constants of one reading, in steps (``keep``: a factor)."""
+
+    tau: float
+    gap: int  # steps since the last reading
+    window: float  # time constant of violation and RMS_t
+    long: float  # time constant of growth, a small difference of noisy numbers: no cap, also at β2 = .999
+    short: float  # time constant of displacements
+    keep: float
+    """Factor by which a peak fades until this reading.
+
+    Peaks fade within a few steps.  They keep an alert firing through the gaps of a chattering gradient, but
+    not through a calm one.
+    """
+
+    @classmethod
+    def of(cls, step: int, last_step: int, tau: float, limits: Thresholds) -> Times:
+        gap = step - last_step if step >= last_step else 1  # the step counter may be set back
+        short = min(limits.displacement_smoothing * tau, limits.displacement_cap)
+        return cls(
+            tau=tau,
+            gap=gap,
+            window=min(limits.absorbing_smoothing * tau, limits.smoothing_cap),
+            long=max(limits.absorbing_smoothing * tau, 10.0),
+            short=short,
+            keep=math.exp(-gap / max(short, 1.0)),
+        )

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypedDict
 from nfi_monitor._version import __version__
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.engine.loop import StepLoop
-from nfi_monitor.engine.step_reader import ReaderState
+from nfi_monitor.engine.reader_state import ReaderState
 from nfi_monitor.schema import decode
 from nfi_monitor.types import Note, Phase
 

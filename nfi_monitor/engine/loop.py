@@ -41,7 +41,7 @@ from nfi_monitor.engine.loss_sources import LossSources
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.rank_search import RankSearch
 from nfi_monitor.engine.row_values import RowValues
-from nfi_monitor.engine.run_info import notes_json, read_context, run_json
+from nfi_monitor.engine.run_info import ContextReader, notes_json, run_json
 from nfi_monitor.engine.schedule import Schedule, next_read, shared_schedule
 from nfi_monitor.engine.silence import Silence
 from nfi_monitor.engine.step_reader import StepReader
@@ -114,6 +114,7 @@ class StepLoop:
             failed_parts=self.faults.failed_parts,
         )
         self.rank_search = RankSearch(self.membership, self.schedule, self.faults, (model, optimizer, head))
+        self.context_reader = ContextReader()
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
         self.loss_sources = LossSources(self.losses, failed, self._ignores, self.silence.reported)
@@ -196,7 +197,8 @@ class StepLoop:
             return
         started = time.perf_counter()
         try:
-            self.step_reader.begin(self.wanted_step, given)
+            alone = self.membership.exchange is None
+            self.step_reader.begin(self.wanted_step, given, alone=alone)
         except Exception as error:
             self.faults.failed("optimizer", error)
         self.schedule.own_seconds += time.perf_counter() - started
@@ -289,10 +291,15 @@ class StepLoop:
                 self.judge.judge(Reading(self.step, {"loss": float(loss)}), full=False)
 
     def _read_context(self) -> RunContext:
-        single, rank = bool(self.rows.single_output), self.membership.rank
-        context = read_context(self.head, self.reader, no_classes=single, rank=rank)
         bits = 16 if "half_precision_loss" in self.notes.by_code else self.step_reader.loss_bits
-        return replace(context, loss_bits=bits, every_step=self.every == 1)
+        return self.context_reader.read(
+            self.head,
+            self.reader,
+            no_classes=bool(self.rows.single_output),
+            rank=self.membership.rank,
+            loss_bits=bits,
+            every_step=self.every == 1,
+        )
 
     def _note_reading(self, reading: Reading) -> None:
         self.rows.learn_reading(reading.values)

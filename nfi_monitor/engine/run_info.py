@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import asdict
+from operator import itemgetter
 from typing import Any, Protocol
 
 import torch
@@ -96,8 +97,38 @@ def notes_json(notes: NoteTaker) -> list[dict[str, Any]]:
     return [asdict(note) for note in notes.by_code.values()]
 
 
-def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool, rank: int) -> RunContext:
-    """Return the present settings of the optimizer for the head, for the detector."""
+class ContextReader:
+    """Read what the detector must know about the run; make it anew only where something has changed."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] | None = None
+        self._context = RunContext()
+
+    def read(self, head: Head | None, reader: OptimizerReader, **rest: Any) -> RunContext:
+        """Return the settings of the optimizer for the head. ``rest``: other fields of the context."""
+        key = _settings(head, reader, rest)
+        if key is None or key != self._key:
+            self._context, self._key = read_context(head, reader, **rest), key
+        return self._context
+
+
+_SETTINGS = itemgetter("betas", "weight_decay")
+
+
+def _settings(head: Head | None, reader: OptimizerReader, rest: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return all that the context of one of torch's optimizers with betas depends on; None for others."""
+    group = reader.group_of(head.weight if head is not None else None)
+    if not reader.check.trusted or "betas" not in group or "weight_decay" not in group:
+        return None
+    betas, decay = _SETTINGS(group)
+    if type(betas) is not tuple or type(decay) not in (float, int) or {*map(type, betas)} != {float}:
+        return None
+    state = reader.optimizer.state
+    decoupled = group.get("decoupled_weight_decay")
+    return (betas, decay, decoupled, id(head), id(group), len(state), *rest.values())
+
+
+def read_context(head: Head | None, reader: OptimizerReader, **rest: Any) -> RunContext:
     beta1, beta2 = reader.betas_or_assumed()
     group = reader.group_of(head.weight if head is not None else None)
     decoupled = group.get(
@@ -110,9 +141,8 @@ def read_context(head: Head | None, reader: OptimizerReader, *, no_classes: bool
         beta2=beta2,
         decoupled_decay=bool(decoupled) and decays,
         coupled_decay=not decoupled and decays,
-        no_classes=no_classes,
         layer=head.name if head is not None else None,
-        rank=rank,
+        **rest,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,51 +24,22 @@ from nfi_monitor.capture.step_hooks import has_closure
 from nfi_monitor.capture.update import Update
 from nfi_monitor.engine.contents import Contents
 from nfi_monitor.engine.loss_queue import LossQueue
+from nfi_monitor.engine.reader_state import ReaderState, SavedReader
 from nfi_monitor.measure.accumulator import Facts, RowAccumulator
 from nfi_monitor.measure.late.packing import Late
 from nfi_monitor.measure.late.step import late_step
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.native_step import step_statistics
+from nfi_monitor.measure.planned_steps import PlannedSteps
 from nfi_monitor.measure.row_match import row_match, row_sketch
 from nfi_monitor.measure.rows import LossKind
 from nfi_monitor.measure.step import SKIPPED
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.ranks.layout import Message
-from nfi_monitor.schema import Between, decode
+from nfi_monitor.schema import decode
 
 MOST_ASKED = 8
 """Maximum number of forward passes whose rows wait for the step, because their gradient was asked for."""
-
-
-class _Needed(TypedDict):
-    absorbing_classes: list[tuple[Annotated[float, Between(0, 2**53)], float]]
-    loss_kind: tuple[float, float, float, float] | None
-
-
-class _Saved(_Needed, total=False):
-    """Declaration of a saved state."""
-
-    loss_kind_dtypes: list[str]
-    logit_scale: float
-    mismatch: float
-    uneven: float
-    loss_facts: tuple[float, float, int] | None
-    look_again: bool
-    single_output: bool | None
-    last_step: dict[str, Any] | None
-    probe: dict[str, Any] | None
-
-
-class ReaderState(NamedTuple):
-    """A saved state that was read as a whole."""
-
-    classes: dict[int, float]
-    loss_kind: LossKind | None
-    facts: Facts | None
-    look_again: bool
-    single_output: bool | None
-    memory: Memory | None
-    probe: tuple[int, Tensor | None] | None
 
 
 class StepReader:
@@ -90,6 +61,7 @@ class StepReader:
         self.is_off, self.failed = is_off, failed
         self.memory: Memory | None = None
         self._probe_batch = probe_batch
+        self._planned = PlannedSteps()
         self._before: Any = None
         self._arrived: deque[Rows] = deque()  # their gradients may still grow
         self._asked: deque[Rows] = deque()  # of autograd.grad
@@ -141,10 +113,17 @@ class StepReader:
         with torch.no_grad(), full_precision(rows.grad):
             self.rows.add(rows.finished(self._loss_dtype))
 
-    def begin(self, step: int, given: Sequence[Any]) -> None:
-        """Read gradients and weights before the step. ``given``: the arguments of ``optimizer.step()``."""
+    def begin(self, step: int, given: Sequence[Any], *, alone: bool = False) -> None:
+        """Read gradients and weights before the step.
+
+        ``given``: the arguments of ``optimizer.step()``.  ``alone``: this process is read alone.
+        """
+        closure = has_closure(given)
+        if alone and not closure and self._planned.before(self.reader):
+            self._before = self._planned
+            return
         with torch.no_grad():
-            self._before = self.reader.before(step, closure=has_closure(given))
+            self._before = self.reader.before(step, closure=closure)
 
     def forget(self) -> None:
         """Drop the tensors read before the step."""
@@ -210,12 +189,18 @@ class StepReader:
         """Return the quantities of the optimizer step: those on the device, those known on the host, and
         those that the host will know.
         """
+        if self._before is self._planned:
+            read = self._planned.after(self.rows.features, self.rows.feature_mean, self.memory, step)
+            if read is not None:
+                known, self.memory = read
+                return {}, known, None
+            self._before = self._planned.before_step()
         update = self.update(step)
         if update is None:
             self.memory = None
             return {}, {}, None
         values: dict[str, Tensor] = {}
-        known: dict[str, float] = {}
+        known = {}
         measured, late = self.statistics(update, self.rows.feature_mean, step)
         for name, value in measured.items():
             if isinstance(value, Tensor):
@@ -305,7 +290,7 @@ class StepReader:
 
         ``device``: where the sampled coordinates are.  Raises ValueError, and others, for a wrong state.
         """
-        saved = decode(_Saved, dict(state))
+        saved = decode(SavedReader, dict(state))
         kind = None
         if saved["loss_kind"] is not None:
             dtypes = [getattr(torch, name) for name in saved.get("loss_kind_dtypes") or ["float32"] * 4]
@@ -393,6 +378,7 @@ class StepReader:
     def release(self) -> None:
         """Drop the model, the optimizer and their tensors. The row counts stay."""
         self._before = self.memory = self._probe_batch = self._sketch = None
+        self._planned.release()
         self._arrived.clear()
         self._asked.clear()
         del self.reader

@@ -7,7 +7,7 @@ The library reads the packed coordinates once, and adds in float64.  :func:`nfi_
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_int32, c_int64, c_ubyte, c_void_p
+from ctypes import c_double, c_int64, c_ubyte
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -21,57 +21,20 @@ from nfi_monitor.measure import step as eager
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.views import StepView
 from nfi_monitor.native import library
+from nfi_monitor.native.calls import HEAD_NAMES, STEP_NAMES, HeadCall, StepCall
 
 LARGE = 1 << 18
 """Products of the logit displacement beyond which torch's matrix product is quicker than the library's."""
 
-_NAMES = (
-    "gradient_norm", "update_rms", "weight_norm", "relative_update", "rms_t_max", "rms_t_head",
-    "sqrt_exp_avg_sq_median", "sqrt_exp_avg_sq_mean", "head_sqrt_exp_avg_sq_median",
-    "head_sqrt_exp_avg_sq_mean", "effective_learning_rate", "secant_curvature", "gradient_alignment",
-)  # fmt: skip
-_HEAD_NAMES = (
-    "logit_displacement", "logit_displacement_rms", "head_weight_norm", "classifier_mean_norm",
-    "mean_alignment", "feature_displacement", "feature_mean_norm", "zero_sum_violation_weight",
-    "zero_sum_violation_bias", "row_match",
-)  # fmt: skip
-"""The results of step.c, in its order."""
 _DTYPES = (torch.float32, torch.float64)
-_OF_GRADIENT = {
+OF_GRADIENT = {
     "zero_sum_violation_weight": "nfi_monitor.measure.zero_sum:violation_of_head_weight",
     "zero_sum_violation_bias": "nfi_monitor.measure.zero_sum:violation_of_head_bias",
 }
 """The declared functions that the library computes."""
 
 
-class _Step(ctypes.Structure):
-    """``nfi_step_call`` of nfi.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("grad", "before", "after", "exp_avg_sq")),
-        *((name, c_void_p) for name in ("old_grad", "old_before", "old_preconditioner", "preconditioner")),
-        *((name, c_void_p) for name in ("ends", "rates", "corrections", "epsilons", "lrs", "matrices")),
-        *((name, c_int64) for name in ("tensors", "moment_tensors", "moments", "head")),
-        *((name, c_double) for name in ("total", "moment_total", "correction", "eps", "lr", "mean_eps")),
-        ("wide", c_int32),
-        ("out", c_double * 16),
-    )
-
-
-class _HeadCall(ctypes.Structure):
-    """``nfi_head_call`` of nfi.h."""
-
-    _fields_ = (
-        *((name, c_void_p) for name in ("weight", "grad", "bias_grad", "update", "bias_update", "features")),
-        *((name, c_void_p) for name in ("mean", "old_mean", "sketch", "old_sketch")),
-        *((f"{name}_stride", c_int64) for name in ("weight", "grad", "update", "feature")),
-        *((name, c_int64) for name in ("classes", "width", "columns", "kept", "rows", "sketched")),
-        ("wide", c_int32),
-        ("out", c_double * 16),
-    )
-
-
-class _Layout:
+class Layout:
     """Where the tensors of a sample lie: ends, rates and matrices of nfi.h, and the first coordinates."""
 
     def __init__(self, sample: CoordinateSample) -> None:
@@ -81,7 +44,7 @@ class _Layout:
         self.ends = (c_int64 * count)(*(end for _, end in sample.spans))
         self.rates = (c_double * count)(*rates)
         self.matrices = (c_ubyte * count)(*sample.matrices.tolist())
-        self.call = _Step(
+        self.call = StepCall(
             ends=ctypes.addressof(self.ends),
             rates=ctypes.addressof(self.rates),
             matrices=ctypes.addressof(self.matrices),
@@ -90,7 +53,7 @@ class _Layout:
         )
 
 
-_layouts: WeakKeyDictionary[CoordinateSample, _Layout] = WeakKeyDictionary()
+_LAYOUTS: WeakKeyDictionary[CoordinateSample, Layout] = WeakKeyDictionary()
 
 
 def step_statistics(
@@ -168,7 +131,7 @@ def _measured(
             values["logit_displacement"], values["logit_displacement_rms"] = displacement.logit_displacement(
                 large.update, large.bias_update, large.features.to(large.update.dtype)
             )
-    if head is None or declared.OF_STEP != _OF_GRADIENT:
+    if head is None or declared.OF_STEP != OF_GRADIENT:
         same_coordinates = comparable if known is update else None
         change = update.after - update.before
         values |= declared.step_values(StepView(update, change, features, feature_mean, same_coordinates))
@@ -182,10 +145,10 @@ def _coordinates(
 ) -> tuple[dict[str, float], Tensor | None]:
     """Measure all coordinates. Returns quantities by name, and sqrt(v̂) + ε_A [M]."""
     sample, moment, dtype = update.sample, known.exp_avg_sq, update.grad.dtype
-    layout = _layouts.get(sample)
+    layout = _LAYOUTS.get(sample)
     if layout is None:
-        layout = _layouts[sample] = _Layout(sample)
-    call = _Step.from_buffer_copy(layout.call)
+        layout = _LAYOUTS[sample] = Layout(sample)
+    call = StepCall.from_buffer_copy(layout.call)
     call.wide = dtype is torch.float64
     call.grad, call.before, call.after = (x.data_ptr() for x in (update.grad, update.before, update.after))
     preconditioner: Tensor | None = None
@@ -209,11 +172,11 @@ def _coordinates(
         raise MemoryError("no memory for a median")
     del held  # until here the library has read from it
     out = call.out[:]
-    present = _WITHOUT_MOMENT if moment is None else _PRESENT[previous is not None, head >= 0]
+    present = _WITHOUT_MOMENT if moment is None else PRESENT[previous is not None, head >= 0]
     return {name: out[at] for at, name in present}, preconditioner
 
 
-def _set_constants(call: _Step, known: Update, layout: _Layout, head: int) -> list[Any]:
+def _set_constants(call: StepCall, known: Update, layout: Layout, head: int) -> list[Any]:
     """Set bias correction, ε_A and learning rate. Returns arrays that must live until the call is over."""
     held = []
     for name, each, value in (
@@ -305,7 +268,7 @@ def _around_head(loaded: Any, head: _Head) -> dict[str, float] | None:
     widths = {x.shape[-1] for x in (weight, head.update, head.features, mean) if x is not None}
     if len(classes) > 1 or len(widths) > 1:
         return None
-    call = _HeadCall(
+    call = HeadCall(
         wide=dtype is torch.float64, classes=max(classes, default=0), width=max(widths, default=0)
     )
     for name, tensor in zip(_Head._fields, head, strict=True):
@@ -334,15 +297,15 @@ def _around_head(loaded: Any, head: _Head) -> dict[str, float] | None:
         head.bias_grad is not None,
         head.sketch is not None and head.old_sketch is not None,
     )
-    return {name: x for name, x, here in zip(_HEAD_NAMES, call.out, present, strict=False) if here}
+    return {name: x for name, x, here in zip(HEAD_NAMES, call.out, present, strict=False) if here}
 
 
 _STRIDES = ("weight_stride", "grad_stride", "update_stride", "feature_stride")
 _ROWS = ("classes", "classes", "kept", "rows")
-_WITHOUT_MOMENT = [*enumerate(_NAMES[:4])]
-_PRESENT = {
+_WITHOUT_MOMENT = [*enumerate(STEP_NAMES[:4])]
+PRESENT = {
     (pair, head): [
-        (at, name) for at, name in enumerate(_NAMES[: 13 if pair else 11]) if head or "head" not in name
+        (at, name) for at, name in enumerate(STEP_NAMES[: 13 if pair else 11]) if head or "head" not in name
     ]
     for pair in (False, True)
     for head in (False, True)

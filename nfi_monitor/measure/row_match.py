@@ -20,7 +20,7 @@ WIDTH = 4
 
 def row_sketch(features: Tensor) -> Tensor:
     """Return WIDTH numbers of each row, [n, d] → [n · WIDTH]: its features along fixed directions."""
-    return (features @ _directions(features.shape[1], features.dtype, str(features.device))).flatten()
+    return (features @ directions(features.shape[1], features.dtype, str(features.device))).flatten()
 
 
 def row_match(now: Tensor, before: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def _centred(sketch: Tensor) -> Tensor:
 
 
 @lru_cache(maxsize=8)
-def _directions(width: int, dtype: torch.dtype, device: str) -> Tensor:
+def directions(width: int, dtype: torch.dtype, device: str) -> Tensor:
     """Return WIDTH fixed directions [d, WIDTH], without the random state that the training uses."""
     places = torch.arange(1, width + 1, dtype=torch.float64, device="cpu").unsqueeze(1)
     steps = (

@@ -245,10 +245,11 @@ EXPONENTIALS(double, 64)
     {                                                                                                       \
         const REAL *grad = call->grad, *moment = call->exp_avg_sq;                                          \
         REAL *preconditioner = call->preconditioner;                                                        \
+        const REAL factor = (REAL)1 / correction; /* a division takes as long as a root */                  \
         double ratios = 0.0, roots = 0.0;                                                                   \
         _Pragma("omp simd reduction(+:ratios, roots)")                                                      \
         for (int64_t i = from; i < end; i++) {                                                              \
-            const REAL root = SQRT(moment[i] / correction);                                                 \
+            const REAL root = SQRT(moment[i] * factor);                                                     \
             const REAL ratio = grad[i] / (root < eps ? eps : root);                                         \
             preconditioner[i] = root + eps;                                                                 \
             ratios += (double)ratio * (double)ratio;                                                        \

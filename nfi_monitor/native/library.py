@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SWITCH = "NFI_MONITOR_NATIVE"
 """Environment variable: with the value 0 the library is not loaded."""
-VERSION = 2
+VERSION = 3
 """Version of the functions' arguments (``NFI_VERSION`` in nfi.h)."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Numbers of the dtypes in nfi.h."""
@@ -60,7 +60,15 @@ def _load() -> None:
     except (OSError, AttributeError) as error:
         _state.missing = f"{_FILE.name} cannot be loaded: {error}"
         return
-    for name in ("nfi_rows", "nfi_shown", "nfi_logit_scale", "nfi_step", "nfi_head"):
+    for name in (
+        "nfi_rows",
+        "nfi_shown",
+        "nfi_logit_scale",
+        "nfi_step",
+        "nfi_head",
+        "nfi_before",
+        "nfi_after",
+    ):
         getattr(library, name).argtypes = (ctypes.c_void_p,)
     library.nfi_logit_scale.restype = ctypes.c_double
     library.nfi_gather.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
@@ -135,3 +143,9 @@ def readable(tensor: Tensor) -> bool:
             return False
         last += (length - 1) * stride
     return tensor.untyped_storage().nbytes() >= (last + 1) * size
+
+
+def is_plain(tensor: Any, dtype: torch.dtype) -> bool:
+    """Return whether this is a contiguous tensor of this dtype, and :func:`readable`."""
+    plain = type(tensor) in _PLAIN and tensor.dtype is dtype and tensor.is_contiguous()
+    return plain and readable(tensor)

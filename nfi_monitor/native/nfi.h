@@ -12,7 +12,7 @@
 #endif
 
 /* Version of the functions' arguments: library.py refuses a library of another version. */
-#define NFI_VERSION 2
+#define NFI_VERSION 3
 
 enum nfi_dtype { NFI_FLOAT32, NFI_FLOAT64, NFI_BFLOAT16, NFI_FLOAT16 };
 
@@ -39,6 +39,8 @@ typedef struct {
     double correction, eps, lr;
     double mean_eps;                    /* of the head, or of all tensors */
     int32_t wide;                       /* everything is float64, else float32 */
+    /* Where the numbers of a tensor lie that is read whole, in place of after and exp_avg_sq; or NULL. */
+    const void *const *after_of, *const *moment_of; /* [tensors], [moment_tensors]; entries may be NULL */
     double out[16];
 } nfi_step_call;
 
@@ -72,6 +74,24 @@ enum {
     DISPLACEMENT, DISPLACEMENT_RMS, HEAD_NORM, CLASSIFIER_MEAN, MEAN_ALIGNMENT, FEATURE_DISPLACEMENT,
     FEATURE_MEAN, WEIGHT_VIOLATION, BIAS_VIOLATION, ROW_MATCH
 };
+
+/* All that nfi_before and nfi_after need to read one optimizer step. What stays from step to step is set once. */
+typedef struct {
+    nfi_step_call step;            /* grad, before, after and exp_avg_sq are memory to write to */
+    nfi_head_call head;            /* grad, bias_grad, update, bias_update and sketch, too. All classes are kept */
+    const void *const *params, *const *grads, *const *moments; /* [tensors], contiguous */
+    const float *const *taken;     /* [tensors], the number of steps that each moment has averaged */
+    const int64_t *strides, *counts; /* [tensors], how each tensor is read */
+    const double *betas;           /* [tensors], the decay of each moment */
+    double *corrections;           /* out [tensors] */
+    const void **after_of, **moment_of; /* out [tensors] */
+    const void *old_weight, *old_bias; /* of the head before the step: memory to write to if copy_head */
+    const void *bias;              /* of the head, or NULL */
+    const void *features;          /* of the sketch [sketched, width], or NULL */
+    const void *directions;        /* [width, 4] of row_match.py */
+    int64_t weight_at, bias_at;    /* the head among the tensors */
+    int32_t copy_head;             /* whether the head is not among the coordinates that are read */
+} nfi_plan;
 
 /* The loops over elements, compiled once for each instruction set. */
 typedef struct {
@@ -151,6 +171,8 @@ NFI_PUBLIC int nfi_step(nfi_step_call *call);
 NFI_PUBLIC void nfi_gather(const void *const *from, const int64_t *strides, const int64_t *counts, int64_t tensors,
                            int dtype, void *to);
 NFI_PUBLIC int nfi_head(nfi_head_call *call);
+NFI_PUBLIC void nfi_before(nfi_plan *plan);
+NFI_PUBLIC int nfi_after(nfi_plan *plan);
 
 /* The lower median of those of x [n] that are not NaN, NaN if all are. Reorders x. */
 double nfi_median(double *x, int64_t n);

@@ -40,19 +40,80 @@ static double correction_of(const nfi_step_call *call, int64_t tensor)
     return call->corrections ? call->corrections[tensor] : call->correction;
 }
 
-/* The median of preconditioner - eps = sqrt(v) over from ... end - 1, of at most MEDIAN_OF of them. */
-static double root_median(const nfi_step_call *call, int64_t from, int64_t end, double *room)
+/* Move what is smaller than pivot, or as small with or_equal, to the front of x [n]; returns how many those are. */
+static int64_t partition(float *x, int64_t n, float pivot, int or_equal)
 {
-    const int64_t stride = (end - from + MEDIAN_OF - 1) / MEDIAN_OF;
-    int64_t kept = 0, tensor = 0;
-    for (int64_t i = from; i < end; i += stride) {
-        while (call->ends[tensor] <= i) tensor++;
-        const double v = at(call->exp_avg_sq, call->wide, i), correction = correction_of(call, tensor);
-        const double root = call->wide ? sqrt(v / correction) : (double)sqrtf((float)v / (float)correction);
-        if (root != root) return NAN;
-        room[kept++] = root;
+    int64_t kept = 0;
+    for (int64_t i = 0; i < n; i++) { /* without a branch: which way it goes cannot be predicted */
+        const float value = x[i];
+        x[i] = x[kept];
+        x[kept] = value;
+        kept += value < pivot || (or_equal && value == pivot);
     }
-    return nfi_median(room, kept);
+    return kept;
+}
+
+/* The lower median of x [n], which holds no NaN. Reorders x. */
+static float float_median(float *x, int64_t n)
+{
+    int64_t rank = (n - 1) / 2;
+    while (n > 1) {
+        const float a = x[0], b = x[n / 2], c = x[n - 1];
+        const float low = a < b ? a : b, high = a < b ? b : a, pivot = c < low ? low : c > high ? high : c;
+        const int64_t less = partition(x, n, pivot, 0);
+        if (rank < less) {
+            n = less;
+            continue;
+        }
+        const int64_t equal = partition(x + less, n - less, pivot, 1);
+        if (rank < less + equal) return pivot;
+        x += less + equal;
+        n -= less + equal;
+        rank -= less + equal;
+    }
+    return x[0];
+}
+
+typedef union {
+    double wide[MEDIAN_OF];
+    float narrow[MEDIAN_OF];
+} median_room;
+
+/* Where the moments of a tensor lie whose packed coordinates begin at from. */
+static const void *moments_of(const nfi_step_call *call, int64_t tensor, int64_t from)
+{
+    if (call->moment_of && call->moment_of[tensor]) return call->moment_of[tensor];
+    return (const char *)call->exp_avg_sq + from * (call->wide ? 8 : 4);
+}
+
+static double root_of(double v, double correction, int wide)
+{
+    return wide ? sqrt(v / correction) : (double)sqrtf((float)v / (float)correction);
+}
+
+/* The median of sqrt(v) over the tensors from first ... last - 1, of at most MEDIAN_OF coordinates.
+ * A root of a quotient rises with v: where all are divided by one number, the median of v shows that of the roots. */
+static double root_median(const nfi_step_call *call, int64_t first, int64_t last, median_room *room)
+{
+    const int64_t start = first ? call->ends[first - 1] : 0, end = call->ends[last - 1];
+    const int64_t stride = (end - start + MEDIAN_OF - 1) / MEDIAN_OF;
+    int64_t kept = 0, i = start, from = start, odd = 0;
+    int same = !call->wide;
+    for (int64_t tensor = first; tensor < last; tensor++)
+        same = same && correction_of(call, tensor) == correction_of(call, first);
+    for (int64_t tensor = first; tensor < last; from = call->ends[tensor], tensor++) {
+        const void *moments = moments_of(call, tensor, from);
+        const double correction = correction_of(call, tensor);
+        for (; i < call->ends[tensor]; i += stride) {
+            const double v = at(moments, call->wide, i - from);
+            odd += !(v >= 0.0);
+            if (same) room->narrow[kept++] = (float)v;
+            else room->wide[kept++] = root_of(v, correction, call->wide);
+        }
+    }
+    if (odd) return NAN;
+    return same ? root_of(float_median(room->narrow, kept), correction_of(call, first), 0)
+                : nfi_median(room->wide, kept);
 }
 
 static void add_pair(const nfi_step_call *call, const nfi_step_sums *of, int64_t tensor, nfi_step_sums *all)
@@ -66,40 +127,59 @@ static void add_pair(const nfi_step_call *call, const nfi_step_sums *of, int64_t
     all->old += rate * of->old;
 }
 
+static const void *ahead(const void *x, size_t bytes) { return x ? (const char *)x + bytes : NULL; }
+
+/* The call for one tensor alone, whose packed coordinates begin at from. */
+static nfi_step_call part_of(const nfi_step_call *call, int64_t tensor, int64_t from)
+{
+    const size_t bytes = (size_t)from * (call->wide ? 8 : 4);
+    nfi_step_call part = *call;
+    part.grad = ahead(call->grad, bytes);
+    part.before = ahead(call->before, bytes);
+    part.after = call->after_of && call->after_of[tensor] ? call->after_of[tensor] : ahead(call->after, bytes);
+    if (tensor >= call->moment_tensors) return part;
+    part.exp_avg_sq = moments_of(call, tensor, from);
+    part.preconditioner = call->preconditioner ? (char *)call->preconditioner + bytes : NULL;
+    part.old_grad = ahead(call->old_grad, bytes);
+    part.old_before = ahead(call->old_before, bytes);
+    part.old_preconditioner = ahead(call->old_preconditioner, bytes);
+    return part;
+}
+
 /* Fill out. Returns 0, or 1 if there is no memory. */
 NFI_PUBLIC int nfi_step(nfi_step_call *call)
 {
     const nfi_kernels *use = nfi_in_use;
-    const int wide = call->wide;
+    const int wide = call->wide, moment = call->moment_tensors > 0;
     nfi_step_sums all = { 0 };
     double relative = 0.0, rms_t = -INFINITY, alignment_grad = 0.0, *out = call->out;
-    int64_t from = 0, head_from = 0, head_end = 0;
+    int64_t from = 0, head = -1;
     for (int64_t tensor = 0; tensor < call->tensors; from = call->ends[tensor], tensor++) {
         const int64_t end = call->ends[tensor];
         const double rate = call->rates[tensor], count = (double)(end - from);
         nfi_step_sums of = { 0 };
-        (wide ? use->step64 : use->step32)(call, from, end, &of);
+        const nfi_step_call part = part_of(call, tensor, from);
+        (wide ? use->step64 : use->step32)(&part, 0, end - from, &of);
         all.grad += rate * of.grad;
         all.moved += rate * of.moved;
         all.after += rate * of.after;
         if (call->matrices[tensor])
             relative = larger(sqrt(of.moved / (of.after < 1e-30 ? 1e-30 : of.after)), relative);
-        if (!call->exp_avg_sq || tensor >= call->moment_tensors) continue;
+        if (!moment || tensor >= call->moment_tensors) continue;
         const double correction = correction_of(call, tensor);
         const double eps = call->epsilons ? call->epsilons[tensor] : call->eps;
-        if (wide) use->moment64(call, from, end, correction, eps, &of);
-        else use->moment32(call, from, end, (float)correction, (float)eps, &of);
+        if (wide) use->moment64(&part, 0, end - from, correction, eps, &of);
+        else use->moment32(&part, 0, end - from, (float)correction, (float)eps, &of);
         const double rms = sqrt(of.ratios / count);
         rms_t = larger(rms, rms_t);
         all.roots += rate * of.roots;
         if (tensor == call->head) {
             out[RMS_T_HEAD] = rms;
             out[HEAD_ROOT_MEAN] = of.roots / count;
-            head_from = from;
-            head_end = end;
+            head = tensor;
         }
         if (call->old_grad) {
-            (wide ? use->pair64 : use->pair32)(call, from, end, &of);
+            (wide ? use->pair64 : use->pair32)(&part, 0, end - from, &of);
             add_pair(call, &of, tensor, &all);
             alignment_grad += rate * of.grad;
         }
@@ -108,15 +188,15 @@ NFI_PUBLIC int nfi_step(nfi_step_call *call)
     out[UPDATE_RMS] = sqrt(all.moved) / sqrt(call->total);
     out[WEIGHT_NORM] = sqrt(all.after);
     out[RELATIVE_UPDATE] = relative;
-    if (!call->exp_avg_sq) return 0;
+    if (!moment) return 0;
 
-    double *room = malloc(MEDIAN_OF * sizeof(double));
+    median_room *room = malloc(sizeof(median_room));
     if (!room) return 1;
     out[RMS_T_MAX] = rms_t;
-    out[ROOT_MEDIAN] = root_median(call, 0, call->moments, room);
+    out[ROOT_MEDIAN] = root_median(call, 0, call->moment_tensors, room);
     out[ROOT_MEAN] = all.roots / call->moment_total;
-    const int has_head = head_end > head_from;
-    if (has_head) out[HEAD_ROOT_MEDIAN] = root_median(call, head_from, head_end, room);
+    const int has_head = head >= 0;
+    if (has_head) out[HEAD_ROOT_MEDIAN] = root_median(call, head, head + 1, room);
     free(room);
     out[EFFECTIVE_RATE] = call->lr / (out[has_head ? HEAD_ROOT_MEDIAN : ROOT_MEDIAN] + call->mean_eps);
     if (call->old_grad) {

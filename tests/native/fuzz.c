@@ -200,16 +200,105 @@ static void fuzz_gather(void)
     free(to);
 }
 
+/* A plan over a head [classes, width] with a bias, and one more tensor between them. */
+static void fuzz_plan(void)
+{
+    nfi_plan plan;
+    memset(&plan, 0, sizeof plan);
+    const int wide = (int)draw(2);
+    const int64_t classes = 1 + (int64_t)draw(20), width = 1 + (int64_t)draw(60), other = 1 + (int64_t)draw(5000);
+    const int64_t sizes[] = { classes * width, other, classes }, rows = 1 + (int64_t)draw(9);
+    int64_t strides[3], counts[3], ends[3], total = 0, apart = 0;
+    double rates[3], betas[] = { .9, .999, 0.0 }, corrections[3];
+    unsigned char matrices[] = { 1, 0, 0 };
+    const void *params[3], *grads[3], *moments[3], *after_of[3], *moment_of[3];
+    float steps[] = { 1.0f, (float)draw(100000), 0.0f };
+    const float *taken[] = { &steps[0], &steps[1], &steps[2] };
+    for (int i = 0; i < 3; i++) {
+        strides[i] = draw(3) ? 1 : 1 + (int64_t)draw(4);
+        apart = apart || (i != 1 && strides[i] > 1);
+        counts[i] = (sizes[i] + strides[i] - 1) / strides[i];
+        ends[i] = total += counts[i];
+        rates[i] = (double)sizes[i] / (double)counts[i];
+        params[i] = vector(wide, sizes[i]);
+        grads[i] = vector(wide, sizes[i]);
+        moments[i] = vector(wide, sizes[i]);
+    }
+    nfi_step_call *step = &plan.step;
+    nfi_head_call *head = &plan.head;
+    void *memory[8], *own[4], *update = vector(wide, sizes[0]), *bias_update = vector(wide, classes);
+    for (int i = 0; i < 8; i++) memory[i] = vector(wide, total);
+    for (int i = 0; i < 4; i++) own[i] = vector(wide, i < 2 ? sizes[0] : classes);
+    step->grad = memory[0];
+    step->before = memory[1];
+    step->after = memory[2];
+    step->exp_avg_sq = memory[3];
+    step->preconditioner = memory[4];
+    if (draw(2)) step->old_grad = memory[5], step->old_before = memory[6], step->old_preconditioner = memory[7];
+    step->ends = ends;
+    step->rates = rates;
+    step->matrices = matrices;
+    step->tensors = step->moment_tensors = 3;
+    step->moments = total;
+    step->total = step->moment_total = (double)(sizes[0] + sizes[1] + sizes[2]);
+    step->eps = step->mean_eps = 1e-8;
+    step->lr = 1e-3;
+    step->wide = head->wide = wide;
+    plan.params = params;
+    plan.grads = grads;
+    plan.moments = moments;
+    plan.taken = taken;
+    plan.strides = strides;
+    plan.counts = counts;
+    plan.betas = betas;
+    plan.corrections = corrections;
+    plan.after_of = after_of;
+    plan.moment_of = moment_of;
+    plan.bias = params[2];
+    plan.bias_at = 2;
+    plan.copy_head = (int32_t)apart;
+    const size_t size = wide ? 8 : 4;
+    plan.old_weight = apart ? own[0] : memory[1];
+    plan.old_bias = apart ? own[2] : (char *)memory[1] + (size_t)ends[1] * size;
+    head->weight = params[0];
+    head->grad = apart ? own[1] : memory[0];
+    head->bias_grad = apart ? own[3] : (char *)memory[0] + (size_t)ends[1] * size;
+    head->update = update;
+    head->bias_update = bias_update;
+    head->classes = head->kept = classes;
+    head->width = head->columns = head->weight_stride = head->grad_stride = head->update_stride = width;
+    head->feature_stride = width + (int64_t)draw(2);
+    head->rows = head->sketched = rows;
+    const int64_t feature_strides[] = { head->feature_stride, 1 };
+    void *features = matrix(wide ? NFI_FLOAT64 : NFI_FLOAT32, rows, width, feature_strides);
+    void *sketch = vector(wide, 4 * rows), *directions = vector(wide, 4 * width);
+    plan.features = features;
+    plan.directions = directions;
+    if (draw(2)) head->sketch = sketch;
+    if (draw(2)) head->features = features;
+    nfi_before(&plan);
+    if (nfi_after(&plan)) abort();
+    for (int i = 0; i < 8; i++) free(memory[i]);
+    for (int i = 0; i < 4; i++) free(own[i]);
+    for (int i = 0; i < 3; i++) free((void *)params[i]), free((void *)grads[i]), free((void *)moments[i]);
+    free(update);
+    free(bias_update);
+    free(features);
+    free(sketch);
+    free(directions);
+}
+
 int main(int count, char **given)
 {
     const long calls = count > 1 ? atol(given[1]) : 1000;
     state = count > 2 ? strtoull(given[2], NULL, 10) : 1;
     for (long i = 0; i < calls; i++) {
         nfi_select((int)draw(3));
-        switch (draw(5)) {
+        switch (draw(6)) {
         case 0: fuzz_step(); break;
         case 1: fuzz_head(); break;
         case 2: fuzz_gather(); break;
+        case 3: fuzz_plan(); break;
         default: fuzz_rows();
         }
     }
