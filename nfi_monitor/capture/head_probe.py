@@ -97,6 +97,7 @@ class HeadProbe(ModelHook):
         self.without_features = 0
         self.returned: str | None = None  # type of an output that is no tensor
         self.added: str | None = None  # the operation of the loss that adds to the logits before its softmax
+        self.scaled = False  # whether the loss takes the head's logits times a factor
         self.shown = False  # whether the graph of a loss has shown how it takes the head's logits
         self.multiplied = False  # whether the logits that are read are multiples of the head's, or capped
         self.misshapen: tuple[int, ...] | None = None  # shape of an output without the head's classes

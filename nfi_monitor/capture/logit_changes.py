@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from nfi_monitor.capture import devices
 from nfi_monitor.capture.origin import OF_A_WEIGHT, PRODUCTS, Logits, of_last_axis, operation, saved
 
 _SOFTMAX = {"LogSoftmax", "Softmax", "Logsumexp"}
@@ -77,7 +78,7 @@ class Arrival(NamedTuple):
         return self._replace(
             change=self.change or changed,
             added=self.added or (name if _adds(node, name, classes) else None),
-            scaled=self.scaled or name in ("Mul", "Div"),
+            scaled=self.scaled or (name in ("Mul", "Div") and not _is_one(_constant(node))),
             turned=self.turned or name in ("Transpose", "Permute", "T"),
         )
 
@@ -212,17 +213,24 @@ def _keeps_rows(node: Any, name: str) -> bool:
     sizes = [_of_parameters(before) for before in others]
     known = [size for size in sizes if size is not None]
     if len(others) < 2:
-        return name in ("Add", "Sub") or _constants(node) == 1
+        constant = _constant(node)
+        return name in ("Add", "Sub") or constant is None or constant.numel() == 1
     if known:  # a bias of its own leaves the gradient as it is
         return name in ("Add", "Sub") or max(known) == 1
     return name in ("Add", "Sub") and any(_of_each_row(before) for before in others)
 
 
-def _constants(node: Any) -> int:
-    """Return how many constants a product multiplies logits by; 1 if its node does not keep them."""
+def _constant(node: Any) -> Tensor | None:
+    """Return what a product or quotient multiplies logits by, or divides them by; None if it is not kept."""
     first = node.next_functions[0][0] is not None
-    constant = saved(node, "other" if first else "self")
-    return 1 if constant is None else constant.numel()
+    return saved(node, "other" if first else "self")
+
+
+def _is_one(constant: Tensor | None) -> bool:
+    """Return whether the host knows that a factor is 1."""
+    return (
+        constant is not None and constant.numel() == 1 and devices.on_host(constant) and bool(constant == 1)
+    )
 
 
 def _adds(node: Any, name: str, classes: int) -> bool:

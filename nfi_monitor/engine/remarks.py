@@ -199,9 +199,10 @@ def _logits_scaled_text(seen: Seen) -> str:
 def _not_recomputed_text(seen: Seen) -> str:
     return (
         f"The loss makes no logits. In the last {PATIENCE} readings, rows recomputed from hidden states and "
-        "labels do not give the gradient that arrives at the hidden states, so they are left out. Possible "
-        "reasons: logits that are scaled or capped, smoothed labels, a penalty besides the cross-entropy, "
-        "other labels. The rest is watched. For rows, use a loss of logits and monitor.tap(logits)."
+        "labels do not give the gradient that arrives at the hidden states, so they are left out, with their "
+        "displacement. Possible reasons: logits that are scaled or capped, smoothed labels, a penalty "
+        "besides the cross-entropy, other labels. The rest is watched. For rows, use a loss of logits and "
+        "monitor.tap(logits)."
     )
 
 

@@ -61,7 +61,7 @@ class RowPlace:
         losses = [tensor for _, tensor in returned if tensor.dim() == 0]
         if losses:
             paths = self._to_head(losses[0], head)
-            self._probe.shown |= bool(paths)
+            self._show(paths)
             changed = first_changed(paths)
             if changed is not None:
                 place = self._at_softmax(head, changed) or Place("nowhere")
@@ -76,6 +76,12 @@ class RowPlace:
             self._settle(head, self._candidates[0][0], changed, output)
         elif sure and added is not None:
             self._read_sum(head, added, None, output)
+
+    def _show(self, paths: list[Arrival]) -> None:
+        """Keep what the graph of a loss has shown."""
+        if paths and not self._probe.shown:  # the first look may be before the backward pass frees constants
+            self._probe.shown = True
+            self._probe.scaled = all(path.scaled for path in paths)
 
     def _to_head(self, tensor: Tensor, head: Head | None, *, at_logits: bool = False) -> list[Arrival]:
         """Return the paths from a loss, or from logits, to the outputs of the head in this pass."""
@@ -118,7 +124,7 @@ class RowPlace:
         if head is None or not nodes or (head.place is not None and head.place.where == "nowhere"):
             return False
         paths = self._to_head(loss, head)
-        self._probe.shown |= bool(paths)
+        self._show(paths)
         changed = first_changed(paths)
         if not paths and self._at_returned is not None and has_softmax(loss.grad_fn):
             changed = self._at_returned  # another loss than the returned one is trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping
 
 from nfi_monitor.capture.head_probe import HeadProbe
@@ -24,6 +25,8 @@ class RowValues:
     ``probe.added`` names an operation of the loss that adds to the head's logits.  It may change nothing, as
     the largest logit of each row does, subtracted as a constant.  Once the loss is another one than the
     cross-entropy of the head's logits, margins and loss at the head are left out, for the rest of the run.
+    ``probe.scaled``: the loss multiplies the logits; the gradients may not show by what, as with two classes
+    or a factor near 1.  Then it is the same, until they do.
     ``probe.multiplied``: displacements, which the head's update gives, are not those of the logits.
     """
 
@@ -37,22 +40,27 @@ class RowValues:
 
     def known(self, step: int, values: Mapping[str, float]) -> Mapping[str, float]:
         """Return those of the values that the rows of the head show."""
-        if self._probe.multiplied and not values.keys().isdisjoint(IN_NATS):
+        no_row_counts = math.isnan(values.get("feature_mean_norm", 0.0))  # all were refused, or are ignored
+        if (self._probe.multiplied or no_row_counts) and not values.keys().isdisjoint(IN_NATS):
             values = {name: value for name, value in values.items() if name not in IN_NATS}
-            self._note("displacement_left_out", _MULTIPLIED, step)
+            if self._probe.multiplied:
+                self._note("displacement_left_out", _MULTIPLIED, step)
         added, of_head, loss = self._probe.added, values.get("head_loss"), values.get("loss")
-        if added is None:
+        by_unknown = self._probe.scaled and loss is not None and "logit_scale" not in values
+        if added is None and not by_unknown:
             self._left_out = False  # another head
         elif of_head is not None and not self._left_out:
             if loss is not None and abs(of_head - loss) <= SAME * max(of_head, abs(loss)):
                 return values
             self._left_out = True
-            self._note("logits_added", _text(added, of_head, loss), step)
+            code = "logits_scaled" if added is None else "logits_added"
+            self._note(code, _text(added, of_head, loss), step)
         if not self._left_out:
             if "recomputed_fraction" not in values:  # the gradient shows that the loss takes their logits
                 self._compare(step, of_head, loss)
             return values
-        return {name: value for name, value in values.items() if name not in OF_THE_LOSS}
+        unknown = OF_THE_LOSS if added is not None else OF_THE_LOSS.union(IN_NATS)
+        return {name: value for name, value in values.items() if name not in unknown}
 
     def _compare(self, step: int, of_head: float | None, loss: float | None) -> None:
         """Note that the reported loss is another one than the loss at the head, by the first readings.
@@ -90,8 +98,15 @@ def _text_apart(of_head: float, loss: float) -> str:
     )
 
 
-def _text(added: str, of_head: float, loss: float | None) -> str:
+def _text(added: str | None, of_head: float, loss: float | None) -> str:
     reported = "" if loss is None else f", the reported loss {loss:.3g}"
+    if added is None:
+        return (
+            "The loss multiplies the head's logits, and the gradients do not show by how much (few classes, "
+            f"or a factor near 1). The cross-entropy of the head's own logits is {of_head:.3g}{reported}. "
+            "Margins, loss at the head and displacements are left out. The zero-sum is still watched, and so "
+            "is the reported loss. For margins, watch the multiplied logits: logits = monitor.tap(logits)."
+        )
     return (
         f"The loss changes the logits before its softmax ({added}: a margin, a prior, a mask or a slice of "
         f"the classes). The cross-entropy of the head's own logits is {of_head:.3g}{reported}. Margins and "

@@ -478,6 +478,31 @@ def test_a_sum_that_is_multiplied_is_read_without_displacement() -> None:
     assert len(monitor.history["feature_mean_norm"][1]) == 6
 
 
+@pytest.mark.parametrize(("classes", "factor"), [(2, 10.0), (2, 1 / 16), (3, 3.0), (K, 1.15), (K, 0.9)])
+def test_margins_of_a_factor_that_no_gradient_shows_are_left_out(classes: int, factor: float) -> None:
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, None]:
+        return F.cross_entropy(model(x) * factor, y % classes), None
+
+    torch.manual_seed(2)
+    model = Net(_plain)
+    model.head = nn.Linear(D, classes)
+    with torch.no_grad():
+        model.head.weight.mul_(4)
+    monitor, _ = _train(model, loss, steps=12)
+    assert monitor is not None and "logits_scaled" in _codes(monitor)
+    assert len(monitor.history["zero_sum_violation"][1]) == 12
+    for name in ("head_loss", "margin_median", "logit_displacement"):
+        assert name not in monitor.history or len(monitor.history[name][1]) < 3
+
+
+def test_a_factor_of_one_is_no_factor() -> None:
+    torch.manual_seed(2)
+    monitor, entropies = _train(Net(lambda m, h: m.head(h) / 1.0), _of_sum)
+    assert monitor is not None and not _codes(monitor)
+    assert monitor.history["head_loss"][1] == pytest.approx(entropies, rel=1e-5)
+    assert len(monitor.history["logit_displacement"][1]) == 6
+
+
 CHANGED_IN_THE_LOSS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "a constant scale for each class": lambda z, y: z * torch.linspace(0.2, 3, K),
     "a temperature for each row": lambda z, y: z / torch.linspace(0.2, 3, 12)[:, None],
