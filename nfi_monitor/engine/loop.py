@@ -91,8 +91,8 @@ class StepLoop:
         failed = self.faults.failed
         self.reader = OptimizerReader(optimizer, head, failed)
         self.rows, self.transfer = RowAccumulator(), HostTransfer()
-        probe_batch = None if options.probe is None else ProbeBatch(model, *options.probe)
-        self.step_reader = StepReader(self.reader, self.rows, probe_batch, self.faults.is_off, failed)
+        probe = None if options.probe is None else ProbeBatch(model, *options.probe)
+        self.step_reader = StepReader(self.reader, self.rows, probe, self.faults.is_off, failed)
         self.schedule = Schedule(options.overhead_budget)
         self.paused = Pauses(self.schedule.leave_out)
         self.hooks = RunHooks(optimizer, self._before_step, self._after_step, failed)

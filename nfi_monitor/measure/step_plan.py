@@ -36,7 +36,7 @@ class StepPlan:
         self._reader, self._layout, self._head, self._weight = reader, layout, head, weight
         self._params, self._sample = layout.params, layout.sample
         self._ids = [*map(id, layout.params)]
-        self._reduced, self._version = reader.plan.reduced_sample, reader.check.version
+        self._reduced, self._checked_at = reader.plan.reduced_sample, reader.check.version
         self._dtype = weight.dtype
         count, total = len(layout.params), layout.sample.spans[-1][1]
         self._addresses: dict[str, Any] = {
@@ -74,7 +74,7 @@ class StepPlan:
         optimizer = reader.optimizer
         return (
             reader.plan.reduced_sample is self._reduced
-            and reader.check.version == self._version
+            and reader.check.version == self._checked_at
             and reader.head is self._head
             and getattr(optimizer, "grad_scale", None) is None
             and getattr(optimizer, "found_inf", None) is None

@@ -84,6 +84,7 @@ def plain(folder: Path, begin: Begin | None) -> Outcome:
             console=Console(file=io.StringIO()),
             on_alert=lambda alert: None,
             probe=(inputs[:4], targets[:4]),
+            every=1,
         )
         begin()
     for step in range(STEPS):

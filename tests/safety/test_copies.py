@@ -202,9 +202,12 @@ def test_a_replica_on_another_device_is_left_out_and_said_once(watched: Any, mon
             replica._modules[str(number)] = copied = layer._replicate_for_data_parallel()
             for name, parameter in layer.named_parameters():
                 copied._parameters[name] = parameter.detach().to("meta").requires_grad_()
+        inputs, targets = batch(ROWS)
+        F.cross_entropy(model(inputs), targets).backward()
         outputs = replica(torch.zeros(ROWS, 12, device="meta"))
         outputs.sum().backward()
-        step(model, optimizer)
+        optimizer.step()
+        optimizer.zero_grad()
     assert seen(monitor) == (4, [1.0] * 4)
     assert [note.code for note in monitor.notes] == ["rows_elsewhere"]
     assert "Rows on meta are not read, only those on cpu" in monitor.notes[0].message
