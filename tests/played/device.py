@@ -29,7 +29,7 @@ NAME = "played"
 MISSING = (
     ""
     if hasattr(registration, "_setup_privateuseone_for_python_backend")
-    else f"torch {torch.__version__} cannot register a device from Python: torch 2.11 can"
+    else f"torch {torch.__version__} cannot register a device from Python"
 )
 """Why there is no played accelerator; "" if there is one."""
 
