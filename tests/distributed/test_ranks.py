@@ -249,8 +249,8 @@ def assert_told_alike(cut: dict[str, Any], one: dict[str, Any]) -> None:
                 assert math.isclose(value, expected[step], rel_tol=tolerance, abs_tol=1e-6), (name, step)
 
 
-AT_FLOOR = ("zero_sum_violation_share",)
-"""Counts rows above the rounding floor: for those at the floor, the order of a sum decides."""
+AT_FLOOR = ("zero_sum_violation_share", "partially_absorbed_fraction")
+"""Count rows above the rounding floor: for those at the floor, the order of a sum decides."""
 MEDIANS = (
     "sqrt_exp_avg_sq_median", "head_sqrt_exp_avg_sq_median", "effective_learning_rate", "second_moment_decay",
 )  # fmt: skip
