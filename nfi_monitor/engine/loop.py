@@ -75,8 +75,7 @@ class StepLoop:
     ) -> None:
         self.owner, self.model, self.optimizer, self.head = owner, model, optimizer, head
         self.every, self.run_dir = options.every, options.run_dir
-        self.stateful = tuple(options.stateful)
-        self.thresholds = options.thresholds or Thresholds()
+        self.stateful, self.thresholds = tuple(options.stateful), options.thresholds or Thresholds()
         self.step = 0  # optimizer steps completed
         self.wanted_step: int | None = 1  # the step that is captured now; None between readings
         self.next_read = 1  # the next step to read, unless a loss is unusual before
