@@ -204,19 +204,14 @@ def wide(**arguments) -> Monitor:
 
 def sampled(monitor: Monitor, steps: int) -> list[tuple[int, int]]:
     """(rows, coordinates) of each reading of so many steps on 2,000 rows."""
-    found, deliver, gather = [], monitor._loop.probe._deliver, monitor._loop.reader.before
+    found, deliver, reader = [], monitor._loop.probe._deliver, monitor._loop.reader
     rows: list[int] = []
 
     def delivered(given):
         rows.append(len(given.grad))
         deliver(given)
 
-    def before(*given, **more):
-        read = gather(*given, **more)
-        found.append((rows[-1], len(read.before)))
-        return read
-
-    monitor._loop.probe._deliver, monitor._loop.reader.before = delivered, before
+    monitor._loop.probe._deliver = delivered
     model, optimizer = monitor._loop.model, monitor.optimizer
     inputs, targets = torch.randn(2_000, 300), torch.randint(200, (2_000,))
     for _ in range(steps):
@@ -224,6 +219,8 @@ def sampled(monitor: Monitor, steps: int) -> list[tuple[int, int]]:
         loss = F.cross_entropy(model(inputs), targets)
         monitor.observe_loss(loss)
         loss.backward()
+        if rows:  # the step is read
+            found.append((rows.pop(), reader.layout(needs_gradient=True).sample.spans[-1][1]))
         optimizer.step()
     return found
 
