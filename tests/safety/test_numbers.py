@@ -214,6 +214,8 @@ class Excuses:
 
     def forward(self, features: Tensor, logits: Tensor) -> None:
         self._read([features, logits])
+        if not logits.requires_grad:  # the probe batch
+            return
         self._features.append(features.detach().reshape(-1, features.shape[-1]))
         logits.register_hook(self._gradients.append)
 
@@ -276,9 +278,7 @@ def train(case: Case, monitored: bool) -> tuple[Monitor | None, Excuses]:
         )
         assert monitor.closed is False
     excuses = Excuses()
-    head.register_forward_hook(
-        lambda _, given, logits: excuses.forward(given[0], logits) if logits.requires_grad else None
-    )
+    head.register_forward_hook(lambda _, given, logits: excuses.forward(given[0], logits))
     torch.manual_seed(case.seed)
     for step, parts in enumerate(case.rows):
         optimizer.zero_grad()
@@ -358,6 +358,12 @@ def test_a_sample_without_any_row_of_the_loss_has_no_mean_feature() -> None:
     given = {"shape": "linear", "dtype": "float32", "weights": 1.0, "inputs": 1.0, "ignored": 0.0, "lr": 1e-3}
     given |= {"classes": 50_000, "rows": ((9,),), "loss": "one row", "optimizer": "AdamW", "eps": 1e-8}
     check(Case(seed=0, autocast=False, poisoned=(), told="tensor", frozen=False, probe=False, **given))
+
+
+def test_a_probe_batch_whose_logits_overflow_has_no_margins() -> None:
+    given = {"shape": "tokens", "dtype": "float16", "weights": 1e4, "inputs": 1.0, "ignored": 0.0, "lr": 1e-3}
+    given |= {"classes": 2, "rows": ((1,), (0,)), "loss": "mean", "optimizer": "SGD", "eps": 1e-8}
+    check(Case(seed=0, autocast=False, poisoned=(), told="tensor", frozen=False, probe=True, **given))
 
 
 @pytest.mark.slow
