@@ -93,7 +93,9 @@ def focal(z: Tensor, y: Tensor) -> Tensor:
 def test_a_loss_without_a_zero_sum_stays_one_when_it_gets_small(loss_of: Loss) -> None:
     monitor = watch(loss_of, 500)
     assert [a for a in monitor.alerts if a.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION] == []
-    assert codes(monitor) == {"not_shift_invariant"}, "neither half precision nor soft targets explain it"
+    # Of capped logits, the graph shows that they are no longer the head's.
+    said = codes(monitor) - {"logits_changed"}
+    assert said == {"not_shift_invariant"}, "neither half precision nor soft targets explain it"
 
 
 def test_logits_scaled_after_the_head_are_noticed_and_their_margins_alarm_nobody() -> None:

@@ -156,8 +156,8 @@ def test_a_parameter_group_added_later_is_read_and_changes_nothing() -> None:
     assert not torch.equal(model[0].weight, start[0].weight)
     steps, norms = seen.history["weight_norm"]
     of_all = float(torch.cat([p.detach().flatten() for p in model.parameters()]).norm())
-    # The last reading may be up to 31 steps old.
-    assert norms[-1] == pytest.approx(of_all, rel=1e-2), "the new group's weights count"
+    # The last reading may be some tens of steps old.
+    assert norms[-1] == pytest.approx(of_all, rel=3e-2), "the new group's weights count"
     assert norms[steps < 150][-1] < 0.95 * of_all
     _, model, optimizer = quiet_run(unfreeze, monitored=False, part=slice(2, None))
     assert not differences(watched, snapshot(model, optimizer))

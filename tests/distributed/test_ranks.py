@@ -233,10 +233,10 @@ def assert_told_alike(cut: dict[str, Any], one: dict[str, Any]) -> None:
             assert got[key] == expected[key], (expected["id"], key)
         for name, item in expected["evidence"].items():
             value, tolerance = got["evidence"][name]["value"], tolerance_of(name)
-            # A cosine near 0 is a small difference of float32 numbers of size 1.
-            least = 1e-6 if "alignment" in name else 1e-9
+            # A cosine of gradients is a sum of float32 products that cancel, in another order on each rank.
+            least = 1e-4 if "alignment" in name else 1e-9
             close = math.isclose(value, item["value"], rel_tol=tolerance, abs_tol=least)
-            assert close or name in MEDIANS, (expected["id"], name)
+            assert close or name in MEDIANS, (expected["id"], name, value, item["value"])
     assert cut["seen"]["phases"] == one["seen"]["phases"]
     assert cut["absorbing"] == one["absorbing"]
     for name in one["seen"]["history"]:
