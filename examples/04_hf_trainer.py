@@ -2,8 +2,8 @@
 
 A small GPT-2 learns division modulo 23, written as a language: "a ÷ b =" and then the answer.  When it knows
 the answers by heart, margins grow until rounding absorbs rows.  The monitor says *at risk* more than a
-hundred steps before the loss leaves its floor, and *imminent* some 50 steps before.  With the loss in float64
-there is no slingshot.  Rounding differs between processors: if the slingshot does not come, try another seed.
+hundred steps before the loss leaves its floor.  With the loss in float64 there is no slingshot.  Rounding
+differs between processors: if the slingshot does not come, try another seed.
 
     python examples/04_hf_trainer.py
     python examples/04_hf_trainer.py --loss-dtype float64    # the remedy that the alert advises

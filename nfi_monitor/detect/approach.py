@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from nfi_monitor.detect.rules.numeric import Imminent
+from nfi_monitor.detect.rules.numeric import Imminent, Inflating
 from nfi_monitor.detect.situation import Situation
 
 
@@ -17,6 +17,14 @@ def growth_to_imminent(now: Situation, *, usual: bool = False) -> float:
     """
     height = 1.0 if usual else now.level_of(Imminent.name)
     return max(min(_of_displacement(now, height), _of_swing(now, height)), 0.0)
+
+
+def hidden_growth(now: Situation) -> bool:
+    """Return whether the layers below the head may move the logits further and further, unmeasured.
+
+    Between minibatches their movement is not known, but the feature mean shows that they grow.
+    """
+    return now.on(Inflating.name) and now.signals.other_rows
 
 
 def _of_displacement(now: Situation, height: float) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from enum import Enum
 
 from nfi_monitor.detect.alert_book import AlertBook
-from nfi_monitor.detect.approach import growth_to_imminent
+from nfi_monitor.detect.approach import growth_to_imminent, hidden_growth
 from nfi_monitor.detect.rules import RULES
 from nfi_monitor.detect.rules.numeric import Absorbing
 from nfi_monitor.detect.rules.second_moment import Coasting
@@ -58,6 +58,8 @@ def attention_of(phase: Phase, book: AlertBook, now: Situation) -> Attention:
     if now.on(Absorbing.name):
         # Rows may absorb for good.  Nothing but growth of the updates leads to a slingshot then.
         left = growth_to_imminent(now) / NATS
+        if hidden_growth(now):
+            left = min(left, 1.0)
         return next((item for item in _ABSORBING if item.units <= left), Attention.ALWAYS)
     if now.still:  # a kick after a vanished gradient builds up in a few steps
         return Attention.OFTEN if now.on(Coasting.name) else Attention.SELDOM

@@ -15,7 +15,7 @@ from typing import Any
 
 from nfi_monitor.detect.alert_book import AlertBook, Claim
 from nfi_monitor.detect.alert_writer import AlertWriter
-from nfi_monitor.detect.approach import growth_to_imminent
+from nfi_monitor.detect.approach import growth_to_imminent, hidden_growth
 from nfi_monitor.detect.attention import Attention, attention_of
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
@@ -316,7 +316,7 @@ class Detector:
             learning_rate_jump=signals.learning_rate_jump,
             update_jump=signals.update_jump,
             rms_t=signals.rms_t_peak,
-            approach=growth_to_imminent(now, usual=True),
+            approach=math.inf if hidden_growth(now) else growth_to_imminent(now, usual=True),
             outside=now.outside,
         )
 

