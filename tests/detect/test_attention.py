@@ -119,7 +119,7 @@ def test_where_the_mean_grows_between_minibatches_the_layers_below_may_move_unse
         detector.update(Reading(step, values))
     assert detector.attention is (Attention.SOON if hidden else Attention.SELDOM)
     for step in (301, 302, 303):
-        detector.update(Reading(step, {**values, "loss": 0.1, "rms_t_max": 4.0}))
+        detector.update(Reading(step, {**values, "loss": 0.015, "rms_t_max": 4.0}))
     (slingshot,) = (alert for alert in detector.alerts if alert.kind is AlertKind.SLINGSHOT)
     assert (slingshot.mechanism is Mechanism.NUMERICAL_FEATURE_INFLATION) is hidden
 
