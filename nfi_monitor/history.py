@@ -37,6 +37,7 @@ class History:
         self._max_rows = max_rows
         self._filled: dict[str, tuple[array[int], array[float]]] = {}
         self._waiting: list[tuple[int, Mapping[str, float]]] = []
+        self._filling = False
         self._readings = 0
         self.full_readings = 0
         """Number of readings with more than the loss that were added, removed ones included."""
@@ -56,9 +57,13 @@ class History:
             self._fill()
 
     def _fill(self) -> None:
-        """Add the readings that wait to the columns."""
-        waiting, self._waiting, columns = self._waiting, [], self._filled
-        for step, values in waiting:
+        """Add the readings that wait to the columns. An interrupt loses none of them."""
+        waiting, columns = self._waiting, self._filled
+        if self._filling:
+            self._remove_half_added(*waiting[0])
+        self._filling = True
+        while waiting:
+            step, values = waiting[0]
             for name, value in values.items():
                 column = columns.get(name)
                 if column is None:
@@ -67,6 +72,17 @@ class History:
                     column = columns[name] = _thinned(*column)
                 column[0].append(step)
                 column[1].append(value)
+            del waiting[0]
+        self._filling = False
+
+    def _remove_half_added(self, step: int, values: Mapping[str, float]) -> None:
+        """Remove what an interrupted :meth:`_fill` has added of a reading."""
+        for steps, numbers in (self._filled[name] for name in values if name in self._filled):
+            both = min(len(steps), len(numbers))
+            del steps[both:], numbers[both:]
+            if steps and steps[-1] == step:
+                steps.pop()
+                numbers.pop()
 
     @property
     def _columns(self) -> dict[str, tuple[array[int], array[float]]]:

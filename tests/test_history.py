@@ -1,10 +1,13 @@
 from __future__ import annotations
 
 import math
+import sys
+from typing import Any
 
 import numpy as np
 import pytest
 
+from nfi_monitor import history as history_module
 from nfi_monitor.history import History
 
 
@@ -72,3 +75,37 @@ def test_what_was_measured_after_a_step_can_be_forgotten() -> None:
 def test_a_known_quantity_that_was_never_measured_is_empty() -> None:
     steps, values = History()["loss"]
     assert len(steps) == len(values) == 0 and "loss" not in History()
+
+
+def test_an_interrupt_at_any_line_loses_no_reading_and_adds_none_twice() -> None:
+    def filled(interrupted_at: int) -> tuple[History, bool]:
+        history, lines = History(), 0
+        for step in (1, 2, 3):
+            history.append(step, {"loss": float(step), "gradient_norm": 2.0 * step})
+
+        def look(frame: Any, event: str, argument: object) -> Any:
+            nonlocal lines
+            if frame.f_code.co_filename != history_module.__file__:
+                return None
+            lines += event == "line"
+            if lines == interrupted_at:
+                raise KeyboardInterrupt
+            return look
+
+        before = sys.gettrace()
+        sys.settrace(look)
+        try:
+            history.last("loss")
+        except KeyboardInterrupt:
+            return history, True
+        finally:
+            sys.settrace(before)
+        return history, False
+
+    number, interrupted = 1, True
+    while interrupted:
+        history, interrupted = filled(number)
+        assert history["loss"][0].tolist() == [1, 2, 3], number
+        assert history["gradient_norm"][1].tolist() == [2.0, 4.0, 6.0], number
+        number += 1
+    assert number > 20
