@@ -177,6 +177,17 @@ def curve(directory: Path, tag: str = "nfi/loss") -> dict[int, float]:
     return {event.step: event.value for event in events}
 
 
+@pytest.fixture(autouse=True)
+def writers_with_numbers_of_equal_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files are read in the order of their names: second, process, number of the writer in the process.
+
+    Sessions of one process in one second are those of a test alone, and there 10 comes before 9.
+    """
+    from tensorboard.summary.writer import event_file_writer
+
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(1_000))
+
+
 def session(directory: Path, steps: range, loss: float) -> TensorBoardSink:
     sink = TensorBoardSink(directory, min_seconds=0)
     sink.start(INFO)
