@@ -103,6 +103,7 @@ class Record:
             "led_to_nothing": dict(self.led_to_nothing),
             "raised": {rule: list(raised) for rule, raised in self._raised.items()},
             "passed": {rule: list(passed) for rule, passed in self._passed.items()},
+            "highest": {kind.value: loss for kind, loss in self._highest.items()},
             "held": {kind.value: sorted(held) for kind, held in self._held.items()},
         }
 
@@ -113,5 +114,7 @@ class Record:
         self._raised = saved["raised"]
         passed = state.get("passed", {})  # earlier versions had none
         self._passed = decode(dict[str, tuple[Annotated[float, Between(0, math.inf)], int]], passed)
+        highest = decode(dict[str, Annotated[float, Between(0, math.inf)]], state.get("highest", {}))
+        self._highest = {AlertKind(kind): loss for kind, loss in highest.items()}
         held = decode(dict[str, list[str]], state.get("held", {}))
         self._held = {AlertKind(kind): set(rules) for kind, rules in held.items()}

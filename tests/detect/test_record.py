@@ -137,6 +137,14 @@ def test_a_slingshot_forgets_the_highest_loss_of_alarms_that_ended_at_most_a_tau
     assert record.passed("diverging", 123, 20.0) == 0.0
 
 
+def test_the_highest_loss_of_an_alarm_that_still_fires_survives_a_checkpoint() -> None:
+    record, restored = Record(), Record()
+    record.update(AlertKind.IMMINENT, ["diverging"], 100, 20.0, loss=0.3, burst=False)
+    restored.load_state_dict(json.loads(json.dumps(record.state_dict())))
+    restored.update(AlertKind.IMMINENT, [], 101, 20.0, loss=0.1, burst=False)
+    assert restored.passed("diverging", 102, 20.0) == 0.3
+
+
 def test_the_highest_loss_survives_a_checkpoint_and_an_earlier_one_has_none() -> None:
     record, restored, earlier = Record(), Record(), Record()
     passed_alarm(record, 0.3, 100)
