@@ -189,6 +189,11 @@ class Thresholds:
     diverging_steps: float = 16.0
     """Most steps until the loss of a slingshot, if the gradient goes on growing as it does. Higher: more
     lead, and alarms of oscillations that stop growing."""
+    surging_rise: float = 1.5
+    """Rise of the loss above its running average, in nats of log loss, in a surge. Lower: alarms of
+    oscillations that die down."""
+    surging_steps: float = 1.0
+    """Most steps until the loss of a slingshot in a surge. Higher: more alarms before mere bursts."""
     swing_settles: float = 3.0
     """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``. By then 95% of the
     second moment are of real gradients. Lower: networks that oscillate while the loss first falls are called

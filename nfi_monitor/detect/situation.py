@@ -183,12 +183,12 @@ class Situation:
     def steps_to_slingshot(self) -> float:
         """Steps until the loss is that of a slingshot, if the gradient goes on growing as in the last steps.
 
-        ∞ where it does not grow, NaN where no loss is known.  Near a minimum, the loss grows as the square of
-        the gradient.
+        ∞ where it does not grow, NaN where no finite loss is known.  Near a minimum, the loss grows as the
+        square of the gradient.
         """
         loss = self.loss
         rate = self.signals.gradient_growth
-        if not loss > 0 or math.isnan(rate):
+        if not 0 < loss < math.inf or math.isnan(rate):
             return math.nan
         least = min(self.spike.least_of_each(self.limits))
         return max(math.log(least / loss), 0.0) / (2.0 * rate) if rate > 0 else math.inf

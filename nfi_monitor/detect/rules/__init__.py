@@ -12,7 +12,7 @@ from functools import cache
 from nfi_monitor.detect.rules.base import Level, Rule
 from nfi_monitor.detect.rules.non_finite import NonFinite
 from nfi_monitor.detect.rules.numeric import Absorbing, Imminent, Inflating
-from nfi_monitor.detect.rules.oscillation import Diverging, Overshooting, Swinging
+from nfi_monitor.detect.rules.oscillation import Diverging, Overshooting, Surging, Swinging
 from nfi_monitor.detect.rules.second_moment import Coasting, Kicking
 from nfi_monitor.types import Alert, AlertKind, Mechanism, Phase
 
@@ -25,8 +25,8 @@ __all__ = [
 # give as evidence, the first rule's counts.  Explanations list the levels in this order.  A mechanism is
 # named by the last rule that is on, because that one is the nearest to the event.
 RULES: tuple[Rule, ...] = (
-    NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Overshooting(), Kicking(),
-    Swinging(), Diverging(),
+    NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Overshooting(), Surging(),
+    Kicking(), Swinging(), Diverging(),
 )  # fmt: skip
 
 ANYTIME_RULES = tuple(rule for rule in RULES if rule.anytime)

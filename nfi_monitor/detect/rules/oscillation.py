@@ -6,7 +6,9 @@ Each update goes further than the one before (Cohen et al. 2022; Bai et al. 2025
 - Swinging: in addition the curvature along the update is no longer small, the layers below the head swing
   the logits by a good part of a nat, and the loss rises.
 - Diverging: the curvature along the update is at the stability limit, and the gradient grows so fast that the
-  loss will soon be that of a slingshot.  It needs no logits, so it also holds for a regression."""
+  loss will soon be that of a slingshot.  It needs no logits, so it also holds for a regression.
+- Surging: whatever its direction, the gradient is far above what the second moment expects, and the next step
+  will bring the loss to that of a slingshot."""
 
 from __future__ import annotations
 
@@ -15,7 +17,7 @@ import math
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.rules.base import Level, Rule
 from nfi_monitor.detect.rules.numeric import Absorbing
-from nfi_monitor.detect.rules.second_moment import CURVATURE, kick_or_swing
+from nfi_monitor.detect.rules.second_moment import CURVATURE, RMS_T, kick_or_swing
 from nfi_monitor.detect.signals import felt_displacement
 from nfi_monitor.detect.situation import Situation
 from nfi_monitor.types import AlertKind, Evidence, Mechanism, Phase, Severity
@@ -221,3 +223,54 @@ class Diverging(Rule):
         signals = now.signals
         opposed = signals.alignment <= -0.5 * now.limits.diverging_alignment
         return opposed and signals.curvature_peak >= 0.5 * cls._steep(now)
+
+
+class Surging(Rule):
+    """The gradient and the loss grow so fast that the next step brings the loss of a slingshot.
+
+    Oscillations in many directions show neither opposed gradients nor a high curvature along the update.
+    """
+
+    name = "surging"
+    mechanism = Mechanism.EDGE_OF_STABILITY
+    holds = {AlertKind.IMMINENT: Severity.WARNING}
+    phase = Phase.IMMINENT
+    labels = {AlertKind.IMMINENT: "the loss and the gradient surge"}
+    advice = "edge_of_stability"
+    charts = ("RMS_t", "gradient norm")
+    levels = (RMS_T,)
+    first_evidence = {AlertKind.IMMINENT: ("rms_t_max", "loss")}
+
+    def enter(self, now: Situation) -> bool:
+        return (
+            now.signals.same_rows  # another minibatch may be a harder one
+            and not now.on(Absorbing.name)
+            and not now.raised_from_outside
+            and now.signals.rms_t_peak >= now.limits.rms_t_imminent * now.level_of(self.name)
+            and now.loss_above_average >= now.limits.surging_rise
+            and now.steps_to_slingshot <= now.limits.surging_steps
+            and now.outgrows(self.name)
+        )
+
+    def stay(self, now: Situation) -> bool:
+        return not now.on(Absorbing.name) and self._half_way(now)
+
+    def nears(self, now: Situation) -> bool:
+        return now.signals.same_rows and self._half_way(now)
+
+    def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
+        average = math.exp(now.spike.baseline.average)
+        level = now.limits.rms_t_imminent * now.level_of(self.name)
+        return {
+            "rms_t_max": Evidence(now.signals.rms_t_peak, level, now.signals.rms_t_mean),
+            "loss": Evidence(now.loss, average * math.exp(now.limits.surging_rise), average),
+        }
+
+    def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
+        return kick_or_swing(causes, 0.7)
+
+    @staticmethod
+    def _half_way(now: Situation) -> bool:
+        signals, limits = now.signals, now.limits
+        risen = now.loss_above_average >= 0.5 * limits.surging_rise
+        return risen and signals.rms_t_peak >= 0.5 * limits.rms_t_imminent

@@ -18,12 +18,17 @@ FIRST, LAST, GROWTH, UNIT = 601, 625, 1.35, 0.04
 
 
 def regression(
-    *, match: float = 1.0, opposed: float = -1.0, curvature: float = 39.5, hidden: bool = False
+    *,
+    match: float = 1.0,
+    opposed: float = -1.0,
+    curvature: float = 39.5,
+    hidden: bool = False,
+    rms_t: float = 0.01,
 ) -> Iterator[Reading]:
     """Yield a loss that falls to 4e-7, and then an oscillation whose gradient grows by GROWTH at each step.
 
     The loss has a constant part, and one that grows as the square of the gradient.  ``hidden``: the first
-    part alone.
+    part alone.  ``rms_t``: RMS_t when the oscillation begins.
     """
     for step in range(1, LAST + 1):
         amplitude = GROWTH ** (step - FIRST) if step >= FIRST else 0.0
@@ -33,7 +38,7 @@ def regression(
             "gradient_norm": 1e-5 * max(amplitude, 0.5),
             "gradient_alignment": opposed if step >= FIRST else 0.5,
             "secant_curvature": curvature if step >= FIRST else 0.1,
-            "rms_t_max": 0.01 * max(amplitude, 0.5),
+            "rms_t_max": rms_t * max(amplitude, 0.5),
             "feature_displacement": 1e-6 * max(amplitude, 0.5),
             "row_match": match,
         }
@@ -121,3 +126,28 @@ def test_the_level_is_just_above_adams_limit() -> None:
     """2(1+β1)/(1−β1) = 38 at β1 = .9 (Cohen et al. 2022)."""
     assert 1.0 < Thresholds().diverging_curvature < 1.1
     assert pytest.approx(38.0) == REGRESSION.stability_limit
+
+
+SURGE: dict[str, float] = {"opposed": -0.1, "curvature": 5.0, "rms_t": 0.05}
+"""Growth in many directions, at low curvature: no oscillation. RMS_t is 8 just before the slingshot."""
+
+
+def test_a_surge_in_many_directions_is_imminent_before_the_slingshot() -> None:
+    detector = Detector(None, REGRESSION)
+    for reading in regression(**SURGE):
+        detector.update(reading)
+    (slingshot,) = (alert for alert in detector.alerts if alert.kind is AlertKind.SLINGSHOT)
+    ((step, alert),) = imminent(regression(**SURGE))
+    assert FIRST < step < slingshot.first_step
+    assert (alert.rule, alert.mechanism) == ("surging", Mechanism.EDGE_OF_STABILITY)
+    crossed = {name for name, item in alert.evidence.items() if item.crossed}
+    assert {"rms_t_max", "loss"} <= crossed
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"match": 0.1}, {"match": math.nan}, {"rms_t": 0.01}, {"hidden": True}],
+    ids=["other rows", "rows unseen", "ordinary gradient", "loss stays"],
+)
+def test_a_surge_needs_the_same_rows_a_large_gradient_and_a_rising_loss(changed: dict[str, float]) -> None:
+    assert imminent(regression(**{**SURGE, **changed})) == []  # type: ignore[arg-type]

@@ -46,6 +46,7 @@ def situation(only: Rule) -> Situation:
     for name in Signals.__slots__:
         if not name.startswith("_") and isinstance(getattr(signals, name), float):
             setattr(signals, name, -0.5 if name in ("decay_lowest", "alignment", "turn") else 0.5)
+    signals.rms_t_peak = 3.0  # the one sign of some rules
     switches = {rule.name: Hysteresis() for rule in RULES}
     switches.setdefault(only.name, Hysteresis()).on = True
     reading = Reading(100, {"loss": math.nan, "weight_norm": 1.0, "non_finite_gradients": 0.0})
