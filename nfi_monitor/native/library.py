@@ -73,6 +73,12 @@ def _load() -> None:
     library.nfi_logit_scale.restype = ctypes.c_double
     library.nfi_gather.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
     library.nfi_gather.restype = None
+    library.nfi_cross_entropy.argtypes = (
+        *(ctypes.c_void_p,) * 2,
+        *(ctypes.c_int64,) * 2,
+        ctypes.c_int,
+        *(ctypes.c_void_p,) * 2,
+    )
     _state.level = library.nfi_select(-1)
     _state.library = library
 

@@ -121,6 +121,12 @@ typedef struct {
                         double *sizes);
     double (*dot32)(const double *a, const float *b, int64_t n);
     double (*dot64)(const double *a, const double *b, int64_t n);
+    void (*exps)(double *x, int64_t n);
+    double (*below32)(const float *z, int64_t n, double lowest, double *to, double *sum);
+    double (*below64)(const double *z, int64_t n, double lowest, double *to, double *sum);
+    void (*share32)(const double *e, int64_t n, double factor, float *to);
+    void (*share64)(const double *e, int64_t n, double factor, double *to);
+    double (*total)(const double *e, int64_t n, double *least);
 } nfi_kernels;
 
 /* The kernels in use. Set when the library is loaded, and by nfi_select. */
@@ -171,6 +177,8 @@ NFI_PUBLIC int nfi_step(nfi_step_call *call);
 NFI_PUBLIC void nfi_gather(const void *const *from, const int64_t *strides, const int64_t *counts, int64_t tensors,
                            int dtype, void *to);
 NFI_PUBLIC int nfi_head(nfi_head_call *call);
+NFI_PUBLIC int nfi_cross_entropy(const void *logits, const int64_t *target, int64_t rows, int64_t classes, int wide,
+                                 void *loss, void *gradient);
 NFI_PUBLIC void nfi_before(nfi_plan *plan);
 NFI_PUBLIC int nfi_after(nfi_plan *plan);
 

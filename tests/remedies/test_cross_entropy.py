@@ -16,9 +16,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nfi_monitor.native import library
 from nfi_monitor.remedies import ZeroSumCrossEntropyLoss, few_rows, zero_sum_cross_entropy
 
 ULP = 2.0**-24
+SHORT = pytest.mark.skipif(library.library() is None, reason=f"no C library: {library.missing()}")
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -140,9 +142,7 @@ def test_the_short_way_is_the_long_way(
     loss, gradient, short = value_and_gradient(logits, target, factor)
     with mock.patch.object(few_rows, "SMALL", 0):
         long_loss, long_gradient, _ = value_and_gradient(logits, target, factor)
-    lowest = float((logits.gather(1, target.unsqueeze(1)) - logits).min())
-    if logits.numel() <= few_rows.SMALL and (lowest > -70 or dtype is torch.float64):
-        assert short
+    assert short is (logits.numel() <= few_rows.SMALL and library.library() is not None)
     eps = torch.finfo(dtype).eps
     assert loss.dtype is dtype and gradient.dtype is dtype
     # Of differences up to twice the spread both have rounded, of exp, and of sums.
@@ -153,18 +153,39 @@ def test_the_short_way_is_the_long_way(
     assert torch.all(gradient.double().sum(1).abs()[normal] <= 4 * eps * largest[normal])
 
 
-@pytest.mark.parametrize("margin", [-87.0, -88.7, -100.0, -1e4])
-def test_where_the_short_way_overflows_the_long_one_is_taken(margin: float) -> None:
+@SHORT
+@pytest.mark.parametrize("margin", [-87.0, -88.7, -100.0, -710.0, -1e4])
+def test_a_target_far_below_the_others_overflows_nowhere(margin: float) -> None:
     """A row's own sum, or that times the number of rows."""
     logits = torch.zeros(300, 4)
     logits[7, 0] = margin
     target = torch.zeros(300, dtype=torch.int64)
-    _, gradient, short = value_and_gradient(logits, target)
-    assert not short
+    loss, gradient, short = value_and_gradient(logits, target)
+    assert short
     exact = logits.double().requires_grad_()
-    F.cross_entropy(exact, target).backward()
+    known = F.cross_entropy(exact, target)
+    known.backward()
     assert exact.grad is not None
-    torch.testing.assert_close(gradient, exact.grad.float(), rtol=1e-5, atol=1e-12)
+    assert loss.item() == pytest.approx(known.item(), rel=1e-7)
+    torch.testing.assert_close(gradient, exact.grad.float(), rtol=1e-6, atol=1e-12)
+
+
+@SHORT
+@pytest.mark.parametrize("level", [0, 1, 2])
+@pytest.mark.parametrize("classes", [2, 10, 97])
+def test_the_short_way_is_exact_with_each_instruction_set(level: int, classes: int) -> None:
+    """NumPy's float32 exponential was off by 1.09 times the bound with AVX-512: ten classes, margin 70."""
+    with library.at_level(level) as available:
+        if not available:
+            pytest.skip("not on this processor")
+        for margin in (-100.0, -3.0, 0.5, 16.0, 33.0, 70.0, 87.0, 99.0):
+            logits = row(margin, classes, 1, torch.Generator().manual_seed(classes))
+            loss, gradient = exact(logits, 0)
+            found, given, short = value_and_gradient(logits.unsqueeze(0), torch.tensor([0]))
+            assert short
+            assert abs(found.item() - loss) <= 2 * ULP * loss + 2.0**-150
+            wrong = np.abs(given[0].double().numpy() - gradient)
+            assert np.all(wrong <= 2 * ULP * np.abs(gradient) + 2.0**-150)
 
 
 @pytest.mark.parametrize(
@@ -198,14 +219,6 @@ def test_what_the_short_way_cannot_do_it_leaves_to_the_long_one(logits: Tensor, 
 def test_an_index_of_no_class_is_an_error_and_never_another_rows_logit(index: int) -> None:
     with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
         zero_sum_cross_entropy(torch.zeros(2, 3), torch.tensor([index, 0]))
-
-
-def test_numpys_settings_and_the_callers_neither_change_the_short_way_nor_are_changed() -> None:
-    logits, target = torch.tensor([[200.0, 0.0], [0.0, 1e-30]]), torch.tensor([0, 1])
-    plain = zero_sum_cross_entropy(logits, target)
-    with np.errstate(all="raise"):
-        assert zero_sum_cross_entropy(logits, target) == plain
-        assert set(np.geterr().values()) == {"raise"}
 
 
 def test_the_short_way_keeps_its_gradient_out_of_reach_and_its_inputs_as_they_were() -> None:
