@@ -12,7 +12,7 @@
 #endif
 
 /* Version of the functions' arguments: library.py refuses a library of another version. */
-#define NFI_VERSION 3
+#define NFI_VERSION 4
 
 enum nfi_dtype { NFI_FLOAT32, NFI_FLOAT64, NFI_BFLOAT16, NFI_FLOAT16 };
 
