@@ -72,8 +72,7 @@ def zero_sum_cross_entropy(
     gradient sums to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  On a
     CPU it costs half of ``F.cross_entropy`` with a large vocabulary or many rows of few classes.  For 32
     rows of ten classes it costs 1.07 times as much, for 128 rows .74: one call of the C library. Without
-    it, these take up to 50 µs longer.  Not for other losses, nor for second derivatives.
-    Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism: Liu et al. 2026.
+    it, these take up to 50 µs longer.  Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism: Liu et al. 2026.
     """
     if weight is None and reduction == "mean" and label_smoothing == 0.0 and ignore_index < 0:
         small = mean_of_few_rows(input, target)
