@@ -190,22 +190,26 @@ static void NAME(exps)(double *x, int64_t n)
     }
 }
 
-/* below: fill with z - max z, at least lowest; returns max z, and what is no number in sum if a logit is none.
- * total: the sum of e; share: the products with a number, rounded. */
+/* below: fill with z - max z, at least lowest; returns max z, and in least the smallest of them, NaN if a logit
+ * is NaN. total: the sum of e; share: the products with a number, rounded. */
 #define CROSS_ENTROPY(REAL, BITS)                                                                           \
-    static double NAME(below##BITS)(const REAL *z, int64_t n, double lowest, double *to, double *sum)       \
+    static double NAME(below##BITS)(const REAL *z, int64_t n, double lowest, double *to, double *least)     \
     {                                                                                                       \
-        REAL most = -(REAL)INFINITY;                                                                        \
-        double all = 0.0;                                                                                   \
-        _Pragma("omp simd reduction(max:most)")                                                             \
-        for (int64_t i = 0; i < n; i++) most = z[i] > most ? z[i] : most;                                   \
-        _Pragma("omp simd reduction(+:all)")                                                                \
+        REAL most = -(REAL)INFINITY, low = (REAL)INFINITY;                                                  \
+        int nan = 0;                                                                                        \
+        _Pragma("omp simd reduction(max:most) reduction(min:low) reduction(|:nan)")                         \
+        for (int64_t i = 0; i < n; i++) {                                                                   \
+            const REAL v = z[i];                                                                            \
+            most = v > most ? v : most;                                                                     \
+            low = v < low ? v : low;                                                                        \
+            nan |= v != v;                                                                                  \
+        }                                                                                                   \
+        _Pragma("omp simd")                                                                                 \
         for (int64_t i = 0; i < n; i++) {                                                                   \
             const double d = (double)z[i] - (double)most;                                                   \
-            all += d;                                                                                       \
             to[i] = d < lowest ? lowest : d;                                                                \
         }                                                                                                   \
-        *sum = all;                                                                                         \
+        *least = nan ? NAN : (double)low - (double)most;                                                    \
         return (double)most;                                                                                \
     }                                                                                                       \
                                                                                                             \
@@ -218,16 +222,11 @@ static void NAME(exps)(double *x, int64_t n)
 CROSS_ENTROPY(float, 32)
 CROSS_ENTROPY(double, 64)
 
-/* The sum of e [n]; least is the smallest. */
-static double NAME(total)(const double *e, int64_t n, double *least)
+static double NAME(total)(const double *e, int64_t n)
 {
-    double sum = 0.0, low = INFINITY;
-#pragma omp simd reduction(+:sum) reduction(min:low)
-    for (int64_t i = 0; i < n; i++) {
-        sum += e[i];
-        low = e[i] < low ? e[i] : low;
-    }
-    *least = low;
+    double sum = 0.0;
+#pragma omp simd reduction(+:sum)
+    for (int64_t i = 0; i < n; i++) sum += e[i];
     return sum;
 }
 

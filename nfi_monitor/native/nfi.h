@@ -122,11 +122,11 @@ typedef struct {
     double (*dot32)(const double *a, const float *b, int64_t n);
     double (*dot64)(const double *a, const double *b, int64_t n);
     void (*exps)(double *x, int64_t n);
-    double (*below32)(const float *z, int64_t n, double lowest, double *to, double *sum);
-    double (*below64)(const double *z, int64_t n, double lowest, double *to, double *sum);
+    double (*below32)(const float *z, int64_t n, double lowest, double *to, double *least);
+    double (*below64)(const double *z, int64_t n, double lowest, double *to, double *least);
     void (*share32)(const double *e, int64_t n, double factor, float *to);
     void (*share64)(const double *e, int64_t n, double factor, double *to);
-    double (*total)(const double *e, int64_t n, double *least);
+    double (*total)(const double *e, int64_t n);
 } nfi_kernels;
 
 /* The kernels in use. Set when the library is loaded, and by nfi_select. */
