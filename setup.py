@@ -20,7 +20,10 @@ except ImportError:  # setuptools before 70.1
 
 NATIVE = "nfi_monitor/native"
 FILE = "_nfi.dll" if os.name == "nt" else "_nfi.so"
-SOURCES = [f"{NATIVE}/{name}" for name in ("kernels.c", "rows.c", "loss_kind.c", "step.c", "plan.c")]
+SOURCES = [
+    f"{NATIVE}/{name}"
+    for name in ("kernels.c", "rows.c", "loss_kind.c", "step.c", "plan.c", "cross_entropy.c")
+]
 OPTIONS = [
     "-std=c11",
     "-O3",

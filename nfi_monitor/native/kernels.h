@@ -179,6 +179,57 @@ static inline void NAME(exp64)(const double *x, int32_t count, double shift, dou
     for (int32_t i = 0; i < count; i++) to[i] = value[i] * power[i];
 }
 
+/* e^x of x [n], none of them below -708 or above 0, in place. */
+static void NAME(exps)(double *x, int64_t n)
+{
+    double from[BLOCK];
+    for (int64_t i = 0; i < n; i += BLOCK) {
+        const int32_t count = n - i < BLOCK ? (int32_t)(n - i) : BLOCK;
+        memcpy(from, x + i, (size_t)count * sizeof(double));
+        NAME(exp64)(from, count, 0.0, x + i);
+    }
+}
+
+/* below: fill with z - max z, at least lowest; returns max z, and in least the smallest of them, NaN if a logit
+ * is NaN. total: the sum of e; share: the products with a number, rounded. */
+#define CROSS_ENTROPY(REAL, BITS)                                                                           \
+    static double NAME(below##BITS)(const REAL *z, int64_t n, double lowest, double *to, double *least)     \
+    {                                                                                                       \
+        REAL most = -(REAL)INFINITY, low = (REAL)INFINITY;                                                  \
+        int nan = 0;                                                                                        \
+        _Pragma("omp simd reduction(max:most) reduction(min:low) reduction(|:nan)")                         \
+        for (int64_t i = 0; i < n; i++) {                                                                   \
+            const REAL v = z[i];                                                                            \
+            most = v > most ? v : most;                                                                     \
+            low = v < low ? v : low;                                                                        \
+            nan |= v != v;                                                                                  \
+        }                                                                                                   \
+        _Pragma("omp simd")                                                                                 \
+        for (int64_t i = 0; i < n; i++) {                                                                   \
+            const double d = (double)z[i] - (double)most;                                                   \
+            to[i] = d < lowest ? lowest : d;                                                                \
+        }                                                                                                   \
+        *least = nan ? NAN : (double)low - (double)most;                                                    \
+        return (double)most;                                                                                \
+    }                                                                                                       \
+                                                                                                            \
+    static void NAME(share##BITS)(const double *e, int64_t n, double factor, REAL *to)                      \
+    {                                                                                                       \
+        _Pragma("omp simd")                                                                                 \
+        for (int64_t i = 0; i < n; i++) to[i] = (REAL)(e[i] * factor);                                      \
+    }
+
+CROSS_ENTROPY(float, 32)
+CROSS_ENTROPY(double, 64)
+
+static double NAME(total)(const double *e, int64_t n)
+{
+    double sum = 0.0;
+#pragma omp simd reduction(+:sum)
+    for (int64_t i = 0; i < n; i++) sum += e[i];
+    return sum;
+}
+
 /* exp_sum: the sum of e^(x - shift), where no x is NaN. fit: the sums of u e, e^2 and u^2, where e = e^(z - shift)
  * and u = factor g. */
 #define EXPONENTIALS(REAL, BITS)                                                                            \
@@ -315,7 +366,8 @@ static const nfi_kernels NAME(kernels) = {
     NAME(load32), NAME(load64), NAME(scan32), NAME(scan64), NAME(high32), NAME(high64),
     NAME(first32), NAME(first64), NAME(exp_sum32), NAME(exp_sum64), NAME(fit32), NAME(fit64),
     NAME(step32), NAME(step64), NAME(moment32), NAME(moment64), NAME(pair32), NAME(pair64),
-    NAME(columns32), NAME(columns64), NAME(dot32), NAME(dot64),
+    NAME(columns32), NAME(columns64), NAME(dot32), NAME(dot64), NAME(exps),
+    NAME(below32), NAME(below64), NAME(share32), NAME(share64), NAME(total),
 };
 
 #undef LOAD
@@ -325,3 +377,4 @@ static const nfi_kernels NAME(kernels) = {
 #undef EXPONENTIALS
 #undef STEP
 #undef COLUMNS
+#undef CROSS_ENTROPY

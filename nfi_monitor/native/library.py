@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SWITCH = "NFI_MONITOR_NATIVE"
 """Environment variable: with the value 0 the library is not loaded."""
-VERSION = 3
+VERSION = 4
 """Version of the functions' arguments (``NFI_VERSION`` in nfi.h)."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Numbers of the dtypes in nfi.h."""
@@ -73,6 +73,12 @@ def _load() -> None:
     library.nfi_logit_scale.restype = ctypes.c_double
     library.nfi_gather.argtypes = (*(ctypes.c_void_p,) * 3, ctypes.c_int64, ctypes.c_int, ctypes.c_void_p)
     library.nfi_gather.restype = None
+    library.nfi_cross_entropy.argtypes = (
+        *(ctypes.c_void_p,) * 2,
+        *(ctypes.c_int64,) * 2,
+        ctypes.c_int,
+        *(ctypes.c_void_p,) * 2,
+    )
     _state.level = library.nfi_select(-1)
     _state.library = library
 

@@ -12,7 +12,7 @@
 #endif
 
 /* Version of the functions' arguments: library.py refuses a library of another version. */
-#define NFI_VERSION 3
+#define NFI_VERSION 4
 
 enum nfi_dtype { NFI_FLOAT32, NFI_FLOAT64, NFI_BFLOAT16, NFI_FLOAT16 };
 
@@ -121,6 +121,12 @@ typedef struct {
                         double *sizes);
     double (*dot32)(const double *a, const float *b, int64_t n);
     double (*dot64)(const double *a, const double *b, int64_t n);
+    void (*exps)(double *x, int64_t n);
+    double (*below32)(const float *z, int64_t n, double lowest, double *to, double *least);
+    double (*below64)(const double *z, int64_t n, double lowest, double *to, double *least);
+    void (*share32)(const double *e, int64_t n, double factor, float *to);
+    void (*share64)(const double *e, int64_t n, double factor, double *to);
+    double (*total)(const double *e, int64_t n);
 } nfi_kernels;
 
 /* The kernels in use. Set when the library is loaded, and by nfi_select. */
@@ -171,6 +177,8 @@ NFI_PUBLIC int nfi_step(nfi_step_call *call);
 NFI_PUBLIC void nfi_gather(const void *const *from, const int64_t *strides, const int64_t *counts, int64_t tensors,
                            int dtype, void *to);
 NFI_PUBLIC int nfi_head(nfi_head_call *call);
+NFI_PUBLIC int nfi_cross_entropy(const void *logits, const int64_t *target, int64_t rows, int64_t classes, int wide,
+                                 void *loss, void *gradient);
 NFI_PUBLIC void nfi_before(nfi_plan *plan);
 NFI_PUBLIC int nfi_after(nfi_plan *plan);
 

@@ -14,8 +14,8 @@ With weights, label smoothing or probabilities as targets, a_k the (weighted) ta
 where ℓ_r is the loss above and r the class with the largest target.
 
 The forward pass makes one [N, K] tensor, the gradient itself; a plain backward pass makes none.
-``F.cross_entropy`` makes three.  A few rows on a CPU are computed with NumPy, whose calls cost less than
-torch's.
+``F.cross_entropy`` makes three.  A few rows on a CPU are computed in one call of the C library, or in NumPy
+(``few_rows.py``).
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ def zero_sum_cross_entropy(
 
     In float32 the loss is within (|margin| + 8)·2⁻²⁴ of the exact one, relatively (and K·2⁻¹⁵⁰).  A row's
     gradient sums to zero within 4 ulp of its largest entry (``tests/remedies/test_cross_entropy.py``).  On a
-    CPU it costs half of ``F.cross_entropy`` with a large vocabulary or many rows of few classes.  For a few
-    hundred rows of ten classes it costs up to 50 µs more (``tests/benchmarks/remedies/RESULTS.md``).  Not for
-    other losses, nor for second derivatives.  Source: 1 − p_r = Σ_{k≠r} p_k; the mechanism: Liu et al. 2026.
+    CPU it costs half of ``F.cross_entropy`` with a large vocabulary or many rows of few classes.  For 32
+    rows of ten classes it costs about as much, for 128 rows .7 times (without the C library 1.3 and .9
+    times; ``tests/benchmarks/remedies/losscost.py``).  Source: 1 − p_r = Σ_{k≠r} p_k; Liu et al. 2026.
     """
     if weight is None and reduction == "mean" and label_smoothing == 0.0 and ignore_index < 0:
         small = mean_of_few_rows(input, target)

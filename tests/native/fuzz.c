@@ -288,17 +288,37 @@ static void fuzz_plan(void)
     free(directions);
 }
 
+static void fuzz_cross_entropy(void)
+{
+    const int wide = (int)draw(2);
+    const int64_t rows = 1 + (int64_t)draw(300), classes = 1 + (int64_t)(draw(4) ? draw(40) : draw(2200));
+    void *logits = vector(wide, rows * classes), *gradient = vector(wide, rows * classes), *loss = vector(wide, 1);
+    int64_t *target = malloc((size_t)rows * sizeof(int64_t));
+    for (int64_t i = 0; i < rows; i++) target[i] = (int64_t)draw((uint32_t)classes + !draw(20)) - !draw(2000);
+    if (draw(2))
+        for (int64_t i = 0; i < rows * classes; i++) { /* else a number that is not finite ends most calls */
+            if (wide) ((double *)logits)[i] = (double)draw(2000) - 1000.0;
+            else ((float *)logits)[i] = (float)draw(2000) - 1000.0f;
+        }
+    nfi_cross_entropy(logits, target, rows, classes, wide, loss, draw(4) ? gradient : NULL);
+    free(logits);
+    free(gradient);
+    free(loss);
+    free(target);
+}
+
 int main(int count, char **given)
 {
     const long calls = count > 1 ? atol(given[1]) : 1000;
     state = count > 2 ? strtoull(given[2], NULL, 10) : 1;
     for (long i = 0; i < calls; i++) {
         nfi_select((int)draw(3));
-        switch (draw(6)) {
+        switch (draw(7)) {
         case 0: fuzz_step(); break;
         case 1: fuzz_head(); break;
         case 2: fuzz_gather(); break;
         case 3: fuzz_plan(); break;
+        case 4: fuzz_cross_entropy(); break;
         default: fuzz_rows();
         }
     }

@@ -6,7 +6,6 @@ import gc
 import math
 import warnings
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,27 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from nfi_monitor.remedies import ZeroSumCrossEntropyLoss, few_rows, zero_sum_cross_entropy
+from nfi_monitor.remedies import ZeroSumCrossEntropyLoss, zero_sum_cross_entropy
+from tests.remedies.exact_loss import ULP, WAYS, exact, row, way
 
-ULP = 2.0**-24
 EPS = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
-
-
-def exact(logits: Tensor, target: int) -> tuple[float, np.ndarray[Any, Any]]:
-    """Loss and gradient of one row in 80-bit arithmetic, by another formula: everything against z_r."""
-    z = logits.double().numpy().astype(np.longdouble)
-    ratios = np.exp(np.delete(z, target) - z[target])
-    rest = ratios.sum()
-    gradient = np.insert(ratios / (1 + rest), target, -rest / (1 + rest))
-    return float(np.log1p(rest)), gradient
-
-
-def row(margin: float, classes: int, ties: int, generator: torch.Generator) -> Tensor:
-    """Target 0 at ``margin`` above its strongest rivals, of which there are ``ties``."""
-    logits = -5.0 - 10.0 * torch.rand(classes, generator=generator)
-    logits[1 : 1 + ties] = 0.0
-    logits[0] = margin
-    return logits
 
 
 @given(
@@ -46,20 +28,22 @@ def row(margin: float, classes: int, ties: int, generator: torch.Generator) -> T
     shift=st.sampled_from([0.0, 30.0, -1000.0]),
     seed=st.integers(0, 2**16),
     batched=st.booleans(),
+    native=st.sampled_from(WAYS),
 )
 def test_loss_and_gradient_of_float32_logits_are_exact_to_the_conditioning_of_exp(
-    margin: float, classes: int, ties: int, shift: float, seed: int, batched: bool
+    margin: float, classes: int, ties: int, shift: float, seed: int, batched: bool, native: bool
 ) -> None:
     """A row alone takes the long way, a small batch the short one."""
     logits = row(margin, classes, min(ties, classes - 1), torch.Generator().manual_seed(seed)) + shift
     margin = float(logits[0].double() - logits[1:].double().max())  # what the shift has left of it
     loss, gradient = exact(logits, 0)
     logits.requires_grad_()
-    found = (
-        zero_sum_cross_entropy(logits.unsqueeze(0), torch.tensor([0]))
-        if batched
-        else zero_sum_cross_entropy(logits, torch.tensor(0))
-    )
+    with way(native):
+        found = (
+            zero_sum_cross_entropy(logits.unsqueeze(0), torch.tensor([0]))
+            if batched
+            else zero_sum_cross_entropy(logits, torch.tensor(0))
+        )
     found.backward()
     assert found.dtype is torch.float32 and logits.grad is not None
     if loss > torch.finfo(torch.float32).smallest_normal:
@@ -97,159 +81,6 @@ def test_a_rows_gradient_sums_to_zero_in_the_inputs_own_precision(
     elif largest > smallest / EPS[dtype]:
         # An entry below the smallest normal number may be flushed; they add up to nothing here.
         assert abs(float(g.sum())) <= 4 * 2 * EPS[dtype] * largest + classes * smallest
-
-
-# --- the short way of a few rows --------------------------------------------------------------------------
-
-
-def value_and_gradient(logits: Tensor, target: Tensor, factor: float = 1.0) -> tuple[Tensor, Tensor, bool]:
-    """Of ``factor`` times the mean loss; and whether it went the short way."""
-    logits = logits.detach().requires_grad_()
-    loss = zero_sum_cross_entropy(logits, target)
-    (factor * loss).backward()
-    assert logits.grad is not None and loss.grad_fn is not None
-    return loss.detach(), logits.grad, loss.grad_fn.name() == "_KnownBackward"
-
-
-@given(
-    rows=st.integers(1, 1024),
-    classes=st.integers(2, 32),
-    spread=st.floats(0, 120),
-    ties=st.booleans(),
-    masked=st.booleans(),
-    factor=st.sampled_from([1.0, 65536.0]),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    seed=st.integers(0, 2**16),
-)
-def test_the_short_way_is_the_long_way(
-    rows: int, classes: int, spread: float, ties: bool, masked: bool, factor: float, dtype: torch.dtype,
-    seed: int,
-) -> None:  # fmt: skip
-    generator = torch.Generator().manual_seed(seed)
-    logits = torch.randn(rows, classes, generator=generator, dtype=dtype)
-    target = torch.randint(0, classes, (rows, 1), generator=generator)
-    if ties:
-        logits.round_()
-    # Margins to ± spread, those of float32's overflow among them.
-    margins = spread * (2.0 * torch.rand(rows, 1, generator=generator, dtype=dtype) - 1.0)
-    logits.scatter_add_(1, target, margins)
-    if masked:
-        logits[torch.rand(logits.shape, generator=generator) < 0.3] = -math.inf
-        logits.scatter_(1, target, margins)
-    target = target.squeeze(1)
-    loss, gradient, short = value_and_gradient(logits, target, factor)
-    with mock.patch.object(few_rows, "SMALL", 0):
-        long_loss, long_gradient, _ = value_and_gradient(logits, target, factor)
-    lowest = float((logits.gather(1, target.unsqueeze(1)) - logits).min())
-    if logits.numel() <= few_rows.SMALL and (lowest > -70 or dtype is torch.float64):
-        assert short
-    eps = torch.finfo(dtype).eps
-    assert loss.dtype is dtype and gradient.dtype is dtype
-    # Of differences up to twice the spread both have rounded, of exp, and of sums.
-    torch.testing.assert_close(loss, long_loss, rtol=(4 * spread + 40) * eps, atol=1e-44)
-    torch.testing.assert_close(gradient, long_gradient, rtol=(4 * spread + 40) * eps, atol=1e-36 * factor)
-    largest = gradient.abs().amax(1)
-    normal = largest > torch.finfo(dtype).smallest_normal / eps
-    assert torch.all(gradient.double().sum(1).abs()[normal] <= 4 * eps * largest[normal])
-
-
-@pytest.mark.parametrize("margin", [-87.0, -88.7, -100.0, -1e4])
-def test_where_the_short_way_overflows_the_long_one_is_taken(margin: float) -> None:
-    """A row's own sum, or that times the number of rows."""
-    logits = torch.zeros(300, 4)
-    logits[7, 0] = margin
-    target = torch.zeros(300, dtype=torch.int64)
-    _, gradient, short = value_and_gradient(logits, target)
-    assert not short
-    exact = logits.double().requires_grad_()
-    F.cross_entropy(exact, target).backward()
-    assert exact.grad is not None
-    torch.testing.assert_close(gradient, exact.grad.float(), rtol=1e-5, atol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("logits", "target"),
-    [
-        (torch.tensor([[math.nan, 1.0]]), torch.tensor([0])),
-        (torch.tensor([[-math.inf, 1.0]]), torch.tensor([0])),
-        (torch.tensor([[math.inf, 1.0]]), torch.tensor([0])),
-        (torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([1, -100])),
-        (torch.randn(3, 4).t(), torch.tensor([0, 1, 2, 0])),
-        (torch.randn(2, 3).bfloat16(), torch.tensor([0, 1])),
-        (torch.randn(3), torch.tensor(0)),
-        (torch.randn(2, 3, 4), torch.randint(0, 3, (2, 4))),
-        (torch.randn(2, 3), torch.randn(2, 3).softmax(1)),
-    ],
-)
-def test_what_the_short_way_cannot_do_it_leaves_to_the_long_one(logits: Tensor, target: Tensor) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loss, gradient, short = value_and_gradient(logits, target)
-    assert not short
-    wide = logits.double().requires_grad_()
-    exact = F.cross_entropy(wide, target.double() if target.is_floating_point() else target)
-    exact.backward()
-    assert wide.grad is not None
-    torch.testing.assert_close(loss.double(), exact.detach(), equal_nan=True, rtol=1e-6, atol=0)
-    torch.testing.assert_close(gradient.double(), wide.grad, equal_nan=True, rtol=5e-3, atol=1e-6)
-
-
-@pytest.mark.parametrize("index", [-1, 3, 2**62])
-def test_an_index_of_no_class_is_an_error_and_never_another_rows_logit(index: int) -> None:
-    with pytest.raises((RuntimeError, IndexError), match="out of bounds"):
-        zero_sum_cross_entropy(torch.zeros(2, 3), torch.tensor([index, 0]))
-
-
-def test_numpys_settings_and_the_callers_neither_change_the_short_way_nor_are_changed() -> None:
-    logits, target = torch.tensor([[200.0, 0.0], [0.0, 1e-30]]), torch.tensor([0, 1])
-    plain = zero_sum_cross_entropy(logits, target)
-    with np.errstate(all="raise"):
-        assert zero_sum_cross_entropy(logits, target) == plain
-        assert set(np.geterr().values()) == {"raise"}
-
-
-def test_the_short_way_keeps_its_gradient_out_of_reach_and_its_inputs_as_they_were() -> None:
-    logits, target = torch.randn(8, 10, requires_grad=True), torch.arange(8)
-    before = logits.detach().clone()
-    loss = zero_sum_cross_entropy(logits, target)
-    loss.backward(retain_graph=True)
-    assert logits.grad is not None
-    once = logits.grad.clone()
-    loss.backward(retain_graph=True)  # adds into what the first pass has left
-    loss.backward()
-    torch.testing.assert_close(logits.grad, 3 * once)
-    assert torch.equal(logits.detach(), before) and torch.equal(target, torch.arange(8))
-    with pytest.raises(RuntimeError, match="second time"):
-        loss.backward()
-
-
-def test_without_a_gradient_wanted_the_short_way_has_the_same_value() -> None:
-    logits, target = torch.randn(8, 10), torch.arange(8)
-    plain = zero_sum_cross_entropy(logits, target)
-    assert not plain.requires_grad
-    with torch.inference_mode():
-        assert zero_sum_cross_entropy(logits, target) == plain
-    logits.requires_grad_()
-    with torch.no_grad():
-        assert zero_sum_cross_entropy(logits, target) == plain
-    assert zero_sum_cross_entropy(logits, target) == plain
-
-
-def test_tracers_and_forward_mode_never_see_the_short_ways_constant() -> None:
-    from torch._subclasses import FakeTensorMode
-    from torch.autograd import forward_ad
-    from torch.fx.experimental.proxy_tensor import make_fx
-
-    target = torch.tensor([0, 1])
-    traced = make_fx(lambda z: zero_sum_cross_entropy(z, target))(torch.zeros(2, 3))
-    logits = torch.randn(2, 3)
-    torch.testing.assert_close(traced(logits), zero_sum_cross_entropy(logits, target))
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        assert zero_sum_cross_entropy(torch.zeros(2, 3), target).shape == ()
-    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
-        zero_sum_cross_entropy(forward_ad.make_dual(logits, logits), target)
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(lambda z: zero_sum_cross_entropy(z, target))(logits)
 
 
 # --- beside torch -----------------------------------------------------------------------------------------
