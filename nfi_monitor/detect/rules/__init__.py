@@ -25,8 +25,8 @@ __all__ = [
 # give as evidence, the first rule's counts.  Explanations list the levels in this order.  A mechanism is
 # named by the last rule that is on, because that one is the nearest to the event.
 RULES: tuple[Rule, ...] = (
-    NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Overshooting(), Surging(),
-    Kicking(), Swinging(), Diverging(),
+    NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Overshooting(), Kicking(),
+    Swinging(), Surging(), Diverging(),
 )  # fmt: skip
 
 ANYTIME_RULES = tuple(rule for rule in RULES if rule.anytime)

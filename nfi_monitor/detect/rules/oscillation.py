@@ -17,7 +17,7 @@ import math
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.rules.base import Level, Rule
 from nfi_monitor.detect.rules.numeric import Absorbing
-from nfi_monitor.detect.rules.second_moment import CURVATURE, RMS_T, kick_or_swing
+from nfi_monitor.detect.rules.second_moment import CURVATURE, RMS_T, Kicking, kick_or_swing
 from nfi_monitor.detect.signals import felt_displacement
 from nfi_monitor.detect.situation import Situation
 from nfi_monitor.types import AlertKind, Evidence, Mechanism, Phase, Severity
@@ -229,6 +229,7 @@ class Surging(Rule):
     """The gradient and the loss grow so fast that the next step brings the loss of a slingshot.
 
     Oscillations in many directions show neither opposed gradients nor a high curvature along the update.
+    Where the second moment has decayed, the rule "kicking" names that.
     """
 
     name = "surging"
@@ -239,12 +240,13 @@ class Surging(Rule):
     advice = "edge_of_stability"
     charts = ("RMS_t", "gradient norm")
     levels = (RMS_T,)
-    first_evidence = {AlertKind.IMMINENT: ("rms_t_max", "loss")}
+    first_evidence = {AlertKind.IMMINENT: ("rms_t_max",)}
 
     def enter(self, now: Situation) -> bool:
         return (
             now.signals.same_rows  # another minibatch may be a harder one
             and not now.on(Absorbing.name)
+            and not now.on(Kicking.name)
             and not now.raised_from_outside
             and now.signals.rms_t_peak >= now.limits.rms_t_imminent * now.level_of(self.name)
             and now.loss_above_average >= now.limits.surging_rise
@@ -253,7 +255,7 @@ class Surging(Rule):
         )
 
     def stay(self, now: Situation) -> bool:
-        return not now.on(Absorbing.name) and self._half_way(now)
+        return not now.on(Absorbing.name) and not now.on(Kicking.name) and self._half_way(now)
 
     def nears(self, now: Situation) -> bool:
         return now.signals.same_rows and self._half_way(now)
