@@ -35,8 +35,8 @@ class Layout(NamedTuple):
     """The coordinates that are read, of these parameters.
 
     ``understood``: number of parameters, which come first, whose second moment is understood.  ``undecided``:
-    positions of those whose second moment is still checked.  ``group_at``: id of a parameter → position of its
-    group.
+    positions of those whose second moment is still checked.  ``group_at``: id of a parameter → position
+    of its group.
     """
 
     sample: CoordinateSample
@@ -58,7 +58,7 @@ class OptimizerReader:
         self.check = MomentCheck(optimizer, failed)
         self._layouts: dict[tuple[int, ...], Layout] = {}
         self._group_at: dict[int, int] = {}  # id of a parameter → position of its group
-        self._found: tuple[Tensor, int, int] | None = None  # parameter, positions of its group and in it
+        self._found: tuple[Any, int, int] | None = None  # parameter, positions of its group and in it
         self._found_moments: tuple[Any, tuple[bool | None, list[str]]] | None = None
 
     @property

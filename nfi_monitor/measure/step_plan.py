@@ -259,7 +259,10 @@ class StepPlan:
         each = [of[id(param)] for param in self._params]
         numbers, step = self._numbers, self._step
         numbers["betas"][:] = [betas[1] for _, betas, *_ in each]
-        numbers["lrs"][:], numbers["epsilons"][:] = [lr for lr, *_ in each], [float(eps) for _, _, eps, _ in each]
+        numbers["lrs"][:], numbers["epsilons"][:] = (
+            [lr for lr, *_ in each],
+            [float(eps) for _, _, eps, _ in each],
+        )
         head_lr, _, head_eps, _ = each[self._places[0]]
         step.lr, step.eps, step.mean_eps = head_lr, float(each[0][2]), float(head_eps)
         same_lr, same_eps = (len({known[i] for known in constants}) == 1 for i in (0, 2))
