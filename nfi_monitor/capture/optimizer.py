@@ -116,7 +116,7 @@ class OptimizerReader:
     def _findings(self) -> tuple[bool | None, list[str]]:
         key = (self.check.version, len(self.optimizer.state))
         if self._found_moments is None or self._found_moments[0] != key:
-            params: list[Any] = [param for param, _ in states(self.optimizer)]
+            params: list[Any] = [param for param, _ in states(self.optimizer) if not param.is_complex()]
             has: bool | None = any(map(self.check.understood, params))
             if not has and self.check.pending(params):
                 has = None
@@ -284,7 +284,9 @@ class OptimizerReader:
                 continue
             dense_gradient = param.grad is None or param.grad.layout is torch.strided
             if not dense_gradient or param.is_complex():
-                self.unreadable.add("sparse or complex parameters")
+                self.unreadable.add(
+                    "complex parameters" if param.is_complex() else "parameters with sparse gradients"
+                )
                 continue
             dense.append(param)
         if dense:

@@ -244,7 +244,7 @@ def _second_moment_in_part(seen: Seen) -> bool:
 def _second_moment_in_part_text(seen: Seen) -> str:
     return (
         f"Not read: {'; '.join(seen.reader.moments_left_out())}. RMS_t, effective learning rate, "
-        "second-moment decay and curvature are those of the other tensors. Rows and norms are those of all."
+        "second-moment decay and curvature are those of the other tensors. Rows and norms are read as usual."
     )
 
 

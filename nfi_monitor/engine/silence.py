@@ -204,7 +204,7 @@ def _sample(weight: Tensor) -> float:
     if not devices.on_host(weight):
         return 0.0
     flat = weight.reshape(-1)
-    return float(flat[:: len(flat) // 64 + 1].square().sum().nan_to_num())
+    return float(flat[:: len(flat) // 64 + 1].abs().square().sum().nan_to_num())
 
 
 def _reference(optimizer: Optimizer, head: Head | None) -> Tensor | None:

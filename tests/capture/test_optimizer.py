@@ -80,7 +80,7 @@ def test_parameters_without_gradient_or_moment_are_left_out_and_odd_state_is_not
     model[4].weight.grad = torch.ones_like(model[4].weight)
     start = reader.before(1)
     assert start is not None and len(start.params) == 1
-    assert reader.unreadable == {"sparse or complex parameters"}
+    assert reader.unreadable == {"parameters with sparse gradients"}
     optimizer.step()
     assert reader.after(start, 1).exp_avg_sq is None
 
