@@ -21,7 +21,6 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.foreign_optimizer import original_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.names import HeadLike
-from nfi_monitor.capture.recomputed import unusable
 from nfi_monitor.capture.untraced import untraced
 from nfi_monitor.deprecation import renamed_keyword
 from nfi_monitor.engine import checkpoint, detach
@@ -29,6 +28,7 @@ from nfi_monitor.engine.checks import Options, find_watched
 from nfi_monitor.engine.copied import CopiedLoop
 from nfi_monitor.engine.loop import StepLoop
 from nfi_monitor.engine.port import MOVED_TO_PORT, AdapterPort
+from nfi_monitor.engine.unusable import features_text, logits_text
 from nfi_monitor.errors import MonitorError
 from nfi_monitor.history import History
 from nfi_monitor.measure.weight_norm import parameter_norms
@@ -147,7 +147,9 @@ class Monitor:
         """
         loop = self._loop
         try:
-            loop.loss_sources.report(loss)
+            why = loop.loss_sources.report(loss)
+            if why is not None:
+                loop.notes.note("loss_unusable", why, loop.step)
         except Exception as error:
             loop.faults.failed("observe_loss", error)
 
@@ -173,7 +175,10 @@ class Monitor:
         loop = self._loop
         if not loop.closed and not loop.paused:
             try:
-                if not (devices.GRAPHS and loop.recorded()):
+                why = logits_text(logits, class_axis)
+                if why is not None:
+                    loop.notes.note("tap_unusable", why, loop.step)
+                elif not (devices.GRAPHS and loop.recorded()):
                     loop.probe.tap(logits, class_axis)
             except Exception as error:
                 loop.faults.failed("rows", error)
@@ -189,11 +194,11 @@ class Monitor:
         loop = self._loop
         if not loop.closed:
             try:
-                why = unusable(hidden, targets)
+                why = features_text(hidden, targets)
                 if why is None:
                     loop.recomputer.tap(hidden, targets)
                 else:
-                    loop.notes.features_unusable(why, loop.step)
+                    loop.notes.note("features_unusable", why, loop.step)
             except Exception as error:
                 loop.faults.failed("rows", error)
         return hidden

@@ -50,8 +50,9 @@ class Head:
     @property
     def weight(self) -> nn.Parameter | None:
         weight = own_parameter(self.owner or self.module, self.parameter)
-        dims = 2 + self.spatial
-        return weight if weight is not None and weight.dim() in (2, dims) else None
+        if weight is None or weight.is_complex():
+            return None
+        return weight if weight.dim() in (2, 2 + self.spatial) else None
 
     @property
     def bias(self) -> nn.Parameter | None:

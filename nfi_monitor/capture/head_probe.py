@@ -257,6 +257,9 @@ class HeadProbe(ModelHook):
         self.fired += 1
         node, hook = (logits.grad_fn, logits.register_hook) if made is None else (made.node, made.hook)
         self._keep(node)
+        if logits.is_complex():
+            self.returned = "complex tensor"
+            return
         plan = self.plan
         shard, shown = None, whole_rows(logits)
         whole = plan.head_outputs

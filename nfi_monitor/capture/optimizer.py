@@ -35,13 +35,15 @@ class Layout(NamedTuple):
     """The coordinates that are read, of these parameters.
 
     ``understood``: number of parameters, which come first, whose second moment is understood.  ``undecided``:
-    positions of those whose second moment is still checked.
+    positions of those whose second moment is still checked.  ``group_at``: id of a parameter → position
+    of its group.
     """
 
     sample: CoordinateSample
     params: tuple[nn.Parameter, ...]
     understood: int
     undecided: tuple[int, ...]
+    group_at: dict[int, int]
 
 
 class OptimizerReader:
@@ -55,8 +57,8 @@ class OptimizerReader:
         self.unreadable: set[str] = set()  # descriptions of what cannot be read, for a note
         self.check = MomentCheck(optimizer, failed)
         self._layouts: dict[tuple[int, ...], Layout] = {}
-        self._groups: dict[int, dict[str, Any]] = {}
-        self._found: tuple[Tensor | None, dict[str, Any]] | None = None
+        self._group_at: dict[int, int] = {}  # id of a parameter → position of its group
+        self._found: tuple[Any, int, int] | None = None  # parameter, positions of its group and in it
         self._found_moments: tuple[Any, tuple[bool | None, list[str]]] | None = None
 
     @property
@@ -67,14 +69,16 @@ class OptimizerReader:
     def group_of(self, param: Tensor | None) -> dict[str, Any]:
         """Return the parameter group that holds ``param``, or the first group if none does."""
         groups = self.optimizer.param_groups
-        known = self._found
-        # load_state_dict replaces the groups: a group that is no longer in the list is stale.
-        if known is not None and known[0] is param and any(group is known[1] for group in groups):
-            return known[1]
-        for group in groups:
-            if any(candidate is param for candidate in group["params"]):
-                self._found = (param, group)
-                return group
+        if param is not None and self._found is not None and self._found[0] is param:
+            _, at, place = self._found
+            held = groups[at]["params"] if at < len(groups) else ()
+            if place < len(held) and held[place] is param:  # it may have moved to another group
+                return groups[at]
+        for at, group in enumerate(groups):
+            for place, candidate in enumerate(group["params"]):
+                if candidate is param:
+                    self._found = (candidate, at, place)
+                    return group
         return groups[0] if groups else {}
 
     def rates(self) -> list[float]:
@@ -112,7 +116,7 @@ class OptimizerReader:
     def _findings(self) -> tuple[bool | None, list[str]]:
         key = (self.check.version, len(self.optimizer.state))
         if self._found_moments is None or self._found_moments[0] != key:
-            params: list[Any] = [param for param, _ in states(self.optimizer)]
+            params: list[Any] = [param for param, _ in states(self.optimizer) if not param.is_complex()]
             has: bool | None = any(map(self.check.understood, params))
             if not has and self.check.pending(params):
                 has = None
@@ -239,14 +243,17 @@ class OptimizerReader:
     # --- coordinates ---------------------------------------------------------------------------
 
     def layout(self, *, needs_gradient: bool) -> Layout | None:
-        params = [
-            param
-            for group in self.optimizer.param_groups
-            for param in group["params"]
-            if (param.grad is not None if needs_gradient else param.requires_grad)
-        ]
+        params: list[nn.Parameter] = []
+        ends: list[int] = []  # of each group among the parameters
+        for group in self.optimizer.param_groups:
+            params += [
+                param
+                for param in group["params"]
+                if (param.grad is not None if needs_gradient else param.requires_grad)
+            ]
+            ends.append(len(params))
         reduced = self.plan.reduced_sample
-        key = (reduced, self.check.version, len(self.optimizer.state), *map(id, params))
+        key = (reduced, self.check.version, len(self.optimizer.state), *ends, *map(id, params))
         found = self._layouts.get(key)
         if found is None:
             usable = self._usable(params)
@@ -254,10 +261,9 @@ class OptimizerReader:
                 return None
             if len(self._layouts) >= 8:  # parameters change from step to step (mixtures of experts)
                 self._layouts.clear()
-            self._groups = {
-                id(param): group for group in self.optimizer.param_groups for param in group["params"]
-            }
-            place = {param: at for at, param in enumerate(self._groups)}
+            groups = self.optimizer.param_groups
+            group_at = {id(param): at for at, group in enumerate(groups) for param in group["params"]}
+            place = {param: at for at, param in enumerate(group_at)}
             known = [param for param in usable if self.check.understood(param)]
             first = {id(param) for param in known}
             ordered = (*known, *(param for param in usable if id(param) not in first))
@@ -265,7 +271,8 @@ class OptimizerReader:
                 ordered, places=[place[id(param)] for param in ordered], reduced=reduced
             )
             undecided = tuple(at for at, param in enumerate(ordered) if self.check.undecided(param))
-            found = self._layouts[key] = Layout(sample, ordered, len(known), undecided)
+            found = self._layouts[key] = Layout(sample, ordered, len(known), undecided, group_at)
+        self._group_at = found.group_at
         return found
 
     def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
@@ -277,7 +284,9 @@ class OptimizerReader:
                 continue
             dense_gradient = param.grad is None or param.grad.layout is torch.strided
             if not dense_gradient or param.is_complex():
-                self.unreadable.add("sparse or complex parameters")
+                self.unreadable.add(
+                    "complex parameters" if param.is_complex() else "parameters with sparse gradients"
+                )
                 continue
             dense.append(param)
         if dense:
@@ -289,7 +298,8 @@ class OptimizerReader:
         return dense
 
     def _group(self, param: nn.Parameter) -> dict[str, Any]:
-        return self._groups.get(id(param)) or self.group_of(param)
+        at, groups = self._group_at.get(id(param)), self.optimizer.param_groups
+        return groups[at] if at is not None and at < len(groups) else self.group_of(param)
 
     # --- the head --------------------------------------------------------------------------------
 

@@ -150,10 +150,13 @@ def at_path(output: Any, path: tuple[Any, ...]) -> Tensor | None:
     return next((tensor for keys, tensor in paths_of(output) if keys == path), None)
 
 
-def origin(tensor: Tensor, targets: Collection[Any] = ()) -> Origin:
-    """Return the products that a tensor of logits, or a loss, comes from. It ends at nodes of ``targets``."""
+def origin(start: Any, targets: Collection[Any] = ()) -> Origin:
+    """Return the products that logits, or a loss, come from. The search ends at nodes of ``targets``.
+
+    ``start``: the node that made them.
+    """
     found: dict[Any, Product] = {}
-    complete, reached, seen, ahead = True, False, set(), [tensor.grad_fn]
+    complete, reached, seen, ahead = True, False, set(), [start]
     while ahead:
         node = ahead.pop()
         if node is None or node in seen:
@@ -173,7 +176,7 @@ def origin(tensor: Tensor, targets: Collection[Any] = ()) -> Origin:
             ahead += [before for before, _ in node.next_functions]
         elif not name.endswith("AccumulateGrad"):
             complete = False
-    return Origin(tuple(found.values()), complete, reached, tensor.grad_fn)
+    return Origin(tuple(found.values()), complete, reached, start)
 
 
 def of_last_axis(node: Any) -> bool:
@@ -251,7 +254,7 @@ def logits_of(output: Any, weight: Tensor) -> Logits | None:
         classes = tensor.shape[-1] if tensor.dim() > 1 else 0
         if classes not in weight.shape:
             continue
-        for product in origin(tensor).products:
+        for product in origin(tensor.grad_fn).products:
             if product.weight is weight:
                 node: Any = tensor.grad_fn
                 while operation(node) in _SAME_ROWS:

@@ -107,6 +107,12 @@ class Detector:
         """Record the learning rates of an optimizer step, one for each parameter group."""
         self.outside.update_rates(step, rates)
 
+    def forget_losses(self) -> None:
+        """Forget the losses so far: nobody trains on them."""
+        self._loss_reported = False
+        self.spike = self._now.spike = SpikeDetector()
+        self.loss_watch, self.outside = LossWatch(), OutsideWatch()
+
     def absorb_ordinary_loss(self, step: int, loss: float) -> bool:
         """Add an ordinary loss to the running average; call :meth:`is_unusual` with it first.
 

@@ -34,6 +34,7 @@ def state_dict(loop: StepLoop) -> dict[str, Any]:
         "phases": [[step, phase.value] for step, phase in loop.judge.phases[-PHASES:]],
         **loop.step_reader.state_dict(loop.step),
         "plain_losses": [[step, loss] for step, loss in loop.losses.deferred],
+        "reports_untrained": loop.loss_sources.reports_untrained,
         "notes": [[note.code, note.message, note.step] for note in loop.notes.by_code.values()],
     }
 
@@ -43,6 +44,7 @@ class _Saved(TypedDict, total=False):
 
     interval: int | None
     lowered: bool
+    reports_untrained: bool
     plain_losses: list[tuple[int, float]]
 
 
@@ -108,6 +110,7 @@ def _apply(loop: StepLoop, read: _State) -> None:
     loop.judge.phases[:] = saved["phases"]
     loop.step_reader.apply_state(read.reader)
     loop.losses.deferred = waiting
+    loop.loss_sources.resume(reports_untrained=saved.get("reports_untrained", False))
     if loop.membership.exchange is not None:  # with several ranks no loss is deferred
         loop.judge.judge_deferred()
     loop.rows.clear(loop.step + 1)

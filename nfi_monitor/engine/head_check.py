@@ -97,10 +97,10 @@ class HeadCheck(ModelHook):
         except Exception as error:
             self._failed("head_check", error)
 
-    def loss(self, loss: Tensor) -> None:
-        """Look at the graph of a loss that is trained, before or after its backward pass."""
+    def loss(self, loss: Any) -> None:
+        """Look at the graph of a loss that is trained, before or after its backward pass, by its node."""
         try:
-            if self.done or loss.grad_fn is None or not self._captured():
+            if self.done or loss is None or not self._captured():
                 return
             head, nodes = self._probe.head, self._probe.nodes or ()
             if self._open and (head is None or nodes):
@@ -144,10 +144,8 @@ class HeadCheck(ModelHook):
         if head is not None and self._probe.head is head:
             self._place.look_at_output(head, output, sure=self._shown or head.sure or not self._open)
 
-    def _identify(
-        self, model: nn.Module, found: list[Origin], shown_by: str, loss: Tensor | None = None
-    ) -> None:
-        """Watch the layer that makes the logits, if that is another one. ``loss``: it was looked at."""
+    def _identify(self, model: nn.Module, found: list[Origin], shown_by: str, loss: Any = None) -> None:
+        """Watch the layer that makes the logits, if that is another one. ``loss``: its node, if it shows."""
         head = self._probe.head
         seen = [product.weight for one in found for product in one.products]
         if head is not None and head.weight is None:
@@ -166,7 +164,7 @@ class HeadCheck(ModelHook):
                 self._features(head)
             return
         # A loss may be a part of the trained one: what is believed is inner only if the loss depends on it.
-        if believed and (loss is None or not reached(loss.grad_fn, self._probe.nodes or ())):
+        if believed and (loss is None or not reached(loss, self._probe.nodes or ())):
             return
         ours = {id(parameter) for parameter in model.parameters()}
         weights = [product.weight for product in known if product.weight is not None]
@@ -222,9 +220,9 @@ class HeadCheck(ModelHook):
             "logits = monitor.tap(logits)."
         )
 
-    def _is_indirect(self, loss: Tensor) -> bool:
+    def _is_indirect(self, node: Any) -> bool:
         """Return whether a softmax takes what is made of the head's output, and not this output."""
-        node, nodes = loss.grad_fn, self._probe.nodes or ()
+        nodes = self._probe.nodes or ()
         return (
             has_softmax(node) and not arrivals(node, nodes, at_logits=False) and len(reached(node, nodes)) > 0
         )
@@ -294,7 +292,7 @@ def _behind(output: Any, nodes: list[Any] | tuple[()]) -> list[Origin]:
     losses = [tensor for _, tensor in named if tensor.dim() == 0]
     logits = [tensor for name, tensor in named if any(part in name for part in LOGITS)]
     chosen: list[Tensor] = losses[:1] or logits or [tensor for _, tensor in named]
-    return [origin(tensor, nodes) for tensor in chosen]
+    return [origin(tensor.grad_fn, nodes) for tensor in chosen]
 
 
 def _last(products: list[Product]) -> list[Product]:

@@ -61,6 +61,7 @@ class Judge:
         self.phases: list[tuple[int, Phase]] = [(0, Phase.HEALTHY)]
         """Changes of the phase, as (step, new phase)."""
         self._released = False
+        self._untrained_until = 0  # nobody trains on the losses up to this step
         self._losses, self._transfer = losses, transfer
         self._reports, self._notes, self._faults = reports, notes, faults
         self._on_alert = on_alert
@@ -74,6 +75,12 @@ class Judge:
     def released(self) -> bool:
         """Return whether :meth:`release` was called, perhaps from inside ``on_alert``."""
         return self._released
+
+    def forget_losses(self, step: int) -> None:
+        """Judge no loss up to ``step``: nobody trains on them. Those that were judged are forgotten."""
+        self._untrained_until = step
+        with self._faults.guarded("detector"):
+            self.detector.forget_losses()
 
     @property
     def history(self) -> History:
@@ -130,6 +137,11 @@ class Judge:
         """Judge one reading and report it. ``full``: False for a loss alone, between two readings."""
         if self.released():
             return
+        if reading.step <= self._untrained_until and "loss" in reading.values:
+            if not full:
+                return
+            rest = {name: value for name, value in reading.values.items() if name != "loss"}
+            reading = Reading(reading.step, rest)
         if full:
             reading = Reading(reading.step, self._row_values.known(reading.step, reading.values))
         judgement = Judgement(self.detector.phase)

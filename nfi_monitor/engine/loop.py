@@ -116,7 +116,7 @@ class StepLoop:
         self.context_reader = ContextReader()
         self.detector = Detector(self.thresholds, self._read_context())
         self.losses = LossQueue(self.detector.is_unusual, self.thresholds)
-        self.loss_sources = LossSources(self.losses, failed, self._ignores, self.silence.reported)
+        self.loss_sources = LossSources(self.losses, failed, self._ignores, self.silence)
         self.recent_snapshots = RecentSnapshots(model, optimizer, self.stateful, options.snapshot_limit)
         self.judge = Judge(
             self.detector,
@@ -143,6 +143,7 @@ class StepLoop:
         if options.head is not False:
             self.notes.attached(self.model, self.head, self.reader)
         self.hooks.step.install()
+        self.loss_sources.left_out = lambda: self.judge.forget_losses(self.step)
         self.head_check = watch_head(self, named=options.head is not None)
 
     @property

@@ -1,8 +1,9 @@
 """Collect the losses of a step: reported by the loop, in the model's outputs, or given to a backward pass.
 
-A loss that the loop reports is taken as it is.  Else the loss is taken that a framework's adapter sees on its
-way into the backward pass.  Else, if the monitor was asked to read the model's outputs, the loss in them,
-provided that a gradient arrives at it: a model returns a loss also where another loss trains.
+A loss that the loop reports is taken as it is, unless the first steps show that nobody trains on it.  Else
+the loss is taken that a framework's adapter sees on its way into the backward pass.  Else, if the monitor was
+asked to read the model's outputs, the loss in them, provided that a gradient arrives at it: a model returns a
+loss also where another loss trains.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from nfi_monitor.capture.loss import LossProbe
 from nfi_monitor.capture.sampling import local
 from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.engine.reported_loss import ReportedLoss
+from nfi_monitor.engine.silence import Silence
+from nfi_monitor.engine.unusable import loss_text
 
 UNTRAINED = 3
 """Optimizer steps without a gradient at the model's loss, before a note says that another loss trains."""
@@ -29,8 +32,8 @@ class LossSources:
     Args:
         losses: the queue.
         failed: ``failed(part, error)`` reports an error.
-        taken: called for each loss that was added.
         ignored: returns whether losses are ignored now (closed, paused, a CUDA graph is being captured).
+        silence: counts the losses, and knows whether the head was called since the last optimizer step.
     """
 
     def __init__(
@@ -38,36 +41,54 @@ class LossSources:
         losses: LossQueue,
         failed: Callable[[str, BaseException], None],
         ignored: Callable[[], bool],
-        taken: Callable[[], None],
+        silence: Silence,
     ) -> None:
-        self.look: Callable[[Tensor], object] | None = None
-        """Called with each loss that is trained, with its graph."""
-        self._taken = taken
+        self.look: Callable[[Any], object] | None = None
+        """Called with the graph's node of each loss that is trained."""
+        self.left_out: Callable[[], object] = lambda: None
+        """Called once it is known that nobody trains on the losses that the loop reports."""
+        self._taken, self._passed = silence.reported, silence.has_passed
         self._losses, self._failed, self._ignored = losses, failed, ignored
         self._reported = False  # whether the loop reports losses: then no other source counts
         self._probe: LossProbe | None = None
         self._steps_untrained = self._passes = 0
-        self._check = ReportedLoss()
+        self._check = ReportedLoss(self._passed)
 
     @property
     def untrained(self) -> str:
         """The loss at which no gradient arrives: "reported" by the loop, "returned" by the model, or ""."""
-        if self._reported:
-            return "reported" if self._check.untrained else ""
-        return "returned" if self._steps_untrained >= UNTRAINED else ""
+        if self._check.untrained:
+            return "reported"
+        return "returned" if self._steps_untrained >= UNTRAINED and not self._reported else ""
 
-    def report(self, loss: Tensor | float) -> None:
-        """Take a loss that the training loop reports."""
-        if self._ignored() or (isinstance(loss, Tensor) and not devices.has_numbers(loss, meta=True)):
-            return
-        if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
-            self.look(loss)
+    @property
+    def reports_untrained(self) -> bool:
+        """Whether nobody trains on the losses that the loop reports."""
+        return self._check.untrained
+
+    def resume(self, *, reports_untrained: bool) -> None:
+        """Continue a run in which it was known whether the reported losses are trained."""
+        self._check = ReportedLoss(self._passed, untrained=reports_untrained)
+
+    def report(self, loss: Tensor | float) -> str | None:
+        """Take a loss that the training loop reports. Returns a note if it is no loss, else None."""
+        if self._ignored():
+            return None
+        why = loss_text(loss)
+        if why is not None:
+            return why
         if isinstance(loss, Tensor):
-            self._check.watch(loss)
+            if not devices.has_numbers(loss, meta=True):
+                return None
+            self._check.watch(loss, self.look)
+        if self._check.untrained:
+            self._taken()
+            return None
         if not self._reported:
             self._reported = True
             self._losses.forget()  # losses of this step from other sources
         self._add(loss)
+        return None
 
     def watch_outputs(
         self, model: nn.Module, scale: float, register: Callable[[nn.Module, LossProbe], None]
@@ -98,7 +119,7 @@ class LossSources:
         yield
         try:
             if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
-                self.look(loss)
+                self.look(loss.grad_fn)
             self._take_instead(before, loss, shares=shares)
         except Exception as error:
             self._failed("loss", error)
@@ -135,6 +156,11 @@ class LossSources:
     def end_step(self) -> None:
         """Collect the last micro-batch's loss, before the optimizer step."""
         self._check.end_step()
+        if self._check.untrained and self._reported:
+            self._reported = False
+            self._losses.forget()
+            self._losses.take_deferred()
+            self.left_out()
         if self._probe is None:
             return
         self.end_micro_batch()

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from nfi_monitor.types import Reading
 
 
-_WHY_NO_ROWS = {"head_replaced", "logits_changed", "features_unusable"}
+_WHY_NO_ROWS = {"head_replaced", "logits_changed", "features_unusable", "tap_unusable"}
 """Notes that say why no rows come from the head."""
 
 
@@ -113,7 +113,7 @@ class NoteTaker:
         self._without_loss = 0 if "loss" in values or "head_loss" in values else self._without_loss + 1
         if "loss_epsilon" in values:  # else no row tells
             self._other_loss = self._other_loss + 1 if "mismatch_fraction" in values else 0
-        self._reported |= "loss" in values
+        self._reported = "loss" in values or (self._reported and untrained != "reported")
         self._without_report = 0 if self._reported else self._without_report + 1
         if values.get("live_fraction", 0.0) > 0:  # a gradient of zeros shows no precision
             self._needed_float32 |= values.get("loss_epsilon", math.inf) <= HALF
@@ -163,15 +163,6 @@ class NoteTaker:
                 "out, or pass the module inside as the model.",
                 step,
             )
-
-    def features_unusable(self, why: str, step: int) -> None:
-        """Note that a call of ``tap_features`` brings no rows."""
-        self.note(
-            "features_unusable",
-            f"No rows come from this call of monitor.tap_features(hidden, targets): {why}. The training gets "
-            "the hidden states unchanged. Pass those of the loss, [..., d], with the class of each row.",
-            step,
-        )
 
     def cuda_graph(self, step: int) -> None:
         """Note that a CUDA graph is being captured."""

@@ -92,6 +92,8 @@ def _half_precision(seen: Seen) -> bool:
 
 def _loss_between_readings(seen: Seen) -> bool:
     """Return whether the head's loss is judged, and steps since the reading before were not read."""
+    if seen.untrained_loss == "reported":
+        return False  # "loss_not_trained" says so
     if seen.without_report < PATIENCE or "head_loss" not in seen.reading.values or seen.step_before is None:
         return False
     return not _other_loss(seen) and seen.reading.step - seen.step_before > 1
@@ -133,9 +135,10 @@ def _no_absorption_text(seen: Seen) -> str:
 
 def _not_cross_entropy_text(seen: Seen) -> str:
     share = seen.reading.values["mismatch_fraction"]
+    unreported = "The trained loss is not reported" if seen.untrained_loss else "No loss is reported"
     return (
-        f"No loss is reported, and the trained loss is no plain cross-entropy at the head: {share:.0%} of "
-        "the rows that tell have another gradient. Possible reasons: a policy gradient or preferences, soft "
+        f"{unreported}, and the trained loss is no plain cross-entropy at the head: {share:.0%} of the rows "
+        "that tell have another gradient. Possible reasons: a policy gradient or preferences, soft "
         "targets, a focal loss, weights of single rows, logits changed after the head. The loss at the head "
         "is recorded, but not judged: a slingshot itself cannot be seen. Call monitor.observe_loss(loss) "
         "before optimizer.step()."
@@ -159,10 +162,15 @@ def _loss_not_trained_text(seen: Seen) -> str:
             "The model returns a loss, but no gradient arrives at it: another loss trains. The returned loss "
             f"is not watched. {cure}"
         )
+    if "loss" in seen.reading.values:
+        instead = "The loss whose backward pass was seen is judged instead."
+    elif "head_loss" in seen.reading.values and not _other_loss(seen):
+        instead = "The loss at the head is judged instead, in the steps that are read."
+    else:
+        instead = "No loss is judged: a slingshot itself cannot be seen, its causes are watched."
     return (
-        f"The loss that monitor.observe_loss gets ({seen.reading.get('loss'):.3g}) is not trained: no "
-        "gradient arrives at it, another loss trains. It is recorded and judged as reported, so a slingshot "
-        f"of the trained loss may be missed. {cure}"
+        "The loss that monitor.observe_loss gets is not trained: no gradient arrives at it, another loss "
+        f"trains. It is left out. {instead} {cure}"
     )
 
 
@@ -236,7 +244,7 @@ def _second_moment_in_part(seen: Seen) -> bool:
 def _second_moment_in_part_text(seen: Seen) -> str:
     return (
         f"Not read: {'; '.join(seen.reader.moments_left_out())}. RMS_t, effective learning rate, "
-        "second-moment decay and curvature are those of the other tensors. Rows and norms are those of all."
+        "second-moment decay and curvature are those of the other tensors. Rows and norms are read as usual."
     )
 
 
@@ -288,8 +296,8 @@ REMARKS: tuple[Remark, ...] = (
             and not _other_loss(seen)
         ),
         (
-            "No loss is reported, and the trained loss weighs rows differently (class weights, a focal "
-            "loss). The loss at the head is their plain mean; it is judged in place of the trained one. To "
+            "The trained loss is not reported, and weighs rows differently (class weights, a focal loss). "
+            "The loss at the head is their plain mean; it is judged in place of the trained one. To "
             "show the trained loss, call monitor.observe_loss(loss) before optimizer.step()."
         ),
     ),

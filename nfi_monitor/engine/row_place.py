@@ -60,7 +60,7 @@ class RowPlace:
         returned = list(paths_of(output))
         losses = [tensor for _, tensor in returned if tensor.dim() == 0]
         if losses:
-            paths = self._to_head(losses[0], head)
+            paths = self._to_head(losses[0].grad_fn, head)
             self._show(paths)
             changed = first_changed(paths)
             if changed is not None:
@@ -68,7 +68,7 @@ class RowPlace:
                 self._settle(head, place, changed, output)
             elif (added := first_added(paths)) is not None:
                 self._find_candidates(head, returned)
-                self._read_sum(head, added, losses[0], output)
+                self._read_sum(head, added, losses[0].grad_fn, output)
             return
         found = self._find_candidates(head, returned)
         changed, added = first_changed(found), first_added(found)
@@ -83,15 +83,15 @@ class RowPlace:
             self._probe.shown = True
             self._probe.scaled = all(path.scaled for path in paths)
 
-    def _to_head(self, tensor: Tensor, head: Head | None, *, at_logits: bool = False) -> list[Arrival]:
+    def _to_head(self, start: Any, head: Head | None, *, at_logits: bool = False) -> list[Arrival]:
         """Return the paths from a loss, or from logits, to the outputs of the head in this pass."""
         axis = -1 if head is None or head.bare else -1 - head.spatial
-        return arrivals(tensor.grad_fn, self._probe.nodes or (), at_logits=at_logits, axis=axis)
+        return arrivals(start, self._probe.nodes or (), at_logits=at_logits, axis=axis)
 
     def _find_candidates(self, head: Head, returned: list[tuple[Any, Tensor]]) -> list[Arrival]:
         """Find the tensors that may be the changed logits. Returns the paths from all tensors to the head."""
         returned.sort(key=lambda one: not any(part in str(one[0]) for part in LOGITS))
-        paths = [self._to_head(tensor, head, at_logits=True) for _, tensor in returned]
+        paths = [self._to_head(tensor.grad_fn, head, at_logits=True) for _, tensor in returned]
         classes = head.outputs or head.classes or 0
         self._candidates = [
             (Place("output", keys, axis), tensor.grad_fn)
@@ -100,25 +100,25 @@ class RowPlace:
         ]
         return [path for found in paths for path in found]
 
-    def _read_sum(self, head: Head, added: Arrival, loss: Tensor | None, output: Any) -> None:
+    def _read_sum(self, head: Head, added: Arrival, loss: Any, output: Any) -> None:
         """Read the rows in the model's output, after a sum that keeps rows and features.
 
-        ``loss``: takes these logits as they are; None: not known yet.
+        ``loss``: the node of one that takes these logits as they are; None: not known yet.
         """
         fits = [
             place
             for place, node in self._candidates
-            if loss is None or _as_it_is(arrivals(loss.grad_fn, (node,), at_logits=False, axis=place.axis))
+            if loss is None or _as_it_is(arrivals(loss, (node,), at_logits=False, axis=place.axis))
         ]
         if fits and not head.bare and (loss is not None or added.added not in CHOOSE or len(fits) == 1):
             self._settle(head, fits[0]._replace(same_rows=True), added, output)
         elif loss is not None:
             self._probe.added = added.added
 
-    def look_at_loss(self, head: Head | None, loss: Tensor) -> bool:
-        """Find out whether the loss takes the logits that are read, or changed ones. Returns whether either.
+    def look_at_loss(self, head: Head | None, loss: Any) -> bool:
+        """Find out whether a loss takes the logits that are read, or changed ones. Returns whether either.
 
-        Changed ones that the model has returned are read from the next pass on.
+        ``loss``: its node.  Changed ones that the model has returned are read from the next pass on.
         """
         nodes = self._probe.nodes or ()
         if head is None or not nodes or (head.place is not None and head.place.where == "nowhere"):
@@ -126,13 +126,13 @@ class RowPlace:
         paths = self._to_head(loss, head)
         self._show(paths)
         changed = first_changed(paths)
-        if not paths and self._at_returned is not None and has_softmax(loss.grad_fn):
+        if not paths and self._at_returned is not None and has_softmax(loss):
             changed = self._at_returned  # another loss than the returned one is trained
         if changed is not None:
             there = (
                 place
                 for place, node in self._candidates
-                if any(path.change is None for path in arrivals(loss.grad_fn, (node,), at_logits=False))
+                if any(path.change is None for path in arrivals(loss, (node,), at_logits=False))
             )
             self._settle(head, next(there, Place("nowhere")), changed, None)
         elif (added := first_added(paths)) is not None:

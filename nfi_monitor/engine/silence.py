@@ -68,11 +68,16 @@ class Silence:
         if self.inside_step or not torch.is_grad_enabled():
             return
         self._headless = 0
+        self._forward = True
         self._looks += 1
         if self._looks >= LOOKS:  # in most trainings a step comes before
             self._guarded(self._look)
         if self._arrived:  # since the pass before: a head may run many times in one pass of its model
             self._guarded(self._count_pass)
+
+    def has_passed(self) -> bool:
+        """Return whether the head was called, with gradients enabled, since the last optimizer step."""
+        return self._forward
 
     def arrived(self) -> None:
         """Count a gradient at the head."""
@@ -134,6 +139,7 @@ class Silence:
         self._passes = self._losses = self._dropped = self._changed = self._unfinished = 0
         self._arrived = self.inside_step = False
         self._looks = 0
+        self._forward = False
         self._seen: tuple[int, float] | None = None
 
     def _look(self) -> None:
@@ -198,7 +204,7 @@ def _sample(weight: Tensor) -> float:
     if not devices.on_host(weight):
         return 0.0
     flat = weight.reshape(-1)
-    return float(flat[:: len(flat) // 64 + 1].square().sum().nan_to_num())
+    return float(flat[:: len(flat) // 64 + 1].abs().square().sum().nan_to_num())
 
 
 def _reference(optimizer: Optimizer, head: Head | None) -> Tensor | None:

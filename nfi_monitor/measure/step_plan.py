@@ -236,15 +236,16 @@ class StepPlan:
             self._known_moments = places
             addresses["moments"][:] = places[: len(moments)]
             addresses["taken"][:] = places[len(moments) :]
-        constants = [
-            (group.get("lr"), group.get("betas"), group.get("eps")) for group in optimizer.param_groups
+        constants = [  # with the number of parameters: one may have moved to another group
+            (group.get("lr"), group.get("betas"), group.get("eps"), len(group["params"]))
+            for group in optimizer.param_groups
         ]
         return constants == self._constants or self._set_constants(constants)
 
     def _set_constants(self, constants: Sequence[tuple[Any, ...]]) -> bool:
         """Set learning rates, ε_A and β2. Returns False for such as are no plain numbers."""
         self._constants = []
-        for lr, betas, eps in constants:
+        for lr, betas, eps, _ in constants:
             if type(lr) is not float or type(eps) not in (float, int) or not isinstance(betas, (tuple, list)):
                 return False
             if len(betas) != 2 or type(betas[1]) not in (float, int) or not 0.0 <= betas[1] < 1.0:
@@ -257,9 +258,12 @@ class StepPlan:
         }
         each = [of[id(param)] for param in self._params]
         numbers, step = self._numbers, self._step
-        numbers["betas"][:] = [betas[1] for _, betas, _ in each]
-        numbers["lrs"][:], numbers["epsilons"][:] = [lr for lr, *_ in each], [float(eps) for *_, eps in each]
-        head_lr, _, head_eps = each[self._places[0]]
+        numbers["betas"][:] = [betas[1] for _, betas, *_ in each]
+        numbers["lrs"][:], numbers["epsilons"][:] = (
+            [lr for lr, *_ in each],
+            [float(eps) for _, _, eps, _ in each],
+        )
+        head_lr, _, head_eps, _ = each[self._places[0]]
         step.lr, step.eps, step.mean_eps = head_lr, float(each[0][2]), float(head_eps)
         same_lr, same_eps = (len({known[i] for known in constants}) == 1 for i in (0, 2))
         step.lrs = None if same_lr else ctypes.addressof(numbers["lrs"])

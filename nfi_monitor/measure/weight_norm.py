@@ -31,5 +31,8 @@ def norm(values: Tensor, weights: Tensor | None) -> Tensor:
 def parameter_norms(model: nn.Module) -> dict[str, float]:
     """Return the Euclidean norm of every parameter by its name. Waits for the device."""
     named = [(name, local(parameter.detach())) for name, parameter in model.named_parameters()]
-    norms = [torch.linalg.vector_norm(value, dtype=accumulation_dtype(value.dtype)) for _, value in named]
+    norms = [
+        torch.linalg.vector_norm(value, dtype=None if value.is_complex() else accumulation_dtype(value.dtype))
+        for _, value in named
+    ]
     return {name: float(found) for (name, _), found in zip(named, norms, strict=True)}

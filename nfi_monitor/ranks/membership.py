@@ -70,6 +70,7 @@ class Membership:
         failed_parts: AbstractSet[str],
     ) -> None:
         self.exchange: Exchange | None = None
+        self._team: teams.Team | None = None  # the last one that this rank has left
         self.searching = group is not False
         self.rank = processes.rank()
         self.plan = ReadingPlan()
@@ -183,6 +184,13 @@ class Membership:
             if exchange.team.meet():
                 self.rank = exchange.reporter
                 return True
+            if exchange.team.apart:
+                self._separate(
+                    "another rank watches another head, or under other settings. Attach the monitor in the "
+                    "same way on every rank; or pass group=False, and no rank waits",
+                    step,
+                )
+                return False
             why = (
                 f"only {exchange.team.here} of {exchange.team.world} had attached a monitor (to this head, "
                 f"under the same settings) within {teams.WAIT:g} seconds. Attach it on every rank, before "
@@ -196,7 +204,8 @@ class Membership:
     def _separate(self, why: str, step: int) -> None:
         """Read this rank alone from now on, and note the reason ``why``."""
         if self.exchange is not None:
-            self.exchange.team.disband()
+            self._team = self.exchange.team
+            self._team.disband()
             self.searching = False
             self.exchange = None
             self.plan = replace(self.plan, head_summed=False, row_slots=0)
@@ -221,13 +230,14 @@ class Membership:
         Returns whether they wait for that.  In that case a :class:`~nfi_monitor.ranks.departure.Departure`
         takes over ``hooks``, those of the closed monitor.
         """
-        exchange = self.exchange
         if self._at_fault(step):
             self.drop_out(step)
-            return False
-        self.exchange = None
+        exchange, self.exchange = self.exchange, None
         try:
             if exchange is None or not exchange.team.leave():
+                team = self._team if exchange is None else exchange.team
+                if team is not None:
+                    team.close()
                 return False
         except RuntimeError:  # raised by gloo: the other ranks are gone
             return False

@@ -80,7 +80,7 @@ def test_parameters_without_gradient_or_moment_are_left_out_and_odd_state_is_not
     model[4].weight.grad = torch.ones_like(model[4].weight)
     start = reader.before(1)
     assert start is not None and len(start.params) == 1
-    assert reader.unreadable == {"sparse or complex parameters"}
+    assert reader.unreadable == {"parameters with sparse gradients"}
     optimizer.step()
     assert reader.after(start, 1).exp_avg_sq is None
 
@@ -102,6 +102,51 @@ def test_parameter_groups_added_later_are_read() -> None:
         sizes.append(len(reader.after(start, step).grad))
     body, head = (sum(p.numel() for p in part.parameters()) for part in (model[:4], model[4]))
     assert sizes[0] == body and sizes[2] == body + head
+
+
+def _move(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Move the last layer to the second group; the order of the parameters stays."""
+    first, second = optimizer.param_groups
+    moved, first["params"][:] = first["params"][4:], first["params"][:4]
+    second["params"][:0] = moved
+
+
+def _exchange(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    optimizer.param_groups[:] = [dict(group) for group in optimizer.param_groups]
+    optimizer.param_groups[0] |= {"lr": 1e-4, "betas": (0.5, 0.8), "eps": 1e-4}
+
+
+@pytest.mark.parametrize("change", [_move, _exchange])
+@pytest.mark.parametrize("library", ["1", "0"])
+def test_the_settings_are_those_of_the_group_that_holds_a_parameter_now(
+    change: Any, library: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NFI_MONITOR_NATIVE", library)
+    values = []
+    for attach_at in (1, 4):  # the second monitor never saw the groups as they were
+        model = mlp()
+        head = model[4]
+        optimizer = torch.optim.Adam(
+            [
+                {"params": list(model.parameters()), "lr": 1e-2},
+                {"params": [nn.Parameter(torch.zeros(1))], "lr": 1e-4, "betas": (0.5, 0.8), "eps": 1e-4},
+            ]
+        )
+        inputs, targets = batch()
+        for step in range(1, 7):
+            if step == 4:
+                change(optimizer, model)
+            if step == attach_at:
+                monitor = Monitor(model, optimizer, console=False, every=1)
+            optimizer.zero_grad()
+            F.cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+        last = {name: monitor.history[name][1][-1] for name in monitor.history}
+        assert last["learning_rate"] == 1e-4 and monitor.tau == pytest.approx(5)
+        assert monitor._loop.reader.group_of(head.weight)["lr"] == 1e-4
+        values.append([last["effective_learning_rate"], last["rms_t_max"], last["update_rms"]])
+        monitor.close()
+    assert values[0] == values[1]
 
 
 def test_loading_an_optimizer_state_does_not_leave_the_old_moments_behind() -> None:

@@ -439,6 +439,43 @@ def rank_0_only(rank: int, world: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def disagreed(rank: int, world: int) -> dict[str, Any]:
+    """Monitors on one rank alone, or under other settings, and after each time one on all ranks."""
+    teams.WAIT = 3.0
+    model, optimizer, *data = half(rank, world)
+    out: dict[str, Any] = {}
+
+    def attach(name: str, steps: int = 3, **options: Any) -> None:
+        monitor = Monitor(model, optimizer, console=False, **{"every": 1, **options})
+        started = time.monotonic()
+        learn(model, optimizer, *data, steps, monitor)
+        out[name] = (time.monotonic() - started, [note.code for note in monitor.notes])
+        monitor.close()
+
+    def alone(name: str, steps: int) -> None:
+        if rank == 0:
+            attach(name, steps)
+        else:
+            learn(model, optimizer, *data, steps)
+
+    alone("never stepped", 0)
+    attach("after one that never stepped")
+    alone("alone", 3)
+    attach("after one alone")
+    attach("other settings", every=1 + rank, head="2" if rank else None)
+    attach("after other settings")
+    attach("never stepped on both", 0)
+    early = Monitor(model, optimizer, console=False, every=1) if rank == 0 else None
+    learn(model, optimizer, *data, 3, early)
+    late = Monitor(model, optimizer, console=False, every=1) if rank == 1 else None
+    started = time.monotonic()
+    learn(model, optimizer, *data, 3, early or late)
+    out["late"] = (time.monotonic() - started, [note.code for note in (early or late).notes])
+    (early or late).close()
+    attach("after late")
+    return out
+
+
 def closed_on_rank_1(rank: int, world: int) -> dict[str, Any]:
     """Rank 1 closes its monitor after 10 steps and trains on; both had lowered the learning rate by then."""
     model, optimizer, *data = half(rank, world)

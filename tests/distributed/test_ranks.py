@@ -27,7 +27,7 @@ RESUMED = 480  # of tests.distributed.cases, which only its own processes import
 FAST = {
     "accumulated": 1, "ddp_slingshot": 2, "ddp": 2, "fsdp": 2, "fsdp1": 2, "tensor_parallel": 2,
     "vocabulary_parallel": 2, "vocabulary_parallel_4": 4, "vocabulary_local": 2, "vocabulary_accumulated": 2,
-    "one_head": 1, "vocabulary_slingshot": 2, "closed_and_opened": 2, "rank_0_only": 2,
+    "one_head": 1, "vocabulary_slingshot": 2, "closed_and_opened": 2, "rank_0_only": 2, "disagreed": 2,
     "closed_on_rank_1": 2, "exception_on_rank_1": 2, "broken_on_rank_1": 2, "dies": 2, "dies_in_step": 2,
     "skips_a_step": 2, "uneven": 2, "joined": 2, "several": 2, "sweep": 2, "given_group": 2, "late": 2,
     "faults.some": 2, "ended": 2, "wrapped_later": 2, "head_by_output": 2,
@@ -381,6 +381,20 @@ def test_a_monitor_on_rank_0_alone_waits_once_and_reads_its_own_rows(fast: Calla
     assert "pass group=False, and no rank waits" in one["seen"]["notes"]["ranks_apart"]
     assert list(column(one, "live_fraction")) == list(range(1, 21))
     assert max(one["seconds"], two["seconds"]) < 20
+
+
+def test_monitors_after_ranks_have_disagreed_are_read_together_at_once(
+    fast: Callable[[str], Outcome],
+) -> None:
+    one, two = fast("disagreed")
+    for rank in (one, two):
+        for name in rank:
+            seconds, codes = rank[name]
+            apart = name in ("alone", "late", "other settings")
+            assert ("ranks_apart" in codes) is apart, name
+            assert seconds < (6 if name == "alone" else 2.8), name
+    assert one["alone"][0] >= 3, "nobody says that no monitor is on rank 1"
+    assert two["late"][0] < 1
 
 
 def test_a_rank_that_is_read_alone_acts_on_no_alert_of_its_own(fast: Callable[[str], Outcome]) -> None:
