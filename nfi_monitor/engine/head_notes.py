@@ -56,7 +56,7 @@ def at_attach(model: nn.Module, head: Head | None, reader: OptimizerReader) -> I
         yield (
             "tied_head",
             f"The head {head.name!r} shares its weight with an input embedding. The gradient of that "
-            "weight has no zero-sum, so it is not read. Rows are watched as usual.",
+            "weight has no zero-sum, so it is not read. Rows do not need it.",
         )
 
 
