@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -75,6 +76,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.run_dir = run_dir
         self.told: list[Any] = []
+        self.others = writers()
 
     def attach(self) -> Monitor:
         inputs, targets = batch(6, seed=1)
@@ -112,7 +114,13 @@ def released(training: Training) -> list[str]:
     left = [f"{count} hooks"] if (count := hooks(training.model, training.optimizer)) else []
     left += ["lock"] if (training.run_dir / LOCK).exists() else []
     left += ["open monitor"] if open_monitors() else []
+    left += ["threads"] if writers() - training.others else []
     return left
+
+
+def writers() -> set[threading.Thread]:
+    """Return the threads of TensorBoard that write an event file."""
+    return {thread for thread in threading.enumerate() if "event_file_writer" in type(thread).__module__}
 
 
 def attach_again(training: Training) -> None:
