@@ -190,6 +190,7 @@ class Monitor:
 
         For a fused or chunked linear cross-entropy, which reads the head's weight: rows are recomputed from
         ``hidden`` [..., d] and ``targets`` [...] (int64, of these rows; a negative one does not count).
+        Report the loss of ``F.linear_cross_entropy`` too: in chunks, it rounds absorbed rows away otherwise.
         """
         loop = self._loop
         if not loop.closed:

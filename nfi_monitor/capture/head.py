@@ -54,7 +54,7 @@ def find_head(model: nn.Module, head: HeadLike | None = None, trained: Collectio
 
     Args:
         head: a module, a parameter, the qualified name of one, or a list of them (the one with most classes).
-        trained: ``id`` of each parameter that the optimizer updates. None: those that require a gradient.
+        trained: ``id`` of each parameter of the optimizer. None: all. Those without a gradient are frozen.
 
     Raises:
         HeadNotFoundError: the model has no layer that makes logits, or not the one that is named.
@@ -122,9 +122,8 @@ def _alive(
 
     A frozen head on a trained body stays: its part of the model holds few parameters.
     """
-    updated = {
-        id(p) for p in model.parameters() if (p.requires_grad if trained is None else id(p) in trained)
-    }
+    # Loops give frozen parameters to the optimizer too, which leaves them as they are.
+    updated = {id(p) for p in model.parameters() if p.requires_grad and (trained is None or id(p) in trained)}
     if not updated:
         return layers
     total = sum(p.numel() for p in model.parameters())

@@ -67,6 +67,8 @@ class RowRecomputer:
         self._wanted, self._deliver, self._failed, self._spent = wanted, deliver, failed, spent
         self._known = Known()
         self.after_head = AfterHead()
+        self.cancels = False  # as for tap()
+        self._last: tuple[weakref.ref[Tensor], weakref.ref[_Pending]] | None = None
 
     @property
     def wants(self) -> bool:
@@ -78,23 +80,35 @@ class RowRecomputer:
         """Number of forward passes of the head that the probe watches: these rows need not be recomputed."""
         return self._probe.fired
 
-    def tap(self, hidden: Tensor, targets: Tensor, autocast: Autocast | None = None) -> None:
+    def tap(
+        self, hidden: Tensor, targets: Tensor, autocast: Autocast | None = None, *, cancels: bool = False
+    ) -> None:
         """Watch hidden states [..., d] and the targets [...] of their rows; a negative one does not count.
 
-        ``autocast``: of :func:`autocast_of`, where the loss is computed; default: as it is now.
+        ``autocast``: of :func:`autocast_of`, where the loss is computed; default: as it is now.  ``cancels``:
+        the loss multiplies 1 and p of the correct class by the weight, and subtracts then: the gradient of a
+        row near absorption is rounded to zero at the hidden states, though not at the weight.
         """
         step, head = self._wanted(), self.head
         if step is None or head is None or not devices.is_readable(hidden):
             return
         if not (torch.is_grad_enabled() and hidden.requires_grad and _readable(head, hidden, targets)):
             return
+        if self._last is not None and self._last[0]() is hidden:  # tapped by the user, and by a hook
+            pending = self._last[1]()
+            if pending is not None:
+                pending.cancels |= cancels
+            return
         started = time.perf_counter()
         try:
-            self._watch(hidden, targets, step, head, autocast or autocast_of(hidden.device.type))
+            autocast = autocast or autocast_of(hidden.device.type)
+            self._watch(hidden, targets, step, head, autocast, cancels or self.cancels)
         finally:
             self._spent(time.perf_counter() - started)
 
-    def _watch(self, hidden: Tensor, targets: Tensor, step: int, head: Head, autocast: Autocast) -> None:
+    def _watch(
+        self, hidden: Tensor, targets: Tensor, step: int, head: Head, autocast: Autocast, cancels: bool
+    ) -> None:
         total, classes = targets.numel(), head.outputs or 1
         if total == 0:
             return
@@ -117,7 +131,9 @@ class RowRecomputer:
             after_head=self.after_head,
             autocast=autocast,
             bias_apart=hidden.dim() > 2 and not hidden.is_contiguous(),
+            cancels=cancels,
         )
+        self._last = weakref.ref(hidden), weakref.ref(pending)
         fired, parameter = self._probe.fired, nearest_parameter(hidden)
         given = _Given()
 
@@ -168,6 +184,7 @@ class _Pending:
     autocast: Autocast
     bias_apart: bool
     """Whether a linear layer rounds once more before it adds its bias, as PyTorch's does for such inputs."""
+    cancels: bool
 
     def rows(self, grad: Tensor, graph: Callable[[], object], known: Known) -> RecomputedRows:
         """Compute the logits as the loss does. ``grad`` [n, d]: what arrived at the hidden states."""
@@ -200,6 +217,7 @@ class _Pending:
             by_scale=by_scale[0],
             eps=torch.finfo(output.dtype).eps,
             rounding=own.sqrt() * torch.finfo(dtype).eps * logits.amax(-1).to(own.dtype).abs().clamp(min=1),
+            cancels=self.cancels,
             known=known,
         )
 

@@ -43,7 +43,8 @@ class RecomputedRows(Rows):
     ``targets`` [n], negative where a row does not count; ``counted``: number of rows of the batch that count,
     0-d.  ``pulls``, [n, d] each: gradient at the hidden states if each row had weight 1, by each of
     :data:`GRADIENTS`.  ``by_scale`` [n, d]: how it changes if the loss multiplies its logits.  ``rounding``
-    [n]: size of one rounding of it.  ``eps``: machine epsilon of the head's output.
+    [n]: size of one rounding of it.  ``eps``: machine epsilon of the head's output.  ``cancels``: gradients
+    of this size round to zero at the hidden states.
     """
 
     targets: Tensor = None  # type: ignore[assignment]
@@ -52,6 +53,7 @@ class RecomputedRows(Rows):
     by_scale: Tensor = None  # type: ignore[assignment]
     rounding: Tensor = None  # type: ignore[assignment]
     eps: float = 0.0
+    cancels: bool = False
     known: Known = field(default_factory=lambda: Known())
 
     def _sum_up(self, grad: Tensor) -> None:
@@ -99,7 +101,8 @@ class RecomputedRows(Rows):
         weight = (factor / counted).expand(len(size))
         # A row without any gradient, where underflow is no reason for it, is not a part of the loss.
         tiny = torch.finfo(self.grad.dtype).tiny
-        left_out = ~present & ((weight[:, None] * pull).abs().amax(-1) > 100 * tiny)
+        rounded = 100 * tiny + (ROUNDINGS * weight * self.rounding).abs() * self.cancels
+        left_out = ~present & ((weight[:, None] * pull).abs().amax(-1) > rounded)
         weight = torch.where(left_out, torch.zeros_like(weight), weight)
         own = torch.where(size > 0, common / size, torch.zeros_like(size))
         square = arrived.square().sum()

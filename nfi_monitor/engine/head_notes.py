@@ -41,7 +41,8 @@ def at_attach(model: nn.Module, head: Head | None, reader: OptimizerReader) -> I
             "head_without_weight",
             f"The head {head.name!r} has no weight matrix of its own (parametrized, adapted, complex, or not "
             "linear): classifier mean, logit displacement and zero-sum of the weight gradient are not "
-            "measured, and *imminent* by rounding cannot be reached without probe=. Rows are watched as usual.",
+            "measured, and *imminent* by rounding cannot be reached without probe=. Rows are watched as "
+            "usual.",
         )
         return
     if not reader.holds(head.weight):
@@ -56,7 +57,7 @@ def at_attach(model: nn.Module, head: Head | None, reader: OptimizerReader) -> I
         yield (
             "tied_head",
             f"The head {head.name!r} shares its weight with an input embedding. The gradient of that "
-            "weight has no zero-sum, so it is not read. Rows are watched as usual.",
+            "weight has no zero-sum, so it is not read. Rows do not need it.",
         )
 
 

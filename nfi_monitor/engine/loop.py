@@ -128,7 +128,7 @@ class StepLoop:
             on_alert=options.on_alert,
             read_context=self._read_context,
             note_reading=self._note_reading,
-            row_values=RowValues(self.probe, self.notes.note, self.notes.by_code),
+            row_values=RowValues(self.probe, self.notes.note, self.notes.by_code, self.losses),
         )
 
     def attach(self, options: Options) -> None:

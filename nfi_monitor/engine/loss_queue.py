@@ -43,6 +43,7 @@ class LossQueue:
         deferred: (step, loss) of earlier steps, oldest first.
         share: None if each observed loss is a mean over its micro-batch. Else each loss is a share of the
             step's loss, which is their sum times this factor.
+        averaged: number of losses of the step whose mean was asked for last.
         usual_below: a loss from 0 up to this cannot begin an alert and may be deferred; −inf: defer none.
     """
 
@@ -54,6 +55,7 @@ class LossQueue:
         self._lowest = math.inf  # of the deferred losses
         self.observed: list[Tensor | float] = []
         self.share: float | None = None
+        self.averaged = 0
         self.usual_below = -math.inf
         self.deferred: list[tuple[int, float]] = []
         self._late: list[tuple[int, Tensor]] = []  # on an accelerator, not copied yet
@@ -142,6 +144,7 @@ class LossQueue:
         observed = self.observed
         if not observed:
             return None
+        self.averaged = len(observed)
         alone = len(observed) == 1 and self._added is None
         if alone and self.share is None and getattr(observed[0], "ndim", 0) == 0:
             return observed[0]  # the usual case, at every step: start no kernel

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping
 
 from nfi_monitor.capture.head_probe import HeadProbe
+from nfi_monitor.engine.loss_queue import LossQueue
 from nfi_monitor.measure.logit_scale import IN_NATS
 
 OF_THE_LOSS = {
@@ -15,6 +16,8 @@ OF_THE_LOSS = {
 """Quantities of rows that hold only if the loss takes the logits that were read."""
 SAME = 0.01
 """Largest relative difference of the reported loss from the cross-entropy of the rows, at which they hold."""
+ROUNDED = 0.002
+"""Largest relative difference from a whole number, at which a loss is taken to be divided by it."""
 OTHER, READINGS = 0.1, 5
 """Relative difference of the two losses in each of so many first readings, from which on a note says so."""
 
@@ -31,12 +34,16 @@ class RowValues:
     """
 
     def __init__(
-        self, probe: HeadProbe, note: Callable[[str, str, int], None], said: Collection[str]
+        self,
+        probe: HeadProbe,
+        note: Callable[[str, str, int], None],
+        said: Collection[str],
+        losses: LossQueue,
     ) -> None:
         """``note(code, message, step)`` makes a note; ``said``: the codes of the notes so far."""
-        self._probe, self._note, self._said = probe, note, said
+        self._probe, self._note, self._said, self._losses = probe, note, said, losses
         self._left_out = False
-        self._readings = self._apart = 0
+        self._readings = self._apart = self._divided = 0
 
     def known(self, step: int, values: Mapping[str, float]) -> Mapping[str, float]:
         """Return those of the values that the rows of the head show."""
@@ -56,21 +63,31 @@ class RowValues:
             code = "logits_scaled" if added is None else "logits_added"
             self._note(code, _text(added, of_head, loss), step)
         if not self._left_out:
-            if "recomputed_fraction" not in values:  # the gradient shows that the loss takes their logits
-                self._compare(step, of_head, loss)
+            if of_head is not None and loss is not None and self._readings < READINGS:
+                self._readings += 1
+                self._look_for_divisor(step, of_head, loss)
+                if "recomputed_fraction" not in values:  # the gradient shows that the loss takes their logits
+                    self._compare(step, of_head, loss)
             return values
         unknown = OF_THE_LOSS if added is not None else OF_THE_LOSS.union(IN_NATS)
         return {name: value for name, value in values.items() if name not in unknown}
 
-    def _compare(self, step: int, of_head: float | None, loss: float | None) -> None:
+    def _look_for_divisor(self, step: int, of_head: float, loss: float) -> None:
+        """Note that the losses of the micro-batches are divided by their number, by the first readings."""
+        number = self._losses.averaged
+        divided = number > 1 and abs(of_head - number * loss) <= ROUNDED * of_head
+        self._divided = self._divided + 1 if divided else 0
+        if self._divided == READINGS:
+            self._note("loss_divided", _text_divided(number, of_head, loss), step)
+
+    def _compare(self, step: int, of_head: float, loss: float) -> None:
         """Note that the reported loss is another one than the loss at the head, by the first readings.
 
         Only if no graph has shown that the loss takes the head's logits: else it has other parts or weights.
         Later the loss is small, and a few rows make it: a sample of the rows may then have another mean.
         """
-        if of_head is None or loss is None or self._probe.shown or self._readings >= READINGS:
+        if self._probe.shown:
             return
-        self._readings += 1
         self._apart += abs(of_head - loss) > OTHER * max(of_head, abs(loss))
         if self._apart == READINGS and _SAID.isdisjoint(self._said):
             self._note("loss_not_at_head", _text_apart(of_head, loss), step)
@@ -78,7 +95,8 @@ class RowValues:
 
 _SAID = {
     "absorption_left_out", "adaptive_softmax", "logits_changed", "logits_scaled", "loss_below_zero",
-    "loss_not_trained", "not_shift_invariant", "several_heads", "single_output", "soft_targets",
+    "loss_divided", "loss_not_trained", "not_shift_invariant", "several_heads", "single_output",
+    "soft_targets",
 }  # fmt: skip
 """Notes that say what the trained loss has beside the cross-entropy at the head."""
 _MULTIPLIED = (
@@ -86,6 +104,15 @@ _MULTIPLIED = (
     "from the update of the head's weight, so it would not be theirs, and is left out: *imminent* cannot be "
     "reached by rounding without probe=. Rows and feature mean are measured as usual. Nothing has to be done."
 )
+
+
+def _text_divided(number: int, of_head: float, loss: float) -> str:
+    return (
+        f"{number} losses are reported in each step, and their mean ({loss:.3g}) is 1/{number} of the "
+        f"cross-entropy at the head ({of_head:.3g}): each seems to be divided by their number before it is "
+        "reported. The reported loss is judged, and shown too low by this factor. Report each loss before it "
+        f"is divided: monitor.observe_loss(loss * {number})."
+    )
 
 
 def _text_apart(of_head: float, loss: float) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
+from nfi_monitor.capture.fused_loss import FusedLossHook, fused_loss_of, is_chunked
 from nfi_monitor.capture.head_layer import Head
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
@@ -71,10 +72,24 @@ def watch_head(run: Run, *, named: bool) -> HeadCheck:
     )
     if not (named and run.head is None):  # else rows come from a tap alone
         run.hooks.add(run.model, check)
-        run.loss_sources.look = check.loss
+        run.loss_sources.look = partial(_look, run, check)
     if run.head is not None:
-        run.hooks.add(run.head.module, run.probe)
+        _hook(run, run.head)
     return check
+
+
+def _look(run: Run, check: HeadCheck, loss: Tensor) -> None:
+    """Look at the graph of a loss that is trained."""
+    run.recomputer.cancels |= loss.grad_fn is not None and is_chunked(loss.grad_fn)
+    check.loss(loss)
+
+
+def _hook(run: Run, head: Head) -> None:
+    """Hook the head, and a fused loss that holds it."""
+    run.hooks.add(head.module, run.probe)
+    loss = fused_loss_of(run.model, head)
+    if loss is not None:
+        run.hooks.add(loss, FusedLossHook(run.recomputer, run.faults.failed))
 
 
 def _ended(run: Run, check: HeadCheck) -> None:
@@ -129,7 +144,7 @@ def _change(run: Run, head: Head | None, code: str, message: str) -> None:
     _forget_rows(run)
     run.probe.restart(retired=before)
     if head is not None and head.module is not before:
-        run.hooks.add(head.module, run.probe)
+        _hook(run, head)
     for earlier in ("no_head", "several_heads"):  # these were about the first one
         run.notes.by_code.pop(earlier, None)
     run.notes.note(code, message, run.step)

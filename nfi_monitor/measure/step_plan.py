@@ -233,9 +233,11 @@ class StepPlan:
             plain = all(library.is_plain(moment, self._dtype) for moment in moments)
             if not plain or not all(library.is_plain(count, torch.float32) for count in counts):
                 return False
-            self._known_moments = places
+            # Known last: Ctrl-C in between must not leave places that the library has not been given.
+            self._known_moments = []
             addresses["moments"][:] = places[: len(moments)]
             addresses["taken"][:] = places[len(moments) :]
+            self._known_moments = places
         constants = [  # with the number of parameters: one may have moved to another group
             (group.get("lr"), group.get("betas"), group.get("eps"), len(group["params"]))
             for group in optimizer.param_groups
@@ -288,10 +290,11 @@ class StepPlan:
     def _set_memory(self, before: Memory | None) -> bool:
         """Set the step before, if it has the same coordinates; return whether it has."""
         step = self._step
-        preconditioner = self._kept[self._turn][2]
+        grad, _, preconditioner = self._kept[self._turn]
         step.preconditioner = preconditioner.data_ptr()
         comparable = (
             before is not None
+            and before.grad is not grad  # a step that Ctrl-C ended has taken its turn
             and before.layout in (None, self._sample.layout)
             and all(
                 x.shape == preconditioner.shape and x.dtype is self._dtype and x.is_cpu and x.is_contiguous()

@@ -275,6 +275,8 @@ def test_a_frozen_teachers_head_is_not_taken() -> None:
     model = nn.ModuleDict({"student": Body(out=nn.Linear(8, 3)), "teacher": Body(out=nn.Linear(8, 3))})
     model["teacher"].requires_grad_(False)
     assert find_head(model).name == "student.out"
+    everything = {id(p) for p in model.parameters()}
+    assert find_head(model, trained=everything).name == "student.out", "the optimizer leaves it as it is"
     model["teacher"].requires_grad_(True)
     trained = {id(p) for p in model["student"].parameters()}
     assert find_head(model, trained=trained).name == "student.out"

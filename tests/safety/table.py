@@ -157,9 +157,29 @@ def render(parts: dict[str, Part]) -> str:
             "|---|---|---|---|",
             *(line(name, parts) for name in ROWS),
             "",
+            *commands(parts),
+            "",
             LIMITS,
         ]
     )
+
+
+def commands(parts: dict[str, Part]) -> list[str]:
+    """Which command shows which number."""
+    from tests.safety.test_foreign_files import KINDS, NAMES
+
+    numbers = {
+        file: "; ".join(f"{count:,} {unit}" for _, count, unit in part.found) for file, part in parts.items()
+    }
+    foreign = f"{len(KINDS) * len(NAMES)} foreign files: {len(KINDS)} kinds under {len(NAMES)} names"
+    numbers["safety/test_foreign_files.py"] = foreign
+    return [
+        "## Which command shows which number",
+        "",
+        'Each is `pytest -m "slow or not slow"` with the file; `--safety FILE` writes what it has counted.',
+        "",
+        *(f"- `tests/{file}`: {numbers[file]}" for file in files() if numbers.get(file)),
+    ]
 
 
 LIMITS = """\

@@ -6,8 +6,10 @@ while a monitor attaches, in a step of a training, or while it closes.
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
+import threading
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -21,6 +23,8 @@ from torch import nn
 
 import nfi_monitor
 from nfi_monitor import Monitor, open_monitors
+from nfi_monitor.measure.step_plan import StepPlan
+from nfi_monitor.native import library
 from nfi_monitor.report.run_directory.lock import LOCK
 from nfi_monitor.report.run_directory.reader import read_run
 from tests.runs import batch, differences, mlp, snapshot
@@ -72,6 +76,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3)
         self.run_dir = run_dir
         self.told: list[Any] = []
+        self.others = writers()
 
     def attach(self) -> Monitor:
         inputs, targets = batch(6, seed=1)
@@ -109,7 +114,13 @@ def released(training: Training) -> list[str]:
     left = [f"{count} hooks"] if (count := hooks(training.model, training.optimizer)) else []
     left += ["lock"] if (training.run_dir / LOCK).exists() else []
     left += ["open monitor"] if open_monitors() else []
+    left += ["threads"] if writers() - training.others else []
     return left
+
+
+def writers() -> set[threading.Thread]:
+    """Return the threads of TensorBoard that write an event file."""
+    return {thread for thread in threading.enumerate() if "event_file_writer" in type(thread).__module__}
 
 
 def attach_again(training: Training) -> None:
@@ -181,13 +192,16 @@ PHASES: dict[str, Callable[[Place | None, Path], tuple[Interrupt, str]]] = {
 }
 
 
-def sweep(phase: str, folder: Path, every: int = 1) -> tuple[int, list[str]]:
-    """Interrupt at each ``every``-th line of the package that runs in a phase.
+def sweep(
+    phase: str, folder: Path, every: int = 1, chosen: Callable[[Place], bool] = lambda place: True
+) -> tuple[int, list[str]]:
+    """Interrupt at each ``every``-th of the ``chosen`` lines of the package that run in a phase.
 
     Returns the number of interrupts, and what went wrong."""
     PHASES[phase](None, folder / "first")  # imports what is imported late
     wrong, count = [], 0
-    for number, place in enumerate(list(PHASES[phase](None, folder / "all")[0].places)[::every]):
+    places = [place for place in PHASES[phase](None, folder / "all")[0].places if chosen(place)]
+    for number, place in enumerate(places[::every]):
         interrupt, found = PHASES[phase](place, folder / str(number))
         wrong += [found] if found else []
         count += bool(interrupt.where)  # a few lines run at some times only
@@ -250,6 +264,17 @@ def test_an_interrupt_at_one_line_of_forty_ends_no_training_and_leaves_nothing(
 ) -> None:
     count, wrong = sweep(phase, tmp_path, every=40)
     assert count >= 8 and not wrong, "\n".join(wrong)
+
+
+def test_an_interrupt_while_a_plan_is_set_leaves_the_library_no_wrong_address(tmp_path: Path) -> None:
+    """It read from address 0: the process was gone."""
+    lines, first = inspect.getsourcelines(StepPlan._ready)
+    file = inspect.getsourcefile(StepPlan)
+    count, wrong = sweep(
+        "step", tmp_path, chosen=lambda place: place[0] == file and 0 <= place[1] - first < len(lines)
+    )
+    assert not wrong, "\n".join(wrong)
+    assert count >= 12 or library.library() is None
 
 
 @pytest.mark.slow

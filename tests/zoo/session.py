@@ -99,6 +99,15 @@ class Session:
         """Pass logits through the monitor's tap."""
         return logits if self._monitor is None else self._monitor.tap(logits)
 
+    def tap_features(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Pass the hidden states of a loss without logits through the monitor's tap."""
+        return hidden if self._monitor is None else self._monitor.tap_features(hidden, targets)
+
+    def trained(self, loss: Tensor) -> None:
+        """Say the value of the loss whose multiple (a GradScaler's) was given to backward last."""
+        step = 1 + (0 if self.monitor is None else self.monitor.step)
+        self.backwards[step][-1] = float(loss.detach())
+
     def cross_entropy_called(self, logits: Any, target: Any, keywords: dict[str, Any]) -> None:
         """Record the plain mean over the rows, whatever the weights, of a call that may be trained on."""
         plain = isinstance(target, Tensor) and not target.is_floating_point()

@@ -218,11 +218,12 @@ class TensorBoardSink(SinkBase):
     def close(self, info: Mapping[str, Any], summary: Summary) -> None:
         if self._writer is not None:
             try:
-                if self._pending is not None:
-                    self._write(*self._pending)
-                self._writer.add_text("nfi/run", info_markdown(info), self._step)
-                self._opened_tab().close(info)
-                self._writer.close()
+                if self._tab is not None:  # else start() was interrupted
+                    if self._pending is not None:
+                        self._write(*self._pending)
+                    self._writer.add_text("nfi/run", info_markdown(info), self._step)
+                    self._opened_tab().close(info)
+                self._open().close()
             finally:
                 if self._lock is not None:
                     self._lock.release()

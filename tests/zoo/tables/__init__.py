@@ -9,6 +9,7 @@ from tests.zoo.tables import not_here
 
 _MODULES = (
     "causal_lm",
+    "recent_models",
     "masked_lm",
     "seq2seq",
     "classification",
@@ -24,6 +25,8 @@ _MODULES = (
     "accelerate_tables",
     "lightning_tables",
     "plain_loops",
+    "language_loops",
+    "written_loops",
     "timm_tables",
     "vision_others",
     "diffusion",

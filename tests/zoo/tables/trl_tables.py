@@ -38,6 +38,10 @@ def _judged() -> dict[str, list[Any]]:
     }
 
 
+def _triples() -> dict[str, list[Any]]:
+    return {**_pairs(), "reference": GOOD}
+
+
 def _prompts() -> dict[str, list[Any]]:
     return {"prompt": [text + " " for text in QUESTIONS]}
 
@@ -54,6 +58,7 @@ def _train(
     peft: bool = False,
     module: str = "trl",
     more: dict[str, Any] | None = None,
+    teacher: bool = False,
     **arguments: Any,
 ) -> Callable[[Session], nn.Module]:
     """Return a training with ``trl.<kind>Trainer``."""
@@ -71,10 +76,13 @@ def _train(
             "gradient_checkpointing": False,
             "max_length": 48,
         }
-        if kind in ("GRPO", "RLOO"):
+        if kind in ("GRPO", "RLOO", "GMPO"):
             base |= {"num_generations": 4, "max_completion_length": 8}
+        if kind in ("GRPO", "RLOO", "GMPO", "Distillation"):
             base.pop("max_length")
         keywords: dict[str, Any] = dict(more or {})
+        if teacher:
+            keywords["teacher_model"] = llama()
         if peft:
             from peft import LoraConfig
 
@@ -149,6 +157,53 @@ def _make() -> list[Configuration]:
         Configuration(
             "GRPO (LoRA)", _train("GRPO", _prompts, more=reward, peft=True), LORA_HEAD, logits=False, **policy
         ),
+        Configuration(
+            "GRPO (KL to a reference, dr_grpo)",
+            _train("GRPO", _prompts, more=reward, beta=0.04, loss_type="dr_grpo"),
+            "lm_head",
+            **answers,
+        ),
+        Configuration(
+            "GRPO (cispo)", _train("GRPO", _prompts, more=reward, loss_type="cispo"), "lm_head", **answers
+        ),
+        Configuration(
+            "GRPO (two updates a batch)",
+            _train("GRPO", _prompts, more=reward, num_iterations=2),
+            "lm_head",
+            **answers,
+        ),
+        Configuration(
+            "GMPO",
+            _train("GMPO", _prompts, more=reward, module="trl.experimental.gmpo"),
+            "lm_head",
+            **answers,
+        ),
+        Configuration(
+            "DPO (reference computed before)",
+            _train("DPO", _pairs, precompute_ref_log_probs=True),
+            "lm_head",
+            **answers,
+        ),
+        Configuration(
+            "DPO (robust)",
+            _train("DPO", _pairs, loss_type=["robust"], label_smoothing=0.1),
+            "lm_head",
+            **answers,
+        ),
+        Configuration(
+            "Distillation",
+            _train("Distillation", _prompts, teacher=True, max_completion_length=8),
+            "lm_head",
+            **answers,
+        ),
+        Configuration("TPO", _train("TPO", _triples, module="trl.experimental.tpo"), "lm_head", **policy),
+        Configuration(
+            "SFT (padding-free)",
+            _train("SFT", _texts, padding_free=True, max_length=None),
+            "lm_head",
+            **fused,
+        ),
+        Configuration("SFT (bf16)", _train("SFT", _texts, bf16=True), "lm_head", **fused),
         Configuration("RLOO", _train("RLOO", _prompts, more=reward), "lm_head", logits=False, **policy),
     ]
 
