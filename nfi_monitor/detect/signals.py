@@ -242,7 +242,8 @@ class Signals(Stateful):
             if self.rms_t_mean <= GONE:
                 self.gone_at = step
             self.rms_t_peak = fading_max(self.rms_t_peak, rms_t, times.keep)
-            self.curvature_peak = fading_max(self.curvature_peak, get("secant_curvature", NAN), times.keep)
+        self.curvature_peak = fading_max(self.curvature_peak, get("secant_curvature", NAN), times.keep)
+        if "weight_norm" in reading.values:
             self.shrinkage = self._shrinkage.update(step, log_or_nan(get("weight_norm", NAN)), times.window)
         moved = get("update_rms", NAN)
         if moved > 0:

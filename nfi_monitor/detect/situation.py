@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from nfi_monitor.detect.causes import FALLEN_FAR, FORGOTTEN, LEARNED, STAYS_GONE
 from nfi_monitor.detect.loss_baseline import MEMORY
@@ -40,6 +41,9 @@ class RunContext:
     no_classes: bool = False  # the head has one output
     layer: str | None = None
     rank: int = 0
+    momentum: float | None = None  # of a sum of gradients (SGD, RMSprop); None: Adam's average of them, by β1
+    dampening: float = 0.0  # share of the gradient that such a sum leaves out
+    nesterov: bool = False
 
     @property
     def tau(self) -> float:
@@ -48,8 +52,37 @@ class RunContext:
 
     @property
     def stability_limit(self) -> float:
-        """Curvature above which Adam oscillates: 2(1+β1)/(1−β1) (Cohen et al. 2022, arXiv 2207.14484)."""
-        return 2.0 * (1.0 + self.beta1) / (1.0 - self.beta1)
+        """lr · curvature, in the metric in which the optimizer moves, above which it oscillates and diverges.
+
+        On a quadratic of curvature h, a step is m ← μm + (1−d)g, w ← w − lr·m.  Its characteristic polynomial
+        has the root −1 at lr·h = 2(1+μ)/(1−d): 2(1+μ) for heavy ball (Cohen et al. 2021, arXiv 2103.00065,
+        appendix B), 2 without momentum, and 2(1+β1)/(1−β1) for Adam, where μ = d = β1 (Cohen et al. 2022,
+        arXiv 2207.14484).  With Nesterov's step, w ← w − lr·((1−d)g + μm), it has that root at
+        2(1+μ)/((1−d)(1+2μ)).
+        """
+        averaged = (self.beta1, self.beta1)
+        momentum, left_out = averaged if self.momentum is None else (self.momentum, self.dampening)
+        ahead = 1.0 + 2.0 * momentum if self.nesterov else 1.0
+        return 2.0 * (1.0 + momentum) / (max(1.0 - left_out, 1e-9) * ahead)
+
+
+_SUMMED = ("ASGD", "Adagrad", "Adadelta")
+"""torch's optimizers without momentum: their groups have no such setting."""
+
+
+def momentum_of(optimizer: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of :class:`RunContext` that say how an optimizer adds up gradients.
+
+    ``optimizer``: name of its class.  ``group``: a parameter group, or its settings in ``run.json``.
+    """
+    ahead = bool(group.get("nesterov")) or optimizer.lower().startswith("nadam")
+    if "betas" in group or not ("momentum" in group or optimizer in _SUMMED):
+        return {"nesterov": ahead}
+    momentum, left_out = (
+        float(x) if isinstance(x, (int, float)) else 0.0
+        for x in (group.get("momentum"), group.get("dampening"))
+    )
+    return {"momentum": momentum, "dampening": left_out if momentum else 0.0, "nesterov": ahead}
 
 
 @dataclass
