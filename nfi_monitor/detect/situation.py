@@ -21,6 +21,8 @@ FEW = 0.41
 """Standard deviation of ``Signals.loss_recent`` over that of one loss: an average over about 3 readings."""
 BATCH_SIGMAS = 6.0
 """Standard deviations by which ``Signals.loss_recent`` must be high where each step has other rows."""
+ENDS = 0.5
+"""Share of the least loss of a slingshot below which an oscillation is expected to end."""
 FALLS = 0.4
 """Nats of log loss below the running average at which the loss falls: a third less than over 50 readings."""
 
@@ -225,6 +227,25 @@ class Situation:
             return math.nan
         least = min(self.spike.least_of_each(self.limits))
         return max(math.log(least / loss), 0.0) / (2.0 * rate) if rate > 0 else math.inf
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether the oscillation will end far below the loss of a slingshot; False where that is not known.
+
+        Beside the stability limit an oscillation moves the weights to where the curvature is lower, and ends
+        there (Damian et al. 2023, arXiv 2209.15594).  Let x be its size, e the curvature over the limit − 1,
+        and r its growth d ln x / d step.  r is proportional to e, and e falls in proportion to x².  So
+        x² (1 + r e / (−d e / d step)) stays what it is, and x² grows up to it.  The loss above its average
+        grows as x².
+        """
+        signals, average = self.signals, math.exp(self.spike.baseline.average)
+        beyond = signals.curvature / self.context.stability_limit - 1.0
+        falls = -signals.curvature_slope / self.context.stability_limit
+        if not (falls > 0 and self.loss >= average):
+            return False
+        left = max(signals.gradient_growth, 0.0) * max(beyond, 0.0) / falls
+        highest = average + (self.loss - average) * (1.0 + left)
+        return highest < ENDS * min(self.spike.least_of_each(self.limits))
 
     @property
     def still(self) -> bool:
