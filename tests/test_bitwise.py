@@ -105,6 +105,11 @@ CASES = {
     "fused": (plain, adamw(fused=True), None),
     "amsgrad": (plain, adamw(amsgrad=True), None),
     "sgd_momentum": (plain, lambda model: torch.optim.SGD(model.parameters(), 1e-2, momentum=0.9), None),
+    "rmsprop_centred": (plain, lambda model: torch.optim.RMSprop(model.parameters(), centered=True), None),
+    "adagrad": (plain, lambda model: torch.optim.Adagrad(model.parameters(), lr_decay=0.1), None),
+    "adadelta": (plain, lambda model: torch.optim.Adadelta(model.parameters()), None),
+    "adamax": (plain, lambda model: torch.optim.Adamax(model.parameters()), None),
+    "asgd": (plain, lambda model: torch.optim.ASGD(model.parameters()), None),
 }
 
 

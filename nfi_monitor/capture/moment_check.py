@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, RMSprop
 
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.betas import slots
@@ -84,6 +84,8 @@ class MomentCheck:
         self.version = 0
         self._odd: dict[int, str] = {}  # parameter → what is odd about its state
         self._kinds: dict[int, Kind] = {}
+        # RMSprop divides by the average as it is. Adam's needs no kind: its settings are the default.
+        self._own = Kind(("alpha", None), True) if self.trusted and isinstance(optimizer, RMSprop) else None
         self._failures: dict[int, int] = {}
         self._checks: dict[int, int] = {}
         self._born: dict[int, int] = {}  # parameter → the step that made its state
@@ -144,7 +146,7 @@ class MomentCheck:
 
     def kind(self, param: Tensor | None) -> Kind | None:
         """Return how the second moment of this parameter is made; None if no check has shown it."""
-        return self._kinds.get(id(param))
+        return self._kinds.get(id(param), self._own)
 
     def pending(self, params: Sequence[nn.Parameter]) -> bool:
         """Return whether one of these parameters has a state whose meaning is still checked."""

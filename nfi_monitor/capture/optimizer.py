@@ -18,6 +18,7 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.betas import ASSUMED_BETAS, betas_of
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.moment_check import Failed, MomentCheck, ignore
+from nfi_monitor.capture.preconditioner import preconditioner
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import CoordinateSample, copies, differences, local
 from nfi_monitor.capture.second_moment import entries, sample_moments, states
@@ -174,9 +175,10 @@ class OptimizerReader:
         if start.earlier is not None:
             groups = [self._group(param) for param in start.params]
             self.check.after(start.earlier, start.sample, start.params, groups, grad, start.before, step)
-        if start.grad is None and self._leaves_gradients(start):
+        left = start.grad is not None or self._leaves_gradients(start)
+        if start.grad is None and left:
             weight_grad, bias_grad = self._head_gradients(step)
-        after, count, exp_avg_sq = self._read_after(start)
+        after, count, exp_avg_sq = self._read_after(start, left=left)
         correction: Tensor | float = 1.0
         eps: Tensor | float = 0.0
         lrs = None
@@ -184,6 +186,8 @@ class OptimizerReader:
             sample = start.sample.leading(count)
             leading = start.params[:count]
             correction, eps = constants(self.check, leading, self._group, sample, start.before, step)
+        divided_by = self._preconditioner(start, count) if left else None
+        if exp_avg_sq is not None or divided_by is not None:
             lrs = rates(self.optimizer.param_groups, start.params, start.sample, start.before)
         moved, bias_moved = differences(self._head_rows(), (start.head_weight, start.head_bias))
         full = self.head.weight if self.head is not None else None
@@ -207,16 +211,28 @@ class OptimizerReader:
             head_weight_grad=weight_grad,
             head_bias_grad=bias_grad,
             moments=count,
+            preconditioner=divided_by,
+            gradients_left=left,
         )
 
-    def _read_after(self, start: BeforeStep) -> tuple[Tensor, int, Tensor | None]:
-        """Return weights [C], the number of parameters, the first ones, with a second moment, and it, [M]."""
+    def _preconditioner(self, start: BeforeStep, moments: int) -> Tensor | None:
+        """Return P where it is not sqrt(v̂) + ε_A. ``moments``: number of tensors with a second moment."""
+        if not self.check.trusted or 0 < moments < len(start.params):
+            return None
+        groups = [self._group(param) for param in start.params]
+        return preconditioner(self.optimizer, start.params, groups, start.sample, start.before)
+
+    def _read_after(self, start: BeforeStep, *, left: bool) -> tuple[Tensor, int, Tensor | None]:
+        """Return weights [C], the number of parameters, the first ones, with a second moment, and it, [M].
+
+        ``left``: whether the gradients are what the step got.
+        """
         count = start.moments
         if not count and all(map(self.check.understood, start.params)):  # this step has made the state
             count = len(start.params)
         moments = [self.check.readable(param) for param in start.params[:count]]
         read = [moment for moment in moments if moment is not None]
-        if not read or len(read) < count or (start.grad is None and not self._leaves_gradients(start)):
+        if not read or len(read) < count or not left:
             return start.sample.gather(start.params), 0, None
         tensors = [moment for moment in read if isinstance(moment, Tensor)]
         if len(tensors) == len(start.params):

@@ -11,9 +11,12 @@ from torch.optim import Optimizer
 from nfi_monitor.capture.quantized import Quantized, quantized_moment
 from nfi_monitor.capture.sampling import CoordinateSample, local
 
-SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2", "sqr_avg")
+SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "state2", "sqr_avg", "square_avg")
 """Names of the second moment in an optimizer's state. With amsgrad the step divides by the maximum. The last
-two names are those of bitsandbytes and fastai."""
+three names are those of bitsandbytes, of fastai, and of RMSprop."""
+
+OTHER_STEPS = ("acc_delta",)
+"""Names of entries beside a ``square_avg`` that more than its root divides the step by (Adadelta)."""
 
 OTHER_NAMES = "exp_avg_sq"
 """Part of the name under which other optimizers keep it (heavyball: ``update_by_adam_exp_avg_sq_0``)."""
@@ -54,6 +57,8 @@ def second_moment(state: Mapping[str, Any]) -> Tensor | Quantized | None:
     in_bits = quantized_moment(state)
     if in_bits is not None:
         return in_bits
+    if any(name in state for name in OTHER_STEPS):
+        return None
     for name in SECOND_MOMENTS:
         if isinstance(state.get(name), Tensor):
             return state[name]  # type: ignore[no-any-return]

@@ -54,7 +54,7 @@ def constants(
     if all(pair == first for pair in pairs):
         return max(first[0], 1e-12), first[1]
     corrections, epsilons = [max(pair[0], 1e-12) for pair in pairs], [pair[1] for pair in pairs]
-    return _spread(corrections, sample, like), _spread(epsilons, sample, like)
+    return spread(corrections, sample, like), spread(epsilons, sample, like)
 
 
 def rates(
@@ -73,7 +73,7 @@ def rates(
     rate_of = {
         id(param): rate for group, rate in zip(groups, given, strict=True) for param in group["params"]
     }
-    return _spread([rate_of[id(param)] for param in params], sample, like)
+    return spread([rate_of[id(param)] for param in params], sample, like)
 
 
 def host_rate(rate: Any) -> float:
@@ -91,7 +91,7 @@ def host(value: Any) -> Any:
     return math.nan
 
 
-def _spread(numbers: Sequence[Tensor | float], sample: CoordinateSample, like: Tensor) -> Tensor:
+def spread(numbers: Sequence[Tensor | float], sample: CoordinateSample, like: Tensor) -> Tensor:
     """Return one number per coordinate [C], of ``like``'s dtype, from one number per tensor."""
     if any(isinstance(number, Tensor) for number in numbers):
         each = torch.stack(

@@ -34,6 +34,10 @@ class Update:
     head_weight_grad: Tensor | None  # [K, c] view, a block of feature columns
     head_bias_grad: Tensor | None  # [K]
     moments: int | None = None  # number of tensors with a second moment; None: all
+    preconditioner: Tensor | None = (
+        None  # P where it is not sqrt(v̂) + ε_A, [M], or [C] without a second moment
+    )
+    gradients_left: bool = True  # False: the step may have overwritten the gradients that were read after it
 
     def with_moments(self) -> Update:
         """Return the update of the tensors that have a second moment: C is M. Itself if all have one."""

@@ -38,7 +38,7 @@ def name_mechanism(causes: Causes) -> tuple[Mechanism, float]:
             return mechanism, confidence - doubt
     if causes.curvature >= causes.stability_limit or _gradient_builds_up(causes):
         return Mechanism.EDGE_OF_STABILITY, 0.6 - doubt
-    if causes.update_jump <= UNMOVED and causes.rms_t <= UNMOVED:
+    if causes.update_jump <= UNMOVED and not causes.rms_t > UNMOVED:  # NaN: no second moment is known
         return Mechanism.EXTERNAL, 0.6 - doubt
     if causes.outside.burst >= BURST:
         return Mechanism.EXTERNAL, 0.5 - doubt
@@ -99,7 +99,7 @@ def _gradient_builds_up(causes: Causes) -> bool:
     An oscillation may build up between two readings.  A bad batch leaves the gradients before it as they
     were, and a corrupt gradient fills the second moment.
     """
-    return causes.outside.gradient_grew and causes.rms_t > UNMOVED
+    return causes.outside.gradient_grew and not causes.rms_t <= UNMOVED  # NaN: no second moment is known
 
 
 def with_outside(

@@ -65,6 +65,8 @@ CORRUPT = 2000.0
 Rounding reaches 60, and 516 in half precision: when a first row is no longer absorbed, its gradient comes
 back while the loss, made of absorbed rows, hardly moves.  An oscillation reaches 156 before the loss rises.
 The smallest corrupt gradient that was read had 12,700."""
+BUILDS_UP = 2
+"""Steps between two bursts of a gradient that grows: an oscillation takes two."""
 REMEMBERED = 5.5
 """Ratio from which the second moment keeps a gradient that no loss explains (see ``Outside.remembered``).
 
@@ -225,7 +227,9 @@ class OutsideWatch(Stateful):
         elif len(self.losses) > MEMORY // 2:  # the loss itself must be an ordinary one
             risen -= max(math.log(max(loss, FLOOR)) - _median(self.losses), 0.0)
         burst = math.exp(min(risen, 50.0)) if math.isfinite(risen) else NAN
-        if burst >= BURST and (reading.step - self.burst_at > AFTERWARDS or not self.burst >= burst):
+        if reading.step - self.burst_at <= BUILDS_UP and OUTWEIGHS <= self.burst < CORRUPT <= burst:
+            burst = math.nextafter(CORRUPT, 0.0)  # it has grown to this, and a corrupt one comes at once
+        if burst >= BURST and (reading.step - self.burst_at > AFTERWARDS or not self.burst > burst):
             self.burst, self.burst_at = burst, reading.step
         cap = math.log(BURST)
         self._norm.update(reading.step, min(log_norm, _above(self._norm.value, cap)), AVERAGED)

@@ -48,6 +48,7 @@ class Signals(Stateful):
     rms_t: RMS_t of the last reading.
     rms_t_mean: average of RMS_t.
     rms_t_peak, curvature_peak: largest RMS_t and secant curvature of the last few steps.
+    curvature, curvature_slope: secant curvature of the last reading, and its change since the step before.
     gone_at: last step at which ``rms_t_mean`` was at most GONE.
     decay: log10 of the head's sqrt(v̂) over its maximum since the last slingshot; that maximum fades slowly.
     decay_lowest: lowest ``decay`` of the last few steps, because a kick refills the second moment at once.
@@ -71,12 +72,12 @@ class Signals(Stateful):
         "_gradient", "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest",
         "_loss_recent", "_per_rate", "_rate", "_rms_t", "_row_match", "_shrinkage", "_slope", "_swing",
         "_swing_lowest", "_unexplained", "_unexplained_switch", "_update_rms", "_violation", "alignment",
-        "classifier_growth", "clock", "curvature_peak", "decay", "decay_lowest", "displacement",
-        "displacement_per_rate", "displacement_rise", "displacement_rms", "displacement_slope", "gone_at",
-        "gradient_growth", "growth", "head_displacement", "last_step", "learning_rate_jump",
-        "logits_scaled", "loss_recent", "loss_rise", "other_rows", "rate_rise", "rms_t", "rms_t_mean",
-        "rms_t_peak", "root_max", "same_rows", "shrinkage", "soft_targets", "swell", "swing", "turn",
-        "unseen", "update_jump", "violation",
+        "classifier_growth", "clock", "curvature", "curvature_peak", "curvature_slope", "decay",
+        "decay_lowest", "displacement", "displacement_per_rate", "displacement_rise", "displacement_rms",
+        "displacement_slope", "gone_at", "gradient_growth", "growth", "head_displacement", "last_step",
+        "learning_rate_jump", "logits_scaled", "loss_recent", "loss_rise", "other_rows", "rate_rise",
+        "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "same_rows", "shrinkage", "soft_targets", "swell",
+        "swing", "turn", "unseen", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -96,6 +97,7 @@ class Signals(Stateful):
         self.displacement = self.head_displacement = self.displacement_rms = NAN
         self.swing = self.swell = self.alignment = NAN
         self.rms_t = self.rms_t_mean = self.rms_t_peak = self.curvature_peak = NAN
+        self.curvature = self.curvature_slope = NAN
         self.decay = self.decay_lowest = self.shrinkage = NAN
         self.learning_rate_jump = self.update_jump = self.loss_rise = self.turn = self.loss_recent = NAN
         self.root_max = 0.0
@@ -242,7 +244,11 @@ class Signals(Stateful):
             if self.rms_t_mean <= GONE:
                 self.gone_at = step
             self.rms_t_peak = fading_max(self.rms_t_peak, rms_t, times.keep)
-            self.curvature_peak = fading_max(self.curvature_peak, get("secant_curvature", NAN), times.keep)
+        curvature = get("secant_curvature", NAN)
+        self.curvature_slope = curvature - self.curvature if times.gap == 1 else NAN
+        self.curvature = curvature
+        self.curvature_peak = fading_max(self.curvature_peak, curvature, times.keep)
+        if "weight_norm" in reading.values:
             self.shrinkage = self._shrinkage.update(step, log_or_nan(get("weight_norm", NAN)), times.window)
         moved = get("update_rms", NAN)
         if moved > 0:

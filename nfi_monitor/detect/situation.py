@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from nfi_monitor.detect.causes import FALLEN_FAR, FORGOTTEN, LEARNED, STAYS_GONE
 from nfi_monitor.detect.loss_baseline import MEMORY
@@ -20,6 +21,8 @@ FEW = 0.41
 """Standard deviation of ``Signals.loss_recent`` over that of one loss: an average over about 3 readings."""
 BATCH_SIGMAS = 6.0
 """Standard deviations by which ``Signals.loss_recent`` must be high where each step has other rows."""
+ENDS = 0.5
+"""Share of the least loss of a slingshot below which an oscillation is expected to end."""
 FALLS = 0.4
 """Nats of log loss below the running average at which the loss falls: a third less than over 50 readings."""
 
@@ -40,6 +43,9 @@ class RunContext:
     no_classes: bool = False  # the head has one output
     layer: str | None = None
     rank: int = 0
+    momentum: float | None = None  # of a sum of gradients (SGD, RMSprop); None: Adam's average of them, by β1
+    dampening: float = 0.0  # share of the gradient that such a sum leaves out
+    nesterov: bool = False
 
     @property
     def tau(self) -> float:
@@ -48,8 +54,37 @@ class RunContext:
 
     @property
     def stability_limit(self) -> float:
-        """Curvature above which Adam oscillates: 2(1+β1)/(1−β1) (Cohen et al. 2022, arXiv 2207.14484)."""
-        return 2.0 * (1.0 + self.beta1) / (1.0 - self.beta1)
+        """lr · curvature, in the metric in which the optimizer moves, above which it oscillates and diverges.
+
+        On a quadratic of curvature h, a step is m ← μm + (1−d)g, w ← w − lr·m.  Its characteristic polynomial
+        has the root −1 at lr·h = 2(1+μ)/(1−d): 2(1+μ) for heavy ball (Cohen et al. 2021, arXiv 2103.00065,
+        appendix B), 2 without momentum, and 2(1+β1)/(1−β1) for Adam, where μ = d = β1 (Cohen et al. 2022,
+        arXiv 2207.14484).  With Nesterov's step, w ← w − lr·((1−d)g + μm), it has that root at
+        2(1+μ)/((1−d)(1+2μ)).
+        """
+        averaged = (self.beta1, self.beta1)
+        momentum, left_out = averaged if self.momentum is None else (self.momentum, self.dampening)
+        ahead = 1.0 + 2.0 * momentum if self.nesterov else 1.0
+        return 2.0 * (1.0 + momentum) / (max(1.0 - left_out, 1e-9) * ahead)
+
+
+_SUMMED = ("ASGD", "Adagrad", "Adadelta")
+"""torch's optimizers without momentum: their groups have no such setting."""
+
+
+def momentum_of(optimizer: str, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of :class:`RunContext` that say how an optimizer adds up gradients.
+
+    ``optimizer``: name of its class.  ``group``: a parameter group, or its settings in ``run.json``.
+    """
+    ahead = bool(group.get("nesterov")) or optimizer.lower().startswith("nadam")
+    if "betas" in group or not ("momentum" in group or optimizer in _SUMMED):
+        return {"nesterov": ahead}
+    momentum, left_out = (
+        float(x) if isinstance(x, (int, float)) else 0.0
+        for x in (group.get("momentum"), group.get("dampening"))
+    )
+    return {"momentum": momentum, "dampening": left_out if momentum else 0.0, "nesterov": ahead}
 
 
 @dataclass
@@ -192,6 +227,25 @@ class Situation:
             return math.nan
         least = min(self.spike.least_of_each(self.limits))
         return max(math.log(least / loss), 0.0) / (2.0 * rate) if rate > 0 else math.inf
+
+    @property
+    def ends_by_itself(self) -> bool:
+        """Whether the oscillation will end far below the loss of a slingshot; False where that is not known.
+
+        Beside the stability limit an oscillation moves the weights to where the curvature is lower, and ends
+        there (Damian et al. 2023, arXiv 2209.15594).  Let x be its size, e the curvature over the limit − 1,
+        and r its growth d ln x / d step.  r is proportional to e, and e falls in proportion to x².  So
+        x² (1 + r e / (−d e / d step)) stays what it is, and x² grows up to it.  The loss above its average
+        grows as x².
+        """
+        signals, average = self.signals, math.exp(self.spike.baseline.average)
+        beyond = signals.curvature / self.context.stability_limit - 1.0
+        falls = -signals.curvature_slope / self.context.stability_limit
+        if not (falls > 0 and self.loss >= average):
+            return False
+        left = max(signals.gradient_growth, 0.0) * max(beyond, 0.0) / falls
+        highest = average + (self.loss - average) * (1.0 + left)
+        return highest < ENDS * min(self.spike.least_of_each(self.limits))
 
     @property
     def still(self) -> bool:

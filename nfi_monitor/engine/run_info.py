@@ -18,14 +18,15 @@ from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.sampling import auto_interval
 from nfi_monitor.capture.step_constants import host_rate
 from nfi_monitor.detect.detector import Detector
-from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.detect.situation import RunContext, momentum_of
 from nfi_monitor.engine.notes import NoteTaker
 from nfi_monitor.engine.schedule import Schedule
 from nfi_monitor.engine.step_reader import StepReader
 from nfi_monitor.types import Thresholds
 
 _GROUP_KEYS = (
-    "lr", "betas", "eps", "weight_decay", "momentum", "amsgrad", "decoupled_weight_decay", "foreach", "fused",
+    "lr", "betas", "alpha", "eps", "weight_decay", "momentum", "dampening", "nesterov", "amsgrad",
+    "decoupled_weight_decay", "foreach", "fused",
 )  # fmt: skip
 
 
@@ -142,6 +143,7 @@ def read_context(head: Head | None, reader: OptimizerReader, **rest: Any) -> Run
         decoupled_decay=bool(decoupled) and decays,
         coupled_decay=not decoupled and decays,
         layer=head.name if head is not None else None,
+        **momentum_of(type(reader.optimizer).__name__, group),
         **rest,
     )
 

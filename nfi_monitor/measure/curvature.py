@@ -1,9 +1,10 @@
-"""Measure the curvature along the update, in the metric in which Adam moves.
+"""Measure the curvature along the update, in the metric in which the optimizer moves.
 
 Two consecutive gradients and the step between them give sᵀHs without a Hessian product.  Adam with the
 preconditioner P = sqrt(v̂)+ε_A is locally unstable if lr · sᵀHs / sᵀPs stays above 2(1+β1)/(1−β1).  This is
-38 for β1 = .9 (Bai et al., arXiv 2506.04805).  The largest eigenvalue λ_max is not used: it crosses this
-limit ten times as often as spikes happen.
+38 for β1 = .9 (Bai et al., arXiv 2506.04805).  SGD has P = 1 and the limit 2(1+μ) with momentum μ; for others
+see :mod:`nfi_monitor.capture.preconditioner` and ``RunContext.stability_limit``.  The largest eigenvalue
+λ_max is not used: it crosses this limit ten times as often as spikes happen.
 """
 
 from __future__ import annotations

@@ -18,8 +18,9 @@ _TENSORS = ("before", "feature_mean", "grad", "preconditioner", "rows")
 class Memory:
     """The numbers of the last measured step that the next one is compared with.
 
-    ``layout`` is that of the coordinate sample; None if an earlier version saved the state.  ``rows`` is the
-    sketch of some rows (:func:`nfi_monitor.measure.row_match.row_sketch`), or None.
+    ``preconditioner`` is None where it is not known: then there is no curvature.  ``layout`` is that of the
+    coordinate sample; None if an earlier version saved the state.  ``rows`` is the sketch of some rows
+    (:func:`nfi_monitor.measure.row_match.row_sketch`), or None.
     """
 
     __slots__ = (*_TENSORS, "layout", "step")
@@ -29,7 +30,7 @@ class Memory:
         step: int,
         before: Tensor,
         grad: Tensor,
-        preconditioner: Tensor,
+        preconditioner: Tensor | None,
         feature_mean: Tensor | None,
         layout: tuple[tuple[int, int], ...] | None,
         rows: Tensor | None = None,
@@ -68,7 +69,7 @@ class Memory:
             name: None if text is None else from_text(text, device) for name, text in saved_tensors.items()
         }
         vectors = [tensors[name] for name in ("before", "grad", "preconditioner")]
-        if len({None if vector is None else len(vector) for vector in vectors}) != 1 or vectors[0] is None:
+        if None in vectors[:2] or len({len(vector) for vector in vectors if vector is not None}) != 1:
             raise ValueError("last_step: vectors are missing, or of different lengths")
         layout = decode(tuple[tuple[int, int], ...] | None, state.get("layout"))
         return cls(decode(int, state["step"]), **tensors, layout=layout)  # type: ignore[arg-type]

@@ -111,9 +111,11 @@ def _measured(
     measured, preconditioner = _coordinates(loaded, update, known, comparable)
     values: dict[str, Tensor | float] = {**measured}
     memory = rows = None
-    if preconditioner is not None:
-        rows = None if features is None or len(features) < 2 else row_match.row_sketch(features)
-        layout = known.sample.layout
+    if known.exp_avg_sq is None and comparable is not None and known.gradients_left:
+        values |= eager.of_two_steps(known, comparable)
+    if known.gradients_left:
+        rows, layout = row_match.row_sketch_of(features), known.sample.layout
+        preconditioner = preconditioner if known.preconditioner is None else known.preconditioner
         memory = Memory(step, known.before, known.grad, preconditioner, feature_mean, layout, rows)
     around = _Head.of(update, features, feature_mean, rows, before)
     large = around if around.products > LARGE else None
@@ -161,11 +163,10 @@ def _coordinates(
         call.moments, call.moment_tensors = len(moment), len(known.sample.spans)
         call.moment_total, call.head, call.lr = known.sample.total, head, update.lr
         held = _set_constants(call, known, layout, head)
-        if previous is not None and all(
-            _packed(x, dtype) for x in (previous.grad, previous.before, previous.preconditioner)
-        ):
-            call.old_grad, call.old_before = previous.grad.data_ptr(), previous.before.data_ptr()
-            call.old_preconditioner = previous.preconditioner.data_ptr()
+        old = () if previous is None else (previous.grad, previous.before, previous.preconditioner)
+        found = [x.data_ptr() for x in old if x is not None and _packed(x, dtype)]
+        if len(found) == 3:
+            call.old_grad, call.old_before, call.old_preconditioner = found
         else:
             previous = None
     if loaded.nfi_step(ctypes.addressof(call)):

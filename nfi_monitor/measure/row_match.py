@@ -23,6 +23,11 @@ def row_sketch(features: Tensor) -> Tensor:
     return (features @ directions(features.shape[1], features.dtype, str(features.device))).flatten()
 
 
+def row_sketch_of(features: Tensor | None) -> Tensor | None:
+    """Return the sketch of features [n, d], or None where fewer than two rows are known."""
+    return None if features is None or len(features) < 2 else row_sketch(features)
+
+
 def row_match(now: Tensor, before: Tensor) -> Tensor:
     """Return the correlation of two sketches [n · WIDTH] over their rows, a scalar tensor.
 

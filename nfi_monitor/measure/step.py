@@ -54,14 +54,15 @@ def step_statistics(
         "weight_norm": weight_norm.norm(update.after, sample.weights),
         "relative_update": displacement.relative_update(view.moved, update.after, sample),
     }
-    memory = None
+    memory, preconditioner = None, known.preconditioner
     if known.exp_avg_sq is not None:
         root = second_moment.root(known.exp_avg_sq, known.correction)
         values |= _of_second_moment(known, root)
-        preconditioner = root + known.eps
+        preconditioner = root + known.eps if preconditioner is None else preconditioner
+    if known.gradients_left:
         if comparable is not None:
-            values |= _of_two_steps(known, comparable)
-        rows = None if features is None or len(features) < 2 else row_match.row_sketch(features)
+            values |= of_two_steps(known, comparable)
+        rows = row_match.row_sketch_of(features)
         layout = known.sample.layout
         memory = Memory(step, known.before, known.grad, preconditioner, feature_mean, layout, rows)
         if consecutive and rows is not None and previous is not None and previous.rows is not None:
@@ -113,18 +114,19 @@ def _of_second_moment(update: Update, root: Tensor) -> dict[str, Tensor]:
     return values
 
 
-def _of_two_steps(update: Update, previous: Memory) -> dict[str, Tensor]:
+def of_two_steps(update: Update, previous: Memory) -> dict[str, Tensor]:
+    """Compare a step with the one before, at the same coordinates. Returns scalar tensors by name."""
     weights = update.sample.weights
-    return {
-        "secant_curvature": curvature.secant_curvature(
+    values = {"gradient_alignment": curvature.gradient_alignment(update.grad, previous.grad, weights)}
+    if previous.preconditioner is not None:
+        values["secant_curvature"] = curvature.secant_curvature(
             update.before - previous.before,
             update.grad - previous.grad,
             previous.preconditioner,
             update.lr if update.lrs is None else update.lrs,
             weights,
-        ),
-        "gradient_alignment": curvature.gradient_alignment(update.grad, previous.grad, weights),
-    }
+        )
+    return values
 
 
 def mean_statistics(

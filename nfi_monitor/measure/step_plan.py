@@ -292,20 +292,22 @@ class StepPlan:
         step = self._step
         grad, _, preconditioner = self._kept[self._turn]
         step.preconditioner = preconditioner.data_ptr()
+        old = None if before is None else before.preconditioner
         comparable = (
             before is not None
+            and old is not None
             and before.grad is not grad  # a step that Ctrl-C ended has taken its turn
             and before.layout in (None, self._sample.layout)
             and all(
                 x.shape == preconditioner.shape and x.dtype is self._dtype and x.is_cpu and x.is_contiguous()
-                for x in (before.grad, before.before, before.preconditioner)
+                for x in (before.grad, before.before, old)
             )
         )
-        if before is None or not comparable:
+        if before is None or old is None or not comparable:
             step.old_grad = step.old_before = step.old_preconditioner = None
             return False
         step.old_grad, step.old_before = before.grad.data_ptr(), before.before.data_ptr()
-        step.old_preconditioner = before.preconditioner.data_ptr()
+        step.old_preconditioner = old.data_ptr()
         return True
 
     def _set_rows(self, features: Tensor | None, mean: Tensor | None, before: Memory | None) -> Tensor | None:

@@ -187,9 +187,11 @@ UPDATES = (
     ),
     Quantity(
         "secant_curvature", "1", "secant curvature",
-        "lr · sᵀy / sᵀPs of the update s and the change y of the gradient, P = sqrt(v̂)+ε_A; "
-        "sᵀy / sᵀ(P/lr)s if groups have their own lr; unstable above 2(1+β1)/(1−β1)",
-        source="Bai et al. (arXiv 2506.04805)", nan=(*INPUT, Undefined.STILL),
+        "lr · sᵀy / sᵀPs of the update s and the change y of the gradient, P = sqrt(v̂)+ε_A, or what else the "
+        "optimizer divides by (SGD: 1); sᵀy / sᵀ(P/lr)s if groups have their own lr; unstable above "
+        "2(1+β1)/(1−β1), or 2(1+μ) with momentum μ",
+        source="Bai et al. (arXiv 2506.04805); Cohen et al. (arXiv 2103.00065)",
+        nan=(*INPUT, Undefined.STILL),
         reference=_FORMULAS,
         chart="curvature along the update", curve="secant",
     ),

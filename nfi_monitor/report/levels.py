@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any, NamedTuple
 
 from nfi_monitor.detect.rules import RULES
-from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.detect.situation import RunContext, momentum_of
 from nfi_monitor.report import wording
 from nfi_monitor.types import AlertKind, Thresholds
 
@@ -64,4 +64,5 @@ def context_of(info: Mapping[str, Any]) -> RunContext:
     else:
         beta2 = float(betas[1]) if pair and betas is not None else default.beta2
     decoupled = group.get("decoupled_weight_decay", str(group.get("name", "")).startswith("AdamW"))
-    return RunContext(beta1, beta2, bool(decoupled) and bool(group.get("weight_decay")))
+    added_up = momentum_of(str(group.get("name", "")), group)
+    return RunContext(beta1, beta2, bool(decoupled) and bool(group.get("weight_decay")), **added_up)

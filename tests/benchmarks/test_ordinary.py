@@ -89,6 +89,21 @@ def test_a_held_out_family_trains_under_the_monitor(name: str) -> None:
     assert not any(note.startswith("failed") for note in recorded.info["notes"])
 
 
+def test_families_without_a_second_moment_are_a_suite_for_tuning() -> None:
+    families = suite("edges")
+    assert all(family.half == TUNING for family in families)
+    assert len([f for f in families if f.quiet]) >= 12 and len([f for f in families if f.abrupt]) >= 12
+    assert not {family.name for family in families} & set(ORDINARY | SPIKING)
+
+
+@pytest.mark.parametrize(
+    "name", ["e-reader", "e-edge-waves", "e-players", "d-growing-conv", "d-rmsprop-hinges"]
+)
+def test_a_family_without_a_second_moment_trains_under_the_monitor(name: str) -> None:
+    recorded = generate.record(next(family for family in suite("edges") if family.name == name), 0, steps=3)
+    assert {"gradient_alignment", "row_match", "secant_curvature"} <= set(recorded.columns)
+
+
 def test_the_key_of_a_run_depends_on_what_its_set_up_shares(monkeypatch: pytest.MonkeyPatch) -> None:
     families = ORDINARY["h-counts"], SPIKING["u-hills"], ORDINARY["f-wine"], SPIKING["s-mixed"]
     before = [generate.family_key(family) for family in families]

@@ -100,6 +100,17 @@ def test_a_gradient_that_no_loss_makes_is_corrupt_and_one_that_grows_with_the_lo
     assert named(natural, 66) is Mechanism.NUMERICAL_FEATURE_INFLATION
 
 
+def test_a_gradient_that_has_grown_over_several_steps_is_not_corrupt() -> None:
+    """SGD at a smooth minimum: the oscillation grows from 1e-5 of its gradient at the slingshot."""
+    at_once, grown = quiet_run(60), quiet_run(60)
+    for step in range(61, 72):
+        norm = 1e-6 * 4.0 ** (step - 60)
+        grown.update(Reading(step, {"gradient_norm": norm, "head_loss": 1e-7}), 0.004, per_loss=True)
+    at_once.update(Reading(71, {"gradient_norm": norm, "head_loss": 1e-7}), 0.004, per_loss=True)
+    assert at_once.before(72, 20.0).corrupt_gradient
+    assert not grown.before(72, 20.0).corrupt_gradient and grown.before(72, 20.0).gradient_grew
+
+
 def test_a_reported_loss_that_was_rounded_to_zero_makes_no_gradient_corrupt() -> None:
     watch = OutsideWatch()
     for step in range(1, 61):
@@ -195,6 +206,8 @@ def test_a_bad_batch_right_after_a_somewhat_harder_one_is_seen() -> None:
     (156.0, 0.02, Mechanism.EXTERNAL),  # the second moment holds a larger gradient already
     (4.0, 5.8, Mechanism.EXTERNAL),  # minibatches differ by factors
     (12_000.0, 5.8, Mechanism.EXTERNAL),  # no data of the run made this gradient
+    (156.0, math.nan, Mechanism.EDGE_OF_STABILITY),  # of an optimizer without a second moment
+    (4.0, math.nan, Mechanism.EXTERNAL),
 ])  # fmt: skip
 def test_a_gradient_that_grew_before_the_loss_leapt_is_no_bad_batch(
     burst: float, rms_t: float, named: Mechanism

@@ -82,6 +82,10 @@ OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
     "amsgrad": lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
+    "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3),
+    "centred": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3, centered=True),
+    "adagrad": lambda model: torch.optim.Adagrad(model.parameters(), lr=1e-2, lr_decay=0.1),
+    "rprop": lambda model: torch.optim.Rprop(model.parameters(), lr=1e-3),
     "rates": lambda model: torch.optim.AdamW(
         [
             {"params": part.parameters(), "lr": lr}

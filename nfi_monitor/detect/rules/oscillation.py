@@ -127,6 +127,7 @@ class Swinging(Rule):
             and signals.swing >= limits.swing_displacement * now.level_of(self.name)
             # A run may live at the edge for good: it oscillates, and its loss stays where it is.
             and now.loss_stands_out
+            and not now.ends_by_itself
         )
 
     def stay(self, now: Situation) -> bool:
@@ -183,6 +184,7 @@ class Diverging(Rule):
             and now.loss_above_average >= limits.diverging_rise
             and now.steps_to_slingshot <= limits.diverging_steps
             and now.outgrows(self.name)
+            and not now.ends_by_itself
         )
 
     def stay(self, now: Situation) -> bool:

@@ -44,19 +44,20 @@ def late_step(
     known = update.with_moments()
     before = previous if previous is not None and previous.step == step - 1 else None
     comparable = before if before is not None and before.precedes(known, step) else None
+    if not known.gradients_left:
+        comparable = None
     old_mean = None if before is None else before.feature_mean
     moved = _Moved.of(update, known, comparable, feature_mean, old_mean)
     parts: dict[str, Tensor] = {}
     finishers: list[Callable[[Arrived], dict[str, float]]] = []
-    memory = None
-    if known.exp_avg_sq is None:
-        finishers.append(_add_up(parts, update, update, moved, None, None))
-    else:
+    memory, root, preconditioner = None, None, known.preconditioner
+    if known.exp_avg_sq is not None:
         root = second_moment.root(known.exp_avg_sq, known.correction)
-        preconditioner = root + known.eps
-        finishers.append(_add_up(parts, update, known, moved, root, comparable))
+        preconditioner = root + known.eps if preconditioner is None else preconditioner
         finishers.append(_take_medians(parts, known, root))
-        rows = None if features is None or len(features) < 2 else row_match.row_sketch(features)
+    finishers.append(_add_up(parts, update, known, moved, root, comparable))
+    if known.gradients_left:
+        rows = row_match.row_sketch_of(features)
         memory = Memory(
             step, known.before, known.grad, preconditioner, feature_mean, known.sample.layout, rows
         )
@@ -152,20 +153,20 @@ def _add_up(
 def _pairs_of_moments(
     known: Update, moved: _Moved, root: Tensor | None, previous: Memory | None
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return the factors of what is added up over the coordinates that have a second moment."""
+    """Return the factors of what is added up for the second moment, and to compare two steps."""
     of_moments: dict[str, tuple[Tensor, Tensor]] = {}
     if root is not None:
         ratio = known.grad / root.clamp_min(known.eps)
         of_moments["ratio"] = (ratio, ratio)
     if previous is not None and moved.stepped is not None and moved.gradient is not None:
-        stepped, scaled = moved.stepped, previous.preconditioner * moved.stepped
-        if known.lrs is not None:
-            still = known.lrs == 0
-            stepped = stepped.masked_fill(still, 0.0)
-            scaled = (scaled / known.lrs).masked_fill(still, 0.0)
+        if previous.preconditioner is not None:
+            stepped, scaled = moved.stepped, previous.preconditioner * moved.stepped
+            if known.lrs is not None:
+                still = known.lrs == 0
+                stepped = stepped.masked_fill(still, 0.0)
+                scaled = (scaled / known.lrs).masked_fill(still, 0.0)
+            of_moments |= {"step_change": (stepped, moved.gradient), "step_metric": (stepped, scaled)}
         of_moments |= {
-            "step_change": (stepped, moved.gradient),
-            "step_metric": (stepped, scaled),
             "gradient_now": (known.grad, known.grad),
             "gradient_both": (known.grad, previous.grad),
             "gradient_before": (previous.grad, previous.grad),
@@ -199,6 +200,7 @@ def _finish_sums(
             values["head_sqrt_exp_avg_sq_mean"] = found["root"][head] / sizes[head]
     if "step_change" in found:
         values["secant_curvature"] = lr * total["step_change"] / total["step_metric"]
+    if "gradient_both" in found:
         norms = np.sqrt(total["gradient_now"]) * np.sqrt(total["gradient_before"])
         values["gradient_alignment"] = total["gradient_both"] / np.maximum(norms, 1e-37)
     return {name: float(value) for name, value in values.items()}

@@ -16,7 +16,7 @@ Two things cannot be computed from one exchange.  They are close to what one pro
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from nfi_monitor.measure.zero_sum import accumulation_dtype
 STEP_SUMS = (
     "gradient", "moved", "weight", "coordinates", "moment_coordinates", "roots", "medians", "eps",
     "head_coordinates", "head_roots", "head_medians", "head_eps",
-    "curved", "step_change", "step_metric", "gradient_now", "gradient_both", "gradient_before",
+    "compared", "curved", "step_change", "step_metric", "gradient_now", "gradient_both", "gradient_before",
 )  # fmt: skip
 """Sums over coordinates; medians and ε_A are weighted by their number of coordinates."""
 TENSOR_SUMS = ("ratio", "sampled", "moved", "weight")
@@ -78,8 +78,8 @@ def step_parts(
     }
     rows = [torch.zeros_like(grad), share, share * moved * moved, share * after * after]
     known, memory = update.with_moments(), None
+    end, divided_by = len(known.grad), known.preconditioner
     if known.exp_avg_sq is not None:
-        end = len(known.grad)
         root = second_moment.root(known.exp_avg_sq.double(), known.correction)
         eps = devices.send(known.eps, device, torch.float64).expand(end)
         ratio = grad[:end] / root.clamp_min(known.eps)
@@ -88,10 +88,11 @@ def step_parts(
         if known.head_position is not None:
             span = slice(*sample.spans[known.head_position])
             filled |= _of_roots("head_", root[span], eps[span], rate[span])
+        divided_by = root + known.eps if divided_by is None else divided_by
+    if known.gradients_left:
         if previous is not None and previous.precedes(known, step):
             filled |= _of_two_steps(known, previous, rate[:end])
-        layout = known.sample.layout
-        memory = Memory(step, known.before, known.grad, root + known.eps, None, layout)
+        memory = Memory(step, known.before, known.grad, divided_by, None, known.sample.layout)
     nothing = torch.zeros((), dtype=torch.float64, device=device)
     where = devices.send(list(positions), device)[sample.segments]
     summed = torch.zeros(len(TENSOR_SUMS), tensors, dtype=torch.float64, device=device)
@@ -101,6 +102,15 @@ def step_parts(
 
 def _of_two_steps(update: Update, previous: Memory, rate: Tensor) -> dict[str, Tensor]:
     """Return the sums over coordinates that compare a step with the one before. ``rate``: [C]."""
+    grad, earlier = update.grad.double(), previous.grad.double()
+    values = {
+        "compared": rate.sum(),
+        "gradient_now": torch.dot(rate, grad * grad),
+        "gradient_both": torch.dot(rate, grad * earlier),
+        "gradient_before": torch.dot(rate, earlier * earlier),
+    }
+    if previous.preconditioner is None:
+        return values
     stepped = (update.before - previous.before).double()
     scaled = previous.preconditioner * stepped
     if update.lrs is not None:  # later, the sums are multiplied by the head's rate
@@ -108,14 +118,10 @@ def _of_two_steps(update: Update, previous: Memory, rate: Tensor) -> dict[str, T
         still = rates == 0
         stepped = stepped.masked_fill(still, 0.0)
         scaled = (scaled * (update.lr / rates)).masked_fill(still, 0.0)
-    grad, earlier = update.grad.double(), previous.grad.double()
-    return {
+    return values | {
         "curved": rate.sum(),
         "step_change": torch.dot(rate * stepped, grad - earlier),
         "step_metric": torch.dot(rate * stepped, scaled),
-        "gradient_now": torch.dot(rate, grad * grad),
-        "gradient_both": torch.dot(rate, grad * earlier),
-        "gradient_before": torch.dot(rate, earlier * earlier),
     }
 
 
@@ -145,12 +151,19 @@ def finish_step(
         "update_rms": _root(s["moved"] / s["coordinates"]),
         "weight_norm": _root(s["weight"]),
     }
-    ratio, sampled, moved, weight = tensors
+    moved, weight = tensors[2:]
     relative = (moved / weight.clamp_min(1e-30)).sqrt()[torch.tensor(list(matrices))]
     if len(relative):
         values["relative_update"] = float(relative.amax())
+    return values | _of_moments(s, tensors, head, lr) | _of_compared(s, lr)
+
+
+def _of_moments(s: Mapping[str, float], tensors: Tensor, head: int | None, lr: float) -> dict[str, float]:
+    """Return what is known of the second moment; nothing if no rank has one."""
     if not s["moment_coordinates"] > 0:
-        return values
+        return {}
+    ratio, sampled = tensors[:2]
+    values: dict[str, float] = {}
     rms = (ratio / sampled).sqrt()[sampled > 0]
     values["rms_t_max"] = float(rms.amax())
     values["sqrt_exp_avg_sq_median"] = s["medians"] / s["moment_coordinates"]
@@ -163,9 +176,16 @@ def finish_step(
         eps = s["head_eps"] / s["head_coordinates"]
     if math.isfinite(lr) and median + eps > 0:
         values["effective_learning_rate"] = lr / (median + eps)
+    return values
+
+
+def _of_compared(s: Mapping[str, float], lr: float) -> dict[str, float]:
+    """Return what two neighbouring steps show."""
+    values: dict[str, float] = {}
     if s["curved"] > 0:
         metric = s["step_metric"]
         values["secant_curvature"] = lr * s["step_change"] / metric if metric else math.nan
+    if s["compared"] > 0:
         norms = _root(s["gradient_now"]) * _root(s["gradient_before"])
         values["gradient_alignment"] = s["gradient_both"] / max(norms, 1e-37)
     return values

@@ -3,6 +3,7 @@
     python -m tests.benchmarks.detection                      # the quick suite, minutes; writes QUICK.md
     python -m tests.benchmarks.detection --suite frozen       # all halves that are not for tuning: FROZEN.md
     python -m tests.benchmarks.detection --suite "held-out 3" # the newest of them; writes no page
+    python -m tests.benchmarks.detection --suite edges        # SGD, RMSprop and others, for tuning; no page
     python -m tests.benchmarks.detection --suite full --jobs 8
     python -m tests.benchmarks.detection --score-only         # after a change of the detector: seconds
     python -m tests.benchmarks.detection --families vit vit-probe
@@ -34,7 +35,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--suite", choices=["quick", "full", *reversed(NEWEST_FIRST)], default="quick")
+    parser.add_argument(
+        "--suite", choices=["quick", "full", "edges", *reversed(NEWEST_FIRST)], default="quick"
+    )
     parser.add_argument("--families", nargs="+", metavar="NAME", help="these only, whatever the suite")
     parser.add_argument("--jobs", type=int, default=2, help="processes (default %(default)s; -1: all cores)")
     parser.add_argument("--backend", default="loky", help='joblib backend, for instance "ray" (default loky)')

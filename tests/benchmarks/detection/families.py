@@ -231,21 +231,24 @@ FAMILIES: dict[str, Family] = {family.name: family for family in (*_spiking(), *
 
 
 def suite(name: str, only: list[str] | None = None) -> list[Family]:
-    """The families of "quick", "full", "frozen" (all halves that nothing was tuned on) or one later half.
+    """The families of "quick", "full", "edges", "frozen" (all halves nothing was tuned on) or one later half.
 
     ``only`` names some families instead.
 
     Raises ValueError for unknown names.
     """
     # Those suites are built of this module's parts.
+    from tests.benchmarks.detection.suites.edges import EDGES
     from tests.benchmarks.detection.suites.spiking import SPIKING
 
-    known = FAMILIES | SPIKING
+    known = FAMILIES | SPIKING | EDGES
     if only:
         unknown = [item for item in only if item not in known]
         if unknown:
             raise ValueError(f"No family {', '.join(unknown)}. Known: {', '.join(known)}.")
         return [known[item] for item in only]
+    if name == "edges":
+        return list(EDGES.values())
     if name in NEWEST_FIRST:
         return [family for family in SPIKING.values() if name in (FROZEN, family.half)]
     # What runs in the quick suite is part of the full one.

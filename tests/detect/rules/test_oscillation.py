@@ -122,6 +122,34 @@ def test_after_an_alarm_that_passed_the_loss_must_be_higher_than_it_was_then(
     assert all(first <= step and losses[step] > passed for step in found)
 
 
+def damped(peak: float) -> Iterator[Reading]:
+    """Yield an oscillation that lowers the curvature as its square, until it ends at the loss ``peak``.
+
+    d ln x = 3 e and d e = −b x², where e is the curvature over the limit − 1 (Damian et al. 2023).  So
+    x² + 3 e²/b stays as it is.
+    """
+    beyond, square = 0.12, 1e-7
+    falls = 3.0 * beyond**2 / peak
+    for reading in regression():
+        if reading.step >= FIRST:
+            square *= math.exp(6.0 * beyond)
+            beyond -= falls * square
+            changed = {"loss": 4e-7 + square, "gradient_norm": square**0.5}
+            reading = Reading(
+                reading.step, {**reading.values, **changed, "secant_curvature": 38.0 * (1.0 + beyond)}
+            )
+        yield reading
+
+
+@pytest.mark.parametrize(("peak", "alarms"), [(1e-4, 0), (1e-3, 0), (1e-2, 1), (1.0, 1)])
+def test_an_oscillation_that_is_about_to_end_far_below_a_slingshot_is_not_imminent(
+    peak: float, alarms: int
+) -> None:
+    """The loss of a slingshot is 4e-3 here."""
+    assert max(reading.get("loss") for reading in damped(1e-3) if reading.step > 600) < 1.1e-3
+    assert len(imminent(damped(peak))) == alarms
+
+
 def test_the_level_is_just_above_adams_limit() -> None:
     """2(1+β1)/(1−β1) = 38 at β1 = .9 (Cohen et al. 2022)."""
     assert 1.0 < Thresholds().diverging_curvature < 1.1
