@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any, Protocol
 
-from torch import Tensor, nn
+from torch import nn
 
 from nfi_monitor.capture.fused_loss import FusedLossHook, fused_loss_of, is_chunked
 from nfi_monitor.capture.head_layer import Head
@@ -78,9 +78,12 @@ def watch_head(run: Run, *, named: bool) -> HeadCheck:
     return check
 
 
-def _look(run: Run, check: HeadCheck, loss: Tensor) -> None:
-    """Look at the graph of a loss that is trained."""
-    run.recomputer.cancels |= loss.grad_fn is not None and is_chunked(loss.grad_fn)
+def _look(run: Run, check: HeadCheck, loss: Any) -> None:
+    """Look at the graph that ends in the node of a loss that is trained."""
+    try:
+        run.recomputer.cancels |= loss is not None and is_chunked(loss)
+    except Exception as error:
+        run.faults.failed("head_check", error)
     check.loss(loss)
 
 
