@@ -98,15 +98,24 @@ class Judge:
 
     def judge_deferred(self) -> None:
         """Judge the deferred losses."""
+        ordinary: list[tuple[int, float]] = []
         for step, loss in self._losses.take_deferred():
-            ordinary = False
-            if not self._faults.is_off("detector"):
-                with self._faults.guarded("detector"):
-                    ordinary = self.detector.absorb_ordinary_loss(step, loss)
-            if ordinary:
+            if self._absorbs(step, loss):
                 self.recorded.append(step, {"loss": loss})
+                ordinary.append((step, loss))
             else:
+                self._reports.losses(ordinary, self.detector.phase)
+                ordinary = []
                 self.judge(Reading(step, {"loss": loss}), full=False)
+        self._reports.losses(ordinary, self.detector.phase)
+
+    def _absorbs(self, step: int, loss: float) -> bool:
+        """Return whether the detector took the loss, because it begins nothing."""
+        ordinary = False
+        if not self._faults.is_off("detector"):
+            with self._faults.guarded("detector"):
+                ordinary = self.detector.absorb_ordinary_loss(step, loss)
+        return ordinary
 
     def drain(self, *, everything: bool = False) -> None:
         """Judge the readings of this process alone that have arrived on the host."""

@@ -9,6 +9,7 @@ yet: those losses stay on the device and are copied together.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -22,6 +23,9 @@ from nfi_monitor.types import Thresholds
 
 TOGETHER = 32
 """Most losses that are deferred before they are judged together."""
+
+SECONDS = 0.1
+"""Longest time for which a loss is deferred.  Where a step takes longer, its loss is judged at once."""
 
 MOST = 256
 """Most losses of one step that are kept one by one. More are added up, so that the queue cannot grow."""
@@ -53,6 +57,7 @@ class LossQueue:
         self._limits = limits
         self._unit = 1.0
         self._lowest = math.inf  # of the deferred losses
+        self._asked = self._begun = -math.inf  # time of the last step, and of the first deferred loss
         self.observed: list[Tensor | float] = []
         self.share: float | None = None
         self.averaged = 0
@@ -100,7 +105,7 @@ class LossQueue:
         if not observed:
             return True
         loss = observed[0]
-        if len(observed) > 1 or self._added or self.share is not None or len(self.deferred) >= TOGETHER:
+        if len(observed) > 1 or self._added or self.share is not None or not self._in_time():
             return False
         if isinstance(loss, Tensor):
             if loss.ndim or not devices.on_host(loss):
@@ -112,6 +117,14 @@ class LossQueue:
         self.deferred.append((step, loss))
         observed.clear()
         return True
+
+    def _in_time(self) -> bool:
+        """Return whether one more loss may be deferred: sinks get the deferred ones soon."""
+        now = time.monotonic()
+        last, self._asked = self._asked, now
+        if not self.deferred:
+            self._begun = now
+        return len(self.deferred) < TOGETHER and now - last < SECONDS and now - self._begun < SECONDS
 
     def look_ahead(self, usual_below: float, unit: float = 1.0) -> None:
         """Set ``usual_below``, then lower it for the losses deferred so far. ``unit``: the loss's unit."""

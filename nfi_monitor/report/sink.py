@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from nfi_monitor.replay.verdict import ReplayVerdict
@@ -27,14 +27,22 @@ class SinkBase:
     from this class: the monitor calls the methods that an object has."""
 
     takes_readings: bool = True
-    """Set this to False if :meth:`reading` does nothing.  Where no sink takes readings, the monitor judges
-    uneventful losses a few at a time, which is cheaper.  It is read once, when the first reading is due."""
+    """Set this to False if :meth:`reading` does nothing.  Where each sink takes no readings, or overrides
+    :meth:`losses`, the monitor judges uneventful losses a few at a time, which is cheaper.  It is read once,
+    when the first reading is due."""
 
     def start(self, info: Mapping[str, Any]) -> None:
         """Open the sink. Called once, at attach; ``info`` is what ``run.json`` will hold."""
 
     def reading(self, reading: Reading, phase: Phase) -> None:
         """Take the numbers of one measured optimizer step, and the phase after it."""
+
+    def losses(self, losses: Sequence[tuple[int, float]], phase: Phase) -> None:
+        """Take the uneventful losses of steps that were not read, as (step, loss), oldest first.
+
+        Override this if they may come together: up to 32, up to a tenth of a second late, and before the next
+        :meth:`reading`.  Else each comes to :meth:`reading` at its own step.
+        """
 
     def alert(self, alert: Alert, change: Change) -> None:
         """Take an alert that begins, changes in a way worth a line, or ends.

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.replay.verdict import ReplayVerdict
-from nfi_monitor.report.sink import Sink
+from nfi_monitor.report.sink import Sink, SinkBase
 from nfi_monitor.signal_handlers import raised_by_signal_handler
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
@@ -44,7 +44,7 @@ def open_sinks(
     return sinks
 
 
-_METHODS = ("start", "reading", "alert", "note", "replay", "went_back", "close")
+_METHODS = ("start", "reading", "losses", "alert", "note", "replay", "went_back", "close")
 
 
 class Sinks:
@@ -60,7 +60,7 @@ class Sinks:
 
     @property
     def listening(self) -> bool:
-        """True if at least one sink takes readings."""
+        """True if at least one sink takes each loss at its own step."""
         if self._resolved != self.sinks:
             self._resolve()
         return self._listening
@@ -76,6 +76,10 @@ class Sinks:
 
     def reading(self, reading: Reading, phase: Phase) -> None:
         self._each("reading", reading, phase)
+
+    def losses(self, losses: Sequence[tuple[int, float]], phase: Phase) -> None:
+        if losses:
+            self._each("losses", losses, phase)
 
     def alert(self, alert: Alert, change: Change) -> None:
         self._each("alert", alert, change)
@@ -130,7 +134,8 @@ class Sinks:
         for sink in self.sinks:
             try:
                 found = {name: getattr(sink, name, None) for name in _METHODS}
-                listening |= bool(getattr(sink, "takes_readings", callable(found["reading"])))
+                takes_readings = bool(getattr(sink, "takes_readings", callable(found["reading"])))
+                listening |= takes_readings and not _takes_losses(sink)
             except Exception as error:  # a property that raises
                 broken.append((sink, error))
                 continue
@@ -148,6 +153,12 @@ class Sinks:
             self._failed(type(sink).__name__, error)
         else:
             self._waiting.append((type(sink).__name__, error))
+
+
+def _takes_losses(sink: Sink) -> bool:
+    """Return whether the sink has a method of its own for losses that come together."""
+    method = getattr(type(sink), "losses", None)
+    return callable(method) and method is not SinkBase.losses
 
 
 def check_sink(sink: Any) -> None:

@@ -47,6 +47,15 @@ def test_a_target_is_missed_where_the_ratio_stands_out_of_the_noise() -> None:
     assert verdict_of(result(NULL, 1.0, width=0.01), result("default", 1.05, own=0.001)) == "missed"
 
 
+def test_a_run_directory_is_held_against_the_default_beside_it() -> None:
+    record = report.Record()
+    for arm, own in (("default", 0.05), ("default, run directory", 0.065)):
+        record.add(replace(result(arm, 1.0, case="mlp-26k", own=own), load=1.25), "cpu")
+    (line,) = report._run_directory(record)
+    assert line[-2:] == ["1.50%", "reached"]
+    assert ", load 1.2–1.2\n" in report.page(record)
+
+
 def test_within_the_noise_of_a_bare_copy_the_own_clock_decides() -> None:
     told = verdict_of(result(NULL, 1.0, width=0.05), result("default", 1.02, own=0.005))
     assert told.startswith("reached by its own clock")
@@ -170,8 +179,17 @@ def test_an_unknown_case_lists_the_known_ones(capsys: pytest.CaptureFixture[str]
     assert all(name in said for name in CASES)
 
 
-def test_the_table_in_the_readme_is_that_of_the_page() -> None:
+def test_the_six_lines_in_the_readme_are_those_of_the_page() -> None:
     page, told = command.PAGE.read_text(encoding="utf-8"), readme.README.read_text(encoding="utf-8")
-    assert readme.table(page) in told, "python -m tests.benchmarks.overhead.readme"
-    lowest, highest = readme.noise(page)
-    assert f"measured {lowest} to {highest}:" in told
+    assert readme.filled(told, page) == told, "python -m tests.benchmarks.overhead.readme"
+    with pytest.raises(ValueError, match="no block"):
+        readme.filled("", page)
+
+
+def test_a_ratio_within_the_noise_of_a_bare_copy_gives_way_to_the_own_clock() -> None:
+    def cell(ratio: str) -> str:
+        return readme._longer([ratio, "", "1.0%", "0.67%"], noise=1.05)
+
+    assert cell("1.174 (1.057–1.372)") == "17% longer"
+    assert cell("3.880 (3.662–4.289)") == "3.9 times as long"
+    assert cell("1.060 (1.050–1.070)") == cell("0.990 (0.950–1.200)") == "≈ 0.67% longer"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,10 @@ from torch import nn
 from nfi_monitor import Monitor
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.host_transfer import HostTransfer
+from nfi_monitor.engine import loss_queue
 from nfi_monitor.engine.loss_queue import LossQueue
+from nfi_monitor.report.run_directory.files import READINGS
+from nfi_monitor.report.run_directory.reader import read_run
 from nfi_monitor.types import Alert, AlertKind, Thresholds
 
 STEPS = 400
@@ -34,6 +38,12 @@ class Listener:
     def close(self, info: Any, summary: Any) -> None: ...
 
 
+@pytest.fixture(autouse=True)
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses wait however long this machine takes for a step."""
+    monkeypatch.setattr(loss_queue, "SECONDS", math.inf)
+
+
 def run(
     kicks: tuple[int, ...] = (),
     *,
@@ -44,6 +54,7 @@ def run(
     every: int | str = "auto",
     looked_at: int | None = None,
     steps: int = STEPS,
+    run_dir: Path | None = None,
 ) -> tuple[Monitor, list[tuple[int, Alert]]]:
     """A small regression to classes whose told loss is multiplied by 1000 for a few steps from each kick, or
     is ``told(step)``."""
@@ -61,6 +72,7 @@ def run(
             console=False,
             overhead_budget=None,
             every=every,
+            run_dir=run_dir,
             on_alert=lambda alert: heard.append((step, alert)),
             sinks=[Listener()] if listen else [],
         )
@@ -100,6 +112,47 @@ def test_readings_alerts_and_phases_are_those_of_losses_judged_one_by_one(kicks)
     assert [alert.kind for _, alert in heard].count(AlertKind.SLINGSHOT) >= len(kicks)
     waiting.close()
     prompt.close()
+
+
+@pytest.mark.parametrize("kicks", [(), (97, 333)])
+def test_a_run_directory_holds_the_same_lines_as_if_each_loss_had_come_at_its_step(kicks, tmp_path):
+    lines = []
+    for name, listen in (("together", False), ("one by one", True)):
+        monitor, _ = run(kicks, listen=listen, run_dir=tmp_path / name)
+        assert kicks or bool(monitor._loop.losses.deferred) is not listen
+        monitor.close()
+        lines.append((tmp_path / name / READINGS).read_bytes())
+    assert lines[0] == lines[1]
+
+
+@pytest.mark.parametrize("cut", [151, 163])
+def test_a_resumed_run_directory_lacks_no_loss_that_waited(cut, tmp_path):
+    monitor, _ = run(run_dir=tmp_path, cut=cut)
+    monitor.close()
+    record = read_run(tmp_path)
+    assert record.history["loss"][0].tolist() == list(range(1, STEPS + 1))
+
+
+def test_a_loss_waits_for_a_tenth_of_a_second_at_most(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(loss_queue, "SECONDS", 0.1)
+    monkeypatch.setattr(loss_queue.time, "monotonic", lambda: now)
+    queue = LossQueue(lambda step, loss: False, Thresholds())
+    queue.look_ahead(100.0)
+
+    def waits(seconds: float) -> bool:
+        nonlocal now
+        now += seconds
+        queue.forget()
+        queue.observe(1.0)
+        return queue.defer(1)
+
+    waits(0.0)  # the first step of all
+    assert [waits(0.03) for _ in range(5)] == [True] * 4 + [False]
+    queue.take_deferred()
+    assert [waits(0.03) for _ in range(5)] == [True] * 4 + [False]
+    queue.take_deferred()
+    assert not any(waits(0.2) for _ in range(3))
 
 
 def young(step: int) -> float:

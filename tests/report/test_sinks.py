@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -26,6 +28,7 @@ from tests.report.builders import AT_RISK
 CALLS: dict[str, tuple[Any, ...]] = {
     "start": ({},),
     "reading": (Reading(1, {"loss": 1.0}), Phase.HEALTHY),
+    "losses": ([(2, 1.0)], Phase.HEALTHY),
     "alert": (AT_RISK, Change.BEGIN),
     "note": (Note("code", "message", 1),),
     "replay": (ReplayVerdict(0, {}, Mechanism.UNKNOWN, (), None),),
@@ -97,7 +100,7 @@ class Misspelt:
 @pytest.mark.parametrize(
     ("sinks", "message"),
     [
-        ([Misspelt()], "Misspelt in sinks has none of the methods start, reading, alert"),
+        ([Misspelt()], "Misspelt in sinks has none of the methods start, reading, losses, alert"),
         ([5], "int in sinks has none of the methods"),
         ([Inherits], r"got the class Inherits: sinks=\[Inherits\(...\)\]"),
         (Inherits(), r"sinks must be a list, got Inherits: sinks=\[it\]"),
@@ -134,6 +137,7 @@ def test_the_base_class_is_public_and_the_built_in_sinks_inherit_from_it() -> No
         ({"reading": lambda *_: None}, True),
         ({"reading": lambda *_: None, "takes_readings": False}, False),
         ({"takes_readings": True}, True),
+        ({"reading": lambda *_: None, "losses": lambda *_: None}, False),
     ],
 )
 def test_a_sink_listens_if_it_has_a_method_for_readings_or_says_so(
@@ -142,7 +146,14 @@ def test_a_sink_listens_if_it_has_a_method_for_readings_or_says_so(
     sink = type("Some", (), {name: staticmethod(x) if callable(x) else x for name, x in members.items()})()
     assert Sinks([sink], never).listening is listening
     assert Sinks([SinkBase()], never).listening
+    assert Sinks([mock.Mock()], never).listening  # it has whatever it is asked for
     assert not Sinks([], never).listening
+
+
+def test_what_a_run_is_written_to_takes_losses_together(tmp_path: Path) -> None:
+    for sink in (RunDirectory(tmp_path), TensorBoardSink(tmp_path)):
+        assert not Sinks([sink], never).listening
+        assert Sinks([sink, ScalarLog(lambda values, step: None)], never).listening
 
 
 def test_a_sink_that_raises_is_dropped_once_and_the_others_go_on() -> None:

@@ -20,7 +20,7 @@ import errno
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.extras import raise_missing
@@ -131,13 +131,24 @@ class TensorBoardSink(SinkBase):
         self._writer.add_text("nfi/run", info_markdown(info), 0)
         self._tab = TabWriter(self._writer.file_writer, info)
 
-    def reading(self, reading: Reading, phase: Phase) -> None:
-        self._open()
-        self._step = reading.step
-        self._opened_tab().reading(reading, phase)
+    def losses(self, losses: Sequence[tuple[int, float]], phase: Phase) -> None:
+        """Take losses that come together: the tab gets all, the curves of the stock panels the last one."""
+        tab = self._opened_tab()
+        *others, last = (Reading(step, {"loss": loss}) for step, loss in losses)
+        for reading in others:
+            self._mark_session(reading.step)
+            tab.reading(reading, phase)
+        self.reading(last, phase)
+
+    def _mark_session(self, step: int) -> None:
         if self._goes_back:
             self._goes_back = False
-            self._begin_session(reading.step)
+            self._begin_session(step)
+
+    def reading(self, reading: Reading, phase: Phase) -> None:
+        self._step = reading.step
+        self._opened_tab().reading(reading, phase)
+        self._mark_session(reading.step)
         now = time.monotonic()
         self._in_phase = self._in_phase + 1 if phase is self._phase else 0
         self._phase = phase

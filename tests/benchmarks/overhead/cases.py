@@ -89,34 +89,34 @@ class Case:
 
 CASES = {
     "mlp-26k": Case(
-        "MLP, batch 128", lambda: Classifier(64, 128, 128, 10), lambda: rows(128, 64, 10), 0.05, 0.25
+        "MLP, batch 128", lambda: Classifier(64, 128, 128, 10), lambda: rows(128, 64, 10), 0.05, 0.15
     ),
     "transformer-422k": Case(
         "transformer, vocabulary 1,000, 8 × 64 tokens",
         lambda: Transformer(1_000, 64, 96, 2, 4),
         lambda: tokens(8, 64, 1_000),
         0.02,
-        0.08,
+        0.05,
     ),
     "mlp-2.6M": Case(
         "MLP, batch 128",
         lambda: Classifier(512, 1024, 1024, 1024, 10),
         lambda: rows(128, 512, 10),
         0.01,
-        0.04,
+        0.03,
     ),
     "gpt-10M": Case(
         "transformer, vocabulary 8,192, 4 × 128 tokens",
         lambda: Transformer(8_192, 128, 256, 7, 8),
         lambda: tokens(4, 128, 8_192),
         0.005,
-        0.03,
+        0.02,
     ),
     "head-heavy": Case(
-        "K = 50,257, 1,024 rows", lambda: Classifier(64, 64, 50_257), lambda: rows(1_024, 64, 50_257), 0.01
+        "K = 50,257, 1,024 rows", lambda: Classifier(64, 64, 50_257), lambda: rows(1_024, 64, 50_257), 0.005
     ),
     "parameters-50M": Case(
-        "MLP, batch 8", lambda: Classifier(512, 4096, 4096, 4096, 3072, 10), lambda: rows(8, 512, 10), 0.01
+        "MLP, batch 8", lambda: Classifier(512, 4096, 4096, 4096, 3072, 10), lambda: rows(8, 512, 10), 0.005
     ),
     "gpt2-124M": Case(
         "GPT-2's sizes, tied, bfloat16, vocabulary 50,304, 16 × 1,024 tokens",

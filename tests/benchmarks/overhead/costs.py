@@ -122,6 +122,11 @@ class Peak:
     def extra(self) -> float:
         return self.watched / self.bare - 1.0
 
+    @property
+    def over(self) -> float:
+        """MiB beyond 64 KiB and 1%."""
+        return self.watched - 1.01 * self.bare - 1 / 16
+
 
 def peak(name: str, case: Case, directory: Path) -> Peak:
     """From torch's own record of every allocation, so that not a byte is missed.

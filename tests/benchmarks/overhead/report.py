@@ -26,6 +26,7 @@ from tests.benchmarks.overhead.trainings import (
     Default,
     EveryStep,
     Everything,
+    Jsonl,
     version,
 )
 
@@ -212,16 +213,17 @@ def _targets(record: Record) -> Sheet:
                 _verdict(result.wall, result.own, limit, null),
             ]
         )
+    rows += _run_directory(record)
     told = record.costs
     if told is not None:
-        worst = max(told.peaks, key=lambda peak: peak.extra)
+        worst = max(told.peaks, key=lambda peak: peak.over)
         rows.append(
             [
                 f"extra peak memory ({worst.case}, the worst)",
-                "≤ 1%",
-                f"{worst.extra:.2%}",
+                "≤ 64 KiB + 1%",
+                f"{1024 * (worst.watched - worst.bare):,.0f} KiB",
                 NOTHING,
-                "reached" if worst.extra <= 0.01 else "missed",
+                "reached" if worst.over <= 0.0 else "missed",
             ]
         )
         largest = max(told.sizes, key=lambda item: item.milliseconds)
@@ -229,10 +231,10 @@ def _targets(record: Record) -> Sheet:
         rows.append(
             [
                 f"a reading up to 50M parameters (the dearest: {largest.case}), over one at 1M",
-                "< 1.5",
+                "≤ 1.3",
                 f"{growth:.2f}",
                 NOTHING,
-                "reached" if growth < 1.5 else "missed",
+                "reached" if growth <= 1.3 else "missed",
             ]
         )
         slope, straight = _slope(told.vocabularies)
@@ -240,10 +242,10 @@ def _targets(record: Record) -> Sheet:
         rows.append(
             [
                 "a reading for each further class, 1k to 128k, over reading that class's weights once",
-                "linear, ≈ 1",
-                f"{once:.0f}, R² {straight:.3f}",
+                "linear, ≤ 2",
+                f"{once:.1f}, R² {straight:.3f}",
                 NOTHING,
-                "reached" if once < 2 and straight > 0.95 else "missed",
+                "reached" if once <= 2 and straight > 0.95 else "missed",
             ]
         )
         for what, limit in zip(told.imports, (0.030, 0.100), strict=True):
@@ -265,6 +267,26 @@ def _targets(record: Record) -> Sheet:
         rows,
     )
 
+
+def _run_directory(record: Record) -> list[list[str]]:
+    """Return what a run directory adds to the shortest step, by the monitor's own clock."""
+    lines = []
+    for where, result in sorted(record.results, key=_place_on_page):
+        if result.case != SHORTEST or result.arm != Default.name or result.own is None:
+            continue
+        for other, found in record.results:
+            place = (other, found.case, found.threads, found.arm)
+            if place == (where, SHORTEST, result.threads, Jsonl.name) and found.own is not None:
+                added = found.own - result.own
+                what = f"a run directory beside the default, {SHORTEST}, {_place(where, result.threads)}"
+                lines.append(
+                    [what, "≤ 2%", NOTHING, f"{added:.2%}", "reached" if added <= 0.02 else "missed"]
+                )
+    return lines
+
+
+SHORTEST = "mlp-26k"
+"""The case whose steps are the shortest."""
 
 HELD = [
     [
@@ -351,6 +373,12 @@ def show(record: Record, console: Console) -> None:
         console.print(sheet.rich())
 
 
+def _load(record: Record) -> str:
+    """Return the range of the machine's load while it was timed; 1 is this process alone."""
+    loads = [result.load for _, result in record.results if result.load is not None]
+    return f", load {min(loads):.1f}–{max(loads):.1f}" if loads else ""
+
+
 def page(record: Record) -> str:
     facts = ", ".join(f"{name} {value}" for name, value in record.environment.items())
     head = (
@@ -360,7 +388,7 @@ def page(record: Record) -> str:
         "noise. `default` is a run that has settled, as from step 4,096 on: before, more steps are read, at\n"
         "τ = 1000 all of the first 8, then pairs 32 steps apart.\n"
         "AdamW with torch's default β2 = .999 (τ = 1000).\n\n"
-        f"{facts}\n\n"
+        f"{facts}{_load(record)}\n\n"
     )
     absent = [name for name, case in CASES.items() if not case.runs_on("cpu")]
     if absent and not any(result.case in absent for _, result in record.results):

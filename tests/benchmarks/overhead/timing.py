@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
 import tempfile
 import time
@@ -56,6 +57,7 @@ class Result:
     rounds: int
     read: float | None  # share of the timed steps that were read; None: no monitor of ours
     own: float | None  # the monitor's own seconds over the other seconds of its blocks
+    load: float | None = None  # of the machine at the end, this process among it
 
 
 class _Clock:
@@ -162,4 +164,5 @@ def _paired(
         rounds=rounds,
         read=reads / (rounds * block) if ours else None,
         own=own / (spent - own) if ours else None,
+        load=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     )

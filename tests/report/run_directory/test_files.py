@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nfi_monitor.report.run_directory.files import RunDirectoryError
+from nfi_monitor.report.run_directory.files import READINGS, RunDirectoryError
 from nfi_monitor.report.run_directory.reader import read_run
 from nfi_monitor.report.run_directory.writer import RunDirectory
 from nfi_monitor.report.summary import Summary, summarize
@@ -279,3 +279,24 @@ def test_two_thousand_alerts_are_read_back_in_their_last_state(tmp_path: Path) -
     alerts = read_run(tmp_path).alerts
     assert [alert.first_step for alert in alerts] == list(range(2000))
     assert all(alert.last_step == alert.first_step + 1 for alert in alerts)
+
+
+@pytest.mark.parametrize("loss", [0.0, 1.0, 1 / 3, 1e-300, 2, np.int64(3), np.float32(0.1), np.float64(0.1)])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_losses_that_come_together_are_written_as_those_that_come_alone(
+    tmp_path: Path, loss: float, resumed: bool
+) -> None:
+    steps = (7, 8, 12)
+    for name in ("together", "alone"):
+        sink = RunDirectory(tmp_path / name)
+        sink.start({})
+        if resumed:
+            sink.went_back()
+        if name == "together":
+            sink.losses([(step, loss) for step in steps], Phase.ABSORBING)
+        else:
+            for step in steps:
+                sink.reading(Reading(step, {"loss": float(loss)}), Phase.ABSORBING)
+        sink.close({}, Summary())
+    together, alone = ((tmp_path / name / READINGS).read_bytes() for name in ("together", "alone"))
+    assert together == alone and together.count(b"\n") == 3

@@ -212,6 +212,17 @@ def test_a_run_that_goes_back_within_its_process_has_one_curve(tmp_path: Path) -
     assert curve(tmp_path) == {**dict.fromkeys(range(1, 21), 1.0), **dict.fromkeys(range(21, 25), 2.0)}
 
 
+def test_of_losses_that_come_together_the_curve_has_the_last_one(tmp_path: Path) -> None:
+    sink = session(tmp_path, range(1, 11), 1.0)
+    sink.losses([(step, 2.0) for step in range(11, 21)], Phase.HEALTHY)
+    sink.close(INFO, Summary())
+    resumed = TensorBoardSink(tmp_path, min_seconds=0)
+    resumed.start(INFO)
+    resumed.losses([(step, 3.0) for step in range(6, 9)], Phase.HEALTHY)
+    resumed.close(INFO, Summary())
+    assert curve(tmp_path) == {**dict.fromkeys(range(1, 6), 1.0), 8: 3.0}
+
+
 def test_the_curves_of_another_writer_in_the_directory_are_left_alone(tmp_path: Path) -> None:
     from torch.utils.tensorboard import SummaryWriter
 
