@@ -198,12 +198,13 @@ class HeadProbe(ModelHook):
         place = None if self.head is None else self.head.place
         if place is None or step is None or not isinstance(output, Tensor) or output.grad_fn is None:
             return
+        features = next((value for value in given if isinstance(value, Tensor)), None)
+        if not place.same_rows or (place.where == "loss" and self.nodes):
+            features = None  # several calls make the logits
         if place.where == "loss":
             self.nodes = [*(self.nodes or ())[: NODES - 1], output.grad_fn]
-        elif place.same_rows:
-            inputs = (value for value in given if isinstance(value, Tensor))
-            features = features_of(module, next(inputs, None), place.axis)
-            self._features = None if features is None else features.detach()
+        features = features_of(module, features, place.axis)
+        self._features = None if features is None else features.detach()
 
     def read_at(self, logits: Logits) -> None:
         """Watch these logits, where they are changed after the head (:attr:`Head.place`)."""

@@ -21,8 +21,8 @@ _PROBABILITIES = {"Softmax", "Sigmoid", "LogSigmoid", "Exp"}
 _MIXES = {"Add", "Mul", "Mean", "Sum"}
 _SAME_ROWS = OF_A_WEIGHT | {
     "Slice", "Select", "Squeeze", "Index", "IndexSelect", "Gather", "MaskedFill", "Where", "Cat", "Split",
-    "SplitWithSizes", "Stack", "DDPSink", "LogSoftmax", "Clamp", "Narrow", "ConstantPadNd", "Unbind",
-    "CopySlices",
+    "SplitWithSizes", "Stack", "DDPSink", "LogSoftmax", "Narrow", "ConstantPadNd", "Unbind", "CopySlices",
+    "NanToNum",
 }  # fmt: skip
 """Operations that keep, choose or reorder rows, if :func:`_resized` and :func:`_overwrites` do not object."""
 CHOOSE = {"Slice", "Index", "IndexSelect", "Gather", "Narrow", "Split", "SplitWithSizes"}
@@ -32,7 +32,8 @@ _OF_TWO = {"Add", "Sub", "Mul", "Div"}
 _CHANGES = {
     "Mean", "Sum", "Cumsum", "Max", "Amax", "Exp", "Log", "Pow", "Sqrt", "Neg", "Relu", "LeakyRelu", "Gelu",
     "Silu", "Elu", "Sigmoid", "LogSigmoid", "Softplus", "Softmax", "NativeDropout", "Prelu", "Tanh", "Abs",
-    "Hardtanh", "Acos", "Cos", "Asin", "Sin", "Rsqrt", "Reciprocal", "Maximum", "Minimum", "Rsub",
+    "Hardtanh", "Clamp", "ClampMin", "ClampMax", "Acos", "Cos", "Asin", "Sin", "Rsqrt", "Reciprocal",
+    "Maximum", "Minimum", "Rsub",
     "UpsampleBilinear2D", "UpsampleBicubic2D", "UpsampleNearest2D", "UpsampleTrilinear3D", "UpsampleLinear1D",
     "UpsampleNearest1D", "UpsampleNearest3D", "UpsampleBilinear2DAa", "UpsampleBicubic2DAa",
     "UpsampleNearestExact1D", "UpsampleNearestExact2D", "UpsampleNearestExact3D", "GridSampler2D",
@@ -42,6 +43,12 @@ _CHANGES = {
     "MiopenBatchNorm", "NativeGroupNorm", "LinalgVectorNorm", "Norm",
 }  # fmt: skip
 """Operations that mix rows or change the differences between the logits of a row."""
+OF_EACH = {
+    "Tanh", "Hardtanh", "Clamp", "ClampMin", "ClampMax", "Exp", "Log", "Pow", "Sqrt", "Neg", "Relu",
+    "LeakyRelu", "Gelu", "Silu", "Elu", "Sigmoid", "LogSigmoid", "Softplus", "Abs", "Acos", "Cos", "Asin",
+    "Sin",
+}  # fmt: skip
+"""Operations of these that change each logit by itself: the rows keep their features."""
 _OF_PARAMETERS = OF_A_WEIGHT | {
     "Add", "Sub", "Mul", "Div", "Exp", "Log", "Clamp", "ClampMin", "ClampMax", "Sigmoid", "Softplus", "Neg",
     "Reciprocal", "Pow", "Sqrt", "Tanh",
@@ -51,6 +58,8 @@ LIMIT = 600
 """Maximum number of steps of a search."""
 DEEP = 20_000
 """Maximum number of nodes that are searched for the head's output behind other layers."""
+FAR = 30.0
+"""Nats. A clamp at this magnitude or beyond changes no softmax: what it cuts off is below rounding."""
 SMALL = 16
 """Maximum number of nodes between a factor and the parameters that it is computed from."""
 
@@ -58,13 +67,15 @@ SMALL = 16
 class Arrival(NamedTuple):
     """A path from a softmax to a watched tensor.
 
-    ``change``: the first operation on the way that changes the logits, or None.  ``softmax``: its node; None
-    if the search began at logits.  ``added``: the first operation that adds a constant or a parameter, fills
+    ``change``: the first operation on the way that changes the logits, or None.  ``mixed``: whether one of
+    these does more than change each logit by itself.  ``softmax``: its node; None if the search began at
+    logits.  ``added``: the first operation that adds a constant or a parameter, fills
     entries, or leaves out classes.  It keeps the rows and their gradient, but not margins and loss.
     ``scaled``: whether the logits are multiplied besides.  ``turned``: whether axes change places.
     """
 
     change: str | None = None
+    mixed: bool = False
     softmax: Any = None
     added: str | None = None
     scaled: bool = False
@@ -77,6 +88,7 @@ class Arrival(NamedTuple):
             return None
         return self._replace(
             change=self.change or changed,
+            mixed=self.mixed or (changed is not None and changed not in OF_EACH),
             added=self.added or (name if _adds(node, name, classes) else None),
             scaled=self.scaled or (name in ("Mul", "Div") and not _is_one(_constant(node))),
             turned=self.turned or name in ("Transpose", "Permute", "T"),
@@ -116,9 +128,8 @@ def arrivals(start: Any, targets: Collection[Any], *, at_logits: bool, axis: int
         elif name in _SOFTMAX:
             path = path._replace(softmax=node)
         elif in_log and name in _MIXES:  # the loss is the log of a mean of probabilities
-            path = path._replace(
-                change=path.change or (None if of_last_axis(node) else _effect(node, name, classes)[1])
-            )
+            changed = None if of_last_axis(node) else _effect(node, name, classes)[1]
+            path = path._replace(change=path.change or changed, mixed=path.mixed or changed is not None)
         in_log = not logits and (in_log or name == "Log")
         ahead += [(before, path, in_log) for before, _ in node.next_functions]
     return found
@@ -312,8 +323,24 @@ def _of_parameters(node: Any) -> int | None:
     return size
 
 
+def _clamps_far(node: Any) -> bool:
+    """Return whether a clamp by numbers cuts off only what is far from all usual logits."""
+    try:
+        least, most = getattr(node, "_saved_min", None), getattr(node, "_saved_max", None)
+    except RuntimeError:  # tensors, freed by the backward pass
+        return False
+    known = [x for x in (least, most) if x is not None]
+    numbers = all(isinstance(x, (int, float)) for x in known)
+    return numbers and (least is None or least <= -FAR) and (most is None or most >= FAR)
+
+
 def _does_nothing(node: Any, name: str) -> bool:
-    """Return whether an operation returns its input: it enlarges to the same size, or adds up one entry."""
+    """Return whether an operation returns its input: it enlarges to the same size, or adds up one entry.
+
+    A clamp far from all usual logits counts as one, too.
+    """
+    if name.startswith("Clamp"):
+        return _clamps_far(node)
     sizes = getattr(node, "_saved_self_sym_sizes", None)
     if name.startswith("Upsample"):
         wanted = getattr(node, "_saved_output_size", None)

@@ -28,7 +28,7 @@ _OF_LOGITS = (
         "Softmax", "LogSoftmax", "Logsumexp", "Sigmoid", "LogSigmoid", "Softplus",
         "Acos", "Cos", "Asin", "Sin", "Abs", "Reciprocal", "Rsqrt", "Sqrt", "ClampMin",
         "Hardtanh", "Maximum", "Minimum", "Rsub", "Scatter",
-        "IndexPut", "CopySlices", "ConstantPadNd", "SplitWithSizes",
+        "IndexPut", "CopySlices", "ConstantPadNd", "SplitWithSizes", "NanToNum",
         "NllLoss", "NllLoss2D", "NllLossNd", "CrossEntropyLoss", "BinaryCrossEntropyWithLogits", "KlDiv",
         "MseLoss", "L1Loss", "SmoothL1Loss",
     }

@@ -13,15 +13,18 @@ from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 
 def same_rows(features: Tensor, logits: Tensor, axis: int) -> bool:
-    """Return whether features have the rows of the logits, in the same order (perhaps as a matrix)."""
+    """Return whether features have the rows of the logits, in the same order (one may be a matrix)."""
     if features.dim() == logits.dim():
         shape, wanted = list(features.shape), list(logits.shape)
         return bool(shape) and not (shape.pop(axis) == 0 or wanted.pop(axis) == 0) and shape == wanted
-    return axis == -1 and features.dim() == 2 and len(features) * logits.shape[-1] == logits.numel()
+    matrix = 2 in (features.dim(), logits.dim()) and min(features.dim(), logits.dim()) > 1
+    return axis == -1 and matrix and features.shape[:-1].numel() * logits.shape[-1] == logits.numel()
 
 
 def features_of(module: nn.Module, given: Tensor | None, axis: int) -> Tensor | None:
     """Return the features of the same rows as the module's output, or None if a row has a patch of them."""
+    if given is not None and given.is_complex():
+        return None
     if not is_convolution(module):
         return given if axis == -1 else None
     return given if module.groups == 1 and set(module.kernel_size) == {1} else None  # type: ignore[arg-type]

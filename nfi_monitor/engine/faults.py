@@ -47,6 +47,7 @@ class Faults:
     ) -> None:
         self._report, self._on_error = report, on_error
         self._rests: dict[str, _Rest] = {}
+        self._missed: set[str] = set()
         self._reading = 0
         self.failed_parts: set[str] = set()
 
@@ -86,6 +87,12 @@ class Faults:
         if part not in self.failed_parts:
             self.failed_parts.add(part)
             self._tell(part, error, True)
+
+    def missed(self, part: str, error: BaseException) -> None:
+        """Record an error of a part that is tried again at each occasion, such as a sink without a handle."""
+        if part not in self._missed and part not in self.failed_parts:
+            self._missed.add(part)
+            self._tell(part, error, False)
 
     def _tell(self, part: str, error: BaseException, off: bool) -> None:
         # The report itself may fail (a closed console). Then there is no other place to report to.

@@ -41,8 +41,8 @@ def at_attach(model: nn.Module, head: Head | None, reader: OptimizerReader) -> I
             "head_without_weight",
             f"The head {head.name!r} has no weight matrix of its own (parametrized, adapted, complex, or not "
             "linear): classifier mean, logit displacement and zero-sum of the weight gradient are not "
-            "measured, and *imminent* by rounding cannot be reached without probe=. Rows are watched as "
-            "usual.",
+            "measured, and *imminent* by rounding cannot be reached without probe=. Rows are "
+            "watched as usual.",
         )
         return
     if not reader.holds(head.weight):

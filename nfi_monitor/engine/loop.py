@@ -98,7 +98,7 @@ class StepLoop:
         capture = (self._captured_step, self._rows_arrived, failed, self.schedule.spend)
         self.probe = HeadProbe(*capture, head, self.step_reader.discard_rows)
         self.recomputer = RowRecomputer(head, self.probe, *capture)
-        self.reports = Sinks([], self.faults.dropped)
+        self.reports = Sinks([], self.faults.dropped, self.faults.missed)
         self.notes = NoteTaker(self.reports.note)
         self.silence = Silence(model, optimizer, head, self.notes.note, failed)
         self.membership = Membership(

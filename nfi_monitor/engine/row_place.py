@@ -65,7 +65,7 @@ class RowPlace:
             changed = first_changed(paths)
             if changed is not None:
                 place = self._at_softmax(head, changed) or Place("nowhere")
-                self._settle(head, place, changed, output)
+                self._settle(head, place._replace(same_rows=not changed.mixed), changed, output)
             elif (added := first_added(paths)) is not None:
                 self._find_candidates(head, returned)
                 self._read_sum(head, added, losses[0].grad_fn, output)
@@ -73,7 +73,8 @@ class RowPlace:
         found = self._find_candidates(head, returned)
         changed, added = first_changed(found), first_added(found)
         if sure and changed is not None and self._candidates:
-            self._settle(head, self._candidates[0][0], changed, output)
+            place = self._candidates[0][0]._replace(same_rows=not changed.mixed)
+            self._settle(head, place, changed, output)
         elif sure and added is not None:
             self._read_sum(head, added, None, output)
 
@@ -112,6 +113,8 @@ class RowPlace:
         ]
         if fits and not head.bare and (loss is not None or added.added not in CHOOSE or len(fits) == 1):
             self._settle(head, fits[0]._replace(same_rows=True), added, output)
+        elif output is not None and loss is not None and (place := self._at_softmax(head, added)):
+            self._settle(head, place._replace(same_rows=True), added, output)
         elif loss is not None:
             self._probe.added = added.added
 
@@ -134,7 +137,8 @@ class RowPlace:
                 for place, node in self._candidates
                 if any(path.change is None for path in arrivals(loss, (node,), at_logits=False))
             )
-            self._settle(head, next(there, Place("nowhere")), changed, None)
+            place = next(there, Place("nowhere"))._replace(same_rows=not changed.mixed)
+            self._settle(head, place, changed, None)
         elif (added := first_added(paths)) is not None:
             self._read_sum(head, added, loss, None)
         return bool(paths)
@@ -161,7 +165,8 @@ class RowPlace:
             if probe.nodes:
                 probe.nodes.clear()
             if losses and nodes:
-                changed = first_changed(arrivals(losses[0].grad_fn, nodes, at_logits=False))
+                paths = arrivals(losses[0].grad_fn, nodes, at_logits=False, axis=place.axis)
+                changed = first_changed(paths) or first_added(paths)
                 logits = None if changed is None else softmax_logits(changed.softmax)
         if logits is not None:
             probe.read_at(logits)
@@ -182,7 +187,7 @@ class RowPlace:
         nodes = list(self._probe.nodes or ())
         self._moved = None if place.same_rows else elsewhere_text(head, place, change)  # else nothing lacks
         self._move(replace(head, place=place))
-        self._probe.multiplied = changed.scaled
+        self._probe.multiplied = changed.scaled or changed.change is not None
         self._at_returned = changed if place.where == "loss" else None
         if output is not None:
             self._probe.nodes = nodes

@@ -32,6 +32,12 @@ LOOK_EVERY = 64
 work."""
 SAME_SLOPE = 0.1
 """Relative change of the factor between the head's logits and those of the loss that needs no second look."""
+MOVES, MOVING = 1e-3, 16
+"""Relative change of that factor, after which the loss is checked in so many readings, too: the factor may be
+trained, or have a schedule."""
+RARELY = 8
+"""While rows are none of a cross-entropy's, the loss is checked in one of so many readings: what looks like
+another loss may be a factor that is still near 1."""
 FEATURE_ROWS = 64
 """Number of rows of features kept until the optimizer step, for the logit displacement."""
 
@@ -77,6 +83,9 @@ class RowAccumulator:
         self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
         self.facts: Facts | None = None
         self.look_again = False
+        self._slope: float | None = None  # when it has moved last
+        self._moving = 0  # readings until it counts as constant
+        self._readings = 0
         self.late: list[Late[RowStatistics]] = []  # rows whose statistics the host makes later
         self._elsewhere: torch.device | None = None  # where this step had rows that were not merged
         self.clear(1)
@@ -133,10 +142,20 @@ class RowAccumulator:
 
         One odd pass must not decide what the rows are held against until the next regular look.
         """
-        if "loss_epsilon" in values:
-            facts = Facts.of(values)
-            self.look_again = self.facts is not None and facts.differ(self.facts)
-            self.facts = facts
+        if "loss_epsilon" not in values:
+            return
+        facts, before = Facts.of(values), self.facts
+        known = self._slope if self._slope is not None else 1.0 if before is None else before.slope
+        moved = abs(facts.slope - known) > MOVES * known
+        self._slope = facts.slope if moved else known
+        self._moving = MOVING if moved else max(self._moving - 1, 0)
+        self._readings += 1
+        self.look_again = (
+            self._moving > 0
+            or (before is not None and facts.differ(before))
+            or (facts.other_loss > 0 and self._readings % RARELY == 0)
+        )
+        self.facts = facts
 
     def add(self, rows: Rows) -> None:
         device = rows.grad.device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -10,6 +11,14 @@ from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
 if TYPE_CHECKING:
     from nfi_monitor.report.summary import Summary
+
+
+_PASSING = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR}
+
+
+def passing(error: BaseException) -> bool:
+    """Return whether an error shows a shortage that may be over soon: of file handles, or of memory."""
+    return isinstance(error, OSError) and error.errno in _PASSING
 
 
 class SinkBase:
@@ -23,13 +32,17 @@ class SinkBase:
 
     All methods run in the training's process, on rank 0 only.  A sink may raise: the monitor catches the
     exception, says so once, drops the sink and goes on.  It does not call :meth:`close` then, so a sink that
-    holds a file closes it before it raises.  The message has to say what to do.  A sink needs not inherit
-    from this class: the monitor calls the methods that an object has."""
+    holds a file closes it before it raises.  The message has to say what to do.  A sink is not dropped after
+    an OSError that is :func:`passing`, such as a shortage of file handles.  A sink needs not inherit from
+    this class: the monitor calls the methods that an object has."""
 
     takes_readings: bool = True
     """Set this to False if :meth:`reading` does nothing.  Where each sink takes no readings, or overrides
     :meth:`losses`, the monitor judges uneventful losses a few at a time, which is cheaper.  It is read once,
     when the first reading is due."""
+
+    reopens: bool = False
+    """Set this to True if the sink must be started again after an error that is :func:`passing`."""
 
     def start(self, info: Mapping[str, Any]) -> None:
         """Open the sink. Called once, at attach; ``info`` is what ``run.json`` will hold."""

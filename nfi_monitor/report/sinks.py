@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from nfi_monitor.replay.verdict import ReplayVerdict
-from nfi_monitor.report.sink import Sink, SinkBase
+from nfi_monitor.report.sink import Sink, SinkBase, passing
 from nfi_monitor.signal_handlers import raised_by_signal_handler
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading
 
@@ -44,15 +45,29 @@ def open_sinks(
     return sinks
 
 
+TRY_AGAIN = 1.0
+"""Seconds between two attempts to start a sink again."""
 _METHODS = ("start", "reading", "losses", "alert", "note", "replay", "went_back", "close")
 
 
 class Sinks:
-    """Call a method of every sink that has it; drop a sink that raises, and call ``failed(name, error)``."""
+    """Call a method of every sink that has it; drop a sink that raises, and call ``failed(name, error)``.
 
-    def __init__(self, sinks: list[Sink], failed: Callable[[str, BaseException], None]) -> None:
+    After an error that is :func:`~nfi_monitor.report.sink.passing`, the sink stays, and ``missed(name,
+    error)`` is called: this call was in vain, and the next is tried.
+    """
+
+    def __init__(
+        self,
+        sinks: list[Sink],
+        failed: Callable[[str, BaseException], None],
+        missed: Callable[[str, BaseException], None] | None = None,
+    ) -> None:
         self.sinks = sinks
-        self._failed = failed
+        self._failed, self._missed = failed, missed or failed
+        self._info: Mapping[str, Any] = {}
+        self._unopened: list[Sink] = []  # to be started again
+        self._try_at = 0.0
         self._resolved: list[Sink] = []
         self._methods: dict[str, list[tuple[Sink, Callable[..., None]]]] = {}
         self._listening = False
@@ -67,12 +82,13 @@ class Sinks:
 
     def start(self, info: Mapping[str, Any]) -> None:
         # Report errors when all sinks are open: the report is a note, which the others get.
+        self._info = info
         waiting: list[tuple[str, BaseException]] = []
         self._waiting = waiting
         self._each("start", info)
         self._waiting = None
         for name, error in waiting:
-            self._failed(name, error)
+            (self._missed if passing(error) else self._failed)(name, error)
 
     def reading(self, reading: Reading, phase: Phase) -> None:
         self._each("reading", reading, phase)
@@ -119,12 +135,39 @@ class Sinks:
             self._resolve()
         # If a sink is dropped, _resolve makes new lists; the list of this loop does not change.
         for sink, call in self._methods.get(method, ()):
-            try:
-                call(*arguments)
-            except Exception as error:
-                if raised_by_signal_handler(error):
-                    raise
+            if self._unopened and method != "start" and not self._is_open(sink):
+                continue
+            self._call(sink, call, *arguments)
+
+    def _call(self, sink: Sink, call: Callable[..., None], *arguments: Any) -> bool:
+        try:
+            call(*arguments)
+            return True
+        except Exception as error:
+            if raised_by_signal_handler(error):
+                raise
+            if not passing(error):
                 self._drop(sink, error)
+                return False
+            starting = getattr(call, "__name__", "") == "start"
+            if (starting or getattr(sink, "reopens", False)) and not _is_in(sink, self._unopened):
+                self._unopened.append(sink)
+                self._try_at = time.monotonic() + TRY_AGAIN
+            self._report(sink, error, self._missed)
+            return False
+
+    def _is_open(self, sink: Sink) -> bool:
+        """Return whether a sink is started; try to start it again from time to time."""
+        if not _is_in(sink, self._unopened):
+            return True
+        now = time.monotonic()
+        if now < self._try_at:
+            return False
+        self._try_at = now + TRY_AGAIN
+        opened = self._call(sink, sink.start, self._info)
+        if opened or not _is_in(sink, self.sinks):
+            self._unopened[:] = [one for one in self._unopened if one is not sink]
+        return opened
 
     def _resolve(self) -> None:
         """Look up once which methods the sinks have: every measured step calls them."""
@@ -149,8 +192,11 @@ class Sinks:
     def _drop(self, sink: Sink, error: BaseException) -> None:
         # Drop the sink first: ``failed`` calls the sinks that are left.
         self.sinks[:] = [one for one in self.sinks if one is not sink]
+        self._report(sink, error, self._failed)
+
+    def _report(self, sink: Sink, error: BaseException, say: Callable[[str, BaseException], None]) -> None:
         if self._waiting is None:
-            self._failed(type(sink).__name__, error)
+            say(type(sink).__name__, error)
         else:
             self._waiting.append((type(sink).__name__, error))
 
@@ -159,6 +205,10 @@ def _takes_losses(sink: Sink) -> bool:
     """Return whether the sink has a method of its own for losses that come together."""
     method = getattr(type(sink), "losses", None)
     return callable(method) and method is not SinkBase.losses
+
+
+def _is_in(sink: Sink, sinks: list[Sink]) -> bool:
+    return any(one is sink for one in sinks)
 
 
 def check_sink(sink: Any) -> None:

@@ -58,7 +58,7 @@ def train(
     ("head", "codes"),
     [
         ("real", {"state_unreadable"}),
-        ("absolute", {"state_unreadable", "head_without_weight", "rows_after_head"}),
+        ("absolute", {"state_unreadable", "head_without_weight"}),
         ("real part", {"state_unreadable", "head_without_weight", "head_never_fired"}),
     ],
 )
@@ -70,7 +70,7 @@ def test_complex_parameters_are_left_out_and_said(
     assert all(torch.equal(state[name], bare[name]) for name in bare)
     assert monitor is not None and monitor.alerts == []
     notes = {note.code: note.message for note in monitor.notes}
-    assert notes.keys() - {"no_second_moment"} == codes
+    assert notes.keys() - {"no_second_moment", "no_features"} == codes
     assert "Not read: complex parameters." in notes["state_unreadable"]
     read = ["weight_norm", "gradient_norm", "update_rms", "loss"]
     read += ["rms_t_max"] if kind is not torch.optim.SGD else []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -216,3 +217,44 @@ def test_methods_are_looked_up_once_and_again_where_the_list_changes() -> None:
     sinks.sinks.append(late)
     sinks.alert(*CALLS["alert"])
     assert late.alerts == [AT_RISK.id]
+
+
+def test_a_sink_that_lacks_a_handle_for_a_moment_stays_and_one_that_must_be_opened_anew_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nfi_monitor.report.sinks.TRY_AGAIN", 0.0)
+
+    class Short(SinkBase):
+        def __init__(self, reopens: bool, fails: list[str]) -> None:
+            self.reopens, self.fails, self.calls = reopens, fails, []
+
+        def _call(self, name: str) -> None:
+            self.calls.append(name)
+            if self.fails and self.fails[0] == name:
+                self.fails.pop(0)
+                raise OSError(errno.EMFILE, "Too many open files")
+
+        def start(self, info: object) -> None:
+            self._call("start")
+
+        def reading(self, reading: object, phase: object) -> None:
+            self._call("reading")
+
+        def note(self, note: object) -> None:
+            self._call("note")
+
+    plain, anew, late = Short(False, ["reading"]), Short(True, ["reading", "start"]), Short(False, ["start"])
+    dropped, missed = [], []
+    sinks = Sinks(
+        [plain, anew, late],
+        lambda name, error: dropped.append(name),
+        lambda name, error: missed.append(str(error)),
+    )
+    sinks.start({})
+    for step in range(3):
+        sinks.reading(Reading(step, {}), Phase.HEALTHY)
+        sinks.note(Note("code", "message", step))
+    assert plain.calls == ["start"] + ["reading", "note"] * 3
+    assert anew.calls == ["start", "reading", "start", "start", "reading", "note", "reading", "note"]
+    assert late.calls == ["start", "start"] + ["reading", "note"] * 3
+    assert dropped == [] and len(missed) == 4 and sinks.sinks == [plain, anew, late]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import random
+import resource
 import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -269,6 +272,95 @@ def test_a_full_disk_while_readings_are_thinned_leaves_them_as_they_are(
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         ".lock", "alerts.jsonl", "readings.jsonl", "run.json"
     ]  # fmt: skip
+
+
+# --- a shortage of file handles ----------------------------------------------------------------------
+
+
+@contextmanager
+def no_handles() -> Iterator[None]:
+    """Take all file handles of this process."""
+    importlib.import_module("tracemalloc")  # pytest needs it where a thread fails
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    taken = []
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 8, hard))
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def starved(directory: Path, first: int, last: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any]:
+    """Train 20 steps, those from ``first`` to ``last`` without a file handle; 0: the attach, too."""
+    monkeypatch.setattr("nfi_monitor.report.sinks.TRY_AGAIN", 0.0)
+    shortage = no_handles()
+    if first == 0:
+        shortage.__enter__()
+
+    def done(step: int) -> None:
+        if step == last:
+            shortage.__exit__(None, None, None)
+        if step == first - 1:
+            shortage.__enter__()
+
+    model, optimizer, monitor = training(directory, 20, done)
+    monitor.note("own", "made afterwards")
+    monitor.close()
+    assert not differences(snapshot(model, optimizer), snapshot(*training(None, 20)[:2]))
+    return monitor, read_run(directory)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's own writer
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="handles are counted in /proc")
+@pytest.mark.parametrize(("first", "last"), [(6, 6), (3, 12), (0, 0), (0, 7)])
+def test_a_shortage_of_file_handles_costs_what_comes_meanwhile(
+    first: int, last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if (first, last) == (0, 0):
+        last = 1
+    monitor, record = starved(tmp_path / "run", first, last, monkeypatch)
+    steps = record.history["loss"][0].tolist()
+    assert steps == list(range(1 if first else last + 1, 21)), "an open file needs no handle"
+    assert record.problems == []
+    saved = [note["code"] for note in record.info["notes"]]
+    assert "own" in saved and saved.count("failed_RunDirectory") == (first == 0)
+    told = [note.message for note in monitor.notes if note.code == "failed_RunDirectory"]
+    assert all("Too many open files. Later records are tried" in message for message in told)
+    assert "off from now on" not in " ".join(note.message for note in monitor.notes)
+    events = [path for path in (tmp_path / "run").iterdir() if "tfevents" in path.name]
+    assert max(path.stat().st_size for path in events) > 5_000, "written after the shortage"
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="files are named in /proc")
+def test_a_record_that_memory_was_short_for_is_the_only_one_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = os.write, iter(range(1000))
+
+    def write_some(descriptor: int, data: bytes) -> int:
+        if not os.readlink(f"/proc/self/fd/{descriptor}").endswith("readings.jsonl"):
+            return real(descriptor, data)
+        call = next(calls)
+        if call == 7:
+            return real(descriptor, data[:20])
+        if call == 8:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        return real(descriptor, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write_some)
+        _, _, monitor = training(tmp_path, 20)
+        monitor.close()
+    record = read_run(tmp_path)
+    assert record.history["loss"][0].tolist() == [*range(1, 8), *range(9, 21)]
+    assert len(record.problems) == 1 and "torn" in record.problems[0]
 
 
 # --- directories that go away ------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from nfi_monitor.report.run_directory.files import ALERTS, READINGS, REPLAYS, RU
 from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
 from nfi_monitor.report.run_directory.records import last_session, read_info
 from nfi_monitor.report.run_directory.thinning import READINGS_BYTES, thin
-from nfi_monitor.report.sink import SinkBase
+from nfi_monitor.report.sink import SinkBase, passing
 from nfi_monitor.safe_open import absolute, identity, open_binary, open_descriptor
 from nfi_monitor.types import Alert, Change, Note, Phase, Reading, finite_or_none
 
@@ -48,7 +48,8 @@ class RunDirectory(SinkBase):
     If the directory holds a run, this one is appended: a resumed run is one run.  At ``readings_bytes``, old
     readings are thinned.  Raises OSError, with the path and what to do, if the directory cannot be made or a
     line cannot be written.  Raises DirectoryInUseError if another process writes there.  After an error all
-    files are closed: nothing is written after a gap.
+    files are closed: nothing is written after a gap.  Only a shortage of file handles or memory that may be
+    over soon (:func:`~nfi_monitor.report.sink.passing`) leaves them open: call again then.
     """
 
     def __init__(
@@ -68,10 +69,18 @@ class RunDirectory(SinkBase):
         self._info: dict[str, Any] = {}
         self._notes: list[dict[str, Any]] = []
         self._files: dict[str, int] = {}
+        self._torn: set[str] = set()  # files whose last line is not whole
         self._directory: tuple[int, ...] | None = None  # identity of the directory, once it is made
         self._session: dict[str, int] = {}  # {"session": 2}, added to each line after a resume
 
     def start(self, info: Mapping[str, Any]) -> None:
+        try:
+            self._start(info)
+        except OSError:
+            self._close_files()
+            raise
+
+    def _start(self, info: Mapping[str, Any]) -> None:
         with self._with_advice(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._directory = identity(self.path)
@@ -80,7 +89,7 @@ class RunDirectory(SinkBase):
                 remove_leftovers(self.path / name)
         previous = read_info(self.path, [])
         self._notes = previous.get("notes") or []
-        if previous or (self.path / READINGS).exists():
+        if previous or _size_of(self.path / READINGS):
             # A damaged run.json does not know the session: the readings do.
             last = max(previous.get("session", 1), last_session(self.path))
             self._session = {"session": last + 1}
@@ -148,15 +157,22 @@ class RunDirectory(SinkBase):
         """Write a line, or several, and return the length in bytes."""
         if name not in self._files:
             raise OSError(f"{self.path / name} is not open: call start() before, and nothing after close().")
-        rest = line
+        rest = b"\n" + line if name in self._torn else line
+        whole = len(rest)
         with self._with_advice(self.path / name):
             now = time.monotonic()
             if self._linked and now - self._checked >= CHECK_SECONDS:
                 self._checked = now
                 self._check_names()
-            while rest:  # a full disk may take a part of a line before it refuses the rest
-                rest = rest[os.write(self._files[name], rest) :]
-        return len(line)
+            try:
+                while rest:  # a full disk may take a part of a line before it refuses the rest
+                    rest = rest[os.write(self._files[name], rest) :]
+                self._torn.discard(name)
+            except OSError:
+                if len(rest) < whole:
+                    self._torn.add(name)
+                raise
+        return whole
 
     def _check_names(self) -> None:
         """Raise FileNotFoundError if a file has no name any more: its lines would be lost."""
@@ -169,10 +185,15 @@ class RunDirectory(SinkBase):
         # The copy may not fit on the disk.  Then the file stays as it is, and the run goes on.
         with self._with_advice(self.path / READINGS):
             self._check_directory()
+        old = self._files[READINGS]
         with contextlib.suppress(OSError):
-            thin(self.path / READINGS)
+            kept = os.dup(old)  # a handle for the new file: where there is none, nothing is thinned
+            try:
+                thin(self.path / READINGS)
+            finally:
+                os.close(kept)
         with self._with_advice(self.path / READINGS):
-            old, self._files[READINGS] = self._files[READINGS], _open_for_lines(self.path / READINGS)
+            self._files[READINGS] = _open_for_lines(self.path / READINGS)
             os.close(old)
             self._size = os.fstat(self._files[READINGS]).st_size
         # If little could be removed, wait until the file has grown by an eighth of the budget.
@@ -203,14 +224,25 @@ class RunDirectory(SinkBase):
         except DirectoryInUseError:
             raise
         except OSError as error:
-            self._close_files()
-            reason = error.strerror or str(error)
-            raise OSError(
-                error.errno,
-                f"cannot write {error.filename or path}: {reason}. From here on, readings and alerts are not "
-                "saved; the training goes on. Free disk space, or pass a directory that you can write to as "
-                "run_dir=.",
-            ) from error
+            reason = f"cannot write {error.filename or path}: {error.strerror or error}."
+            if passing(error):
+                advice = (
+                    "Later records are tried; the training goes on. Close files, or allow more (ulimit -n)."
+                )
+            else:
+                self._close_files()
+                advice = (
+                    "From here on, readings and alerts are not saved; the training goes on. Free disk space, "
+                    "or pass a directory that you can write to as run_dir=."
+                )
+            raise OSError(error.errno, f"{reason} {advice}") from error
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def _open_for_lines(path: Path) -> int:

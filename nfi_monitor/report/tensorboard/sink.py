@@ -16,6 +16,7 @@ stock part has its form:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.util
 import os
@@ -27,7 +28,7 @@ from nfi_monitor.extras import raise_missing
 from nfi_monitor.replay.verdict import ReplayVerdict
 from nfi_monitor.report.levels import bands_of
 from nfi_monitor.report.run_directory.lock import DirectoryInUseError, DirectoryLock
-from nfi_monitor.report.sink import SinkBase
+from nfi_monitor.report.sink import SinkBase, passing
 from nfi_monitor.report.tensorboard.tab_data import TabWriter
 from nfi_monitor.report.tensorboard.texts import alert_markdown, info_markdown, overview_markdown
 from nfi_monitor.safe_open import absolute, identity
@@ -69,6 +70,8 @@ class TensorBoardSink(SinkBase):
     directory.
     """
 
+    reopens = True  # TensorBoard's writer does not survive an error
+
     def __init__(
         self,
         log_dir: str | os.PathLike[str],
@@ -109,6 +112,11 @@ class TensorBoardSink(SinkBase):
             )
         self._proto, self._info = SummaryProto, info
         self._edges = {name: (band.leave, band.enter) for name, band in bands_of(info).items()}
+        broken, self._writer = self._writer, None
+        if broken is not None:
+            with contextlib.suppress(OSError):
+                broken.close()
+        self._files.clear()
         try:
             if self._lock is not None:
                 os.makedirs(self.log_dir, exist_ok=True)
@@ -122,11 +130,11 @@ class TensorBoardSink(SinkBase):
         except DirectoryInUseError:
             raise
         except OSError as error:
-            raise OSError(
-                error.errno,
-                f"cannot write {error.filename or self.log_dir}: {error.strerror or error}. No TensorBoard "
-                "files are written; the training goes on. Pass another directory as run_dir=.",
-            ) from error
+            reason = f"cannot write {error.filename or self.log_dir}: {error.strerror or error}."
+            advice = "files are written; the training goes on. Pass another directory as run_dir=."
+            if passing(error):
+                advice = "file is open yet; later records are tried, and the training goes on."
+            raise OSError(error.errno, f"{reason} No TensorBoard {advice}") from error
         self._writer.add_custom_scalars(layout(self._edges))
         self._writer.add_text("nfi/run", info_markdown(info), 0)
         self._tab = TabWriter(self._writer.file_writer, info)
