@@ -1,6 +1,6 @@
 # make demo    train a real network to two slingshots under the monitor, live, then the float64 control
 # make test    lint, types and the tests that take seconds (what .ci/run runs)
-# make test-zoo    train some 400 small configurations of the libraries people use, and make docs/compatibility.md
+# make test-zoo    train some 650 small configurations of the libraries people use, and make docs/compatibility.md
 # make reference    the papers' experiments in their quick form, and the table of verdicts
 #
 # Keep your own torch (GPU builds): `make demo VENV=/path/of/your/venv` installs into that environment

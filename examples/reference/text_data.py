@@ -8,6 +8,7 @@ measurements.
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from collections.abc import Iterator
@@ -56,6 +57,7 @@ def byte_pair_encoding(text: str, vocabulary: int) -> Any:
     return tokenizer
 
 
+@functools.cache  # several runs of one process read the same text
 def excerpt(tokens: int, vocabulary: int) -> tuple[Tensor, Any]:
     """Return ``(the reference's first tokens [tokens] int64, tokenizer)``.
 

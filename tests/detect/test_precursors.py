@@ -301,7 +301,7 @@ def quiet_for_ever(steps: int) -> Iterator[Reading]:
 
 def test_an_old_large_gradient_does_not_count_as_forgotten_for_ever() -> None:
     detector = Detector(None, RunContext(beta2=0.95, decoupled_decay=True))
-    for reading in quiet_for_ever(40_000):
+    for reading in quiet_for_ever(20_000):
         detector.update(reading)
     begins = [alert.first_step for alert in detector.alerts if alert.kind is AlertKind.AT_RISK]
     assert begins and max(begins) < 100 + 4.7 * 100 * 20, "100 τ for each factor e"

@@ -90,7 +90,7 @@ def ddp_slingshot(rank: int, world: int) -> dict[str, Any]:
 
 
 def ddp_slingshot_whole(rank: int, world: int) -> dict[str, Any]:
-    return spiking(DDP, rank, world)
+    return spiking(DDP, rank, world, every=1)
 
 
 def ddp_slingshot_4(rank: int, world: int) -> dict[str, Any]:
@@ -102,7 +102,11 @@ def fsdp_slingshot(rank: int, world: int) -> dict[str, Any]:
 
 
 def spiking(
-    wrap: Callable[[nn.Module], nn.Module], rank: int, world: int, checkpoint: Path | None = None
+    wrap: Callable[[nn.Module], nn.Module],
+    rank: int,
+    world: int,
+    checkpoint: Path | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Until a few steps after a slingshot has begun: all ranks see it at the same step."""
     inputs, targets = division_data(SEED)
@@ -112,7 +116,7 @@ def spiking(
         bare.load_state_dict(states[0])
     model = wrap(bare)
     optimizer = adam(model)
-    with Monitor(model, optimizer, console=False, overhead_budget=None) as monitor:
+    with Monitor(model, optimizer, console=False, overhead_budget=None, **options) as monitor:
         if states is not None:
             optimizer.load_state_dict(states[1])
             monitor.load_state_dict(states[2])
@@ -121,12 +125,20 @@ def spiking(
     return {"seen": seen(monitor), "state": whole(bare, optimizer)}
 
 
-def accumulated(rank: int, world: int) -> dict[str, Any]:
+def accumulated_whole(rank: int, world: int) -> dict[str, Any]:
+    """Every step is read: without that, one process reads some steps more than two ranks do.
+
+    It sees an unusual loss at once; ranks exchange the losses of unread steps with the next reading.
+    """
+    return accumulated(rank, world, every=1)
+
+
+def accumulated(rank: int, world: int, **options: Any) -> dict[str, Any]:
     """One process, two micro-batches a step: what each of two ranks has."""
     inputs, targets = division_data(SEED)
     model, _, _ = division(SEED)
     optimizer = adam(model)
-    with Monitor(model, optimizer, console=False, overhead_budget=None) as monitor:
+    with Monitor(model, optimizer, console=False, overhead_budget=None, **options) as monitor:
         while not begun(monitor) and monitor.step < LAST:
             for _ in range(10):
                 for group in optimizer.param_groups:
@@ -137,7 +149,8 @@ def accumulated(rank: int, world: int) -> dict[str, Any]:
                     (loss / 2).backward()
                 optimizer.step()
                 optimizer.zero_grad()
-            keep("accumulated", model, optimizer, monitor)
+            if not options:
+                keep("accumulated", model, optimizer, monitor)
     return {"seen": seen(monitor), "state": whole(model, optimizer)}
 
 

@@ -33,7 +33,7 @@ FAST = {
     "faults.some": 2, "ended": 2, "wrapped_later": 2, "head_by_output": 2,
 }  # fmt: skip
 SLOW = {
-    "hsdp": 4, "accumulated": 1, "ddp_slingshot_whole": 2, "ddp_slingshot_4": 4, "fsdp_slingshot": 2,
+    "hsdp": 4, "accumulated_whole": 1, "ddp_slingshot_whole": 2, "ddp_slingshot_4": 4, "fsdp_slingshot": 2,
     "fsdp_vocabulary_parallel": 4, "one_head": 1,
     "vocabulary_slingshot_whole": 2,
 }  # fmt: skip
@@ -534,7 +534,7 @@ def test_replicas_of_ranks_that_share_a_head_measure_alike(
 
 @pytest.mark.slow
 def test_a_whole_run_of_two_processes_is_that_of_one_to_the_last_bit(slow: Callable[[str], Outcome]) -> None:
-    (one,), ranks = slow("accumulated"), slow("ddp_slingshot_whole")
+    (one,), ranks = slow("accumulated_whole"), slow("ddp_slingshot_whole")
     assert differences(one["state"], ranks[0]["state"]) == [], "not the same run: nothing to compare"
     assert all(rank["seen"] == one["seen"] for rank in ranks)
 

@@ -20,6 +20,8 @@ _WHY = {
     "head_never_fired": "the logits are not made by a call of the head that can be hooked",
     "no_head": "no head was found",
     "several_heads": "several heads",
+    "logits_changed": "the loop changes the logits after the model",
+    "no_steps": "no step of the optimizer is called",
     "refused": "refused before step 1 until head= is named",
     "": "not said",
 }
