@@ -139,8 +139,8 @@ class Thresholds:
     """RMS_t of a kick if the curvature is above ``kick_curvature`` and the rows are the same at each step.
     Higher: one step less lead; every tenth hinge-loss slingshot is named too late."""
     kick_curvature: float = 0.25
-    """Secant curvature as a share of the stability limit 2(1+β1)/(1−β1) of Adam (Cohen et al. 2022,
-    arXiv 2207.14484). Higher: hinge-loss slingshots are named one step later."""
+    """Secant curvature as a share of the stability limit: 2(1+β1)/(1−β1) for Adam (Cohen et al. 2022,
+    arXiv 2207.14484), 2 for SGD without momentum. Higher: hinge-loss slingshots are named one step later."""
     kick_displacement: float = 0.05
     """Smallest movement of the mean row's logits by the layers below the head, in nats, for a kick. It
     excludes a single noisy tensor. Higher than .1: slingshots under hinge loss are missed."""

@@ -36,6 +36,13 @@ def test_the_tab_draws_the_band_of_the_runs_own_thresholds() -> None:
     assert charts["growth of the means"]["high"] == pytest.approx(0.05 / 20)
 
 
+def test_the_limit_of_the_curvature_is_that_of_the_runs_optimizer() -> None:
+    sgd = {"name": "SGD", "momentum": 0.9, "dampening": 0.0, "nesterov": False}
+    optimizers = [sgd, {**sgd, "nesterov": True}, {"name": "Adagrad"}, {"name": "Adam", "betas": [0.8, 0.99]}]
+    found = [bands_of({**INFO, "optimizer": optimizer})["secant_curvature"].enter for optimizer in optimizers]
+    assert found == pytest.approx([3.8, 3.8 / 2.8, 2.0, 18.0])
+
+
 @pytest.mark.parametrize("unknown", [{}, {"thresholds": None}, {"thresholds": {}, "tau": None}])
 def test_without_thresholds_nothing_is_drawn(unknown: dict[str, object]) -> None:
     assert bands_of(unknown) == {}
