@@ -20,7 +20,9 @@ except ImportError:  # setuptools before 70.1
 
 NATIVE = "nfi_monitor/native"
 FILE = "_nfi.dll" if os.name == "nt" else "_nfi.so"
-SOURCES = [f"{NATIVE}/{name}" for name in ("kernels.c", "rows.c", "loss_kind.c", "step.c", "plan.c")]
+SOURCES = [
+    f"{NATIVE}/{name}" for name in ("kernels.c", "rows.c", "row_totals.c", "loss_kind.c", "step.c", "plan.c")
+]
 OPTIONS = [
     "-std=c11",
     "-O3",

@@ -304,6 +304,11 @@ EXPONENTIALS(double, 64)
         _Pragma("omp simd reduction(+:dot)")                                                                \
         for (int64_t j = 0; j < n; j++) dot += a[j] * (double)b[j];                                         \
         return dot;                                                                                         \
+    }                                                                                                       \
+                                                                                                            \
+    static void NAME(add##BITS)(double *restrict sums, const REAL *restrict row, int64_t n)                 \
+    {                                                                                                       \
+        for (int64_t j = 0; j < n; j++) sums[j] += (double)row[j];                                          \
     }
 
 STEP(float, 32, sqrtf)
@@ -315,7 +320,7 @@ static const nfi_kernels NAME(kernels) = {
     NAME(load32), NAME(load64), NAME(scan32), NAME(scan64), NAME(high32), NAME(high64),
     NAME(first32), NAME(first64), NAME(exp_sum32), NAME(exp_sum64), NAME(fit32), NAME(fit64),
     NAME(step32), NAME(step64), NAME(moment32), NAME(moment64), NAME(pair32), NAME(pair64),
-    NAME(columns32), NAME(columns64), NAME(dot32), NAME(dot64),
+    NAME(columns32), NAME(columns64), NAME(dot32), NAME(dot64), NAME(add32), NAME(add64),
 };
 
 #undef LOAD

@@ -12,7 +12,7 @@
 #endif
 
 /* Version of the functions' arguments: library.py refuses a library of another version. */
-#define NFI_VERSION 3
+#define NFI_VERSION 4
 
 enum nfi_dtype { NFI_FLOAT32, NFI_FLOAT64, NFI_BFLOAT16, NFI_FLOAT16 };
 
@@ -121,6 +121,8 @@ typedef struct {
                         double *sizes);
     double (*dot32)(const double *a, const float *b, int64_t n);
     double (*dot64)(const double *a, const double *b, int64_t n);
+    void (*add32)(double *sums, const float *row, int64_t n);
+    void (*add64)(double *sums, const double *row, int64_t n);
 } nfi_kernels;
 
 /* The kernels in use. Set when the library is loaded, and by nfi_select. */
@@ -162,9 +164,21 @@ typedef struct {
     int64_t *winner;            /* [rows] */
 } nfi_rows_call;
 
+/* Rows with the features that made them, where all is known to the host: measure/row_plan.py. */
+typedef struct {
+    nfi_rows_call rows;
+    const void *features;           /* [rows, width], or NULL. The last axis is contiguous */
+    int64_t width, feature_stride;  /* elements from row to row */
+    int64_t keep;                   /* rows of features to copy */
+    int32_t feature_wide;           /* the features are float64, else float32 */
+    void *feature_sum, *kept;       /* out [width] over the rows that count, [keep, width] */
+    double totals[SUMS + MAXIMA];   /* out: rows.sums, then rows.maxima */
+} nfi_row_totals_call;
+
 NFI_PUBLIC int nfi_version(void);
 NFI_PUBLIC int nfi_select(int level);
 NFI_PUBLIC int nfi_rows(nfi_rows_call *call);
+NFI_PUBLIC int nfi_row_totals(nfi_row_totals_call *call);
 NFI_PUBLIC int nfi_shown(const nfi_rows_call *call);
 NFI_PUBLIC double nfi_logit_scale(nfi_rows_call *given);
 NFI_PUBLIC int nfi_step(nfi_step_call *call);
