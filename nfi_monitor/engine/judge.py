@@ -131,7 +131,9 @@ class Judge:
         if self.released():
             return
         if full:
-            reading = Reading(reading.step, self._row_values.known(reading.step, reading.values))
+            values = self._row_values.known(reading.step, reading.values)
+            if values is not reading.values:
+                reading = Reading(reading.step, values)
         judgement = Judgement(self.detector.phase)
         if not self._faults.is_off("detector"):
             try:

@@ -58,11 +58,13 @@ class LossSources:
 
     def report(self, loss: Tensor | float) -> None:
         """Take a loss that the training loop reports."""
-        if self._ignored() or (isinstance(loss, Tensor) and not devices.has_numbers(loss, meta=True)):
+        if self._ignored():
             return
-        if self.look is not None and isinstance(loss, Tensor) and not self._ignored():
-            self.look(loss)
         if isinstance(loss, Tensor):
+            if not devices.has_numbers(loss, meta=True):
+                return
+            if self.look is not None:
+                self.look(loss)
             self._check.watch(loss)
         if not self._reported:
             self._reported = True

@@ -174,7 +174,9 @@ class StepReader:
             known["loss"] = loss
         if not packed and not values:
             return Contents(step, False, (), known, False), None
-        parts = devices.together([*packed, *(value.reshape(1) for value in values.values())])
+        with torch.no_grad():
+            parts = devices.together([*packed, *(value.reshape(1) for value in values.values())])
+            vector = torch.cat(parts)
         contents = Contents(
             step,
             has_rows,
@@ -185,7 +187,7 @@ class StepReader:
             None if late is None else late.outline(),
             rows.count_absorbed,
         )
-        return contents, torch.cat(parts)
+        return contents, vector
 
     def _step_quantities(
         self, step: int
@@ -199,12 +201,18 @@ class StepReader:
                 known, self.memory = read
                 return {}, known, None
             self._before = self._planned.before_step()
+        with torch.no_grad():
+            return self._by_tensors(step)
+
+    def _by_tensors(
+        self, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, float], Late[dict[str, float]] | None]:
         update = self.update(step)
         if update is None:
             self.memory = None
             return {}, {}, None
         values: dict[str, Tensor] = {}
-        known = {}
+        known: dict[str, float] = {}
         measured, late = self.statistics(update, self.rows.feature_mean, step)
         for name, value in measured.items():
             if isinstance(value, Tensor):

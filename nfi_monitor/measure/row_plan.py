@@ -51,7 +51,8 @@ class RowPlan:
 
     def __init__(self, grad: Tensor, logits: Tensor, features: Tensor | None) -> None:
         """Use :class:`RowPlans`, which checks that the tensors can be read."""
-        self.key = key_of(grad, logits, features)
+        self._shape, self._dtypes = grad.shape, (grad.dtype, logits.dtype)
+        self._features = None if features is None else (features.shape, features.dtype)
         dtype = zero_sum.accumulation_dtype(grad.dtype, logits.dtype)
         self._wide = dtype is torch.float64
         count, classes = grad.shape
@@ -75,6 +76,15 @@ class RowPlan:
             call.width, call.keep = features.shape[1], min(count, FEATURE_ROWS)
             call.feature_wide = features.dtype is torch.float64
         self._address = ctypes.addressof(call)
+
+    def fits(self, grad: Tensor, logits: Tensor, features: Tensor | None) -> bool:
+        """Return whether the plan was made for rows like these."""
+        of_features = None if features is None else (features.shape, features.dtype)
+        return (
+            grad.shape == self._shape == logits.shape
+            and (grad.dtype, logits.dtype) == self._dtypes
+            and of_features == self._features
+        )
 
     def measure(self, rows: Rows, kind: LossKind) -> HostRows:
         """Measure rows for which the plan was made. Raises MemoryError."""
@@ -120,7 +130,7 @@ class RowPlans:
             if not (_is_whole(grad) and _is_whole(logits)):
                 return None
             plan = self._plan
-            if plan is None or plan.key != key_of(grad, logits, features):
+            if plan is None or not plan.fits(grad, logits, features):
                 if not _fits(grad, logits, features):
                     return None
                 plan = self._plan = RowPlan(grad, logits, features)
@@ -132,16 +142,10 @@ class RowPlans:
             return None
 
 
-def key_of(grad: Tensor, logits: Tensor, features: Tensor | None) -> tuple[object, ...]:
-    """Return what a plan depends on."""
-    of_features = (None, None) if features is None else (features.shape, features.dtype)
-    return (grad.shape, grad.dtype, logits.shape, logits.dtype, *of_features, measures_all())
-
-
 def _is_whole(tensor: Tensor) -> bool:
     """Return whether a copy that the monitor made itself can be read as one block."""
     plain = type(tensor) is Tensor and tensor.is_cpu and tensor.layout is torch.strided
-    return plain and tensor.is_contiguous() and not tensor.is_neg()
+    return plain and tensor.is_contiguous()
 
 
 def _fits(grad: Tensor, logits: Tensor, features: Tensor | None) -> bool:

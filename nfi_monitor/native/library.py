@@ -139,6 +139,9 @@ def readable(tensor: Tensor) -> bool:
     ):
         return False
     size, last = tensor.element_size(), tensor.storage_offset()
+    if tensor.is_contiguous():
+        count = tensor.numel()
+        return count > 0 and tensor.untyped_storage().nbytes() >= (last + count) * size
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if length == 0:
             return False
