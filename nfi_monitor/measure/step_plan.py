@@ -96,7 +96,8 @@ class StepPlan:
         copies = 2 if apart else 0  # the gradient and the value before the step
         self._own = [self._empty(size) for size in sizes for _ in range(copies)]
         self._updates = [self._empty(classes, width), self._empty(classes)]
-        self._directions = row_match.directions(width, self._dtype, "cpu")
+        # For each of the four numbers its own direction, one after the other.
+        self._directions = row_match.directions(width, self._dtype, "cpu").double().t().contiguous()
         call, packed = PlanCall(), self._packed.call
         ctypes.memmove(ctypes.addressof(call.step), ctypes.addressof(packed), ctypes.sizeof(packed))
         for name, array in self._addresses.items():

@@ -88,7 +88,7 @@ typedef struct {
     const void *old_weight, *old_bias; /* of the head before the step: memory to write to if copy_head */
     const void *bias;              /* of the head, or NULL */
     const void *features;          /* of the sketch [sketched, width], or NULL */
-    const void *directions;        /* [width, 4] of row_match.py */
+    const double *directions;      /* [4, width] of row_match.py */
     int64_t weight_at, bias_at;    /* the head among the tensors */
     int32_t copy_head;             /* whether the head is not among the coordinates that are read */
 } nfi_plan;
@@ -119,8 +119,8 @@ typedef struct {
                         double *sizes);
     double (*columns64)(const double *row, int64_t n, double *sums, const double *along, double *squares,
                         double *sizes);
-    double (*dot32)(const double *a, const float *b, int64_t n);
-    double (*dot64)(const double *a, const double *b, int64_t n);
+    void (*four32)(const double *a, int64_t stride, const float *b, int64_t n, double *out);
+    void (*four64)(const double *a, int64_t stride, const double *b, int64_t n, double *out);
     void (*add32)(double *sums, const float *row, int64_t n);
     void (*add64)(double *sums, const double *row, int64_t n);
 } nfi_kernels;

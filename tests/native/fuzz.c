@@ -294,7 +294,7 @@ static void fuzz_plan(void)
     head->rows = head->sketched = rows;
     const int64_t feature_strides[] = { head->feature_stride, 1 };
     void *features = matrix(wide ? NFI_FLOAT64 : NFI_FLOAT32, rows, width, feature_strides);
-    void *sketch = vector(wide, 4 * rows), *directions = vector(wide, 4 * width);
+    void *sketch = vector(wide, 4 * rows), *directions = vector(1, 4 * width);
     plan.features = features;
     plan.directions = directions;
     if (draw(2)) head->sketch = sketch;
