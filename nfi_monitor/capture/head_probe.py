@@ -191,7 +191,7 @@ class HeadProbe(ModelHook):
         if self.nodes is not None:  # the rows may be read elsewhere, from this pass on
             self._features = None if features is None else features.detach()
             self._untapped = output.grad_fn
-        self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
+        self._watch(output, features, step, tapped=False, module=module, axis=axis)
 
     def _pass_by(self, module: nn.Module, given: tuple[Any, ...], output: Any, step: int | None) -> None:
         """Keep what a reading elsewhere needs: the node of the head's output, or the features of its rows."""
@@ -245,14 +245,14 @@ class HeadProbe(ModelHook):
         step: int,
         *,
         tapped: bool,
-        weight: Tensor | None = None,
+        module: nn.Module | None = None,
         axis: int = -1,
         made: Logits | None = None,
     ) -> None:
         """Register the gradient hook on ``logits`` [..., K], computed from ``features`` [..., d].
 
         ``axis``: that of the classes, below zero; features have theirs at the same place.  ``made`` registers
-        another hook than that of the tensor.
+        another hook than that of the tensor.  ``module``: the layer whose output the logits are.
         """
         self.fired += 1
         node, hook = (logits.grad_fn, logits.register_hook) if made is None else (made.node, made.hook)
@@ -263,6 +263,7 @@ class HeadProbe(ModelHook):
         if shown is None or (
             not tapped and whole is not None and shown.movedim(axis, -1).shape[-1:] != (whole,)
         ):
+            weight = None if module is None else own_parameter(module, "weight")
             shard = class_shard(logits if shown is None else weight, -1 if shown is None else 0)
             shown = local(logits.detach())
             if shard is None or not plan.row_slots or shown.shape[-1] != shard.classes:
@@ -275,8 +276,9 @@ class HeadProbe(ModelHook):
         if total == 0:
             return  # an empty batch
         wide = shard.outputs if shard else classes
-        stride = row_stride(total, wide, reduced=plan.reduced_sample)
-        self.can_reduce = row_stride(total, wide, reduced=True) > row_stride(total, wide)
+        whole_stride, reduced = row_stride(total, wide), row_stride(total, wide, reduced=True)
+        stride = reduced if plan.reduced_sample else whole_stride
+        self.can_reduce = reduced > whole_stride
         if shard is not None:
             stride = max(stride, -(-total // plan.row_slots))
         first = offset(step, stride)

@@ -69,8 +69,10 @@ class OptimizerReader:
         groups = self.optimizer.param_groups
         known = self._found
         # load_state_dict replaces the groups: a group that is no longer in the list is stale.
-        if known is not None and known[0] is param and any(group is known[1] for group in groups):
-            return known[1]
+        if known is not None and known[0] is param:
+            for group in groups:
+                if group is known[1]:
+                    return group
         for group in groups:
             if any(candidate is param for candidate in group["params"]):
                 self._found = (param, group)
