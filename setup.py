@@ -22,7 +22,15 @@ NATIVE = "nfi_monitor/native"
 FILE = "_nfi.dll" if os.name == "nt" else "_nfi.so"
 SOURCES = [
     f"{NATIVE}/{name}"
-    for name in ("kernels.c", "rows.c", "loss_kind.c", "step.c", "plan.c", "cross_entropy.c")
+    for name in (
+        "kernels.c",
+        "rows.c",
+        "row_totals.c",
+        "loss_kind.c",
+        "step.c",
+        "plan.c",
+        "cross_entropy.c",
+    )
 ]
 OPTIONS = [
     "-std=c11",

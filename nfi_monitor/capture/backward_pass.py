@@ -27,6 +27,9 @@ def nearest_parameter(tensor: Tensor) -> Any:
     """Return the graph node of the parameter nearest to ``tensor``; None if there is none."""
     if tensor.grad_fn is None:
         return None
+    for following, _ in tensor.grad_fn.next_functions:  # of a layer: its bias
+        if isinstance(getattr(following, "variable", None), nn.Parameter):
+            return following
     queue: deque[Any] = deque([tensor.grad_fn])
     seen = {tensor.grad_fn}
     while queue:

@@ -21,7 +21,7 @@ from nfi_monitor.capture import devices
 from nfi_monitor.capture.backward_pass import Pass, nearest_parameter, pass_of
 from nfi_monitor.capture.discarded import Discards
 from nfi_monitor.capture.head_layer import Head, is_layer, own_parameter
-from nfi_monitor.capture.logit_changes import Arrival, arrivals, first_changed
+from nfi_monitor.capture.logit_changes import arrivals, first_changed, multiplies
 from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import Logits, logits_of, takes
 from nfi_monitor.capture.reading_plan import ReadingPlan
@@ -30,7 +30,7 @@ from nfi_monitor.capture.row_samples import features_of, same_rows
 from nfi_monitor.capture.row_samples import rows_of as rows_of
 from nfi_monitor.capture.row_samples import whole_rows as whole_rows
 from nfi_monitor.capture.rows import Rows as Rows
-from nfi_monitor.capture.sampling import local, offset, row_stride
+from nfi_monitor.capture.sampling import local, offset, strides
 from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 NODES = 32
@@ -166,7 +166,7 @@ class HeadProbe(ModelHook):
                 if first_changed(paths) is not None and not head.changed:
                     head = self.head = replace(head, changed=True)
                     self.head_changed(head)
-                self.multiplied = _multiplies(paths)
+                self.multiplied = multiplies(paths)
                 self._watch(found.values, features, step, tapped=False, made=found)
                 return
             if not isinstance(output, Tensor):
@@ -191,7 +191,7 @@ class HeadProbe(ModelHook):
         if self.nodes is not None:  # the rows may be read elsewhere, from this pass on
             self._features = None if features is None else features.detach()
             self._untapped = output.grad_fn
-        self._watch(output, features, step, tapped=False, weight=own_parameter(module, "weight"), axis=axis)
+        self._watch(output, features, step, tapped=False, module=module, axis=axis)
 
     def _pass_by(self, module: nn.Module, given: tuple[Any, ...], output: Any, step: int | None) -> None:
         """Keep what a reading elsewhere needs: the node of the head's output, or the features of its rows."""
@@ -234,7 +234,7 @@ class HeadProbe(ModelHook):
             try:
                 axis = axis if axis < 0 else axis - logits.dim()
                 paths = [] if made is None else arrivals(logits.grad_fn, (made,), at_logits=True)
-                self.multiplied = _multiplies(paths)
+                self.multiplied = multiplies(paths)
                 self._watch(logits, features if axis == -1 else None, step, tapped=True, axis=axis)
             finally:
                 self._spent(time.perf_counter() - started)
@@ -246,14 +246,14 @@ class HeadProbe(ModelHook):
         step: int,
         *,
         tapped: bool,
-        weight: Tensor | None = None,
+        module: nn.Module | None = None,
         axis: int = -1,
         made: Logits | None = None,
     ) -> None:
         """Register the gradient hook on ``logits`` [..., K], computed from ``features`` [..., d].
 
         ``axis``: that of the classes, below zero; features have theirs at the same place.  ``made`` registers
-        another hook than that of the tensor.
+        another hook than that of the tensor.  ``module``: the layer whose output the logits are.
         """
         self.fired += 1
         node, hook = (logits.grad_fn, logits.register_hook) if made is None else (made.node, made.hook)
@@ -267,6 +267,7 @@ class HeadProbe(ModelHook):
         if shown is None or (
             not tapped and whole is not None and shown.movedim(axis, -1).shape[-1:] != (whole,)
         ):
+            weight = None if module is None else own_parameter(module, "weight")
             shard = class_shard(logits if shown is None else weight, -1 if shown is None else 0)
             shown = local(logits.detach())
             if shard is None or not plan.row_slots or shown.shape[-1] != shard.classes:
@@ -279,8 +280,7 @@ class HeadProbe(ModelHook):
         if total == 0:
             return  # an empty batch
         wide = shard.outputs if shard else classes
-        stride = row_stride(total, wide, reduced=plan.reduced_sample)
-        self.can_reduce = row_stride(total, wide, reduced=True) > row_stride(total, wide)
+        stride, self.can_reduce = strides(total, wide, reduced=plan.reduced_sample)
         if shard is not None:
             stride = max(stride, -(-total // plan.row_slots))
         first = offset(step, stride)
@@ -389,11 +389,6 @@ class HeadProbe(ModelHook):
         self._discards.end_step()
         if self.nodes:
             self.nodes.clear()
-
-
-def _multiplies(paths: list[Arrival]) -> bool:
-    """Return whether logits are moved by other amounts than the head's output that they are made of."""
-    return any(path.scaled or path.change is not None for path in paths)
 
 
 class _Given(list["weakref.ref[Rows]"]):

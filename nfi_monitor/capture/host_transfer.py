@@ -23,14 +23,18 @@ class HostTransfer:
     """Queue of copies: ``put`` a packed vector with its label, ``take`` the vectors that have arrived."""
 
     def __init__(self) -> None:
-        self._pending: deque[tuple[Any, Tensor, Any]] = deque()
+        self._pending: deque[tuple[Any, Tensor | None, Any]] = deque()
 
     @property
     def waiting(self) -> bool:
         """Whether the queue is not empty."""
         return bool(self._pending)
 
-    def put(self, label: Any, packed: Tensor) -> None:
+    def put(self, label: Any, packed: Tensor | None) -> None:
+        """Add a vector to the queue; None if the host knows all that the label stands for."""
+        if packed is None:
+            self._pending.append((label, None, None))
+            return
         if devices.late_module(packed.device) is None:
             self._pending.append((label, packed, None))  # on the host, or read when it is taken
             return
@@ -39,8 +43,10 @@ class HostTransfer:
 
     def take(
         self, *, everything: bool = False, due: Callable[[Any], bool] | None = None
-    ) -> list[tuple[Any, Tensor]]:
-        """Return the vectors that have arrived on the host, oldest first; with ``everything``, wait for all.
+    ) -> list[tuple[Any, Any]]:
+        """Return label and vector (or None) of those that have arrived on the host, oldest first.
+
+        ``everything``: wait for all.
 
         ``due(label)``: if given, return exactly the vectors for which it is true, and wait for them.
         """
@@ -54,5 +60,5 @@ class HostTransfer:
                     break
                 event.synchronize()
             self._pending.popleft()
-            arrived.append((label, host.cpu()))
+            arrived.append((label, None if host is None else host.cpu()))
         return arrived

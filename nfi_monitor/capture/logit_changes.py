@@ -165,6 +165,11 @@ def _effect(node: Any, name: str, classes: int) -> tuple[bool, str | None]:
     return name in _SAME_ROWS, None
 
 
+def multiplies(paths: Iterable[Arrival]) -> bool:
+    """Return whether logits are moved by other amounts than the head's output that they are made of."""
+    return any(path.scaled or path.change is not None for path in paths)
+
+
 def first_changed(paths: Iterable[Arrival]) -> Arrival | None:
     """Return the first path if all change the logits, one with a readable softmax if possible; else None."""
     paths = list(paths)

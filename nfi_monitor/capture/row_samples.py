@@ -14,6 +14,8 @@ from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 def same_rows(features: Tensor, logits: Tensor, axis: int) -> bool:
     """Return whether features have the rows of the logits, in the same order (one may be a matrix)."""
+    if axis == -1 and features.dim() == 2 == logits.dim():
+        return len(features) == len(logits) and features.shape[1] > 0 < logits.shape[1]
     if features.dim() == logits.dim():
         shape, wanted = list(features.shape), list(logits.shape)
         return bool(shape) and not (shape.pop(axis) == 0 or wanted.pop(axis) == 0) and shape == wanted
@@ -38,7 +40,7 @@ def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
     """
     classes = tensor.shape[-1]
     try:
-        rows = tensor.view(-1, classes)
+        rows = tensor if tensor.dim() == 2 else tensor.view(-1, classes)
         return rows if stride == 1 else rows[first::stride]
     except RuntimeError:
         # Not torch.unravel_index, which would wait for the device.
@@ -55,7 +57,7 @@ def whole_rows(tensor: Any) -> Tensor | None:
 
     Returns any other tensor itself.
     """
-    if not hasattr(tensor, "to_local"):
+    if type(tensor) is Tensor or not hasattr(tensor, "to_local"):
         return tensor  # type: ignore[no-any-return]
     cut = {getattr(placement, "dim", None) for placement in tensor.placements}
     partial = any(placement.is_partial() for placement in tensor.placements)

@@ -50,6 +50,12 @@ def row_stride(rows: int, classes: int, *, reduced: bool = False) -> int:
     return -(-rows // budget)
 
 
+def strides(rows: int, classes: int, *, reduced: bool) -> tuple[int, bool]:
+    """Return the stride of the plan, and whether the reduced sample is a smaller one."""
+    whole, fewer = row_stride(rows, classes), row_stride(rows, classes, reduced=True)
+    return (fewer if reduced else whole), fewer > whole
+
+
 def offset(step: int, stride: int) -> int:
     """Return the first index of the stride at this step, in [0, stride).
 

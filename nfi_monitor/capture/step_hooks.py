@@ -41,13 +41,20 @@ class StepHooks:
     def install(self) -> None:
         """Register both hooks."""
 
-        def around(which: int, work: Callable[[tuple[Any, ...], dict[str, Any]], None]) -> Any:
+        def around(which: int) -> Any:
             def hook(_optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 enabled = torch.is_grad_enabled()
                 try:
                     try:
                         self._inside = which
-                        work(args, kwargs)
+                        if which == 0:
+                            self._begun = True
+                            self._before((*args, *kwargs.values()) if kwargs else args)
+                        elif self._begun:
+                            # A step that calls the step of its base class runs both hooks twice, nested:
+                            # count one.
+                            self._begun = False
+                            self._after()
                     finally:
                         if self._removed:
                             self._leave_hook()
@@ -60,20 +67,10 @@ class StepHooks:
 
             return untraced(hook)
 
-        def pre(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self._begun = True
-            self._before((*args, *kwargs.values()) if kwargs else args)
-
-        def post(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            # A step that calls the step of its base class runs both hooks twice, nested: count one.
-            begun, self._begun = self._begun, False
-            if begun:
-                self._after()
-
         optimizer, self._optimizer = self._optimizer, None
         if optimizer is not None:
-            self._handles.append(optimizer.register_step_pre_hook(around(0, pre)))
-            self._handles.append(optimizer.register_step_post_hook(around(1, post)))
+            self._handles.append(optimizer.register_step_pre_hook(around(0)))
+            self._handles.append(optimizer.register_step_post_hook(around(1)))
 
     def serve(
         self,

@@ -1,9 +1,10 @@
-"""Measure how far updates are from the levels at which *imminent* begins while rows are absorbed."""
+"""Measure how far updates are from the levels at which *imminent* begins, and what else names a cause."""
 
 from __future__ import annotations
 
 import math
 
+from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.rules.numeric import Imminent, Inflating
 from nfi_monitor.detect.situation import Situation
 
@@ -48,3 +49,23 @@ def _of_swing(now: Situation, height: float) -> float:
         return math.inf
     swing, swell = height * limits.imminent_exit, height * limits.imminent_swell
     return max(math.log(swing / signals.swing), math.log(swell / signals.swell))
+
+
+def causes_now(now: Situation) -> Causes:
+    """Return the present signals in the form that names a mechanism."""
+    signals, context = now.signals, now.context
+    return Causes(
+        step=signals.last_step,
+        violation=signals.violation,
+        no_classes=context.no_classes,
+        on=tuple([name for name, switch in now.switches.items() if switch.on]),
+        gone=now.gradient_vanished,
+        decay=signals.decay_lowest,
+        curvature=signals.curvature_peak,
+        stability_limit=context.stability_limit,
+        learning_rate_jump=signals.learning_rate_jump,
+        update_jump=signals.update_jump,
+        rms_t=signals.rms_t_peak,
+        approach=math.inf if hidden_growth(now) else growth_to_imminent(now, usual=True),
+        outside=now.outside,
+    )

@@ -6,7 +6,7 @@ from enum import Enum
 
 from nfi_monitor.detect.alert_book import AlertBook
 from nfi_monitor.detect.approach import growth_to_imminent, hidden_growth
-from nfi_monitor.detect.rules import RULES
+from nfi_monitor.detect.rules import NEARING_RULES
 from nfi_monitor.detect.rules.numeric import Absorbing
 from nfi_monitor.detect.rules.second_moment import Coasting
 from nfi_monitor.detect.situation import Situation
@@ -48,7 +48,7 @@ _ABSORBING = (Attention.SELDOM, Attention.SOMETIMES, Attention.SOON)
 
 def attention_of(phase: Phase, book: AlertBook, now: Situation) -> Attention:
     """Return how many of the next steps to read, for other reasons than an unusual loss."""
-    if any(rule.nears(now) for rule in RULES) or book.firing(AlertKind.IMMINENT) is not None:
+    if any([rule.nears(now) for rule in NEARING_RULES]) or book.firing(AlertKind.IMMINENT) is not None:
         return Attention.ALWAYS
     # After a loss that is NaN or Inf, the next reading shows whether the weights are finite.
     if book.firing(AlertKind.NON_FINITE) is not None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from nfi_monitor.detect.alert_book import AlertBook, Claim
 from nfi_monitor.detect.alert_writer import AlertWriter
-from nfi_monitor.detect.approach import growth_to_imminent, hidden_growth
+from nfi_monitor.detect.approach import causes_now
 from nfi_monitor.detect.attention import Attention, attention_of
 from nfi_monitor.detect.causes import Causes
 from nfi_monitor.detect.judgement import Judgement
@@ -55,7 +55,7 @@ class Detector:
         )
         self._book = AlertBook(AlertWriter(self._now))
         self._loss_reported = False
-        self._causes = self._observe()
+        self._causes: Causes | None = None  # of the last reading outside of a rise; None: not asked for yet
 
     @property
     def context(self) -> RunContext:
@@ -64,7 +64,9 @@ class Detector:
 
     @context.setter
     def context(self, context: RunContext) -> None:
-        self._now.context = context
+        if context is not self._now.context and context != self._now.context:
+            self._last_causes()  # they are those of the context so far
+            self._now.context = context
 
     @property
     def alerts(self) -> list[Alert]:
@@ -136,11 +138,14 @@ class Detector:
         state = self._judge_loss(reading.step, loss)
         if only_loss and old_state == state == QUIET and math.isfinite(loss):
             return Judgement(self.phase)
-        derived = {} if only_loss else self.signals.update(reading, tau, self.limits)
-        if not only_loss and state == QUIET and self.spike.streak == 0:
-            per_loss, bits = self._is_cross_entropy, self._now.context.loss_bits
-            self.outside.update(reading, moved_by(reading), per_loss=per_loss, loss_bits=bits)
+        if state != QUIET or self.spike.streak:
+            self._last_causes()  # before this reading changes the signals
+        derived: dict[str, float] = {}
         if not only_loss:
+            derived = self.signals.update(reading, tau, self.limits)
+            if state == QUIET and self.spike.streak == 0:
+                per_loss, bits = self._is_cross_entropy, self._now.context.loss_bits
+                self.outside.update(reading, moved_by(reading), per_loss=per_loss, loss_bits=bits)
             self.outside.remember(reading)
         judgement = Judgement(self.phase, derived=derived)
         self._now.reading = reading
@@ -207,16 +212,16 @@ class Detector:
         judgement.phase = Phase.RECOVERING if recovering else Phase.SLINGSHOT
         if not began:
             return
-        causes = self._causes
+        causes = self._last_causes()
         if causes.step < spike.start - 1:  # the update right before the event was not read
             causes = replace(causes, update_jump=math.nan)
         causes = with_outside(causes, self.outside, self._switches, spike.start, self.context.tau)
         from_outside = outside_cause(causes) > 0
         if self._book.firing(AlertKind.AT_RISK) is not None and not from_outside:
             # A warning that would begin at the same reading goes first.
-            phase, before = judgement.phase, self._causes
+            phase = judgement.phase
             self._update_warnings(judgement)
-            judgement.phase, self._causes = phase, before
+            judgement.phase = phase
         self._now.outside = causes.outside
         mechanism, confidence = name_mechanism(causes)
         for kind in _WARNINGS:
@@ -242,10 +247,10 @@ class Detector:
         self._book.end(AlertKind.SLINGSHOT, self.spike.fallen_at, judgement)
         self.signals.calm()
 
-    def _update_warnings(self, judgement: Judgement) -> Causes:
+    def _update_warnings(self, judgement: Judgement) -> Causes | None:
         """Update the rules' switches, in the order of ``RULES``, then the alerts *at risk* and *imminent*.
 
-        Returns the signals that name a cause.
+        Returns the signals that name a cause; None if nothing fires: then nothing has asked for them.
         """
         now, step = self._now, self._now.step
         on: list[Rule] = []
@@ -253,15 +258,12 @@ class Detector:
             switch = self._switches[rule.name]
             if switch.turn(step, rule.stay(now) if switch.on else rule.enter(now)):
                 on.append(rule)
-        causes = self._observe()
-        if on:
-            judgement.phase = max((rule.phase for rule in on), key=_PHASES.index)
-        else:
-            judgement.phase = Phase.HEALTHY
+        judgement.phase = max([rule.phase for rule in on], key=_PHASES.index, default=Phase.HEALTHY)
         signals, movement, tau = self.signals, self._now.movement, self.context.tau
         if not (on or self._book):  # nothing begins, and nothing can end
             movement.update(step, (), tau, at_risk=False)
-            return causes
+            return None
+        causes = self._observe()
         at_risk = [rule for rule in on if AlertKind.AT_RISK in rule.holds]
         moved = (signals.displacement_per_rate, signals.swing)
         movement.update(step, moved, tau, at_risk=bool(at_risk))
@@ -304,27 +306,18 @@ class Detector:
             return Claim(kind, Severity.INFO, mechanism, confidence, may_lower=True, unmoved_since=moved_at)
         return Claim(kind, severity, mechanism, confidence)
 
+    def _last_causes(self) -> Causes:
+        """Return the signals of the last reading outside of a rise, which name the cause of what follows."""
+        if self._causes is None:
+            self._causes = self._observe()
+        return self._causes
+
     def _observe(self) -> Causes:
         """Return the present signals in the form that names a mechanism."""
-        signals, now = self.signals, self._now
-        context = now.context
         # A leap of the loss is an event itself, and no sign of one to come.
-        now.outside = self.outside.before(signals.last_step + 1, context.tau, leap=False)
-        return Causes(
-            step=signals.last_step,
-            violation=signals.violation,
-            no_classes=context.no_classes,
-            on=tuple([name for name, switch in self._switches.items() if switch.on]),
-            gone=now.gradient_vanished,
-            decay=signals.decay_lowest,
-            curvature=signals.curvature_peak,
-            stability_limit=context.stability_limit,
-            learning_rate_jump=signals.learning_rate_jump,
-            update_jump=signals.update_jump,
-            rms_t=signals.rms_t_peak,
-            approach=math.inf if hidden_growth(now) else growth_to_imminent(now, usual=True),
-            outside=now.outside,
-        )
+        tau, next_step = self._now.context.tau, self.signals.last_step + 1
+        self._now.outside = self.outside.before(next_step, tau, leap=False)
+        return causes_now(self._now)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state in plain types, which JSON and torch.save both keep."""
@@ -337,7 +330,7 @@ class Detector:
             "outside": self.outside.state_dict(),
             "switches": {name: switch.state_dict() for name, switch in self._switches.items()},
             "loss_reported": self._loss_reported,
-            "causes": self._causes.state_dict(),
+            "causes": self._last_causes().state_dict(),
             "record": self.record.state_dict(),
             "movement": self._now.movement.state_dict(),
         }

@@ -11,6 +11,7 @@ A rise of the loss is measured from a running average of log loss, in standard d
 from __future__ import annotations
 
 import math
+from bisect import insort
 from typing import Any
 
 from nfi_monitor.detect.smoothing import Stateful
@@ -41,7 +42,7 @@ class LossBaseline(Stateful):
         self.nats: bool | None = True  # the loss is a cross-entropy in nats; None: unknown
         self.of_head = True  # the loss is the cross-entropy of the head's logits: no hinge, no penalties
         self.unit = 1.0  # U
-        self.first: list[float] = []  # the first losses, until U is known
+        self.first: list[float] = []  # the first losses in ascending order, until U is known
         self.average = math.nan  # running average of log loss
         self.slow = math.nan  # slower running average of log loss
         self.noise = 0.0  # mean absolute change of log loss from reading to reading: a trend hardly counts
@@ -56,6 +57,7 @@ class LossBaseline(Stateful):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what ``state_dict`` returned, also by an earlier version."""
         super().load_state_dict(state)
+        self.first.sort()  # earlier versions kept the order in which they came
         if "of_head" not in state:
             self.of_head = self.nats is True
         if "highest" not in state:
@@ -72,7 +74,7 @@ class LossBaseline(Stateful):
     def early(self) -> float:
         """The loss at which the run began, if it is the cross-entropy of the head's logits; else ∞."""
         known = len(self.first) == FIRST or self.readings >= MEMORY  # an earlier version kept fewer losses
-        early = sorted(self.first)[len(self.first) // 2] if known and self.first else math.inf
+        early = self.first[len(self.first) // 2] if known and self.first else math.inf
         return early if self.of_head and 0.0 < early <= HIGHEST_NATS else math.inf
 
     @property
@@ -139,8 +141,8 @@ class LossBaseline(Stateful):
     def find_unit(self, loss: float) -> None:
         """Set the unit from the early level: the median of the first losses."""
         if len(self.first) < FIRST:
-            self.first.append(loss)
-        early = sorted(self.first)[len(self.first) // 2]
+            insort(self.first, loss)
+        early = self.first[len(self.first) // 2]
         if early == 0.0:
             self.unit = 1.0
         elif self.nats is False or early > HIGHEST_NATS:

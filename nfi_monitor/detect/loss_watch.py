@@ -68,22 +68,26 @@ class LossWatch(Stateful):
         high = limits.spike_high
         if self.losses >= MEMORY:  # in the first losses the unit is not known
             floor, high = floor * unit, high * unit
-        floored = max(loss, floor)
-        low = self.average <= math.log(high)
-        leaps = low and floored > self.leap * max(self.highest, self.before)
-        self.leap = min(self.leap * LEARNS, MOST) if leaps else max(self.leap * FORGETS, LEAP)
+        # Comparisons and not max(): this runs at every step.
+        floored = loss if loss > floor else floor
+        log_loss, average = math.log(floored), self.average
+        highest, before = self.highest, self.before
+        low = average <= math.log(high)
+        leaps = low and floored > self.leap * (highest if highest > before else before)
+        if leaps:
+            self.leap = min(self.leap * LEARNS, MOST)
+        elif self.leap > LEAP:
+            self.leap = max(self.leap * FORGETS, LEAP)
         unusual = leaps or (loss > self.last and self.falls >= FALLS)
-        self.losses = min(self.losses + 1, MEMORY)
-        self.average = (
-            math.log(floored)
-            if math.isnan(self.average)
-            else self.average + (math.log(floored) - self.average) / self.losses
-        )
+        if self.losses < MEMORY:
+            self.losses += 1
+        self.average = log_loss if average != average else average + (log_loss - average) / self.losses
         self.falls = self.falls + 1 if loss < self.last else 0
         self.last = loss
         if self.count == BLOCK:
             self.before, self.highest, self.count = self.highest, 0.0, 0
-        self.highest = max(self.highest, floored)
+        if floored > self.highest:
+            self.highest = floored
         self.count += 1
         if unusual:
             self.until = step + STEPS

@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import chain
 from typing import Any
 
 from nfi_monitor.detect.signals import felt_displacement
@@ -238,10 +237,14 @@ class OutsideWatch(Stateful):
     def remember(self, reading: Reading) -> None:
         """Keep RMS_t and the second moment of a full reading, also in an event."""
         # Of the head: below it, coordinates without a gradient (dead units) have a small second moment.
-        values = [reading.get("rms_t_head"), reading.get("head_sqrt_exp_avg_sq_mean")]
-        if all(math.isfinite(value) and value > 0 for value in values):
-            kept = [item for item in self._second_moments() if item[0] < reading.step][1 - MEMORY :]
-            self.second_moments = [*chain.from_iterable(kept), float(reading.step), *values]
+        values = reading.get("rms_t_head"), reading.get("head_sqrt_exp_avg_sq_mean")
+        if 0.0 < values[0] < math.inf and 0.0 < values[1] < math.inf:
+            known = self.second_moments
+            kept = len(known)
+            while kept and known[kept - 3] >= reading.step:  # the step counter was set back
+                kept -= 3
+            first = max(kept - 3 * (MEMORY - 1), 0)
+            self.second_moments = [*known[first:kept], float(reading.step), *values]
 
     def _second_moments(self) -> list[tuple[float, ...]]:
         """Return (step, RMS_t, mean sqrt(v̂)) of each of the last MEMORY readings."""

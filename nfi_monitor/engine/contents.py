@@ -28,8 +28,13 @@ class Contents(NamedTuple):
     absorbed: Callable[[Mapping[int, int]], None] = lambda counts: None
     """Called with the absorbed rows of ``late_rows`` by class."""
 
-    def unpack(self, vector: Tensor, failed: Failed) -> dict[str, float]:
-        """Return the quantities by name. ``vector``: on the host. ``failed`` gets errors."""
+    def unpack(self, vector: Tensor | None, failed: Failed) -> dict[str, float]:
+        """Return the quantities by name. ``failed`` gets errors.
+
+        ``vector``: on the host; None if all is ``known``.
+        """
+        if vector is None:
+            return self.known
         if self.late_rows or self.late_step is not None:
             return self._finish(vector, failed)
         values, numbers = dict(self.known), vector.tolist()

@@ -152,7 +152,9 @@ class Judge:
             rest = {name: value for name, value in reading.values.items() if name != "loss"}
             reading = Reading(reading.step, rest)
         if full:
-            reading = Reading(reading.step, self._row_values.known(reading.step, reading.values))
+            values = self._row_values.known(reading.step, reading.values)
+            if values is not reading.values:
+                reading = Reading(reading.step, values)
         judgement = Judgement(self.detector.phase)
         if not self._faults.is_off("detector"):
             try:

@@ -218,8 +218,7 @@ class StepLoop:
             deferred = not (read or self.transfer.waiting) and self.losses.defer(self.step)
             if not deferred:
                 if read:
-                    with torch.no_grad():
-                        self._measure()
+                    self._measure()
                 elif self.losses.observed:
                     self._loss_only()
                 if self.membership.exchange is None:
@@ -263,8 +262,10 @@ class StepLoop:
 
     def _measure(self) -> None:
         """Read this step: for the exchange with the other ranks, or for this process alone."""
-        if self.membership.measure(self.step):
-            return
+        if self.membership.exchange is not None:
+            with torch.no_grad():
+                if self.membership.measure(self.step):
+                    return
         contents, packed = self.step_reader.read(self.step, self.losses)
         self.judge.judge_deferred()
         self.losses.flush(self.transfer)
@@ -313,6 +314,9 @@ class StepLoop:
 
     def look_ahead(self) -> None:
         """Choose the next step to read, and the losses that may be deferred, from the readings so far."""
+        if self.every == 1:
+            self.next_read = self.wanted_step = self.step + 1
+            return
         detector = self.detector
         attention = detector.attention
         # Defer losses only in a healthy run of one process, if no sink takes readings.

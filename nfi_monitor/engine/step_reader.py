@@ -32,7 +32,7 @@ from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.native_step import step_statistics
 from nfi_monitor.measure.planned_steps import PlannedSteps
 from nfi_monitor.measure.row_match import row_match, row_sketch
-from nfi_monitor.measure.rows import LossKind
+from nfi_monitor.measure.rows import LossKind, finish
 from nfi_monitor.measure.step import SKIPPED
 from nfi_monitor.ranks.exchange import Exchange
 from nfi_monitor.ranks.layout import Message
@@ -110,8 +110,7 @@ class StepReader:
                 self._measure_rows(self._asked.popleft())
 
     def _measure_rows(self, rows: Rows) -> None:
-        with torch.no_grad(), full_precision(rows.grad):
-            self.rows.add(rows.finished(self._loss_dtype))
+        self.rows.add(rows.finished(self._loss_dtype))
 
     def begin(self, step: int, given: Sequence[Any], *, alone: bool = False) -> None:
         """Read gradients and weights before the step.
@@ -141,8 +140,10 @@ class StepReader:
         self.forget_rows()
         self.rows.discard()
 
-    def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor]:
-        """Return one packed vector for this step: row sums, row maxima, step quantities, loss."""
+    def read(self, step: int, losses: LossQueue) -> tuple[Contents, Tensor | None]:
+        """Return one packed vector for this step: row sums, row maxima, step quantities, loss.
+
+        None in place of the vector if the host knows all."""
         self._look_at(losses)
         self.finish_rows()
         rows = self.rows
@@ -160,17 +161,22 @@ class StepReader:
             except Exception as error:
                 self.memory = None  # the next step must not be compared with what may be the cause
                 self.failed("optimizer", error)
+        if rows.numbers is not None:
+            known |= finish(rows.numbers.sums, rows.numbers.maxima, single_output=False)
         packed += [] if late is None else late.flat
         self.add_probe(values, step)
         loss = losses.mean()
-        parts = [*packed, *values.values()]
-        if isinstance(loss, Tensor) and devices.on_host(loss) and not all(map(devices.on_host, parts)):
+        if isinstance(loss, Tensor) and devices.on_host(loss):
             loss = loss.item()  # the host knows it: do not send it to the device and back
         if isinstance(loss, Tensor):
             values["loss"] = loss
         elif loss is not None:
             known["loss"] = loss
-        parts = devices.together([*packed, *(value.reshape(1) for value in values.values())])
+        if not packed and not values:
+            return Contents(step, False, (), known, False), None
+        with torch.no_grad():
+            parts = devices.together([*packed, *(value.reshape(1) for value in values.values())])
+            vector = torch.cat(parts)
         contents = Contents(
             step,
             has_rows,
@@ -181,7 +187,7 @@ class StepReader:
             None if late is None else late.outline(),
             rows.count_absorbed,
         )
-        return contents, torch.cat(parts) if parts else torch.empty(0, device="cpu")
+        return contents, vector
 
     def _step_quantities(
         self, step: int
@@ -195,12 +201,18 @@ class StepReader:
                 known, self.memory = read
                 return {}, known, None
             self._before = self._planned.before_step()
+        with torch.no_grad():
+            return self._by_tensors(step)
+
+    def _by_tensors(
+        self, step: int
+    ) -> tuple[dict[str, Tensor], dict[str, float], Late[dict[str, float]] | None]:
         update = self.update(step)
         if update is None:
             self.memory = None
             return {}, {}, None
         values: dict[str, Tensor] = {}
-        known = {}
+        known: dict[str, float] = {}
         measured, late = self.statistics(update, self.rows.feature_mean, step)
         for name, value in measured.items():
             if isinstance(value, Tensor):

@@ -15,6 +15,7 @@ from nfi_monitor.measure import global_means
 from nfi_monitor.measure.late.packing import Late
 from nfi_monitor.measure.late.rows import KnownLoss, absorbed_classes, late_rows
 from nfi_monitor.measure.native_rows import row_statistics
+from nfi_monitor.measure.row_plan import FEATURE_ROWS, HostRows, RowPlans
 from nfi_monitor.measure.rows import (
     MISMATCH,
     OTHER_LOSS,
@@ -38,8 +39,6 @@ trained, or have a schedule."""
 RARELY = 8
 """While rows are none of a cross-entropy's, the loss is checked in one of so many readings: what looks like
 another loss may be a factor that is still near 1."""
-FEATURE_ROWS = 64
-"""Number of rows of features kept until the optimizer step, for the logit displacement."""
 
 
 def looks(step: int) -> bool:
@@ -63,8 +62,9 @@ class Facts(NamedTuple):
 
     def differ(self, before: Facts) -> bool:
         """Return whether the loss looks like another one than before."""
-        near = abs(self.slope - before.slope) <= SAME_SLOPE * abs(before.slope)
-        return self._replace(slope=before.slope) != before or not near
+        if self.eps != before.eps or self.other_loss != before.other_loss:
+            return True
+        return not abs(self.slope - before.slope) <= SAME_SLOPE * abs(before.slope)
 
 
 class RowAccumulator:
@@ -79,6 +79,7 @@ class RowAccumulator:
         self.absorbed: dict[int, float] = {}
         self.single_output: bool | None = None
         self._known = KnownLoss()
+        self._plans = RowPlans()
         self.sums: Tensor | None = None
         self.shards: list[ShardRows] = []  # rows whose other classes are on other ranks
         self.facts: Facts | None = None
@@ -98,11 +99,12 @@ class RowAccumulator:
         self._step, self._kind_before = step, self.loss_kind
         self.sums = None
         self.maxima: Tensor | None = None
+        self.numbers: HostRows | None = None  # in place of sums and maxima, where the host knows them
         self.shards, self.late = [], []
         self.shard: ClassShard | None = None
         self.features: Tensor | None = None
         self._feature_sum: Tensor | None = None
-        self._feature_count: Tensor | None = None
+        self._feature_count: Tensor | float | None = None
 
     @property
     def loss_kind(self) -> LossKind | None:
@@ -118,7 +120,7 @@ class RowAccumulator:
     @property
     def measured(self) -> bool:
         """Whether rows of this step were measured whole."""
-        return self.sums is not None or bool(self.late)
+        return self.numbers is not None or self.sums is not None or bool(self.late)
 
     def look_ahead(self, waiting: Sequence[Rows]) -> None:
         """Learn the kind of loss from all passes of the first step, before the first of them is measured.
@@ -158,6 +160,7 @@ class RowAccumulator:
         self.facts = facts
 
     def add(self, rows: Rows) -> None:
+        """Measure rows, and add them to those of this step."""
         device = rows.grad.device
         if device not in self.devices:
             # The backward pass of each device runs in a thread of its own. Appending makes the first device
@@ -167,13 +170,25 @@ class RowAccumulator:
             self._elsewhere = device
             return
         self.single_output = rows.shard is None and rows.logits.shape[-1] == 1
+        look = self.look_again or looks(self._step)
+        kind = self.loss_kind
+        if kind is not None and not look and self.sums is None and rows.shard is None:
+            found = self._plans.measure(rows, kind)
+            if found is not None:
+                self._add_numbers(found)
+                return
+        with torch.no_grad(), devices.full_precision(rows.grad):
+            self.settle()
+            self._add_tensors(rows, look=look)
+
+    def _add_tensors(self, rows: Rows, *, look: bool) -> None:
+        """Measure rows with a tensor for each result."""
         if self.single_output:
             self._merge(rows, single_output_statistics(rows.grad, rows.logits, rows.total))
             return
         if rows.shard is not None:
             self._add_shard(rows, rows.shard)
             return
-        look = looks(self._step) or self.look_again
         if not devices.on_host(rows.grad) and len(rows.grad):
             late, counts = late_rows(rows, self._known, look=look)
             self.late.append(late)
@@ -200,6 +215,37 @@ class RowAccumulator:
         """Add absorbed rows by class."""
         for index, count in absorbed.items():
             self.absorbed[index] = self.absorbed.get(index, 0.0) + count
+
+    def _add_numbers(self, found: HostRows) -> None:
+        """Add rows whose numbers the host knows."""
+        before, count = self.numbers, found.counted
+        if before is None:
+            self.numbers = found
+        else:
+            self.numbers = found._replace(
+                sums=[a + b for a, b in zip(before.sums, found.sums, strict=True)],
+                # As torch.maximum: NaN stays.
+                maxima=[
+                    a if a >= b or a != a else b for a, b in zip(before.maxima, found.maxima, strict=True)
+                ],
+                wide=before.wide or found.wide,
+            )
+        self.count_absorbed(found.absorbed)
+        if found.feature_sum is None:
+            return
+        if self._feature_sum is None or self._feature_count is None:
+            self._feature_sum, self._feature_count, self.features = found.feature_sum, count, found.features
+        else:
+            self._feature_sum = self._feature_sum + found.feature_sum
+            self._feature_count = self._feature_count + count
+
+    def settle(self) -> None:
+        """Make tensors of the numbers: other rows are added to them, or the other ranks need them."""
+        if self.numbers is not None:
+            known, self.numbers = self.numbers, None
+            dtype = torch.float64 if known.wide else torch.float32
+            self.sums = torch.tensor(known.sums, dtype=dtype, device="cpu")
+            self.maxima = torch.tensor(known.maxima, dtype=dtype, device="cpu")
 
     def _merge(self, rows: Rows, statistics: RowStatistics) -> None:
         if self.sums is None or self.maxima is None:
@@ -230,13 +276,16 @@ class RowAccumulator:
         """Return Σ h [d] over the rows that count, and their number; None without features."""
         if self._feature_sum is None or self._feature_count is None:
             return None
-        return self._feature_sum, self._feature_count
+        count = self._feature_count
+        if not isinstance(count, Tensor):
+            count = torch.tensor(count, dtype=self._feature_sum.dtype, device=self._feature_sum.device)
+        return self._feature_sum, count
 
     @property
     def feature_mean(self) -> Tensor | None:
         """Return μ_G [d] over the rows that count; NaN where none does, None without features."""
-        total = self.feature_total
-        return None if total is None else total[0] / total[1]
+        total, count = self._feature_sum, self._feature_count
+        return None if total is None or count is None else total / count
 
     def most_absorbed(self, limit: int | None) -> list[tuple[int, float]]:
         """Return (class, absorbed rows), largest count first."""

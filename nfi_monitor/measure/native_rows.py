@@ -8,7 +8,6 @@ is that close to it.
 from __future__ import annotations
 
 import ctypes
-from ctypes import c_double, c_int32, c_int64, c_void_p
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from nfi_monitor.measure import rows as eager
 from nfi_monitor.measure.loss_kind import LossKind
 from nfi_monitor.measure.rows import MAXIMA, SUMS, RowStatistics
 from nfi_monitor.native import library
+from nfi_monitor.native.calls import RowsCall
 
 _SUMS = (
     "live", "absorbed", "above_floor", "underflowed", "silent", "finite",
@@ -36,7 +36,7 @@ _SUMS = (
 )  # fmt: skip
 _MAXIMA = ("violation_max", "negative_margin_min", "epsilon", "logit_scale", "mismatch", "uneven")
 """The results of rows.c, in its order."""
-_THRESHOLDS = (
+THRESHOLDS_OF_ROWS = (
     eager.ZERO_SUM,
     logit_scale.SURE,
     logit_scale.FEWEST,
@@ -63,32 +63,6 @@ _NARROWER = {  # bits that nfi_shown returns, the narrowest last
 _NONZERO = 8
 
 
-class _Call(ctypes.Structure):
-    """``nfi_rows_call`` of nfi.h."""
-
-    _fields_ = (
-        ("grad", c_void_p),
-        ("logits", c_void_p),
-        ("grad_strides", c_int64 * 2),
-        ("logit_strides", c_int64 * 2),
-        ("rows", c_int64),
-        ("classes", c_int64),
-        ("total", c_int64),
-        ("grad_dtype", c_int32),
-        ("logit_dtype", c_int32),
-        ("wide", c_int32),
-        ("look", c_int32),
-        ("summation_error", c_double),
-        ("facts", c_double * len(LossKind._fields)),
-        ("thresholds", c_double * len(_THRESHOLDS)),
-        ("sums", c_void_p),
-        ("maxima", c_void_p),
-        ("counts", c_void_p),
-        ("absorbed", c_void_p),
-        ("winner", c_void_p),
-    )
-
-
 def row_statistics(
     grad: Tensor, logits: Tensor, rows: int, loss_kind: LossKind | None = None, *, look: bool = True
 ) -> RowStatistics:
@@ -107,10 +81,14 @@ def row_statistics(
     return eager.row_statistics(grad, logits, rows, loss_kind, look=look)
 
 
+def measures_all() -> bool:
+    """Return whether the library computes all quantities of rows: none is declared elsewhere."""
+    return SUMS == _SUMS and MAXIMA == _MAXIMA
+
+
 def _fits(grad: Tensor, logits: Tensor) -> bool:
     return (
-        SUMS == _SUMS
-        and MAXIMA == _MAXIMA
+        measures_all()
         and grad.dim() == 2
         and grad.shape == logits.shape
         and grad.shape[1] > 1
@@ -133,7 +111,7 @@ def _measured(
         torch.empty(count, dtype=dtype, device="cpu"),
     )
     winner = torch.empty(count, dtype=torch.int64, device="cpu")
-    call = _Call(
+    call = RowsCall(
         grad.data_ptr(),
         logits.data_ptr(),
         grad.stride(),
@@ -147,7 +125,7 @@ def _measured(
         look,
         zero_sum.summation_error(dtype, classes),
         (),
-        _THRESHOLDS,
+        THRESHOLDS_OF_ROWS,
         sums.data_ptr(),
         maxima.data_ptr(),
         counts.data_ptr(),
@@ -157,7 +135,7 @@ def _measured(
     address = ctypes.addressof(call)
     if look or kind is None:
         kind = _shown(loaded, call, address, grad, kind)
-    call.facts = _numbers(kind)
+    call.facts = numbers_of(kind)
     if loaded.nfi_rows(address):
         raise MemoryError(f"no memory for {count} rows of {classes} classes")
     if look:
@@ -168,7 +146,7 @@ def _measured(
     return RowStatistics(sums, maxima, counts, winner, absorbed, kind)
 
 
-def _shown(loaded: Any, call: _Call, address: int, grad: Tensor, known: LossKind | None) -> LossKind:
+def _shown(loaded: Any, call: RowsCall, address: int, grad: Tensor, known: LossKind | None) -> LossKind:
     """Look at the precision of the gradient and at the factor after the head, as eager code does."""
     dtype = zero_sum.accumulation_dtype(grad.dtype)
     fits = loaded.nfi_shown(address)
@@ -195,7 +173,7 @@ def _shown(loaded: Any, call: _Call, address: int, grad: Tensor, known: LossKind
 _last: tuple[LossKind | None, tuple[float, ...]] = (None, ())
 
 
-def _numbers(kind: LossKind) -> tuple[float, ...]:
+def numbers_of(kind: LossKind) -> tuple[float, ...]:
     """Return the facts as numbers. Those of the last call are kept, because they rarely change."""
     global _last
     known, numbers = _last

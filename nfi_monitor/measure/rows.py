@@ -332,7 +332,7 @@ def single_output_statistics(grad: Tensor, logits: Tensor, rows: int) -> RowStat
 
 def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: bool) -> dict[str, float]:
     """Turn merged sums and maxima into quantities by name, on the host, without those that no row shows."""
-    s = dict(zip(SUMS, sums, strict=True))
+    s, most = dict(zip(SUMS, sums, strict=True)), dict(zip(MAXIMA, maxima, strict=True))
     if s["sampled"] == 0:
         return {}
     values = {
@@ -350,21 +350,21 @@ def finish(sums: Sequence[float], maxima: Sequence[float], *, single_output: boo
         values["underflowed_fraction"] = s["underflowed"] / s["counted"]
         values |= _means(s, declared.OVER_COUNTED, s["counted"])
         values["margin_median"] = s["margin_median_rows"] / s["counted"]
-        values["loss_epsilon"] = maxima[MAXIMA.index("epsilon")]
-        if maxima[MAXIMA.index("logit_scale")] != 1.0:
-            values["logit_scale"] = maxima[MAXIMA.index("logit_scale")]
+        values["loss_epsilon"] = most["epsilon"]
+        if most["logit_scale"] != 1.0:
+            values["logit_scale"] = most["logit_scale"]
         for name in ("mismatch", "uneven"):
-            if maxima[MAXIMA.index(name)] > MISMATCH:
-                values[f"{name}_fraction"] = maxima[MAXIMA.index(name)]
-        values["margin_min"] = -maxima[MAXIMA.index("negative_margin_min")]
+            if most[name] > MISMATCH:
+                values[f"{name}_fraction"] = most[name]
+        values["margin_min"] = -most["negative_margin_min"]
     if s["live"]:
         values["zero_sum_violation"] = s["violation"] / s["live"]
-        values["zero_sum_violation_max"] = maxima[MAXIMA.index("violation_max")]
+        values["zero_sum_violation_max"] = most["violation_max"]
         values["zero_sum_violation_share"] = s["above_floor"] / s["live"]
         values["zero_sum_violation_batch"] = (
             min(abs(s["signed"]) / s["absolute"], 1.0) if s["absolute"] > 0 else math.nan
         )
-        if maxima[MAXIMA.index("mismatch")] <= OTHER_LOSS:  # a row of a preference has no correct class
+        if most["mismatch"] <= OTHER_LOSS:  # a row of a preference has no correct class
             values["absorbed_fraction"] = s["absorbed"] / s["live"]
             values["partially_absorbed_fraction"] = max(s["above_floor"] - s["absorbed"], 0.0) / s["live"]
         if not math.isnan(s["unexplained"]):

@@ -35,7 +35,6 @@ class StepPlan:
         """Use ``planned_steps.plan_for``, which checks that all tensors can be read."""
         self._reader, self._layout, self._head, self._weight = reader, layout, head, weight
         self._params, self._sample = layout.params, layout.sample
-        self._ids = [*map(id, layout.params)]
         self._reduced, self._checked_at = reader.plan.reduced_sample, reader.check.version
         self._dtype = weight.dtype
         count, total = len(layout.params), layout.sample.spans[-1][1]
@@ -57,6 +56,9 @@ class StepPlan:
         self._constants: list[tuple[Any, ...]] = []
         self._call = self._prepared()
         self._step, self._around = self._call.step, self._call.head
+        self._address = ctypes.addressof(self._call)
+        self._parts = [self._parts_of(grad, before) for grad, before, _ in self._kept]
+        self._sketches = [self._empty(0) for _ in self._kept]
         self._states = [reader.optimizer.state[param] for param in layout.params]
         self._names = [next(name for name in MOMENTS if name in state) for state in self._states]
         self._known = [*map(Tensor.data_ptr, layout.params)]
@@ -94,7 +96,8 @@ class StepPlan:
         copies = 2 if apart else 0  # the gradient and the value before the step
         self._own = [self._empty(size) for size in sizes for _ in range(copies)]
         self._updates = [self._empty(classes, width), self._empty(classes)]
-        self._directions = row_match.directions(width, self._dtype, "cpu")
+        # For each of the four numbers its own direction, one after the other.
+        self._directions = row_match.directions(width, self._dtype, "cpu").double().t().contiguous()
         call, packed = PlanCall(), self._packed.call
         ctypes.memmove(ctypes.addressof(call.step), ctypes.addressof(packed), ctypes.sizeof(packed))
         for name, array in self._addresses.items():
@@ -125,48 +128,54 @@ class StepPlan:
 
     def before(self) -> bool:
         """Copy gradients and weights. Returns False if the plan no longer holds: drop it then."""
-        loaded, params, dtype = library.library(), self._params, self._dtype
-        optimizer = self._reader.optimizer
-        grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
-        given = [param for group in optimizer.param_groups for param in group["params"]]
-        ids = [id(param) for param, grad in zip(given, grads, strict=True) if grad is not None]
-        if loaded is None or ids != self._ids or not self._holds():
+        loaded = library.library()
+        if loaded is None or not self._holds() or not self._find_gradients():
             return False
-        found = [grad for grad in grads if grad is not None]
-        for grad in found:
-            if (
-                type(grad) is not Tensor
-                or grad.dtype is not dtype
-                or grad.layout is not torch.strided
-                or not grad.is_contiguous()
-                or grad.is_neg()
-            ):
-                return False
-        places = [*map(Tensor.data_ptr, found)]
-        if (
-            [*map(Tensor.data_ptr, params)] != self._known
-            or 0 in places
-            or self._head.weight is not self._weight
-        ):
+        if [*map(Tensor.data_ptr, self._params)] != self._known or self._head.weight is not self._weight:
             return False
-        self._addresses["grads"][:] = places
         self._turn ^= 1
         grad, before, _ = self._kept[self._turn]
         self._step.grad, self._step.before = grad.data_ptr(), before.data_ptr()
-        self._point_at_head(grad, before)
-        loaded.nfi_before(ctypes.addressof(self._call))
+        self._point_at_head()
+        loaded.nfi_before(self._address)
         return True
 
-    def _point_at_head(self, grad: Tensor, before: Tensor) -> None:
+    def _find_gradients(self) -> bool:
+        """Set where the gradients are. Returns False if they are not those that the plan was made for."""
+        params, dtype, places, found = self._params, self._dtype, self._addresses["grads"], 0
+        for group in self._reader.optimizer.param_groups:
+            for param in group["params"]:
+                grad = param.grad
+                if grad is None:
+                    continue
+                if (
+                    found == len(params)
+                    or param is not params[found]
+                    or type(grad) is not Tensor
+                    or grad.dtype is not dtype
+                    or grad.layout is not torch.strided
+                    or not grad.is_contiguous()
+                    or grad.is_neg()
+                ):
+                    return False
+                place = places[found] = grad.data_ptr()
+                if not place:  # the storage was freed
+                    return False
+                found += 1
+        return found == len(params)
+
+    def _parts_of(self, grad: Tensor, before: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return gradient and value before the step of the head's weight and bias."""
+        if self._apart:
+            return [*zip(self._own[::2], self._own[1::2], strict=True)]
+        spans = [self._sample.spans[place] for place in self._places]
+        return [(grad[start:end], before[start:end]) for start, end in spans]
+
+    def _point_at_head(self) -> None:
         """Set where the head's gradient and its values before the step are."""
         call, around, head = self._call, self._around, self._head
-        if self._apart:
-            pairs = [*zip(self._own[::2], self._own[1::2], strict=True)]
-        else:
-            spans = [self._sample.spans[place] for place in self._places]
-            pairs = [(grad[start:end], before[start:end]) for start, end in spans]
-        self._head_parts = pairs
-        (weight_grad, weight), *rest = pairs
+        self._head_parts = self._parts[self._turn]
+        (weight_grad, weight), *rest = self._head_parts
         around.grad, call.old_weight = weight_grad.data_ptr(), weight.data_ptr()
         if rest:
             around.bias_grad, call.old_bias = rest[0][0].data_ptr(), rest[0][1].data_ptr()
@@ -207,7 +216,7 @@ class StepPlan:
         before = previous if previous is not None and previous.step == step - 1 else None
         comparable = self._set_memory(before)
         rows = self._set_rows(features, mean, before)
-        if loaded.nfi_after(ctypes.addressof(self._call)):
+        if loaded.nfi_after(self._address):
             raise MemoryError("no memory for an optimizer step")
         grad, weights, preconditioner = self._kept[self._turn]
         memory = Memory(step, weights, grad, preconditioner, mean, self._sample.layout, rows)
@@ -329,7 +338,9 @@ class StepPlan:
             around.features = call.features
         if len(features) < 2:
             return None
-        rows = self._empty(len(features) * row_match.WIDTH)
+        rows = self._sketches[self._turn]
+        if len(rows) != len(features) * row_match.WIDTH:
+            rows = self._sketches[self._turn] = self._empty(len(features) * row_match.WIDTH)
         around.sketch, around.sketched = rows.data_ptr(), len(features)
         known = None if before is None else before.rows
         if known is not None and known.shape == rows.shape and known.dtype is self._dtype:

@@ -1,4 +1,4 @@
-"""Declare the arguments of the library's functions that read an optimizer step, as nfi.h does."""
+"""Declare the arguments of the library's functions, as nfi.h does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,49 @@ HEAD_NAMES = (
     "zero_sum_violation_bias", "row_match",
 )  # fmt: skip
 """The results of ``nfi_step_call`` and ``nfi_head_call``, in their order."""
+
+ROW_SUMS, ROW_MAXIMA, FACTS, THRESHOLDS = 22, 6, 7, 18
+"""Numbers of results, of facts about the loss and of thresholds in ``nfi_rows_call``."""
+
+
+class RowsCall(Structure):
+    """``nfi_rows_call`` of nfi.h."""
+
+    _fields_ = (
+        ("grad", c_void_p),
+        ("logits", c_void_p),
+        ("grad_strides", c_int64 * 2),
+        ("logit_strides", c_int64 * 2),
+        ("rows", c_int64),
+        ("classes", c_int64),
+        ("total", c_int64),
+        ("grad_dtype", c_int32),
+        ("logit_dtype", c_int32),
+        ("wide", c_int32),
+        ("look", c_int32),
+        ("summation_error", c_double),
+        ("facts", c_double * FACTS),
+        ("thresholds", c_double * THRESHOLDS),
+        ("sums", c_void_p),
+        ("maxima", c_void_p),
+        ("counts", c_void_p),
+        ("absorbed", c_void_p),
+        ("winner", c_void_p),
+    )
+
+
+class RowTotalsCall(Structure):
+    """``nfi_row_totals_call`` of nfi.h."""
+
+    _fields_ = (
+        ("rows", RowsCall),
+        ("features", c_void_p),
+        *((name, c_int64) for name in ("width", "feature_stride", "keep")),
+        ("feature_wide", c_int32),
+        ("feature_sum", c_void_p),
+        ("kept", c_void_p),
+        ("totals", c_double * (ROW_SUMS + ROW_MAXIMA)),
+    )
 
 
 class StepCall(Structure):

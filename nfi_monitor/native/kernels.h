@@ -349,12 +349,26 @@ EXPONENTIALS(double, 64)
         return dot;                                                                                         \
     }                                                                                                       \
                                                                                                             \
-    static double NAME(dot##BITS)(const double *a, const REAL *b, int64_t n)                                \
+    /* The products of four rows of doubles, stride apart, with one row. */                                \
+    static void NAME(four##BITS)(                                                                           \
+        const double *restrict a, int64_t stride, const REAL *restrict b, int64_t n, double *restrict out)  \
     {                                                                                                       \
-        double dot = 0.0;                                                                                   \
-        _Pragma("omp simd reduction(+:dot)")                                                                \
-        for (int64_t j = 0; j < n; j++) dot += a[j] * (double)b[j];                                         \
-        return dot;                                                                                         \
+        const double *a1 = a + stride, *a2 = a1 + stride, *a3 = a2 + stride;                                \
+        double s0 = 0.0, s1 = 0.0, s2 = 0.0, s3 = 0.0;                                                      \
+        _Pragma("omp simd reduction(+:s0, s1, s2, s3)")                                                     \
+        for (int64_t j = 0; j < n; j++) {                                                                   \
+            const double v = (double)b[j];                                                                  \
+            s0 += a[j] * v;                                                                                 \
+            s1 += a1[j] * v;                                                                                \
+            s2 += a2[j] * v;                                                                                \
+            s3 += a3[j] * v;                                                                                \
+        }                                                                                                   \
+        out[0] = s0, out[1] = s1, out[2] = s2, out[3] = s3;                                                 \
+    }                                                                                                       \
+                                                                                                            \
+    static void NAME(add##BITS)(double *restrict sums, const REAL *restrict row, int64_t n)                 \
+    {                                                                                                       \
+        for (int64_t j = 0; j < n; j++) sums[j] += (double)row[j];                                          \
     }
 
 STEP(float, 32, sqrtf)
@@ -366,8 +380,8 @@ static const nfi_kernels NAME(kernels) = {
     NAME(load32), NAME(load64), NAME(scan32), NAME(scan64), NAME(high32), NAME(high64),
     NAME(first32), NAME(first64), NAME(exp_sum32), NAME(exp_sum64), NAME(fit32), NAME(fit64),
     NAME(step32), NAME(step64), NAME(moment32), NAME(moment64), NAME(pair32), NAME(pair64),
-    NAME(columns32), NAME(columns64), NAME(dot32), NAME(dot64), NAME(exps),
-    NAME(below32), NAME(below64), NAME(share32), NAME(share64), NAME(total),
+    NAME(columns32), NAME(columns64), NAME(four32), NAME(four64), NAME(add32), NAME(add64),
+    NAME(exps), NAME(below32), NAME(below64), NAME(share32), NAME(share64), NAME(total),
 };
 
 #undef LOAD

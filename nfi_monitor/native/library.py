@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SWITCH = "NFI_MONITOR_NATIVE"
 """Environment variable: with the value 0 the library is not loaded."""
-VERSION = 4
+VERSION = 5
 """Version of the functions' arguments (``NFI_VERSION`` in nfi.h)."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Numbers of the dtypes in nfi.h."""
@@ -62,6 +62,7 @@ def _load() -> None:
         return
     for name in (
         "nfi_rows",
+        "nfi_row_totals",
         "nfi_shown",
         "nfi_logit_scale",
         "nfi_step",
@@ -144,6 +145,9 @@ def readable(tensor: Tensor) -> bool:
     ):
         return False
     size, last = tensor.element_size(), tensor.storage_offset()
+    if tensor.is_contiguous():
+        count = tensor.numel()
+        return count > 0 and tensor.untyped_storage().nbytes() >= (last + count) * size
     for length, stride in zip(tensor.shape, tensor.stride(), strict=True):
         if length == 0:
             return False

@@ -12,7 +12,7 @@
 #endif
 
 /* Version of the functions' arguments: library.py refuses a library of another version. */
-#define NFI_VERSION 4
+#define NFI_VERSION 5
 
 enum nfi_dtype { NFI_FLOAT32, NFI_FLOAT64, NFI_BFLOAT16, NFI_FLOAT16 };
 
@@ -88,7 +88,7 @@ typedef struct {
     const void *old_weight, *old_bias; /* of the head before the step: memory to write to if copy_head */
     const void *bias;              /* of the head, or NULL */
     const void *features;          /* of the sketch [sketched, width], or NULL */
-    const void *directions;        /* [width, 4] of row_match.py */
+    const double *directions;      /* [4, width] of row_match.py */
     int64_t weight_at, bias_at;    /* the head among the tensors */
     int32_t copy_head;             /* whether the head is not among the coordinates that are read */
 } nfi_plan;
@@ -119,8 +119,10 @@ typedef struct {
                         double *sizes);
     double (*columns64)(const double *row, int64_t n, double *sums, const double *along, double *squares,
                         double *sizes);
-    double (*dot32)(const double *a, const float *b, int64_t n);
-    double (*dot64)(const double *a, const double *b, int64_t n);
+    void (*four32)(const double *a, int64_t stride, const float *b, int64_t n, double *out);
+    void (*four64)(const double *a, int64_t stride, const double *b, int64_t n, double *out);
+    void (*add32)(double *sums, const float *row, int64_t n);
+    void (*add64)(double *sums, const double *row, int64_t n);
     void (*exps)(double *x, int64_t n);
     double (*below32)(const float *z, int64_t n, double lowest, double *to, double *least);
     double (*below64)(const double *z, int64_t n, double lowest, double *to, double *least);
@@ -168,9 +170,21 @@ typedef struct {
     int64_t *winner;            /* [rows] */
 } nfi_rows_call;
 
+/* Rows with the features that made them, where all is known to the host: measure/row_plan.py. */
+typedef struct {
+    nfi_rows_call rows;
+    const void *features;           /* [rows, width], or NULL. The last axis is contiguous */
+    int64_t width, feature_stride;  /* elements from row to row */
+    int64_t keep;                   /* rows of features to copy */
+    int32_t feature_wide;           /* the features are float64, else float32 */
+    void *feature_sum, *kept;       /* out [width] over the rows that count, [keep, width] */
+    double totals[SUMS + MAXIMA];   /* out: rows.sums, then rows.maxima */
+} nfi_row_totals_call;
+
 NFI_PUBLIC int nfi_version(void);
 NFI_PUBLIC int nfi_select(int level);
 NFI_PUBLIC int nfi_rows(nfi_rows_call *call);
+NFI_PUBLIC int nfi_row_totals(nfi_row_totals_call *call);
 NFI_PUBLIC int nfi_shown(const nfi_rows_call *call);
 NFI_PUBLIC double nfi_logit_scale(nfi_rows_call *given);
 NFI_PUBLIC int nfi_step(nfi_step_call *call);

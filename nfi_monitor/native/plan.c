@@ -40,11 +40,6 @@ static void subtract(void *to, const void *a, const void *b, int64_t n, int wide
         for (int64_t i = 0; i < n; i++) ((float *)to)[i] = ((const float *)a)[i] - ((const float *)b)[i];
 }
 
-static double at(const void *x, int wide, int64_t i)
-{
-    return wide ? ((const double *)x)[i] : (double)((const float *)x)[i];
-}
-
 /* Four numbers of each row of features: row_sketch of measure/row_match.py. */
 static void make_sketch(const nfi_plan *plan)
 {
@@ -52,10 +47,11 @@ static void make_sketch(const nfi_plan *plan)
     const int wide = head->wide;
     for (int64_t i = 0; i < head->sketched; i++) {
         const int64_t row = i * head->feature_stride;
-        double sums[4] = { 0.0 };
-        for (int64_t j = 0; j < head->width; j++)
-            for (int64_t k = 0; k < 4; k++)
-                sums[k] += at(plan->features, wide, row + j) * at(plan->directions, wide, 4 * j + k);
+        double sums[4];
+        if (wide) nfi_in_use->four64(plan->directions, head->width, (const double *)plan->features + row,
+                                     head->width, sums);
+        else nfi_in_use->four32(plan->directions, head->width, (const float *)plan->features + row, head->width,
+                                sums);
         for (int64_t k = 0; k < 4; k++)
             if (wide) ((double *)head->sketch)[4 * i + k] = sums[k];
             else ((float *)head->sketch)[4 * i + k] = (float)sums[k];

@@ -211,6 +211,7 @@ NFI_PUBLIC int nfi_step(nfi_step_call *call)
 
 typedef struct {
     double *sums, *along, *mean;
+    double *four; /* [4, width] */
 } columns_room;
 
 static const void *row_of(const void *matrix, int wide, int64_t stride, int64_t row)
@@ -297,16 +298,24 @@ static void of_update(nfi_head_call *call, columns_room room)
     for (int64_t j = 0; j < width; j++) room.mean[j] = kept > 1 ? room.mean[j] / (double)kept : 0.0;
     for (int64_t k = 0; call->bias_update && kept > 1 && k < kept; k++)
         bias_mean += at(call->bias_update, wide, k) / (double)kept;
-    for (int64_t k = 0; k < kept; k++) {
-        const void *row = row_of(call->update, wide, call->update_stride, k);
-        const double bias = call->bias_update ? at(call->bias_update, wide, k) - bias_mean : 0.0;
-        for (int64_t j = 0; j < width; j++) room.along[j] = at(row, wide, j) - room.mean[j];
+    for (int64_t k = 0; k < kept; k += 4) {
+        const int64_t here = kept - k < 4 ? kept - k : 4;
+        double bias[4] = { 0.0 }, logits[4];
+        memset(room.four, 0, (size_t)(4 * width) * sizeof(double));
+        for (int64_t at_k = 0; at_k < here; at_k++) {
+            const void *row = row_of(call->update, wide, call->update_stride, k + at_k);
+            if (call->bias_update) bias[at_k] = at(call->bias_update, wide, k + at_k) - bias_mean;
+            for (int64_t j = 0; j < width; j++) room.four[at_k * width + j] = at(row, wide, j) - room.mean[j];
+        }
         for (int64_t i = 0; i < call->rows; i++) {
             const void *h = row_of(call->features, wide, call->feature_stride, i);
-            const double logit =
-                (wide ? nfi_in_use->dot64(room.along, h, width) : nfi_in_use->dot32(room.along, h, width)) + bias;
-            largest = larger(fabs(logit), largest);
-            total += logit * logit;
+            if (wide) nfi_in_use->four64(room.four, width, h, width, logits);
+            else nfi_in_use->four32(room.four, width, h, width, logits);
+            for (int64_t at_k = 0; at_k < here; at_k++) {
+                const double logit = logits[at_k] + bias[at_k];
+                largest = larger(fabs(logit), largest);
+                total += logit * logit;
+            }
         }
     }
     const double count = (double)(kept * call->rows);
@@ -342,10 +351,10 @@ static double match(const nfi_head_call *call)
 NFI_PUBLIC int nfi_head(nfi_head_call *call)
 {
     const int64_t most = call->width > call->columns ? call->width : call->columns;
-    double *memory = malloc((size_t)(3 * most + call->classes) * sizeof(double));
+    double *memory = malloc((size_t)(7 * most + call->classes) * sizeof(double));
     if (!memory) return 1;
-    columns_room room = { memory, memory + most, memory + 2 * most };
-    if (call->weight) of_weight(call, room, memory + 3 * most);
+    columns_room room = { memory, memory + most, memory + 2 * most, memory + 3 * most };
+    if (call->weight) of_weight(call, room, memory + 7 * most);
     of_gradient(call, room);
     if (call->update) of_update(call, room);
     if (call->mean) {

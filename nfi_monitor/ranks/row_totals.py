@@ -14,6 +14,7 @@ def add_rows(message: Message, rows: RowAccumulator, share: float) -> None:
     """Add the rows of a step that were measured whole. ``share``: 1 / number of ranks with the same rows."""
     if rows.measured:
         message.own(FLAGS.index("single_output"), float(bool(rows.single_output)))
+    rows.settle()
     if rows.sums is not None and rows.maxima is not None:
         _add(message, rows.sums, rows.maxima, share)
 

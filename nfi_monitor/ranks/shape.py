@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from nfi_monitor.capture import sharding
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import gradient_columns
-from nfi_monitor.measure.accumulator import FEATURE_ROWS
+from nfi_monitor.measure.row_plan import FEATURE_ROWS
 from nfi_monitor.measure.sharded.rows import FIELDS
 from nfi_monitor.ranks import processes
 

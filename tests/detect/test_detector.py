@@ -379,3 +379,20 @@ def test_a_loss_without_classes_is_measured_in_its_early_level(no_classes: bool,
     for step in range(1, 100):
         detector.update(Reading(step, {"loss": 40.0 if no_classes else 4.0, "weight_norm": 1.0}))
     assert detector.spike.baseline.unit == unit
+
+
+@pytest.mark.parametrize(
+    ("readings", "context"),
+    [(numeric_slingshot(100, 400), NUMERIC), (second_moment_slingshot(60, 380), HINGE)],
+    ids=["numeric", "second_moment"],
+)
+def test_the_cause_is_the_same_whether_each_reading_asks_for_it_or_the_slingshot(
+    readings: Iterable[Reading], context: RunContext
+) -> None:
+    late, early = Detector(context=context), Detector(context=context)
+    for reading in list(readings):
+        late.update(reading)
+        early.update(reading)
+        early.state_dict()  # asks for the cause
+    assert late.alerts and repr(late.alerts) == repr(early.alerts)
+    assert repr(late.state_dict()) == repr(early.state_dict())

@@ -49,6 +49,28 @@ static void strides_of(int64_t rows, int64_t classes, int64_t *strides)
     if (!draw(16)) strides[1] = 0;
 }
 
+/* The same rows, with features of a width of their own. */
+static void fuzz_totals(const nfi_rows_call *rows)
+{
+    nfi_row_totals_call call;
+    memset(&call, 0, sizeof call);
+    call.rows = *rows;
+    call.feature_wide = (int32_t)draw(2);
+    call.width = 1 + (int64_t)draw(20);
+    call.feature_stride = call.width + (int64_t)draw(4);
+    call.keep = (int64_t)draw((uint32_t)rows->rows + 1);
+    const int64_t strides[] = { call.feature_stride, 1 };
+    const size_t size = call.feature_wide ? 8 : 4;
+    void *features = matrix(call.feature_wide ? NFI_FLOAT64 : NFI_FLOAT32, rows->rows, call.width, strides);
+    call.features = draw(8) ? features : NULL;
+    call.feature_sum = malloc((size_t)call.width * size);
+    call.kept = malloc((size_t)(call.keep * call.width) * size + 1);
+    if (nfi_row_totals(&call) || call.totals[SAMPLED] != (double)rows->rows) abort();
+    free(features);
+    free(call.feature_sum);
+    free(call.kept);
+}
+
 static void fuzz_rows(void)
 {
     nfi_rows_call call;
@@ -83,6 +105,7 @@ static void fuzz_rows(void)
     for (size_t i = 0; i < rows; i++)
         if (call.winner[i] < 0 || call.winner[i] >= call.classes) abort();
     if (failed || slope != slope || fits < 0 || fits > 15) abort();
+    fuzz_totals(&call);
     free(grad);
     free(logits);
     free(call.sums);
@@ -271,7 +294,7 @@ static void fuzz_plan(void)
     head->rows = head->sketched = rows;
     const int64_t feature_strides[] = { head->feature_stride, 1 };
     void *features = matrix(wide ? NFI_FLOAT64 : NFI_FLOAT32, rows, width, feature_strides);
-    void *sketch = vector(wide, 4 * rows), *directions = vector(wide, 4 * width);
+    void *sketch = vector(wide, 4 * rows), *directions = vector(1, 4 * width);
     plan.features = features;
     plan.directions = directions;
     if (draw(2)) head->sketch = sketch;

@@ -17,8 +17,8 @@ from nfi_monitor.detect.rules.second_moment import Coasting, Kicking
 from nfi_monitor.types import Alert, AlertKind, Mechanism, Phase
 
 __all__ = [
-    "ANYTIME_RULES", "LEVELS", "PROVEN", "RULES", "WARNING_RULES", "Level", "Rule", "first_evidence",
-    "of_other_mechanisms", "rule_of", "rule_of_alert",
+    "ANYTIME_RULES", "LEVELS", "NEARING_RULES", "PROVEN", "RULES", "WARNING_RULES", "Level", "Rule",
+    "first_evidence", "of_other_mechanisms", "rule_of", "rule_of_alert",
 ]  # fmt: skip
 
 # The order decides four things.  A rule may depend on those before it.  Of a quantity that several rules
@@ -31,6 +31,8 @@ RULES: tuple[Rule, ...] = (
 
 ANYTIME_RULES = tuple(rule for rule in RULES if rule.anytime)
 """Rules that are updated at every reading."""
+NEARING_RULES = tuple(rule for rule in RULES if type(rule).nears is not Rule.nears)
+"""Rules that may ask for every step to be read before they switch on."""
 WARNING_RULES = tuple(rule for rule in RULES if not rule.anytime)
 """Rules that are updated at full readings, but not during a slingshot."""
 

@@ -65,12 +65,12 @@ class Overshooting(Rule):
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
         return (
-            now.loss_has_settled
-            and not now.on(Absorbing.name)
-            and not signals.other_rows  # each minibatch has gradients of its own
-            and signals.swing >= self._level(now)
+            not signals.other_rows  # each minibatch has gradients of its own
             # A run that lives at the edge oscillates for good, by about the same amount.
             and signals.swell >= limits.overshoot_swell
+            and signals.swing >= self._level(now)
+            and not now.on(Absorbing.name)
+            and now.loss_has_settled
         )
 
     def stay(self, now: Situation) -> bool:
@@ -120,9 +120,9 @@ class Swinging(Rule):
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
         return (
-            now.loss_has_settled
+            signals.alignment <= -limits.swing_alignment
+            and now.loss_has_settled
             and not now.on(Absorbing.name)
-            and signals.alignment <= -limits.swing_alignment
             and signals.curvature_peak >= limits.swing_curvature * now.context.stability_limit
             and signals.swing >= limits.swing_displacement * now.level_of(self.name)
             # A run may live at the edge for good: it oscillates, and its loss stays where it is.

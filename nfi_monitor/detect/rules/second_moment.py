@@ -78,9 +78,12 @@ class Coasting(Rule):
 
     def enter(self, now: Situation) -> bool:
         signals = now.signals
-        decayed = not now.on(Absorbing.name) and now.weight_decay_pulls(now.step) and now.forgotten
-        vanished = signals.rms_t_mean <= now.limits.coasting_enter / now.level_of(self.name)
-        return decayed and vanished and signals.shrinkage < 0
+        decayed = now.forgotten and not now.on(Absorbing.name) and now.weight_decay_pulls(now.step)
+        return (
+            decayed
+            and signals.rms_t_mean <= now.limits.coasting_enter / now.level_of(self.name)
+            and signals.shrinkage < 0
+        )
 
     def stay(self, now: Situation) -> bool:
         return not now.on(Absorbing.name) and now.signals.rms_t_mean <= now.limits.coasting_exit
@@ -112,21 +115,24 @@ class Kicking(Rule):
 
     def enter(self, now: Situation) -> bool:
         limits, signals = now.limits, now.signals
-        pulled = not now.on(Absorbing.name) and now.weight_decay_pulls(now.step, coupled=True)
-        decayed = pulled and now.forgotten
+        if now.on(Absorbing.name) or not now.weight_decay_pulls(now.step, coupled=True):
+            return False
+        decayed = now.forgotten
+        # Under strong weight decay the gradient comes back before the second moment has decayed. Then the
+        # gradient must turn around at high curvature instead.
+        turned = now.curvature_is_high and signals.turn <= -limits.kick_turn
+        if not (decayed or turned):
+            return False
         # If the curvature is high as well, a lower RMS_t is enough: the alert comes one step earlier.
         level = self._level(now, decayed)
         # The features must move, if that is measured: a high RMS_t of one tensor alone is no event.
         moved = not signals.swing < limits.kick_displacement
-        # Under strong weight decay the gradient comes back before the second moment has decayed. Then the
-        # gradient must turn around at high curvature instead.
-        turned = pulled and now.curvature_is_high and signals.turn <= -limits.kick_turn
         # RMS_t must have been at most 1 on average: noise around 1 is no kick.
         kicked = signals.rms_t_peak >= level * now.level_of(self.name) and signals.rms_t_mean <= 1.0
         # Minibatches whose gradients agree move together; a single hard one has a gradient of its own.
         agree = now.rows_repeat or signals.alignment >= limits.kick_agreement
         risen = now.loss_stands_out and now.loss_share >= limits.kick_loss
-        return (decayed or turned) and moved and kicked and agree and risen
+        return moved and kicked and agree and risen
 
     def stay(self, now: Situation) -> bool:
         return not now.on(Absorbing.name) and now.signals.rms_t_peak >= now.limits.rms_t_exit
