@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from copy import copy
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -127,7 +128,7 @@ class CoordinateSample:
     Of larger tensors proportionally more are read.
 
     Attributes:
-        segments: int64 [C], index of the tensor of each coordinate.
+        segments: int64 [C], index of the tensor of each coordinate. Made where it is asked for.
         counts: float32 [T], number of sampled coordinates of each tensor.
         weights: float32 [C], number of coordinates that each sampled one represents; None if all are read.
         matrices: bool [T], whether each tensor has two dimensions or more.
@@ -154,14 +155,6 @@ class CoordinateSample:
         self._bins: tuple[Tensor, Bins] | None = None
         device = tensors[0].device
         self.counts = devices.send(counts, device, torch.float32)
-        self.segments = torch.repeat_interleave(
-            torch.arange(len(counts), device=device),
-            devices.send(counts, device),
-            output_size=sum(counts),  # without it, torch would wait for the device
-        )
-        self.weights: Tensor | None = None
-        if any(step > 1 for step in self.strides):
-            self.weights = devices.send(self.rates, device)[self.segments]
         self.are_matrices = [local(tensor).ndim > 1 for tensor in tensors]
         self.matrices = devices.send(self.are_matrices, device)
         self.total = float(sum(sizes))
@@ -173,6 +166,21 @@ class CoordinateSample:
             self.spans.append((start, start + count))
             start += count
         self._leading: CoordinateSample | None = None
+
+    @cached_property
+    def segments(self) -> Tensor:
+        counts, device = [count for (count,) in self._shapes], self.counts.device
+        return torch.repeat_interleave(
+            torch.arange(len(counts), device=device),
+            devices.send(counts, device),
+            output_size=sum(counts),  # without it, torch would wait for the device
+        )
+
+    @cached_property
+    def weights(self) -> Tensor | None:
+        if all(step == 1 for step in self.strides):
+            return None
+        return devices.send(self.rates, self.counts.device)[self.segments]
 
     def in_bins(self, values: Tensor) -> tuple[Tensor, Bins]:
         """Return sums over a few sampled coordinates each, [r, C] → [r, B], and of which tensor they are."""
@@ -192,7 +200,7 @@ class CoordinateSample:
             return self.gather(one), self.gather(two)
         with torch.no_grad():
             packed = self.pack([*self._views(one), *self._views(two)])
-        end = len(self.segments)
+        end = self.spans[-1][1]
         return packed[:end], packed[end:]
 
     def leading(self, tensors: int) -> CoordinateSample:
@@ -216,8 +224,9 @@ class CoordinateSample:
                 "rates",
             ):
                 setattr(part, name, getattr(self, name)[:tensors])
-            part.segments = self.segments[:end]
-            part.weights = None if self.weights is None else self.weights[:end]
+            for name in ("segments", "weights"):  # those that are made already
+                if vars(self).get(name) is not None:
+                    vars(part)[name] = getattr(self, name)[:end]
             part.total, part._leading, part._bins = float(sum(part._sizes)), None, None
             part._gather = Gather(part.strides, [count for (count,) in part._shapes])
             self._leading = part

@@ -40,7 +40,7 @@ class Layout:
     def __init__(self, sample: CoordinateSample) -> None:
         self.starts = [start for start, _ in sample.spans]
         count = len(self.starts)
-        rates = [1.0] * count if sample.weights is None else sample.weights[self.starts].tolist()
+        rates = torch.tensor(sample.rates, device="cpu").tolist()  # rounded as a coordinate's weight is
         self.ends = (c_int64 * count)(*(end for _, end in sample.spans))
         self.rates = (c_double * count)(*rates)
         self.matrices = (c_ubyte * count)(*sample.matrices.tolist())

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
+from nfi_monitor import Monitor
 from nfi_monitor.capture.sampling import (
     ROW_ELEMENTS,
     ROW_SHARE,
@@ -18,6 +22,7 @@ from nfi_monitor.capture.sampling import (
     row_stride,
 )
 from nfi_monitor.measure import zero_sum
+from nfi_monitor.native import library
 from tests.measure import reference as ref
 
 FAST = settings(deadline=None, derandomize=True, max_examples=100)
@@ -113,3 +118,36 @@ def test_sums_of_each_tensor_are_those_of_its_coordinates_and_of_no_other(sizes,
     one = sample.per_tensor(values[0])
     assert one.shape == (len(sizes),) and one.dtype is dtype
     assert torch.equal(one, sample.per_tensor(values)[0])
+
+
+@pytest.mark.parametrize("asked_before", [False, True])
+def test_segments_and_weights_are_made_where_they_are_asked_for(asked_before: bool) -> None:
+    """The library needs neither: together they take three times the memory of the sampled coordinates."""
+    sample = CoordinateSample([torch.zeros(300, 200), torch.zeros(7), torch.zeros(90_000)])
+    assert not {"segments", "weights"} & vars(sample).keys()
+    end = sample.spans[1][1]
+    known = [torch.full((stop - start,), tensor) for tensor, (start, stop) in enumerate(sample.spans)]
+    if asked_before:
+        assert torch.equal(sample.segments, torch.cat(known)) and sample.weights is not None
+    part = sample.leading(2)
+    assert torch.equal(part.segments, torch.cat(known[:2]))
+    assert part.weights is not None and sample.weights is not None
+    assert torch.equal(part.weights, sample.weights[:end])
+    assert part.weights.sum().item() == pytest.approx(60_007, rel=1e-6)
+
+
+def test_a_step_that_the_library_reads_makes_no_segments() -> None:
+    if library.library() is None:
+        pytest.skip("no C library")
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 5))
+    optimizer = torch.optim.AdamW(model.parameters())
+    others = [item for item in gc.get_objects() if type(item) is CoordinateSample]
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for _ in range(6):
+            F.cross_entropy(model(torch.randn(8, 6)), torch.randint(5, (8,))).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found = [item for item in gc.get_objects() if type(item) is CoordinateSample]
+        samples = [item for item in found if all(item is not other for other in others)]
+        assert samples and not any({"segments", "weights"} & vars(sample).keys() for sample in samples)
+        assert monitor.history.full_readings == 6

@@ -114,7 +114,10 @@ class TabWriter:
         index = _PHASES[phase]
         if self._bucket and (len(self._bucket) == self._width or self._bucket[0][1] != index):
             self._end_bucket()
-        self._bucket.append((reading.step, index, *(_cell(values.get(name)) for name in self._columns)))
+        # Most readings are a loss alone: call nothing for what is absent.
+        found = [values.get(name) for name in self._columns]
+        cells = [math.nan if value is None else _cell(value) for value in found]
+        self._bucket.append((reading.step, index, *cells))
         if self._width == 1:
             self._end_bucket()
         now = time.monotonic()
@@ -239,10 +242,8 @@ class TabWriter:
         self._writer.add_summary(summary_pb2.Summary(value=[value]), 0)
 
 
-def _cell(value: float | None) -> float:
-    """Encode one value: NaN if it was not measured, ±Inf if it was measured and is NaN or Inf."""
-    if value is None:
-        return math.nan
+def _cell(value: float) -> float:
+    """Encode one value that was measured: NaN as Inf, because NaN stands for what was not measured."""
     return math.inf if value != value else value
 
 
