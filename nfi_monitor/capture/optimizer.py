@@ -354,7 +354,7 @@ class OptimizerReader:
         grad, bias_grad = head.weight.grad, None
         if head.bias is not None and head.bias.grad is not None:
             bias_grad = local(head.bias.grad.detach())
-        if grad is None:
+        if grad is None or grad.shape != head.weight.shape:
             return None, bias_grad
         grad = head.classes_first(grad.detach())
         # Read all classes, because their sum is needed, and a sample of the feature columns.  Neighbouring

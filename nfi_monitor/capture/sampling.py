@@ -249,6 +249,8 @@ class CoordinateSample:
             # One call for each tensor instead of three: large models have hundreds of tensors.
             return [*map(Tensor.as_strided, tensors, self._shapes, self._steps)]
         whole = [local(tensor).detach().reshape(-1) for tensor in tensors]
+        if [*map(Tensor.numel, whole)] != self._sizes:  # grad.data may be of any size
+            raise ValueError("a gradient or a moment has another size than its parameter")
         return [tensor[::step] for tensor, step in zip(whole, self.strides, strict=True)]
 
     def _can_stride(self, tensors: Sequence[Tensor]) -> bool:

@@ -152,6 +152,7 @@ class StepPlan:
                     found == len(params)
                     or param is not params[found]
                     or type(grad) is not Tensor
+                    or grad.shape != param.shape  # grad.data may be of any size, and optimizers broadcast
                     or grad.dtype is not dtype
                     or grad.layout is not torch.strided
                     or not grad.is_contiguous()

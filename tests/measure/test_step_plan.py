@@ -167,6 +167,23 @@ def test_memory_that_is_gone_is_not_read() -> None:
     assert not [note for note in monitor.notes if note.code.startswith("failed")]
 
 
+@pytest.mark.parametrize("layer", [0, 2])
+@pytest.mark.parametrize("planned", [True, False])
+def test_a_gradient_of_another_size_is_not_read_beyond_its_end(planned: bool, layer: int) -> None:
+    """``grad.data`` may be of any size, and Adam broadcasts it."""
+
+    def broadcast(step: int, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+        if step == 5:
+            model[layer].weight.grad.data = model[layer].weight.grad.mean().reshape(1, 1)
+
+    monitor, _, used = train(planned, broadcast)
+    assert not used[5] and any(used) is planned
+    steps, values = monitor.history["gradient_norm"]
+    assert steps.tolist() == [step for step in range(1, STEPS + 1) if step != 6]
+    assert all(0 < value < 10 for value in values)
+    assert [note.code for note in monitor.notes] == ["failed_optimizer"]
+
+
 def test_an_error_in_the_library_leaves_the_step_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     real = library.library()
 
