@@ -142,7 +142,8 @@ def test_no_damaged_record_ends_a_report_or_a_tail(
             look_at(directory, figure=tried % 10 == 0)
 
     each()
-    shown("records", tried, "run directories with damaged records")
+    assert tried >= EXAMPLES["slow"]  # the rest were drawn twice, or were not damaged
+    shown("records", EXAMPLES["slow"], "run directories with damaged records")
 
 
 # --- the tab ---------------------------------------------------------------------------------------
@@ -302,7 +303,8 @@ def test_no_damaged_record_ends_an_answer_of_the_tab(tab: dict[str, tuple[bytes,
         look_at_tab(data.draw(damaged_tab(tab)), data.draw(QUERIES), wall_time)
 
     each()
-    shown("records", tried, "runs of the tab with damaged records")
+    assert tried >= EXAMPLES["slow"]  # the rest were drawn twice, or were not damaged
+    shown("records", EXAMPLES["slow"], "runs of the tab with damaged records")
 
 
 def test_what_is_skipped_is_counted_and_the_rest_is_shown(tmp_path: Path) -> None:

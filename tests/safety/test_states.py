@@ -21,6 +21,7 @@ from tests.regression.golden import recorded_readings
 from tests.safety.damage import damaged
 from tests.safety.table import Shown
 
+EXAMPLES = 2000
 QUIET = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.large_base_example]
 X = torch.randn(12, 4, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(12) % 3
@@ -125,7 +126,7 @@ def test_a_damaged_state_changes_nothing_or_does_no_harm(
 def test_no_damaged_state_changes_half(saved: list[dict[str, Any]], shown: Shown) -> None:
     tried = 0
 
-    @settings(max_examples=2000, deadline=None, suppress_health_check=QUIET, database=None)
+    @settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=QUIET, database=None)
     @given(data=st.data())
     def each(data: st.DataObject) -> None:
         nonlocal tried
@@ -133,7 +134,8 @@ def test_no_damaged_state_changes_half(saved: list[dict[str, Any]], shown: Shown
         check(data.draw(damaged(data.draw(st.sampled_from(saved)), files=False)))
 
     each()
-    shown("records", tried, "damaged states")
+    assert tried >= EXAMPLES  # the rest were drawn twice, or were not damaged
+    shown("records", EXAMPLES, "damaged states")
 
 
 def test_every_place_of_a_state_may_be_missing_or_wrong(saved: list[dict[str, Any]]) -> None:
