@@ -82,6 +82,8 @@ def auto_interval(tau: float, *, at_risk: bool = False) -> int:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a DTensor (FSDP2); any other tensor itself."""
+    if type(tensor) is Tensor:  # the usual case, at every step
+        return tensor
     to_local = getattr(tensor, "to_local", None)
     return to_local() if to_local is not None else tensor
 

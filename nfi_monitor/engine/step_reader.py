@@ -229,7 +229,7 @@ class StepReader:
         dtypes = {
             loss.dtype for loss in losses.observed if isinstance(loss, Tensor) and loss.is_floating_point()
         }
-        if dtypes:
+        if dtypes and dtypes != {self._loss_dtype}:
             self._loss_dtype = min(dtypes, key=lambda dtype: torch.finfo(dtype).bits)
             self.loss_bits = torch.finfo(self._loss_dtype).bits
 

@@ -9,25 +9,50 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define FEW 256  /* classes of a row whose other logits are copied side by side */
+#define FEW 32   /* classes of a row that is searched one by one, and whose other logits are copied side by side */
 #define LANES 16 /* of the widest vectors */
 
-/* Fill runner_up and log_rest of a row of few classes, from a copy without the largest logit. It is filled up to
- * whole vectors with -inf, which adds nothing: the sum has the runner-up's 1, and e^-87 or less is lost beside it. */
-static void of_few(const scratch *s, row_facts *row)
+/* The largest logit, the first of its class or the first NaN, and the largest of the others. */
+static void top_of_few(const void *z, int wide, int64_t classes, row_facts *row)
+{
+    double most = -INFINITY, second = -INFINITY;
+    int64_t at = 0;
+    for (int64_t i = 0; i < classes; i++) {
+        const double value = element(z, wide, i);
+        if (value != value) {
+            row->winner = i;
+            row->largest = value;
+            return;
+        }
+        if (value > most) {
+            second = most;
+            most = value;
+            at = i;
+        } else if (value > second) second = value;
+    }
+    row->winner = at;
+    row->largest = most;
+    row->runner_up = second;
+}
+
+/* nfi_find_top of a row of few classes. The other logits are filled up to whole vectors with -inf, which adds
+ * nothing: the sum has the runner-up's 1, and e^-87 or less is lost beside it. */
+static void find_top_of_few(const scratch *s, row_facts *row)
 {
     union { float narrow[FEW + LANES]; double wide[FEW + LANES]; } rest;
     const int wide = s->call->wide;
-    const int64_t rest_of = s->call->classes - 1, padded = (rest_of + LANES - 1) / LANES * LANES;
+    row->runner_up = row->log_rest = -INFINITY;
+    top_of_few(s->z, wide, s->call->classes, row);
+    if (!isfinite(row->largest)) row->runner_up = -INFINITY;
+    if (row->runner_up == -INFINITY) return;
+    const int64_t others = s->call->classes - 1, padded = (others + LANES - 1) / LANES * LANES;
     const size_t size = wide ? 8 : 4, before = (size_t)row->winner * size;
     memcpy(&rest, s->z, before);
-    memcpy((char *)&rest + before, (const char *)s->z + before + size, (size_t)rest_of * size - before);
-    for (int64_t i = rest_of; i < padded; i++)
+    memcpy((char *)&rest + before, (const char *)s->z + before + size, (size_t)others * size - before);
+    for (int64_t i = others; i < padded; i++)
         if (wide) rest.wide[i] = -INFINITY;
         else rest.narrow[i] = -INFINITY;
-    int nan = 0;
-    const double shift = row->runner_up = high(s, &rest, 0, padded, &nan);
-    if (shift == -INFINITY) return;
+    const double shift = row->runner_up;
     const double sum = wide ? s->use->exp_sum64(rest.wide, padded, shift)
                             : s->use->exp_sum32(rest.narrow, padded, (float)shift);
     row->log_rest = log(sum) + (shift - row->largest);
@@ -39,15 +64,15 @@ void nfi_find_top(const scratch *s, row_facts *row)
     const int64_t classes = s->call->classes;
     const int wide = s->call->wide;
     int nan = 0;
+    if (classes <= FEW) {
+        find_top_of_few(s, row);
+        return;
+    }
     const double most = high(s, z, 0, classes, &nan);
     row->winner = first_of(s, z, most, nan);
     row->largest = element(z, wide, row->winner);
     row->runner_up = row->log_rest = -INFINITY;
     if (!isfinite(row->largest)) return;
-    if (classes <= FEW) {
-        of_few(s, row);
-        return;
-    }
     const int64_t after = row->winner + 1;
     const double left = high(s, z, 0, row->winner, &nan), right = high(s, z, after, classes, &nan);
     const double shift = row->runner_up = left > right ? left : right;
