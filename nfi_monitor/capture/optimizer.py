@@ -219,8 +219,7 @@ class OptimizerReader:
         """Return P where it is not sqrt(v̂) + ε_A. ``moments``: number of tensors with a second moment."""
         if not self.check.trusted or 0 < moments < len(start.params):
             return None
-        groups = [self._group(param) for param in start.params]
-        return preconditioner(self.optimizer, start.params, groups, start.sample, start.before)
+        return preconditioner(self.optimizer, start.params, self._group, start.sample, start.before)
 
     def _read_after(self, start: BeforeStep, *, left: bool) -> tuple[Tensor, int, Tensor | None]:
         """Return weights [C], the number of parameters, the first ones, with a second moment, and it, [M].

@@ -20,22 +20,24 @@ from nfi_monitor.capture.step_constants import host, spread
 def preconditioner(
     optimizer: Optimizer,
     params: Sequence[nn.Parameter],
-    groups: Sequence[Mapping[str, Any]],
+    group_of: Callable[[nn.Parameter], Mapping[str, Any]],
     sample: CoordinateSample,
     like: Tensor,
 ) -> Tensor | None:
     """Return P at the sampled coordinates after a step of one of torch's own optimizers, [C].
 
-    ``params``, ``groups``: of each tensor of the sample.  ``like`` [C]: of the dtype and on the device of the
+    ``params``: those of the sample.  ``like`` [C]: of the dtype and on the device of the
     result.  None where P is sqrt(v̂) + ε_A, and where a step is no quotient of gradients (Rprop, LBFGS,
     Adafactor, Muon).
     """
-    read = _Read([optimizer.state.get(param, {}) for param in params], groups, sample, like)
-    for kind, needed, of in _KINDS:
-        if isinstance(optimizer, kind):
-            there = all(isinstance(state.get(name), Tensor) for state in read.states for name in needed)
-            return of(read) if there else None  # a step that was skipped makes no state
-    return None
+    found = next((item for item in _KINDS if isinstance(optimizer, item[0])), None)
+    if found is None:
+        return None
+    _, needed, of = found
+    states = [optimizer.state.get(param, {}) for param in params]
+    if not all(isinstance(state.get(name), Tensor) for state in states for name in needed):
+        return None  # a step that was skipped makes no state
+    return of(_Read(states, [*map(group_of, params)], sample, like))
 
 
 class _Read:
