@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from nfi_monitor.capture import devices
@@ -91,6 +92,8 @@ class ReportedLoss:
         def on_gradient(grad: Tensor) -> None:
             # No reference to the node: this function is kept by it, and the cycle would never be freed.
             self._arrived = True
+            if torch.compiler.is_compiling():  # compiled autograd traces this hook
+                return
             if later is not None and self._node is not None:
                 later(self._node)
 

@@ -186,7 +186,9 @@ class Exchange:
         if update is None:
             self._memory = None
             return
-        positions = [self._places[id(param)] for param in update.params]
+        positions = [self._places.get(id(param), -1) for param in update.params]
+        if -1 in positions:
+            raise ValueError("parameters were added to the optimizer; attach a new monitor on every rank")
         shares = [self._shares.tensors[position] for position in positions]
         parts, self._memory = step_parts(update, positions, shares, self.shape.tensors, self._memory, step)
         message.add("step", parts.sums)

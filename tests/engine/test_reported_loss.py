@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 
 from nfi_monitor import Monitor
 
@@ -293,3 +294,19 @@ def test_one_wrong_report_costs_one_loss() -> None:
     monitor, _ = train(step)
     assert monitor is not None and [note.code for note in monitor.notes] == ["loss_unusable"]
     assert monitor.history["loss"][0].tolist() == [1, 2, 3, 4, 6, 7, 8]
+
+
+def test_a_compiled_backward_pass_is_not_broken_by_a_report() -> None:
+    """Compiled autograd traces the hooks: what they call must not be the graph's nodes."""
+
+    def step(model: nn.Module, x: Tensor, y: Tensor, report: Callable) -> None:
+        loss = F.cross_entropy(model(x), y)
+        report(loss)
+        with compiled_autograd._enable(torch.compile(backend="eager", fullgraph=True)):
+            loss.backward()
+
+    monitor, state = train(step)
+    assert monitor is not None and len(monitor.history["loss"][0]) == 8
+    assert [note.code for note in monitor.notes] == ["head_never_fired"]
+    _, bare = train(step, watch=False)
+    assert all(torch.equal(state[name], bare[name]) for name in bare)
