@@ -63,6 +63,21 @@ def test_groups_with_rates_of_their_own_do_not_wait(device, accelerator: Acceler
     assert len(monitor.history["secant_curvature"][0]) == 11
 
 
+# ASGD is left out: its own step reads its rate from the device.
+@pytest.mark.parametrize("kind", ["SGD", "RMSprop", "Adagrad", "Adadelta", "Adamax"])
+def test_reading_by_what_other_optimizers_divide_does_not_wait(
+    device, accelerator: Accelerator, kind: str
+) -> None:
+    model = mlp().to(device)
+    training = Training(device, accelerator, model)
+    groups = [{"params": model[:4].parameters()}, {"params": model[4].parameters(), "lr": 1e-3}]
+    training.optimizer = getattr(torch.optim, kind)(groups, lr=1e-2, foreach=True)
+    with training.monitored(every=1) as monitor:
+        training.run(12, monitor)
+        assert not accelerator.waits
+    assert len(monitor.history["secant_curvature"][0]) == 11
+
+
 def history(monitor: Monitor) -> dict[str, list[list[float]]]:
     return {name: [column.tolist() for column in monitor.history[name]] for name in monitor.history}
 
