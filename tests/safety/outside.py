@@ -47,6 +47,7 @@ CALLED_FROM_OUTSIDE = {
     "called from outside, and a line or two of torch's or Python's own": (
         "_beside:_Finder.find_spec",
         "_moved:_Finder.find_spec",
+        "capture/untraced:untraced.<locals>.call",
         "engine/port:AdapterPort.begin_step",
         "remedies/projection:_Project.__call__",
         "capture/model_hooks:ModelHook.__deepcopy__",
