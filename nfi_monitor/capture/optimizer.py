@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from nfi_monitor import _moved
@@ -268,7 +269,8 @@ class OptimizerReader:
             ]
             ends.append(len(params))
         reduced = self.plan.reduced_sample
-        key = (reduced, self.check.version, len(self.optimizer.state), *ends, *map(id, params))
+        sizes = [0 if is_lazy(param) else param.numel() for param in params]  # pruning changes them in place
+        key = (reduced, self.check.version, len(self.optimizer.state), *ends, *map(id, params), *sizes)
         found = self._layouts.get(key)
         if found is None:
             usable = self._usable(params)

@@ -61,6 +61,7 @@ class StepPlan:
         self._sketches = [self._empty(0) for _ in self._kept]
         self._states = [reader.optimizer.state[param] for param in layout.params]
         self._names = [next(name for name in MOMENTS if name in state) for state in self._states]
+        self._shapes = [param.shape for param in layout.params]
         self._known = [*map(Tensor.data_ptr, layout.params)]
         self._addresses["params"][:] = self._known
         self._known_moments: list[int] = []
@@ -142,7 +143,8 @@ class StepPlan:
 
     def _find_gradients(self) -> bool:
         """Set where the gradients are. Returns False if they are not those that the plan was made for."""
-        params, dtype, places, found = self._params, self._dtype, self._addresses["grads"], 0
+        params, shapes, dtype = self._params, self._shapes, self._dtype
+        places, found = self._addresses["grads"], 0
         for group in self._reader.optimizer.param_groups:
             for param in group["params"]:
                 grad = param.grad
@@ -151,8 +153,12 @@ class StepPlan:
                 if (
                     found == len(params)
                     or param is not params[found]
+                    # The same parameter may get another size, and grad.data any: optimizers broadcast.
+                    or param.shape != shapes[found]
+                    or not param.is_contiguous()
+                    or param.dtype is not dtype
                     or type(grad) is not Tensor
-                    or grad.shape != param.shape  # grad.data may be of any size, and optimizers broadcast
+                    or grad.shape != shapes[found]
                     or grad.dtype is not dtype
                     or grad.layout is not torch.strided
                     or not grad.is_contiguous()
@@ -234,13 +240,17 @@ class StepPlan:
         for param, known in zip(self._params, self._states, strict=True):
             if state.get(param) is not known:
                 return False
-        if [*map(Tensor.data_ptr, self._params)] != self._known:
+        shapes = [param.shape for param in self._params]  # the step may have changed them
+        if shapes != self._shapes or [*map(Tensor.data_ptr, self._params)] != self._known:
             return False
         moments = [known[name] for known, name in zip(self._states, self._names, strict=True)]
         counts = [known["step"] for known in self._states]
         places = [*map(Tensor.data_ptr, moments), *map(Tensor.data_ptr, counts)]
         if places != self._known_moments:
-            plain = all(library.is_plain(moment, self._dtype) for moment in moments)
+            plain = all(
+                library.is_plain(moment, self._dtype) and moment.shape == shape
+                for moment, shape in zip(moments, self._shapes, strict=True)
+            )
             if not plain or not all(library.is_plain(count, torch.float32) for count in counts):
                 return False
             # Known last: Ctrl-C in between must not leave places that the library has not been given.

@@ -58,6 +58,7 @@ def train(
                 by_plan.append(False)
                 change(step, model, optimizer)
                 optimizer.step()
+                del loss  # its graph remembers the parameters' sizes
     return monitor, model, by_plan
 
 
@@ -182,6 +183,51 @@ def test_a_gradient_of_another_size_is_not_read_beyond_its_end(planned: bool, la
     assert steps.tolist() == [step for step in range(1, STEPS + 1) if step != 6]
     assert all(0 < value < 10 for value in values)
     assert [note.code for note in monitor.notes] == ["failed_optimizer"]
+
+
+def prune(model: nn.Sequential, optimizer: torch.optim.Optimizer, kept: int = 8) -> None:
+    """Keep the first hidden units: the parameters stay the same objects, and get other sizes."""
+    for param, dim in ((model[0].weight, 0), (model[0].bias, 0), (model[2].weight, 1)):
+        state = optimizer.state[param]
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].narrow(dim, 0, kept).clone()
+        gradient = param.grad.narrow(dim, 0, kept).clone()
+        param.grad = None
+        param.data = param.data.narrow(dim, 0, kept).clone()
+        param.grad = gradient
+
+
+@pytest.mark.parametrize("planned", [True, False])
+def test_pruned_parameters_are_not_read_beyond_their_end(planned: bool) -> None:
+    norms: list[float] = []
+
+    def change(step: int, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+        if step == 5:  # the first step with fewer hidden units
+            prune(model, optimizer)
+        norms.append(sum(float(param.grad.double().square().sum()) for param in model.parameters()) ** 0.5)
+
+    monitor, _, used = train(planned, change)
+    assert all(used[6:]) is planned
+    steps, values = monitor.history["gradient_norm"]
+    assert steps.tolist() == [*range(1, STEPS + 1)]
+    assert values.tolist() == pytest.approx(norms, rel=1e-5)
+    assert not monitor.alerts
+    assert {note.code for note in monitor.notes} <= {"state_unreadable"}  # of the pass before
+
+
+def test_a_parameter_that_is_viewed_in_another_way_is_read_anew() -> None:
+    """Its memory stays where it was, so addresses alone do not show it."""
+    norms: list[float] = []
+
+    def change(step: int, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+        if step == 5:
+            prune(model, optimizer)  # to eight inputs and eight hidden units
+            model[0].weight.data = model[0].weight.data.t()
+        norms.append(sum(float(param.grad.double().square().sum()) for param in model.parameters()) ** 0.5)
+
+    monitor, _, _ = train(True, change)
+    _, values = monitor.history["gradient_norm"]
+    assert values.tolist() == pytest.approx(norms, rel=1e-5)
 
 
 def test_an_error_in_the_library_leaves_the_step_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
