@@ -109,7 +109,7 @@ def _regressions() -> list[Family]:
         family("e-growing-nesterov", on_numbers, 2000, net="flowing", task="weather", loss="squares",
                kind="nesterov", lr=5e-3, schedule=("growing", 100, 1.25)),
         family("e-growing-momentum", on_numbers, 2000, net="absolute", task="impedance", loss="rooted",
-               kind="momentum", lr=1e-2, schedule=("growing", 120, 1.3)),
+               kind="momentum", lr=1e-2, schedule=("growing", 120, 1.25)),
         family("e-quartic", on_numbers, 2000, net="pieces", task="weather", loss="quartic", kind="nadam",
                beta2=0.98, lr=2e-2),
         family("e-root-mean-square", on_numbers, 2000, net="quadratic", task="arm", loss="squares",
