@@ -1,4 +1,4 @@
-"""The ordinary suite: how people train. One half is for tuning, one is frozen, three are held out.
+"""The ordinary suite: how people train. One half is for tuning, one is frozen, four are held out.
 
 No slingshot is expected in any of them, so a warning is false unless the recorded loss shows one (truth.py).
 The architecture classes of the halves differ: perceptrons, convolutions, plain transformers, autoencoders and
@@ -25,6 +25,7 @@ from tests.benchmarks.detection.suites import (
 from tests.benchmarks.detection.suites.held_out.ordinary import ordinary as held_out
 from tests.benchmarks.detection.suites.held_out_2.ordinary import ordinary as held_out_2
 from tests.benchmarks.detection.suites.held_out_3.ordinary import ordinary as held_out_3
+from tests.benchmarks.detection.suites.held_out_4.ordinary import ordinary as held_out_4
 from tests.benchmarks.detection.suites.registry import family_of
 
 
@@ -151,6 +152,7 @@ def _frozen() -> list[Family]:
 
 
 ORDINARY: dict[str, Family] = {
-    family.name: family for family in (*_tuning(), *_frozen(), *held_out(), *held_out_2(), *held_out_3())
+    family.name: family
+    for family in (*_tuning(), *_frozen(), *held_out(), *held_out_2(), *held_out_3(), *held_out_4())
 }
 """Name → family, of all halves."""

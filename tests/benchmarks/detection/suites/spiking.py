@@ -13,6 +13,7 @@ from tests.benchmarks.detection.suites import spiking_setups as made
 from tests.benchmarks.detection.suites.held_out.spiking import spiking as held_out
 from tests.benchmarks.detection.suites.held_out_2.spiking import spiking as held_out_2
 from tests.benchmarks.detection.suites.held_out_3.spiking import spiking as held_out_3
+from tests.benchmarks.detection.suites.held_out_4.spiking import spiking as held_out_4
 from tests.benchmarks.detection.suites.registry import family_of
 from tests.benchmarks.detection.training import LogitChange, Training
 
@@ -89,6 +90,7 @@ def _abrupt() -> list[Family]:
 
 
 SPIKING: dict[str, Family] = {
-    family.name: family for family in (*_numeric(), *_abrupt(), *held_out(), *held_out_2(), *held_out_3())
+    family.name: family
+    for family in (*_numeric(), *_abrupt(), *held_out(), *held_out_2(), *held_out_3(), *held_out_4())
 }
 """Name → family, of the frozen half and those held out."""

@@ -1,0 +1,1 @@
+"""The fourth held-out half: other families again, smaller, most of them of full batches."""
