@@ -105,7 +105,7 @@ def test_families_without_a_second_moment_are_a_suite_for_tuning() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["e-reader", "e-edge-waves", "e-players", "d-growing-conv", "d-rmsprop-hinges"]
+    "name", ["g-reader", "g-edge-waves", "g-players", "d-growing-conv", "d-rmsprop-hinges"]
 )
 def test_a_family_without_a_second_moment_trains_under_the_monitor(name: str) -> None:
     recorded = generate.record(next(family for family in suite("edges") if family.name == name), 0, steps=3)
