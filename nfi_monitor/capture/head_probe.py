@@ -26,7 +26,7 @@ from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import Logits, logits_of, takes
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.row_samples import classes_of as classes_of
-from nfi_monitor.capture.row_samples import features_of, same_rows
+from nfi_monitor.capture.row_samples import features_of, same_rows, version_of
 from nfi_monitor.capture.row_samples import rows_of as rows_of
 from nfi_monitor.capture.row_samples import whole_rows as whole_rows
 from nfi_monitor.capture.rows import Rows as Rows
@@ -297,7 +297,10 @@ class HeadProbe(ModelHook):
             # Another head may have been found since.
             return hook(lambda g: on_gradient(g if self.head is head else None))
 
-        make = partial(Rows, total=total, shard=shard, normalized=made is not None and made.normalized)
+        seen = version_of(kept[1]) if len(kept) > 1 else None
+        make = partial(
+            Rows, total=total, shard=shard, normalized=made is not None and made.normalized, seen=seen
+        )
         self._deliver_at_backward(logits, kept, sample, make, shard, tapped=tapped, hook=register)
 
     def _keep(self, node: Any) -> None:
@@ -315,10 +318,11 @@ class HeadProbe(ModelHook):
         """Return sampled rows of the logits and, if these are known, of their features."""
         # Copies, because some losses write their gradient over the logits, and a strided view would keep the
         # whole [N, K] and [N, d] storages alive.  If all rows of the features are read, they are not copied:
-        # autograd keeps them anyway.
+        # autograd keeps them anyway.  An input of the model may be a buffer that gets the next batch.
         kept = [sample(shown).clone()]
         if features is not None and features.device == shown.device:
-            kept.append(sample(features) if whole else sample(features).clone())
+            copy = not whole or features.grad_fn is None
+            kept.append(sample(features).clone() if copy else sample(features))
         else:
             self.without_features += 1
         return kept

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.capture.backward_pass import Change, Pass, SeveralPasses, change
+from nfi_monitor.capture.row_samples import holds_all
 from nfi_monitor.capture.sharding import ClassShard
 
 
@@ -34,6 +35,8 @@ class Rows:
     """For recomputed rows: whether they are the run's rows, bool, 0-d. If not, they do not count."""
     kind: Pass = Pass.TRAINS
     """The kind of the backward passes that count so far."""
+    seen: int | None = None
+    """Version of the features' memory at the forward pass; None if they are a copy, or have no version."""
 
     def add(self, grad: Tensor, kind: Pass = Pass.TRAINS) -> None:
         """Add the gradient [n, K] of a further backward pass, if it counts."""
@@ -51,6 +54,14 @@ class Rows:
 
     def _start_anew(self, grad: Tensor) -> None:
         self.grad, self.passes = grad.clone(), None
+
+    @property
+    def features_lost(self) -> bool:
+        """Whether the features' memory was freed, made smaller or written to since the forward pass."""
+        features = self.features
+        if features is None or self.seen is None:
+            return False
+        return features._version != self.seen or not holds_all(features)
 
     def finished(self, loss_dtype: torch.dtype | None = None) -> Rows:
         """Return the rows with the gradient of all backward passes. ``loss_dtype``: of the observed loss."""

@@ -110,7 +110,11 @@ class StepReader:
                 self._measure_rows(self._asked.popleft())
 
     def _measure_rows(self, rows: Rows) -> None:
-        self.rows.add(rows.finished(self._loss_dtype))
+        rows = rows.finished(self._loss_dtype)
+        if rows.features_lost:
+            self.reader.unreadable.add("features whose memory was freed or written to before the step")
+            rows.features = None
+        self.rows.add(rows)
 
     def begin(self, step: int, given: Sequence[Any], *, alone: bool = False) -> None:
         """Read gradients and weights before the step.
