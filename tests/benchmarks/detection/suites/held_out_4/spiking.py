@@ -84,7 +84,7 @@ def _decayed() -> list[Family]:
         family("e-decayed-flowing", on_numbers, 1600, net="flowing", task="vowels"),
         family("e-decayed-batches", on_numbers, 1600, net="complex", task="labels_of_chance", batch=50),
         family("e-truncated", on_numbers, 1600, net="shrunk", task="monks", loss="truncated", nats=False),
-        family("e-adamax", on_numbers, 1600, net="wavelets", task="circuits", kind="adamax", lr=5e-2,
+        family("e-adamax-hinges", on_numbers, 1600, net="wavelets", task="circuits", kind="adamax", lr=5e-2,
                loss="squared_hinges", decay=2e-3, nats=False),
     ]  # fmt: skip
 
