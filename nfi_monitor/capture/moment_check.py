@@ -38,6 +38,9 @@ _AGREE, _DISAGREE = 0.9, 0.75
 """Shares of the coordinates. From the first on, a tensor is a second moment; below the second, it is none."""
 
 
+_OTHERS = frozenset(("max_exp_avg_sq", "exp_avg_diff", "state2"))
+"""Entries of a state beside which ``exp_avg_sq`` is not what divides the step, or is not alone."""
+
 Failed = Callable[[str, BaseException], None]
 
 
@@ -58,11 +61,9 @@ def _plain_moment(state: Any, param: Tensor) -> Tensor | None:
 
     Each reading asks for each parameter; this spares it the search for other kinds.
     """
-    if type(state) is not dict or "exp_avg_diff" in state or "state2" in state:
+    if type(state) is not dict or not _OTHERS.isdisjoint(state):
         return None
-    moment = state.get("max_exp_avg_sq")
-    if moment is None:
-        moment = state.get("exp_avg_sq")
+    moment = state.get("exp_avg_sq")
     if type(moment) is not Tensor or not moment.is_floating_point():
         return None
     return moment if moment.shape == param.shape and moment.device == param.device else None
@@ -128,7 +129,18 @@ class MomentCheck:
         return self.trusted or isinstance(moment, Quantized) or id(param) in self._kinds
 
     def _named(self, param: nn.Parameter) -> Tensor | Quantized | None:
-        return second_moment(self.optimizer.state.get(param, {}))
+        state = self.optimizer.state.get(param, {})
+        if "max_exp_avg_sq" in entries(state) and not self._takes_maximum(param):
+            state = {name: value for name, value in entries(state).items() if name != "max_exp_avg_sq"}
+        return second_moment(state)
+
+    def _takes_maximum(self, param: nn.Parameter) -> bool:
+        """Return whether the step divides by the maximum, which stays in the state without amsgrad, too."""
+        flags = [bool(group.get("amsgrad", True)) for group in self.optimizer.param_groups]
+        if all(flags) or not any(flags):
+            return all(flags)
+        groups = zip(flags, self.optimizer.param_groups, strict=True)
+        return any(flag and any(param is held for held in group["params"]) for flag, group in groups)
 
     def undecided(self, param: nn.Parameter) -> bool:
         """Return whether the next reading should check this parameter's state."""
@@ -337,7 +349,7 @@ class MomentCheck:
         for kind, (counted, agree) in zip(kinds, counts, strict=True):
             if kind is not None and counted and agree >= _AGREE * counted:
                 unbiased = kind.unbiased if known is None else known.unbiased
-                self._kinds[key] = Kind(kind.slot, unbiased)
+                self._kinds[key] = Kind(kind.slot, unbiased, kind.coupled)
                 self._failures[key] = 0
                 return
         if any(counted for counted, _ in counts) and all(

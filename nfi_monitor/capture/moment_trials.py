@@ -22,10 +22,14 @@ _PLACES = 3
 
 
 class Kind(NamedTuple):
-    """How a second moment is made: ``slot`` is the place of its β2; ``unbiased``: it needs no correction."""
+    """How a second moment is made: ``slot`` is the place of its β2; ``unbiased``: it needs no correction.
+
+    ``coupled``: it is made of gradients with L2 decay.
+    """
 
     slot: Slot
     unbiased: bool
+    coupled: bool = False
 
 
 class Trial(NamedTuple):
@@ -55,7 +59,7 @@ def trials(groups: Sequence[Mapping[str, Any] | None], taken: Sequence[float | N
                         Trial(
                             [math.nan if one is None else one[0] for one in each],
                             [0.0 if one is None else one[1] for one in each],
-                            [None if one is None else Kind(one[2], unbiased) for one in each],
+                            [None if one is None else Kind(one[2], unbiased, coupled) for one in each],
                         )
                     )
     return found

@@ -24,6 +24,7 @@ from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.sampling import CoordinateSample, copies, differences, local
 from nfi_monitor.capture.second_moment import entries, sample_moments, states
 from nfi_monitor.capture.step_constants import constants, host, host_rate, rates
+from nfi_monitor.capture.stepped_gradient import stepped_gradient
 from nfi_monitor.capture.update import BeforeStep, Update
 
 HEAD_ELEMENTS = 1 << 18
@@ -213,6 +214,9 @@ class OptimizerReader:
             head_bias_grad=bias_grad,
             moments=count,
             preconditioner=divided_by,
+            stepped_by=stepped_gradient(
+                self.check, start.params, self._group, start.sample, grad, start.before
+            ),
             gradients_left=left,
         )
 

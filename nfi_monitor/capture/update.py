@@ -37,20 +37,25 @@ class Update:
     preconditioner: Tensor | None = (
         None  # P where it is not sqrt(v̂) + ε_A, [M], or [C] without a second moment
     )
+    stepped_by: Tensor | None = None  # [C] the gradient with L2 decay, or negated; None: it is ``grad``
     gradients_left: bool = True  # False: the step may have overwritten the gradients that were read after it
 
     def with_moments(self) -> Update:
-        """Return the update of the tensors that have a second moment: C is M. Itself if all have one."""
-        count = self.moments
+        """Return the update of the tensors that have a second moment, with the gradient that they step by.
+
+        C is M.  Itself if all tensors have one, and step by ``grad``.
+        """
+        count, grad = self.moments, self.grad if self.stepped_by is None else self.stepped_by
         if self.exp_avg_sq is None or count is None or count == len(self.params):
-            return self
+            return self if self.stepped_by is None else replace(self, grad=grad, stepped_by=None)
         end = len(self.exp_avg_sq)
         position = self.head_position
         return replace(
             self,
             sample=self.sample.leading(count),
             params=self.params[:count],
-            grad=self.grad[:end],
+            grad=grad[:end],
+            stepped_by=None,
             before=self.before[:end],
             after=self.after[:end],
             lrs=None if self.lrs is None else self.lrs[:end],

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nfi_monitor.capture.sampling import CoordinateSample
 from nfi_monitor.capture.update import Update
-from nfi_monitor.measure import declared, displacement, row_match
+from nfi_monitor.measure import declared, displacement, row_match, weight_norm
 from nfi_monitor.measure import step as eager
 from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.views import StepView
@@ -134,7 +134,7 @@ def _measured(
                 large.update, large.bias_update, large.features.to(large.update.dtype)
             )
     if head is None or declared.OF_STEP != OF_GRADIENT:
-        same_coordinates = comparable if known is update else None
+        same_coordinates = comparable if known.sample is update.sample else None
         change = update.after - update.before
         values |= declared.step_values(StepView(update, change, features, feature_mean, same_coordinates))
     if update.found_inf is not None:
@@ -152,7 +152,8 @@ def _coordinates(
         layout = _LAYOUTS[sample] = Layout(sample)
     call = StepCall.from_buffer_copy(layout.call)
     call.wide = dtype is torch.float64
-    call.grad, call.before, call.after = (x.data_ptr() for x in (update.grad, update.before, update.after))
+    stepped = update.grad if update.stepped_by is None else update.stepped_by
+    call.grad, call.before, call.after = (x.data_ptr() for x in (stepped, update.before, update.after))
     preconditioner: Tensor | None = None
     held: list[Any] = []
     head = -1
@@ -174,7 +175,10 @@ def _coordinates(
     del held  # until here the library has read from it
     out = call.out[:]
     present = _WITHOUT_MOMENT if moment is None else PRESENT[previous is not None, head >= 0]
-    return {name: out[at] for at, name in present}, preconditioner
+    values = {name: out[at] for at, name in present}
+    if update.stepped_by is not None:
+        values["gradient_norm"] = weight_norm.norm(update.grad, sample.weights).item()
+    return values, preconditioner
 
 
 def _set_constants(call: StepCall, known: Update, layout: Layout, head: int) -> list[Any]:

@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.capture.optimizer import HEAD_ELEMENTS, OptimizerReader
+from nfi_monitor.capture.stepped_gradient import is_changed
 from nfi_monitor.capture.update import BeforeStep
 from nfi_monitor.measure import declared, native_step
 from nfi_monitor.measure.memory import Memory
-from nfi_monitor.measure.step_plan import MOMENTS, StepPlan
+from nfi_monitor.measure.planned_moments import moment_names
+from nfi_monitor.measure.step_plan import StepPlan
 from nfi_monitor.native import library
 
 MOST_PLANS = 8
@@ -29,6 +31,8 @@ def plan_for(reader: OptimizerReader) -> StepPlan | None:
     scaled = (getattr(reader.optimizer, name, None) for name in ("grad_scale", "found_inf"))
     if any(value is not None for value in scaled):  # a gradient scaler's, for a fused step
         return None
+    if any(is_changed(reader.check, group) for group in reader.optimizer.param_groups):
+        return None  # the library has the gradients of .grad alone
     layout = reader.layout(needs_gradient=True)
     if layout is None or layout.understood < len(layout.params) or head is None:
         return None
@@ -46,7 +50,7 @@ def plan_for(reader: OptimizerReader) -> StepPlan | None:
     ):
         return None
     states = [reader.optimizer.state.get(param, {}) for param in layout.params]
-    moments = [next((state[name] for name in MOMENTS if name in state), None) for state in states]
+    moments = [state.get(name) for state, name in zip(states, moment_names(reader, layout), strict=True)]
     counts = [state.get("step") for state in states]
     if not all(library.is_plain(moment, dtype) for moment in moments) or not all(
         library.is_plain(count, torch.float32) and count.numel() == 1 for count in counts

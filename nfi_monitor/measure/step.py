@@ -46,7 +46,7 @@ def step_statistics(
     consecutive = previous is not None and previous.step == step - 1
     known = update.with_moments()
     comparable = previous if previous is not None and previous.precedes(known, step) else None
-    same_coordinates = comparable if known is update else None
+    same_coordinates = comparable if known.sample is sample else None
     view = StepView(update, update.after - update.before, features, feature_mean, same_coordinates)
     values: dict[str, Tensor] = {
         "gradient_norm": weight_norm.norm(update.grad, sample.weights),

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from nfi_monitor.capture.head import Head
 from nfi_monitor.capture.optimizer import Layout, OptimizerReader
+from nfi_monitor.capture.stepped_gradient import is_changed
 from nfi_monitor.capture.update import BeforeStep
 from nfi_monitor.measure import displacement, native_step, row_match
 from nfi_monitor.measure.memory import Memory
+from nfi_monitor.measure.planned_moments import moment_names
 from nfi_monitor.native import library
 from nfi_monitor.native.calls import HEAD_NAMES, STEP_NAMES, PlanCall
 
-MOMENTS = ("max_exp_avg_sq", "exp_avg_sq")
+_SETTINGS = ("lr", "betas", "eps", "amsgrad")
 
 
 class StepPlan:
@@ -60,13 +62,12 @@ class StepPlan:
         self._parts = [self._parts_of(grad, before) for grad, before, _ in self._kept]
         self._sketches = [self._empty(0) for _ in self._kept]
         self._states = [reader.optimizer.state[param] for param in layout.params]
-        self._names = [next(name for name in MOMENTS if name in state) for state in self._states]
+        self._names = moment_names(reader, layout)
+        self._amsgrad = [group.get("amsgrad") for group in reader.optimizer.param_groups]
         self._shapes = [param.shape for param in layout.params]
         self._known = [*map(Tensor.data_ptr, layout.params)]
         self._addresses["params"][:] = self._known
         self._known_moments: list[int] = []
-        self._features: Tensor | None = None
-        self._keep: tuple[Any, ...] = ()  # what a call reads from
 
     def _empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=self._dtype, device="cpu")
@@ -235,7 +236,7 @@ class StepPlan:
 
     def _ready(self) -> bool:
         """Check the optimizer's state, and set its constants. Returns False if they cannot be read."""
-        optimizer, addresses = self._reader.optimizer, self._addresses
+        optimizer, check, addresses = self._reader.optimizer, self._reader.check, self._addresses
         state = optimizer.state
         for param, known in zip(self._params, self._states, strict=True):
             if state.get(param) is not known:
@@ -259,15 +260,19 @@ class StepPlan:
             addresses["taken"][:] = places[len(moments) :]
             self._known_moments = places
         constants = [  # with the number of parameters: one may have moved to another group
-            (group.get("lr"), group.get("betas"), group.get("eps"), len(group["params"]))
+            (*(group.get(name) for name in _SETTINGS), is_changed(check, group), len(group["params"]))
             for group in optimizer.param_groups
         ]
         return constants == self._constants or self._set_constants(constants)
 
     def _set_constants(self, constants: Sequence[tuple[Any, ...]]) -> bool:
-        """Set learning rates, ε_A and β2. Returns False for such as are no plain numbers."""
+        """Set learning rates, ε_A and β2. Returns False for such as the plan cannot read."""
         self._constants = []
-        for lr, betas, eps, _ in constants:
+        if [amsgrad for *_, amsgrad, _, _ in constants] != self._amsgrad:
+            return False
+        for lr, betas, eps, _, changed, _ in constants:
+            if changed:
+                return False
             if type(lr) is not float or type(eps) not in (float, int) or not isinstance(betas, (tuple, list)):
                 return False
             if len(betas) != 2 or type(betas[1]) not in (float, int) or not 0.0 <= betas[1] < 1.0:
@@ -283,9 +288,9 @@ class StepPlan:
         numbers["betas"][:] = [betas[1] for _, betas, *_ in each]
         numbers["lrs"][:], numbers["epsilons"][:] = (
             [lr for lr, *_ in each],
-            [float(eps) for _, _, eps, _ in each],
+            [float(eps) for _, _, eps, *_ in each],
         )
-        head_lr, _, head_eps, _ = each[self._places[0]]
+        head_lr, _, head_eps, *_ = each[self._places[0]]
         step.lr, step.eps, step.mean_eps = head_lr, float(each[0][2]), float(head_eps)
         same_lr, same_eps = (len({known[i] for known in constants}) == 1 for i in (0, 2))
         step.lrs = None if same_lr else ctypes.addressof(numbers["lrs"])

@@ -91,4 +91,7 @@ class StepView:
     feature_mean: Tensor | None
     """μ_G [d] of the step."""
     previous: Memory | None
-    """The step before, at the same coordinates; None where it was not measured."""
+    """The step before, at the same coordinates; None where it was not measured.
+
+    Its gradient is the one that the optimizer stepped by: ``update.stepped_by``, if there is one.
+    """

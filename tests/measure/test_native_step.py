@@ -81,6 +81,14 @@ def compare(steps) -> None:
 OPTIMIZERS = {
     "adamw": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
     "amsgrad": lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True),
+    "l2": lambda model: torch.optim.Adam(model.parameters(), lr=1e-2, weight_decay=0.3),
+    "ascent": lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2, maximize=True),
+    "decays": lambda model: torch.optim.NAdam(
+        [
+            {"params": part.parameters(), "weight_decay": decay}
+            for part, decay in zip(model[::2], (0.3, 0.0, 1.0), strict=True)
+        ]
+    ),
     "sgd": lambda model: torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9),
     "rmsprop": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3),
     "centred": lambda model: torch.optim.RMSprop(model.parameters(), lr=1e-3, centered=True),

@@ -298,6 +298,34 @@ def test_groups_with_their_own_rates_and_settings_are_each_read_with_theirs():
         last = run.grad, run.before, np.concatenate([body, head])
 
 
+@pytest.mark.parametrize("switched", ["off", "on", "by group"])
+def test_amsgrad_divides_by_what_its_group_says_at_this_step(switched):
+    """The maximum stays in the state, as it was, when amsgrad is switched off."""
+
+    def make(params: Params) -> Optimizer:
+        body, bias, *head = params
+        groups = [{"params": [body, bias]}, {"params": head}]
+        return optim.Adam(groups, 1e-2, betas=(0.9, 0.99), amsgrad=switched != "on")
+
+    run = Trained(make)
+    for number in range(1, 7):
+        if number == 4:
+            for group in run.optimizer.param_groups[1 if switched == "by group" else 0 :]:
+                group["amsgrad"] = switched == "on"
+            for state in run.optimizer.state.values():
+                state["max_exp_avg_sq"] = 9 * state["exp_avg_sq"]
+        found = run.step(number)
+    names = ["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq" for group in run.optimizer.param_groups]
+    states = [*run.optimizer.state.values()]
+    divided = [
+        state[name] / (1 - 0.99**6) for state, name in zip(states, sorted(names * 2)[::-1], strict=True)
+    ]
+    root = np.sqrt(flat(divided))
+    assert found["sqrt_exp_avg_sq_mean"] == pytest.approx(root.mean(), rel=1e-9)
+    ratio = run.grad[63:99] / np.maximum(root[63:99], 1e-8)
+    assert found["rms_t_head"] == pytest.approx(math.sqrt(np.mean(ratio**2)), rel=1e-9)
+
+
 def test_a_saved_step_without_a_metric_is_compared_with_the_next():
     run = Trained(WITHOUT_METRIC["rprop"])
     run.step(1)

@@ -92,7 +92,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "amsgrad": {"make": torch.optim.Adam, "amsgrad": True},
     "foreach": {"foreach": True},
     "fused": {"fused": True},
-    "maximize": {"maximize": True, "lr": 1e-4},
     "groups": {"make": grouped},
     "nadam": {"make": torch.optim.NAdam},
 }
@@ -154,6 +153,50 @@ def test_a_plan_sees_what_changes_between_steps(change: Change) -> None:
     assert any(used)
     assert all(map(torch.equal, model.parameters(), other.parameters()))
     assert library.fault() == ""
+    same(first, second, torch.float32)
+
+
+def decays(step: int, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["weight_decay"] = 0.3 if step in (5, 6) else 0.0
+
+
+def switched_off(step: int, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.param_groups[0]["amsgrad"] = step < 5
+
+
+def switched_on(step: int, model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    if step == 5:
+        optimizer.param_groups[0]["amsgrad"] = True
+        for state in optimizer.state.values():
+            state["max_exp_avg_sq"] = 4 * state["exp_avg_sq"]
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "used_at"),
+    [
+        (decays, {}, {1, 2, 3, 4, 7, 8, 9, 10, 11}),
+        (switched_off, {"amsgrad": True}, {*range(1, 12)} - {5}),
+        (switched_on, {}, {*range(1, 12)} - {5}),
+    ],
+)
+def test_a_plan_ends_when_the_step_gets_another_gradient_or_moment(
+    change: Change, options: dict[str, Any], used_at: set[int]
+) -> None:
+    """Decay that is coupled, and the maximum of the moments, switched in the run."""
+    first, model, _ = train(False, change, torch.optim.Adam, **options)
+    second, other, used = train(True, change, torch.optim.Adam, **options)
+    assert {step for step, read in enumerate(used) if read} == used_at
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
+    assert library.fault() == ""
+    same(first, second, torch.float32)
+
+
+def test_a_plan_reads_no_step_by_another_gradient_than_that_of_the_loss() -> None:
+    given = {"maximize": True, "lr": 1e-4}
+    first, model, _ = train(False, **given)
+    second, other, used = train(True, **given)
+    assert not any(used)
+    assert all(map(torch.equal, model.parameters(), other.parameters()))
     same(first, second, torch.float32)
 
 

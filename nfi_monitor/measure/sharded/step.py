@@ -82,7 +82,7 @@ def step_parts(
     if known.exp_avg_sq is not None:
         root = second_moment.root(known.exp_avg_sq.double(), known.correction)
         eps = devices.send(known.eps, device, torch.float64).expand(end)
-        ratio = grad[:end] / root.clamp_min(known.eps)
+        ratio = known.grad.double() / root.clamp_min(known.eps)
         rows[0][:end] = share[:end] * ratio * ratio
         filled |= _of_roots("", root, eps, rate[:end])
         if known.head_position is not None:
