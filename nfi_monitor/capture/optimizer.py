@@ -7,6 +7,7 @@ fused step under a gradient scaler unscales them in place.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -280,10 +281,9 @@ class OptimizerReader:
             usable = self._usable(params)
             if not usable:
                 return None
-            if len(self._layouts) >= 8:  # parameters change from step to step (mixtures of experts)
-                self._layouts.clear()
             groups = self.optimizer.param_groups
             group_at = {id(param): at for at, group in enumerate(groups) for param in group["params"]}
+            self._forget_layouts(group_at)
             place = {param: at for at, param in enumerate(group_at)}
             known = [param for param in usable if self.check.understood(param)]
             first = {id(param) for param in known}
@@ -295,6 +295,18 @@ class OptimizerReader:
             found = self._layouts[key] = Layout(sample, ordered, len(known), undecided, group_at)
         self._group_at = found.group_at
         return found
+
+    def _forget_layouts(self, group_at: Mapping[int, int]) -> None:
+        """Forget layouts with parameters that the optimizer has no more: they would stay in memory."""
+        gone = [
+            key
+            for key, layout in self._layouts.items()
+            if any(id(param) not in group_at for param in layout.params)
+        ]
+        for key in gone:
+            del self._layouts[key]
+        if len(self._layouts) >= 8:  # parameters change from step to step (mixtures of experts)
+            self._layouts.clear()
 
     def _usable(self, params: list[nn.Parameter]) -> list[nn.Parameter]:
         """Return the parameters to read: dense, real, on one device."""

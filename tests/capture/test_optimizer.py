@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -254,3 +255,26 @@ def test_what_is_moved_elsewhere_between_two_steps_frees_its_memory(kind: str) -
         F.cross_entropy(model(inputs), targets).backward()
         optimizer.step()
         assert monitor.history["weight_norm"][0].tolist() == [1, 2, 3, 4]
+
+
+def test_a_parameter_that_was_replaced_is_not_kept_in_memory() -> None:
+    """Progressive growing and Gaussian splatting replace parameters again and again."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 5))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    replaced = []
+    with Monitor(model, optimizer, console=False, every=1) as monitor:
+        for step in range(20):
+            if step % 3 == 2:
+                old = model[0].weight
+                new = nn.Parameter(old.detach().clone())
+                optimizer.state[new] = optimizer.state.pop(old)
+                optimizer.param_groups[0]["params"][0] = model[0].weight = new
+                replaced.append(weakref.ref(old))
+                del old, new
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(torch.randn(32, 8)), torch.randint(5, (32,)))
+            loss.backward()
+            optimizer.step()
+            del loss
+    assert [param() for param in replaced] == [None] * 6
+    assert monitor.history["gradient_norm"][0].tolist() == [*range(1, 21)]
