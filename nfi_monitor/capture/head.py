@@ -22,6 +22,7 @@ from nfi_monitor.capture.head_layer import (
     layout,
     looked_through,
     shares_weight,
+    size_of,
 )
 from nfi_monitor.capture.head_layer import own_parameter as own_parameter
 from nfi_monitor.capture.named_head import named_head
@@ -126,10 +127,10 @@ def _alive(
     updated = {id(p) for p in model.parameters() if p.requires_grad and (trained is None or id(p) in trained)}
     if not updated:
         return layers
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(map(size_of, model.parameters()))
     frozen = []
     for name, part in modules.items():
-        size = sum(p.numel() for p in part.parameters())
+        size = sum(map(size_of, part.parameters()))
         large = name and name not in layers and size >= TEACHER * total
         if large and not any(id(p) in updated for p in part.parameters()):
             frozen.append(f"{name}.")

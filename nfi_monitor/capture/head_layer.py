@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.parameter import is_lazy
 
 from nfi_monitor.capture.sampling import local
 
@@ -50,16 +51,22 @@ class Head:
     @property
     def weight(self) -> nn.Parameter | None:
         weight = own_parameter(self.owner or self.module, self.parameter)
-        if weight is None or weight.is_complex():
+        if weight is None or is_lazy(weight) or weight.is_complex():
             return None
         return weight if weight.dim() in (2, 2 + self.spatial) else None
+
+    @property
+    def waits(self) -> bool:
+        """Whether the head is a lazy layer, which makes its weight in its first forward pass."""
+        weight = own_parameter(self.owner or self.module, self.parameter)
+        return weight is not None and is_lazy(weight)
 
     @property
     def bias(self) -> nn.Parameter | None:
         owner = self.owner or self.module
         if not self.bare:
             bias = own_parameter(owner, "bias")
-            return bias if bias is not None and bias.dim() == 1 else None
+            return bias if bias is not None and not is_lazy(bias) and bias.dim() == 1 else None
         fit = [p for p in owner._parameters.values() if p is not None and tuple(p.shape) == (self.outputs,)]
         return fit[0] if len(fit) == 1 else None
 
@@ -110,6 +117,11 @@ class Head:
         if self.weight is None:
             return f"{name} ({kind})"
         return f"{name} ({kind} {self.width}→{self.outputs})"
+
+
+def size_of(param: Tensor) -> int:
+    """Return the number of elements; 0 for a parameter that its lazy layer has not made yet."""
+    return 0 if is_lazy(param) else param.numel()
 
 
 def own_parameter(module: nn.Module, name: str) -> nn.Parameter | None:

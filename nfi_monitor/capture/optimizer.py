@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from nfi_monitor import _moved
 from nfi_monitor.capture import devices
 from nfi_monitor.capture.betas import ASSUMED_BETAS, betas_of
 from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.head_layer import size_of
 from nfi_monitor.capture.moment_check import Failed, MomentCheck, ignore
 from nfi_monitor.capture.preconditioner import preconditioner
 from nfi_monitor.capture.reading_plan import ReadingPlan
@@ -274,7 +274,7 @@ class OptimizerReader:
             ]
             ends.append(len(params))
         reduced = self.plan.reduced_sample
-        sizes = [0 if is_lazy(param) else param.numel() for param in params]  # pruning changes them in place
+        sizes = [*map(size_of, params)]  # pruning changes them in place
         key = (reduced, self.check.version, len(self.optimizer.state), *ends, *map(id, params), *sizes)
         found = self._layouts.get(key)
         if found is None:

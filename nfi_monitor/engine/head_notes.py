@@ -36,6 +36,8 @@ def at_attach(model: nn.Module, head: Head | None, reader: OptimizerReader) -> I
         isinstance(one, nn.AdaptiveLogSoftmaxWithLoss) and one.head is head.module for one in model.modules()
     ):
         yield "adaptive_softmax", _ADAPTIVE.format(head.describe())
+    if head.waits:
+        return
     if head.weight is None:
         yield (
             "head_without_weight",

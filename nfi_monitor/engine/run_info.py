@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from nfi_monitor._version import __version__
 from nfi_monitor.capture.head import Head
+from nfi_monitor.capture.head_layer import size_of
 from nfi_monitor.capture.head_probe import HeadProbe
 from nfi_monitor.capture.optimizer import OptimizerReader
 from nfi_monitor.capture.sampling import auto_interval
@@ -55,7 +56,7 @@ def describe_run(model: nn.Module, head: Head | None, reader: OptimizerReader) -
         "nfi_monitor": __version__,
         "torch": torch.__version__,
         "model": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in parameters),
+        "parameters": sum(map(size_of, parameters)),
         "dtype": ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters})),
         "head": head.describe() if head is not None else "none: rows come from monitor.tap()",
         "classes": head.outputs if head is not None else None,
