@@ -119,7 +119,7 @@ class RowRecomputer:
         if stride > 1:
             self._probe.can_reduce = not self._probe.plan.reduced_sample
         first = offset(step, stride)
-        labels = targets.detach().to(hidden.device, non_blocking=True)
+        labels = targets.detach().to(hidden.device, torch.int64, non_blocking=True)
         # On an accelerator, an index beyond the end kills the training; no try block can stop that.
         labels = torch.where((labels >= 0) & (labels < classes), labels, -1)
         pending = _Pending(

@@ -45,7 +45,13 @@ def chunked(hidden: Tensor, head: nn.Linear, targets: Tensor) -> Tensor:
 
 
 def train(
-    loss_of: Loss, *, steps: int = 6, far: float = 200.0, watched: bool = True, **options: Any
+    loss_of: Loss,
+    *,
+    steps: int = 6,
+    far: float = 200.0,
+    watched: bool = True,
+    tapped_as: torch.dtype = torch.int64,
+    **options: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """Six steps with many absorbed rows; one row in four does not count."""
     model = Fused()
@@ -59,13 +65,22 @@ def train(
     for _ in range(steps):
         hidden = model.body(inputs)
         if monitor is not None:
-            assert monitor.tap_features(hidden, targets) is hidden
+            assert monitor.tap_features(hidden, targets.to(tapped_as)) is hidden
         loss_of(hidden, model.head, targets).backward()
         optimizer.step()
         optimizer.zero_grad()
     if monitor is not None:
         monitor.close()
     return monitor, snapshot(model, optimizer)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8])
+def test_targets_may_be_smaller_integers(dtype: torch.dtype) -> None:
+    expected, _ = train(chunked)
+    monitor, _ = train(chunked, tapped_as=dtype)
+    assert set(monitor.history) == set(expected.history)
+    assert monitor.history["margin_median"][1].tolist() == expected.history["margin_median"][1].tolist()
+    assert [note.code for note in monitor.notes] == [note.code for note in expected.notes]
 
 
 def test_recomputed_rows_are_those_of_the_same_run_with_logits() -> None:
