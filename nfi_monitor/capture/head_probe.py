@@ -30,7 +30,8 @@ from nfi_monitor.capture.row_samples import features_of, same_rows
 from nfi_monitor.capture.row_samples import rows_of as rows_of
 from nfi_monitor.capture.row_samples import whole_rows as whole_rows
 from nfi_monitor.capture.rows import Rows as Rows
-from nfi_monitor.capture.sampling import local, offset, strides
+from nfi_monitor.capture.rows import memory_of
+from nfi_monitor.capture.sampling import ROW_ELEMENTS, local, offset, strides
 from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 NODES = 32
@@ -297,7 +298,8 @@ class HeadProbe(ModelHook):
             # Another head may have been found since.
             return hook(lambda g: on_gradient(g if self.head is head else None))
 
-        make = partial(Rows, total=total, shard=shard, normalized=made is not None and made.normalized)
+        normalized, memory = made is not None and made.normalized, memory_of(*kept[1:])
+        make = partial(Rows, total=total, shard=shard, normalized=normalized, features_from=memory)
         self._deliver_at_backward(logits, kept, sample, make, shard, tapped=tapped, hook=register)
 
     def _keep(self, node: Any) -> None:
@@ -314,11 +316,13 @@ class HeadProbe(ModelHook):
     ) -> list[Tensor]:
         """Return sampled rows of the logits and, if these are known, of their features."""
         # Copies, because some losses write their gradient over the logits, and a strided view would keep the
-        # whole [N, K] and [N, d] storages alive.  If all rows of the features are read, they are not copied:
-        # autograd keeps them anyway.
+        # whole [N, K] and [N, d] storages alive.  Large features of which all are read are not copied:
+        # autograd keeps them until its backward pass.  Rows.finished sees whether they are as they were.
         kept = [sample(shown).clone()]
         if features is not None and features.device == shown.device:
-            kept.append(sample(features) if whole else sample(features).clone())
+            read = sample(features)
+            large = whole and read.numel() > ROW_ELEMENTS and not read.is_inference()
+            kept.append(read if large else read.clone())
         else:
             self.without_features += 1
         return kept
