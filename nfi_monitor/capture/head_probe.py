@@ -26,11 +26,12 @@ from nfi_monitor.capture.model_hooks import ModelHook
 from nfi_monitor.capture.origin import Logits, logits_of, takes
 from nfi_monitor.capture.reading_plan import ReadingPlan
 from nfi_monitor.capture.row_samples import classes_of as classes_of
-from nfi_monitor.capture.row_samples import features_of, same_rows, version_of
+from nfi_monitor.capture.row_samples import features_of, same_rows
 from nfi_monitor.capture.row_samples import rows_of as rows_of
 from nfi_monitor.capture.row_samples import whole_rows as whole_rows
 from nfi_monitor.capture.rows import Rows as Rows
-from nfi_monitor.capture.sampling import local, offset, strides
+from nfi_monitor.capture.rows import memory_of
+from nfi_monitor.capture.sampling import ROW_ELEMENTS, local, offset, strides
 from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 NODES = 32
@@ -283,24 +284,21 @@ class HeadProbe(ModelHook):
         stride, self.can_reduce = strides(total, wide, reduced=plan.reduced_sample)
         if shard is not None:
             stride = max(stride, -(-total // plan.row_slots))
-        first = offset(step, stride)
 
         def sample(tensor: Tensor) -> Tensor:
-            tensor = tensor.detach()
-            return rows_of(tensor if axis == -1 else tensor.movedim(axis, -1), first, stride)
+            tensor = tensor.detach() if axis == -1 else tensor.detach().movedim(axis, -1)
+            return rows_of(tensor, offset(step, stride), stride)
 
-        features = features if features is not None and same_rows(features, shown, axis) else None
-        kept = self._copies(shown, features, sample, whole=stride == 1)
+        fits = features is not None and same_rows(features, shown, axis)
+        kept = self._copies(shown, features if fits else None, sample, whole=stride == 1)
         head = self.head
 
         def register(on_gradient: Callable[[Tensor | None], None]) -> object:
             # Another head may have been found since.
             return hook(lambda g: on_gradient(g if self.head is head else None))
 
-        seen = version_of(kept[1]) if len(kept) > 1 else None
-        make = partial(
-            Rows, total=total, shard=shard, normalized=made is not None and made.normalized, seen=seen
-        )
+        normalized, memory = made is not None and made.normalized, memory_of(*kept[1:])
+        make = partial(Rows, total=total, shard=shard, normalized=normalized, features_from=memory)
         self._deliver_at_backward(logits, kept, sample, make, shard, tapped=tapped, hook=register)
 
     def _keep(self, node: Any) -> None:
@@ -317,12 +315,13 @@ class HeadProbe(ModelHook):
     ) -> list[Tensor]:
         """Return sampled rows of the logits and, if these are known, of their features."""
         # Copies, because some losses write their gradient over the logits, and a strided view would keep the
-        # whole [N, K] and [N, d] storages alive.  If all rows of the features are read, they are not copied:
-        # autograd keeps them anyway.  An input of the model may be a buffer that gets the next batch.
+        # whole [N, K] and [N, d] storages alive.  Large features of which all are read are not copied:
+        # autograd keeps them until its backward pass.  Rows.finished sees whether they are as they were.
         kept = [sample(shown).clone()]
         if features is not None and features.device == shown.device:
-            copy = not whole or features.grad_fn is None
-            kept.append(sample(features).clone() if copy else sample(features))
+            read = sample(features)
+            large = whole and read.numel() > ROW_ELEMENTS and not read.is_inference()
+            kept.append(read if large else read.clone())
         else:
             self.without_features += 1
         return kept

@@ -64,7 +64,7 @@ def _plain_moment(state: Any, param: Tensor) -> Tensor | None:
     if type(state) is not dict or not _OTHERS.isdisjoint(state):
         return None
     moment = state.get("exp_avg_sq")
-    if type(moment) is not Tensor or not moment.is_floating_point():
+    if type(moment) is not Tensor or not moment.is_floating_point() or not moment.data_ptr():
         return None
     return moment if moment.shape == param.shape and moment.device == param.device else None
 
@@ -114,6 +114,10 @@ class MomentCheck:
             self._odd[id(param)] = f"{name} keeps in another shape than their parameters'"
         elif moment.device != param.device:
             self._odd[id(param)] = f"{name} keeps on {moment.device}, with the tensors on {param.device}"
+        elif type(moment) is Tensor and moment.numel() and not moment.data_ptr():
+            if id(param) not in self._odd:
+                self.version += 1  # it may have been read before
+            self._odd[id(param)] = "have no memory after optimizer.step(): a hook has freed it"
         elif moment.is_floating_point() and type(moment) in (Tensor, type(param), type(param.data)):
             return moment
         else:
@@ -195,9 +199,10 @@ class MomentCheck:
                     "does not agree with the gradients that are left after optimizer.step(closure), where "
                     f"{name} may overwrite them"
                 )
-            return (
-                f"does not move in {name} as an average of squared gradients does (it is scaled or rotated)"
-            )
+            dtype = getattr(self._named(param), "dtype", torch.float32)
+            rounded = f", or rounded to {dtype}" if dtype.itemsize < 4 else ""
+            how = f"(it is scaled or rotated{rounded})"
+            return f"does not move in {name} as an average of squared gradients does {how}"
         return "moves by less than its rounding, so that its meaning cannot be checked"
 
     def steps_averaged(self, param: nn.Parameter, group: Mapping[str, Any], step: int) -> Any:

@@ -275,7 +275,9 @@ class OptimizerReader:
             ends.append(len(params))
         reduced = self.plan.reduced_sample
         sizes = [*map(size_of, params)]  # pruning changes them in place
-        key = (reduced, self.check.version, len(self.optimizer.state), *ends, *map(id, params), *sizes)
+        sparse = [id(param) for param in params if not _is_dense(param)]
+        state = len(self.optimizer.state)
+        key = (reduced, self.check.version, state, *ends, *map(id, params), *sizes, *sparse)
         found = self._layouts.get(key)
         if found is None:
             usable = self._usable(params)
@@ -315,8 +317,7 @@ class OptimizerReader:
         for param in params:
             if local(param).numel() == 0:
                 continue
-            dense_gradient = param.grad is None or param.grad.layout is torch.strided
-            if not dense_gradient or param.is_complex():
+            if not _is_dense(param) or param.is_complex():
                 self.unreadable.add(
                     "complex parameters" if param.is_complex() else "parameters with sparse gradients"
                 )
@@ -369,9 +370,9 @@ class OptimizerReader:
         if head is None or head.weight is None or not head.has_zero_sum or head.outputs == 1:
             return None, None
         grad, bias_grad = head.weight.grad, None
-        if head.bias is not None and head.bias.grad is not None:
+        if head.bias is not None and head.bias.grad is not None and _is_dense(head.bias):
             bias_grad = local(head.bias.grad.detach())
-        if grad is None or grad.shape != head.weight.shape:
+        if grad is None or not _is_dense(head.weight) or grad.shape != head.weight.shape:
             return None, bias_grad
         grad = head.classes_first(grad.detach())
         # Read all classes, because their sum is needed, and a sample of the feature columns.  Neighbouring
@@ -379,6 +380,12 @@ class OptimizerReader:
         columns = gradient_columns(grad.shape[1], head.outputs or 1)
         first = (step * columns) % (grad.shape[1] - columns + 1)
         return grad[:, first : first + columns], bias_grad
+
+
+def _is_dense(param: Tensor) -> bool:
+    """Return whether a parameter has no sparse gradient."""
+    grad = param.grad
+    return grad is None or grad.layout is torch.strided
 
 
 def gradient_columns(features: int, outputs: int) -> int:

@@ -52,20 +52,6 @@ def rows_of(tensor: Tensor, first: int, stride: int) -> Tensor:
         return tensor[tuple(places)]
 
 
-def holds_all(tensor: Tensor) -> bool:
-    """Return whether the memory of a tensor still has all its numbers: it may have been given back."""
-    if 0 in tensor.shape:
-        return True
-    last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    end = tensor.storage_offset() + last + 1
-    return tensor.untyped_storage().nbytes() >= end * tensor.element_size()
-
-
-def version_of(tensor: Tensor) -> int | None:
-    """Return how often a tensor was written to; None where torch does not count that."""
-    return None if tensor.is_inference() else tensor._version
-
-
 def whole_rows(tensor: Any) -> Tensor | None:
     """Return this rank's rows of a DTensor, detached; None if the rows are not whole.
 

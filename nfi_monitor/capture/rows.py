@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from nfi_monitor.capture.backward_pass import Change, Pass, SeveralPasses, change
-from nfi_monitor.capture.row_samples import holds_all
 from nfi_monitor.capture.sharding import ClassShard
 
 
@@ -33,10 +32,10 @@ class Rows:
     """Whether the logits are log-probabilities, which do not show the mean logit."""
     recomputed: Tensor | None = None
     """For recomputed rows: whether they are the run's rows, bool, 0-d. If not, they do not count."""
+    features_from: tuple[int, int] | None = None
+    """:func:`memory_of` the features in the forward pass; None if that is not known."""
     kind: Pass = Pass.TRAINS
     """The kind of the backward passes that count so far."""
-    seen: int | None = None
-    """Version of the features' memory at the forward pass; None if they are a copy, or have no version."""
 
     def add(self, grad: Tensor, kind: Pass = Pass.TRAINS) -> None:
         """Add the gradient [n, K] of a further backward pass, if it counts."""
@@ -55,14 +54,16 @@ class Rows:
     def _start_anew(self, grad: Tensor) -> None:
         self.grad, self.passes = grad.clone(), None
 
-    @property
-    def features_lost(self) -> bool:
-        """Whether the features' memory was freed, made smaller or written to since the forward pass."""
-        features = self.features
-        if features is None or self.seen is None:
-            return False
-        return features._version != self.seen or not holds_all(features)
-
     def finished(self, loss_dtype: torch.dtype | None = None) -> Rows:
-        """Return the rows with the gradient of all backward passes. ``loss_dtype``: of the observed loss."""
-        return self if self.passes is None else replace(self, grad=self.passes.sum(), passes=None)
+        """Return the rows with the gradient of all backward passes. ``loss_dtype``: of the observed loss.
+
+        Features whose memory was freed or written to since the forward pass are left out.
+        """
+        rows = self if self.passes is None else replace(self, grad=self.passes.sum(), passes=None)
+        gone = self.features_from is not None and self.features_from != memory_of(self.features)
+        return replace(rows, features=None, features_from=None) if gone else rows
+
+
+def memory_of(tensor: Tensor | None = None) -> tuple[int, int] | None:
+    """Return the version of a tensor, which each write raises, and the bytes of its storage."""
+    return None if tensor is None else (tensor._version, tensor.untyped_storage().nbytes())

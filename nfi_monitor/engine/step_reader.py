@@ -110,11 +110,10 @@ class StepReader:
                 self._measure_rows(self._asked.popleft())
 
     def _measure_rows(self, rows: Rows) -> None:
-        rows = rows.finished(self._loss_dtype)
-        if rows.features_lost:
-            self.reader.unreadable.add("features whose memory was freed or written to before the step")
-            rows.features = None
-        self.rows.add(rows)
+        finished = rows.finished(self._loss_dtype)
+        if finished.features is None and rows.features is not None:
+            self.reader.unreadable.add("features that are freed or written to before optimizer.step()")
+        self.rows.add(finished)
 
     def begin(self, step: int, given: Sequence[Any], *, alone: bool = False) -> None:
         """Read gradients and weights before the step.
