@@ -138,8 +138,11 @@ def test_a_factor_after_the_head_is_recovered_and_everything_is_in_nats_of_the_l
         "head_loss", "margin_median", "margin_min", "residual_mass", "mean_logit", "logit_displacement",
         "logit_displacement_rms", "feature_displacement",
     ):  # fmt: skip
-        expected = found[False][name][1]
-        assert found[True][name][1] == pytest.approx(expected, rel=2e-3, abs=2e-5), name
+        steps, expected = found[False][name]  # of a factor that may move, some are read more often
+        others, values = found[True][name]
+        assert len(steps) >= 8 and set(steps) <= set(others), name
+        values = values[[step in steps for step in others]]
+        assert values == pytest.approx(expected, rel=2e-3, abs=2e-5), name
 
 
 def test_the_precision_of_the_loss_is_said_at_the_first_reading() -> None:

@@ -31,7 +31,7 @@ from nfi_monitor.capture.row_samples import rows_of as rows_of
 from nfi_monitor.capture.row_samples import whole_rows as whole_rows
 from nfi_monitor.capture.rows import Rows as Rows
 from nfi_monitor.capture.rows import memory_of
-from nfi_monitor.capture.sampling import ROW_ELEMENTS, local, offset, strides
+from nfi_monitor.capture.sampling import ROW_ELEMENTS, copies, local, offset, strides
 from nfi_monitor.capture.sharding import ClassShard, class_shard
 
 NODES = 32
@@ -317,14 +317,15 @@ class HeadProbe(ModelHook):
         # Copies, because some losses write their gradient over the logits, and a strided view would keep the
         # whole [N, K] and [N, d] storages alive.  Large features of which all are read are not copied:
         # autograd keeps them until its backward pass.  Rows.finished sees whether they are as they were.
-        kept = [sample(shown).clone()]
-        if features is not None and features.device == shown.device:
-            read = sample(features)
-            large = whole and read.numel() > ROW_ELEMENTS and not read.is_inference()
-            kept.append(read if large else read.clone())
-        else:
+        rows = sample(shown)
+        if features is None or features.device != shown.device:
             self.without_features += 1
-        return kept
+            return [rows.clone()]
+        read = sample(features)
+        large = whole and read.numel() > ROW_ELEMENTS and not read.is_inference()
+        if large:
+            return [rows.clone(), read]
+        return [copy for copy in copies(rows, read) if copy is not None]
 
     def _deliver_at_backward(
         self,

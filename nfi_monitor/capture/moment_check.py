@@ -24,7 +24,7 @@ from nfi_monitor.capture.host_transfer import HostTransfer
 from nfi_monitor.capture.moment_trials import Kind, fit, trials
 from nfi_monitor.capture.quantized import Quantized
 from nfi_monitor.capture.sampling import CoordinateSample, local
-from nfi_monitor.capture.second_moment import entries, second_moment
+from nfi_monitor.capture.second_moment import entries, is_freed, second_moment
 
 CHECKS = 8
 """Maximum number of readings in which a tensor is checked, until it is known to be a second moment."""
@@ -64,7 +64,7 @@ def _plain_moment(state: Any, param: Tensor) -> Tensor | None:
     if type(state) is not dict or not _OTHERS.isdisjoint(state):
         return None
     moment = state.get("exp_avg_sq")
-    if type(moment) is not Tensor or not moment.is_floating_point() or not moment.data_ptr():
+    if type(moment) is not Tensor or not moment.is_floating_point() or is_freed(moment):
         return None
     return moment if moment.shape == param.shape and moment.device == param.device else None
 
@@ -114,7 +114,7 @@ class MomentCheck:
             self._odd[id(param)] = f"{name} keeps in another shape than their parameters'"
         elif moment.device != param.device:
             self._odd[id(param)] = f"{name} keeps on {moment.device}, with the tensors on {param.device}"
-        elif type(moment) is Tensor and moment.numel() and not moment.data_ptr():
+        elif type(moment) is Tensor and is_freed(moment):
             if id(param) not in self._odd:
                 self.version += 1  # it may have been read before
             self._odd[id(param)] = "have no memory after optimizer.step(): a hook has freed it"

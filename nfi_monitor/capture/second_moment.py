@@ -83,3 +83,8 @@ def sample_moments(sample: CoordinateSample, moments: Sequence[Tensor | Quantize
             ]
         )
     return sample.gather(moments)  # type: ignore[arg-type]
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Return whether the memory of a tensor was given back, although the tensor is still there."""
+    return tensor.numel() > 0 and not tensor.untyped_storage().nbytes()
