@@ -201,7 +201,8 @@ def _measured() -> Iterator[str]:
     ).groups()
     yield (
         f'- **Sparse reading.** With `every="auto"` the monitor reads {_percent(found)} of the steps of '
-        f"these runs, and the recall of *imminent* falls by {float(lost):.1f} points."
+        f"these runs, and the recall of *imminent* {'rises' if float(lost) < 0 else 'falls'} "
+        f"by {abs(float(lost)):.1f} points."
     )
     yield from _proofs()
     yield (
