@@ -201,8 +201,9 @@ class HeadCheck(ModelHook):
         inner = head is not None and head.weight is not changed
         watched = f" {head.describe()} makes features, and is not watched." if head and inner else ""
         why = (
-            "The logits are the product of two features, or their distance, as in contrastive models: no "
-            "layer is the head."
+            "The logits are not features times the weight of one layer: no layer is the head. They may be a "
+            "product of two features or their distance (contrastive models), or come from experts or "
+            "attention."
             if changed is None
             else f"The logits are made with a weight that is computed from a parameter {list(changed.shape)} "
             "(a normalised one, as for cosine logits): no layer is the head."
