@@ -9,7 +9,12 @@ from collections.abc import Iterator
 import pytest
 
 from nfi_monitor.detect.detector import Detector
-from nfi_monitor.detect.situation import RunContext
+from nfi_monitor.detect.rules import RULES
+from nfi_monitor.detect.rules.oscillation import Surging
+from nfi_monitor.detect.signals import Signals
+from nfi_monitor.detect.situation import RunContext, Situation
+from nfi_monitor.detect.smoothing import Hysteresis
+from nfi_monitor.detect.spike import SpikeDetector
 from nfi_monitor.types import Alert, AlertKind, Mechanism, Reading, Thresholds
 
 REGRESSION = RunContext(beta2=0.999, no_classes=True)
@@ -179,3 +184,24 @@ def test_a_surge_in_many_directions_is_imminent_before_the_slingshot() -> None:
 )
 def test_a_surge_needs_the_same_rows_a_large_gradient_and_a_rising_loss(changed: dict[str, float]) -> None:
     assert imminent(regression(**{**SURGE, **changed})) == []  # type: ignore[arg-type]
+
+
+def surge(*, loss: float = 0.08, outside: bool = False, kicking: bool = False) -> Situation:
+    """Return a situation in which the next step brings the loss of a slingshot: ten times the average."""
+    signals, spike = Signals(), SpikeDetector()
+    signals.same_rows, signals.rms_t_peak, signals.gradient_growth = True, 3.0, 0.7
+    spike.baseline.restart(math.log(0.01), 0.1)
+    switches = {rule.name: Hysteresis() for rule in RULES}
+    switches["kicking"].on = kicking
+    reading = Reading(100, {"loss": loss})
+    now = Situation(Thresholds(), REGRESSION, signals, spike, switches, reading=reading)
+    now.raised_from_outside = outside
+    return now
+
+
+def test_a_surge_is_left_to_the_batch_or_the_kick_that_explains_it_and_needs_a_risen_loss() -> None:
+    assert Surging().enter(surge()) and Surging().stay(surge())
+    assert not Surging().enter(surge(outside=True))
+    assert not Surging().enter(surge(kicking=True)) and not Surging().stay(surge(kicking=True))
+    assert surge(loss=0.04).steps_to_slingshot <= 1.0
+    assert not Surging().enter(surge(loss=0.04)), "the loss is four times its average"
