@@ -178,6 +178,12 @@ def _coordinates(
     values = {name: out[at] for at, name in present}
     if update.stepped_by is not None:
         values["gradient_norm"] = weight_norm.norm(update.grad, sample.weights).item()
+        moved = update.after - update.before
+        values["predicted_reduction"] = weight_norm.predicted_reduction(
+            update.grad, moved, sample.weights
+        ).item()
+    if not update.gradients_left:
+        del values["predicted_reduction"]
     return values, preconditioner
 
 
@@ -307,10 +313,10 @@ def _around_head(loaded: Any, head: _Head) -> dict[str, float] | None:
 
 _STRIDES = ("weight_stride", "grad_stride", "update_stride", "feature_stride")
 _ROWS = ("classes", "classes", "kept", "rows")
-_WITHOUT_MOMENT = [*enumerate(STEP_NAMES[:4])]
+_WITHOUT_MOMENT = [*enumerate(STEP_NAMES[:5])]
 PRESENT = {
     (pair, head): [
-        (at, name) for at, name in enumerate(STEP_NAMES[: 13 if pair else 11]) if head or "head" not in name
+        (at, name) for at, name in enumerate(STEP_NAMES[: 14 if pair else 12]) if head or "head" not in name
     ]
     for pair in (False, True)
     for head in (False, True)

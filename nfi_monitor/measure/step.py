@@ -54,6 +54,10 @@ def step_statistics(
         "weight_norm": weight_norm.norm(update.after, sample.weights),
         "relative_update": displacement.relative_update(view.moved, update.after, sample),
     }
+    if update.gradients_left:
+        values["predicted_reduction"] = weight_norm.predicted_reduction(
+            update.grad, view.moved, sample.weights
+        )
     memory, preconditioner = None, known.preconditioner
     if known.exp_avg_sq is not None:
         root = second_moment.root(known.exp_avg_sq, known.correction)

@@ -228,7 +228,7 @@ class StepPlan:
             raise MemoryError("no memory for an optimizer step")
         grad, weights, preconditioner = self._kept[self._turn]
         memory = Memory(step, weights, grad, preconditioner, mean, self._sample.layout, rows)
-        values = dict(zip(STEP_NAMES[: 13 if comparable else 11], self._step.out[:13], strict=False))
+        values = dict(zip(STEP_NAMES[: 14 if comparable else 12], self._step.out[:14], strict=False))
         self._add_head(values, features, mean, before, rows)
         if math.isfinite(self._step.lr):
             values["learning_rate"] = self._step.lr

@@ -1,4 +1,4 @@
-"""Estimate norms of weights, gradients and updates from a stratified coordinate sample.
+"""Estimate norms of weights, gradients and updates, and their product, from a stratified sample.
 
 Thilak et al. (arXiv 2206.04817) define the slingshot by the growth of the last layer's norm.
 """
@@ -26,6 +26,15 @@ def norm(values: Tensor, weights: Tensor | None) -> Tensor:
         whole: Tensor = torch.linalg.vector_norm(values)
         return whole
     return stratified_sum(values * values, weights).sqrt()
+
+
+def predicted_reduction(grad: Tensor, moved: Tensor, weights: Tensor | None) -> Tensor:
+    """Return −gᵀs, the first-order estimate of how much the update lowers the loss. Scalar, in its unit.
+
+    ``grad`` g [C], ``moved`` s = θ_after − θ_before [C], ``weights`` inverse sampling rates [C] or None.
+    Source: Nocedal and Wright, Numerical Optimization (2006), section 4.1.
+    """
+    return -stratified_sum(grad * moved, weights)
 
 
 def parameter_norms(model: nn.Module) -> dict[str, float]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from ctypes import Structure, c_double, c_int32, c_int64, c_void_p
 
 STEP_NAMES = (
-    "gradient_norm", "update_rms", "weight_norm", "relative_update", "rms_t_max", "rms_t_head",
-    "sqrt_exp_avg_sq_median", "sqrt_exp_avg_sq_mean", "head_sqrt_exp_avg_sq_median",
+    "gradient_norm", "update_rms", "weight_norm", "relative_update", "predicted_reduction", "rms_t_max",
+    "rms_t_head", "sqrt_exp_avg_sq_median", "sqrt_exp_avg_sq_mean", "head_sqrt_exp_avg_sq_median",
     "head_sqrt_exp_avg_sq_mean", "effective_learning_rate", "secant_curvature", "gradient_alignment",
 )  # fmt: skip
 HEAD_NAMES = (

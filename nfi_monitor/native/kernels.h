@@ -277,17 +277,19 @@ EXPONENTIALS(double, 64)
     static void NAME(step##BITS)(const nfi_step_call *call, int64_t from, int64_t end, nfi_step_sums *sums) \
     {                                                                                                       \
         const REAL *grad = call->grad, *before = call->before, *after = call->after;                        \
-        double g2 = 0.0, m2 = 0.0, a2 = 0.0;                                                                \
-        _Pragma("omp simd reduction(+:g2, m2, a2)")                                                         \
+        double g2 = 0.0, m2 = 0.0, a2 = 0.0, gm = 0.0;                                                      \
+        _Pragma("omp simd reduction(+:g2, m2, a2, gm)")                                                     \
         for (int64_t i = from; i < end; i++) {                                                              \
             const REAL m = after[i] - before[i];                                                            \
             g2 += (double)grad[i] * (double)grad[i];                                                        \
             m2 += (double)m * (double)m;                                                                    \
             a2 += (double)after[i] * (double)after[i];                                                      \
+            gm += (double)grad[i] * (double)m;                                                              \
         }                                                                                                   \
         sums->grad += g2;                                                                                   \
         sums->moved += m2;                                                                                  \
         sums->after += a2;                                                                                  \
+        sums->along += gm;                                                                                  \
     }                                                                                                       \
                                                                                                             \
     static void NAME(moment##BITS)(                                                                         \

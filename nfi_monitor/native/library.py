@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 SWITCH = "NFI_MONITOR_NATIVE"
 """Environment variable: with the value 0 the library is not loaded."""
-VERSION = 5
+VERSION = 6
 """Version of the functions' arguments (``NFI_VERSION`` in nfi.h)."""
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 """Numbers of the dtypes in nfi.h."""

@@ -12,7 +12,7 @@
 #endif
 
 /* Version of the functions' arguments: library.py refuses a library of another version. */
-#define NFI_VERSION 5
+#define NFI_VERSION 6
 
 enum nfi_dtype { NFI_FLOAT32, NFI_FLOAT64, NFI_BFLOAT16, NFI_FLOAT16 };
 
@@ -45,13 +45,13 @@ typedef struct {
 } nfi_step_call;
 
 enum {
-    GRADIENT_NORM, UPDATE_RMS, WEIGHT_NORM, RELATIVE_UPDATE, RMS_T_MAX, RMS_T_HEAD,
+    GRADIENT_NORM, UPDATE_RMS, WEIGHT_NORM, RELATIVE_UPDATE, PREDICTED_REDUCTION, RMS_T_MAX, RMS_T_HEAD,
     ROOT_MEDIAN, ROOT_MEAN, HEAD_ROOT_MEDIAN, HEAD_ROOT_MEAN, EFFECTIVE_RATE, CURVATURE, ALIGNMENT
 };
 
 /* Sums over the coordinates of one tensor. */
 typedef struct {
-    double grad, moved, after, ratios, roots, sy, sps, product, old;
+    double grad, moved, after, along, ratios, roots, sy, sps, product, old;
 } nfi_step_sums;
 
 /* The head around the step. Each matrix has its classes first and its last axis contiguous. */

@@ -163,6 +163,7 @@ NFI_PUBLIC int nfi_step(nfi_step_call *call)
         all.grad += rate * of.grad;
         all.moved += rate * of.moved;
         all.after += rate * of.after;
+        all.along += rate * of.along;
         if (call->matrices[tensor])
             relative = larger(sqrt(of.moved / (of.after < 1e-30 ? 1e-30 : of.after)), relative);
         if (!moment || tensor >= call->moment_tensors) continue;
@@ -188,6 +189,7 @@ NFI_PUBLIC int nfi_step(nfi_step_call *call)
     out[UPDATE_RMS] = sqrt(all.moved) / sqrt(call->total);
     out[WEIGHT_NORM] = sqrt(all.after);
     out[RELATIVE_UPDATE] = relative;
+    out[PREDICTED_REDUCTION] = -all.along;
     if (!moment) return 0;
 
     median_room *room = malloc(sizeof(median_room));

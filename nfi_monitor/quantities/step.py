@@ -132,6 +132,13 @@ UPDATES = (
         chart="update RMS", curve="all tensors",
     ),
     Quantity(
+        "predicted_reduction", "loss", "predicted reduction of the loss",
+        "−gᵀs of the gradient g and the update s: to first order, by how much the update lowers the loss of "
+        "the rows that made the gradient",
+        source="Nocedal and Wright 2006, section 4.1", nan=INPUT,
+        reference=_FORMULAS,
+    ),
+    Quantity(
         "logit_displacement", "nat", "logit displacement δ",
         "δ = max over rows and classes of |(ΔW − mean_k ΔW)·h|",
         source=f"{LIU}, section 3", within=POSITIVE, nan=INPUT, merge=Merge.FIRST_RANK,

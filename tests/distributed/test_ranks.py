@@ -145,7 +145,8 @@ def test_training_is_bitwise_equal_with_and_without_the_monitor_on_every_rank(
 
 
 EXACT = (
-    "gradient_norm", "update_rms", "weight_norm", "relative_update", "rms_t_max", "rms_t_head",
+    "gradient_norm", "update_rms", "weight_norm", "relative_update", "predicted_reduction", "rms_t_max",
+    "rms_t_head",
     "sqrt_exp_avg_sq_mean", "head_sqrt_exp_avg_sq_mean", "head_weight_norm", "classifier_mean_norm",
     "feature_mean_norm", "mean_alignment", "loss", "head_loss", "residual_mass", "live_fraction",
     "gradient_alignment", "secant_curvature", "learning_rate", "margin_min",

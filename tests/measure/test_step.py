@@ -106,6 +106,7 @@ def check_against_formulas(run: Run, steps: int, betas: tuple[float, float], eps
                 for p, tensor in zip(parts, run.after, strict=True)
                 if tensor.ndim > 1
             ),
+            "predicted_reduction": -grad @ (after - before),
             "rms_t_max": max(rms),
             "rms_t_head": rms[position],
             "sqrt_exp_avg_sq_median": ref.lower_median(root.tolist()),
@@ -147,6 +148,8 @@ def check_against_formulas(run: Run, steps: int, betas: tuple[float, float], eps
                 "feature_displacement",
             ):  # fmt: skip
                 absolute = 4 * unit * weights * (1 + np.abs(features).sum(1).max())
+            if name == "predicted_reduction":  # the update carries an ulp of the weights
+                absolute = 4 * unit * (np.abs(grad) @ np.abs(before))
             if name == "secant_curvature":
                 # Gradients carry an ulp of themselves, the step one of the weights.
                 size = abs(s) @ (abs(grad) + abs(grad - y)) + abs(before) @ abs(y)

@@ -115,6 +115,7 @@ def _add_up(
         "gradient": (update.grad, update.grad),
         "moved": (moved.weights, moved.weights),
         "weight": (update.after, update.after),
+        "along": (update.grad, moved.weights),
     }
     of_moments = _pairs_of_moments(known, moved, root, previous)
     if known is update:
@@ -134,7 +135,7 @@ def _add_up(
         parts["lr"] = update.lr
     lr = math.nan if isinstance(update.lr, Tensor) else update.lr
     own_rates, head = known.lrs is not None, known.head_position
-    whole, leading = update.sample, known.sample
+    whole, leading, gradients_left = update.sample, known.sample, update.gradients_left
 
     def finish(on: Arrived) -> dict[str, float]:
         found: dict[str, Any] = {}
@@ -145,7 +146,8 @@ def _add_up(
             total |= zip(names, sums @ np.array(sample.rates), strict=True)
         total.setdefault("gradient_now", total["gradient"])
         rate = 1.0 if own_rates else float(on["lr"]) if "lr" in on else lr
-        return _finish_sums(found, total, whole, leading, rate, head)
+        values = _finish_sums(found, total, whole, leading, rate, head)
+        return values | ({"predicted_reduction": -float(total["along"])} if gradients_left else {})
 
     return finish
 

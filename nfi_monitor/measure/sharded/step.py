@@ -29,8 +29,8 @@ from nfi_monitor.measure.memory import Memory
 from nfi_monitor.measure.zero_sum import accumulation_dtype
 
 STEP_SUMS = (
-    "gradient", "moved", "weight", "coordinates", "moment_coordinates", "roots", "medians", "eps",
-    "head_coordinates", "head_roots", "head_medians", "head_eps",
+    "gradient", "moved", "along", "reached", "weight", "coordinates", "moment_coordinates", "roots",
+    "medians", "eps", "head_coordinates", "head_roots", "head_medians", "head_eps",
     "compared", "curved", "step_change", "step_metric", "gradient_now", "gradient_both", "gradient_before",
 )  # fmt: skip
 """Sums over coordinates; medians and ε_A are weighted by their number of coordinates."""
@@ -73,6 +73,8 @@ def step_parts(
     filled: dict[str, Tensor] = {
         "gradient": torch.dot(rate, grad * grad),
         "moved": torch.dot(rate, moved * moved),
+        "along": torch.dot(rate, grad * moved),
+        "reached": rate.sum() * update.gradients_left,
         "weight": torch.dot(rate, after * after),
         "coordinates": rate.sum(),
     }
@@ -151,6 +153,8 @@ def finish_step(
         "update_rms": _root(s["moved"] / s["coordinates"]),
         "weight_norm": _root(s["weight"]),
     }
+    if s["reached"] >= s["coordinates"]:
+        values["predicted_reduction"] = -s["along"]
     moved, weight = tensors[2:]
     relative = (moved / weight.clamp_min(1e-30)).sqrt()[torch.tensor(list(matrices))]
     if len(relative):
