@@ -194,6 +194,15 @@ class Thresholds:
     oscillations that die down."""
     surging_steps: float = 1.0
     """Most steps until the loss of a slingshot in a surge. Higher: more alarms before mere bursts."""
+    overreach_ratio: float = 4.0
+    """Predicted reduction of the loss over the loss, above which an update raises a quadratic loss of its own
+    rows (``rules/overreach.py``). This follows from the formula and is no fitted level. Higher: less lead."""
+    overreach_rms_t: float = 1.5
+    """RMS_t of an update that overreaches. Lower: alarms in runs whose usual updates are long for a minibatch
+    that is nearly fitted. Higher: fewer steps of lead."""
+    overreach_rise: float = 1.5
+    """Rise of the loss above its running average, in nats of log loss, in an overreach. Lower: alarms of
+    oscillations that die down."""
     swing_settles: float = 3.0
     """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``. By then 95% of the
     second moment are of real gradients. Lower: networks that oscillate while the loss first falls are called

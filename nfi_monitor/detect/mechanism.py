@@ -118,7 +118,7 @@ def with_outside(
     return replace(causes, outside=before)
 
 
-_BUILD_UPS = {"kicking", "overshooting", "swinging", "diverging", "surging", "imminent"}
+_BUILD_UPS = {"kicking", "overshooting", "swinging", "diverging", "surging", "overreaching", "imminent"}
 """Rules that see an event build up. An event that was seen to come did not come at once."""
 
 

@@ -47,6 +47,8 @@ class Signals(Stateful):
     gradient_growth: d ln‖gradient‖ / d step, over the last few steps.
     rms_t: RMS_t of the last reading.
     rms_t_mean: average of RMS_t.
+    reduction, reduction_peak: predicted reduction over the loss, of the last reading, and the largest of the
+    last few steps; NaN where the loss is not positive.
     rms_t_peak, curvature_peak: largest RMS_t and secant curvature of the last few steps.
     curvature, curvature_slope: secant curvature of the last reading, and its change since the step before.
     gone_at: last step at which ``rms_t_mean`` was at most GONE.
@@ -76,8 +78,8 @@ class Signals(Stateful):
         "decay_lowest", "displacement", "displacement_per_rate", "displacement_rise", "displacement_rms",
         "displacement_slope", "gone_at", "gradient_growth", "growth", "head_displacement", "last_step",
         "learning_rate_jump", "logits_scaled", "loss_recent", "loss_rise", "other_rows", "rate_rise",
-        "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "same_rows", "shrinkage", "soft_targets", "swell",
-        "swing", "turn", "unseen", "update_jump", "violation",
+        "reduction", "reduction_peak", "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "same_rows",
+        "shrinkage", "soft_targets", "swell", "swing", "turn", "unseen", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -91,6 +93,7 @@ class Signals(Stateful):
         self.gradient_growth = NAN
         self._unexplained_switch = Hysteresis()
         self._swing = Ema()
+        self.reduction = self.reduction_peak = NAN
         self._loss_lowest = self._swing_lowest = self._displacement_lowest = NAN
         self.violation = self.growth = self.classifier_growth = NAN
         self.displacement_rise = self.displacement_slope = self.displacement_per_rate = NAN
@@ -128,7 +131,7 @@ class Signals(Stateful):
         self._update_displacement(reading, log_rate, times)
         self._update_swing(reading, times)
         self._update_optimizer(reading, log_rate, times)
-        derived |= self._update_decay(reading, times)
+        derived |= self._update_decay(reading, times) | self._update_reduction(reading, times)
         self.last_step = reading.step
         return derived
 
@@ -279,6 +282,12 @@ class Signals(Stateful):
         self.decay_lowest = -fading_max(-self.decay_lowest, -self.decay, times.keep)
         return {"second_moment_decay": self.decay}
 
+    def _update_reduction(self, reading: Reading, times: Times) -> dict[str, float]:
+        loss = reading.get("loss", reading.get("head_loss"))
+        self.reduction = reading.get("predicted_reduction") / loss if loss > 0 else NAN
+        self.reduction_peak = fading_max(self.reduction_peak, self.reduction, times.keep)
+        return {} if math.isnan(self.reduction) else {"reduction_ratio": self.reduction}
+
     def restart(self) -> None:
         """Reset decay and vanished gradient when a slingshot begins; its gradients make the new maximum."""
         self.root_max = 0.0
@@ -287,7 +296,7 @@ class Signals(Stateful):
 
     def calm(self) -> None:
         """Reset the peaks when a slingshot is over, because they say nothing about the next one."""
-        self.rms_t_peak = self.curvature_peak = self.swing = self.alignment = NAN
+        self.rms_t_peak = self.curvature_peak = self.swing = self.alignment = self.reduction_peak = NAN
         self._swing_lowest = self._displacement_lowest = self.swell = NAN
         self.decay_lowest = self.decay
 

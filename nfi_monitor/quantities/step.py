@@ -139,6 +139,15 @@ UPDATES = (
         reference=_FORMULAS,
     ),
     Quantity(
+        "reduction_ratio", "1", "predicted reduction over loss",
+        "predicted reduction of the loss over the loss itself; above 4, the update cannot lower a loss that "
+        "is quadratic along it and never negative",
+        source="Nocedal and Wright 2006, section 4.1; Loizou et al. (arXiv 2002.10542)",
+        nan=INPUT, merge=Merge.DERIVED,
+        reference="tests/detect/test_signals.py::test_the_reduction_ratio_is_the_predicted_reduction_over_the_loss",
+        chart="predicted reduction over loss", curve="all tensors",
+    ),
+    Quantity(
         "logit_displacement", "nat", "logit displacement δ",
         "δ = max over rows and classes of |(ΔW − mean_k ΔW)·h|",
         source=f"{LIU}, section 3", within=POSITIVE, nan=INPUT, merge=Merge.FIRST_RANK,

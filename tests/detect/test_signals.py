@@ -56,3 +56,20 @@ def test_the_smoothed_violation_is_the_average_of_the_limited_violation(gap: int
     assert "zero_sum_violation_smoothed" not in signals.update(
         Reading(500, {"rms_t_max": 1.0}), tau, Thresholds()
     )
+
+
+@pytest.mark.parametrize("told", [True, False], ids=["loss", "loss at the head"])
+def test_the_reduction_ratio_is_the_predicted_reduction_over_the_loss(told: bool) -> None:
+    signals, name = Signals(), "loss" if told else "head_loss"
+    for step, (predicted, loss) in enumerate([(0.3, 0.2), (-0.1, 0.4), (2.0, 0.25)], start=1):
+        reading = Reading(step, {"predicted_reduction": predicted, name: loss})
+        found = signals.update(reading, 20.0, Thresholds())
+        assert found["reduction_ratio"] == signals.reduction == predicted / loss
+    assert signals.reduction_peak == 8.0
+
+
+@pytest.mark.parametrize("loss", [0.0, -1.0, math.nan], ids=["zero", "below zero", "unknown"])
+def test_the_reduction_ratio_is_absent_where_the_loss_is_not_positive(loss: float) -> None:
+    signals = Signals()
+    found = signals.update(Reading(1, {"predicted_reduction": 1.0, "loss": loss}), 20.0, Thresholds())
+    assert "reduction_ratio" not in found and math.isnan(signals.reduction)

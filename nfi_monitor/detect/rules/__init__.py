@@ -13,6 +13,7 @@ from nfi_monitor.detect.rules.base import Level, Rule
 from nfi_monitor.detect.rules.non_finite import NonFinite
 from nfi_monitor.detect.rules.numeric import Absorbing, Imminent, Inflating
 from nfi_monitor.detect.rules.oscillation import Diverging, Overshooting, Surging, Swinging
+from nfi_monitor.detect.rules.overreach import Overreaching
 from nfi_monitor.detect.rules.second_moment import Coasting, Kicking
 from nfi_monitor.types import Alert, AlertKind, Mechanism, Phase
 
@@ -26,7 +27,7 @@ __all__ = [
 # named by the last rule that is on, because that one is the nearest to the event.
 RULES: tuple[Rule, ...] = (
     NonFinite(), Absorbing(), Inflating(), Imminent(), Coasting(), Overshooting(), Kicking(),
-    Swinging(), Surging(), Diverging(),
+    Swinging(), Overreaching(), Surging(), Diverging(),
 )  # fmt: skip
 
 ANYTIME_RULES = tuple(rule for rule in RULES if rule.anytime)

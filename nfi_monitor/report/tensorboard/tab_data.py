@@ -69,6 +69,7 @@ CHARTS = (
     Chart("learning rate", key=False),
     Chart("second-moment decay", log=False, key=False),
     Chart("curvature along the update", log=False, key=False),
+    Chart("predicted reduction over loss", log=False, key=False),
     Chart("gradient norm", key=False),
     Chart("update RMS", key=False),
     Chart("weight norms", key=False),

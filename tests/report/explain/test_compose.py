@@ -68,6 +68,7 @@ def rich_numeric(until: int = 600, every: int = 1) -> Iterable[Reading]:
                 "gradient_alignment": 0.9,
                 "feature_displacement": 0.01,
                 "learning_rate": 1e-3,
+                "predicted_reduction": 0.1 * r.get("loss"),
             }
             yield Reading(r.step, {**r.values, **rest})
 
@@ -94,7 +95,8 @@ def test_an_explanation_reads_like_this() -> None:
         "Did not cross: sqrt(v) against its maximum stayed above 50% (smallest 100%); RMS_t, averaged, "
         "stayed above 0.5 (smallest 1); gradient alignment stayed above -0.4 (smallest 0.9); RMS_t stayed "
         "below 2.3 (largest 1); secant curvature stayed below 38 (largest 1.5); feature displacement stayed "
-        f"below {Thresholds().swing_displacement} nat (largest 0.01 nat); the learning rate did not change; "
+        f"below {Thresholds().swing_displacement} nat (largest 0.01 nat); predicted reduction "
+        "over loss stayed below 4 (largest 0.1); the learning rate did not change; "
         "neither the loss nor a gradient nor a weight was NaN or Inf; the loss did not rise far above "
         "its usual level while the alert fired (largest 1e-07).\n"
         "What follows: A slingshot is expected: ≈ 54 steps left (27–109), counted from step 300.\n"
