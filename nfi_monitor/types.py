@@ -200,6 +200,9 @@ class Thresholds:
     overreach_rms_t: float = 1.5
     """RMS_t of an update that overreaches. Lower: alarms in runs whose usual updates are long for a minibatch
     that is nearly fitted. Higher: fewer steps of lead."""
+    overreach_steps: float = 8.0
+    """Most steps until the loss of a slingshot, if each raises the loss as if it were quadratic. Higher:
+    alarms of full-batch runs that live at the edge of stability."""
     overreach_rise: float = 1.5
     """Rise of the loss above its running average, in nats of log loss, in an overreach. Lower: alarms of
     oscillations that die down."""

@@ -124,6 +124,17 @@ def test_a_kick_between_minibatches_needs_gradients_that_agree(
         assert agrees.crossed and agrees.threshold == Thresholds().kick_agreement
 
 
+@pytest.mark.parametrize("ratio", [1.0, 3.9])
+def test_a_kick_between_minibatches_needs_updates_too_long_for_their_own_rows(ratio: float) -> None:
+    """After a new class has come, the updates suit its loss."""
+    readings = kick(match=0.1, alignment=0.6, rise=2.5, sigma=0.1)
+    suits = [
+        Reading(r.step, {**r.values, "predicted_reduction": ratio * r.get("loss") if r.step >= KICK else 0.0})
+        for r in readings
+    ]
+    assert imminent(iter(suits)) == []
+
+
 @pytest.mark.parametrize(("match", "peak", "sounds"), [(1.0, 3.0, True), (0.1, 5.5, False), (0.1, 6.5, True)])
 def test_a_kick_between_minibatches_needs_more_rms_t_than_their_own_differences_bring(
     match: float, peak: float, sounds: bool

@@ -55,6 +55,7 @@ class Overreaching(Rule):
             and now.loss_above_average >= limits.overreach_rise
             and now.loss_share >= limits.kick_loss
             and now.outgrows(self.name)
+            and self._steps(now) <= limits.overreach_steps
         )
 
     def stay(self, now: Situation) -> bool:
@@ -73,6 +74,14 @@ class Overreaching(Rule):
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
         return kick_or_swing(causes, 0.8)
+
+    @staticmethod
+    def _steps(now: Situation) -> float:
+        """Return the steps until the loss is that of a slingshot, if each multiplies it by (1 − p/(2L))²."""
+        share, factor = now.loss_share, 0.5 * now.signals.reduction - 1.0
+        if share >= 1.0:
+            return 0.0
+        return -math.log(share) / (2.0 * math.log(factor)) if share > 0.0 and factor > 1.0 else math.inf
 
     @staticmethod
     def _half_way(now: Situation) -> bool:

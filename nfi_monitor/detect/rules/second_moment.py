@@ -130,7 +130,9 @@ class Kicking(Rule):
         # RMS_t must have been at most 1 on average: noise around 1 is no kick.
         kicked = signals.rms_t_peak >= level * now.level_of(self.name) and signals.rms_t_mean <= 1.0
         # Minibatches whose gradients agree move together; a single hard one has a gradient of its own.
-        agree = now.rows_repeat or signals.alignment >= limits.kick_agreement
+        # An update that suits the loss of its own rows follows a change of the data (a new class), no decay.
+        agrees = signals.alignment >= limits.kick_agreement
+        agree = now.rows_repeat or (agrees and not signals.reduction_peak < limits.overreach_ratio)
         risen = now.loss_stands_out and now.loss_share >= limits.kick_loss
         return moved and kicked and agree and risen
 

@@ -75,12 +75,12 @@ def test_the_alarm_needs_no_rows_and_no_second_moment() -> None:
 @pytest.mark.parametrize(
     "changed",
     [
-        {"reduction": 3.9}, {"reduction": math.nan}, {"rms_t": 1.4}, {"loss": 0.04}, {"outside": True},
-        {"absorbing": True}, {"step": 2}, {"passed": True},
+        {"reduction": 3.9}, {"reduction": 4.05}, {"reduction": math.nan}, {"rms_t": 1.4}, {"loss": 0.04},
+        {"outside": True}, {"absorbing": True}, {"step": 2}, {"passed": True},
     ],
     ids=[
-        "the update fits", "no ratio", "an update of usual size", "the loss stays", "the batch did it",
-        "rows are absorbed", "the run begins", "an alarm at a higher loss led to nothing",
+        "the update fits", "the loss grows slowly", "no ratio", "an update of usual size", "the loss stays",
+        "the batch did it", "rows are absorbed", "the run begins", "an alarm at a higher loss led to nothing",
     ],
 )  # fmt: skip
 def test_the_alarm_needs_each_of_its_conditions(changed: dict[str, float]) -> None:
