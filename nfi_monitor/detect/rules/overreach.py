@@ -62,7 +62,7 @@ class Overreaching(Rule):
         return not now.on(Absorbing.name) and self._half_way(now)
 
     def nears(self, now: Situation) -> bool:
-        return self._half_way(now)
+        return self._half_way(now) and now.loss_above_average >= 0.5 * now.limits.overreach_rise
 
     def claims(self, now: Situation, kind: AlertKind) -> dict[str, Evidence]:
         limits, signals, average = now.limits, now.signals, math.exp(now.spike.baseline.average)

@@ -96,9 +96,15 @@ def test_the_alarm_needs_a_loss_that_is_not_tiny_beside_that_of_a_slingshot() ->
 
 
 def test_the_alarm_stays_until_the_updates_are_half_as_long() -> None:
-    assert Overreaching().stay(overreach(reduction=2.1)) and Overreaching().nears(overreach(reduction=2.1))
+    assert Overreaching().stay(overreach(reduction=2.1))
     assert not Overreaching().stay(overreach(reduction=1.9))
     assert not Overreaching().stay(overreach(absorbing=True))
+
+
+def test_every_step_is_read_when_both_the_ratio_and_the_rise_are_half_way() -> None:
+    assert Overreaching().nears(overreach(reduction=2.1, loss=0.022))
+    assert not Overreaching().nears(overreach(reduction=1.9, loss=0.022))
+    assert not Overreaching().nears(overreach(reduction=2.1, loss=0.02)), "the loss is where it was"
 
 
 def minibatches(ratio: float = 8.0, *, seed: int = 0) -> list[Reading]:
