@@ -31,6 +31,9 @@ from nfi_monitor.engine.row_place import LOGITS, RowPlace
 STEPS = 3
 """Optimizer steps in which outputs, losses and gradients are looked at."""
 
+ROUNDED = 1e-2
+"""Sum over the classes, as a share of the sum of sizes, up to which it is rounding, in half precision too."""
+
 PRODUCTS = 8
 """Maximum number of products of which each is searched for the others."""
 
@@ -74,6 +77,7 @@ class HeadCheck(ModelHook):
         self._output_seen = False
         self._loss_seen = False  # a loss that takes the head's logits
         self._arrived = False  # a gradient at the head
+        self._makers: list[Head] = []  # layers that make the other outputs
         self._named = named
         self._open = not named  # whether the head may be another one
         self.done = False
@@ -155,6 +159,7 @@ class HeadCheck(ModelHook):
         ):
             self._shown = True
             self._open = loss is None  # the loss shows more than the output
+            self._makers = _makers(model, found) if loss is None else []
             return
         known = _last([product for one in found if one.complete for product in one.products])
         believed = head is not None and (head.sure or self._shown)
@@ -183,12 +188,14 @@ class HeadCheck(ModelHook):
         else:
             self._no_layer(head, changed)
 
-    def _other(self, head: Head | None, heads: list[Head], shown_by: str) -> None:
+    def _other(
+        self, head: Head | None, heads: list[Head], shown_by: str, why: str = "is an inner one"
+    ) -> None:
         true = most_classes(heads)
         if (true.classes or 0) < 2:
             return
         self._open = False
-        wrong = "" if head is None else f" The last layer by its name, {head.describe()}, is an inner one."
+        wrong = "" if head is None else f" The last layer by its name, {head.describe()}, {why}."
         rest = f" Other outputs come from {', '.join(true.others)}." if true.others else ""
         self._switch(
             true,
@@ -268,6 +275,9 @@ class HeadCheck(ModelHook):
                 "logits = monitor.tap(logits).",
             )
         elif self._steps >= STEPS:
+            others = [one for one in self._makers if (one.classes or 0) >= 2 and _is_of_softmax(one.weight)]
+            if others:
+                return self._other(head, others, "the gradient of the first steps", "is not in the loss")
             self._without(
                 f"No gradient has arrived at {head.describe()}, the last layer by its name, in {STEPS} "
                 f"optimizer steps: the loss does not use it, and it is not watched. {WITHOUT_HEAD} "
@@ -303,6 +313,25 @@ def _last(products: list[Product]) -> list[Product]:
         return products
     inner = set().union(*(reached(node, nodes - {node}) for node in nodes))
     return [product for product in products if product.node not in inner]
+
+
+def _is_of_softmax(weight: nn.Parameter | None) -> bool:
+    """Return whether the gradient of a head's weight [K, d] sums to 0 over the classes, as a softmax's does.
+
+    The gradient of an embedding does not.  On an accelerator the answer is no, because it would take a wait.
+    """
+    grad = None if weight is None else weight.grad
+    if grad is None or not grad.is_cpu or grad.is_sparse:
+        return False
+    grad = grad.double().flatten(1)
+    return bool(grad.sum(0).abs().sum() < ROUNDED * grad.abs().sum())
+
+
+def _makers(model: nn.Module, found: list[Origin]) -> list[Head]:
+    """Return the layers that make the outputs which are known to the last operation."""
+    products = _last([product for one in found if one.complete for product in one.products])
+    heads = [_head_of(model, product.weight) for product in products if product.weight is not None]
+    return [head for head in heads if head is not None]
 
 
 def _head_of(model: nn.Module, weight: nn.Parameter) -> Head | None:

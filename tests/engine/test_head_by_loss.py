@@ -122,6 +122,27 @@ def test_a_layer_that_makes_an_output_which_no_loss_takes_is_no_head() -> None:
     assert not _texts(monitor).keys() & {"head_guessed", "head_never_fired"}
 
 
+def _two_heads(model: Any, x: Tensor) -> dict[str, Tensor]:
+    h = F.relu(model.trunk(x))
+    return {"few": model.few(h), "many": model.many(h)}
+
+
+@pytest.mark.parametrize("observe", [True, False])
+def test_the_output_that_the_loss_takes_has_the_head(observe: bool) -> None:
+    """The last layer by its name has more classes, and is called at each step."""
+    model = Body(_two_heads, trunk=nn.Linear(6, D), few=nn.Linear(D, K), many=nn.Linear(D, 30))
+    monitor = _train(model, lambda net, x, y: F.cross_entropy(net(x)["few"], y), observe=observe, steps=12)
+    assert _head(monitor) == "few"
+    assert "many (Linear 8→30), is not in the loss" in _texts(monitor)["head_by_output"]
+    assert len(monitor.history["margin_median"][1]) >= 8 and "no_head" not in _texts(monitor)
+
+
+def test_an_embedding_beside_a_layer_that_no_loss_takes_is_no_head() -> None:
+    model = Body(_two_heads, trunk=nn.Linear(6, D), few=nn.Linear(D, K), many=nn.Linear(D, 30))
+    monitor = _train(model, lambda net, x, y: net(x)["few"].square().mean(), observe=False)
+    assert _head(monitor) is None and "No gradient has arrived at many" in _texts(monitor)["no_head"]
+
+
 def test_embeddings_that_a_trained_projection_makes_have_no_head() -> None:
     """As CLIP: the inner layer that is taken by its place gets a gradient, too."""
 
