@@ -54,7 +54,12 @@ def overreach(**changed: float | bool) -> Situation:
     signals, spike = Signals(), SpikeDetector()
     signals.reduction = signals.reduction_peak = float(changed.get("reduction", 6.0))
     signals.rms_t = signals.rms_t_peak = float(changed.get("rms_t", 3.0))
+    signals.same_rows, signals.reduction_usual = (
+        bool(changed.get("same_rows")),
+        float(changed.get("usual", 0.1)),
+    )
     spike.baseline.restart(math.log(0.01), 0.1)
+    spike.baseline.noise = float(changed.get("noise", 0.1))
     spike.baseline.readings = int(changed.get("readings", 100))
     switches = {rule.name: Hysteresis() for rule in RULES}
     switches["absorbing"].on = bool(changed.get("absorbing", False))
@@ -67,19 +72,26 @@ def overreach(**changed: float | bool) -> Situation:
     return now
 
 
-def test_the_alarm_needs_no_rows_and_no_second_moment() -> None:
-    assert Overreaching().enter(overreach())
-    assert Overreaching().enter(overreach(rms_t=math.nan))
+def test_the_alarm_needs_no_rows() -> None:
+    assert Overreaching().enter(overreach()) and Overreaching().enter(overreach(same_rows=True))
+
+
+def test_between_minibatches_the_loss_must_rise_out_of_its_noise() -> None:
+    """1.6 nats: the noise is the mean absolute difference of two losses, 1.128 σ of a normal one."""
+    assert Overreaching().enter(overreach(noise=0.7)) and not Overreaching().enter(overreach(noise=0.75))
+    assert Overreaching().enter(overreach(noise=0.75, same_rows=True))
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"reduction": 3.9}, {"reduction": 4.05}, {"reduction": math.nan}, {"rms_t": 1.4}, {"loss": 0.04},
+        {"reduction": 3.9}, {"reduction": 4.05}, {"reduction": math.nan}, {"rms_t": 1.4}, {"rms_t": math.nan},
+        {"usual": 4.0}, {"loss": 0.04},
         {"outside": True}, {"absorbing": True}, {"step": 2}, {"passed": True},
     ],
     ids=[
-        "the update fits", "the loss grows slowly", "no ratio", "an update of usual size", "the loss stays",
+        "the update fits", "the loss grows slowly", "no ratio", "an update of usual size",
+        "no second moment", "the loss is told in another unit", "the loss stays",
         "the batch did it", "rows are absorbed", "the run begins", "an alarm at a higher loss led to nothing",
     ],
 )  # fmt: skip
