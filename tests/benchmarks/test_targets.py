@@ -29,7 +29,6 @@ from tests.benchmarks.detection.families import (
     EXTERNAL,
     FAMILIES,
     FROZEN,
-    HELD_OUT_4,
     NEWEST_FIRST,
     NUMERIC,
     SECOND_MOMENT,
@@ -259,35 +258,31 @@ def test_no_result_on_the_page_is_typed_by_hand() -> None:
 def test_the_halves_have_their_own_tables_on_the_page_the_newest_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(report.AFTER, HELD_OUT_4, "abc1234")
-    old, seen, later, last, new = (
+    newest, *others = NEWEST_FIRST
+    monkeypatch.setitem(report.AFTER, newest, "abc1234")
+    names = [f"{letter}-a" for letter in "abcdefgh"[: len(NEWEST_FIRST)]]
+    found = {name: outcome(place + 1, 10) for place, name in enumerate(names)}
+    families = [
         dataclasses.replace(family(name), half=half, seeds=(0,))
-        for name, half in zip(("z-a", "x-a", "t-a", "s-a", "u-a"), NEWEST_FIRST[::-1], strict=True)
-    )
-    counts = {
-        "z-a": outcome(1, 4), "x-a": outcome(3, 7), "t-a": outcome(1, 6), "s-a": outcome(4, 8),
-        "u-a": outcome(2, 5),
-    }  # fmt: skip
-    known = [Scored(name, 0, {}, found) for name, found in counts.items()]
-    books = report.bind_halves([old, seen, later, last, new], known, FROZEN)
+        for name, half in zip(names, NEWEST_FIRST, strict=True)
+    ]
+    known = [Scored(name, 0, {}, outcomes) for name, outcomes in found.items()]
+    books = report.bind_halves(families[::-1], known, FROZEN)
     text = report.page(books, "the command")
     assert [book.suite for book in books] == list(NEWEST_FIRST)
-    newest, recent, between, before, earlier = text.split("\n# ")[1:]
-    assert between.startswith("Held-out 2 half") and "no blind test any more" in between
-    assert recent.startswith("Held-out 3 half") and "no blind test any more" in recent
-    assert newest.startswith("Held-out 4 half") and "after commit abc1234, in which" in newest
-    assert before.startswith("Held-out half") and "no blind test any more" in before and "3/7" in before
-    assert earlier.startswith("Frozen half") and "commit 8df60af" in earlier and "1/4" in earlier
+    first, *rest = text.split("\n# ")[1:]
+    assert first.startswith(f"{newest.capitalize()} half") and "after commit abc1234, in which" in first
+    for place, (half, part) in enumerate(zip(others, rest, strict=True), start=2):
+        assert part.startswith(f"{half.capitalize()} half") and f"{place}/10" in part
+        assert ("commit 8df60af" if half == FROZEN else "no blind test any more") in part
     shown = io.StringIO()
     report.show(books, Console(file=shown, width=200))
-    assert shown.getvalue().index("held-out 4 half") < shown.getvalue().index("frozen half")
+    assert shown.getvalue().index(f"{newest} half") < shown.getvalue().index("frozen half")
     path = tmp_path / "FROZEN.md"
     path.write_text(text, "utf-8")
-    assert readme.Page(path).rows("Targets")["numeric, imminent: recall"][1].startswith("0.400: 2/5")
-    assert [book.suite for book in report.bind_halves([old, seen, later, last, new], known[:1], FROZEN)] == [
-        FROZEN
-    ]
-    assert [book.suite for book in report.bind_halves([old, seen, later, new], known, "")] == [""]
+    assert readme.Page(path).rows("Targets")["numeric, imminent: recall"][1].startswith("0.100: 1/10")
+    assert [book.suite for book in report.bind_halves(families, known[-1:], FROZEN)] == [FROZEN]
+    assert [book.suite for book in report.bind_halves(families[:4], known, "")] == [""]
 
 
 def test_kicks_from_outside_are_shown_apart() -> None:

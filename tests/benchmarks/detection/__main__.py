@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.detection                      # the quick suite, minutes; writes QUICK.md
     python -m tests.benchmarks.detection --suite frozen       # all halves that are not for tuning: FROZEN.md
-    python -m tests.benchmarks.detection --suite "held-out 4" # the newest of them; writes no page
+    python -m tests.benchmarks.detection --suite "held-out 5" # the newest of them; writes no page
     python -m tests.benchmarks.detection --suite edges        # SGD, RMSprop and others, for tuning; no page
     python -m tests.benchmarks.detection --suite full --jobs 8
     python -m tests.benchmarks.detection --score-only         # after a change of the detector: seconds

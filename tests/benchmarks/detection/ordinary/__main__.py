@@ -2,7 +2,7 @@
 
     python -m tests.benchmarks.detection.ordinary                      # record and score the tuning half
     python -m tests.benchmarks.detection.ordinary --score-only         # after a change of the detector
-    python -m tests.benchmarks.detection.ordinary --half "held-out 4"  # once rules and constants are fixed
+    python -m tests.benchmarks.detection.ordinary --half "held-out 5"  # once rules and constants are fixed
     python -m tests.benchmarks.detection.ordinary --families o-dropout o-decay-1 --score-only
 
 Runs are recorded once, with every step read, and kept in ``--cache``.  The detector is then fed with them at

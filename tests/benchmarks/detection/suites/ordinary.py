@@ -26,6 +26,7 @@ from tests.benchmarks.detection.suites.held_out.ordinary import ordinary as held
 from tests.benchmarks.detection.suites.held_out_2.ordinary import ordinary as held_out_2
 from tests.benchmarks.detection.suites.held_out_3.ordinary import ordinary as held_out_3
 from tests.benchmarks.detection.suites.held_out_4.ordinary import ordinary as held_out_4
+from tests.benchmarks.detection.suites.held_out_5.ordinary import ordinary as held_out_5
 from tests.benchmarks.detection.suites.registry import family_of
 
 
@@ -153,6 +154,14 @@ def _frozen() -> list[Family]:
 
 ORDINARY: dict[str, Family] = {
     family.name: family
-    for family in (*_tuning(), *_frozen(), *held_out(), *held_out_2(), *held_out_3(), *held_out_4())
+    for family in (
+        *_tuning(),
+        *_frozen(),
+        *held_out(),
+        *held_out_2(),
+        *held_out_3(),
+        *held_out_4(),
+        *held_out_5(),
+    )
 }
 """Name → family, of all halves."""

@@ -14,6 +14,7 @@ from tests.benchmarks.detection.suites.held_out.spiking import spiking as held_o
 from tests.benchmarks.detection.suites.held_out_2.spiking import spiking as held_out_2
 from tests.benchmarks.detection.suites.held_out_3.spiking import spiking as held_out_3
 from tests.benchmarks.detection.suites.held_out_4.spiking import spiking as held_out_4
+from tests.benchmarks.detection.suites.held_out_5.spiking import spiking as held_out_5
 from tests.benchmarks.detection.suites.registry import family_of
 from tests.benchmarks.detection.training import LogitChange, Training
 
@@ -91,6 +92,14 @@ def _abrupt() -> list[Family]:
 
 SPIKING: dict[str, Family] = {
     family.name: family
-    for family in (*_numeric(), *_abrupt(), *held_out(), *held_out_2(), *held_out_3(), *held_out_4())
+    for family in (
+        *_numeric(),
+        *_abrupt(),
+        *held_out(),
+        *held_out_2(),
+        *held_out_3(),
+        *held_out_4(),
+        *held_out_5(),
+    )
 }
 """Name → family, of the frozen half and those held out."""

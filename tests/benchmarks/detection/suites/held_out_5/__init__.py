@@ -1,0 +1,1 @@
+"""The fifth held-out half: mostly minibatches."""
