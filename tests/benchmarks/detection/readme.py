@@ -102,7 +102,7 @@ def _first() -> Iterator[str]:
     rows = []
     halves = [f"{half} half" for half in NEWEST_FIRST]
     unseen = next((half for half in halves if half in together), halves[-1])
-    for half, name in (("all", ""), (unseen, ", families unseen when the constants were chosen")):
+    for half, name in (("all", ""), (unseen, ", families on which no constant was chosen")):
         if half in together:
             size, _, _, imminent, imminent_auto, false, false_auto, under, under_auto, read = together[half]
             steps_of = re.sub(r".*, (?=[\d,]+ steps)| steps", "", size)
@@ -131,7 +131,7 @@ def _first() -> Iterator[str]:
         rows.append([name, *cells])
     families, _, steps = frozen.found(r"(\d+) families, (\d+) runs, ([\d,]+) optimizer steps")
     yield _markdown(
-        [f"{families} families with slingshots, unseen when the constants were chosen, {steps} steps",
+        [f"{families} families with slingshots, on which no constant was chosen, {steps} steps",
          "*at risk* as a warning: warned", "median lead", "steps under it", "*imminent*: warned",
          "median lead", "steps under it"],
         *rows,
