@@ -206,9 +206,6 @@ class Thresholds:
     overreach_rise: float = 1.5
     """Rise of the loss above its running average, in nats of log loss, in an overreach. Lower: alarms of
     oscillations that die down."""
-    overreach_sigmas: float = 2.5
-    """Standard deviations of log loss by which it must also rise between minibatches. Lower: hard minibatches
-    of runs that are nearly fitted are called imminent."""
     swing_settles: float = 3.0
     """Steps, in τ, before an oscillation counts while the loss is above ``spike_high``. By then 95% of the
     second moment are of real gradients. Lower: networks that oscillate while the loss first falls are called

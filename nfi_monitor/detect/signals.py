@@ -49,7 +49,8 @@ class Signals(Stateful):
     rms_t_mean: average of RMS_t.
     reduction, reduction_peak: predicted reduction over the loss, of the last reading, and the largest of the
     last few steps; NaN where the loss is not positive.
-    reduction_usual: geometric mean of ``reduction`` over about 50 readings before the last one.
+    reduction_before, reduction_usual: ``reduction_peak`` before the last reading, and the geometric mean of
+    ``reduction`` over about 50 readings before it.
     rms_t_peak, curvature_peak: largest RMS_t and secant curvature of the last few steps.
     curvature, curvature_slope: secant curvature of the last reading, and its change since the step before.
     gone_at: last step at which ``rms_t_mean`` was at most GONE.
@@ -75,13 +76,13 @@ class Signals(Stateful):
         "_gradient", "_growth", "_head_displacement", "_learning_rate", "_loss", "_loss_lowest",
         "_loss_recent", "_per_rate", "_rate", "_reduction", "_rms_t", "_row_match", "_shrinkage", "_slope",
         "_swing", "_swing_lowest", "_unexplained", "_unexplained_switch", "_update_rms", "_violation",
-        "alignment", "classifier_growth", "clock", "curvature", "curvature_peak", "curvature_slope", "decay",
-        "decay_lowest", "displacement", "displacement_per_rate", "displacement_rise", "displacement_rms",
-        "displacement_slope", "gone_at", "gradient_growth", "growth", "head_displacement", "last_step",
-        "learning_rate_jump", "logits_scaled", "loss_recent", "loss_rise", "other_rows", "rate_rise",
-        "reduction", "reduction_peak", "reduction_usual", "rms_t", "rms_t_mean", "rms_t_peak", "root_max",
-        "same_rows", "shrinkage", "soft_targets", "swell", "swing", "turn", "unseen", "update_jump",
-        "violation",
+        "alignment", "classifier_growth", "clock", "curvature", "curvature_peak", "curvature_slope",
+        "decay", "decay_lowest", "displacement", "displacement_per_rate", "displacement_rise",
+        "displacement_rms", "displacement_slope", "gone_at", "gradient_growth", "growth",
+        "head_displacement", "last_step", "learning_rate_jump", "logits_scaled", "loss_recent", "loss_rise",
+        "other_rows", "rate_rise", "reduction", "reduction_before", "reduction_peak", "reduction_usual",
+        "rms_t", "rms_t_mean", "rms_t_peak", "root_max", "same_rows", "shrinkage", "soft_targets", "swell",
+        "swing", "turn", "unseen", "update_jump", "violation",
     )  # fmt: skip
 
     def __init__(self) -> None:
@@ -95,7 +96,7 @@ class Signals(Stateful):
         self.gradient_growth = NAN
         self._unexplained_switch = Hysteresis()
         self._swing, self._reduction = Ema(), Ema()
-        self.reduction = self.reduction_peak = self.reduction_usual = NAN
+        self.reduction = self.reduction_peak = self.reduction_usual = self.reduction_before = NAN
         self._loss_lowest = self._swing_lowest = self._displacement_lowest = NAN
         self.violation = self.growth = self.classifier_growth = NAN
         self.displacement_rise = self.displacement_slope = self.displacement_per_rate = NAN
@@ -287,6 +288,7 @@ class Signals(Stateful):
     def _update_reduction(self, reading: Reading, times: Times) -> dict[str, float]:
         loss = reading.get("loss", reading.get("head_loss"))
         self.reduction = reading.get("predicted_reduction") / loss if loss > 0 else NAN
+        self.reduction_before = self.reduction_peak * times.keep
         self.reduction_peak = fading_max(self.reduction_peak, self.reduction, times.keep)
         self.reduction_usual = math.exp(self._reduction.value)
         self._reduction.update(reading.step, log_or_nan(max(self.reduction, 1e-3)), 50.0 * times.gap)

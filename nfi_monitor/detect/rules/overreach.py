@@ -54,7 +54,9 @@ class Overreaching(Rule):
             and now.loss_has_settled
             # A usual update is too long for a minibatch that is nearly fitted, and does no harm.
             and signals.rms_t >= limits.overreach_rms_t
-            and now.loss_above_average >= self._rise(now)
+            # A single hard minibatch has a gradient of its own; the one before it is as usual.
+            and (signals.same_rows or signals.reduction_before >= 0.5 * limits.overreach_ratio)
+            and now.loss_above_average >= limits.overreach_rise
             and now.loss_share >= limits.kick_loss
             and now.outgrows(self.name)
             and self._steps(now) <= limits.overreach_steps
@@ -71,23 +73,11 @@ class Overreaching(Rule):
         return {
             "reduction_ratio": Evidence(signals.reduction_peak, limits.overreach_ratio),
             "rms_t_max": Evidence(signals.rms_t_peak, limits.overreach_rms_t, signals.rms_t_mean),
-            "loss": Evidence(now.loss, average * math.exp(self._rise(now)), average),
+            "loss": Evidence(now.loss, average * math.exp(limits.overreach_rise), average),
         }
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
         return kick_or_swing(causes, 0.8)
-
-    @staticmethod
-    def _rise(now: Situation) -> float:
-        """Return the rise of the loss above its average, in nats, at which the rule begins.
-
-        Between minibatches it must stand out of the noise of the loss, too: a few hard rows have a large
-        gradient of their own.
-        """
-        limits = now.limits
-        # From the mean absolute difference of two losses to σ of one.
-        noise = 0.0 if now.signals.same_rows else now.spike.baseline.noise / 1.128
-        return max(limits.overreach_rise, limits.overreach_sigmas * noise)
 
     @staticmethod
     def _steps(now: Situation) -> float:

@@ -59,7 +59,7 @@ def overreach(**changed: float | bool) -> Situation:
         float(changed.get("usual", 0.1)),
     )
     spike.baseline.restart(math.log(0.01), 0.1)
-    spike.baseline.noise = float(changed.get("noise", 0.1))
+    signals.reduction_before = float(changed.get("before", 2.1))
     spike.baseline.readings = int(changed.get("readings", 100))
     switches = {rule.name: Hysteresis() for rule in RULES}
     switches["absorbing"].on = bool(changed.get("absorbing", False))
@@ -76,10 +76,9 @@ def test_the_alarm_needs_no_rows() -> None:
     assert Overreaching().enter(overreach()) and Overreaching().enter(overreach(same_rows=True))
 
 
-def test_between_minibatches_the_loss_must_rise_out_of_its_noise() -> None:
-    """1.6 nats: the noise is the mean absolute difference of two losses, 1.128 σ of a normal one."""
-    assert Overreaching().enter(overreach(noise=0.7)) and not Overreaching().enter(overreach(noise=0.75))
-    assert Overreaching().enter(overreach(noise=0.75, same_rows=True))
+def test_between_minibatches_an_update_shortly_before_must_have_been_long_too() -> None:
+    assert not Overreaching().enter(overreach(before=1.9))
+    assert Overreaching().enter(overreach(before=1.9, same_rows=True))
 
 
 @pytest.mark.parametrize(
