@@ -45,8 +45,7 @@ class Signals(Stateful):
     alignment: average cosine of successive gradients.
     turn: cosine of the last two gradients.
     gradient_growth: d ln‖gradient‖ / d step, over the last few steps.
-    rms_t: RMS_t of the last reading.
-    rms_t_mean: average of RMS_t.
+    rms_t, rms_t_mean: RMS_t of the last reading, and its average.
     reduction, reduction_peak: predicted reduction over the loss, of the last reading, and the largest of the
     last few steps; NaN where the loss is not positive.
     reduction_before, reduction_usual: ``reduction_peak`` before the last reading, and the geometric mean of
