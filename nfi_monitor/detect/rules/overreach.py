@@ -56,7 +56,7 @@ class Overreaching(Rule):
             and signals.rms_t >= limits.overreach_rms_t
             # A single hard minibatch has a gradient of its own; the one before it is as usual.
             and (signals.same_rows or signals.reduction_before >= 0.5 * limits.overreach_ratio)
-            and now.loss_above_average >= limits.overreach_rise
+            and now.loss_above_average >= self._rise(now)
             and now.loss_share >= limits.kick_loss
             and now.outgrows(self.name)
             and self._steps(now) <= limits.overreach_steps
@@ -73,11 +73,21 @@ class Overreaching(Rule):
         return {
             "reduction_ratio": Evidence(signals.reduction_peak, limits.overreach_ratio),
             "rms_t_max": Evidence(signals.rms_t_peak, limits.overreach_rms_t, signals.rms_t_mean),
-            "loss": Evidence(now.loss, average * math.exp(limits.overreach_rise), average),
+            "loss": Evidence(now.loss, average * math.exp(self._rise(now)), average),
         }
 
     def cause(self, causes: Causes) -> tuple[Mechanism, float] | None:
         return kick_or_swing(causes, 0.8)
+
+    @staticmethod
+    def _rise(now: Situation) -> float:
+        """Return the rise of the loss above its average, in nats, at which the rule begins.
+
+        Between minibatches it is at least the mean change from one loss to the next: a hinge loss jumps from 0
+        to 1e-3 and back for good.
+        """
+        noise = 0.0 if now.signals.same_rows else now.spike.baseline.noise
+        return max(now.limits.overreach_rise, noise)
 
     @staticmethod
     def _steps(now: Situation) -> float:

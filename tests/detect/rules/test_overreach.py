@@ -60,6 +60,7 @@ def overreach(**changed: float | bool) -> Situation:
     )
     spike.baseline.restart(math.log(0.01), 0.1)
     signals.reduction_before = float(changed.get("before", 2.1))
+    spike.baseline.noise = float(changed.get("noise", 0.1))
     spike.baseline.readings = int(changed.get("readings", 100))
     switches = {rule.name: Hysteresis() for rule in RULES}
     switches["absorbing"].on = bool(changed.get("absorbing", False))
@@ -74,6 +75,12 @@ def overreach(**changed: float | bool) -> Situation:
 
 def test_the_alarm_needs_no_rows() -> None:
     assert Overreaching().enter(overreach()) and Overreaching().enter(overreach(same_rows=True))
+
+
+def test_between_minibatches_the_loss_must_rise_by_more_than_it_usually_changes() -> None:
+    """1.6 nats above the average."""
+    assert Overreaching().enter(overreach(noise=1.6)) and not Overreaching().enter(overreach(noise=1.7))
+    assert Overreaching().enter(overreach(noise=1.7, same_rows=True))
 
 
 def test_between_minibatches_an_update_shortly_before_must_have_been_long_too() -> None:
