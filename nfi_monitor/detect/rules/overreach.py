@@ -83,10 +83,10 @@ class Overreaching(Rule):
     def _rise(now: Situation) -> float:
         """Return the rise of the loss above its average, in nats, at which the rule begins.
 
-        Between minibatches it is at least the mean change from one loss to the next: a hinge loss jumps from 0
-        to 1e-3 and back for good.
+        Between minibatches it is at least twice the mean change from one loss to the next: a hinge loss
+        jumps from 0 to 1e-3 and back for good.
         """
-        noise = 0.0 if now.signals.same_rows else now.spike.baseline.noise
+        noise = 0.0 if now.signals.same_rows else 2.0 * now.spike.baseline.noise
         return max(now.limits.overreach_rise, noise)
 
     @staticmethod
